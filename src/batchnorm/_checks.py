@@ -1,0 +1,159 @@
+"""What a user's mistake is told: what must hold, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ON_NONFINITE = ("propagate", "skip")
+
+_HALF = (torch.float16, torch.bfloat16)
+_LAYOUTS = {
+    "1d": ((2, 3), "[N, C] or [N, C, L]"),
+    "2d": ((4,), "[N, C, H, W]"),
+    "3d": ((5,), "[N, C, D, H, W]"),
+}
+_LAYER_FOR_DIMS = {
+    2: ("[N, C]", "1d"),
+    3: ("[N, C, L]", "1d"),
+    4: ("[N, C, H, W]", "2d"),
+    5: ("[N, C, D, H, W]", "3d"),
+}
+
+
+def check_num_features(layer: str, num_features: int) -> None:
+    if not isinstance(num_features, int) or isinstance(num_features, bool):
+        raise TypeError(
+            f"{layer} expects num_features to be an int, got {num_features!r} ({type(num_features).__name__}). "
+            "Pass the number of channels C of its input."
+        )
+    if num_features < 0:
+        raise ValueError(
+            f"{layer} expects num_features >= 0, got {num_features}. Pass the number of channels C of its input."
+        )
+
+
+def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
+    if eps > 0.0 or (zero_allowed and eps == 0.0):
+        return
+    raise ValueError(
+        f"{caller} expects eps > 0, got {eps}. It keeps 1/sqrt(var + eps) finite where a channel is constant; "
+        "the usual value is 1e-5."
+    )
+
+
+def check_momentum(layer: str, momentum: float | None) -> None:
+    if momentum is None or 0.0 <= momentum <= 1.0:
+        return
+    raise ValueError(
+        f"{layer} expects momentum in [0, 1] or None, got {momentum}. It is the weight of the new batch, "
+        "1 minus the momentum of Keras and Flax; None gives the cumulative average."
+    )
+
+
+def check_choice(caller: str, name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{caller} expects {name} to be one of {listed}, got {value!r}. Choose one of them.")
+
+
+def check_momentum_known(caller: str, momentum: float | None, num_batches_tracked: Tensor | None) -> None:
+    if momentum is None and num_batches_tracked is None:
+        raise ValueError(
+            f"{caller} expects num_batches_tracked where momentum is None, got None for both. The cumulative "
+            "average divides by the number of batches: pass the counter, or a momentum in [0, 1]."
+        )
+
+
+def check_input(caller: str, x: Tensor) -> None:
+    """Type, dtype and rank of `x`; the rank a layer takes is read from its name's ending (1d, 2d, 3d)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{caller} expects x to be a torch.Tensor, got {type(x).__name__}. Convert it first.")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{caller} expects x of a floating-point dtype, got {x.dtype}. Convert it, for example x.float()."
+        )
+    ranks, layout = _LAYOUTS.get(caller[-2:], (None, "[N, C, *]"))
+    if x.dim() in ranks if ranks is not None else x.dim() >= 2 or x.shape == (0,):
+        return
+    hint = "Add the batch or channel dimension that is missing, for example x.unsqueeze(0)."
+    if ranks is not None and x.dim() in _LAYER_FOR_DIMS:
+        other, suffix = _LAYER_FOR_DIMS[x.dim()]
+        hint = f"For {other} use {caller[:-2]}{suffix}."
+    elif x.dim() > 5:
+        hint = "For more than three spatial dimensions use BatchNorm."
+    raise ValueError(f"{caller} expects x of shape {layout}, got {list(x.shape)} ({x.dim()} dims). {hint}")
+
+
+def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """Every vector is `[C]`, on x's device, in x's dtype or (for half x) float32."""
+    shape, dtype, device = x.shape[1:2], x.dtype, x.device  # read once: this runs in every forward
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != shape:
+            _raise_channels(caller, x, name, vector)
+        if vector.dtype != dtype and not (vector.dtype == torch.float32 and dtype in _HALF):
+            wanted = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
+            raise TypeError(
+                f"{caller} expects {name} in {wanted} for x in {dtype}, got {vector.dtype}. "
+                "Convert the layer or the input so that they agree."
+            )
+        if vector.device != device:
+            raise ValueError(
+                f"{caller} expects {name} on x's device, got {name} on {vector.device} and x on {device}. "
+                "Move the layer or the input with .to(device)."
+            )
+
+
+def _raise_channels(caller: str, x: Tensor, name: str, vector: Tensor) -> None:
+    channels = x.shape[1]
+    hint = f"Give the layer num_features={channels}, or check what comes before it."
+    if vector.dim() == 1 and x.dim() > 2 and x.shape[-1] == vector.shape[0]:
+        hint = "Channels come second here: move them with x.movedim(-1, 1)."
+    raise ValueError(
+        f"{caller} expects {name} of shape [C] = [{channels}] for x of shape {list(x.shape)}, "
+        f"got {list(vector.shape)}. {hint}"
+    )
+
+
+def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{caller} expects a residual of x's shape {list(x.shape)}, got {list(residual.shape)}. "
+            "It is added without broadcasting: expand it, or project it to x's shape first."
+        )
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise TypeError(
+            f"{caller} expects a residual of x's dtype and device ({x.dtype}, {x.device}), got {residual.dtype}, "
+            f"{residual.device}. Convert it with residual.to(x)."
+        )
+
+
+def check_batch(caller: str, x: Tensor) -> None:
+    """Batch statistics need more than one value per channel (none at all is allowed: an empty batch)."""
+    # math.prod, not numel() // C: C may be 0, and sizes may be symbolic.
+    if math.prod((x.shape[0], *x.shape[2:])) == 1:
+        raise ValueError(
+            f"{caller} expects more than one value per channel in training, got x of shape {list(x.shape)}. "
+            "One value has no variance: use a larger batch, or evaluation mode."
+        )
+
+
+def check_running(caller: str, running_mean: Tensor | None, running_var: Tensor | None, *, needed: bool) -> None:
+    if (running_mean is None) != (running_var is None):
+        given, missing = ("running_var", "running_mean") if running_mean is None else ("running_mean", "running_var")
+        raise ValueError(
+            f"{caller} expects running_mean and running_var both or neither, got {given} without {missing}. "
+            "Pass the missing one, or None for both."
+        )
+    if needed and running_mean is None:
+        raise ValueError(
+            f"{caller} expects running_mean and running_var in evaluation, got None. "
+            "Pass them, or training=True for the batch's own statistics."
+        )

@@ -1,0 +1,179 @@
+"""Batch normalization as a function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from batchnorm import _checks, ops
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    on_nonfinite: str = "propagate",
+    caller: str = "batch_norm",
+) -> Tensor:
+    """Normalize each channel, then add `residual` and apply `activation`.
+
+    `y = f((x - μ)/√(σ² + eps)·weight + bias + residual)`. In training μ and σ² (biased) are the batch's, and
+    the running statistics move: `running ← (1 - momentum)·running + momentum·batch`, with the *unbiased* batch
+    variance. Otherwise μ and σ² are the running statistics. The positional arguments are
+    `torch.nn.functional.batch_norm`'s.
+
+    Args:
+        input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16;
+            any memory layout. An empty batch gives an empty result and moves nothing.
+        running_mean: `[C]`, moved in place in training; None moves nothing.
+        running_var: `[C]`, likewise.
+        weight: γ of shape `[C]`, or None for 1.
+        bias: β of shape `[C]`, or None for 0.
+        training: Normalize by the batch's statistics instead of the running ones.
+        momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
+            average, which needs `num_batches_tracked`.
+        eps: Added to the variance; positive (in evaluation zero is allowed, as in torch).
+        activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu" or "hardswish", fused.
+        negative_slope: Slope of "leaky_relu" below zero.
+        residual: Of x's shape and dtype; added before the activation.
+        num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
+        on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
+            mean or variance is not finite, as after an overflow in float16.
+        caller: The name that error messages begin with; an ending "1d", "2d" or "3d" also fixes x's rank.
+
+    Returns:
+        y of x's shape, dtype and memory format.
+
+    Raises:
+        TypeError: x is not a floating-point tensor, or weight, bias, a running statistic or the residual is in a
+            dtype that does not go with x's (half x takes float32 or its own).
+        ValueError: x has the wrong rank or one value per channel in training; a vector is not `[C]`; the residual's
+            shape is not x's; eps, activation or on_nonfinite is out of its range; a needed statistic is missing.
+        RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
+
+    Numerics:
+        Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean, which is held as
+        a pair, so that a mean of 1e6 deviations costs no accuracy. The result has the same bits for every number of
+        CPU threads. With ReLU, autograd keeps x and `[C]` vectors; with a residual, y besides.
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2; the equations are in the mathematics page, "Forward".
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> batch_norm(x, None, None, training=True, activation="relu")
+        tensor([[0.0000, 0.0000],
+                [1.0000, 1.0000]])
+    """
+    # This also makes one node of an fx graph; fx.wrap would put its wrapper there, which does not pickle.
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+        return handle_torch_function(
+            batch_norm,
+            (input, running_mean, running_var, weight, bias, residual),
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation=activation,
+            negative_slope=negative_slope,
+            residual=residual,
+            num_batches_tracked=num_batches_tracked,
+            on_nonfinite=on_nonfinite,
+            caller=caller,
+        )
+    _checks.check_input(caller, input)
+    if input.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+        return input.clone()
+    _checks.check_eps(caller, eps, zero_allowed=not training)
+    _checks.check_choice(caller, "activation", activation, tuple(ops.ACTIVATIONS))
+    _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
+    _checks.check_running(caller, running_mean, running_var, needed=not training)
+    if training and running_mean is not None:
+        _checks.check_momentum_known(caller, momentum, num_batches_tracked)
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not tracing:  # sizes are tensors there, and torch warns of what is decided by them
+        _checks.check_channel_vectors(
+            caller, input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+        )
+        _checks.check_residual(caller, input, residual)
+        if training:
+            _checks.check_batch(caller, input)
+
+    if tracing or torch.compiler.is_exporting():
+        return _portable_batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope,
+            residual, num_batches_tracked, on_nonfinite, caller,
+        )  # fmt: skip
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        return ops.fixed_statistics_norm(
+            input, running_mean, running_var, weight, bias, residual, eps, activation, negative_slope
+        )
+    y, mean, mean_low, var = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, negative_slope)
+    if running_mean is not None:
+        assert running_var is not None
+        m = math.prod((input.shape[0], *input.shape[2:]))
+        ops.update_running_(
+            running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, None, momentum,
+            on_nonfinite == "skip",
+        )  # fmt: skip
+    return y
+
+
+def _portable_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    on_nonfinite: str,
+    caller: str,
+) -> Tensor:
+    """The same in torch's own operations: an exported program loads where this library is not installed."""
+    if training and on_nonfinite == "skip":
+        raise ValueError(
+            f"{caller} expects on_nonfinite='propagate' in an exported training graph, got 'skip'. torch's own "
+            "batch_norm, which is exported, cannot skip: set it to 'propagate', or export in evaluation mode."
+        )
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if not training or running_mean is None or momentum is not None:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
+    else:  # a momentum that is a tensor, in two steps
+        assert running_var is not None
+        assert num_batches_tracked is not None
+        mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+        y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+        rate = 1.0 / num_batches_tracked.to(running_mean.dtype)
+        running_mean.copy_(torch.lerp(running_mean, mean, rate))
+        running_var.copy_(torch.lerp(running_var, var, rate))
+    if residual is not None:
+        y = y + residual
+    return ops.ACTIVATIONS[activation].forward(y, negative_slope)

@@ -1,0 +1,99 @@
+"""Batch normalization with the residual addition and the activation that follow it, in one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from batchnorm import _checks, ops
+from batchnorm.nn.layer import NormLayer
+
+
+class _BatchNormAct(NormLayer):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        _checks.check_choice(self.layer_name, "activation", activation, tuple(ops.ACTIVATIONS))
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            on_nonfinite=on_nonfinite,
+        )
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`activation(BN(x) + residual)`; the residual has x's shape and dtype."""
+        return self._normalize(x, residual)
+
+    def extra_repr(self) -> str:
+        """The description of the batch normalization, then the activation."""
+        parts = [super().extra_repr(), f"activation={self.activation!r}"]
+        if self.activation == "leaky_relu":
+            parts.append(f"negative_slope={self.negative_slope}")
+        return ", ".join(parts)
+
+
+class BatchNormAct2d(_BatchNormAct):
+    """`activation(BN(x) + residual)` for x of shape `[N, C, H, W]`, in one pass fewer and with less memory kept.
+
+    Loads and saves the `state_dict` of `BatchNorm2d`. It is no `_BatchNorm` of torch on purpose: tools that replace or
+    fold batch normalization by `isinstance` would lose the activation silently.
+
+    Args:
+        num_features: C, and the further arguments up to `on_nonfinite` are those of `BatchNorm`.
+        eps: As in `BatchNorm`.
+        momentum: As in `BatchNorm`.
+        affine: As in `BatchNorm`.
+        track_running_stats: As in `BatchNorm`.
+        device: As in `BatchNorm`.
+        dtype: As in `BatchNorm`.
+        bias: As in `BatchNorm`.
+        on_nonfinite: As in `BatchNorm`.
+        activation: "relu" (default), "none", "relu6", "leaky_relu", "silu", "gelu" or "hardswish" (keyword only).
+        negative_slope: Slope of "leaky_relu" below zero (keyword only).
+
+    Raises:
+        ValueError: as `BatchNorm`; an unknown activation; in forward, a residual that has not x's shape.
+
+    Numerics: autograd keeps x and `[C]` vectors; with a residual also y, or for silu, gelu and hardswish the residual.
+
+    Examples:
+        >>> import torch
+        >>> layer = BatchNormAct2d(8, activation="silu")
+        >>> layer(torch.rand(4, 8, 5, 5), residual=torch.rand(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+    """
+
+    layer_name = "BatchNormAct2d"
+
+
+class BatchNormAct1d(_BatchNormAct):
+    """`activation(BN(x) + residual)` for x of shape `[N, C]` or `[N, C, L]`; see `BatchNormAct2d`."""
+
+    layer_name = "BatchNormAct1d"
+
+
+class BatchNormAct3d(_BatchNormAct):
+    """`activation(BN(x) + residual)` for x of shape `[N, C, D, H, W]`; see `BatchNormAct2d`."""
+
+    layer_name = "BatchNormAct3d"

@@ -1,0 +1,11 @@
+"""The operators of batch normalization: schemas, shapes, derivatives, and the eager implementation.
+
+Every operator is `torch.ops.batchnorm.<name>`. `batch_statistics_norm` and `fixed_statistics_norm` choose the
+route to a derivative; everything above this package calls them or the operators, never an implementation.
+"""
+
+from batchnorm.ops import schemas  # noqa: F401  (defines the operators)
+from batchnorm.ops.activations import ACTIVATIONS
+from batchnorm.ops.routes import batch_statistics_norm, fixed_statistics_norm, update_running_
+
+__all__ = ["ACTIVATIONS", "batch_statistics_norm", "fixed_statistics_norm", "update_running_"]

@@ -1,0 +1,235 @@
+"""Derivatives of the operators: `autograd.Function`s for eager mode, and the same registered for compilation.
+
+Kept for backward: x, vectors, and at most one more tensor, y or the residual, where there is a residual and f′(z)
+cannot be had without. The second derivative differentiates the plain torch operations of `eager`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops import eager
+from batchnorm.ops.activations import ACTIVATIONS, known_from_output
+
+_ops = torch.ops.batchnorm
+
+# dx, dγ, dβ and dr of one call, None where not needed.
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _keep_for_activation(
+    residual: Tensor | None, y: Tensor, activation: str, negative_slope: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(residual, y)` with at most one of them: what f′(z) cannot be had without."""
+    if residual is None or activation == "none":
+        return None, None
+    return (None, y) if known_from_output(activation, negative_slope) else (residual, None)
+
+
+def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """A per-row sum as the gradient of a parameter of `[C]` or `[K, C]`, in its dtype."""
+    if parameter is None:
+        return None
+    if gradient.dim() > parameter.dim():
+        gradient = gradient.sum(0)
+    return gradient.to(parameter.dtype)
+
+
+def _differentiable_gradients(
+    dy: Tensor,
+    kept: tuple[Tensor | None, ...],
+    needs: tuple[bool, bool, bool, bool],
+    attributes: tuple[float, str, float],
+    index: Tensor | None,
+    *,
+    batch_statistics: bool,
+) -> _Gradients:
+    """The gradients as functions of dy and of what was kept, to be differentiated again."""
+    x, residual, y, mean, mean_low, var, weight, bias = kept
+    assert x is not None
+    assert mean is not None
+    assert var is not None
+    eps, activation, negative_slope = attributes
+    # Views, so that the first derivative stops here even where two arguments are one tensor.
+    x, weight, bias = (None if t is None else t.view_as(t) for t in (x, weight, bias))
+    assert x is not None
+    if batch_statistics:
+        mean, mean_low, var = eager.batch_statistics(x)
+    z = eager.preactivation(x, mean, mean_low, var, weight, bias, None, index, eps)
+    upstream = dy.to(z.dtype)
+    if y is not None:  # f′ is constant between its kinks: y's own derivative adds nothing
+        dz = ACTIVATIONS[activation].backward(upstream, y.detach().to(z.dtype), negative_slope)
+    else:  # torch's formulas of f′ have no derivative of their own; its f has
+        t = z if residual is None else z + residual.to(z.dtype)
+        (dz,) = torch.autograd.grad(ACTIVATIONS[activation].forward(t, negative_slope), t, upstream, create_graph=True)
+    wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need and t is not None]
+    found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True) if wanted else ())
+    dx, dweight, dbias = (
+        next(found) if need and t is not None else None for t, need in zip((x, weight, bias), needs, strict=False)
+    )
+    return dx, dweight, dbias, dz.to(x.dtype) if needs[3] else None
+
+
+# Batch statistics: train_forward(x, weight, bias, residual, eps, activation, negative_slope)
+
+
+def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, *attributes = inputs
+    y, mean, mean_low, var = output
+    kept = _keep_for_activation(residual, y, *attributes[1:])
+    ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias)
+    ctx.attributes = tuple(attributes)
+    ctx.mark_non_differentiable(mean, mean_low, var)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    kept = ctx.saved_tensors
+    weight, bias = kept[6:]
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    activation = ctx.attributes[1]
+    need_dz = needs_residual and activation != "none"
+    if needs_x or need_dz:
+        dx, dweight, dbias, dz = _ops.train_backward(dy, *kept, *ctx.attributes, need_dz)
+    else:
+        dbias, dweight = _ops.backward_reduce(dy, *kept, None, 1, *ctx.attributes)
+        dx = dz = None
+    return (
+        dx if needs_x else None,
+        _like(dweight, weight) if needs_weight else None,
+        _like(dbias, bias) if needs_bias else None,
+        (dz if need_dz else dy) if needs_residual else None,
+        None,
+        None,
+        None,
+    )
+
+
+class TrainFunction(torch.autograd.Function):
+    """`train_forward` under autograd; mean, mean_low and var are returned without gradient."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        """`train_forward`'s arguments and results."""
+        return _ops.train_forward(*args)
+
+    setup_context = staticmethod(_setup_train)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Any:
+        """First derivative by the operators, higher ones through plain torch operations."""
+        if dy is None or not torch.is_grad_enabled():
+            return _backward_train(ctx, dy)
+        needs = ctx.needs_input_grad[:4]
+        gradients = _differentiable_gradients(dy, ctx.saved_tensors, needs, ctx.attributes, None, batch_statistics=True)
+        return *gradients, None, None, None
+
+
+# Given statistics: normalize(x, mean, mean_low, var, weight, bias, residual, index, eps, activation, negative_slope)
+
+
+def _setup_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, mean_low, var, weight, bias, residual, index, *attributes = inputs
+    kept = _keep_for_activation(residual, output, *attributes[1:])
+    ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias, index)
+    ctx.attributes = tuple(attributes)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
+    *kept, index = ctx.saved_tensors
+    mean, _, var, weight, bias = kept[3:]
+    needs_x, needs_mean, needs_low, needs_var, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:7]
+    eps, activation, _ = ctx.attributes
+    need_dz = needs_residual and activation != "none"
+    rows = next((t.shape[0] for t in (mean, weight, bias) if t is not None and t.dim() == 2), 1)
+    if needs_x or need_dz:
+        dx, sum_dz_xhat, sum_dz, dz = _ops.normalize_backward(dy, *kept, index, rows, *ctx.attributes, need_dz)
+    else:
+        sum_dz, sum_dz_xhat = _ops.backward_reduce(dy, *kept, index, rows, *ctx.attributes)
+        dx = dz = None
+    dmean = dlow = dvar = None
+    if needs_mean or needs_low or needs_var:
+        invstd = (var + eps).rsqrt()
+        scale = invstd if weight is None else invstd * weight
+        shift = _like(-scale * sum_dz, mean)
+        dmean, dlow = shift if needs_mean else None, shift if needs_low else None
+        dvar = _like(-0.5 * scale * invstd * sum_dz_xhat, var) if needs_var else None
+    return (
+        dx if needs_x else None,
+        dmean,
+        dlow,
+        dvar,
+        _like(sum_dz_xhat, weight) if needs_weight else None,
+        _like(sum_dz, bias) if needs_bias else None,
+        (dz if need_dz else dy) if needs_residual else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+class NormalizeFunction(torch.autograd.Function):
+    """`normalize` under autograd, its statistics held constant."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        """`normalize`'s arguments and result."""
+        return _ops.normalize(*args)
+
+    setup_context = staticmethod(_setup_normalize)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        """First derivative by the operators, higher ones through plain torch operations."""
+        if dy is None or not torch.is_grad_enabled():
+            return _backward_normalize(ctx, dy)
+        needs_x, _, _, _, *needs = ctx.needs_input_grad[:7]
+        *kept, index = ctx.saved_tensors
+        dx, dweight, dbias, dz = _differentiable_gradients(
+            dy, tuple(kept), (needs_x, *needs), ctx.attributes, index, batch_statistics=False
+        )
+        return dx, None, None, None, dweight, dbias, dz, None, None, None, None
+
+
+def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, index, weights, _ = inputs
+    count, mean, mean_low, _ = output
+    ctx.save_for_backward(x, index, weights, count, mean, mean_low)
+    ctx.mark_non_differentiable(count, mean)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_moments(
+    ctx: Any, dcount: None, dmean: None, dmean_low: Tensor | None, dm2: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dmean_low is None and dm2 is None:
+        return (None,) * 4
+    x, index, weights, count, mean, mean_low = ctx.saved_tensors
+    dx = eager.moments_backward(x, index, weights, count, mean, mean_low, dmean_low, dm2)
+    return dx, None, None, None
+
+
+def _refuse(name: str) -> Any:
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"batchnorm::{name} is itself a derivative and has none. For second derivatives call the layer or "
+            "batchnorm.functional.batch_norm outside torch.compile."
+        )
+
+    return backward
+
+
+torch.library.register_autograd("batchnorm::train_forward", _backward_train, setup_context=_setup_train)
+torch.library.register_autograd("batchnorm::normalize", _backward_normalize, setup_context=_setup_normalize)
+torch.library.register_autograd("batchnorm::moments", _backward_moments, setup_context=_setup_moments)
+for _name in ("train_backward", "normalize_backward", "backward_reduce", "backward_apply"):
+    torch.library.register_autograd(f"batchnorm::{_name}", _refuse(_name))

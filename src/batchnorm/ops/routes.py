@@ -1,0 +1,108 @@
+"""The one place that chooses the route to a derivative.
+
+No single registration serves all: a registered formula makes `torch.func.grad` raise and drops forward-mode tangents
+silently; a Function with a forward-mode rule does not compile. So: while compiling, the registered operator; under
+`torch.func` or forward mode, plain torch operations; otherwise an `autograd.Function` over the operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm.ops import eager
+from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction
+
+_ops = torch.ops.batchnorm
+
+
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def batch_statistics_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y and the batch's mean, mean_low and biased variance (these without gradient)."""
+    arguments = (x, weight, bias, residual, eps, activation, negative_slope)
+    if _transforms_active():
+        y, *statistics = eager.train_forward(*arguments)
+        mean, mean_low, var = (t.detach() for t in statistics)
+        return y, mean, mean_low, var
+    if torch.compiler.is_compiling():
+        return _ops.train_forward(*arguments)
+    return TrainFunction.apply(*arguments)
+
+
+def fixed_statistics_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Return y from running statistics, which get no gradient and may be written to before backward."""
+    transforms, compiling = _transforms_active(), torch.compiler.is_compiling()
+    mean, var = mean.detach(), var.detach()
+    if not torch.is_grad_enabled():
+        dtype = eager.statistics_dtype(x)
+        mean, var = mean.to(dtype), var.to(dtype)
+    elif compiling and not transforms:  # a plain clone would be recomputed in backward, from buffers written to since
+        mean, var = _ops.copy_running(mean, var)
+    else:
+        mean, var = eager.copy_running(mean, var)
+    arguments = (x, mean, None, var, weight, bias, residual, None, eps, activation, negative_slope)
+    if transforms:
+        return eager.normalize(*arguments)
+    if compiling:
+        return _ops.normalize(*arguments)
+    return NormalizeFunction.apply(*arguments)
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    mean_low: Tensor,
+    var: Tensor,
+    m: int,
+    count: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> None:
+    """Move the running statistics once, wherever that is possible."""
+    arguments = (
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        mean,
+        mean_low,
+        var,
+        m,
+        count,
+        momentum,
+        skip_nonfinite,
+    )
+    if not torch._C._are_functorch_transforms_active():
+        _ops.update_running_(*arguments)
+        return
+    try:
+        eager.update_running_(*arguments)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Under torch.func, running statistics can be moved only where they are arguments of the transformed "
+            "function; here they are captured, or one buffer for many vmapped batches. Pass the buffers as arguments "
+            "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
+        ) from error

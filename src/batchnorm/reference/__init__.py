@@ -1,0 +1,66 @@
+"""Batch normalization in NumPy and float64, step by step: the executable specification.
+
+Read it with the paper in hand: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+Reducing Internal Covariate Shift", 2015 (arXiv:1502.03167). Sections cited without a paper are those of the
+mathematics page, which also says where published texts err. The library's layers and operators are tested
+against this package; it is written to be read, not to be fast.
+
+`x` is `[N, C, *S]`: samples first, channels second; `axis` says where else the channels are. A value per
+channel is `[C]`, or `[K, C]` where `index [N]` tells which of the K rows each sample uses: statistics by group
+(ghost batches, domains) or γ and β by class (conditional normalization). Inputs are converted to float64.
+
+Examples:
+    >>> import numpy as np
+    >>> x = np.array([[1.0], [2.0], [3.0], [6.0]])  # N = 4 samples, C = 1 channel
+    >>> forward = forward_training(x, eps=0.5)
+    >>> forward.mean, forward.var, forward.invstd
+    (array([3.]), array([3.5]), array([0.5]))
+    >>> forward.y.ravel()
+    array([-1. , -0.5,  0. ,  1.5])
+    >>> backward([[1.0], [0.0], [0.0], [0.0]], forward).dx.ravel()
+    array([ 0.25  , -0.1875, -0.125 ,  0.0625])
+"""
+
+from batchnorm.reference.passes import (
+    ACTIVATIONS,
+    DoubleGradients,
+    Forward,
+    Gradients,
+    GradientsByParts,
+    backward,
+    backward_by_parts,
+    double_backward,
+    forward_inference,
+    forward_training,
+    normalize,
+)
+from batchnorm.reference.statistics import (
+    CONVENTIONS,
+    Layout,
+    Moments,
+    Running,
+    merge,
+    moments,
+    update_running,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "CONVENTIONS",
+    "DoubleGradients",
+    "Forward",
+    "Gradients",
+    "GradientsByParts",
+    "Layout",
+    "Moments",
+    "Running",
+    "backward",
+    "backward_by_parts",
+    "double_backward",
+    "forward_inference",
+    "forward_training",
+    "merge",
+    "moments",
+    "normalize",
+    "update_running",
+]

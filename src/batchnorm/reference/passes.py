@@ -1,0 +1,330 @@
+"""Forward and backward, step by step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from batchnorm.reference.statistics import (
+    Array,
+    Layout,
+    Moments,
+    divisor,
+    float64,
+    layout_of,
+    moments,
+    require,
+    shaped,
+    weights_of,
+)
+
+# Activations
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def _sigmoid(z: Array) -> Array:
+    return np.asarray(np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z))))  # never overflows
+
+
+def _normal_cdf(z: Array) -> Array:
+    return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
+
+
+# name: f(z) and f′(z), given the negative slope a too. At a kink f′ is what torch takes.
+ACTIVATIONS = {
+    "none": (lambda z, a: z, lambda z, a: np.ones_like(z)),
+    "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.where(z <= 0, 0.0, 1.0)),
+    "relu6": (lambda z, a: np.clip(z, 0.0, 6.0), lambda z, a: np.where((z <= 0) | (z >= 6), 0.0, 1.0)),
+    "leaky_relu": (lambda z, a: np.where(z > 0, z, a * z), lambda z, a: np.where(z > 0, 1.0, a)),
+    "silu": (lambda z, a: z * _sigmoid(z), lambda z, a: _sigmoid(z) * (1 + z * _sigmoid(-z))),
+    "gelu": (
+        lambda z, a: z * _normal_cdf(z),
+        lambda z, a: _normal_cdf(z) + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi),
+    ),
+    "hardswish": (
+        lambda z, a: z * np.clip(z + 3, 0.0, 6.0) / 6,
+        lambda z, a: np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6)),
+    ),
+}
+
+
+# Forward
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Every intermediate of a forward pass, in the order of computation, and what backward needs.
+
+    Attributes:
+        mean: μ, `[C]` or `[K, C]`.
+        var: σ², like `mean`; in training the biased one.
+        x_centered: x − μ, like x.
+        invstd: 1/√(σ² + ε), like `mean`.
+        x_hat: x̂ = (x − μ)·invstd, like x.
+        z: γ·x̂ + β + residual, like x.
+        y: f(z), like x: the output.
+        weight: γ, `[C]` or `[K, C]`.
+        slope: f′(z), like x.
+        layout: Where channels and samples are.
+        share: The share of each value in its statistics: 1/m, or w/V₁; 0 where they were given, as at inference.
+        batch: The batch's moments; None where the statistics were given.
+    """
+
+    mean: Array
+    var: Array
+    x_centered: Array
+    invstd: Array
+    x_hat: Array
+    z: Array
+    y: Array
+    weight: Array
+    slope: Array
+    layout: Layout
+    share: Array
+    batch: Moments | None
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    residual: ArrayLike | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    eps: float = 1e-5,
+    index: ArrayLike | None = None,
+    axis: int = 1,
+) -> Forward:
+    """Return y and its intermediates, normalized by statistics that are given and do not depend on x.
+
+        x̂ = (x − μ)/√(σ² + ε)    z = γ·x̂ + β + residual    y = f(z)
+
+    Source: Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4. Section 1.
+
+    Args:
+        x: `[N, C, *S]`.
+        mean: μ, `[C]` or `[K, C]`.
+        var: σ², like `mean`, >= 0.
+        weight: γ, `[C]` or `[K, C]`, whichever the statistics are. Default 1.
+        bias: β, like `weight`. Default 0.
+        residual: Like x. Default 0.
+        activation: f: none, relu, relu6, leaky_relu, silu, gelu (the exact one) or hardswish.
+        negative_slope: Of leaky_relu.
+        eps: ε, >= 0.
+        index: `[N]`, the row of `[K, C]` that each sample uses.
+        axis: The channel axis of x.
+    """
+    x = float64(x)
+    layout = layout_of(x, axis, index)
+    mean, var = layout.per_channel("mean", mean), layout.per_channel("var", var)
+    weight = np.ones(x.shape[axis] if bias is None else np.shape(bias)) if weight is None else weight
+    weight = layout.per_channel("weight", weight)
+    bias = layout.per_channel("bias", np.zeros_like(weight) if bias is None else bias)
+    for names, a, b in (("mean and var", mean, var), ("weight and bias", weight, bias)):
+        require(a.shape == b.shape, f"{names} must have one shape", [a.shape, b.shape], "Expand the smaller one.")
+    require(not (var < 0).any() and eps >= 0, "var and eps must be >= 0", [var.min(initial=0), eps], "Pass σ².")
+    require(activation in ACTIVATIONS, f"activation must be one of {[*ACTIVATIONS]}", activation, "Choose one.")
+    f, derivative = ACTIVATIONS[activation]
+
+    x_centered = x - layout.spread(mean)
+    invstd = 1 / np.sqrt(var + eps)
+    x_hat = x_centered * layout.spread(invstd)
+    z = layout.spread(weight) * x_hat + layout.spread(bias)
+    if residual is not None:
+        z = z + shaped("residual", residual, x.shape)
+    y, slope = f(z, negative_slope), derivative(z, negative_slope)
+    return Forward(mean, var, x_centered, invstd, x_hat, z, y, weight, slope, layout, np.zeros(()), None)
+
+
+def forward_training(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    index: ArrayLike | None = None,
+    groups: int | None = None,
+    axis: int = 1,
+    **options: Any,
+) -> Forward:
+    """Return y and its intermediates, normalized by the batch's own mean and biased variance.
+
+        μ = Σ x/m    σ² = Σ (x − μ)²/m    x̂ = (x − μ)/√(σ² + ε)    y = γ·x̂ + β
+
+    Source: Ioffe & Szegedy 2015, Algorithm 1. Section 1; section 4 for weights.
+
+    Args:
+        x: `[N, C, *S]`.
+        weight: γ, `[C]`, or `[K, C]` with index.
+        bias: β, like `weight`.
+        weights: `[N, *S]`, how much each value counts in the statistics; all values are normalized.
+        index: `[N]`, the row of each sample in whatever is `[K, C]`.
+        groups: K, for statistics in each group of samples that index makes. Without it they are of the whole
+            batch, and index picks γ and β only.
+        axis: The channel axis of x.
+        **options: residual, activation, negative_slope and eps, as in `normalize`.
+
+    Raises:
+        ValueError: Where a channel (of a group) has a single value.
+    """
+    batch = moments(x, weights=weights, index=None if groups is None else index, groups=groups, axis=axis)
+    batch.require_several()
+    forward = normalize(x, batch.mean, batch.var, weight, bias, index=index, axis=axis, **options)
+    layout = forward.layout
+    share = weights_of(weights, layout) / layout.spread(divisor(batch.count)[..., None])
+    return replace(forward, share=share, batch=batch)
+
+
+def forward_inference(
+    x: ArrayLike,
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    **options: Any,
+) -> Forward:
+    """Return `normalize` by the running statistics: inference is nothing else.
+
+    Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 12. Section 2.
+    """
+    return normalize(x, running_mean, running_var, weight, bias, **options)
+
+
+# Backward
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of a scalar loss, with the intermediates on the way.
+
+    Attributes:
+        dz: dy·f′(z), like x; also the gradient of the residual.
+        dweight: dγ = Σ dz·x̂, like γ.
+        dbias: dβ = Σ dz, like γ.
+        dx_hat: dz·γ, like x.
+        dx: Like x.
+    """
+
+    dz: Array
+    dweight: Array
+    dbias: Array
+    dx_hat: Array
+    dx: Array
+
+
+@dataclass(frozen=True)
+class GradientsByParts(Gradients):
+    """`Gradients`, with those of the statistics: dvar (dσ²) and dmean (dμ), `[C]` or `[K, C]`."""
+
+    dvar: Array
+    dmean: Array
+
+
+def backward(dy: ArrayLike, forward: Forward) -> Gradients:
+    """Return the gradients in closed form.
+
+        dz = dy·f′(z)    dβ = Σ dz    dγ = Σ dz·x̂    dx̂ = γ·dz
+        dx = invstd·(dx̂ − Σ dx̂/m − x̂·Σ(dx̂·x̂)/m)
+
+    With weights w/V₁ stands for 1/m; at inference 0 does. Source: `backward_by_parts`, simplified. Section 3.
+
+    Args:
+        dy: Gradient of y, like x.
+        forward: The forward pass, of any kind.
+    """
+    spread, total, share, x_hat = forward.layout.spread, forward.layout.total, forward.share, forward.x_hat
+    dz, dweight, dbias, dx_hat = _affine_backward(dy, forward)
+    sum_dx_hat = total(dx_hat, like=forward.mean)
+    sum_dx_hat_x_hat = total(dx_hat * x_hat, like=forward.mean)
+    dx = spread(forward.invstd) * (dx_hat - share * (spread(sum_dx_hat) + x_hat * spread(sum_dx_hat_x_hat)))
+    return Gradients(dz, dweight, dbias, dx_hat, dx)
+
+
+def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
+    """Return the gradients by the chain rule, through x̂, then σ², then μ. Arguments as in `backward`.
+
+        dx̂  = dz·γ
+        dσ² = Σ dx̂·(x − μ)·(−½)·(σ² + ε)^(−3/2)
+        dμ  = Σ dx̂·(−1/√(σ² + ε)) + dσ²·Σ(−2(x − μ))/m
+        dx  = dx̂/√(σ² + ε) + dσ²·2(x − μ)/m + dμ/m
+
+    At inference 1/m is 0, and dσ² and dμ are the gradients of the given statistics.
+    Source: Ioffe & Szegedy 2015, section 3, the six equations after Algorithm 1. Section 3.
+    """
+    spread, total, share = forward.layout.spread, forward.layout.total, forward.share
+    x_centered, invstd = forward.x_centered, forward.invstd
+    dz, dweight, dbias, dx_hat = _affine_backward(dy, forward)
+    dvar = total(dx_hat * x_centered, like=invstd) * -0.5 * invstd**3
+    dmean = total(dx_hat, like=invstd) * -invstd + dvar * total(-2 * share * x_centered, like=invstd)
+    dx = dx_hat * spread(invstd) + spread(dvar) * 2 * share * x_centered + spread(dmean) * share
+    return GradientsByParts(dz, dweight, dbias, dx_hat, dx, dvar, dmean)
+
+
+def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Array, Array]:
+    """dz, dγ, dβ, dx̂: back through y = f(γ·x̂ + β + residual)."""
+    layout, weight = forward.layout, forward.weight
+    dz = shaped("dy", dy, layout.shape) * forward.slope
+    dweight, dbias = layout.total(dz * forward.x_hat, like=weight), layout.total(dz, like=weight)
+    return dz, dweight, dbias, dz * layout.spread(weight)
+
+
+class DoubleGradients(NamedTuple):
+    """Gradients of Σ v·dx + Σ v_γ·dγ + Σ v_β·dβ: dz and dx like x, dweight like γ. That of β is 0."""
+
+    dz: Array
+    dx: Array
+    dweight: Array
+
+
+def double_backward(
+    v: ArrayLike, v_weight: ArrayLike, v_bias: ArrayLike, dz: ArrayLike, forward: Forward
+) -> DoubleGradients:
+    """Return the gradients of the gradients: back through dx, dγ and dβ as functions of dz, x and γ.
+
+    Mean and invstd are functions of x here too: taken as constants they give right first derivatives, but wrong
+    second ones. With P(t) = t − mean t − x̂·mean(t·x̂) and u = γ·dz:
+
+        to dz:  γ·invstd·P(v) + x̂·v_γ + v_β
+        to γ:   Σ invstd·dz·P(v)
+        to x:   −invstd²·[x̂·mean(v·P(u)) + mean(u·x̂)·P(v) + mean(v·x̂)·P(u)] + invstd·P(v_γ·dz)
+
+    With weights P has a transpose Q, which takes its place where it is applied to u and v_γ·dz. Section 3.
+
+    Args:
+        v: Gradient that arrives at dx, like x.
+        v_weight: v_γ, gradient that arrives at dγ, like γ.
+        v_bias: v_β, gradient that arrives at dβ, like γ.
+        dz: What `backward` found or, without activation, was given; like x.
+        forward: The forward pass, of any kind.
+    """
+    layout, weight, x_hat, share = forward.layout, forward.weight, forward.x_hat, forward.share
+    v, dz = shaped("v", v, layout.shape), shaped("dz", dz, layout.shape)
+    v_gamma = layout.spread(shaped("v_weight", v_weight, weight.shape))
+    v_beta = layout.spread(shaped("v_bias", v_bias, weight.shape))
+    gamma, invstd = layout.spread(weight), layout.spread(forward.invstd)
+
+    def sums(t: Array) -> Array:
+        return layout.spread(layout.total(t, like=forward.mean))
+
+    def p(t: Array) -> Array:
+        return np.asarray(t - sums(share * t) - x_hat * sums(share * t * x_hat))
+
+    def q(t: Array) -> Array:
+        return np.asarray(t - share * (sums(t) + x_hat * sums(t * x_hat)))
+
+    u = gamma * dz
+    through_invstd = share * x_hat * sums(v * q(u))
+    through_x_hat = share * sums(u * x_hat) * p(v) + sums(share * v * x_hat) * q(u)
+    return DoubleGradients(
+        dz=gamma * invstd * p(v) + x_hat * v_gamma + v_beta,
+        dx=-(invstd**2) * (through_invstd + through_x_hat) + invstd * q(v_gamma * dz),
+        dweight=layout.total(invstd * dz * p(v), like=weight),
+    )

@@ -1,0 +1,260 @@
+"""Statistics per channel: how they are counted, merged, and averaged over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def float64(a: ArrayLike) -> Array:
+    """Return `a` in float64."""
+    return np.asarray(a, dtype=np.float64)
+
+
+def require(holds: bool | np.bool_, must: str, came: object, do: str) -> None:
+    """Raise a ValueError in three parts unless `holds`."""
+    if not holds:
+        raise ValueError(f"{must}, got {came}. {do}")
+
+
+def shaped(name: str, a: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Return `a` in float64, which must have this shape."""
+    a = float64(a)
+    require(a.shape == shape, f"{name} must have shape {list(shape)}", list(a.shape), "Reshape or expand it.")
+    return a
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How values per channel spread over x, and how values of x add up per channel.
+
+    Attributes:
+        shape: Shape of x.
+        axis: The channel axis, not negative. Samples are on the first of the other axes.
+        index: `[N]`, the row of `[K, C]` values that each sample uses; None where all values are `[C]`.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    index: NDArray[np.intp] | None
+
+    def spread(self, v: Array) -> Array:
+        """`[C]` or `[K, C]` values, shaped to broadcast against x."""
+        rows = v[None] if v.ndim == 1 else v[self.index]  # [1, C] or [N, C]
+        return np.moveaxis(rows.reshape(*rows.shape, *[1] * (len(self.shape) - 2)), 1, self.axis)
+
+    def total(self, t: Array, like: Array) -> Array:
+        """Sum of t over all that shares an entry of `like`, in its shape: the transpose of `spread`."""
+        per_sample = np.moveaxis(t, self.axis, 1).sum(axis=tuple(range(2, t.ndim)))  # [N, C]
+        if like.ndim == 1:
+            return np.asarray(per_sample.sum(axis=0))
+        total = np.zeros_like(like)
+        for row, t_n in zip(np.asarray(self.index), per_sample, strict=True):
+            total[row] += t_n
+        return total
+
+    def per_channel(self, name: str, v: ArrayLike) -> Array:
+        """The argument called `name`, checked to be `[C]`, or `[K, C]` with every row that index names."""
+        v, channels = float64(v), self.shape[self.axis]
+        rows = 0 if self.index is None else self.index.max(initial=-1) + 1
+        require(
+            v.shape == (channels,) or (self.index is not None and v.shape == (max(len(v), rows), channels)),
+            f"{name} must have shape [{channels}], or with index [K >= {rows}, {channels}]",
+            list(v.shape),
+            "Pass one value per channel; if the channels of x are not on axis 1, pass axis.",
+        )
+        return v
+
+
+def layout_of(x: Array, axis: int, index: ArrayLike | None) -> Layout:
+    """Return where x has its channels and samples."""
+    require(x.ndim >= 2, "x must have a sample and a channel axis", list(x.shape), "Reshape it to [N, C].")
+    require(-x.ndim <= axis < x.ndim, f"axis must be in [{-x.ndim}, {x.ndim})", axis, "The default is 1.")
+    axis %= x.ndim
+    if index is None:
+        return Layout(x.shape, axis, None)
+    rows, samples = np.asarray(index), x.shape[1 if axis == 0 else 0]
+    fits = rows.shape == (samples,) and np.issubdtype(rows.dtype, np.integer) and (rows >= 0).all()
+    require(fits, f"index must hold {samples} integers >= 0, one per sample", rows, "Number groups from 0.")
+    return Layout(x.shape, axis, rows.astype(np.intp))
+
+
+def weights_of(weights: ArrayLike | None, layout: Layout) -> Array:
+    """`weights [N, *S]`, or ones, with a channel axis of size 1."""
+    shape = layout.shape[: layout.axis] + layout.shape[layout.axis + 1 :]
+    w = np.ones(shape) if weights is None else shaped("weights", weights, shape)
+    bad = w[~((w >= 0) & (w < np.inf))]
+    require(bad.size == 0, "weights must be finite and >= 0", bad[:1], "Masked values have weight 0.")
+    return np.expand_dims(w, layout.axis)
+
+
+def divisor(n: Array) -> Array:
+    """n, and 1 for 0: what is divided there is 0 too."""
+    return np.where(n > 0, n, 1.0)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What determines mean and variance, and can be merged.
+
+    Attributes:
+        count: V₁ = Σw, `[]` or `[K]`: without weights m, the number of values per channel.
+        mean: μ, `[C]` or `[K, C]`; 0 where nothing was counted.
+        m2: Σ w·(x − μ)², like `mean`.
+        count_squares: V₂ = Σw², like `count`: without weights, or with a mask of 0 and 1, the count itself.
+    """
+
+    count: Array
+    mean: Array
+    m2: Array
+    count_squares: Array
+
+    @property
+    def var(self) -> Array:
+        """σ² = M2/V₁, the biased variance, which normalizes."""
+        return np.asarray(self.m2 / divisor(self.count)[..., None])
+
+    @property
+    def var_unbiased(self) -> Array:
+        """σ²·V₁²/(V₁² − V₂), without weights σ²·m/(m − 1). Sections 2 and 4."""
+        self.require_several()
+        return np.asarray(self.var * (self.count**2 / divisor(self.count**2 - self.count_squares))[..., None])
+
+    def require_several(self) -> None:
+        """Raise ValueError where a single value was counted: it has no spread."""
+        single = (self.count > 0) & (self.count**2 - self.count_squares <= 1e-12 * self.count**2)
+        require(
+            not single.any(),
+            "A batch variance needs more than one value per channel",
+            f"count = {np.asarray(self.count).tolist()}",
+            "Take a larger batch, or normalize by running statistics.",
+        )
+
+
+def moments(
+    x: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    index: ArrayLike | None = None,
+    groups: int | None = None,
+    axis: int = 1,
+) -> Moments:
+    """Return count, mean and sum of squared deviations of each channel, or of each channel in each group.
+
+        V₁ = Σ w    μ = Σ w·x / V₁    M2 = Σ w·(x − μ)²
+
+    Source: Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2; section 3.2 for sums over positions. Section 4.
+
+    Args:
+        x: `[N, C, *S]`.
+        weights: `[N, *S]`, >= 0, default 1: how much each value counts. What counts 0 may be NaN.
+        index: `[N]`, the group of each sample, in [0, groups).
+        groups: K. Default: one group, and results `[C]`.
+        axis: The channel axis of x.
+    """
+    x = float64(x)
+    layout = layout_of(x, axis, index)
+    fits = groups is None if layout.index is None else groups is not None and (layout.index < groups).all()
+    came = f"index {layout.index}, groups {groups}"
+    require(fits, "index and groups must be given together, index < groups", came, "groups is their number.")
+    w = weights_of(weights, layout)
+    x = np.where(w > 0, x, 0.0)
+    rows = () if groups is None else (groups,)
+    one, channels = np.zeros((*rows, 1)), np.zeros((*rows, x.shape[axis]))
+
+    count, count_squares = layout.total(w, like=one), layout.total(w * w, like=one)
+    mean = layout.total(w * x, like=channels) / divisor(count)
+    # Once more from there takes out the first sum's rounding: a constant channel deviates by exactly 0.
+    mean = mean + layout.total(w * (x - layout.spread(mean)), like=channels) / divisor(count)
+    m2 = layout.total(w * (x - layout.spread(mean)) ** 2, like=channels)
+    return Moments(count[..., 0], mean, m2, count_squares[..., 0])
+
+
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of the data of all parts together; empty parts are skipped, whatever their mean.
+
+        n = Σ nₖ    μ = Σ nₖ·μₖ / n    M2 = Σ M2ₖ + Σ nₖ·(μₖ − μ)²
+
+    Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
+    variances". Section 4.
+    """
+    require(len(parts) > 0, "merge needs at least one part", 0, "Pass a list of Moments.")
+    n = np.stack([part.count for part in parts])[..., None]
+    mean_k = np.where(n > 0, np.stack([part.mean for part in parts]), 0.0)
+    m2_k = np.where(n > 0, np.stack([part.m2 for part in parts]), 0.0)
+    count = n.sum(0)
+    mean = (n * mean_k).sum(0) / divisor(count)
+    m2 = m2_k.sum(0) + (n * (mean_k - mean) ** 2).sum(0)
+    return Moments(count[..., 0], mean, m2, np.sum([part.count_squares for part in parts], axis=0))
+
+
+# name: whether momentum is the weight of the new batch, and whether running_var takes the unbiased variance.
+CONVENTIONS = {
+    "torch": (True, True),
+    "keras": (False, False),
+    "flax": (False, False),
+    "keras2_fused": (False, True),
+}
+
+
+class Running(NamedTuple):
+    """Running statistics: mean and var `[C]` or `[K, C]`, num_batches_tracked `[]` or `[K]`."""
+
+    mean: Array
+    var: Array
+    num_batches_tracked: NDArray[np.int64]
+
+
+def update_running(
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    batch: Moments,
+    *,
+    momentum: float | None,
+    convention: str,
+    num_batches_tracked: ArrayLike = 0,
+) -> Running:
+    """Return the running statistics, moved toward the batch's.
+
+        r ← (1 − a)·r + a·s    a = momentum in torch, 1 − momentum in Keras and Flax
+
+    running_mean takes μ; running_var takes the unbiased variance in torch, the biased one in Keras 3 and Flax.
+    With momentum=None a = 1/num_batches_tracked: the cumulative average. Empty batches (m = 0) change nothing.
+    Source: section 2; Ioffe & Szegedy 2015, section 3.1, for the unbiased variance.
+
+    Args:
+        running_mean: `[C]` or `[K, C]`.
+        running_var: Like `running_mean`.
+        batch: `Forward.batch`.
+        momentum: In [0, 1], or None.
+        convention: torch, keras, flax or keras2_fused. No default, as 0.1 in one is 0.9 in another.
+        num_batches_tracked: `[]` or `[K]`, the batches before this one.
+
+    Raises:
+        ValueError: Where the unbiased variance of a single value is asked for.
+
+    Examples:
+        >>> batch = moments([[1.0], [3.0]])  # mean 2; variance 1 biased, 2 unbiased
+        >>> update_running([0.0], [1.0], batch, momentum=0.25, convention="torch")[:2]
+        (array([0.5]), array([1.25]))
+        >>> update_running([0.0], [1.0], batch, momentum=0.75, convention="keras")[:2]
+        (array([0.5]), array([1.]))
+    """
+    require(convention in CONVENTIONS, f"convention must be one of {[*CONVENTIONS]}", convention, "Choose one.")
+    require(momentum is None or 0 <= momentum <= 1, "momentum must be in [0, 1]", momentum, "Or pass None.")
+    of_new_batch, unbiased = CONVENTIONS[convention]
+    old_mean = shaped("running_mean", running_mean, batch.mean.shape)
+    old_var = shaped("running_var", running_var, batch.mean.shape)
+    moves = batch.count > 0
+    tracked = np.asarray(np.asarray(num_batches_tracked, dtype=np.int64) + moves)
+    cumulative = 1 / np.maximum(tracked, 1)
+    rate = cumulative if momentum is None else momentum if of_new_batch else 1 - momentum
+    a = np.where(moves, rate, 0.0)[..., None]
+    var = batch.var_unbiased if unbiased else batch.var
+    return Running((1 - a) * old_mean + a * batch.mean, (1 - a) * old_var + a * var, tracked)

@@ -1,0 +1,35 @@
+"""What every test starts from."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers already fill the cores; their threads would only wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+# Each example may take as long as it needs, and CI draws the same examples every time.
+hypothesis.settings.register_profile(
+    "batchnorm", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+)
+hypothesis.settings.load_profile("batchnorm")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_global_state() -> Iterator[None]:
+    """Seeds the global generators, and puts back what a test may change for the whole process."""
+    random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
