@@ -1,0 +1,25 @@
+"""The command `batchnorm`."""
+
+from __future__ import annotations
+
+import click
+
+from batchnorm.cli.command import OneLineGroup
+from batchnorm.cli.compare import compare
+
+
+@click.group(
+    cls=OneLineGroup,
+    invoke_without_command=True,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="batchnorm")
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Batch normalization: experiments that show what it does."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+app.add_command(compare)

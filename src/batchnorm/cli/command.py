@@ -1,0 +1,96 @@
+"""How every verb reads its options and tells mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+import click
+
+
+class OneLineError(click.ClickException):
+    """A user's mistake, told in one line."""
+
+    exit_code = 2
+
+    def __init__(self, command: str, message: str) -> None:
+        """Takes the words that called it, such as `batchnorm compare`, and what is wrong."""
+        super().__init__(" ".join(message.split()))
+        self._command = command
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the line on standard error."""
+        click.echo(f"{self._command}: {self.format_message()}", file=file, err=file is None)
+
+
+@contextmanager
+def _one_line(context: click.Context) -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        path = (error.ctx or context).command_path
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        raise OneLineError(path, f"{message}{stop} See {path} --help.") from error
+
+
+class SeveralValues(click.Option):
+    """An option that takes every word up to the next option, and can also be repeated."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options["multiple"] = True
+        super().__init__(*arguments, **options)
+
+
+class OneLineCommand(click.Command):
+    """A verb without positional arguments; its `SeveralValues` options take several words each."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads the words after the verb."""
+        several = {name for option in self.params if isinstance(option, SeveralValues) for name in option.opts}
+        with _one_line(ctx):
+            return super().parse_args(ctx, repeat_options(args, several))
+
+
+class OneLineGroup(click.Group):
+    """A group of verbs that tells an unknown verb or option in one line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads the words before the verb."""
+        with _one_line(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the verb."""
+        with _one_line(ctx):
+            return super().resolve_command(ctx, args)
+
+
+def repeat_options(words: Sequence[str], several: set[str]) -> list[str]:
+    """Returns the words with the option's name before each of its values, as click wants it.
+
+    Args:
+        words: Such as `--norms none batch --lr 0.1`.
+        several: The options that take several values, such as `--norms`.
+
+    Returns:
+        Such as `--norms none --norms batch --lr 0.1`.
+    """
+    found: list[str] = []
+    current: str | None = None  # the option whose values are being read
+    pending = False  # whether its first value is still to come
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name in several:
+            found.append(word)
+            current, pending = name, not equals
+        elif word.startswith("-") or current is None:
+            found.append(word)
+            current = None
+        else:
+            found += [word] if pending else [current, word]
+            pending = False
+    return found

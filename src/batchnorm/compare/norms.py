@@ -1,0 +1,184 @@
+"""The normalizations that can be compared, by name.
+
+A layer joins by one line, `register(name, build, ...)`. On the command line a norm is written as its
+name, with options after a colon where it takes any: `batch`, `batch:momentum=0.01`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from batchnorm.compare.errors import ComparisonError
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+Build = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One entry of the registry."""
+
+    name: str
+    build: Build
+    title: str
+    replaces_bias: bool
+
+
+_REGISTRY: dict[str, Kind] = {}
+
+
+def register(name: str, build: Build, *, title: str, replaces_bias: bool) -> None:
+    """Makes a normalization available to comparisons.
+
+    Args:
+        name: What it is called in `norms=` and `--norms`; without commas, colons and spaces.
+        build: `build(num_features, dims, *options, **options)` returns the layer for `dims` = 1, 2 or 3,
+            as in `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`. Options come from what the user writes
+            behind the name: `ghost:16` calls `build(num_features, dims, 16)`, and
+            `renorm:rmax=3,dmax=5` calls `build(num_features, dims, rmax=3, dmax=5)`.
+        title: What it is called in a sentence.
+        replaces_bias: Whether it takes each channel's mean away and has a shift of its own, so that a
+            bias right before it does nothing.
+
+    Raises:
+        ValueError: If the name is taken, or has a comma, colon or space.
+    """
+    if name in _REGISTRY or not name or any(mark in name for mark in ",: "):
+        raise ValueError(f"a norm needs a free name without commas, colons and spaces, got {name!r}")
+    _REGISTRY[name] = Kind(name, build, title, replaces_bias)
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of every registered normalization."""
+    return tuple(_REGISTRY)
+
+
+@dataclass
+class Norm:
+    """One normalization with its options: what a model is built with.
+
+    A model calls it for each normalization layer that it needs: `norm(64)` for `[N, 64]`, `norm(16, dims=2)`
+    for `[N, 16, H, W]`.
+
+    Attributes:
+        spec: As the user wrote it, such as `batch` or `batch:momentum=0.01`.
+        title: What it is called in a sentence.
+        replaces_bias: Whether a bias right before the layer does nothing, so that it can be dropped.
+        made: Every layer made so far, in order.
+    """
+
+    spec: str
+    title: str
+    replaces_bias: bool
+    build: Build
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    made: list[nn.Module] = field(default_factory=list)
+
+    def __call__(self, num_features: int, dims: int = 1) -> nn.Module:
+        """Returns a new layer.
+
+        Args:
+            num_features: Number of channels C.
+            dims: 1 for `[N, C]` and `[N, C, L]`, 2 for `[N, C, H, W]`, 3 for `[N, C, D, H, W]`.
+        """
+        layer = self.build(num_features, dims, *self.arguments, **self.options)
+        self.made.append(layer)
+        return layer
+
+
+def parse(spec: str) -> Norm:
+    """Returns the normalization that `spec` names.
+
+    Args:
+        spec: A registered name, with options after a colon where there are any.
+
+    Raises:
+        ComparisonError: If the name is unknown or the layer does not take the options.
+    """
+    name, _, written = spec.partition(":")
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name.lower(), _REGISTRY, n=1, cutoff=0.4)
+        hint = f"Did you mean {close[0]}?" if close else "Choose from these."
+        raise ComparisonError(f"norms must be among {', '.join(_REGISTRY)}, got {name!r}. {hint}")
+    kind = _REGISTRY[name]
+    arguments: list[Any] = []
+    options: dict[str, Any] = {}
+    for part in filter(None, written.split(",")):
+        key, equals, value = part.partition("=")
+        if equals:
+            options[key] = _literal(value)
+        else:
+            arguments.append(_literal(part))
+    norm = Norm(spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options)
+    try:
+        kind.build(4, 1, *arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise ComparisonError(
+            f"the options of norm {spec!r} must be ones that its layer takes, but it said: {error}. "
+            f"Write {name} alone for the defaults."
+        ) from error
+    return norm
+
+
+def parse_all(specs: str | Iterable[str]) -> list[Norm]:
+    """Returns the normalizations in `specs`, where a comma separates as well as a new item does.
+
+    A part with `=` and no colon belongs to the norm before it, so `renorm:rmax=3,dmax=5,batch` are two.
+
+    Raises:
+        ComparisonError: If there is none, one is there twice, or one is unknown.
+    """
+    separate: list[str] = []
+    for item in [specs] if isinstance(specs, str) else specs:
+        first = True
+        for part in filter(None, (part.strip() for part in item.split(","))):
+            if not first and "=" in part and ":" not in part:
+                separate[-1] += f",{part}"
+            else:
+                separate.append(part)
+            first = False
+    if not separate:
+        raise ComparisonError(f"norms must name at least one of {', '.join(_REGISTRY)}, got none. Name one.")
+    for spec in separate:
+        if separate.count(spec) > 1:
+            raise ComparisonError(f"each norm must stand once in norms, got {spec!r} twice. Leave one out.")
+    return [parse(spec) for spec in separate]
+
+
+def _literal(text: str) -> Any:
+    """Returns the Python value that `text` spells, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _no_norm(num_features: int, dims: int) -> nn.Module:
+    return nn.Identity()
+
+
+def _by_rank(*layers: Build) -> Build:
+    """Returns a `build` that picks the layer for 1, 2 or 3 dims."""
+
+    def build(num_features: int, dims: int, *arguments: Any, **options: Any) -> nn.Module:
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}. Use 2 for images.")
+        return layers[dims - 1](num_features, *arguments, **options)
+
+    return build
+
+
+register("none", _no_norm, title="no normalization", replaces_bias=False)
+register(
+    "batch",
+    _by_rank(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    title="batch normalization",
+    replaces_bias=True,
+)

@@ -1,0 +1,144 @@
+"""The training of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.compare.data import Data
+from batchnorm.compare.measurements import FirstActivation, Stopwatch, evaluate, layers
+from batchnorm.compare.models import blame
+from batchnorm.compare.norms import Norm
+from batchnorm.compare.records import Histogram, Recorder, Step, finite
+
+Optimizer = torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One optimizer that can be named.
+
+    Attributes:
+        build: `build(parameters, lr=...)` returns it.
+        lr: Its learning rate where none is given.
+        title: What it is called in a sentence.
+    """
+
+    build: Callable[..., Optimizer]
+    lr: float
+    title: str
+
+
+def _momentum(parameters: Iterator[nn.Parameter], lr: float) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+OPTIMIZERS = {
+    "sgd": OptimizerKind(torch.optim.SGD, 0.1, "stochastic gradient descent"),
+    "momentum": OptimizerKind(_momentum, 0.01, "stochastic gradient descent with momentum 0.9"),
+    "adam": OptimizerKind(torch.optim.Adam, 1e-3, "Adam"),
+    "adamw": OptimizerKind(torch.optim.AdamW, 1e-3, "AdamW"),
+    "rmsprop": OptimizerKind(torch.optim.RMSprop, 1e-3, "RMSprop"),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, and when to look.
+
+    Attributes:
+        steps: Number of training steps.
+        batch_size: Samples in each step; the rest of an epoch that does not fill a batch is left out.
+        evaluate_every: Steps from one look at the test set to the next.
+    """
+
+    steps: int
+    batch_size: int
+    evaluate_every: int
+
+    def looks(self, step: int) -> bool:
+        """Whether the test set is looked at after this step."""
+        return step % self.evaluate_every == 0 or step == self.steps
+
+
+def batches(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yields, without end, the indices of each batch: every epoch in a new order, which the seed alone decides."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(samples, generator=generator)
+        yield from order[: samples // batch_size * batch_size].split(batch_size)
+
+
+def train(
+    network: nn.Module,
+    norm: Norm,
+    data: Data,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    first_activation: FirstActivation,
+    recorder: Recorder,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Trains a network, and records each step and each look at the test set.
+
+    Training ends early at the first loss that is not finite.
+
+    Args:
+        network: Trained in place, in training mode.
+        norm: What the network was built with.
+        data: What to train and test on.
+        optimizer: Holds the network's parameters.
+        schedule: How long, and when to look.
+        first_activation: Where the histograms come from.
+        recorder: Gets every record; its run's seed decides the data order.
+        on_step: Called with step and training loss after each step, off the clock.
+
+    Raises:
+        ComparisonError: If the network fails.
+    """
+    watch = Stopwatch()
+    diverged_at: int | None = None
+    what = f"with norm {norm.spec!r}, seed {recorder.run.seed},"
+    order = batches(len(data.y_train), schedule.batch_size, recorder.run.seed)
+
+    def look(step: int) -> None:
+        with blame(what, f"was tested after step {step}"):
+            found = evaluate(network, data, step, watch.seconds)
+        recorder.evaluation(found)
+
+    look(0)
+    for step in range(1, schedule.steps + 1):
+        index = next(order)
+        found: list[Histogram] = []
+        with blame(what, f"took training step {step}"):
+            if step == 1 or schedule.looks(step):
+                with first_activation.watch(step, watch, found):
+                    loss = _step(network, data, index, optimizer, watch)
+            else:
+                loss = _step(network, data, index, optimizer, watch)
+        recorder.step(Step(step, watch.seconds, finite(loss)))
+        for record in found:
+            recorder.histogram(record)
+        diverged = finite(loss) is None
+        if diverged or schedule.looks(step):
+            look(step)
+        on_step(step, loss)
+        if diverged:
+            diverged_at = step
+            break
+    recorder.end(layers(network, norm), diverged_at)
+
+
+def _step(network: nn.Module, data: Data, index: Tensor, optimizer: Optimizer, watch: Stopwatch) -> float:
+    """Takes one step of training on the clock, and returns the loss before it."""
+    watch.start()
+    loss = F.cross_entropy(network(data.x_train[index]), data.y_train[index])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    watch.stop()
+    return float(loss.detach())

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from batchnorm.cli.app import app
+
+SHORT = ["--steps", "4", "--seeds", "1", "--batch-size", "8", "--threads", "1"]
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    labels = np.arange(48) % 3
+    x = (labels[:, None] + generator.standard_normal((48, 4))).astype(np.float32)
+    return {"x_train": x, "y_train": labels, "x_test": x, "y_test": labels}
+
+
+@pytest.fixture
+def file(arrays, tmp_path: Path) -> Path:
+    np.savez(tmp_path / "mine.npz", **arrays)
+    return tmp_path / "mine.npz"
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, ["compare", *map(str, words)], prog_name="batchnorm")
+
+
+def assert_one_line(result: Result, text: str, code: int = 2) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert text in result.stderr
+    assert result.stderr.startswith("batchnorm compare: ")
+    assert result.stderr.count("\n") == 1
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("norms", [["none", "batch"], ["none,batch"], ["none", "--norms", "batch"]])
+def test_a_comparison_prints_headline_and_page(file, tmp_path, norms):
+    result = invoke("--norms", *norms, "--data", file, "--out", tmp_path / "out", *SHORT)
+    assert result.exit_code == 0, result.output
+    *headline, blank, last = result.stdout.splitlines()
+    assert len(headline) == 3
+    assert blank == ""
+    assert last == f"Report: {tmp_path / 'out' / 'report.html'}"
+    assert (tmp_path / "out" / "summary.json").is_file()
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["[1/2] none, seed 0", "[2/2] batch, seed 0"]
+
+
+def test_the_default_directory_is_new_in_the_working_directory(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("--norms", "none", "--data", file, *SHORT)
+    assert result.exit_code == 0, result.output
+    (made,) = (tmp_path / "batchnorm-compare").iterdir()
+    assert (made / "report.html").is_file()
+
+
+def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypatch):
+    (tmp_path / "net_for_cli.py").write_text(
+        "from torch import nn\n"
+        "def build(norm, in_shape, num_classes):\n"
+        "    return nn.Sequential(nn.Linear(in_shape[0], 6), norm(6), nn.Tanh(), nn.Linear(6, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = invoke(
+        "--model", "net_for_cli:build", "--data", file, "--norms", "batch", "none", "--epochs", 2, "--batch-size", 16,
+        "--lr", 0.05, "--optimizer", "adam", "--seeds", 2, "--target-accuracy", 0.5, "--threads", 1,
+        "--evaluate-every", 3, "--out", "there",
+    )  # fmt: skip
+    sys.modules.pop("net_for_cli", None)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "there" / "settings.json").read_text())["settings"]
+    assert settings == {
+        "norms": ["batch", "none"], "model": "net_for_cli:build", "data": "mine.npz", "batch_size": 16, "steps": 6,
+        "lr": 0.05, "optimizer": "adam", "seeds": 2, "target_accuracy": 0.5, "threads": 1, "evaluate_every": 3,
+    }  # fmt: skip
+
+
+def test_an_unknown_norm_is_told_with_the_closest(tmp_path):
+    result = invoke("--norms", "none", "btach", "--out", tmp_path / "out")
+    assert_one_line(result, "norms must be among none, batch, got 'btach'. Did you mean batch?")
+
+
+def test_a_model_callable_that_raises_is_told(tmp_path, monkeypatch):
+    (tmp_path / "bad_net_for_cli.py").write_text(
+        "def build(norm, in_shape, num_classes):\n    raise KeyError('width')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = invoke("--model", "bad_net_for_cli:build", "--out", tmp_path / "out", *SHORT)
+    sys.modules.pop("bad_net_for_cli", None)
+    assert_one_line(result, "it raised KeyError: 'width' (bad_net_for_cli.py, line 2)")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "value", "text"),
+    [
+        ("y_test", 3, 9, "y_test must be among the 3 classes 0 to 2, got 9"),
+        ("y_train", 3, -1, "y_train must not be negative, got -1"),
+        ("x_train", (3, 1), np.nan, "x_train must be finite in float32, got NaN or infinity in 1 of 48 samples"),
+    ],
+)
+def test_unusable_data_is_told(arrays, tmp_path, key, index, value, text):
+    arrays[key] = arrays[key].copy()
+    arrays[key][index] = value
+    np.savez(tmp_path / "bad.npz", **arrays)
+    assert_one_line(invoke("--data", tmp_path / "bad.npz", "--out", tmp_path / "out", *SHORT), text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_told(file, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    result = invoke("--data", file, "--out", tmp_path / "taken" / "out", *SHORT)
+    assert_one_line(result, "out must be a directory that can be written to")
+
+
+def test_a_directory_that_may_not_be_written_to_is_told(file, tmp_path, monkeypatch):
+    open_ = Path.open
+
+    def refuse(path, mode="r", *arguments, **options):
+        if "w" in mode:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    result = invoke("--data", file, "--out", tmp_path / "out", *SHORT)
+    assert_one_line(result, "Permission denied")
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_an_earlier_comparison_is_kept_unless_told_otherwise(file, tmp_path):
+    words = ["--norms", "none", "--data", file, "--out", tmp_path / "out", *SHORT]
+    assert invoke(*words).exit_code == 0
+    before = (tmp_path / "out" / "summary.json").read_text()
+    assert_one_line(invoke(*words), "must not hold an earlier comparison")
+    assert (tmp_path / "out" / "summary.json").read_text() == before
+    assert invoke(*words, "--overwrite").exit_code == 0
+
+
+def test_missing_extras_are_told(file, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    result = invoke("--data", file, "--out", tmp_path / "out", *SHORT)
+    assert_one_line(result, "matplotlib cannot be imported. Install them with: pip install 'batchnorm[compare]'")
+
+
+def test_control_c_ends_with_130_and_one_line(tmp_path):
+    out = tmp_path / "out"
+    words = ["--norms", "none", "--steps", "1000000", "--evaluate-every", "10", "--threads", "1", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchnorm", "compare", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    partial = out / "runs" / "none-seed0.jsonl.partial"
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == (
+        f"batchnorm compare: interrupted; 0 finished runs lie in {out / 'runs'}, no summary was written."
+    )
+    assert "Traceback" not in stderr
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [partial.name, "settings.json"]
