@@ -65,20 +65,27 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
 
     def _normalize(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         moves = self.training and self.track_running_stats and self.update_running_stats
-        given = moves or not self.training
+        # Module.__getattr__ takes half a microsecond; its dictionaries hold all but parametrized tensors.
+        held = {**self._parameters, **self._buffers}
+        weight = held["weight"] if "weight" in held else self.weight
+        bias = held["bias"] if "bias" in held else self.bias
+        running_mean, running_var = held["running_mean"], held["running_var"]
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not moves:
+            running_mean = running_var = None
         return functional.batch_norm(
             x,
-            self.running_mean if given else None,
-            self.running_var if given else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
             self.momentum,
             self.eps,
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
-            num_batches_tracked=self.num_batches_tracked if moves else None,
+            num_batches_tracked=held["num_batches_tracked"] if moves else None,
             on_nonfinite=self.on_nonfinite,
             caller=self.layer_name,
         )

@@ -14,7 +14,14 @@ from torch import Tensor
 from batchnorm.ops import eager
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 
-_ops = torch.ops.batchnorm
+_train_forward = torch.ops.batchnorm.train_forward.default
+_train_backward = torch.ops.batchnorm.train_backward.default
+_normalize = torch.ops.batchnorm.normalize.default
+_normalize_backward = torch.ops.batchnorm.normalize_backward.default
+_backward_reduce = torch.ops.batchnorm.backward_reduce.default
+
+# Inside a Function the operators' own registered derivative has nothing to do but cost time.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # dx, dγ, dβ and dr of one call, None where not needed.
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -41,9 +48,8 @@ def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
 def _differentiable_gradients(
     dy: Tensor,
     kept: tuple[Tensor | None, ...],
-    needs: tuple[bool, bool, bool, bool],
+    needs: tuple[bool, ...],
     attributes: tuple[float, str, float],
-    index: Tensor | None,
     *,
     batch_statistics: bool,
 ) -> _Gradients:
@@ -58,7 +64,7 @@ def _differentiable_gradients(
     assert x is not None
     if batch_statistics:
         mean, mean_low, var = eager.batch_statistics(x)
-    z = eager.preactivation(x, mean, mean_low, var, weight, bias, None, index, eps)
+    z = eager.preactivation(x, mean, mean_low, var, weight, bias, None, None, eps)
     upstream = dy.to(z.dtype)
     if y is not None:  # f′ is constant between its kinks: y's own derivative adds nothing
         dz = ACTIVATIONS[activation].backward(upstream, y.detach().to(z.dtype), negative_slope)
@@ -76,6 +82,25 @@ def _differentiable_gradients(
 # Batch statistics: train_forward(x, weight, bias, residual, eps, activation, negative_slope)
 
 
+def _train_gradients(
+    dy: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...], attributes: tuple[float, str, float]
+) -> _Gradients:
+    weight, bias = kept[6:]
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    need_dz = needs_residual and attributes[1] != "none"
+    dx = dz = None
+    if needs_x or need_dz:
+        dx, dweight, dbias, dz = _train_backward(dy, *kept, *attributes, need_dz)
+    else:
+        dbias, dweight = _backward_reduce(dy, *kept, None, 1, *attributes)
+    return (
+        dx if needs_x else None,
+        _like(dweight, weight) if needs_weight else None,
+        _like(dbias, bias) if needs_bias else None,
+        (dz if need_dz else dy) if needs_residual else None,
+    )
+
+
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, *attributes = inputs
     y, mean, mean_low, var = output
@@ -86,51 +111,79 @@ def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
 
 
-def _backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _registered_backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    kept = ctx.saved_tensors
-    weight, bias = kept[6:]
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    activation = ctx.attributes[1]
-    need_dz = needs_residual and activation != "none"
-    if needs_x or need_dz:
-        dx, dweight, dbias, dz = _ops.train_backward(dy, *kept, *ctx.attributes, need_dz)
-    else:
-        dbias, dweight = _ops.backward_reduce(dy, *kept, None, 1, *ctx.attributes)
-        dx = dz = None
-    return (
-        dx if needs_x else None,
-        _like(dweight, weight) if needs_weight else None,
-        _like(dbias, bias) if needs_bias else None,
-        (dz if need_dz else dy) if needs_residual else None,
-        None,
-        None,
-        None,
-    )
+    return *_train_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], ctx.attributes), None, None, None
 
 
 class TrainFunction(torch.autograd.Function):
-    """`train_forward` under autograd; mean, mean_low and var are returned without gradient."""
+    """y of `train_forward` under autograd; mean, mean_low and var are appended to the list `statistics`.
+
+    They are not results, so that autograd has one to look after: it is the larger part of a small layer's time.
+    """
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        """`train_forward`'s arguments and results."""
-        return _ops.train_forward(*args)
-
-    setup_context = staticmethod(_setup_train)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        attributes: tuple[float, str, float],
+        statistics: list[Tensor],
+    ) -> Tensor:
+        """Compute y, and keep what backward needs."""
+        with below_autograd():
+            y, mean, mean_low, var = _train_forward(x, weight, bias, residual, *attributes)
+        statistics += (mean, mean_low, var)
+        kept = _keep_for_activation(residual, y, attributes[1], attributes[2])
+        ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias)
+        ctx.attributes = attributes
+        ctx.set_materialize_grads(False)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
         """First derivative by the operators, higher ones through plain torch operations."""
-        if dy is None or not torch.is_grad_enabled():
-            return _backward_train(ctx, dy)
-        needs = ctx.needs_input_grad[:4]
-        gradients = _differentiable_gradients(dy, ctx.saved_tensors, needs, ctx.attributes, None, batch_statistics=True)
-        return *gradients, None, None, None
+        if dy is None:
+            return (None,) * 6
+        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(dy, kept, needs, ctx.attributes, batch_statistics=True)
+        else:
+            with below_autograd():
+                gradients = _train_gradients(dy, kept, needs, ctx.attributes)
+        return *gradients, None, None
 
 
 # Given statistics: normalize(x, mean, mean_low, var, weight, bias, residual, index, eps, activation, negative_slope)
+
+
+def _normalize_gradients(
+    dy: Tensor,
+    kept: tuple[Tensor | None, ...],
+    index: Tensor | None,
+    needs: tuple[bool, ...],
+    attributes: tuple[float, str, float],
+) -> tuple[_Gradients, Tensor, Tensor]:
+    """dx, dγ, dβ, dr; and the sums Σ dz·x̂ and Σ dz."""
+    mean, weight, bias = kept[3], *kept[6:]
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    need_dz = needs_residual and attributes[1] != "none"
+    rows = next((t.shape[0] for t in (mean, weight, bias) if t is not None and t.dim() == 2), 1)
+    dx = dz = None
+    if needs_x or need_dz:
+        dx, sum_dz_xhat, sum_dz, dz = _normalize_backward(dy, *kept, index, rows, *attributes, need_dz)
+    else:
+        sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, rows, *attributes)
+    gradients = (
+        dx if needs_x else None,
+        _like(sum_dz_xhat, weight) if needs_weight else None,
+        _like(sum_dz, bias) if needs_bias else None,
+        (dz if need_dz else dy) if needs_residual else None,
+    )
+    return gradients, sum_dz_xhat, sum_dz
 
 
 def _setup_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,63 +194,59 @@ def _setup_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _registered_backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
     *kept, index = ctx.saved_tensors
-    mean, _, var, weight, bias = kept[3:]
-    needs_x, needs_mean, needs_low, needs_var, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:7]
-    eps, activation, _ = ctx.attributes
-    need_dz = needs_residual and activation != "none"
-    rows = next((t.shape[0] for t in (mean, weight, bias) if t is not None and t.dim() == 2), 1)
-    if needs_x or need_dz:
-        dx, sum_dz_xhat, sum_dz, dz = _ops.normalize_backward(dy, *kept, index, rows, *ctx.attributes, need_dz)
-    else:
-        sum_dz, sum_dz_xhat = _ops.backward_reduce(dy, *kept, index, rows, *ctx.attributes)
-        dx = dz = None
+    mean, _, var, weight = kept[3:7]
+    needs_x, needs_mean, needs_low, needs_var, *needs = ctx.needs_input_grad[:7]
+    gradients, sum_dz_xhat, sum_dz = _normalize_gradients(dy, tuple(kept), index, (needs_x, *needs), ctx.attributes)
     dmean = dlow = dvar = None
     if needs_mean or needs_low or needs_var:
-        invstd = (var + eps).rsqrt()
+        invstd = (var + ctx.attributes[0]).rsqrt()
         scale = invstd if weight is None else invstd * weight
         shift = _like(-scale * sum_dz, mean)
         dmean, dlow = shift if needs_mean else None, shift if needs_low else None
         dvar = _like(-0.5 * scale * invstd * sum_dz_xhat, var) if needs_var else None
-    return (
-        dx if needs_x else None,
-        dmean,
-        dlow,
-        dvar,
-        _like(sum_dz_xhat, weight) if needs_weight else None,
-        _like(sum_dz, bias) if needs_bias else None,
-        (dz if need_dz else dy) if needs_residual else None,
-        None,
-        None,
-        None,
-        None,
-    )
+    dx, dweight, dbias, dresidual = gradients
+    return dx, dmean, dlow, dvar, dweight, dbias, dresidual, None, None, None, None
 
 
 class NormalizeFunction(torch.autograd.Function):
-    """`normalize` under autograd, its statistics held constant."""
+    """y of `normalize` under autograd, its statistics held constant."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        """`normalize`'s arguments and result."""
-        return _ops.normalize(*args)
-
-    setup_context = staticmethod(_setup_normalize)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        attributes: tuple[float, str, float],
+    ) -> Tensor:
+        """Compute y, and keep what backward needs."""
+        with below_autograd():
+            y: Tensor = _normalize(x, mean, None, var, weight, bias, residual, None, *attributes)
+        kept = _keep_for_activation(residual, y, attributes[1], attributes[2])
+        ctx.save_for_backward(x, *kept, mean, None, var, weight, bias)
+        ctx.attributes = attributes
+        ctx.set_materialize_grads(False)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         """First derivative by the operators, higher ones through plain torch operations."""
-        if dy is None or not torch.is_grad_enabled():
-            return _backward_normalize(ctx, dy)
-        needs_x, _, _, _, *needs = ctx.needs_input_grad[:7]
-        *kept, index = ctx.saved_tensors
-        dx, dweight, dbias, dz = _differentiable_gradients(
-            dy, tuple(kept), (needs_x, *needs), ctx.attributes, index, batch_statistics=False
-        )
-        return dx, None, None, None, dweight, dbias, dz, None, None, None, None
+        if dy is None:
+            return (None,) * 7
+        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(dy, kept, needs, ctx.attributes, batch_statistics=False)
+        else:
+            with below_autograd():
+                gradients, _, _ = _normalize_gradients(dy, kept, None, needs, ctx.attributes)
+        return *gradients, None, None, None
 
 
 def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -208,7 +257,7 @@ def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward_moments(
+def _registered_backward_moments(
     ctx: Any, dcount: None, dmean: None, dmean_low: Tensor | None, dm2: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dmean_low is None and dm2 is None:
@@ -228,8 +277,8 @@ def _refuse(name: str) -> Any:
     return backward
 
 
-torch.library.register_autograd("batchnorm::train_forward", _backward_train, setup_context=_setup_train)
-torch.library.register_autograd("batchnorm::normalize", _backward_normalize, setup_context=_setup_normalize)
-torch.library.register_autograd("batchnorm::moments", _backward_moments, setup_context=_setup_moments)
+torch.library.register_autograd("batchnorm::train_forward", _registered_backward_train, setup_context=_setup_train)
+torch.library.register_autograd("batchnorm::normalize", _registered_backward_normalize, setup_context=_setup_normalize)
+torch.library.register_autograd("batchnorm::moments", _registered_backward_moments, setup_context=_setup_moments)
 for _name in ("train_backward", "normalize_backward", "backward_reduce", "backward_apply"):
     torch.library.register_autograd(f"batchnorm::{_name}", _refuse(_name))

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.ops import eager
-from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction
+from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd
 
 _ops = torch.ops.batchnorm
 
 
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def batch_statistics_norm(
@@ -31,14 +35,19 @@ def batch_statistics_norm(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and the batch's mean, mean_low and biased variance (these without gradient)."""
-    arguments = (x, weight, bias, residual, eps, activation, negative_slope)
+    attributes = (eps, activation, negative_slope)
     if _transforms_active():
-        y, *statistics = eager.train_forward(*arguments)
-        mean, mean_low, var = (t.detach() for t in statistics)
+        y, *found = eager.train_forward(x, weight, bias, residual, *attributes)
+        mean, mean_low, var = (t.detach() for t in found)
         return y, mean, mean_low, var
     if torch.compiler.is_compiling():
-        return _ops.train_forward(*arguments)
-    return TrainFunction.apply(*arguments)
+        return _ops.train_forward(x, weight, bias, residual, *attributes)
+    if not _needs_gradient(x, weight, bias, residual):
+        with below_autograd():
+            return _ops.train_forward.default(x, weight, bias, residual, *attributes)
+    statistics: list[Tensor] = []
+    y = TrainFunction.apply(x, weight, bias, residual, attributes, statistics)
+    return y, *statistics
 
 
 def fixed_statistics_norm(
@@ -53,21 +62,24 @@ def fixed_statistics_norm(
     negative_slope: float,
 ) -> Tensor:
     """Return y from running statistics, which get no gradient and may be written to before backward."""
-    transforms, compiling = _transforms_active(), torch.compiler.is_compiling()
+    attributes = (eps, activation, negative_slope)
+    needs_gradient, compiling = _needs_gradient(x, weight, bias, residual), torch.compiler.is_compiling()
     mean, var = mean.detach(), var.detach()
-    if not torch.is_grad_enabled():
+    if not needs_gradient:
         dtype = eager.statistics_dtype(x)
         mean, var = mean.to(dtype), var.to(dtype)
-    elif compiling and not transforms:  # a plain clone would be recomputed in backward, from buffers written to since
+    elif compiling:  # a plain clone would be recomputed in backward, from buffers written to since
         mean, var = _ops.copy_running(mean, var)
     else:
         mean, var = eager.copy_running(mean, var)
-    arguments = (x, mean, None, var, weight, bias, residual, None, eps, activation, negative_slope)
-    if transforms:
-        return eager.normalize(*arguments)
+    if _transforms_active():
+        return eager.normalize(x, mean, None, var, weight, bias, residual, None, *attributes)
     if compiling:
-        return _ops.normalize(*arguments)
-    return NormalizeFunction.apply(*arguments)
+        return _ops.normalize(x, mean, None, var, weight, bias, residual, None, *attributes)
+    if not needs_gradient:
+        with below_autograd():
+            return _ops.normalize.default(x, mean, None, var, weight, bias, residual, None, *attributes)
+    return NormalizeFunction.apply(x, weight, bias, residual, mean, var, attributes)
 
 
 def update_running_(
