@@ -67,8 +67,8 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         moves = self.training and self.track_running_stats and self.update_running_stats
         # Module.__getattr__ takes half a microsecond; its dictionaries hold all but parametrized tensors.
         held = {**self._parameters, **self._buffers}
-        weight = held["weight"] if "weight" in held else self.weight
-        bias = held["bias"] if "bias" in held else self.bias
+        weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401  (not looked up in vain)
+        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
         running_mean, running_var = held["running_mean"], held["running_var"]
         training = self.training or (running_mean is None and running_var is None)
         if self.training and not moves:
