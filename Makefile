@@ -7,6 +7,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+LIBRARY := src/batchnorm/libbatchnorm_cpu.so
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
@@ -17,21 +18,31 @@ export NO_MKDOCS_2_WARNING := 1
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## create .venv with everything that the targets below need
+setup: $(STAMP) $(LIBRARY) ## create .venv with everything that the targets below need
 
-# torch goes in first and on its own, so that TORCH alone decides which build that is. Some pinned versions
-# need Python 3.11: on 3.10 pip chooses.
+# torch goes in first and on its own, so that TORCH alone decides which build that is. The compiled part is built apart,
+# below: pip would build it anew each time.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
-	sed -e '/^torch==/d' -e '/==/s/$$/ ; python_version >= "3.11"/' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[compare,dev]'
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt scikit-build-core
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation \
+	  --config-settings wheel.cmake=false --editable '.[compare,dev]'
 	@touch $@
 
-demo: $(STAMP) ## train one network with and without batch normalization, and write a page about it
+# Without a compiler the eager implementation serves, and batchnorm.backends() says so.
+$(LIBRARY): $(STAMP) CMakeLists.txt $(wildcard csrc/*.cpp csrc/kernels/*)
+	@if ! command -v $(CXX) > /dev/null; then echo 'No C++ compiler: building without the compiled part.'; else \
+	  $(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build.log && $(BIN)/cmake --build build/dev >> build.log \
+	    || { cat build.log; exit 1; }; \
+	  mv build.log build/dev/; cp build/dev/libbatchnorm_cpu.so $@.new && mv $@.new $@; fi
+
+demo: setup ## train one network with and without batch normalization, and write a page about it
 	$(BIN)/batchnorm compare
 
-test: $(STAMP) ## run the tests, the docstring examples and the examples of README and docs
+test: setup ## run the tests, the docstring examples and the examples of README and docs
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 lint: $(STAMP) ## check style, types and the direction of imports

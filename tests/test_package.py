@@ -28,6 +28,7 @@ PUBLIC_NAMES = {
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "__version__",
+    "backends",
     "functional",
     "nn",
     "update_running_stats",

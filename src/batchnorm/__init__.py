@@ -16,6 +16,7 @@ from batchnorm.nn import (
     LazyBatchNorm3d,
     update_running_stats,
 )
+from batchnorm.ops import backends
 
 __version__ = _version("batchnorm")
 
@@ -31,6 +32,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "__version__",
+    "backends",
     "functional",
     "nn",
     "update_running_stats",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,31 @@ from torch import Tensor
 
 import batchnorm  # noqa: F401  (defines the operators)
 from batchnorm import reference
-from batchnorm.ops import eager
+from batchnorm.ops import compiled, eager
 from tests.cases import ACTIVATIONS, CASES, EPS, KINKS, NEGATIVE_SLOPE, Case, ids
 from tests.tolerance import Array, Terms, assert_within, bound
 
 Ops = Callable[[str], Callable[..., Any]]
 
-IMPLEMENTATIONS: dict[str, Ops] = {
-    "eager": lambda name: getattr(eager, name),
-    "dispatched": lambda name: getattr(torch.ops.batchnorm, name),
-}
+# Eager functions; and what the dispatcher finds: compiled for each instruction set of this machine, or eager again.
+IMPLEMENTATIONS = ["eager", *(compiled.cpu_capabilities() or ("dispatched",))]
 
 RESIDUALS = pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 SEVERAL = [case for case in CASES if case.m != 1]
 SMOOTH = ("silu", "gelu", "hardswish")
 
 
-@pytest.fixture(params=IMPLEMENTATIONS, ids=str)
-def op(request: pytest.FixtureRequest) -> Ops:
-    return IMPLEMENTATIONS[request.param]
+@pytest.fixture(params=IMPLEMENTATIONS)
+def op(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    if request.param == "eager":
+        yield lambda name: getattr(eager, name)
+        return
+    before = compiled.cpu_capability()
+    if request.param != "dispatched":
+        compiled.set_cpu_capability(request.param)
+    yield lambda name: getattr(torch.ops.batchnorm, name)
+    if request.param != "dispatched":
+        compiled.set_cpu_capability(before)
 
 
 def wide(t: Tensor | None) -> Array | None:
@@ -305,17 +311,17 @@ MANY = [case for case in CASES if case.m * case.shape[1] > 32_768] + [
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("case", MANY, ids=ids)
-def test_the_bits_do_not_depend_on_threads_or_run(case: Case, activation: str) -> None:
+def test_the_bits_do_not_depend_on_threads_or_run(op: Ops, case: Case, activation: str) -> None:
     x, dy = case.x(), case.random(4)
     weight, bias = case.parameters()
     attributes = (EPS, activation, NEGATIVE_SLOPE)
 
     def everything() -> list[Tensor]:
-        y, *statistics = torch.ops.batchnorm.train_forward(x, weight, bias, None, *attributes)
+        y, *statistics = op("train_forward")(x, weight, bias, None, *attributes)
         saved = (dy, x, None, None, *statistics, weight, bias)
-        gradients = torch.ops.batchnorm.train_backward(*saved, *attributes, False)
-        sums = torch.ops.batchnorm.backward_reduce(*saved, None, 1, *attributes)
-        return [y, *statistics, *gradients, *sums, *torch.ops.batchnorm.moments(x, None, None, 1)]
+        gradients = op("train_backward")(*saved, *attributes, False)
+        sums = op("backward_reduce")(*saved, None, 1, *attributes)
+        return [y, *statistics, *gradients, *sums, *op("moments")(x, None, None, 1)]
 
     torch.set_num_threads(1)
     expected = everything()

@@ -6,6 +6,7 @@ route to a derivative; everything above this package calls them or the operators
 
 from batchnorm.ops import schemas  # noqa: F401  (defines the operators)
 from batchnorm.ops.activations import ACTIVATIONS
+from batchnorm.ops.compiled import Backends, backends
 from batchnorm.ops.routes import batch_statistics_norm, fixed_statistics_norm, update_running_
 
-__all__ = ["ACTIVATIONS", "batch_statistics_norm", "fixed_statistics_norm", "update_running_"]
+__all__ = ["ACTIVATIONS", "Backends", "backends", "batch_statistics_norm", "fixed_statistics_norm", "update_running_"]

@@ -1,0 +1,106 @@
+// Chooses the instruction set at load: the best that build and processor have, or BATCHNORM_CPU_CAPABILITY.
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+namespace batchnorm {
+
+#define BATCHNORM_DECLARE(capability)        \
+  namespace capability {                     \
+  extern const Kernels float64_kernels;      \
+  extern const Kernels float32_kernels;      \
+  extern const Kernels bfloat16_kernels;     \
+  extern const Kernels float16_kernels;      \
+  }
+#if defined(__x86_64__)
+BATCHNORM_DECLARE(baseline)
+BATCHNORM_DECLARE(avx2)
+BATCHNORM_DECLARE(avx512)
+#elif defined(__aarch64__)
+BATCHNORM_DECLARE(neon)
+#else
+BATCHNORM_DECLARE(baseline)
+#endif
+
+namespace {
+
+struct Set {
+  const char* name;
+  bool (*supported)();
+  const Kernels* tables[kDTypes];
+};
+
+#define BATCHNORM_TABLES(capability)                                            \
+  {                                                                             \
+    &capability::float64_kernels, &capability::float32_kernels,                 \
+        &capability::bfloat16_kernels, &capability::float16_kernels             \
+  }
+
+// Best first.
+const Set kSets[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+     },
+     BATCHNORM_TABLES(avx512)},
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     },
+     BATCHNORM_TABLES(avx2)},
+    {"baseline", [] { return true; }, BATCHNORM_TABLES(baseline)},
+#elif defined(__aarch64__)
+    {"neon", [] { return true; }, BATCHNORM_TABLES(neon)},
+#else
+    {"baseline", [] { return true; }, BATCHNORM_TABLES(baseline)},
+#endif
+};
+
+struct Choice {
+  const Set* set = nullptr;
+  std::string available, problem;
+
+  Choice() {
+    for (const Set& s : kSets) {
+      if (!s.supported()) continue;
+      if (!set) set = &s;
+      if (!available.empty()) available.append(" ");
+      available.append(s.name);
+    }
+    const char* wanted = std::getenv("BATCHNORM_CPU_CAPABILITY");
+    if (wanted && *wanted && !choose(wanted)) {
+      problem.append("BATCHNORM_CPU_CAPABILITY must name an instruction set that this build and this processor have (")
+          .append(available).append("), got '").append(wanted).append("'. Using ").append(set->name).append(".");
+    }
+  }
+  bool choose(const char* name) {
+    for (const Set& s : kSets) {
+      if (std::strcmp(s.name, name) == 0 && s.supported()) {
+        set = &s;
+        return true;
+      }
+    }
+    return false;
+  }
+};
+
+Choice& choice() {
+  static Choice chosen;
+  return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels(DType dtype) { return *choice().set->tables[static_cast<int>(dtype)]; }
+const char* capability() { return choice().set->name; }
+bool set_capability(const char* name) { return choice().choose(name); }
+const char* capabilities() { return choice().available.c_str(); }
+const char* capability_problem() { return choice().problem.empty() ? nullptr : choice().problem.c_str(); }
+
+}  // namespace batchnorm

@@ -1,0 +1,113 @@
+// The kernels' interface: raw pointers and sizes, no torch.
+//
+// The same sources are compiled once per instruction set; `kernels()` is the set chosen at load.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+enum class DType : int { float64, float32, bfloat16, float16 };
+inline constexpr int kDTypes = 4;
+
+enum class Activation : int { none, relu, relu6, leaky_relu, silu, gelu, hardswish };
+
+// x: n samples of c channels of s positions, dense in memory as [n, c, s], or as [n, s, c] if channels_last.
+struct Shape {
+  int64_t n, c, s;
+  bool channels_last;
+  int64_t numel() const { return n * c * s; }
+};
+
+// [c] (rows = 1), or [rows, c] of which `index` picks a row per sample. No data: the quantity is absent.
+struct Vector {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t rows = 1;
+};
+
+// The calling side's thread pool. `run(begin, end, grain, body, context)` calls body(b, e, context) on parts.
+struct Threads {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  void (*run)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+  int64_t count;
+};
+
+// The affine map from x to z, the activation's argument, and the activation.
+struct Normalization {
+  Vector mean, mean_low, var, weight, bias;
+  const int64_t* index = nullptr;  // [n]
+  double eps = 0.0;
+  Activation activation = Activation::none;
+  double negative_slope = 0.0;
+};
+
+// Results named by their operator's schema. Where not said otherwise they have x's dtype; statistics and sums are
+// float64 for float64 x, else float32.
+struct TrainForward {
+  Shape shape;
+  const void* x;
+  const void* residual;      // may be null
+  Normalization normalization;  // weight and bias; the statistics are this operator's result
+  void* y;
+  void *mean, *mean_low, *var;  // [c]
+};
+
+struct Normalize {
+  Shape shape;
+  const void* x;
+  const void* residual;  // may be null
+  Normalization normalization;
+  void* y;
+};
+
+struct Moments {
+  Shape shape;
+  const void* x;
+  const int64_t* index;  // may be null
+  const void* weights;   // [n, s] in the statistics' dtype; may be null
+  int64_t groups;
+  double* count;              // [groups]
+  void *mean, *mean_low, *m2;  // [groups, c]
+};
+
+// Every operator of the backward pass. Sums are computed if sum_dz is given, dx if dx is.
+struct Backward {
+  Shape shape;
+  const void* dy;
+  const void* x;
+  const void* residual;  // may be null
+  const void* y;         // may be null; tells the activation's derivative where it is given
+  Normalization normalization;
+  int64_t groups;         // rows of the sums
+  void *sum_dz, *sum_dz_xhat;  // [groups, c], or both null
+  void* dx;               // may be null
+  void* dz;               // may be null
+  bool through_batch;     // dx through the batch's own statistics: the means are those of the sums
+  Vector mean_dxhat, mean_dxhat_xhat;  // or the means are given
+  const void* weights;    // [n, s] in the statistics' dtype: the shares of the given means; may be null
+};
+
+struct Kernels {
+  void (*train_forward)(const Threads&, const TrainForward&);
+  void (*normalize)(const Threads&, const Normalize&);
+  void (*moments)(const Threads&, const Moments&);
+  void (*backward)(const Threads&, const Backward&);
+};
+
+// The kernels for x's dtype in the chosen instruction set.
+const Kernels& kernels(DType dtype);
+
+// The chosen instruction set: "baseline", "avx2", "avx512" or "neon".
+const char* capability();
+
+// Chooses an instruction set by name; false if this build or this processor does not have it.
+bool set_capability(const char* name);
+
+// Instruction sets that this build and this processor have, best first, separated by spaces.
+const char* capabilities();
+
+// Why BATCHNORM_CPU_CAPABILITY was not followed, or null.
+const char* capability_problem();
+
+}  // namespace batchnorm

@@ -1,0 +1,135 @@
+// Drivers for [n, c, s] in memory, where a channel's values lie in rows of s.
+//
+// A thread takes a few channels at a time, sums them and at once maps them, walking backwards: what was read last is
+// still in its cache. Where channels do not divide among the threads, the threads share them block by block.
+#pragma once
+
+#include "loops.h"
+#include "parallel.h"
+
+namespace BATCHNORM_NAMESPACE {
+
+inline constexpr int64_t kCacheBytes = 2 << 20;     // of one thread's share of the cache, for what is read twice
+
+// What happens before and after a channel is summed.
+struct PlaneSteps {
+  virtual void begin(int64_t) {}
+  // Returns true to have the channel summed once more, unless this is `again`.
+  virtual bool finish(int64_t c, double u, double uv, bool again) = 0;
+
+ protected:
+  ~PlaneSteps() = default;
+};
+
+// A channel's values cut into blocks, the same whoever sums them: several short rows, or a piece of a long one.
+struct PlaneBlocks {
+  const Shape& s;
+  int64_t piece, pieces, samples, count;
+  PlaneBlocks(const Shape& shape, const Values& values) : s(shape), piece(kAdditions * 4 * values.lanes) {
+    pieces = (s.s + piece - 1) / piece;
+    const int64_t fours = s.s / (4 * values.lanes), ones = (s.s % (4 * values.lanes) + values.lanes - 1) / values.lanes;
+    samples = kAdditions / (fours + ones > 0 ? fours + ones : 1);
+    if (samples < 1) samples = 1;
+    count = (s.n + samples - 1) / samples * pieces;
+  }
+  int64_t length(int64_t begin) const { return s.s - begin < piece ? s.s - begin : piece; }
+
+  void reduce(const Reducer& reducer, int64_t block, int64_t c0, int64_t channels, WideSums* sums) const {
+    const int64_t n0 = block / pieces * samples, n1 = n0 + samples < s.n ? n0 + samples : s.n;
+    const int64_t begin = block % pieces * piece;
+    reducer.planes(reducer.term, s, n0, n1, begin, length(begin), c0, channels, nullptr, sums);
+  }
+};
+
+// Maps all rows, in whatever order the threads come. `rows`, where given, names each sample's row of coefficients.
+static void map_all_planes(const Threads& threads, const Shape& s, const Mapper& mapper, bool streamed,
+                           const int64_t* rows) {
+  constexpr int64_t kPiece = 16384;
+  const int64_t pieces = (s.s + kPiece - 1) / kPiece, length = pieces > 1 ? kPiece : s.s;
+  parallel(threads, s.n * s.c * pieces, length, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t plane = i / pieces, start = i % pieces * length;
+      const int64_t n = plane / s.c, c = plane % s.c, rest = s.s - start < length ? s.s - start : length;
+      mapper.planes(mapper.map, s, n, c, 1, start, rest, rows ? rows[n] : 0, streamed);
+    }
+    if (streamed) stream_fence();
+  });
+}
+
+// Sums per channel, then what `steps` makes of them, then the map. `inputs` tensors are read twice.
+static void reduce_then_map(const Threads& threads, const Shape& s, const Reducer& reducer, PlaneSteps& steps,
+                            const Mapper& mapper, bool streamed, int inputs, const Values& values) {
+  const PlaneBlocks blocks(s, values);
+  const int64_t rounds = (s.c + threads.count - 1) / threads.count;
+  const bool by_channel = s.numel() < 2 * kGrain || rounds * threads.count * 4 <= s.c * 5;
+  if (by_channel) {
+    int64_t group = kCacheBytes / (s.n * s.s * values.bytes * inputs);
+    group = group < 1 ? 1 : group > kChannelsAtOnce ? kChannelsAtOnce : group;
+    parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
+      for (int64_t c0 = c_begin; c0 < c_end; c0 += group) {
+        const int64_t channels = c_end - c0 < group ? c_end - c0 : group;
+        for (int64_t k = 0; k < channels; ++k) steps.begin(c0 + k);
+        for (bool again = false, unfinished = true; unfinished; again = true) {
+          WideSums sums[kChannelsAtOnce];
+          for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0, channels, sums);
+          unfinished = false;
+          for (int64_t k = 0; k < channels; ++k) {
+            unfinished |= steps.finish(c0 + k, sum_lanes(sums[k].u), sum_lanes(sums[k].uv), again);
+          }
+        }
+        for (int64_t n = s.n - 1; mapper.map && n >= 0; --n) {
+          mapper.planes(mapper.map, s, n, c0, channels, 0, s.s, 0, streamed);
+        }
+      }
+      if (streamed) stream_fence();
+    });
+    return;
+  }
+
+  Scratch scratch;
+  auto* sums = scratch.get<WideSums>(s.c * blocks.count);
+  for (int64_t c = 0; c < s.c; ++c) steps.begin(c);
+  for (bool again = false, unfinished = true; unfinished; again = true) {
+    parallel(threads, s.c * blocks.count, blocks.piece, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        sums[i] = WideSums{};
+        blocks.reduce(reducer, i % blocks.count, i / blocks.count, 1, sums + i);
+      }
+    });
+    unfinished = false;
+    for (int64_t c = 0; c < s.c; ++c) {
+      WideSums total;
+      for (int64_t b = 0; b < blocks.count; ++b) {
+        total.u = total.u + sums[c * blocks.count + b].u;
+        total.uv = total.uv + sums[c * blocks.count + b].uv;
+      }
+      unfinished |= steps.finish(c, sum_lanes(total.u), sum_lanes(total.uv), again);
+    }
+  }
+  if (mapper.map) map_all_planes(threads, s, mapper, streamed, nullptr);
+}
+
+// Sums per group of samples, u[groups[n]·c + channel] and uv likewise, which begin at zero. Without `groups` there is
+// one; `rows`, where given, names each sample's row of coefficients.
+static void reduce_grouped_planes(const Threads& threads, const Shape& s, const Reducer& reducer, const int64_t* rows,
+                                  const int64_t* groups, const Values& values, double* u, double* uv) {
+  const PlaneBlocks blocks(s, values);
+  parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
+    for (int64_t c0 = c_begin; c0 < c_end; c0 += kChannelsAtOnce) {
+      const int64_t channels = c_end - c0 < kChannelsAtOnce ? c_end - c0 : kChannelsAtOnce;
+      for (int64_t n = 0; n < s.n; ++n) {
+        WideSums sums[kChannelsAtOnce];
+        for (int64_t begin = 0; begin < s.s; begin += blocks.piece) {
+          reducer.planes(reducer.term, s, n, n + 1, begin, blocks.length(begin), c0, channels, rows, sums);
+        }
+        for (int64_t k = 0; k < channels; ++k) {
+          const int64_t i = (groups ? groups[n] : 0) * s.c + c0 + k;
+          u[i] += sum_lanes(sums[k].u);
+          uv[i] += sum_lanes(sums[k].uv);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace BATCHNORM_NAMESPACE

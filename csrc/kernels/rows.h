@@ -1,0 +1,157 @@
+// Drivers for rows of lanes, where each lane is a channel: [n, c], and [n, s, c] in memory (channels-last).
+//
+// Few channels are widened to longer rows by taking several positions as one row; [n, c, s] with a tiny s is a row of
+// c·s lanes. Threads take runs of rows, sum them, and once all sums stand map them, walking backwards: what was read
+// last is still in the cache. (Tiles of channels, to read x once, lost: their lines fall in few of a cache's sets.)
+#pragma once
+
+#include "loops.h"
+#include "planes.h"
+
+namespace BATCHNORM_NAMESPACE {
+
+// The view of x as `rows` rows of `lanes`, and `rest` more lanes of a last row.
+struct RowShape {
+  int64_t lanes, rows, rest;
+  int64_t channels, positions;  // lane j is channel (j / positions) % channels
+  int64_t per_sample;           // rows of a sample, for index and weights
+  bool one_to_one() const { return lanes == channels; }
+  int64_t channel(int64_t lane) const { return positions > 1 ? lane / positions : lane % channels; }
+};
+
+// `whole` rows only where a row's coefficients or weights are its own.
+template <class A>
+static RowShape row_shape(const Shape& s, bool whole) {
+  if (!s.channels_last && s.s > 1) return {s.c * s.s, s.n, 0, s.c, s.s, 1};
+  int64_t rows = s.n * s.s, together = 1;
+  if (!whole && s.c > 0) {
+    constexpr int64_t W = kLanes<A>;
+    while (together * s.c % W != 0 && together < W) together *= 2;
+    while (together * s.c < 4 * W || (together * s.c % (4 * W) != 0 && together * s.c < 32 * W)) together *= 2;
+    if (together * s.c > 4096 || rows < 16 * together) together = 1;
+  }
+  return {s.c * together, rows / together, rows % together * s.c, s.c, 1, s.s};
+}
+
+// The fixed cut of the rows into chunks, whose sums are added in order. Chunk `count - 1` may be the rest.
+struct Chunks {
+  int64_t rows, whole, count;
+  explicit Chunks(const RowShape& r) {
+    int64_t most = r.lanes > 0 ? 32768 / r.lanes : 1;
+    most = most < 4 ? 4 : most > 64 ? 64 : most;
+    if (r.rows * r.lanes < 2 * kGrain) most = 1;
+    rows = (r.rows + most - 1) / most;
+    rows = (rows + kAdditions - 1) / kAdditions * kAdditions;
+    if (rows < 1) rows = kAdditions;
+    whole = (r.rows + rows - 1) / rows;
+    count = whole + (r.rest > 0);
+  }
+};
+
+// What happens before and after lanes are summed.
+struct RowSteps {
+  virtual void begin() {}
+  // Returns true to have all lanes summed once more, unless this is `again`. May change the sums.
+  virtual bool finish(double* u, double* uv, bool again) = 0;
+
+ protected:
+  ~RowSteps() = default;
+};
+
+// Rows can be streamed if every vector of every row is aligned.
+static bool rows_streamed(const Mapper& mapper, int64_t lanes, bool streamed, const Values& values) {
+  return streamed && lanes * values.bytes % 64 == 0 && reinterpret_cast<uintptr_t>(mapper.output) % 64 == 0;
+}
+
+// Maps rows [r0, r1) a few at a time, the last first: those are still in the cache if all were just
+// read. Within the few it goes forward, as memory is fetched ahead in that direction only.
+static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, int64_t r1, bool streamed,
+                          const Values& values) {
+  const int64_t few = 64 * 1024 / (r.lanes * values.bytes) + 4;
+  for (int64_t end = r1; end > r0; end -= few) {
+    mapper.rows(mapper.map, r.lanes, end - few > r0 ? end - few : r0, end, 0, r.lanes, 0, streamed);
+  }
+}
+
+// Maps everything. `rows`, where given, names each sample's row of coefficients, in arrays of c; without it, and if
+// not `by_sample`, coefficients are those of the lanes.
+static void map_all_rows(const Threads& threads, const RowShape& r, const Mapper& mapper, bool streamed,
+                         const Values& values, const int64_t* rows) {
+  streamed = rows_streamed(mapper, r.lanes, streamed, values);
+  if (rows) {
+    parallel(threads, r.rows / r.per_sample, r.per_sample * r.lanes, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        mapper.rows(mapper.map, r.lanes, n * r.per_sample, (n + 1) * r.per_sample, 0, r.lanes, rows[n] * r.channels,
+                    streamed);
+      }
+      if (streamed) stream_fence();
+    });
+    return;
+  }
+  parallel(threads, r.rows, r.lanes, [&](int64_t begin, int64_t end) {
+    mapper.rows(mapper.map, r.lanes, begin, end, 0, r.lanes, 0, streamed);
+    if (streamed) stream_fence();
+  });
+  if (r.rest > 0) mapper.rows(mapper.map, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, false);
+}
+
+// Sums per lane, what `steps` makes of them, then the map.
+static void reduce_then_map(const Threads& threads, const RowShape& r, const Reducer& reducer, RowSteps& steps,
+                            const Mapper& mapper, bool streamed, const Values& values) {
+  streamed = rows_streamed(mapper, r.lanes, streamed, values);
+  const Chunks chunks(r);
+  auto reduce_chunk = [&](int64_t chunk, double* u, double* uv) {
+    if (chunk >= chunks.whole) return reducer.rows(reducer.term, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, u, uv);
+    const int64_t begin = chunk * chunks.rows, end = begin + chunks.rows < r.rows ? begin + chunks.rows : r.rows;
+    reducer.rows(reducer.term, r.lanes, begin, end, 0, r.lanes, 0, u, uv);
+  };
+
+  Scratch scratch;
+  double* sums = scratch.get<double>(2 * r.lanes * chunks.count);
+  steps.begin();
+  for (bool again = false;; again = true) {
+    parallel(threads, chunks.count, chunks.rows * r.lanes, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        double* u = sums + chunk * 2 * r.lanes;
+        for (int64_t j = 0; j < 2 * r.lanes; ++j) u[j] = 0.0;
+        reduce_chunk(chunk, u, u + r.lanes);
+      }
+    });
+    for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+      for (int64_t j = 0; j < 2 * r.lanes; ++j) sums[j] += sums[chunk * 2 * r.lanes + j];
+    }
+    if (!steps.finish(sums, sums + r.lanes, again)) break;
+  }
+  if (!mapper.map) return;
+  parallel(threads, chunks.count, chunks.rows * r.lanes, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
+      const int64_t first = chunk * chunks.rows, last = first + chunks.rows < r.rows ? first + chunks.rows : r.rows;
+      if (chunk >= chunks.whole) {
+        mapper.rows(mapper.map, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, false);
+      } else {
+        map_backwards(mapper, r, first, last, streamed, values);
+      }
+    }
+    if (streamed) stream_fence();
+  });
+}
+
+// Sums per group of samples: u[groups[n]·c + channel] and uv likewise, which begin at zero. Without `groups` there is
+// one; `rows`, where given, names each sample's row of coefficients.
+static void reduce_grouped_rows(const Threads& threads, const RowShape& r, const Reducer& reducer, const int64_t* rows,
+                                const int64_t* groups, double* u, double* uv) {
+  constexpr int64_t kTile = 64;
+  const int64_t samples = r.rows / r.per_sample;
+  parallel(threads, (r.lanes + kTile - 1) / kTile, kTile * r.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t j0 = begin * kTile; j0 < end * kTile && j0 < r.lanes; j0 += kTile) {
+      const int64_t j1 = j0 + kTile < r.lanes ? j0 + kTile : r.lanes;
+      for (int64_t n = 0; n < samples; ++n) {
+        const int64_t into = (groups ? groups[n] : 0) * r.channels + j0;
+        reducer.rows(reducer.term, r.lanes, n * r.per_sample, (n + 1) * r.per_sample, j0, j1,
+                     (rows ? rows[n] : 0) * r.channels, u + into, uv + into);
+      }
+    }
+  });
+}
+
+}  // namespace BATCHNORM_NAMESPACE

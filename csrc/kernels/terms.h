@@ -1,0 +1,184 @@
+// What happens to one vector of values, written once for both memory layouts.
+//
+// A *term* gives (u, v) per value, of which the drivers take Σ u and Σ u·v per channel. A *map* writes results per
+// value. Both get per-channel coefficients C: the same in all lanes where a vector lies in one channel, loaded where
+// each lane is a channel of its own. All tensors of a call have one layout, so that one offset serves all.
+#pragma once
+
+#include "activations.h"
+#include "simd.h"
+
+namespace BATCHNORM_NAMESPACE {
+
+// Arrays over channels, or over rows of them. Which are set depends on the term or map.
+template <class A>
+struct Coefficients {
+  const A* mean = nullptr;      // the high part; of moments: the pivot
+  const A* scale = nullptr;     // γ·invstd
+  const A* shift = nullptr;     // β - mean_low·scale
+  const A* slope = nullptr;     // dx -= constant + (x - mean)·slope
+  const A* constant = nullptr;
+};
+
+template <class A>
+struct OneChannel {
+  int64_t at;
+  BATCHNORM_INLINE Vec<A> get(const A* p, const OneChannel& c) { return broadcast(p[c.at]); }
+};
+
+template <class A>
+struct ManyChannels {
+  int64_t at, count;
+  BATCHNORM_INLINE Vec<A> get(const A* p, const ManyChannels& c) { return load(p + c.at, c.count); }
+};
+
+// Σ w·(x - pivot) and Σ w·(x - pivot)². What has no weight may be NaN.
+template <class T, bool weighted>
+struct MomentTerm {
+  using Type = T;
+  using A = Arithmetic<T>;
+  const T* x;
+  Coefficients<A> coefficients;
+  const A* weights;
+
+  struct Loaded {
+    Vec<A> pivot;
+  };
+  template <class Channels>
+  __attribute__((always_inline)) Loaded at(const Channels& c) const {
+    return {Channels::get(coefficients.mean, c)};
+  }
+  __attribute__((always_inline)) void pair(const Loaded& c, int64_t offset, int64_t count, Vec<A> w, Vec<A>& u,
+                                           Vec<A>& v) const {
+    v = load(x + offset, count) - c.pivot;
+    if constexpr (weighted) {
+      v = select(w != A(0), v, Vec<A>{});
+      u = w * v;
+    } else {
+      u = v;
+    }
+  }
+};
+
+// z, the argument of the activation. Forward and backward both call this: their masks agree to the bit.
+template <class V>
+BATCHNORM_INLINE V preactivation(V deviation, V scale, V shift) {
+  return fma(deviation, scale, shift);
+}
+
+// Stores count values, or a full and aligned vector past the caches.
+template <class T>
+BATCHNORM_INLINE void put(T* p, Vec<Arithmetic<T>> v, int64_t count, bool streamed) {
+  if (streamed) {
+    stream(p, v);
+  } else {
+    store(p, v, count);
+  }
+}
+
+template <class T, class F>
+struct NormalizeMap {
+  using Type = T;
+  using A = Arithmetic<T>;
+  const T* x;
+  const T* residual;
+  T* y;
+  Coefficients<A> coefficients;
+  A negative_slope;
+  static constexpr const A* weights = nullptr;
+
+  struct Loaded {
+    Vec<A> mean, scale, shift;
+  };
+  template <class Channels>
+  __attribute__((always_inline)) Loaded at(const Channels& c) const {
+    return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
+            Channels::get(coefficients.shift, c)};
+  }
+  T* first_output() const { return y; }
+  __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A>,
+                                            bool streamed) const {
+    Vec<A> z = preactivation(load(x + offset, count) - c.mean, c.scale, c.shift);
+    if (residual) z = z + load(residual + offset, count);
+    put(y + offset, F::forward(z, negative_slope), count, streamed);
+  }
+};
+
+// dz = dy·f'(z) and x - mean: Σ dz and Σ dz·(x - mean).
+template <class T, class F>
+struct BackwardTerm {
+  using Type = T;
+  using A = Arithmetic<T>;
+  const T* dy;
+  const T* x;
+  const T* residual;
+  const T* y;
+  Coefficients<A> coefficients;
+  A negative_slope;
+  static constexpr const A* weights = nullptr;
+
+  struct Loaded {
+    Vec<A> mean, scale, shift;
+  };
+  template <class Channels>
+  __attribute__((always_inline)) Loaded at(const Channels& c) const {
+    return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
+            Channels::get(coefficients.shift, c)};
+  }
+  __attribute__((always_inline)) void pair(const Loaded& c, int64_t offset, int64_t count, Vec<A>, Vec<A>& dz,
+                                           Vec<A>& deviation) const {
+    deviation = load(x + offset, count) - c.mean;
+    dz = load(dy + offset, count);
+    if constexpr (!F::kIdentity) {
+      Vec<A> t;
+      if (y) {
+        t = load(y + offset, count);
+      } else {
+        t = preactivation(deviation, c.scale, c.shift);
+        if (residual) t = t + load(residual + offset, count);
+      }
+      dz = F::backward(dz, t, negative_slope);
+    }
+  }
+};
+
+// dx = γ·invstd·dz - w·(constant + (x - mean)·slope), and dz itself.
+template <class T, class F>
+struct ApplyMap {
+  using Type = T;
+  using A = Arithmetic<T>;
+  BackwardTerm<T, F> term;
+  T* dx;
+  T* dz;
+  bool through_statistics;
+  const A* weights;
+  Coefficients<A> coefficients;
+
+  struct Loaded {
+    typename BackwardTerm<T, F>::Loaded term;
+    Vec<A> scale, slope, constant;
+  };
+  template <class Channels>
+  __attribute__((always_inline)) Loaded at(const Channels& c) const {
+    return {term.at(c), Channels::get(coefficients.scale, c), Channels::get(coefficients.slope, c),
+            Channels::get(coefficients.constant, c)};
+  }
+  T* first_output() const { return dx; }
+  __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A> w,
+                                            bool streamed) const {
+    Vec<A> upstream, deviation;
+    term.pair(c.term, offset, count, w, upstream, deviation);
+    Vec<A> result;
+    if (through_statistics) {
+      Vec<A> share = fma(deviation, c.slope, c.constant);
+      if (weights) share = share * w;
+      result = fma(upstream, c.scale, -share);
+    } else {
+      result = upstream * c.scale;
+    }
+    put(dx + offset, result, count, streamed);
+    if (dz) put(dz + offset, upstream, count, streamed);
+  }
+};
+
+}  // namespace BATCHNORM_NAMESPACE

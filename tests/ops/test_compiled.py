@@ -1,0 +1,127 @@
+"""Loading of the compiled operators: what is loaded, and what is said where it is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import batchnorm
+from batchnorm.ops import compiled
+
+needs_compiled = pytest.mark.skipif(not compiled.cpu_capabilities(), reason="no compiled operators in this build")
+
+
+def in_new_process(
+    capability: str, code: str = "print(batchnorm.backends()['cpu'])"
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import torch, batchnorm; {code}"],
+        env={**os.environ, compiled.CAPABILITY: capability},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@pytest.mark.skipif(shutil.which("c++") is None or os.environ.get(compiled.CAPABILITY) == "eager", reason="no compiler")
+def test_there_are_compiled_operators_where_there_is_a_compiler() -> None:
+    assert batchnorm.backends()["cpu"] == f"compiled: {compiled.cpu_capability()}"
+
+
+def test_backends_prints_a_line_for_each_device_and_hint() -> None:
+    found = batchnorm.backends()
+    assert list(found) == ["cpu", "other"]
+    assert len(str(found).splitlines()) == 2 + len(found.hints)
+
+
+def test_the_allocator_is_hinted_at_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert any("MALLOC_MMAP_THRESHOLD_" in hint for hint in batchnorm.backends().hints) == (sys.platform == "linux")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1073741824")
+    assert batchnorm.backends().hints == ()
+
+
+@needs_compiled
+def test_the_best_instruction_set_is_chosen_and_another_by_name() -> None:
+    before = compiled.cpu_capability()
+    try:
+        for name in compiled.cpu_capabilities():
+            compiled.set_cpu_capability(name)
+            assert compiled.cpu_capability() == name
+    finally:
+        compiled.set_cpu_capability(before)
+    with pytest.raises(ValueError, match=r"set_cpu_capability expects one of .*, got 'sse9'. Choose"):
+        compiled.set_cpu_capability("sse9")
+
+
+@needs_compiled
+def test_the_environment_chooses_at_load() -> None:
+    worst = compiled.cpu_capabilities()[-1]
+    result = in_new_process(worst)
+    assert result.stdout.strip() == f"compiled: {worst}"
+    assert result.stderr == ""
+
+
+@needs_compiled
+def test_an_unknown_instruction_set_is_warned_of_and_the_best_taken() -> None:
+    result = in_new_process("sse9")
+    assert result.stdout.strip() == f"compiled: {compiled.cpu_capabilities()[0]}"
+    assert "BATCHNORM_CPU_CAPABILITY must name an instruction set" in result.stderr
+    assert "got 'sse9'" in result.stderr
+
+
+def test_eager_is_chosen_without_a_warning_and_computes_the_same() -> None:
+    result = in_new_process(
+        "eager",
+        "print(batchnorm.backends()['cpu']); torch.manual_seed(0);"
+        "print(batchnorm.BatchNorm1d(3)(torch.randn(5, 3)).sum(0).abs().max().item() < 1e-6)",
+    )
+    assert result.stdout.splitlines() == ["eager: BATCHNORM_CPU_CAPABILITY=eager", "True"]
+    assert result.stderr == ""
+
+
+def test_without_a_library_the_reason_is_the_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(compiled.CAPABILITY, raising=False)
+    state = compiled._Compiled()
+    state.load(tmp_path)
+    assert state.library is None
+    assert state.reason == "no compiler at build time"
+
+
+def test_a_library_that_does_not_load_is_warned_of_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(compiled.CAPABILITY, raising=False)
+    (tmp_path / "libbatchnorm_cpu.so").write_text("not a library")
+    state = compiled._Compiled()
+    with pytest.warns(RuntimeWarning, match=r"plain torch operations, slower: .* did not load: .*Reinstall batchnorm"):
+        state.load(tmp_path)
+    assert state.library is None
+    assert "did not load" in state.reason
+
+
+@needs_compiled
+def test_the_compiled_operators_check_what_memory_depends_on() -> None:
+    x, eps = torch.randn(4, 3, 5), (1e-5, "none", 0.0)
+    ops = torch.ops.batchnorm
+    vector = torch.ones(3)
+    for wrong in (
+        lambda: ops.train_forward(x, torch.ones(4), None, None, *eps),
+        lambda: ops.train_forward(x, None, None, torch.randn(4, 3, 6), *eps),
+        lambda: ops.normalize(x, vector, None, torch.ones(2), None, None, None, None, *eps),
+        lambda: ops.normalize(x, vector, None, vector, None, None, None, torch.tensor([0, 1]), *eps),
+        lambda: ops.moments(x, torch.tensor([0, 1, 2, 7]), None, 3),
+        lambda: ops.moments(x, torch.tensor([0, 1, 2, -1]), None, 3),
+        lambda: ops.moments(x, None, torch.ones(4, 4), 1),
+        lambda: ops.backward_reduce(x[:2], x, None, None, vector, None, vector, None, None, None, 1, *eps),
+        lambda: ops.train_forward(x, None, None, None, 1e-5, "mish", 0.0),
+    ):
+        with pytest.raises(RuntimeError, match="batchnorm expects|expects"):
+            wrong()
