@@ -14,6 +14,10 @@
 
 #include "kernels/kernels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_WIN32)
 #define BATCHNORM_EXPORT extern "C" __declspec(dllexport)
 #else
@@ -66,6 +70,8 @@ DType floating(const char* name, const Tensor& t) {
                   torch::headeronly::toString(t.scalar_type()), ". Convert it with .to().");
 }
 
+int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
 DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
 
 // Takes ownership of the string, as operators do.
@@ -90,6 +96,18 @@ Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t 
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, codes().cpu, -1, &made));
   return Tensor(made);
+}
+
+// Asks for huge pages where a large result lies: new memory is then faulted in 2 MB at a time rather than 4 KB, which
+// would take longer than computing what goes there. Only advice; where it is not heeded nothing is lost.
+void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes < int64_t{8} << 20) return;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 Tensor empty_vector(int64_t n, DType dtype) {
@@ -164,7 +182,11 @@ class Frame {
   const void* read(const char* name, const MaybeTensor& t) { return t ? read(name, *t) : nullptr; }
 
   // A result like x, and after the kernel has written it, what to return.
-  Tensor result() const { return empty(sizes_.data(), strides_.data(), dim_, code_of(dtype)); }
+  Tensor result() const {
+    Tensor made = empty(sizes_.data(), strides_.data(), dim_, code_of(dtype));
+    advise_huge_pages(made, shape.numel() * size_of(dtype));
+    return made;
+  }
   Tensor returned(const Tensor& written) const {
     if (!converted_) return written;
     Tensor out = torch::stable::empty_like(like_);
