@@ -8,15 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 LIBRARY := src/batchnorm/libbatchnorm_cpu.so
+CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs constraints clean
+.PHONY: help setup demo test sanitize aarch64 lint format docs constraints clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) $(LIBRARY) ## create .venv with everything that the targets below need
 
@@ -34,8 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Without a compiler the eager implementation serves, and batchnorm.backends() says so.
 $(LIBRARY): $(STAMP) CMakeLists.txt $(wildcard csrc/*.cpp csrc/kernels/*)
 	@if ! command -v $(CXX) > /dev/null; then echo 'No C++ compiler: building without the compiled part.'; else \
-	  $(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build.log && $(BIN)/cmake --build build/dev >> build.log \
+	  $(CMAKE) -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build.log && $(BIN)/cmake --build build/dev >> build.log \
 	    || { cat build.log; exit 1; }; \
 	  mv build.log build/dev/; cp build/dev/libbatchnorm_cpu.so $@.new && mv $@.new $@; fi
 
@@ -44,6 +44,19 @@ demo: setup ## train one network with and without batch normalization, and write
 
 test: setup ## run the tests, the docstring examples and the examples of README and docs
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
+
+sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (ten minutes to build)
+	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/test_kernels
+
+aarch64: $(STAMP) ## cross-compile the kernels for 64-bit Arm and test them under emulation
+	@command -v aarch64-linux-gnu-g++ > /dev/null || { echo 'Install the Debian package g++-aarch64-linux-gnu.'; exit 1; }
+	@command -v qemu-aarch64 > /dev/null || { echo 'Install the Debian package qemu-user.'; exit 1; }
+	$(CMAKE) -B build/aarch64 -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/cmake --build build/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/test_kernels
 
 lint: $(STAMP) ## check style, types and the direction of imports
 	$(BIN)/ruff check

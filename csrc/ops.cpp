@@ -105,7 +105,8 @@ void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   if (bytes < int64_t{8} << 20) return;
   const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge,
+                  last = (begin + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
@@ -361,8 +362,8 @@ struct Kept {
   const MaybeTensor &weight, &bias;
 };
 
-batchnorm::Backward backward_arguments(Frame& frame, const Kept& kept, bool indexed, double eps, StringHandle activation,
-                                       double negative_slope) {
+batchnorm::Backward backward_arguments(Frame& frame, const Kept& kept, bool indexed, double eps,
+                                       StringHandle activation, double negative_slope) {
   batchnorm::Backward args{};
   args.normalization.activation = activation_of(activation);
   args.normalization.negative_slope = negative_slope;
@@ -383,10 +384,12 @@ batchnorm::Backward backward_arguments(Frame& frame, const Kept& kept, bool inde
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(
-    const Tensor& dy, const Tensor& x, const MaybeTensor& residual, const MaybeTensor& y, const Tensor& mean,
-    const MaybeTensor& mean_low, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
-    StringHandle activation, double negative_slope, bool need_dz) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(const Tensor& dy, const Tensor& x,
+                                                          const MaybeTensor& residual, const MaybeTensor& y,
+                                                          const Tensor& mean, const MaybeTensor& mean_low,
+                                                          const Tensor& var, const MaybeTensor& weight,
+                                                          const MaybeTensor& bias, double eps, StringHandle activation,
+                                                          double negative_slope, bool need_dz) {
   Frame frame(x);
   auto args = backward_arguments(frame, {dy, x, residual, y, mean, mean_low, var, weight, bias}, false, eps, activation,
                                  negative_slope);
@@ -402,11 +405,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(
   return {frame.returned(dx), dweight, dbias, need_dz ? frame.returned(dz) : dz};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
-    const Tensor& dy, const Tensor& x, const MaybeTensor& residual, const MaybeTensor& y, const Tensor& mean,
-    const MaybeTensor& mean_low, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& index, int64_t groups, double eps, StringHandle activation, double negative_slope,
-    bool need_dz) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy, const Tensor& x,
+                                                              const MaybeTensor& residual, const MaybeTensor& y,
+                                                              const Tensor& mean, const MaybeTensor& mean_low,
+                                                              const Tensor& var, const MaybeTensor& weight,
+                                                              const MaybeTensor& bias, const MaybeTensor& index,
+                                                              int64_t groups, double eps, StringHandle activation,
+                                                              double negative_slope, bool need_dz) {
   Frame frame(x);
   const bool indexed = index.has_value();
   auto args = backward_arguments(frame, {dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, eps,

@@ -8,12 +8,12 @@
 
 namespace batchnorm {
 
-#define BATCHNORM_DECLARE(capability)        \
-  namespace capability {                     \
-  extern const Kernels float64_kernels;      \
-  extern const Kernels float32_kernels;      \
-  extern const Kernels bfloat16_kernels;     \
-  extern const Kernels float16_kernels;      \
+#define BATCHNORM_DECLARE(capability)    \
+  namespace capability {                 \
+  extern const Kernels float64_kernels;  \
+  extern const Kernels float32_kernels;  \
+  extern const Kernels bfloat16_kernels; \
+  extern const Kernels float16_kernels;  \
   }
 #if defined(__x86_64__)
 BATCHNORM_DECLARE(baseline)
@@ -33,10 +33,10 @@ struct Set {
   const Kernels* tables[kDTypes];
 };
 
-#define BATCHNORM_TABLES(capability)                                            \
-  {                                                                             \
-    &capability::float64_kernels, &capability::float32_kernels,                 \
-        &capability::bfloat16_kernels, &capability::float16_kernels             \
+#define BATCHNORM_TABLES(capability)                                                           \
+  {                                                                                            \
+    &capability::float64_kernels, &capability::float32_kernels, &capability::bfloat16_kernels, \
+        &capability::float16_kernels                                                           \
   }
 
 // Best first.
@@ -50,9 +50,7 @@ const Set kSets[] = {
      },
      BATCHNORM_TABLES(avx512)},
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      BATCHNORM_TABLES(avx2)},
     {"baseline", [] { return true; }, BATCHNORM_TABLES(baseline)},
 #elif defined(__aarch64__)
@@ -76,7 +74,12 @@ struct Choice {
     const char* wanted = std::getenv("BATCHNORM_CPU_CAPABILITY");
     if (wanted && *wanted && !choose(wanted)) {
       problem.append("BATCHNORM_CPU_CAPABILITY must name an instruction set that this build and this processor have (")
-          .append(available).append("), got '").append(wanted).append("'. Using ").append(set->name).append(".");
+          .append(available)
+          .append("), got '")
+          .append(wanted)
+          .append("'. Using ")
+          .append(set->name)
+          .append(".");
     }
   }
   bool choose(const char* name) {

@@ -47,7 +47,7 @@ struct Normalization {
 struct TrainForward {
   Shape shape;
   const void* x;
-  const void* residual;      // may be null
+  const void* residual;         // may be null
   Normalization normalization;  // weight and bias; the statistics are this operator's result
   void* y;
   void *mean, *mean_low, *var;  // [c]
@@ -67,7 +67,7 @@ struct Moments {
   const int64_t* index;  // may be null
   const void* weights;   // [n, s] in the statistics' dtype; may be null
   int64_t groups;
-  double* count;              // [groups]
+  double* count;               // [groups]
   void *mean, *mean_low, *m2;  // [groups, c]
 };
 
@@ -79,13 +79,13 @@ struct Backward {
   const void* residual;  // may be null
   const void* y;         // may be null; tells the activation's derivative where it is given
   Normalization normalization;
-  int64_t groups;         // rows of the sums
-  void *sum_dz, *sum_dz_xhat;  // [groups, c], or both null
-  void* dx;               // may be null
-  void* dz;               // may be null
-  bool through_batch;     // dx through the batch's own statistics: the means are those of the sums
+  int64_t groups;                      // rows of the sums
+  void *sum_dz, *sum_dz_xhat;          // [groups, c], or both null
+  void* dx;                            // may be null
+  void* dz;                            // may be null
+  bool through_batch;                  // dx through the batch's own statistics: the means are those of the sums
   Vector mean_dxhat, mean_dxhat_xhat;  // or the means are given
-  const void* weights;    // [n, s] in the statistics' dtype: the shares of the given means; may be null
+  const void* weights;                 // [n, s] in the statistics' dtype: the shares of the given means; may be null
 };
 
 struct Kernels {

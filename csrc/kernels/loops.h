@@ -7,7 +7,7 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-inline constexpr int64_t kChannelsAtOnce = 128;     // planes: channels summed together
+inline constexpr int64_t kChannelsAtOnce = 128;  // planes: channels summed together
 
 // Additions in a row in the arithmetic's own precision; what they sum is then added in float64.
 inline constexpr int64_t kAdditions = 32;
@@ -29,7 +29,8 @@ BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, double) {
   return (lane >= from) & (lane < to);
 }
 
-// ---- planes: [n, c, s] in memory, a row is s values of one channel ---------------------------------------------------
+// ---- planes: [n, c, s] in memory, a row is s values of one channel
+// ---------------------------------------------------
 
 // a += Σ u and b += Σ u·v over `length` values from `offset`; `position` is where their weights begin.
 template <class Term>
@@ -38,7 +39,7 @@ BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& 
   using A = typename Term::A;
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
-  auto step = [&](int64_t i, V& sum_u, V& sum_uv) __attribute__((always_inline)) {
+  auto step = [&](int64_t i, V & sum_u, V & sum_uv) __attribute__((always_inline)) {
     V u, v;
     term.pair(c, offset + i, W, term.weights ? load(term.weights + position + i, W) : V{}, u, v);
     sum_u = sum_u + u;
@@ -77,8 +78,8 @@ __attribute__((noinline)) static void reduce_short_row(const Term& term, int64_t
   using A = typename Term::A;
   using V = Vec<A>;
   V u, v;
-  term.pair(term.at(OneChannel<A>{channel}), offset, length,
-            term.weights ? load(term.weights + position, length) : V{}, u, v);
+  term.pair(term.at(OneChannel<A>{channel}), offset, length, term.weights ? load(term.weights + position, length) : V{},
+            u, v);
   const auto present = lanes_between(0, length, A{});
   u = select(present, u, V{});
   v = select(present, v, V{});
@@ -122,8 +123,8 @@ template <class Map>
 __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, int64_t offset, int64_t position,
                                                int64_t count) {
   using A = typename Map::A;
-  map.apply(map.at(OneChannel<A>{channel}), offset, count,
-            map.weights ? load(map.weights + position, count) : Vec<A>{}, false);
+  map.apply(map.at(OneChannel<A>{channel}), offset, count, map.weights ? load(map.weights + position, count) : Vec<A>{},
+            false);
 }
 
 // Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`.
@@ -162,7 +163,8 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
   }
 }
 
-// ---- rows of lanes: each lane is a channel, or one of a few of the same ----------------------------------------------
+// ---- rows of lanes: each lane is a channel, or one of a few of the same
+// ----------------------------------------------
 
 // u[0 .. count) += Σ u and uv[0 .. count) += Σ u·v of one vector of lanes, which need not be full.
 template <class Term>
@@ -193,12 +195,12 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
   constexpr int64_t W = kLanes<A>;
   const Term term = *static_cast<const Term*>(self);
   auto step = [&](const typename Term::Loaded& c, int64_t row, int64_t j, int64_t count, V& a, V& b)
-                  __attribute__((always_inline)) {
-                    V u, v;
-                    term.pair(c, row * lanes + j, count, term.weights ? broadcast(term.weights[row]) : V{}, u, v);
-                    a = a + u;
-                    b = fma(u, v, b);
-                  };
+      __attribute__((always_inline)) {
+    V u, v;
+    term.pair(c, row * lanes + j, count, term.weights ? broadcast(term.weights[row]) : V{}, u, v);
+    a = a + u;
+    b = fma(u, v, b);
+  };
   for (int64_t block = r0; block < r1; block += kAdditions) {
     const int64_t block_end = r1 - block < kAdditions ? r1 : block + kAdditions;
     int64_t j = j0;
@@ -240,8 +242,8 @@ using MapRows = void (*)(const void* map, int64_t lanes, int64_t r0, int64_t r1,
                          int64_t channel0, bool streamed);
 
 template <class Map>
-static void map_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, int64_t j0, int64_t j1,
-                     int64_t channel0, bool streamed) {
+static void map_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, int64_t j0, int64_t j1, int64_t channel0,
+                     bool streamed) {
   using A = typename Map::A;
   constexpr int64_t W = kLanes<A>;
   const Map map = *static_cast<const Map*>(self);
@@ -268,7 +270,8 @@ static void map_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, in
   }
 }
 
-// ---- terms and maps as values ----------------------------------------------------------------------------------------
+// ---- terms and maps as values
+// ----------------------------------------------------------------------------------------
 
 struct Reducer {
   const void* term;

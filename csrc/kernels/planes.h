@@ -9,7 +9,7 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-inline constexpr int64_t kCacheBytes = 2 << 20;     // of one thread's share of the cache, for what is read twice
+inline constexpr int64_t kCacheBytes = 2 << 20;  // of one thread's share of the cache, for what is read twice
 
 // What happens before and after a channel is summed.
 struct PlaneSteps {

@@ -13,10 +13,10 @@ namespace BATCHNORM_NAMESPACE {
 // Arrays over channels, or over rows of them. Which are set depends on the term or map.
 template <class A>
 struct Coefficients {
-  const A* mean = nullptr;      // the high part; of moments: the pivot
-  const A* scale = nullptr;     // γ·invstd
-  const A* shift = nullptr;     // β - mean_low·scale
-  const A* slope = nullptr;     // dx -= constant + (x - mean)·slope
+  const A* mean = nullptr;   // the high part; of moments: the pivot
+  const A* scale = nullptr;  // γ·invstd
+  const A* shift = nullptr;  // β - mean_low·scale
+  const A* slope = nullptr;  // dx -= constant + (x - mean)·slope
   const A* constant = nullptr;
 };
 

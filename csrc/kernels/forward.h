@@ -1,0 +1,151 @@
+// Normalization by the statistics of the batch, and by given ones.
+#pragma once
+
+#include <initializer_list>
+
+#include "moments.h"
+
+namespace BATCHNORM_NAMESPACE {
+namespace {
+
+// Stores the statistics, and writes the coefficients that normalize by them over the pivots.
+struct StoreStatistics {
+  A *mean, *mean_low, *var;
+  double values;
+  Channels<T>& channels;
+  CoefficientArrays<A>& coefficients;
+  LaneCoefficients* lanes = nullptr;
+
+  void operator()(int64_t c, const MomentsOfChannel& found) const {
+    mean[c] = static_cast<A>(found.mean);
+    mean_low[c] = static_cast<A>(found.mean_low);
+    var[c] = static_cast<A>(found.m2 / values);
+    channels.mean_low.set(c, static_cast<double>(mean_low[c]));
+    channels.var.set(c, static_cast<double>(var[c]));
+    coefficients.mean[c] = mean[c];
+    coefficients.scale[c] = channels.scale(0, c);
+    coefficients.shift[c] = channels.shift(0, c, coefficients.scale[c]);
+  }
+  void done() const {
+    if (!lanes) return;
+    lanes->spread_all(&CoefficientArrays<A>::mean);
+    lanes->spread_all(&CoefficientArrays<A>::scale);
+    lanes->spread_all(&CoefficientArrays<A>::shift);
+  }
+};
+
+void train_forward(const Threads& threads, const TrainForward& args) {
+  const Shape& s = args.shape;
+  A *mean = static_cast<A*>(args.mean), *low = static_cast<A*>(args.mean_low), *var = static_cast<A*>(args.var);
+  if (s.numel() == 0) {
+    for (A* p : {mean, low, var}) fill(p, s.c, A(0));
+    return;
+  }
+  Scratch scratch;
+  Channels<T> channels(args.normalization, s.c, scratch);
+  const T* x = static_cast<const T*>(args.x);
+  const double values = static_cast<double>(s.n * s.s);
+  auto map = [&](auto f, const Coefficients<A>& coefficients) {
+    return NormalizeMap<T, decltype(f)>{x, static_cast<const T*>(args.residual), static_cast<T*>(args.y), coefficients,
+                                        static_cast<A>(args.normalization.negative_slope)};
+  };
+  if (in_planes(s, false)) {
+    CoefficientArrays<A> coefficients(s.c, scratch);
+    const MomentTerm<T, false> term{x, coefficients.view(), nullptr};
+    const Reducer sums = reducer(term);
+    PlaneMoments<StoreStatistics> steps(sums, x, coefficients.mean, s,
+                                        {mean, low, var, values, channels, coefficients});
+    with_activation(args.normalization.activation, [&](auto f) {
+      const auto to_y = map(f, coefficients.view());
+      reduce_then_map(threads, s, sums, steps, mapper(to_y), streams(s), 1, kValues);
+    });
+    return;
+  }
+  const RowShape r = row_shape<A>(s, false);
+  LaneCoefficients coefficients(r, scratch);
+  const MomentTerm<T, false> term{x, coefficients.lanes.view(), nullptr};
+  const Reducer sums = reducer(term);
+  RowMoments<StoreStatistics> steps(sums, x, coefficients, values,
+                                    {mean, low, var, values, channels, coefficients.channels, &coefficients});
+  with_activation(args.normalization.activation, [&](auto f) {
+    const auto to_y = map(f, coefficients.lanes.view());
+    reduce_then_map(threads, r, sums, steps, mapper(to_y), streams(s), kValues);
+  });
+}
+
+// ---- given statistics ----------------------------------------------------------------------------------------------
+
+// Rows of coefficients for [rows, c] quantities: one per row, or one per sample where samples are fewer.
+struct CoefficientRows {
+  int64_t count = 1;
+  const int64_t* of_sample = nullptr;  // the row of each sample; null: all have one
+  const int64_t* of_row = nullptr;     // the quantities' row for each row here; null: the same
+
+  CoefficientRows(const Normalization& n, std::initializer_list<const Vector*> more, int64_t samples,
+                  Scratch& scratch) {
+    auto widen = [&](const Vector* v) { count = v->data && v->rows > count ? v->rows : count; };
+    for (const Vector* v : {&n.mean, &n.mean_low, &n.var, &n.weight, &n.bias}) widen(v);
+    for (const Vector* v : more) widen(v);
+    if (!n.index) return;
+    of_sample = n.index;
+    if (count == 1 || count > samples) {
+      if (count > samples) of_row = n.index, count = samples;
+      int64_t* own = scratch.get<int64_t>(samples);
+      for (int64_t i = 0; i < samples; ++i) own[i] = of_row ? i : 0;
+      of_sample = own;
+    }
+  }
+  int64_t source(int64_t row) const { return of_row ? of_row[row] : row; }
+};
+
+// Fills mean, scale and shift of all rows.
+void fill_coefficients(const Channels<T>& channels, const CoefficientRows& rows, int64_t c,
+                       const CoefficientArrays<A>& into) {
+  for (int64_t row = 0; row < rows.count; ++row) {
+    int64_t from = rows.source(row);
+    for (int64_t k = 0; k < c; ++k) {
+      int64_t i = row * c + k;
+      into.mean[i] = static_cast<A>(channels.mean.get(from, k));
+      into.scale[i] = channels.scale(from, k);
+      into.shift[i] = channels.shift(from, k, into.scale[i]);
+    }
+  }
+}
+
+void spread_mean_scale_shift(LaneCoefficients& coefficients) {
+  for (auto which : {&CoefficientArrays<A>::mean, &CoefficientArrays<A>::scale, &CoefficientArrays<A>::shift}) {
+    coefficients.spread_all(which);
+  }
+}
+
+void normalize(const Threads& threads, const Normalize& args) {
+  const Shape& s = args.shape;
+  if (s.numel() == 0) return;
+  Scratch scratch;
+  const Channels<T> channels(args.normalization, s.c, scratch);
+  const CoefficientRows rows(args.normalization, {}, s.n, scratch);
+  auto map = [&](auto f, const Coefficients<A>& coefficients) {
+    return NormalizeMap<T, decltype(f)>{static_cast<const T*>(args.x), static_cast<const T*>(args.residual),
+                                        static_cast<T*>(args.y), coefficients,
+                                        static_cast<A>(args.normalization.negative_slope)};
+  };
+  const bool planes = in_planes(s, rows.of_sample);
+  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<A>(s, rows.of_sample);
+  with_activation(args.normalization.activation, [&](auto f) {
+    if (planes || rows.of_sample) {
+      CoefficientArrays<A> coefficients(rows.count * s.c, scratch);
+      fill_coefficients(channels, rows, s.c, coefficients);
+      const auto to_y = map(f, coefficients.view());
+      if (planes) return map_all_planes(threads, s, mapper(to_y), streams(s), rows.of_sample);
+      return map_all_rows(threads, r, mapper(to_y), streams(s), kValues, rows.of_sample);
+    }
+    LaneCoefficients coefficients(r, scratch);
+    fill_coefficients(channels, rows, s.c, coefficients.channels);
+    spread_mean_scale_shift(coefficients);
+    const auto to_y = map(f, coefficients.lanes.view());
+    map_all_rows(threads, r, mapper(to_y), streams(s), kValues, nullptr);
+  });
+}
+
+}  // namespace
+}  // namespace BATCHNORM_NAMESPACE

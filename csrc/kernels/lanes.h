@@ -1,0 +1,69 @@
+// Which driver serves a shape, and coefficients per channel as it wants them, for the dtype that is compiled.
+#pragma once
+
+#include "channels.h"
+#include "planes.h"
+#include "rows.h"
+
+namespace BATCHNORM_NAMESPACE {
+namespace {
+
+using T = BATCHNORM_TYPE;
+using A = Arithmetic<T>;
+constexpr Values kValues{sizeof(T), kLanes<A>};
+
+// Larger outputs are written past the caches: half of a usual last-level cache, as the input goes through it too.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+bool streams(const Shape& s) { return kHasStream && s.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes; }
+
+// Whether values are summed and mapped in rows of one channel; else in rows of lanes.
+bool in_planes(const Shape& s, bool whole) { return !s.channels_last && s.s > 1 && (whole || s.s >= kLanes<A>); }
+
+// Spreads [c] coefficients over lanes, where a lane is not just a channel.
+void spread(const RowShape& r, const A* per_channel, A* lanes) {
+  if (r.positions > 1) {
+    for (int64_t c = 0; c < r.channels; ++c) {
+      for (int64_t p = 0; p < r.positions; ++p) *lanes++ = per_channel[c];
+    }
+  } else {
+    for (int64_t j = 0; j < r.lanes; j += r.channels) {
+      for (int64_t c = 0; c < r.channels; ++c) lanes[j + c] = per_channel[c];
+    }
+  }
+}
+
+// Sums lanes to channels, in place and in the lanes' order.
+void fold(const RowShape& r, double* sums) {
+  if (r.positions > 1) {
+    for (int64_t c = 0; c < r.channels; ++c) {
+      double sum = sums[c * r.positions];
+      for (int64_t p = 1; p < r.positions; ++p) sum += sums[c * r.positions + p];
+      sums[c] = sum;
+    }
+  } else {
+    for (int64_t j = r.channels; j < r.lanes; j += r.channels) {
+      for (int64_t c = 0; c < r.channels; ++c) sums[c] += sums[j + c];
+    }
+  }
+}
+
+// Coefficients per channel, and per lane where that differs.
+struct LaneCoefficients {
+  const RowShape& shape;
+  CoefficientArrays<A> channels, lanes;
+  LaneCoefficients(const RowShape& r, Scratch& scratch)
+      : shape(r),
+        channels(r.channels, scratch),
+        lanes(r.one_to_one() ? channels : CoefficientArrays<A>(r.lanes, scratch)) {}
+  void spread_all(A* CoefficientArrays<A>::*which) {
+    if (!shape.one_to_one()) spread(shape, channels.*which, lanes.*which);
+  }
+};
+
+void fill(A* p, int64_t n, A value) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+}  // namespace
+}  // namespace BATCHNORM_NAMESPACE

@@ -1,0 +1,192 @@
+// Mean, as a pair, and sum of squared deviations of a batch, of groups of its samples, or with weights.
+#pragma once
+
+#include "lanes.h"
+
+namespace BATCHNORM_NAMESPACE {
+namespace {
+
+// A pivot moved to near the mean, in x's own precision: there deviations are exact, or nearly.
+A rounded(A pivot, double deviation) { return static_cast<A>(round_to<T>(static_cast<double>(pivot) + deviation)); }
+
+// Sums a batch's moments and calls record(c, MomentsOfChannel) once they stand. Pivots are what deviations are
+// measured from: near the mean by a few values from all over the batch, and in a constant channel exactly its value.
+template <class Record>
+struct PlaneMoments final : PlaneSteps {
+  const Reducer& reducer;
+  const T* x;
+  A* pivot;
+  const Shape& shape;
+  Record record;
+
+  PlaneMoments(const Reducer& reducer_, const T* x_, A* pivot_, const Shape& shape_, const Record& record_)
+      : reducer(reducer_), x(x_), pivot(pivot_), shape(shape_), record(record_) {}
+
+  void begin(int64_t c) override {
+    constexpr int64_t kSamples = 4, kValuesEach = 64;
+    const int64_t samples = shape.n < kSamples ? shape.n : kSamples,
+                  few = shape.s < kValuesEach ? shape.s : kValuesEach;
+    pivot[c] = widen_one(x + c * shape.s);
+    WideSums sums;
+    for (int64_t k = 0; k < samples; ++k) {
+      const int64_t n = shape.n * k / samples;
+      reducer.planes(reducer.term, shape, n, n + 1, (shape.s - few) / 2, few, c, 1, nullptr, &sums);
+    }
+    pivot[c] = rounded(pivot[c], sum_lanes(sums.u) / static_cast<double>(few * samples));
+  }
+  bool finish(int64_t c, double sum, double sum_squares, bool again) override {
+    auto found = moments_of<T>(pivot[c], sum, sum_squares, static_cast<double>(shape.n * shape.s));
+    if (found.far && !again) {
+      pivot[c] = static_cast<A>(found.mean);
+      return true;
+    }
+    record(c, found);
+    return false;
+  }
+};
+
+template <class Record>
+struct RowMoments final : RowSteps {
+  const Reducer& reducer;
+  const T* x;
+  LaneCoefficients& pivots;
+  const RowShape& shape;
+  double values;
+  Record record;
+
+  RowMoments(const Reducer& reducer_, const T* x_, LaneCoefficients& pivots_, double values_, const Record& record_)
+      : reducer(reducer_), x(x_), pivots(pivots_), shape(pivots_.shape), values(values_), record(record_) {}
+
+  void begin() override {
+    constexpr int64_t kRows = 16;
+    const int64_t few = shape.rows < kRows ? shape.rows : kRows, per_channel = shape.lanes / shape.channels * few;
+    A* pivot = pivots.channels.mean;
+    for (int64_t c = 0; c < shape.channels; ++c) pivot[c] = widen_one(x + c * shape.positions);
+    pivots.spread_all(&CoefficientArrays<A>::mean);
+    Scratch scratch;
+    double* sums = scratch.get<double>(2 * shape.lanes);
+    for (int64_t j = 0; j < 2 * shape.lanes; ++j) sums[j] = 0.0;
+    for (int64_t k = 0; k < few; ++k) {
+      const int64_t row = shape.rows * k / few;
+      reducer.rows(reducer.term, shape.lanes, row, row + 1, 0, shape.lanes, 0, sums, sums + shape.lanes);
+    }
+    fold(shape, sums);
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      pivot[c] = rounded(pivot[c], sums[c] / static_cast<double>(per_channel));
+    }
+    pivots.spread_all(&CoefficientArrays<A>::mean);
+  }
+  bool finish(double* u, double* uv, bool again) override {
+    fold(shape, u), fold(shape, uv);
+    A* pivot = pivots.channels.mean;
+    bool far = false;
+    for (int64_t c = 0; c < shape.channels && !again; ++c) {
+      const auto found = moments_of<T>(pivot[c], u[c], uv[c], values);
+      if (found.far) pivot[c] = static_cast<A>(found.mean), far = true;
+    }
+    if (far) {
+      pivots.spread_all(&CoefficientArrays<A>::mean);
+      return true;
+    }
+    for (int64_t c = 0; c < shape.channels; ++c) record(c, moments_of<T>(pivot[c], u[c], uv[c], values));
+    record.done();
+    return false;
+  }
+};
+
+struct StoreMoments {
+  A *mean, *mean_low, *m2;
+  void operator()(int64_t c, const MomentsOfChannel& found) const {
+    mean[c] = static_cast<A>(found.mean);
+    mean_low[c] = static_cast<A>(found.mean_low);
+    m2[c] = static_cast<A>(found.m2);
+  }
+  void done() const {}
+};
+
+// Moments by group or with weights.
+void grouped_moments(const Threads& threads, const Moments& args) {
+  const Shape& s = args.shape;
+  const T* x = static_cast<const T*>(args.x);
+  const A* weights = static_cast<const A*>(args.weights);
+  const bool planes = in_planes(s, true);
+  Scratch scratch;
+  const int64_t all = args.groups * s.c;
+  A* pivot = scratch.get<A>(all);
+  int64_t* first = scratch.get<int64_t>(args.groups);
+  fill(pivot, all, A(0));
+  for (int64_t g = 0; g < args.groups; ++g) first[g] = -1, args.count[g] = 0.0;
+  for (int64_t n = 0; n < s.n; ++n) {
+    const int64_t g = args.index ? args.index[n] : 0;
+    double count = 0.0;
+    if (!weights) {
+      count = static_cast<double>(s.s);
+      if (s.s > 0 && first[g] < 0) first[g] = n * s.s;
+    }
+    for (int64_t p = 0; weights && p < s.s; ++p) {
+      A w = weights[n * s.s + p];
+      count += static_cast<double>(w);
+      if (w != A(0) && first[g] < 0) first[g] = n * s.s + p;
+    }
+    args.count[g] += count;
+  }
+  for (int64_t g = 0; g < args.groups; ++g) {
+    if (first[g] < 0) continue;
+    int64_t n = first[g] / s.s, p = first[g] % s.s;
+    for (int64_t c = 0; c < s.c; ++c) {
+      pivot[g * s.c + c] = widen_one(x + (planes ? (n * s.c + c) * s.s + p : first[g] * s.c + c));
+    }
+  }
+  double *u = scratch.get<double>(all), *uv = scratch.get<double>(all);
+  auto sum = [&](auto weighted) {
+    if (s.numel() == 0) return;
+    MomentTerm<T, decltype(weighted)::value> term{x, {}, weights};
+    term.coefficients.mean = pivot;
+    if (planes) return reduce_grouped_planes(threads, s, reducer(term), args.index, args.index, kValues, u, uv);
+    reduce_grouped_rows(threads, row_shape<A>(s, true), reducer(term), args.index, args.index, u, uv);
+  };
+  StoreMoments store{static_cast<A*>(args.mean), static_cast<A*>(args.mean_low), static_cast<A*>(args.m2)};
+  for (int round = 0; round < 2; ++round) {  // from the first value, then from the mean
+    for (int64_t i = 0; i < all; ++i) u[i] = uv[i] = 0.0;
+    if (weights) {
+      sum(Constant<bool, true>{});
+    } else {
+      sum(Constant<bool, false>{});
+    }
+    for (int64_t g = 0; g < args.groups; ++g) {
+      for (int64_t c = 0; c < s.c; ++c) {
+        int64_t i = g * s.c + c;
+        MomentsOfChannel found{0.0, 0.0, 0.0, false};
+        if (first[g] >= 0) found = moments_of<T>(pivot[i], u[i], uv[i], args.count[g]);
+        store(i, found);
+        pivot[i] = static_cast<A>(found.mean);
+      }
+    }
+  }
+}
+
+void moments(const Threads& threads, const Moments& args) {
+  const Shape& s = args.shape;
+  if (s.numel() == 0 || args.index || args.weights) return grouped_moments(threads, args);
+  *args.count = static_cast<double>(s.n * s.s);
+  Scratch scratch;
+  const T* x = static_cast<const T*>(args.x);
+  StoreMoments store{static_cast<A*>(args.mean), static_cast<A*>(args.mean_low), static_cast<A*>(args.m2)};
+  if (in_planes(s, false)) {
+    CoefficientArrays<A> pivots(s.c, scratch);
+    const MomentTerm<T, false> term{x, pivots.view(), nullptr};
+    const Reducer sums = reducer(term);
+    PlaneMoments<StoreMoments> steps(sums, x, pivots.mean, s, store);
+    reduce_then_map(threads, s, sums, steps, Mapper{}, false, 1, kValues);
+    return;
+  }
+  const RowShape r = row_shape<A>(s, false);
+  LaneCoefficients pivots(r, scratch);
+  const MomentTerm<T, false> term{x, pivots.lanes.view(), nullptr};
+  const Reducer sums = reducer(term);
+  RowMoments<StoreMoments> steps(sums, x, pivots, *args.count, store);
+  reduce_then_map(threads, r, sums, steps, Mapper{}, false, kValues);
+}
+
+}  // namespace
+}  // namespace BATCHNORM_NAMESPACE

@@ -1,0 +1,511 @@
+// Every kernel, in every instruction set that this processor has, against the oracle: over a table of shapes, random
+// shapes and tensors too large for the caches; with one thread and with three, which must agree to the bit.
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+
+#include "oracle.h"
+
+namespace {
+
+constexpr DType kAllDTypes[] = {DType::float64, DType::float32, DType::bfloat16, DType::float16};
+constexpr Activation kActivations[] = {Activation::none,       Activation::relu, Activation::relu6,
+                                       Activation::leaky_relu, Activation::silu, Activation::gelu,
+                                       Activation::hardswish};
+constexpr const char* kDTypeNames[] = {"float64", "float32", "bfloat16", "float16"};
+constexpr const char* kActivationNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"};
+
+DType statistics(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
+
+// As torch cuts a loop: one part per thread, none smaller than the grain.
+template <int threads>
+void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
+  const int64_t part = std::max<int64_t>((end - begin + threads - 1) / threads, std::max<int64_t>(grain, 1));
+  std::vector<std::thread> others;
+  for (int64_t b = begin + part; b < end; b += part) {
+    others.emplace_back([=] { body(b, std::min(b + part, end), context); });
+  }
+  body(begin, std::min(begin + part, end), context);
+  for (std::thread& other : others) other.join();
+}
+constexpr Threads kThreads[] = {{run<1>, 1}, {run<3>, 3}};
+
+// ---- what is tried -------------------------------------------------------------------------------------------------
+
+enum class Values { normal, wide, offset, constant };
+
+struct Case {
+  Shape shape;
+  DType dtype;
+  Activation activation = Activation::none;
+  Values values = Values::normal;
+  double offset = 0.0;
+  bool residual = false, y = false, weight = true, bias = true, parameters_as_x = false, dz = false;
+  int64_t groups = 0;    // 0: no index
+  bool weights = false;  // some of them zero
+  int64_t skip = 0;      // values before the tensors' first: they are not aligned
+
+  std::string name() const {
+    std::ostringstream s;
+    s << kDTypeNames[static_cast<int>(dtype)] << (shape.channels_last ? " [n, s, c] = [" : " [n, c, s] = [") << shape.n
+      << ", " << (shape.channels_last ? shape.s : shape.c) << ", " << (shape.channels_last ? shape.c : shape.s) << "] "
+      << kActivationNames[static_cast<int>(activation)];
+    if (values != Values::normal) s << " values " << static_cast<int>(values) << " offset " << offset;
+    if (residual) s << " residual";
+    if (y) s << " y";
+    if (!weight) s << " no_weight";
+    if (!bias) s << " no_bias";
+    if (parameters_as_x) s << " parameters_as_x";
+    if (dz) s << " dz";
+    if (groups) s << " groups " << groups;
+    if (weights) s << " weights";
+    if (skip) s << " skip " << skip;
+    return s.str();
+  }
+};
+
+struct Random {
+  std::mt19937_64 engine;
+  double uniform(double low, double high) { return low + (high - low) * static_cast<double>(engine() >> 11) * 0x1p-53; }
+  int64_t integer(int64_t low, int64_t high) {  // both included
+    return low + static_cast<int64_t>(engine() % static_cast<uint64_t>(high - low + 1));
+  }
+  double normal() { return std::sqrt(-2 * std::log(uniform(1e-12, 1))) * std::cos(2 * M_PI * uniform(0, 1)); }
+  std::vector<double> normals(int64_t n) {
+    std::vector<double> v(static_cast<size_t>(n));
+    for (double& e : v) e = normal();
+    return v;
+  }
+  std::vector<double> uniforms(int64_t n, double low, double high) {
+    std::vector<double> v(static_cast<size_t>(n));
+    for (double& e : v) e = uniform(low, high);
+    return v;
+  }
+};
+
+// ---- comparing -----------------------------------------------------------------------------------------------------
+
+int64_t passed = 0, failed = 0;
+double worst = 0.0;
+std::string worst_where;
+
+void judge(const std::string& where, const std::string& problem) {
+  if (problem.empty()) {
+    ++passed;
+  } else if (++failed <= 50) {
+    std::printf("FAILED %s: %s\n", where.c_str(), problem.c_str());
+  }
+}
+
+std::string compare(const std::string& where, const char* name, const std::vector<double>& got, const Result& expected) {
+  int64_t wrong = 0, first = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::abs(got[i] - expected.value[i]);
+    if (error > 0.0 && error / expected.tolerance[i] > worst) {
+      worst = error / expected.tolerance[i], worst_where = where + " " + name;
+    }
+    if (error <= expected.tolerance[i]) continue;  // not so for NaN
+    if (wrong++ == 0) first = static_cast<int64_t>(i);
+  }
+  if (wrong == 0) return "";
+  char text[256];
+  std::snprintf(text, sizeof text, "%s[%lld] is %.17g, expected %.17g within %.3g; %lld of %lld wrong", name,
+                static_cast<long long>(first), got[first], expected.value[first], expected.tolerance[first],
+                static_cast<long long>(wrong), static_cast<long long>(got.size()));
+  return text;
+}
+
+struct Output {
+  const char* name;
+  DType dtype;
+  int64_t count;
+  const Result* expected;  // null: the low part of the output before it, which is compared with it added
+};
+
+using Pointers = std::vector<void*>;
+using Call = std::function<void(const Kernels&, const Threads&, const Pointers&)>;
+
+std::vector<std::string> capability_names() {
+  std::istringstream all(capabilities());
+  std::vector<std::string> names;
+  for (std::string name; all >> name;) names.push_back(name);
+  return names;
+}
+
+// Calls a kernel with every instruction set and number of threads, and compares what it wrote. `chosen`, where given,
+// are the values that are compared.
+void check(const Case& c, const char* kernel, const std::vector<Output>& outputs, const Call& call,
+           const std::vector<int64_t>* chosen = nullptr) {
+  for (const std::string& capability : capability_names()) {
+    set_capability(capability.c_str());
+    const std::string where = capability + " " + kernel + " " + c.name();
+    std::vector<std::vector<Buffer>> written;
+    for (const Threads& threads : kThreads) {
+      std::vector<Buffer>& buffers = written.emplace_back();
+      Pointers pointers;
+      for (const Output& output : outputs) {
+        buffers.emplace_back(output.dtype, output.count, c.skip).poison();
+        pointers.push_back(buffers.back().data());
+      }
+      call(kernels(c.dtype), threads, pointers);
+    }
+    std::string problem;
+    for (size_t o = 0; o < outputs.size() && problem.empty(); ++o) {
+      if (!written[0][o].same_bits(written[1][o])) problem = std::string(outputs[o].name) + " depends on the threads";
+      if (!outputs[o].expected || !problem.empty()) continue;
+      std::vector<double> got;
+      if (chosen && outputs[o].count == c.shape.numel()) {
+        for (int64_t i : *chosen) got.push_back(written[0][o].get(i));
+      } else {
+        got = written[0][o].values();
+      }
+      if (o + 1 < outputs.size() && !outputs[o + 1].expected) {
+        for (size_t i = 0; i < got.size(); ++i) {
+          if (got[i] != rounded(c.dtype, got[i])) problem = std::string(outputs[o].name) + " is not of x's precision";
+          got[i] += written[0][o + 1].get(static_cast<int64_t>(i));
+        }
+      }
+      if (problem.empty()) problem = compare(where, outputs[o].name, got, *outputs[o].expected);
+    }
+    judge(where, problem);
+  }
+}
+
+// ---- one case ------------------------------------------------------------------------------------------------------
+
+// A buffer and its values as the kernel sees them.
+struct Held {
+  Buffer buffer;
+  std::vector<double> values;
+  Held(DType dtype, const std::vector<double>& v, int64_t skip = 0) : buffer(dtype, v, skip), values(buffer.values()) {}
+  const void* data(bool present = true) const { return present ? buffer.data() : nullptr; }
+  Vector vector(int64_t rows, bool present = true) const { return {data(present), buffer.dtype, rows}; }
+};
+
+std::vector<double> x_values(const Case& c, Random& random) {
+  std::vector<double> x = random.normals(c.shape.numel());
+  Inputs in;
+  in.shape = c.shape;
+  in.each([&](int64_t i, int64_t, int64_t channel, int64_t) {
+    if (c.values == Values::wide) x[i] *= 60.0;
+    if (c.values == Values::offset) x[i] += c.offset * static_cast<double>(channel + 1);
+    if (c.values == Values::constant && channel % 2 == 0) x[i] = 123.45678 * static_cast<double>(channel + 1);
+  });
+  return x;
+}
+
+void check_moments(const Case& c, const Inputs& base, Random& random) {
+  const DType wide = statistics(c.dtype);
+  const int64_t groups = std::max<int64_t>(c.groups, 1);
+  std::vector<double> values = base.x;
+  if (c.weights) {  // what does not count may be anything
+    base.each([&](int64_t i, int64_t n, int64_t, int64_t p) {
+      if (base.position_weights[n * c.shape.s + p] == 0.0) values[i] = random.integer(0, 1) ? NAN : INFINITY;
+    });
+  }
+  const Held x(c.dtype, values, c.skip), weights(wide, base.position_weights, c.skip);
+  Inputs in = base;
+  in.x = x.values;
+  MomentsResult expected = moments(in, groups, c.weights);
+  expected.m2.stored_as(wide);
+  const int64_t all = groups * c.shape.c;
+  check(c, "moments",
+        {{"count", DType::float64, groups, &expected.count},
+         {"mean", wide, all, &expected.mean},
+         {"mean_low", wide, all, nullptr},
+         {"m2", wide, all, &expected.m2}},
+        [&](const Kernels& k, const Threads& threads, const Pointers& out) {
+          k.moments(threads, {c.shape, x.data(), c.groups ? in.index.data() : nullptr, weights.data(c.weights), groups,
+                              static_cast<double*>(out[0]), out[1], out[2], out[3]});
+        });
+}
+
+// The forward pass's ReLU and the one that backward recomputes agree to the bit, also where z is nothing but rounding.
+void check_mask(const Case& c, const Held& x, const Held& dy, const std::vector<double>& z, const Normalization& given) {
+  const DType wide = statistics(c.dtype);
+  const int64_t channels = c.shape.c, numel = c.shape.numel();
+  std::vector<double> opposite(z.size());
+  for (size_t i = 0; i < z.size(); ++i) opposite[i] = -z[i];
+  const Held residual(c.dtype, opposite, c.skip);
+  for (const std::string& capability : capability_names()) {
+    set_capability(capability.c_str());
+    const Kernels& k = kernels(c.dtype);
+    Buffer y(c.dtype, numel, c.skip), mean(wide, channels), low(wide, channels), var(wide, channels);
+    Normalization n = given;
+    n.activation = Activation::relu;
+    k.train_forward(kThreads[0], {c.shape, x.data(), residual.data(), n, y.data(), mean.data(), low.data(), var.data()});
+    n.mean = {mean.data(), wide, 1}, n.mean_low = {low.data(), wide, 1}, n.var = {var.data(), wide, 1};
+    std::vector<Buffer> results;
+    for (const bool from_y : {false, true}) {
+      Backward args{};
+      args.shape = c.shape, args.x = x.data(), args.dy = dy.data(), args.normalization = n, args.groups = 1;
+      (from_y ? args.y : args.residual) = from_y ? y.data() : residual.data();
+      args.through_batch = true;
+      args.sum_dz = results.emplace_back(wide, channels).data();
+      args.sum_dz_xhat = results.emplace_back(wide, channels).data();
+      args.dx = results.emplace_back(c.dtype, numel, c.skip).data();
+      args.dz = results.emplace_back(c.dtype, numel, c.skip).data();
+      k.backward(kThreads[0], args);
+    }
+    bool same = true;
+    for (int i = 0; i < 4; ++i) same = same && results[i].same_bits(results[i + 4]);
+    judge(capability + " mask " + c.name(), same ? "" : "recomputed from x it is not the forward pass's");
+  }
+}
+
+void check_case(const Case& c, uint64_t seed) {
+  Random random{std::mt19937_64(seed)};
+  const DType wide = statistics(c.dtype), parameter = c.parameters_as_x ? c.dtype : wide;
+  const int64_t numel = c.shape.numel(), rows = std::max<int64_t>(c.groups, 1), all = rows * c.shape.c;
+  const Held x(c.dtype, x_values(c, random), c.skip), dy(c.dtype, random.normals(numel), c.skip);
+  const Held residual(c.dtype, random.normals(numel), c.skip);
+  const Held weight(parameter, random.uniforms(all, -1.5, 1.5), c.skip), bias(parameter, random.uniforms(all, -1, 1));
+  Inputs in;
+  in.shape = c.shape, in.dtype = c.dtype, in.activation = c.activation, in.x = x.values, in.dy = dy.values;
+  if (c.groups) {  // the last group stays empty
+    for (int64_t n = 0; n < c.shape.n; ++n) in.index.push_back(random.integer(0, std::max<int64_t>(c.groups - 2, 0)));
+  }
+  if (c.weights) {
+    std::vector<double> w = random.uniforms(c.shape.n * c.shape.s, -0.5, 2.0);
+    for (double& e : w) e = std::max(e, 0.0);
+    in.position_weights = Held(wide, w).values;
+  }
+  check_moments(c, in, random);
+  if (c.residual) in.residual = residual.values;
+  if (c.weight) in.weight = weight.values;
+  if (c.bias) in.bias = bias.values;
+
+  Normalization n{};
+  n.weight = weight.vector(rows, c.weight), n.bias = bias.vector(rows, c.bias);
+  n.eps = in.eps, n.activation = c.activation, n.negative_slope = in.slope;
+  n.index = c.groups ? in.index.data() : nullptr;
+  const bool plain = !c.groups && !c.weights;
+  const MomentsResult batch = moments(in, rows, false);
+  std::vector<double> batch_var = batch.m2.value;
+  for (double& v : batch_var) v /= std::max<double>(static_cast<double>(c.shape.n * c.shape.s), 1.0);
+
+  if (plain) {
+    Inputs own = in;
+    own.own_statistics = true, own.mean = batch.first, own.mean_low = batch.delta, own.var = batch_var;
+    Result y = normalize(own), var = batch.m2;
+    for (size_t i = 0; i < var.value.size(); ++i) {
+      var.tolerance[i] *= batch_var[i] == 0.0 ? 0.0 : batch_var[i] / var.value[i], var.value[i] = batch_var[i];
+    }
+    y.stored_as(c.dtype), var.stored_as(wide);
+    check(c, "train_forward",
+          {{"y", c.dtype, numel, &y},
+           {"mean", wide, c.shape.c, &batch.mean},
+           {"mean_low", wide, c.shape.c, nullptr},
+           {"var", wide, c.shape.c, &var}},
+          [&](const Kernels& k, const Threads& threads, const Pointers& out) {
+            k.train_forward(threads, {c.shape, x.data(), residual.data(c.residual), n, out[0], out[1], out[2], out[3]});
+          });
+    if (c.activation == Activation::relu && c.dtype != DType::float16) {  // whose tiny values round to zero
+      Inputs bare = own;
+      bare.residual.clear();
+      check_mask(c, x, dy, preactivation(bare).value, n);
+    }
+  }
+
+  // Statistics as a batch left them, or running ones somewhere near.
+  std::vector<double> high(all), low(all), var = random.uniforms(all, 0.5, 2.0);
+  for (int64_t i = 0; i < all; ++i) {
+    const double first = std::isnan(batch.first[i]) ? 0.0 : batch.first[i] + (plain ? 0.0 : random.uniform(-1, 1));
+    high[i] = rounded(c.dtype, first + batch.delta[i]), low[i] = (first - high[i]) + batch.delta[i];
+  }
+  const bool running = c.dz;  // some cases without a low part
+  const Held mean(wide, high), mean_low(wide, low), variance(wide, plain ? batch_var : var);
+  in.mean = mean.values, in.var = variance.values;
+  if (!running) in.mean_low = mean_low.values;
+  n.mean = mean.vector(rows), n.mean_low = mean_low.vector(rows, !running), n.var = variance.vector(rows);
+  Result y = normalize(in);
+  const Held kept_y(c.dtype, y.value, c.skip);
+  y.stored_as(c.dtype);
+  check(c, "normalize", {{"y", c.dtype, numel, &y}},
+        [&](const Kernels& k, const Threads& threads, const Pointers& out) {
+          k.normalize(threads, {c.shape, x.data(), residual.data(c.residual), n, out[0]});
+        });
+
+  if (c.y) in.y = kept_y.values, in.residual.clear();
+  const Held position_weights(wide, in.position_weights, c.skip);
+  const Result dz = dz_of(in);
+  Backward args{};
+  args.shape = c.shape, args.dy = dy.data(), args.x = x.data(), args.normalization = n, args.groups = rows;
+  args.residual = residual.data(c.residual && !c.y), args.y = kept_y.data(c.y);
+  const SumsResult exact = sums_of(in, dz, rows);
+  SumsResult sums = exact;
+  sums.dz.stored_as(wide), sums.dz_xhat.stored_as(wide);
+  Result stored_dz = dz;
+  stored_dz.stored_as(c.dtype);
+
+  // Calls backward for the sums, dx and dz, or those of them that are asked for.
+  auto check_backward = [&](const char* kernel, const Backward& given, bool with_sums, Result* dx) {
+    std::vector<Output> outputs;
+    if (with_sums) outputs = {{"sum_dz", wide, all, &sums.dz}, {"sum_dz_xhat", wide, all, &sums.dz_xhat}};
+    if (dx) dx->stored_as(c.dtype), outputs.push_back({"dx", c.dtype, numel, dx});
+    if (dx && c.dz) outputs.push_back({"dz", c.dtype, numel, &stored_dz});
+    check(c, kernel, outputs, [&](const Kernels& k, const Threads& threads, const Pointers& out) {
+      Backward call = given;
+      size_t next = 0;
+      if (with_sums) call.sum_dz = out[next++], call.sum_dz_xhat = out[next++];
+      if (dx) call.dx = out[next++];
+      if (dx && c.dz) call.dz = out[next++];
+      k.backward(threads, call);
+    });
+  };
+
+  check_backward("backward_reduce", args, true, nullptr);
+  Result held = dx_of(in, dz, {}, {}, false);
+  check_backward("normalize_backward", args, true, &held);
+  if (plain) {
+    Result a = exact.dz, b = exact.dz_xhat;  // the means of dxhat and dxhat·xhat
+    for (Result* r : {&a, &b}) {
+      for (int64_t i = 0; i < all; ++i) {
+        const double share = in.pick(in.weight, 0, i, 1.0) / static_cast<double>(c.shape.n * c.shape.s);
+        r->value[i] *= share, r->tolerance[i] *= std::abs(share);
+      }
+    }
+    Backward call = args;
+    call.through_batch = true;
+    Result dx = dx_of(in, dz, a, b, false);
+    check_backward("train_backward", call, true, &dx);
+  }
+  const Held a(wide, random.normals(all)), b(wide, random.normals(all));
+  args.mean_dxhat = a.vector(rows), args.mean_dxhat_xhat = b.vector(rows);
+  args.weights = position_weights.data(c.weights);
+  const Result mean_a{a.values, std::vector<double>(all)}, mean_b{b.values, std::vector<double>(all)};
+  Result dx = dx_of(in, dz, mean_a, mean_b, c.weights);
+  check_backward("backward_apply", args, false, &dx);
+}
+
+// ---- tensors larger than the caches ----------------------------------------------------------------------------------
+
+// Forward and backward; two of the channels are compared with the oracle, the others with another number of threads.
+void check_large(DType dtype, bool channels_last) {
+  Case c{{2, 32, (int64_t{20} << 20) / 64 / size_of(dtype) + !channels_last, channels_last}, dtype, Activation::relu};
+  constexpr int64_t kFew = 2, kChosen[kFew] = {0, 17}, kPeriod = 65521;
+  Random random{std::mt19937_64(1)};
+  const DType wide = statistics(dtype);
+  const Shape& s = c.shape;
+  const Held piece(dtype, random.normals(kPeriod)), weight(wide, random.uniforms(s.c, -1.5, 1.5));
+  const int64_t numel = s.numel(), width = size_of(dtype), shift = 999;
+  Buffer x(dtype, numel), dy(dtype, numel);
+  for (int64_t i = 0; i < numel; i += kPeriod) {
+    std::memcpy(static_cast<char*>(x.data()) + i * width, piece.data(), std::min(kPeriod, numel - i) * width);
+  }
+  std::memcpy(dy.data(), static_cast<char*>(x.data()) + shift * width, (numel - shift) * width);
+  std::memcpy(static_cast<char*>(dy.data()) + (numel - shift) * width, x.data(), shift * width);
+
+  Inputs in;
+  in.shape = {s.n, kFew, s.s, false}, in.dtype = dtype, in.activation = c.activation, in.own_statistics = true;
+  std::vector<int64_t> chosen;
+  in.each([&](int64_t, int64_t n, int64_t k, int64_t p) {
+    chosen.push_back(channels_last ? (n * s.s + p) * s.c + kChosen[k] : (n * s.c + kChosen[k]) * s.s + p);
+    in.x.push_back(x.get(chosen.back())), in.dy.push_back(dy.get(chosen.back()));
+  });
+  for (int64_t k : kChosen) in.weight.push_back(weight.values[k]);
+  const double m = static_cast<double>(s.n * s.s);
+  const MomentsResult batch = moments(in, 1, false);
+  in.mean = batch.first, in.mean_low = batch.delta, in.var = batch.m2.value;
+  for (double& v : in.var) v /= m;
+  Result y = normalize(in);
+  const Result dz = dz_of(in);
+  SumsResult means = sums_of(in, dz, 1);
+  for (Result* r : {&means.dz, &means.dz_xhat}) {
+    for (int64_t k = 0; k < kFew; ++k) r->value[k] *= in.weight[k] / m, r->tolerance[k] *= std::abs(in.weight[k]) / m;
+  }
+  Result dx = dx_of(in, dz, means.dz, means.dz_xhat, false), stored_dz = dz;
+  y.stored_as(dtype), dx.stored_as(dtype), stored_dz.stored_as(dtype);
+  check(
+      c, "large", {{"y", dtype, numel, &y}, {"dx", dtype, numel, &dx}, {"dz", dtype, numel, &stored_dz}},
+      [&](const Kernels& k, const Threads& threads, const Pointers& out) {
+        Buffer mean(wide, s.c), low(wide, s.c), var(wide, s.c), sum_dz(wide, s.c), sum_dz_xhat(wide, s.c);
+        Backward args{};
+        Normalization& n = args.normalization;
+        n.weight = weight.vector(1), n.eps = in.eps, n.activation = c.activation;
+        k.train_forward(threads, {s, x.data(), nullptr, n, out[0], mean.data(), low.data(), var.data()});
+        n.mean = {mean.data(), wide, 1}, n.mean_low = {low.data(), wide, 1}, n.var = {var.data(), wide, 1};
+        args.shape = s, args.dy = dy.data(), args.x = x.data(), args.groups = 1, args.through_batch = true;
+        args.sum_dz = sum_dz.data(), args.sum_dz_xhat = sum_dz_xhat.data(), args.dx = out[1], args.dz = out[2];
+        k.backward(threads, args);
+      },
+      &chosen);
+}
+
+// ---- all of them -----------------------------------------------------------------------------------------------------
+
+std::vector<Case> table() {
+  constexpr int64_t kShapes[][3] = {  // n, c, s
+      {16, 5, 1},  {300, 33, 1}, {4, 3, 7},      {3, 5, 49},      {2, 4, 60},     {2, 2, 24},     {1, 6, 45},
+      {8, 1, 36},  {9, 1, 1},    {2, 3, 1},      {1, 7, 1},       {1, 1, 1},      {2, 2, 22650},  {1, 1, 40000},
+      {3, 17, 45}, {2, 33, 60},  {40000, 1, 1},  {2, 5, 17030},   {700, 2, 25},   {64, 9, 1},     {4, 130, 49},
+      {1, 300, 9}, {5, 64, 196}, {0, 3, 16},     {5, 3, 0},       {0, 3, 0},      {33, 16, 64},   {600, 130, 1},
+  };
+  std::vector<Case> cases;
+  auto add = [&](Case c) {
+    const size_t i = cases.size();
+    c.activation = kActivations[i % 7];
+    c.residual = i % 3 == 1, c.weight = i % 5 != 3, c.bias = i % 5 != 4, c.dz = i % 4 == 2;
+    c.y = i % 2 == 1 && c.activation < Activation::silu;  // of the others y does not tell the derivative
+    c.parameters_as_x = i % 8 == 5, c.skip = i % 2, c.weights = i % 4 == 3;
+    c.groups = i % 6 == 1 ? 3 : i % 6 == 4 ? 40 : 0;
+    cases.push_back(c);
+  };
+  for (const auto& [n, c, s] : kShapes) {
+    for (DType dtype : kAllDTypes) {
+      for (bool channels_last : {false, true}) {
+        add({{n, c, s, channels_last}, dtype});
+        // And without index or weights: the fused passes.
+        add({{n, c, s, channels_last}, dtype});
+        cases.back().groups = 0, cases.back().weights = false;
+      }
+    }
+  }
+  for (DType dtype : kAllDTypes) {
+    for (bool channels_last : {false, true}) {
+      const Shape small{3, 5, 45, channels_last}, rows{37, 24, 1, channels_last};
+      for (int i = 0; i < 7 * 3; ++i) {
+        for (const Shape& shape : {small, rows}) {
+          Case c{shape, dtype, kActivations[i % 7]};
+          c.residual = i / 7 == 1, c.y = i / 7 == 2 && c.activation < Activation::silu, c.dz = i % 2;
+          cases.push_back(c);
+        }
+        Case c{small, dtype, kActivations[i % 7], Values::wide};
+        cases.push_back(c);
+      }
+      const bool half = dtype == DType::bfloat16 || dtype == DType::float16;
+      for (double offset : {1e2, 1e4, 1e6}) {
+        if (offset < 1e3 || !half) cases.push_back({{4, 3, 256, channels_last}, dtype, {}, Values::offset, offset});
+      }
+      cases.push_back({{4, 3, 64, channels_last}, dtype, {}, Values::constant});
+    }
+  }
+  Random random{std::mt19937_64(7)};
+  for (int i = 0; i < 400; ++i) {
+    const bool flat = random.integer(0, 3) == 0;
+    const int64_t s = flat ? 1 : random.integer(2, random.integer(0, 3) ? 70 : 400);
+    add({{random.integer(1, flat ? 200 : 9), random.integer(1, 70), s, random.integer(0, 1) == 1},
+         kAllDTypes[random.integer(0, 3)]});
+    Case& c = cases.back();
+    if (random.integer(0, 1)) c.groups = 0, c.weights = false;
+  }
+  return cases;
+}
+
+}  // namespace
+
+int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 4096);  // a failure is seen also if a later case crashes
+  const std::vector<Case> cases = table();
+  for (size_t i = 0; i < cases.size(); ++i) check_case(cases[i], i);
+  for (DType dtype : kAllDTypes) {
+    for (bool channels_last : {false, true}) check_large(dtype, channels_last);
+  }
+  std::printf("%s: largest error %.2f of its tolerance (%s)\n", capabilities(), worst, worst_where.c_str());
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
+  return failed > 0;
+}
