@@ -14,10 +14,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize aarch64 lint format docs constraints clean
+.PHONY: help setup demo test bench bench-quick sanitize aarch64 lint format docs constraints clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) $(LIBRARY) ## create .venv with everything that the targets below need
 
@@ -44,6 +44,14 @@ demo: setup ## train one network with and without batch normalization, and write
 
 test: setup ## run the tests, the docstring examples and the examples of README and docs
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
+
+bench: setup ## measure ours and the others on this CPU, and write the tables and pictures of the documentation
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench]' --no-build-isolation \
+	  --config-settings wheel.cmake=false
+	$(BIN)/python -m benchmarks
+
+bench-quick: setup ## see that the benchmarks run; the figures mean nothing
+	$(BIN)/python -m benchmarks --quick
 
 sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (ten minutes to build)
 	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON

@@ -1,0 +1,133 @@
+"""`python -m benchmarks`: every section in processes of its own, then tables and pictures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+import batchnorm
+from benchmarks import exactness, layers, memory, page_faults, peers, records, report, steps
+from benchmarks.options import Options
+
+HERE = Path(__file__).parent
+# Environment variables by the name of an allocator setting; None where this machine does not have it.
+Settings = dict[str, dict[str, str] | None]
+PICTURES = HERE.parent / "docs" / "images"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A CSV file: how its rows are told apart, what measures them, and under which allocator settings."""
+
+    key: tuple[str, ...]
+    measure: Callable[[Options, records.Table], None]
+    settings: Settings
+
+    def table(self, out: Path, name: str) -> records.Table:
+        return records.Table(out / f"{name}.csv", self.key)
+
+
+_BOTH: Settings = dict(records.ALLOCATORS)
+_DEFAULT: Settings = {"default": {}}
+
+# What a setting decides is not taken over from the caller.
+_SET_HERE = {name for setting in (*_BOTH.values(), *page_faults.settings().values()) for name in setting or ()}
+
+SECTIONS = {
+    "layers": Section(layers.KEY, layers.measure_layers, _BOTH),
+    "sizes": Section(layers.KEY, layers.measure_sizes, _BOTH),
+    "threads": Section(layers.KEY, layers.measure_threads, {"kept": records.ALLOCATORS["kept"]}),
+    "exactness": Section(exactness.KEY, exactness.measure_exactness, _DEFAULT),
+    "memory": Section(memory.KEY, memory.measure_memory, _DEFAULT),
+    "page-faults": Section(page_faults.KEY, page_faults.measure_page_faults, page_faults.settings()),
+    "steps": Section(steps.KEY, steps.measure_steps, _BOTH),
+}
+
+
+def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path, resume: bool) -> None:
+    """Run a section once under each setting: an allocator reads its environment when a process starts."""
+    section = SECTIONS[name]
+    table = section.table(out, name)
+    if not resume:
+        table.clear()
+    for setting, environment in settings.items():
+        if environment is None:
+            print(f"{name}: {setting} is left out: its library is not installed")
+            continue
+        own = {k: v for k, v in os.environ.items() if k not in _SET_HERE}
+        command = [sys.executable, "-m", "benchmarks", name, "--here", setting, *arguments]
+        result = subprocess.run(command, env={**own, **environment}, cwd=HERE.parent, check=False)
+        if result.returncode:
+            print(f"{name} failed under {setting}; what was measured is in {table.partial}", file=sys.stderr)
+            sys.exit(1)
+    table.finish()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("sections", nargs=-1, type=click.Choice([*SECTIONS, "report"]))
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the CSV files and tables.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="Directory of the pictures.")
+@click.option(
+    "--quick", is_flag=True, help="Only see that everything runs: small cases, few repetitions, under a minute."
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same commit.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, help="For all contenders of one case together.")
+@click.option("--rounds", type=click.IntRange(2), default=30, help="Alternations of a network's training step.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="That everyone computes with.")
+@click.option(
+    "--only", default="", help="Of single layers, those described by this, such as '32×64×56×56, channels-last'."
+)
+@click.option("--here", hidden=True)
+def main(
+    sections: tuple[str, ...],
+    out: Path | None,
+    pictures: Path | None,
+    quick: bool,
+    resume: bool,
+    seconds: float,
+    rounds: int,
+    threads: int,
+    only: str,
+    here: str | None,
+) -> None:
+    """Measure batch normalization on this machine's CPU, and write tables and pictures.
+
+    Without SECTIONS all are measured, and the report is written; results go to benchmarks/results and docs/images.
+    """
+    torch.set_num_threads(threads)
+    if quick:
+        seconds, rounds = 0.05, 2
+    if quick or only:  # does not replace what was measured whole
+        out = out or Path(tempfile.mkdtemp(prefix="batchnorm-benchmarks-"))
+        pictures = pictures or out
+    out, pictures = (out or HERE / "results").resolve(), (pictures or PICTURES).resolve()
+    if here is not None:
+        (name,) = sections
+        section = SECTIONS[name]
+        section.measure(Options(out, quick, seconds, rounds, threads, only, here), section.table(out, name))
+        return
+    start = time.monotonic()
+    for line in peers.missing():
+        print(line)
+    print(batchnorm.backends())
+    arguments = ["--out", str(out), "--seconds", str(seconds), "--rounds", str(rounds), "--threads", str(threads)]
+    arguments += ["--only", only, *(["--quick"] if quick else [])]
+    for name in sections or SECTIONS:
+        if name != "report":
+            settings = SECTIONS[name].settings
+            _in_processes(name, {"kept": records.ALLOCATORS["kept"]} if quick else settings, arguments, out, resume)
+    report.write(out, pictures)
+    print(f"results: {out}; pictures: {pictures}; {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

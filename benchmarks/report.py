@@ -1,0 +1,232 @@
+"""Tables and pictures from the CSV files: printed, and written where the documentation includes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks import pictures, records, steps, targets
+from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
+from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
+from benchmarks.records import Row, select
+
+SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
+FILES = ("layers", "sizes", "threads", "exactness", "memory", "page-faults", "steps")
+
+Cells = Sequence[str]
+
+
+def markdown(head: Cells, body: Iterable[Cells], numbers_from: int = 1) -> str:
+    """Return a table; columns from `numbers_from` on are set to the right."""
+    rule = ["---" if i < numbers_from else "---:" for i in range(len(head))]
+    lines = [head, rule, *([c.replace("|", "\\|") for c in row] for row in body)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _ms(value: str | float) -> str:
+    return f"{float(value):.3g}"
+
+
+def machine(rows: list[Row]) -> str:
+    """Return where and when rows were measured."""
+    r = rows[0]
+    days = sorted({row["time"][:10] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    peers = ", ".join(f"{n} {r[n]}" for n in ("torch", "jax", "onnxruntime") if r[n] != "absent")
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    others = np.median([float(row["others"]) for row in rows])
+    return (
+        f"Measured {when} on {r['processor']}, {r['cores']} cores, {int(r['cache_bytes']) >> 20} MB of last-level "
+        f"cache; batchnorm {r['implementation']}; Python {r['python']}, {peers}; commit {commits}. "
+        f"Meanwhile other processes used {others:.0%} of the machine (median).\n"
+    )
+
+
+def _cases_table(rows: list[Row], dtype: str, layout: str, task: str) -> str:
+    """One row per shape: medians in ms, the ratio to the faster torch, and the floor."""
+    cells = targets.by_cell(list(select(rows, dtype=dtype, layout=layout, task=task)))
+    names = [n for n in SHOWN if any(n in c for c in cells.values())]
+    twice = layout == "channels-last" and TASKS[task].training
+    head = ["shape", *[f"{n}, ms" for n in names], "torch / ours", "floor, ms", "share of floor"]
+    head += ["floor reading x twice, ms"] if twice else []
+    body = []
+    for (shape, *_), contenders in cells.items():
+        ours = contenders.get(OURS)
+        if ours is None:
+            continue
+        theirs = [float(contenders[n]["p50_ms"]) for n in (TORCH, TORCH_INPLACE) if n in contenders]
+        ratio = f"{min(theirs) / float(ours['p50_ms']):.2f}×" if theirs else ""
+        row = [shape, *[_ms(contenders[n]["p50_ms"]) if n in contenders else "" for n in names], ratio]
+        row += [_ms(ours["floor_ms"]), f"{float(ours['share_of_floor']):.0%}"]
+        body.append([*row, *([_ms(ours["floor_read_twice_ms"])] if twice else [])])
+    return markdown(head, body)
+
+
+def layers_markdown(rows: list[Row], allocator: str, tasks: Iterable[str]) -> str:
+    """Return a table for each task, dtype and layout, under headings."""
+    rows = list(select(rows, allocator=allocator))
+    return "".join(
+        f"\n**{task}, {dtype}, {layout}**\n\n{_cases_table(rows, dtype, layout, task)}"
+        for task in tasks
+        for dtype in DTYPES
+        for layout in LAYOUTS
+    )
+
+
+def verdicts_of(tables: dict[str, list[Row]]) -> list[targets.Verdict]:
+    """Return every target that there are results for, the allocator settings of one beside each other."""
+    found = []
+    for allocator in records.ALLOCATORS:
+        if tables.get("layers"):
+            found += targets.layer_verdicts(tables["layers"], allocator)
+        if tables.get("steps"):
+            found += targets.step_verdicts(tables["steps"], allocator)
+    if tables.get("exactness"):
+        found += targets.exactness_verdicts(tables["exactness"])
+    if tables.get("memory"):
+        found += targets.memory_verdicts(tables["memory"])
+    order = {what: i for i, what in enumerate(dict.fromkeys(v.what for v in found))}
+    return sorted(found, key=lambda v: order[v.what])
+
+
+_MET = {True: "met", False: "**not met**", None: "not judged"}
+
+
+def targets_markdown(tables: dict[str, list[Row]]) -> str:
+    head = ("what", "target", "allocator", "measured", "")
+    body = [(v.what, v.target, v.allocator, v.measured, _MET[v.met]) for v in verdicts_of(tables)]
+    return markdown(head, body, 9)
+
+
+def summary_markdown(rows: list[Row]) -> str:
+    """Return the few figures for a first screen: one large case and the geometric means, against torch."""
+    body = []
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            chosen = [r for r in select(rows, dtype=dtype, layout=layout, task=STEP) if r["shape"] in targets.LARGE]
+            cells = [dtype, layout]
+            for allocator in records.ALLOCATORS:
+                found = targets.ratios(list(select(chosen, allocator=allocator)), TORCH, TORCH_INPLACE)
+                if found:
+                    values = [r.value for r in found]
+                    cells.append(f"{targets.geometric_mean(values):.1f}× ({min(values):.1f} to {max(values):.1f})")
+            body.append(cells)
+    settings = [f"{a} allocator" if a == "default" else "memory kept" for a in records.ALLOCATORS]
+    return markdown(("dtype", "layout", *settings), [b for b in body if len(b) == 4], 2)
+
+
+def exactness_markdown(rows: list[Row]) -> str:
+    """Return the largest error over all shapes for each dtype, layout and offset."""
+    worst: dict[tuple[str, ...], dict[str, float]] = {}
+    for r in rows:
+        errors = worst.setdefault((r["dtype"], r["layout"], r["offset"]), {})
+        for name in ("y", "dx"):
+            key = f"{r['contender']} {name}"
+            errors[key] = max(errors.get(key, 0.0), float(r[f"error_{name}"]))
+    columns = [f"{c} {n}" for n in ("y", "dx") for c in (OURS, TORCH)]
+    body = [
+        [dtype, layout, f"{float(offset):g} σ", *[f"{errors[c]:.1e}" for c in columns]]
+        for (dtype, layout, offset), errors in sorted(worst.items(), key=lambda i: (*i[0][:2], float(i[0][2])))
+    ]
+    return markdown(("dtype", "layout", "mean at", *columns), sorted(body, key=lambda b: b[0] != "float32"), 3)
+
+
+def memory_markdown(rows: list[Row]) -> str:
+    body = [
+        (r["what"], r["contender"], f"{float(r['kept_tensors']):.2f}", f"{float(r['peak_tensors']):.2f}") for r in rows
+    ]
+    return markdown(("what", "contender", "kept for backward", "peak of a training step"), body, 2)
+
+
+def steps_markdown(rows: list[Row]) -> str:
+    """Return medians of each network's step, and the time above no normalization as a share of torch's."""
+    body = []
+    for where in dict.fromkeys((r["network"], r["layout"], r["precision"], r["allocator"]) for r in rows):
+        chosen = [r for r in rows if (r["network"], r["layout"], r["precision"], r["allocator"]) == where]
+        share, low, high = steps.share_of_torch(chosen)
+        medians = {n: float(np.median([float(r[f"{n}_ms"]) for r in chosen])) for n in ("none", "torch", "batchnorm")}
+        times = [f"{m:.4g}" for m in medians.values()]
+        body.append([*where, *times, f"{share:.0%} ({low:.0%} to {high:.0%})", str(len(chosen))])
+    head = ("network", "layout", "precision", "allocator", "no BN, ms", "torch, ms", "batchnorm, ms")
+    return markdown((*head, "time above no BN, of torch's", "alternations"), body, 4)
+
+
+def page_faults_markdown(rows: list[Row]) -> str:
+    """Return time and page faults of each call under each setting."""
+    whats = list(dict.fromkeys(r["what"] for r in rows))
+    body = []
+    for allocator in dict.fromkeys(r["allocator"] for r in rows):
+        own = {r["what"]: r for r in select(rows, allocator=allocator)}
+        body.append([allocator, *[f"{_ms(own[w]['p50_ms'])} ({float(own[w]['page_faults']):,.0f})" for w in whats]])
+    return markdown(("allocator", *whats), body)
+
+
+def threads_markdown(rows: list[Row]) -> str:
+    names = (OURS, TORCH)
+    counts = sorted({int(r["threads"]) for r in rows})
+    body = [[str(n), *[_ms(next(select(rows, threads=n, contender=c))["p50_ms"]) for c in names]] for n in counts]
+    return markdown(("threads", *[f"{n}, ms" for n in names]), body)
+
+
+def write(out: Path, pictures_to: Path) -> None:
+    """Print the tables, and write them to `out` as Markdown, and the pictures as PNG."""
+    tables = {name: records.read(out / f"{name}.csv") for name in FILES if (out / f"{name}.csv").exists()}
+    if not tables:
+        print(f"nothing is measured yet in {out}")
+        return
+    texts = {"machine": machine([row for rows in tables.values() for row in rows]), "targets": targets_markdown(tables)}
+    if layers := tables.get("layers"):
+        inference = [t for t in TASKS if not TASKS[t].training]
+        texts["summary"] = summary_markdown(layers)
+        for allocator in records.ALLOCATORS:
+            texts[f"training-{allocator}"] = layers_markdown(layers, allocator, [t for t in TASKS if TASKS[t].training])
+            texts[f"inference-{allocator}"] = layers_markdown(layers, allocator, inference)
+    tellers = {
+        "exactness": exactness_markdown,
+        "memory": memory_markdown,
+        "steps": steps_markdown,
+        "page-faults": page_faults_markdown,
+        "threads": threads_markdown,
+    }
+    texts |= {name: teller(tables[name]) for name, teller in tellers.items() if tables.get(name)}
+    for name, text in texts.items():
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+    pictures.draw(tables, pictures_to)
+    _print(tables)
+
+
+def _print(tables: dict[str, list[Row]]) -> None:
+    console = Console(width=None if Console().is_terminal else 180)
+    if layers := tables.get("layers"):
+        for allocator in records.ALLOCATORS:
+            _print_step(console, list(select(layers, allocator=allocator, task=STEP)), allocator)
+    verdicts = verdicts_of(tables)
+    if verdicts:
+        table = RichTable("what", "target", "allocator", "measured", "", title="Targets")
+        for v in verdicts:
+            table.add_row(v.what, v.target, v.allocator, v.measured, _MET[v.met].strip("*"))
+        console.print(table)
+
+
+def _print_step(console: Console, rows: list[Row], allocator: str) -> None:
+    cells = targets.by_cell(rows)
+    names = [n for n in SHOWN if any(n in c for c in cells.values())]
+    table = RichTable(title=f"{STEP}, median ms, allocator: {allocator}")
+    for column in ("shape", "layout", "dtype"):
+        table.add_column(column)
+    for column in (*names, "torch / ours", "floor", "share"):
+        table.add_column(column, justify="right")
+    for (shape, layout, dtype, _), contenders in cells.items():
+        if (ours := contenders.get(OURS)) is None:
+            continue
+        times = [_ms(contenders[n]["p50_ms"]) if n in contenders else "" for n in names]
+        theirs = min((float(contenders[n]["p50_ms"]) for n in (TORCH, TORCH_INPLACE) if n in contenders), default=0)
+        ratio = f"{theirs / float(ours['p50_ms']):.2f}×" if theirs else ""
+        table.add_row(
+            shape, layout, dtype, *times, ratio, _ms(ours["floor_ms"]), f"{float(ours['share_of_floor']):.0%}"
+        )
+    console.print(table)

@@ -1,0 +1,119 @@
+"""Training steps of whole networks with our normalization, torch's and none, taken in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from benchmarks.networks import NETWORKS, NORMS, Norm, same_weights
+from benchmarks.options import Options
+from benchmarks.records import Row, Table
+
+KEY = ("allocator", "network", "layout", "precision", "round")
+BATCH, SIZE = 32, 160
+VARIANTS = (("contiguous", "float32"), ("channels-last", "float32"), ("channels-last", "bfloat16 autocast"))
+
+
+def _check_agreement(build: Callable[[Norm], torch.nn.Module]) -> None:
+    """Raise unless loss and every gradient are the same with ours and torch's, in float64."""
+    torch.manual_seed(0)
+    models = {name: build(NORMS[name]).double() for name in ("torch", "batchnorm")}
+    same_weights(models["batchnorm"], models["torch"])
+    images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
+    gradients = []
+    for model in models.values():
+        F.cross_entropy(model(images), labels).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    largest = max(float(g.abs().max()) for g in gradients[0])  # some gradients are rounding: β before another BN
+    difference = max(float((theirs - ours).abs().max()) for theirs, ours in zip(*gradients, strict=True)) / largest
+    if not difference < 1e-9:
+        raise RuntimeError(f"the networks must have the same gradients in float64; they differ by {difference:.1e}")
+
+
+def _step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if precision != "float32" else contextlib.nullcontext():
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure_steps(options: Options, table: Table) -> None:
+    """Write one row for each alternation."""
+    done = table.measured()
+    batch, size, rounds = (4, 64, 2) if options.quick else (BATCH, SIZE, options.rounds)
+    for network, build in NETWORKS.items():
+        _check_agreement(build)
+        for layout, precision in VARIANTS:
+            where = {"allocator": options.allocator, "network": network, "layout": layout, "precision": precision}
+            left = [i for i in range(rounds) if (*where.values(), str(i)) not in done]
+            if left:
+                _measure(build, where, batch, size, left, table)
+
+
+def _measure(
+    build: Callable[[Norm], torch.nn.Module],
+    where: dict[str, str],
+    batch: int,
+    size: int,
+    left: list[int],
+    table: Table,
+) -> None:
+    torch.manual_seed(0)
+    memory = torch.channels_last if where["layout"] == "channels-last" else torch.contiguous_format
+    images = torch.randn(batch, 3, size, size).contiguous(memory_format=memory)
+    labels = torch.randint(1000, (batch,))
+    steps = {
+        name: _step(build(norm).to(memory_format=memory), images, labels, where["precision"])
+        for name, norm in NORMS.items()
+    }
+    for step in steps.values():
+        step()
+        step()
+    rows: list[Row] = []
+    names = list(steps)
+    gc.collect()
+    for i in left:
+        seconds = {}
+        for name in names[i % 3 :] + names[: i % 3]:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name] = time.perf_counter() - start
+        rows.append({**where, "batch": batch, "size": size, "round": i, "threads": torch.get_num_threads()})
+        rows[-1] |= {f"{name}_ms": seconds[name] * 1e3 for name in NORMS}
+        table.append(rows[-1:])
+    share, low, high = share_of_torch(rows)
+    medians = ", ".join(f"{name} {np.median([r[f'{name}_ms'] for r in rows]):.4g}" for name in NORMS)
+    print(
+        f"{', '.join(where.values())}: {medians} ms; time above no normalization {share:.0%} of torch's "
+        f"({low:.0%} to {high:.0%})",
+        flush=True,
+    )
+
+
+def share_of_torch(rows: Iterable[Row], resamples: int = 10_000) -> tuple[float, float, float]:
+    """Return (ours − none) / (torch's − none), and its 95 % interval.
+
+    Each term is the median of the differences within a round; the interval is the percentile bootstrap over rounds.
+    """
+    times = np.array([[float(r[f"{name}_ms"]) for name in ("batchnorm", "torch", "none")] for r in rows])
+    above = times[:, :2] - times[:, 2:]
+
+    def ratio(differences: np.ndarray) -> np.ndarray:
+        medians = np.median(differences, axis=-2)
+        return medians[..., 0] / medians[..., 1]
+
+    picks = np.random.default_rng(0).integers(0, len(above), (resamples, len(above)))
+    low, high = np.percentile(ratio(above[picks]), [2.5, 97.5])
+    return float(ratio(above)), float(low), float(high)

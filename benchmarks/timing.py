@@ -1,0 +1,75 @@
+"""Times of contenders that take turns."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+_SHORT = 0.005  # seconds: shorter calls get an untimed one first, so that no one pays for the caches of another
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one entry per timed turn."""
+
+    seconds: np.ndarray
+
+    def percentile(self, p: float) -> float:
+        return float(np.percentile(self.seconds, p))
+
+    @property
+    def median(self) -> float:
+        return self.percentile(50)
+
+
+def _once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _many(call: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 60
+) -> dict[str, Times]:
+    """Let the contenders take turns for about `seconds`, in an order that rotates, and return each one's times.
+
+    Args:
+        contenders: What to call, by name. What a call returns is freed within its time, as in a training loop.
+        seconds: For all contenders together; exceeded where `least` rounds take longer.
+        least: Fewest rounds.
+        most: Most rounds.
+    """
+    names = list(contenders)
+    estimate = {}
+    for name in names:
+        contenders[name]()
+        estimate[name] = min(_once(contenders[name]) for _ in range(2))
+    repeats = {name: max(1, int(2e-4 / max(t, 1e-7))) for name, t in estimate.items()}
+    turns = {name: 3 if t < 4 * _SHORT else 1 for name, t in estimate.items()}
+    round_seconds = sum(t * repeats[n] * turns[n] + (t if t < _SHORT else 0) for n, t in estimate.items())
+    rounds = int(min(max(seconds / round_seconds, least), most))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            at = i % len(names)
+            for name in names[at:] + names[:at]:
+                call = contenders[name]
+                if estimate[name] < _SHORT:
+                    call()
+                found[name] += [_many(call, repeats[name]) for _ in range(turns[name])]
+    finally:
+        gc.enable()
+    return {name: Times(np.array(values)) for name, values in found.items()}

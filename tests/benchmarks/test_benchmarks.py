@@ -1,0 +1,127 @@
+"""What the benchmark counts, checks and judges, on cases of no size; none of these looks at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import cases, layers, memory, networks, records, report, steps, targets
+from benchmarks.cases import STEP, TASKS, Case, make_data
+from benchmarks.options import Options
+from benchmarks.peers import CONTENDERS, OURS, TORCH, Contender
+from benchmarks.timing import alternate
+
+SHAPES = ((4, 3, 5, 5), (16, 3), (2, 3, 4, 3, 2))
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options(tmp_path, quick=True, seconds=0.001, rounds=2, threads=1, only="", allocator="default")
+
+
+def test_floor_of_a_training_step_is_two_and_a_half_copies():
+    assert TASKS[STEP].passes == 5
+    assert TASKS["BN+ReLU forward"].passes == 2
+    assert TASKS["BN+add+ReLU inference"].passes == 3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=cases.shape_text)
+@pytest.mark.parametrize("task", TASKS)
+def test_ours_and_torch_agree_with_the_reference(shape, task):
+    contenders = [c for c in CONTENDERS if c.name in (OURS, TORCH)]
+    for layout in cases.layouts_of(shape):
+        case = Case(shape, layout, "float32", task)
+        data = make_data(case)
+        for contender in contenders:
+            call = contender.build(case, data)
+            found = cases.errors(case, data, contender.as_torch(case, call()))
+            assert max(found.values()) < 1e-5, (contender.name, found)
+
+
+def test_reference_is_torchs_in_float64():
+    data = make_data(Case((6, 3, 4, 4), "contiguous", "float32", STEP))
+    x = data.x.double().requires_grad_()
+    y = torch.relu(torch.nn.functional.batch_norm(x, None, None, data.weight.double(), data.bias.double(), True))
+    (dx,) = torch.autograd.grad(y, x, data.dy.double())
+    torch.testing.assert_close(data.reference["y"], y.detach())
+    torch.testing.assert_close(data.reference["dx"], dx)
+
+
+def test_a_contender_that_is_wrong_is_not_reported(monkeypatch, capsys, options):
+    def shifted(case, data):
+        call = CONTENDERS[0].build(case, data)
+        return lambda: tuple(t + 1e-3 for t in call())
+
+    wrong = Contender("wrong", shifted, CONTENDERS[0].as_torch)
+    monkeypatch.setattr(layers, "CONTENDERS", (CONTENDERS[0], wrong))
+    rows = layers.measure(Case((16, 3), "contiguous", "float32", STEP), options)
+    assert {"wrong"}.isdisjoint(r["contender"] for r in rows)
+    assert OURS in {r["contender"] for r in rows}
+    assert "not reported: wrong is wrong in" in capsys.readouterr().out
+
+
+def test_alternate_times_everyone_equally_often():
+    calls = []
+    times = alternate({n: lambda n=n: calls.append(n) for n in "abc"}, 0.0, least=3)
+    assert {len(t.seconds) for t in times.values()} == {9}
+    assert set(calls) == set("abc")
+
+
+def test_table_is_partial_until_finished_and_resumes(tmp_path):
+    table = records.Table(tmp_path / "t.csv", ("what",))
+    table.append([{"what": "a", "ms": 1.5}])
+    assert not table.path.exists()
+    assert records.Table(tmp_path / "t.csv", ("what",)).measured() == {("a",)}
+    table.append([{"what": "b", "ms": 2.5}])
+    table.finish()
+    assert [r["ms"] for r in records.read(table.path)] == ["1.5", "2.5"]
+    assert not table.partial.exists()
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_networks_are_the_same_with_ours_and_torchs(name):
+    steps._check_agreement(networks.NETWORKS[name])
+
+
+def test_share_of_torch_is_that_of_the_differences():
+    rows = [{"batchnorm_ms": 12 + i, "torch_ms": 20 + i, "none_ms": 10 + i} for i in range(30)]
+    assert steps.share_of_torch(rows) == pytest.approx((0.2, 0.2, 0.2))
+
+
+def test_autograd_keeps_x_and_vectors():
+    x = torch.randn(8, 4, 16, 16, requires_grad=True)
+    ours = memory._contenders("BN+ReLU", 4)
+    nbytes = x.numel() * 4
+    assert memory.kept(lambda: ours["batchnorm"](x, x)) < 1.1 * nbytes
+    assert memory.kept(lambda: ours["torch"](x, x)) > 1.9 * nbytes
+
+
+def step_rows(ours_ms: float, torch_ms: float, floor_ms: float) -> list[records.Row]:
+    common = {"allocator": "kept", "dtype": "float32", "layout": "contiguous", "task": STEP, "bytes": str(1 << 30)}
+    common |= {"cache_bytes": str(1 << 25), "floor_ms": str(floor_ms)}
+    return [
+        {**common, "shape": shape, "contender": name, "p50_ms": str(ms), "share_of_floor": str(floor_ms / ms)}
+        for shape in targets.LARGE
+        for name, ms in ((OURS, ours_ms), (TORCH, torch_ms))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "met"), [(10, 50, True), (10, 40, False), (10, 44.9, False), (10, 45.1, True)]
+)
+def test_target_against_torch_is_judged_by_its_number(ours, torchs, met):
+    verdicts = targets.layer_verdicts(step_rows(ours, torchs, 8), "kept")
+    (verdict,) = [v for v in verdicts if v.what == "training step of BN + ReLU, contiguous float32, against torch"]
+    assert verdict.met is met
+    assert dataclasses.asdict(verdict)["measured"].startswith(f"geometric mean {torchs / ours:.2f}×")
+
+
+def test_what_was_not_measured_is_not_judged():
+    verdicts = targets.layer_verdicts(step_rows(10, 50, 8), "default")
+    assert {v.met for v in verdicts} == {None}
+
+
+def test_markdown_is_a_table():
+    assert report.markdown(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
