@@ -19,6 +19,9 @@ namespace batchnorm {
 BATCHNORM_DECLARE(baseline)
 BATCHNORM_DECLARE(avx2)
 BATCHNORM_DECLARE(avx512)
+namespace avx512_bf16 {
+extern const Kernels bfloat16_kernels;
+}
 #elif defined(__aarch64__)
 BATCHNORM_DECLARE(neon)
 #else
@@ -39,16 +42,21 @@ struct Set {
         &capability::float16_kernels                                                           \
   }
 
+#if defined(__x86_64__)
+bool avx512_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("fma");
+}
+#endif
+
 // Best first.
 const Set kSets[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
-     },
-     BATCHNORM_TABLES(avx512)},
+    {"avx512_bf16",
+     [] { return __builtin_cpu_supports("avx512bf16") && avx512_supported(); },
+     {&avx512::float64_kernels, &avx512::float32_kernels, &avx512_bf16::bfloat16_kernels, &avx512::float16_kernels}},
+    {"avx512", avx512_supported, BATCHNORM_TABLES(avx512)},
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      BATCHNORM_TABLES(avx2)},

@@ -128,12 +128,13 @@ __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, 
 }
 
 // Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`.
+// Meanwhile the inputs that lie `ahead` values further on are fetched; 0: none.
 using MapPlanes = void (*)(const void* map, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
-                           int64_t length, int64_t row, bool streamed);
+                           int64_t length, int64_t row, bool streamed, int64_t ahead);
 
 template <class Map>
 static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
-                       int64_t length, int64_t row, bool streamed) {
+                       int64_t length, int64_t row, bool streamed, int64_t ahead) {
   using A = typename Map::A;
   using T = typename Map::Type;
   constexpr int64_t W = kLanes<A>, kLine = 64 / sizeof(T);
@@ -154,11 +155,14 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
     const auto c = map.at(OneChannel<A>{channel});
 #pragma GCC unroll 4
     for (; i + W <= length; i += W) {
+      if (ahead) map.fetch(offset + i + ahead);
       map.apply(c, offset + i, W, map.weights ? load(map.weights + position + i, W) : Vec<A>{}, past);
     }
-    if (i < length) {
-      i = length < W ? 0 : length - W;
-      map_some(original, channel, offset + i, position + i, length - i);
+    if (i < length && length >= W) {  // the last full vector again
+      i = length - W;
+      map.apply(c, offset + i, W, map.weights ? load(map.weights + position + i, W) : Vec<A>{}, false);
+    } else if (i < length) {
+      map_some(original, channel, offset, position, length);
     }
   }
 }

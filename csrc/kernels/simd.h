@@ -123,6 +123,10 @@ BATCHNORM_INLINE Vec<float> widen(UInt16Half raw, bfloat16) {
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 BATCHNORM_INLINE UInt16Half narrow(Vec<float> v, bfloat16) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // the instruction takes these for zero
+  if (_mm512_fpclass_ps_mask(v, kSubnormal) == 0) return reinterpret_cast<UInt16Half>(_mm512_cvtneps_pbh(v));
+#endif
   UInt32 bits = reinterpret_cast<UInt32>(v);
   UInt32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   UInt32 quiet = (bits >> 16) | 0x40;

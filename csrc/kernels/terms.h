@@ -96,6 +96,10 @@ struct NormalizeMap {
             Channels::get(coefficients.shift, c)};
   }
   T* first_output() const { return y; }
+  __attribute__((always_inline)) void fetch(int64_t offset) const {
+    __builtin_prefetch(x + offset, 0, 2);
+    if (residual) __builtin_prefetch(residual + offset, 0, 2);
+  }
   __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A>,
                                             bool streamed) const {
     Vec<A> z = preactivation(load(x + offset, count) - c.mean, c.scale, c.shift);
@@ -164,6 +168,12 @@ struct ApplyMap {
             Channels::get(coefficients.constant, c)};
   }
   T* first_output() const { return dx; }
+  __attribute__((always_inline)) void fetch(int64_t offset) const {
+    __builtin_prefetch(term.dy + offset, 0, 2);
+    __builtin_prefetch(term.x + offset, 0, 2);
+    if (term.residual) __builtin_prefetch(term.residual + offset, 0, 2);
+    if (term.y) __builtin_prefetch(term.y + offset, 0, 2);
+  }
   __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A> w,
                                             bool streamed) const {
     Vec<A> upstream, deviation;
