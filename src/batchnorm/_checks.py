@@ -145,6 +145,15 @@ def check_batch(caller: str, x: Tensor) -> None:
         )
 
 
+def check_joint_count(caller: str, count: float) -> None:
+    """The same for what all processes have together."""
+    if count == 1:
+        raise ValueError(
+            f"{caller} expects more than one value per channel in training over all processes, got one. "
+            "One value has no variance: use a larger batch, or evaluation mode."
+        )
+
+
 def check_running(caller: str, running_mean: Tensor | None, running_var: Tensor | None, *, needed: bool) -> None:
     if (running_mean is None) != (running_var is None):
         given, missing = ("running_var", "running_mean") if running_mean is None else ("running_mean", "running_var")
@@ -157,3 +166,48 @@ def check_running(caller: str, running_mean: Tensor | None, running_var: Tensor 
             f"{caller} expects running_mean and running_var in evaluation, got None. "
             "Pass them, or training=True for the batch's own statistics."
         )
+
+
+def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
+    """`mask`, boolean or weights >= 0 broadcastable to `[N, *S]`, as weights `[N, *S]`."""
+    positions = (x.shape[0], *x.shape[2:])
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        kind = type(mask).__name__ if not isinstance(mask, Tensor) else mask.dtype
+        raise TypeError(f"{caller} expects a mask of booleans or of weights, got {kind}. Use mask.bool().")
+    if mask.device != x.device:
+        raise ValueError(
+            f"{caller} expects the mask on x's device, got mask on {mask.device} and x on {x.device}. "
+            "Move it with mask.to(x.device)."
+        )
+    if mask.dim() == 1 and len(positions) > 1 and mask.shape[0] == positions[0] == positions[-1] != 1:
+        ones = ", 1" * (len(positions) - 1)
+        raise ValueError(
+            f"{caller} expects a mask that fits x in one way, got {list(mask.shape)} for x of shape {list(x.shape)}. "
+            f"For one value per sample use mask.reshape(-1{ones}), for one per last position mask.unsqueeze(0)."
+        )
+    try:
+        weights = mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).expand(positions)
+    except RuntimeError:
+        raise ValueError(
+            f"{caller} expects a mask of shape [N, *S] = {list(positions)} (or broadcastable to it) for x of shape "
+            f"{list(x.shape)}, got {list(mask.shape)}. It has no channel dimension: one value per position."
+        ) from None
+    if mask.dtype != torch.bool and _can_be_read(mask) and mask.numel() > 0:
+        least, most = mask.min().item(), mask.max().item()
+        if not (least >= 0 and most < math.inf):  # NaN too
+            raise ValueError(
+                f"{caller} expects weights >= 0 and finite as mask, got values from {least} to {most}. "
+                "Give positions that do not count the weight 0."
+            )
+    return weights.contiguous()
+
+
+def _can_be_read(t: Tensor) -> bool:
+    """Whether t's values may be looked at without waiting for a device or breaking a graph."""
+    return (
+        type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not torch._C._are_functorch_transforms_active()
+    )

@@ -27,6 +27,7 @@ def batch_norm(
     activation: str = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     on_nonfinite: str = "propagate",
     caller: str = "batch_norm",
@@ -52,6 +53,12 @@ def batch_norm(
         activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu" or "hardswish", fused.
         negative_slope: Slope of "leaky_relu" below zero.
         residual: Of x's shape and dtype; added before the activation.
+        mask: Which positions count in the batch's statistics, and so in the running ones: booleans, or finite
+            weights w >= 0, of shape `[N, *S]` or broadcastable to it. What does not count (padding) may hold
+            anything, NaN too (taken as 0), and is normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and
+            the unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw, V₂ = Σw². Where nothing counts, the running
+            statistics stay; a single counted value gives β there, and moves the running mean alone. In evaluation a
+            mask changes nothing.
         num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
         on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
             mean or variance is not finite, as after an overflow in float16.
@@ -64,7 +71,9 @@ def batch_norm(
         TypeError: x is not a floating-point tensor, or weight, bias, a running statistic or the residual is in a
             dtype that does not go with x's (half x takes float32 or its own).
         ValueError: x has the wrong rank or one value per channel in training; a vector is not `[C]`; the residual's
-            shape is not x's; eps, activation or on_nonfinite is out of its range; a needed statistic is missing.
+            shape is not x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (weights are looked at
+            on the CPU, not on other devices nor in a compiled graph); eps, activation or on_nonfinite is out of its
+            range; a needed statistic is missing.
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
 
     Numerics:
@@ -81,10 +90,10 @@ def batch_norm(
                 [1.0000, 1.0000]])
     """
     # This also makes one node of an fx graph; fx.wrap would put its wrapper there, which does not pickle.
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask):
         return handle_torch_function(
             batch_norm,
-            (input, running_mean, running_var, weight, bias, residual),
+            (input, running_mean, running_var, weight, bias, residual, mask),
             input,
             running_mean,
             running_var,
@@ -96,6 +105,7 @@ def batch_norm(
             activation=activation,
             negative_slope=negative_slope,
             residual=residual,
+            mask=mask,
             num_batches_tracked=num_batches_tracked,
             on_nonfinite=on_nonfinite,
             caller=caller,
@@ -117,11 +127,12 @@ def batch_norm(
         _checks.check_residual(caller, input, residual)
         if training:
             _checks.check_batch(caller, input)
+    weights = None if mask is None else _checks.mask_as_weights(caller, input, mask)
 
     if tracing or torch.compiler.is_exporting():
         return _portable_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope,
-            residual, num_batches_tracked, on_nonfinite, caller,
+            residual, weights, num_batches_tracked, on_nonfinite, caller,
         )  # fmt: skip
     if not training:
         assert running_mean is not None
@@ -129,12 +140,22 @@ def batch_norm(
         return ops.fixed_statistics_norm(
             input, running_mean, running_var, weight, bias, residual, eps, activation, negative_slope
         )
-    y, mean, mean_low, var = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, negative_slope)
+    count = None
+    if weights is None:
+        y, mean, mean_low, var = ops.batch_statistics_norm(
+            input, weight, bias, residual, eps, activation, negative_slope
+        )
+    else:
+        statistics = ops.batch_moments(input, weights=weights)
+        y = ops.batch_statistics_norm_by_parts(
+            input, statistics, weight, bias, residual, eps, activation, negative_slope, weights=weights
+        )
+        _, mean, mean_low, var, count = (t.detach() for t in statistics)
     if running_mean is not None:
         assert running_var is not None
         m = math.prod((input.shape[0], *input.shape[2:]))
         ops.update_running_(
-            running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, None, momentum,
+            running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, count, momentum,
             on_nonfinite == "skip",
         )  # fmt: skip
     return y
@@ -152,11 +173,17 @@ def _portable_batch_norm(
     activation: str,
     negative_slope: float,
     residual: Tensor | None,
+    weights: Tensor | None,
     num_batches_tracked: Tensor | None,
     on_nonfinite: str,
     caller: str,
 ) -> Tensor:
     """The same in torch's own operations: an exported program loads where this library is not installed."""
+    if training and weights is not None:
+        raise ValueError(
+            f"{caller} expects no mask in an exported training graph, got one. torch's own batch_norm, which is "
+            "exported, has none: leave it out, or export in evaluation mode."
+        )
     if training and on_nonfinite == "skip":
         raise ValueError(
             f"{caller} expects on_nonfinite='propagate' in an exported training graph, got 'skip'. torch's own "

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
-from batchnorm.compare import ComparisonError, norms, register
+from batchnorm.compare import ComparisonError, models, norms, register
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
@@ -49,6 +50,13 @@ def test_several_norms_are_told_apart(given, specs):
         ("", "norms must name at least one"),
         (["none", "none"], "each norm must stand once in norms, got 'none' twice"),
         ("batch:speed=3", "options of norm 'batch:speed=3' must be ones that its layer takes"),
+        ("ghost:0", "options of norm 'ghost:0' must be ones that its layer takes"),
+        ("renorm:rmax=0.5", "options of norm 'renorm:rmax=0.5' must be ones that its layer takes"),
+        ("decorrelated:8,rmax=3", "options of norm 'decorrelated:8,rmax=3' must be ones that its layer takes"),
+        ("group:0", "group normalization expects a number of groups that divides the 0 channels, got 0"),
+        ("group:many", "a number of groups that divides the 4 channels, got 'many'. Write for example group:8"),
+        ("layer:8", "options of norm 'layer:8' must be ones"),
+        ("domain", "norms must be among .* got 'domain'"),
         ("batch:eps=-1", "options of norm 'batch:eps=-1' must be ones that its layer takes"),
     ],
 )
@@ -59,11 +67,72 @@ def test_unusable_norms_are_refused_with_the_reason(given, message):
 
 def test_a_layer_joins_by_one_line(monkeypatch):
     monkeypatch.setattr(norms, "_REGISTRY", dict(norms._REGISTRY))
-    register("group", lambda c, dims, groups=2: nn.GroupNorm(groups, c), title="group norm", replaces_bias=False)
-    assert "group" in norms.names()
-    assert norms.parse("group:4")(8).num_groups == 4
+    register("mine", lambda c, dims, groups=2: nn.GroupNorm(groups, c), title="my norm", replaces_bias=False)
+    assert "mine" in norms.names()
+    assert norms.parse("mine:4")(8).num_groups == 4
     with pytest.raises(ValueError, match="a norm needs a free name"):
-        register("group", nn.Identity, title="again", replaces_bias=False)
+        register("mine", nn.Identity, title="again", replaces_bias=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "attributes"),
+    [
+        ("renorm", {"rmax": 3.0, "dmax": 5.0}),
+        ("renorm:2,dmax=1", {"rmax": 2, "dmax": 1}),
+        ("ghost:16", {"ghost_size": 16}),
+        ("ghost:ghost_size=8,momentum=0.5", {"ghost_size": 8, "momentum": 0.5}),
+        ("sync:eps=1e-3", {"eps": 1e-3}),
+        ("decorrelated:4,iterations=3", {"group_size": 4, "iterations": 3}),
+        ("group", {"num_groups": 32}),
+        ("group:8,eps=1e-3", {"num_groups": 8, "eps": 1e-3}),
+        ("layer", {"num_groups": 1}),
+        ("instance", {"affine": True}),
+        ("instance:affine=False", {"affine": False}),
+    ],
+)
+def test_each_norm_normalizes_and_trains_in_each_rank(spec, attributes):
+    norm = norms.parse(spec)
+    for dims in (1, 2, 3):
+        layer = norm(32, dims)
+        assert {name: getattr(layer, name) for name in attributes} == attributes
+        x = torch.randn(16, 32, *(4, 3, 2)[:dims], requires_grad=True)
+        y = layer(x)
+        assert abs(y.mean().item()) < 0.05
+        assert 0.5 < y.std().item() < 1.1
+        y.square().mul(x).sum().backward()
+        assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
+    assert len(norm.made) == 3
+
+
+@pytest.mark.parametrize("name", norms.names())
+def test_a_bias_is_dropped_just_where_it_does_nothing(name):
+    layer, x = norms.parse(name)(64, dims=2), torch.randn(8, 64, 4, 4)
+    if name == "renorm":  # its correction follows the running mean, which follows the bias
+        layer.reset_parameters()
+        layer.running_mean += x.mean((0, 2, 3))
+    before = layer(x)
+    shift = torch.linspace(-1, 1, 64)
+    if name == "renorm":
+        layer.reset_parameters()
+        layer.running_mean += x.mean((0, 2, 3)) + shift
+    same = torch.allclose(layer(x + shift[:, None, None]), before, atol=1e-4)
+    assert same == norms.parse(name).replaces_bias
+
+
+def test_what_cannot_be_normalized_is_told():
+    with pytest.raises(ValueError, match=r"instance normalization expects x .* with positions .*, got \[32, 32\]"):
+        norms.parse("instance")(32)(torch.randn(32, 32))
+    with pytest.raises(ComparisonError, match=r"it said: at most 2 without a name \(rmax, dmax\). Write renorm alone"):
+        norms.parse("renorm:3,5,7")
+    with pytest.raises(ValueError, match="that divides the 48 channels, got 32. Write for example group:8"):
+        norms.parse("group")(48, dims=2)
+
+
+@pytest.mark.parametrize("name", [name for name in norms.names() if name != "instance"])
+def test_the_perceptron_takes_each_norm(name):
+    network = models.mlp(norms.parse(name), (1, 8, 8), 10)
+    network(torch.randn(16, 1, 8, 8)).square().sum().backward()
+    assert network.eval()(torch.randn(1, 1, 8, 8)).shape == (1, 10)
 
 
 def test_unknown_rank_is_refused():

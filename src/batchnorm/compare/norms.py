@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.decorrelated import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
+from batchnorm.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from batchnorm.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from batchnorm.nn.sync import SyncBatchNorm
 
 Build = Callable[..., nn.Module]
 
@@ -28,12 +32,17 @@ class Kind:
     build: Build
     title: str
     replaces_bias: bool
+    trial: Callable[..., int]
 
 
 _REGISTRY: dict[str, Kind] = {}
 
 
-def register(name: str, build: Build, *, title: str, replaces_bias: bool) -> None:
+def _few(*arguments: Any, **options: Any) -> int:
+    return 4
+
+
+def register(name: str, build: Build, *, title: str, replaces_bias: bool, trial: Callable[..., int] = _few) -> None:
     """Makes a normalization available to comparisons.
 
     Args:
@@ -45,13 +54,15 @@ def register(name: str, build: Build, *, title: str, replaces_bias: bool) -> Non
         title: What it is called in a sentence.
         replaces_bias: Whether it takes each channel's mean away and has a shift of its own, so that a
             bias right before it does nothing.
+        trial: `trial(*options, **options)` returns with how many channels the options are tried, before any
+            network is built, where 4 would not do.
 
     Raises:
         ValueError: If the name is taken, or has a comma, colon or space.
     """
     if name in _REGISTRY or not name or any(mark in name for mark in ",: "):
         raise ValueError(f"a norm needs a free name without commas, colons and spaces, got {name!r}")
-    _REGISTRY[name] = Kind(name, build, title, replaces_bias)
+    _REGISTRY[name] = Kind(name, build, title, replaces_bias, trial)
 
 
 def names() -> tuple[str, ...]:
@@ -118,7 +129,7 @@ def parse(spec: str) -> Norm:
             arguments.append(_literal(part))
     norm = Norm(spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options)
     try:
-        kind.build(4, 1, *arguments, **options)
+        kind.build(kind.trial(*arguments, **options), 1, *arguments, **options)
     except (TypeError, ValueError) as error:
         raise ComparisonError(
             f"the options of norm {spec!r} must be ones that its layer takes, but it said: {error}. "
@@ -164,13 +175,55 @@ def _no_norm(num_features: int, dims: int) -> nn.Module:
     return nn.Identity()
 
 
-def _by_rank(*layers: Build) -> Build:
-    """Returns a `build` that picks the layer for 1, 2 or 3 dims."""
+def _by_rank(*layers: Build, positional: tuple[str, ...] = ()) -> Build:
+    """Returns a `build` that picks the layer for 1, 2 or 3 dims; `positional` names its options without a name."""
 
     def build(num_features: int, dims: int, *arguments: Any, **options: Any) -> nn.Module:
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}. Use 2 for images.")
+        if positional:
+            if len(arguments) > len(positional):
+                raise TypeError(f"at most {len(positional)} without a name ({', '.join(positional)})")
+            named = dict(zip(positional, arguments, strict=False))
+            return layers[dims - 1](num_features, **named, **options)
         return layers[dims - 1](num_features, *arguments, **options)
+
+    return build
+
+
+def _group_norm(num_features: int, groups: int = 32, **options: Any) -> nn.Module:
+    if not isinstance(groups, int) or groups < 1 or num_features % groups:
+        raise ValueError(
+            f"group normalization expects a number of groups that divides the {num_features} channels, got "
+            f"{groups!r}. Write for example group:8"
+        )
+    return nn.GroupNorm(groups, num_features, **options)
+
+
+def _groups(groups: Any = 32, **options: Any) -> int:
+    return groups if isinstance(groups, int) else 4
+
+
+def _layer_norm(num_features: int, **options: Any) -> nn.Module:
+    """Returns the normalization of each sample over all channels and positions, with γ and β of each channel."""
+    return nn.GroupNorm(1, num_features, **options)
+
+
+class _InstanceNorm1d(nn.InstanceNorm1d):
+    """torch's, but `[N, C]` is not taken for one sample of N channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 3:
+            raise ValueError(
+                f"instance normalization expects x of shape [N, C, *S] with positions to normalize over, got "
+                f"{list(input.shape)}. Choose another norm for layers without positions"
+            )
+        return super().forward(input)
+
+
+def _instance_norm(layer: Build) -> Build:
+    def build(num_features: int, **options: Any) -> nn.Module:
+        return layer(num_features, **{"affine": True, **options})
 
     return build
 
@@ -182,3 +235,44 @@ register(
     title="batch normalization",
     replaces_bias=True,
 )
+register(
+    "renorm",
+    _by_rank(BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, positional=("rmax", "dmax")),
+    title="batch renormalization",
+    replaces_bias=True,
+)
+register(
+    "ghost",
+    _by_rank(GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d, positional=("ghost_size",)),
+    title="ghost batch normalization",
+    replaces_bias=True,
+)
+register(
+    "sync",
+    _by_rank(SyncBatchNorm, SyncBatchNorm, SyncBatchNorm),
+    title="synchronized batch normalization",
+    replaces_bias=True,
+)
+register(
+    "decorrelated",
+    _by_rank(DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, positional=("group_size",)),
+    title="decorrelated batch normalization",
+    replaces_bias=True,
+)
+# Means of several channels, or of one sample, leave a bias before them something to do.
+register(
+    "group",
+    _by_rank(_group_norm, _group_norm, _group_norm, positional=("groups",)),
+    title="group normalization",
+    replaces_bias=False,
+    trial=_groups,
+)
+register("layer", _by_rank(_layer_norm, _layer_norm, _layer_norm), title="layer normalization", replaces_bias=False)
+register(
+    "instance",
+    _by_rank(*map(_instance_norm, (_InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))),
+    title="instance normalization",
+    replaces_bias=True,
+)
+# Not here: frozen normalization, which is nothing before training; domain and conditional normalization, whose calls
+# need a domain or a label besides x, which the data of a comparison do not have.

@@ -59,11 +59,11 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     def _check_input_dim(self, input: Tensor) -> None:
         _checks.check_input(self.layer_name, input)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return y for x of the shape that the layer names."""
-        return self._normalize(input)
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
+        return self._normalize(input, mask=mask)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         moves = self.training and self.track_running_stats and self.update_running_stats
         # Module.__getattr__ takes half a microsecond; its dictionaries hold all but parametrized tensors.
         held = {**self._parameters, **self._buffers}
@@ -85,6 +85,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            mask=mask,
             num_batches_tracked=held["num_batches_tracked"] if moves else None,
             on_nonfinite=self.on_nonfinite,
             caller=self.layer_name,
@@ -127,7 +128,7 @@ class LazyNormLayer(NormLayer):
         if self.num_features != 0 and not self.has_uninitialized_params():  # type: ignore[operator]
             super().reset_parameters()
 
-    def initialize_parameters(self, input: Tensor) -> None:
+    def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Make parameters and buffers for x's channels."""
         self._check_input_dim(input)  # before anything is made from a wrong shape
         super().initialize_parameters(input)  # type: ignore[misc]

@@ -1,12 +1,32 @@
 """The operators of batch normalization: schemas, shapes, derivatives, and the eager implementation.
 
-Every operator is `torch.ops.batchnorm.<name>`. `batch_statistics_norm` and `fixed_statistics_norm` choose the
-route to a derivative; everything above this package calls them or the operators, never an implementation.
+Every operator is `torch.ops.batchnorm.<name>`. `batch_statistics_norm`, its two halves `batch_moments` and
+`batch_statistics_norm_by_parts`, and `fixed_statistics_norm` choose the route to a derivative; everything above this
+package calls them or the operators, never an implementation.
 """
 
 from batchnorm.ops import schemas  # noqa: F401  (defines the operators)
 from batchnorm.ops.activations import ACTIVATIONS
 from batchnorm.ops.compiled import Backends, backends
-from batchnorm.ops.routes import batch_statistics_norm, fixed_statistics_norm, update_running_
+from batchnorm.ops.parts import BatchStatistics
+from batchnorm.ops.renorm import renorm_correction
+from batchnorm.ops.routes import (
+    batch_moments,
+    batch_statistics_norm,
+    batch_statistics_norm_by_parts,
+    fixed_statistics_norm,
+    update_running_,
+)
 
-__all__ = ["ACTIVATIONS", "Backends", "backends", "batch_statistics_norm", "fixed_statistics_norm", "update_running_"]
+__all__ = [
+    "ACTIVATIONS",
+    "Backends",
+    "BatchStatistics",
+    "backends",
+    "batch_moments",
+    "batch_statistics_norm",
+    "batch_statistics_norm_by_parts",
+    "fixed_statistics_norm",
+    "renorm_correction",
+    "update_running_",
+]

@@ -6,6 +6,7 @@ cannot be had without. The second derivative differentiates the plain torch oper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ _backward_reduce = torch.ops.batchnorm.backward_reduce.default
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # dx, dγ, dβ and dr of one call, None where not needed.
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _keep_for_activation(
+def keep_for_activation(
     residual: Tensor | None, y: Tensor, activation: str, negative_slope: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """`(residual, y)` with at most one of them: what f′(z) cannot be had without."""
@@ -36,7 +37,7 @@ def _keep_for_activation(
     return (None, y) if known_from_output(activation, negative_slope) else (residual, None)
 
 
-def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+def like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     """A per-row sum as the gradient of a parameter of `[C]` or `[K, C]`, in its dtype."""
     if parameter is None:
         return None
@@ -45,15 +46,18 @@ def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     return gradient.to(parameter.dtype)
 
 
-def _differentiable_gradients(
+def differentiable_gradients(
     dy: Tensor,
     kept: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
     attributes: tuple[float, str, float],
-    *,
-    batch_statistics: bool,
-) -> _Gradients:
-    """The gradients as functions of dy and of what was kept, to be differentiated again."""
+    statistics: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    index: Tensor | None = None,
+) -> Gradients:
+    """The gradients as functions of dy and of what was kept, to be differentiated again.
+
+    `statistics` computes mean, mean_low and var from x; without it they are held.
+    """
     x, residual, y, mean, mean_low, var, weight, bias = kept
     assert x is not None
     assert mean is not None
@@ -62,9 +66,9 @@ def _differentiable_gradients(
     # Views, so that the first derivative stops here even where two arguments are one tensor.
     x, weight, bias = (None if t is None else t.view_as(t) for t in (x, weight, bias))
     assert x is not None
-    if batch_statistics:
-        mean, mean_low, var = eager.batch_statistics(x)
-    z = eager.preactivation(x, mean, mean_low, var, weight, bias, None, None, eps)
+    if statistics is not None:
+        mean, mean_low, var = statistics(x)
+    z = eager.preactivation(x, mean, mean_low, var, weight, bias, None, index, eps)
     upstream = dy.to(z.dtype)
     if y is not None:  # f′ is constant between its kinks: y's own derivative adds nothing
         dz = ACTIVATIONS[activation].backward(upstream, y.detach().to(z.dtype), negative_slope)
@@ -82,9 +86,10 @@ def _differentiable_gradients(
 # Batch statistics: train_forward(x, weight, bias, residual, eps, activation, negative_slope)
 
 
-def _train_gradients(
+def train_gradients(
     dy: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...], attributes: tuple[float, str, float]
-) -> _Gradients:
+) -> Gradients:
+    """The gradients of `train_forward`, by the operators."""
     weight, bias = kept[6:]
     needs_x, needs_weight, needs_bias, needs_residual = needs
     need_dz = needs_residual and attributes[1] != "none"
@@ -95,8 +100,8 @@ def _train_gradients(
         dbias, dweight = _backward_reduce(dy, *kept, None, 1, *attributes)
     return (
         dx if needs_x else None,
-        _like(dweight, weight) if needs_weight else None,
-        _like(dbias, bias) if needs_bias else None,
+        like(dweight, weight) if needs_weight else None,
+        like(dbias, bias) if needs_bias else None,
         (dz if need_dz else dy) if needs_residual else None,
     )
 
@@ -104,7 +109,7 @@ def _train_gradients(
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, *attributes = inputs
     y, mean, mean_low, var = output
-    kept = _keep_for_activation(residual, y, *attributes[1:])
+    kept = keep_for_activation(residual, y, *attributes[1:])
     ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias)
     ctx.attributes = tuple(attributes)
     ctx.mark_non_differentiable(mean, mean_low, var)
@@ -114,7 +119,7 @@ def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _registered_backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    return *_train_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], ctx.attributes), None, None, None
+    return *train_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], ctx.attributes), None, None, None
 
 
 class TrainFunction(torch.autograd.Function):
@@ -137,7 +142,7 @@ class TrainFunction(torch.autograd.Function):
         with below_autograd():
             y, mean, mean_low, var = _train_forward(x, weight, bias, residual, *attributes)
         statistics += (mean, mean_low, var)
-        kept = _keep_for_activation(residual, y, attributes[1], attributes[2])
+        kept = keep_for_activation(residual, y, attributes[1], attributes[2])
         ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias)
         ctx.attributes = attributes
         ctx.set_materialize_grads(False)
@@ -150,10 +155,10 @@ class TrainFunction(torch.autograd.Function):
             return (None,) * 6
         kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(dy, kept, needs, ctx.attributes, batch_statistics=True)
+            gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, eager.batch_statistics)
         else:
             with below_autograd():
-                gradients = _train_gradients(dy, kept, needs, ctx.attributes)
+                gradients = train_gradients(dy, kept, needs, ctx.attributes)
         return *gradients, None, None
 
 
@@ -166,7 +171,7 @@ def _normalize_gradients(
     index: Tensor | None,
     needs: tuple[bool, ...],
     attributes: tuple[float, str, float],
-) -> tuple[_Gradients, Tensor, Tensor]:
+) -> tuple[Gradients, Tensor, Tensor]:
     """dx, dγ, dβ, dr; and the sums Σ dz·x̂ and Σ dz."""
     mean, weight, bias = kept[3], *kept[6:]
     needs_x, needs_weight, needs_bias, needs_residual = needs
@@ -179,8 +184,8 @@ def _normalize_gradients(
         sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, rows, *attributes)
     gradients = (
         dx if needs_x else None,
-        _like(sum_dz_xhat, weight) if needs_weight else None,
-        _like(sum_dz, bias) if needs_bias else None,
+        like(sum_dz_xhat, weight) if needs_weight else None,
+        like(sum_dz, bias) if needs_bias else None,
         (dz if need_dz else dy) if needs_residual else None,
     )
     return gradients, sum_dz_xhat, sum_dz
@@ -188,7 +193,7 @@ def _normalize_gradients(
 
 def _setup_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, mean_low, var, weight, bias, residual, index, *attributes = inputs
-    kept = _keep_for_activation(residual, output, *attributes[1:])
+    kept = keep_for_activation(residual, output, *attributes[1:])
     ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias, index)
     ctx.attributes = tuple(attributes)
     ctx.set_materialize_grads(False)
@@ -205,9 +210,9 @@ def _registered_backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor 
     if needs_mean or needs_low or needs_var:
         invstd = (var + ctx.attributes[0]).rsqrt()
         scale = invstd if weight is None else invstd * weight
-        shift = _like(-scale * sum_dz, mean)
+        shift = like(-scale * sum_dz, mean)
         dmean, dlow = shift if needs_mean else None, shift if needs_low else None
-        dvar = _like(-0.5 * scale * invstd * sum_dz_xhat, var) if needs_var else None
+        dvar = like(-0.5 * scale * invstd * sum_dz_xhat, var) if needs_var else None
     dx, dweight, dbias, dresidual = gradients
     return dx, dmean, dlow, dvar, dweight, dbias, dresidual, None, None, None, None
 
@@ -224,13 +229,14 @@ class NormalizeFunction(torch.autograd.Function):
         residual: Tensor | None,
         mean: Tensor,
         var: Tensor,
+        index: Tensor | None,
         attributes: tuple[float, str, float],
     ) -> Tensor:
         """Compute y, and keep what backward needs."""
         with below_autograd():
-            y: Tensor = _normalize(x, mean, None, var, weight, bias, residual, None, *attributes)
-        kept = _keep_for_activation(residual, y, attributes[1], attributes[2])
-        ctx.save_for_backward(x, *kept, mean, None, var, weight, bias)
+            y: Tensor = _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
+        kept = keep_for_activation(residual, y, attributes[1], attributes[2])
+        ctx.save_for_backward(x, *kept, mean, None, var, weight, bias, index)
         ctx.attributes = attributes
         ctx.set_materialize_grads(False)
         return y
@@ -239,14 +245,15 @@ class NormalizeFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         """First derivative by the operators, higher ones through plain torch operations."""
         if dy is None:
-            return (None,) * 7
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+            return (None,) * 8
+        *kept, index = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(dy, kept, needs, ctx.attributes, batch_statistics=False)
+            gradients = differentiable_gradients(dy, tuple(kept), needs, ctx.attributes, index=index)
         else:
             with below_autograd():
-                gradients, _, _ = _normalize_gradients(dy, kept, None, needs, ctx.attributes)
-        return *gradients, None, None, None
+                gradients, _, _ = _normalize_gradients(dy, tuple(kept), index, needs, ctx.attributes)
+        return *gradients, None, None, None, None
 
 
 def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -45,7 +45,8 @@ def _sum(t: Tensor, index: Tensor | None, groups: int) -> Tensor:
     per_sample = sum_positions(t)
     if index is None:
         return fold(per_sample, 0)
-    return per_sample.new_zeros(groups, t.shape[1]).index_add(0, index, per_sample)
+    wide = per_sample.to(wide_dtype(t))  # index_add has no blocks: its error would grow with N
+    return wide.new_zeros(groups, t.shape[1]).index_add(0, index, wide).to(per_sample.dtype)
 
 
 def _first_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
@@ -74,7 +75,7 @@ def values_per_channel(x: Tensor) -> int:
     return math.prod((x.shape[0], *x.shape[2:]))
 
 
-def _count(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
+def count_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
     """Values (or their weights) per channel: a scalar, or `[groups]` by `index`."""
     if weights is None:
         per_sample = x.new_full((x.shape[0],), math.prod(x.shape[2:]), dtype=wide_dtype(x))
@@ -83,9 +84,9 @@ def _count(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int)
     return per_sample.sum() if index is None else per_sample.new_zeros(groups).index_add(0, index, per_sample)
 
 
-def _positive(count: Tensor) -> Tensor:
-    """A divisor that leaves zero sums zero where nothing was counted."""
-    return count.clamp_min(torch.finfo(count.dtype).tiny)
+def positive(count: Tensor) -> Tensor:
+    """A divisor that leaves sums as they are where nothing was counted."""
+    return torch.where(count > 0, count, 1.0)
 
 
 def _deviations(
@@ -118,12 +119,12 @@ def moments(
 
     The derivative runs through mean_low alone; mean is a constant that mean_low completes.
     """
-    count = _count(x, index, weights, groups)
+    count = count_values(x, index, weights, groups)
     if x.numel() == 0:
         shape = (x.shape[1],) if index is None else (groups, x.shape[1])
         mean, mean_low, m2 = (x.new_zeros(shape, dtype=statistics_dtype(x)) for _ in range(3))
         return count, mean, mean_low, m2
-    divisor = _positive(count).unsqueeze(-1)
+    divisor = positive(count).unsqueeze(-1)
     return count, *_deviations(x, index, weights, groups, divisor)
 
 
@@ -150,7 +151,7 @@ def moments_backward(
     """Dx of `moments`: `w·(dmean/count + 2·dm2·(x - mean))`."""
     dx = torch.zeros_like(x, dtype=statistics_dtype(x))
     if dmean is not None:
-        per_value = dmean / _positive(count).unsqueeze(-1)
+        per_value = dmean / positive(count).unsqueeze(-1)
         dx = dx + _spread(per_value.to(dx.dtype), x, index)
     if dm2 is not None:
         dx = dx + 2.0 * _spread(dm2, x, index) * _deviation(x, mean, mean_low, index)
@@ -401,7 +402,7 @@ def update_running_(
     else:
         raise RuntimeError("update_running_ expects num_batches_tracked where momentum is None, got None for both.")
     new_mean = mean.to(wide) + mean_low.to(wide)
-    new_var = var.to(wide) * (n / _positive(n - 1.0))
+    new_var = var.to(wide) * (n / positive(n - 1.0))
     for running, new, moving in ((running_mean, new_mean, moves), (running_var, new_var, moves & (n > 1.0))):
         old = running.to(wide)
         running.copy_(torch.where(moving, old * (1.0 - rate) + new * rate, old))

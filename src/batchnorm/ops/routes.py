@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from batchnorm.distributed import Peers
 from batchnorm.ops import eager
 from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd
+from batchnorm.ops.parts import BatchStatistics, FiniteFunction, PartsFunction, finite, statistics_by_parts
 
 _ops = torch.ops.batchnorm
 
@@ -60,11 +62,17 @@ def fixed_statistics_norm(
     eps: float,
     activation: str,
     negative_slope: float,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """Return y from running statistics, which get no gradient and may be written to before backward."""
+    """Return y from running statistics, which get no gradient and may be written to before backward.
+
+    Statistics, weight and bias are `[C]`, or `[K, C]` with `index`.
+    """
     attributes = (eps, activation, negative_slope)
     needs_gradient, compiling = _needs_gradient(x, weight, bias, residual), torch.compiler.is_compiling()
     mean, var = mean.detach(), var.detach()
+    if index is not None and (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
+        return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)  # loads without us
     if not needs_gradient:
         dtype = eager.statistics_dtype(x)
         mean, var = mean.to(dtype), var.to(dtype)
@@ -73,13 +81,66 @@ def fixed_statistics_norm(
     else:
         mean, var = eager.copy_running(mean, var)
     if _transforms_active():
-        return eager.normalize(x, mean, None, var, weight, bias, residual, None, *attributes)
+        return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
     if compiling:
-        return _ops.normalize(x, mean, None, var, weight, bias, residual, None, *attributes)
+        return _ops.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
     if not needs_gradient:
         with below_autograd():
-            return _ops.normalize.default(x, mean, None, var, weight, bias, residual, None, *attributes)
-    return NormalizeFunction.apply(x, weight, bias, residual, mean, var, attributes)
+            return _ops.normalize.default(x, mean, None, var, weight, bias, residual, index, *attributes)
+    return NormalizeFunction.apply(x, weight, bias, residual, mean, var, index, attributes)
+
+
+def batch_moments(
+    x: Tensor,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    groups: int = 1,
+    peers: Peers | None = None,
+) -> BatchStatistics:
+    """Return the statistics of x (by index, weighted, over several processes) for `batch_statistics_norm_by_parts`.
+
+    What is computed from them must use detached values: their gradient is the business of that function alone.
+    """
+    if _transforms_active():
+        return statistics_by_parts(x, index, weights, groups, peers, eager.moments)
+    if torch.compiler.is_compiling():
+        return statistics_by_parts(x, index, weights, groups, peers, _ops.moments)
+    with torch.no_grad(), below_autograd():
+        return statistics_by_parts(x, index, weights, groups, peers, _ops.moments.default)
+
+
+def batch_statistics_norm_by_parts(
+    x: Tensor,
+    statistics: BatchStatistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    groups: int = 1,
+    peers: Peers | None = None,
+) -> Tensor:
+    """Return y from what `batch_moments` found with the same index, weights, groups and peers.
+
+    weight and bias are `[C]`, or `[groups, C]` with `index`, which may also come with statistics found without it: it
+    then picks the rows of weight and bias alone. The derivative runs through x's statistics too.
+    """
+    attributes = (eps, activation, negative_slope)
+    _, mean, mean_low, var, _ = statistics
+    if weights is not None:
+        plain = torch.compiler.is_compiling() or _transforms_active()
+        x = finite(x) if plain else FiniteFunction.apply(x)
+    if _transforms_active():
+        return eager.normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
+    if torch.compiler.is_compiling():
+        return _ops.normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
+    if not _needs_gradient(x, weight, bias, residual):
+        with below_autograd():
+            return _ops.normalize.default(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
+    return PartsFunction.apply(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
 
 
 def update_running_(

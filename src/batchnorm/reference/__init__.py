@@ -34,13 +34,16 @@ from batchnorm.reference.passes import (
     forward_training,
     normalize,
 )
+from batchnorm.reference.renorm import RenormForward, RenormGradients, backward_renorm, forward_renorm
 from batchnorm.reference.statistics import (
     CONVENTIONS,
     Layout,
     Moments,
     Running,
+    ghost_index,
     merge,
     moments,
+    pool,
     update_running,
 )
 
@@ -53,14 +56,20 @@ __all__ = [
     "GradientsByParts",
     "Layout",
     "Moments",
+    "RenormForward",
+    "RenormGradients",
     "Running",
     "backward",
     "backward_by_parts",
+    "backward_renorm",
     "double_backward",
     "forward_inference",
+    "forward_renorm",
     "forward_training",
+    "ghost_index",
     "merge",
     "moments",
     "normalize",
+    "pool",
     "update_running",
 ]

@@ -194,6 +194,37 @@ def merge(parts: Sequence[Moments]) -> Moments:
     return Moments(count[..., 0], mean, m2, np.sum([part.count_squares for part in parts], axis=0))
 
 
+def ghost_index(x: ArrayLike, size: int, *, axis: int = 1) -> NDArray[np.intp]:
+    """Return `[N]`, the ghost batch of each sample: parts of `size` samples in order, the last one smaller.
+
+    A last part with a single value per channel joins its neighbour.
+    Source: Hoffer, Hubara & Soudry 2017, Algorithm 1. Section 6.
+    """
+    x = float64(x)
+    samples, values = x.shape[1 if axis == 0 else 0], x.size // max(x.shape[axis], 1)
+    index = np.arange(samples) // size
+    if samples > size and samples % size == 1 and values == samples:
+        index[-1] -= 1
+    return index
+
+
+def pool(parts: Moments) -> Moments:
+    """Return the moments for one update by ghost batches, from those of all parts, `[K, C]`.
+
+        mean = Σ mₖ·μₖ / Σ mₖ    unbiased variance = Σ M2ₖ / Σ(mₖ − 1)
+
+    without the spread between parts, which training does not see: that of a batch of n/K values, where n = Σ mₖ; with
+    weights V₁ₖ·V₁ₖ/V₂ₖ takes the place of each mₖ that counts. Source: section 6.
+    """
+    n, n_squares = parts.count.sum(), parts.count_squares
+    share = (parts.count / divisor(n))[:, None]
+    # V₁/V₂·V₁ values count effectively in a part; for whole values that is m, and each part loses one.
+    lost = np.asarray(np.sum(n_squares / divisor(parts.count)))
+    count = n / divisor(lost)
+    mean, var = (share * parts.mean).sum(0), (share * parts.var).sum(0)
+    return Moments(np.asarray(count), mean, var * count, np.asarray(count))
+
+
 # name: whether momentum is the weight of the new batch, and whether running_var takes the unbiased variance.
 CONVENTIONS = {
     "torch": (True, True),

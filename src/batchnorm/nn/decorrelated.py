@@ -1,0 +1,382 @@
+"""Batch normalization that also removes the correlation between channels (Huang et al. 2018, 2019)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from batchnorm import _checks
+from batchnorm.nn.layer import NormLayer
+from batchnorm.ops import eager, whitening
+
+
+def decorrelated_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_whitening: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    group_size: int = 64,
+    iterations: int = 5,
+    mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    on_nonfinite: str = "propagate",
+    caller: str = "decorrelated_batch_norm",
+) -> Tensor:
+    """Whiten each group of channels: `y = γ·W(x - μ) + β` with `W ≈ Σ^(-1/2)`.
+
+    With d channels of a group and m values of each: `Σ = (x - μ)(x - μ)ᵀ/m + eps·I`, `Σ_N = Σ/trΣ`, `P₀ = I`,
+    `Pₖ₊₁ = ½(3Pₖ - Pₖ³Σ_N)`, `W = P_T/√trΣ`. In training μ and W are the batch's, and the running ones move,
+    `running ← (1 - momentum)·running + momentum·batch`; otherwise they are the running ones.
+
+    Args:
+        input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16; any
+            memory layout. An empty batch gives an empty result and moves nothing.
+        running_mean: `[C]`, moved in place in training; None moves nothing.
+        running_whitening: `[C, min(group_size, C)]`, likewise: row c is what channel c takes of each channel of its
+            group; the rows of a smaller last group end in zeros.
+        weight: γ of shape `[C]`, or None for 1.
+        bias: β of shape `[C]`, or None for 0.
+        training: Normalize by the batch's statistics instead of the running ones.
+        momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
+            average, which needs `num_batches_tracked`.
+        eps: Added to the diagonal of the covariance; positive.
+        group_size: Channels that are whitened together, at least 1; the last group has what is left.
+        iterations: T, at least 1.
+        mask: Which positions count in the batch's statistics: booleans, or weights w >= 0, of shape `[N, *S]` or
+            broadcastable to it. What does not count (padding) is whitened like the rest; NaN and infinity there are
+            taken as 0. Where nothing counts, the running statistics stay; a single counted value moves the mean
+            alone. In evaluation a mask changes nothing.
+        num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
+        on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
+            are not finite.
+        caller: The name that error messages begin with; an ending "1d", "2d" or "3d" also fixes x's rank.
+
+    Returns:
+        y of x's shape, dtype and memory format.
+
+    Raises:
+        TypeError: as `batchnorm.functional.batch_norm`; group_size or iterations is not an int.
+        ValueError: as `batchnorm.functional.batch_norm`; group_size or iterations is below 1; running_whitening has
+            another shape.
+        RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
+
+    Numerics:
+        Everything is computed in float32 (float64 for float64 x), under autocast too. Deviations are measured from
+        the mean, held in two parts, so that a large mean costs no accuracy. The iteration is the published one in
+        a form that is stable: it stays where it converged, instead of diverging after some ten steps.
+    """
+    # One node of an fx graph, too.
+    if has_torch_function_variadic(input, running_mean, running_whitening, weight, bias, mask):
+        return handle_torch_function(
+            decorrelated_batch_norm,
+            (input, running_mean, running_whitening, weight, bias, mask),
+            input,
+            running_mean,
+            running_whitening,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            group_size=group_size,
+            iterations=iterations,
+            mask=mask,
+            num_batches_tracked=num_batches_tracked,
+            on_nonfinite=on_nonfinite,
+            caller=caller,
+        )
+    x = input
+    _checks.check_input(caller, x)
+    if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+        return x.clone()
+    _checks.check_eps(caller, eps)
+    _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
+    _check_at_least_one(caller, group_size=group_size, iterations=iterations)
+    _check_running(caller, running_mean, running_whitening, needed=not training)
+    if training and running_mean is not None:
+        _checks.check_momentum_known(caller, momentum, num_batches_tracked)
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
+        _checks.check_channel_vectors(caller, x, weight=weight, bias=bias, running_mean=running_mean)
+        _check_whitening_shape(caller, x, running_whitening, group_size)
+        if training:
+            _checks.check_batch(caller, x)
+        if x.shape[1] == 0:
+            return x.clone()
+    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask).flatten()
+
+    with _without_autocast(x):
+        channels_first = x.movedim(1, 0)
+        rows = channels_first.flatten(1).to(eager.statistics_dtype(x))
+        if training:
+            found = whitening.batch_whitening(rows, weights, group_size, eps, iterations)
+            y = whitening.apply_whitening(found.deviations, found.low, found.matrices, group_size, weight, bias)
+        else:
+            assert running_mean is not None
+            assert running_whitening is not None
+            mean, packed = _held(running_mean, running_whitening)
+            matrices = whitening.unpack_matrices(packed, group_size)
+            y = whitening.apply_whitening(rows - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
+        y = _placed_as(x, y.reshape(channels_first.shape).movedim(0, 1))
+    if training and running_mean is not None and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
+        assert running_whitening is not None
+        wide = eager.wide_dtype(x)
+        whitening.update_whitening_(
+            running_mean,
+            running_whitening,
+            num_batches_tracked,
+            (found.origin.to(wide) + found.low.to(wide)).squeeze(1),
+            whitening.pack_matrices(found.matrices),
+            found.effective_count,
+            momentum,
+            on_nonfinite == "skip",
+        )
+    return y
+
+
+def _without_autocast(x: Tensor) -> Any:
+    """Autocast would take the products in half precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _held(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
+    """The running statistics without gradient, safe from what is written to them before backward."""
+    mean, matrices = running_mean.detach(), running_whitening.detach()
+    if not torch.is_grad_enabled():
+        return mean.to(eager.statistics_dtype(mean)), matrices.to(eager.statistics_dtype(matrices))
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return torch.ops.batchnorm.copy_running(mean, matrices)  # a plain clone would be recomputed in backward
+    return eager.copy_running(mean, matrices)
+
+
+def _placed_as(x: Tensor, y: Tensor) -> Tensor:
+    """`y` in x's dtype and memory format."""
+    if torch._C._are_functorch_transforms_active():  # y may be batched where x is not
+        return y.to(x.dtype)
+    return torch.empty_like(x).copy_(y)
+
+
+def _check_at_least_one(caller: str, **values: int) -> None:
+    hints = {
+        "group_size": "It is the number of channels that are whitened together; 64 is usual.",
+        "iterations": "It is the number of Newton steps; 5 is usual.",
+    }
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(
+                f"{caller} expects {name} to be an int, got {value!r} ({type(value).__name__}). {hints[name]}"
+            )
+        if value < 1:
+            raise ValueError(f"{caller} expects {name} >= 1, got {value}. {hints[name]}")
+
+
+def _check_running(caller: str, mean: Tensor | None, matrices: Tensor | None, *, needed: bool) -> None:
+    if (mean is None) != (matrices is None):
+        given, missing = "running_mean", "running_whitening"
+        if mean is None:
+            given, missing = missing, given
+        raise ValueError(
+            f"{caller} expects running_mean and running_whitening both or neither, got {given} without {missing}. "
+            "Pass the missing one, or None for both."
+        )
+    if needed and mean is None:
+        raise ValueError(
+            f"{caller} expects running_mean and running_whitening in evaluation, got None. "
+            "Pass them, or training=True for the batch's own statistics."
+        )
+
+
+def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, group_size: int) -> None:
+    shape = (x.shape[1], min(group_size, x.shape[1]))
+    if matrices is not None and matrices.shape != shape:
+        raise ValueError(
+            f"{caller} expects running_whitening of shape [C, min(group_size, C)] = {list(shape)}, "
+            f"got {list(matrices.shape)}. Use the group_size that it was made with."
+        )
+
+
+class _Decorrelated(NormLayer):
+    running_whitening: Tensor | None
+
+    # On the class, as the other options of a layer are.
+    group_size: int = 64
+    iterations: int = 5
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        group_size: int = 64,
+        iterations: int = 5,
+    ) -> None:
+        _check_at_least_one(self.layer_name, group_size=group_size, iterations=iterations)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            on_nonfinite=on_nonfinite,
+        )
+        self.group_size, self.iterations = group_size, iterations
+        # Absent, not None: a tool that would fold the layer, or make another of it, fails instead of losing W.
+        del self.running_var
+        shape = (num_features, min(group_size, num_features))
+        matrices = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
+        self.register_buffer("running_whitening", matrices)
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running whitening matrices I, and no batch counted."""
+        matrices = self._buffers.get("running_whitening")
+        if matrices is None:  # not tracked, or torch's constructor, which comes here before there are any
+            return
+        assert self.running_mean is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.zero_()
+        self.num_batches_tracked.zero_()
+        matrices.copy_(self._diagonal(torch.ones_like(self.running_mean)))
+
+    def _diagonal(self, values: Tensor) -> Tensor:
+        """Whitening matrices, packed, that scale each channel of `values [C]` and mix none."""
+        size = min(self.group_size, max(self.num_features, 1))
+        return whitening.pack_matrices([torch.diag_embed(group) for group in whitening.in_groups(values, size)])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
+        ours, theirs = prefix + "running_whitening", prefix + "running_var"
+        var = state_dict.get(theirs)
+        tracks = self._buffers.get("running_whitening") is not None
+        if tracks and ours not in state_dict and isinstance(var, Tensor) and var.shape == (self.num_features,):
+            invstd = (var.to(eager.wide_dtype(var)) + self.eps).rsqrt()
+            state_dict[ours] = self._diagonal(invstd).to(eager.statistics_dtype(var))
+            del state_dict[theirs]  # of another shape it stays, for torch to refuse
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
+        running_mean, running_whitening = self.running_mean, self.running_whitening
+        training = self.training or running_mean is None
+        moves = self.training and self.track_running_stats and self.update_running_stats
+        if self.training and not moves:
+            running_mean = running_whitening = None
+        return decorrelated_batch_norm(
+            input,
+            running_mean,
+            running_whitening if running_mean is not None else None,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
+            group_size=self.group_size,
+            iterations=self.iterations,
+            mask=mask,
+            num_batches_tracked=self.num_batches_tracked if moves else None,
+            on_nonfinite=self.on_nonfinite,
+            caller=self.layer_name,
+        )
+
+    def extra_repr(self) -> str:
+        """The description of the batch normalization, then groups and iterations."""
+        return f"{super().extra_repr()}, group_size={self.group_size}, iterations={self.iterations}"
+
+
+class DecorrelatedBatchNorm(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm):
+    """Batch normalization of `[N, C, *S]` that makes the channels of each group uncorrelated: whitening by IterNorm.
+
+    `y = γ·W(x - μ) + β`, where W approaches `Σ^(-1/2)`, the inverse square root of the covariance of a group of
+    channels, by `iterations` steps of Newton's method; the equations are at
+    `batchnorm.nn.decorrelated.decorrelated_batch_norm`. In training μ and W are the batch's and the running ones move;
+    in evaluation they are the running ones. With `group_size=1` it is batch normalization.
+
+    The covariance of y / γ is the identity where the iteration has converged. After 5 iterations a direction with 1/16
+    of the group's total variance comes out with variance 0.97, one with 1/64 with 0.59, one with 1/1000 with 0.06: each
+    iteration amplifies by 1.5 at most. That is wanted, as the smallest directions of a batch are noise; more
+    iterations whiten more (10 iterations: 1.00, 1.00 and 0.95), and make training noisier. Groups should be well
+    smaller than the number m = N·H·W of values per channel: with m <= d, the covariance of d channels has directions
+    in which nothing was seen.
+
+    Args:
+        num_features: C, and the further arguments up to `on_nonfinite` are those of `BatchNorm`.
+        eps: Added to the diagonal of the covariance; positive.
+        momentum: As in `BatchNorm`, for the mean and W.
+        affine: As in `BatchNorm`.
+        track_running_stats: As in `BatchNorm`.
+        device: As in `BatchNorm`.
+        dtype: As in `BatchNorm`.
+        bias: As in `BatchNorm`.
+        on_nonfinite: As in `BatchNorm`.
+        group_size: Channels that are whitened together; the last group has what is left (keyword only). The paper has
+            64 in ResNet-50.
+        iterations: Steps of Newton's method, T in the paper (keyword only).
+
+    Attributes:
+        running_whitening: Buffer `[C, min(group_size, C)]`: row c is what channel c takes of each channel of its
+            group. There is no `running_var`. A checkpoint of batch normalization loads: its variances become
+            diagonal matrices, so that in evaluation the layer does just what the one that it came from did.
+        update_running_stats: As in `BatchNorm`.
+
+    Shape:
+        x and y: `[N, C, *S]`; an empty batch gives an empty y and moves nothing. mask, in forward: `[N, *S]`.
+
+    Raises:
+        TypeError: as `BatchNorm`; group_size or iterations is not an int.
+        ValueError: as `BatchNorm`; group_size or iterations is below 1.
+
+    Numerics: as `decorrelated_batch_norm`. Autograd keeps one tensor of x's size, in float32 for half x.
+
+    Source: Huang et al. 2019, Iterative Normalization, algorithm 1; Huang et al. 2018, Decorrelated Batch
+    Normalization, for groups and the name. Running averages are those of μ and W, as published, without Bessel's
+    correction.
+
+    Examples:
+        >>> x = torch.randn(512, 2, dtype=torch.float64) @ torch.tensor([[1.0, 0.9], [0.0, 0.5]], dtype=torch.float64)
+        >>> y = DecorrelatedBatchNorm(2, iterations=10, dtype=torch.float64)(x).detach()
+        >>> torch.allclose(y.T @ y / 512, torch.eye(2, dtype=torch.float64), atol=1e-3)
+        True
+    """
+
+    layer_name = "DecorrelatedBatchNorm"
+
+
+class DecorrelatedBatchNorm1d(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm):
+    """Whitening of `[N, C]` or `[N, C, L]`; arguments and equations are those of `DecorrelatedBatchNorm`."""
+
+    layer_name = "DecorrelatedBatchNorm1d"
+
+
+class DecorrelatedBatchNorm2d(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm):
+    """Whitening of `[N, C, H, W]`; arguments and equations are those of `DecorrelatedBatchNorm`.
+
+    Examples:
+        >>> DecorrelatedBatchNorm2d(80, group_size=32)(torch.rand(4, 80, 7, 7)).shape
+        torch.Size([4, 80, 7, 7])
+    """
+
+    layer_name = "DecorrelatedBatchNorm2d"
+
+
+class DecorrelatedBatchNorm3d(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm):
+    """Whitening of `[N, C, D, H, W]`; arguments and equations are those of `DecorrelatedBatchNorm`."""
+
+    layer_name = "DecorrelatedBatchNorm3d"

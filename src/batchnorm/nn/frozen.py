@@ -1,0 +1,216 @@
+"""Batch normalization whose statistics are fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import _checks, functional
+from batchnorm.nn.act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
+from batchnorm.nn.layer import NormLayer
+
+
+class FrozenLayer(NormLayer):
+    """Mixed in before a class whose running statistics are then all that it normalizes by."""
+
+    def _check_tracks(self, track_running_stats: bool) -> None:
+        if not track_running_stats:
+            raise ValueError(
+                f"{self.layer_name} expects track_running_stats=True, got False. The running statistics are what it "
+                "normalizes by: use BatchNorm for the batch's own."
+            )
+
+    @property
+    def trainable_affine(self) -> bool:
+        """Whether γ or β requires a gradient; setting it sets both."""
+        return any(p.requires_grad for p in self.parameters())
+
+    @trainable_affine.setter
+    def trainable_affine(self, trainable: bool) -> None:
+        self.requires_grad_(trainable)
+
+    def _normalize(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:  # there is nothing to leave out
+            _checks.mask_as_weights(self.layer_name, x, mask)
+        return functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            False,
+            self.momentum,
+            self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            caller=self.layer_name,
+        )
+
+    def extra_repr(self) -> str:
+        """Torch's description, and whether γ and β are trained."""
+        return f"{super().extra_repr()}, trainable_affine={self.trainable_affine}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if prefix + "running_mean" in state_dict and prefix + "running_var" in state_dict:
+            # What any batch normalization has; what is not there beside it was none, and is not left as it was.
+            tracked = self.num_batches_tracked
+            absent = {
+                "weight": None if self.weight is None else torch.ones_like(self.weight, device=_real(self.weight)),
+                "bias": None if self.bias is None else torch.zeros_like(self.bias, device=_real(self.bias)),
+                "num_batches_tracked": torch.tensor(0) if tracked is None or tracked.is_meta else tracked,
+            }
+            for name, value in absent.items():
+                if value is not None:
+                    state_dict.setdefault(prefix + name, value)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _real(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if tensor.is_meta else tensor.device
+
+
+class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
+    """Batch normalization of `[N, C, *S]` by its running statistics alone, in training as in evaluation.
+
+    `y = (x - running_mean)/√(running_var + eps)·weight + bias`. Nothing moves, whatever `train()` says: for
+    fine-tuning with batches too small for statistics of their own (detection, segmentation), and for layers whose
+    data have not changed. `batchnorm.surgery.freeze` puts it into a model, `unfreeze` takes it out again.
+
+    Args:
+        num_features: C, the size of x's second dimension.
+        eps: Added to the variance; positive.
+        momentum: Not used; kept for the layer that this one is turned back into.
+        affine: Whether there are weight (γ) and bias (β), each `[C]`.
+        track_running_stats: Must be True; in its place among torch's arguments.
+        device: Of parameters and buffers.
+        dtype: Of parameters and buffers.
+        bias: Whether there is β (keyword only).
+        on_nonfinite: Not used, as momentum (keyword only).
+        trainable_affine: Whether γ and β are trained, that is, require gradients (keyword only). They are parameters
+            either way.
+
+    Shape:
+        x and y: `[N, C, *S]`; one value per channel is enough.
+
+    Raises:
+        TypeError: as `BatchNorm`.
+        ValueError: track_running_stats is False; otherwise as `BatchNorm`, but any batch will do.
+
+    Numerics: as `batchnorm.functional.batch_norm` with `training=False`.
+
+    Loads the `state_dict` of any batch normalization, also one without `num_batches_tracked` (which then stays) or
+    without γ and β (which become 1 and 0).
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` unfreezes it, as it replaces every batch normalization.
+
+    Examples:
+        >>> layer = FrozenBatchNorm(2)
+        >>> _ = layer.load_state_dict({"running_mean": torch.tensor([1.0, 2.0]), "running_var": torch.ones(2)})
+        >>> layer.train()(torch.tensor([[1.0, 2.0]]))
+        tensor([[0., 0.]])
+    """
+
+    layer_name = "FrozenBatchNorm"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        trainable_affine: bool = False,
+    ) -> None:
+        self._check_tracks(track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite)
+        self.trainable_affine = trainable_affine
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm):
+    """`FrozenBatchNorm` of `[N, C]` or `[N, C, L]`.
+
+    Examples:
+        >>> FrozenBatchNorm1d(8)(torch.rand(1, 8)).shape
+        torch.Size([1, 8])
+    """
+
+    layer_name = "FrozenBatchNorm1d"
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm):
+    """`FrozenBatchNorm` of `[N, C, H, W]`.
+
+    Examples:
+        >>> FrozenBatchNorm2d(8, trainable_affine=True)
+        FrozenBatchNorm2d(8, eps=1e-05, ..., trainable_affine=True)
+    """
+
+    layer_name = "FrozenBatchNorm2d"
+
+
+class FrozenBatchNorm3d(FrozenBatchNorm):
+    """`FrozenBatchNorm` of `[N, C, D, H, W]`.
+
+    Examples:
+        >>> FrozenBatchNorm3d(8)(torch.rand(1, 8, 2, 3, 3)).shape
+        torch.Size([1, 8, 2, 3, 3])
+    """
+
+    layer_name = "FrozenBatchNorm3d"
+
+
+class _FrozenAct(FrozenLayer, _BatchNormAct):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        trainable_affine: bool = False,
+    ) -> None:
+        self._check_tracks(track_running_stats)
+        super().__init__(
+            num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite,
+            activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+        self.trainable_affine = trainable_affine
+
+
+class FrozenBatchNormAct1d(_FrozenAct, BatchNormAct1d):
+    """`BatchNormAct1d` by its running statistics alone; see `FrozenBatchNormAct2d`."""
+
+    layer_name = "FrozenBatchNormAct1d"
+
+
+class FrozenBatchNormAct2d(_FrozenAct, BatchNormAct2d):
+    """`BatchNormAct2d` by its running statistics alone, in training as in evaluation; arguments are those of both.
+
+    Examples:
+        >>> layer = FrozenBatchNormAct2d(8, activation="silu", trainable_affine=True)
+        >>> layer(torch.rand(1, 8, 5, 5), residual=torch.rand(1, 8, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    layer_name = "FrozenBatchNormAct2d"
+
+
+class FrozenBatchNormAct3d(_FrozenAct, BatchNormAct3d):
+    """`BatchNormAct3d` by its running statistics alone; see `FrozenBatchNormAct2d`."""
+
+    layer_name = "FrozenBatchNormAct3d"

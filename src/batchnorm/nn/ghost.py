@@ -1,0 +1,162 @@
+"""Ghost batch normalization (Hoffer, Hubara & Soudry 2017)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.nn.parts import PartsLayer
+from batchnorm.ops import BatchStatistics
+
+
+class _GhostBatchNorm(PartsLayer):
+    ghost_size: int
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        ghost_size: int = 32,
+    ) -> None:
+        if not isinstance(ghost_size, int) or isinstance(ghost_size, bool):
+            raise TypeError(
+                f"{self.layer_name} expects ghost_size to be an int, got {ghost_size!r} ({type(ghost_size).__name__}). "
+                "Pass the number of samples that are normalized together."
+            )
+        if ghost_size < 1:
+            raise ValueError(
+                f"{self.layer_name} expects ghost_size >= 1, got {ghost_size}. It is the number of samples that are "
+                "normalized together."
+            )
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            on_nonfinite=on_nonfinite,
+        )
+        self.ghost_size = ghost_size
+
+    def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
+        """Parts of `ghost_size` samples in order; a last one of a single value joins its neighbour."""
+        n, size, positions = x.shape[0], self.ghost_size, math.prod(x.shape[2:])
+        if n <= size:
+            return None, 1
+        if size == positions == 1:
+            raise ValueError(
+                f"{self.layer_name} expects more than one value per channel and ghost batch in training, got "
+                f"ghost_size=1 for x of shape {list(x.shape)}. One value has no variance: use a larger ghost_size."
+            )
+        parts = (n + size - 1) // size
+        if positions == 1 and n % size == 1:
+            parts -= 1
+        if parts == 1:
+            return None, 1
+        return (torch.arange(n, device=x.device) // size).clamp(max=parts - 1), parts
+
+    def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
+        """Move the running statistics once: by the mean of all, and the parts' variances without the spread between.
+
+        The divisor of the unbiased variance, Σ(mₖ - 1), is that of a batch with the count n/K. Section "Ghost batches".
+        """
+        count, mean, mean_low, var, effective_count = (t.detach() for t in statistics)
+        if count.dim() == 0:
+            super()._move(x, statistics)
+            return
+        total = count.sum()
+        divisor = torch.where(total > 0, total, 1.0)
+        # A part without a counted value has no share, whatever its mean.
+        share = (count / divisor).unsqueeze(1)
+        parts = torch.where(effective_count > 0, count / effective_count, 0.0).sum()
+        pooled = (share * (mean.to(count.dtype) + mean_low)).sum(0)
+        high = pooled.to(mean.dtype)
+        low = (pooled - high).to(mean.dtype)
+        self._move_by(high, low, (share * var).sum(0).to(var.dtype), x, total / torch.where(parts > 0, parts, 1.0))
+
+    def extra_repr(self) -> str:
+        """The description of the batch normalization, then the size of a part."""
+        return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
+
+
+class GhostBatchNorm(_GhostBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
+    """Ghost batch normalization of `[N, C, *S]`: statistics of parts of the batch, for large batches.
+
+    In training the batch is cut, in its order, into parts of `ghost_size` samples, and each is normalized by its own
+    statistics, which keeps the noise of small batches. The last part is smaller where ghost_size does not divide N;
+    one with a single value per channel joins its neighbour. All parts are computed in one pass.
+
+    The running statistics move once per batch: the mean by the mean of all values, the variance by
+    ΣM2ₖ/Σ(mₖ - 1), the mean of the parts' unbiased variances where they are equal, without the spread between parts,
+    which training never sees. (The paper moves them once per part, which decays like momentum 1 - (1 - a)^K.)
+    Evaluation, parameters, buffers and `state_dict` are those of `BatchNorm`.
+
+    Args:
+        num_features: C; it and the arguments up to `on_nonfinite` are those of `BatchNorm`.
+        eps: As in `BatchNorm`.
+        momentum: As in `BatchNorm`, for the whole batch.
+        affine: As in `BatchNorm`.
+        track_running_stats: As in `BatchNorm`; without, evaluation uses ghost batches too.
+        device: As in `BatchNorm`.
+        dtype: As in `BatchNorm`.
+        bias: As in `BatchNorm`.
+        on_nonfinite: As in `BatchNorm`.
+        ghost_size: Samples in a part (keyword only). A batch of no more is normalized as by `BatchNorm`.
+
+    Shape:
+        x and y: `[N, C, *S]`.
+
+    Raises:
+        TypeError: as `BatchNorm`; ghost_size is not an int.
+        ValueError: as `BatchNorm`; ghost_size < 1, or in training one value per channel in every part.
+
+    Numerics: as `batchnorm.functional.batch_norm`.
+
+    Source: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better: closing the generalization gap in large
+        batch training of neural networks", algorithm 1; Summers & Dinneen 2020, "Four Things Everyone Should Know to
+        Improve Batch Normalization".
+
+    Examples:
+        >>> layer = GhostBatchNorm(1, ghost_size=2)
+        >>> layer(torch.tensor([[1.0], [3.0], [10.0], [30.0]])).detach().T
+        tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    """
+
+    layer_name = "GhostBatchNorm"
+
+
+class GhostBatchNorm1d(_GhostBatchNorm, torch.nn.BatchNorm1d):
+    """Ghost batch normalization of `[N, C]` or `[N, C, L]`; arguments and equations are those of `GhostBatchNorm`."""
+
+    layer_name = "GhostBatchNorm1d"
+
+
+class GhostBatchNorm2d(_GhostBatchNorm, torch.nn.BatchNorm2d):
+    """Ghost batch normalization of `[N, C, H, W]`; arguments and equations are those of `GhostBatchNorm`.
+
+    Examples:
+        >>> GhostBatchNorm2d(8, ghost_size=4)(torch.rand(10, 8, 5, 5)).shape
+        torch.Size([10, 8, 5, 5])
+    """
+
+    layer_name = "GhostBatchNorm2d"
+
+
+class GhostBatchNorm3d(_GhostBatchNorm, torch.nn.BatchNorm3d):
+    """Ghost batch normalization of `[N, C, D, H, W]`; arguments and equations are those of `GhostBatchNorm`."""
+
+    layer_name = "GhostBatchNorm3d"

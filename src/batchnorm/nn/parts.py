@@ -1,0 +1,118 @@
+"""The layers whose statistics are found apart: over processes, groups of samples, or some of the positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from batchnorm import _checks, distributed, ops
+from batchnorm.nn.layer import NormLayer
+from batchnorm.ops import BatchStatistics
+
+
+class PartsLayer(NormLayer):
+    """`forward` in steps that an algorithm overrides: statistics, affine, running statistics."""
+
+    # Whether training joins the statistics of all processes of `process_group`.
+    sync: bool = False
+    # The layer's path in its model, for errors; `convert` sets it.
+    name: str = ""
+    # By name, so that layers can be copied, pickled and compiled; None: all processes.
+    _group_name: str | None = None
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
+        if isinstance(input, Proxy):  # one node of an fx graph: the layer itself, as what it needs is no tensor
+            tracer: Any = input.tracer
+            kwargs = {} if mask is None else {"mask": mask}
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), kwargs)
+        return self._normalize_by_parts(input, mask)
+
+    @property
+    def process_group(self) -> Any:
+        """The process group whose statistics are joined; None: all processes."""
+        return None if self._group_name is None else distributed.resolve(self._group_name)
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._group_name = distributed.group_name(group)
+
+    def _peers(self) -> distributed.Peers | None:
+        """The processes whose values count in this call too; None: there are no others."""
+        if not (self.sync and self.training):
+            return None
+        # Not told while compiling, where every name would be a graph of its own.
+        name = "" if torch.compiler.is_compiling() else self.name
+        return distributed.peers(self._group_name, f"{self.layer_name}({self.num_features})", name)
+
+    @property
+    def _uses_batch(self) -> bool:
+        """Whether this call normalizes by the batch's statistics."""
+        return self.training or (self.running_mean is None and self.running_var is None)
+
+    def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self._uses_batch:
+            return self._normalize(x, mask=mask)
+        _checks.check_input(self.layer_name, x)
+        if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+            return x.clone()
+        _checks.check_channel_vectors(
+            self.layer_name,
+            x,
+            weight=self.weight,
+            bias=self.bias,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+        )
+        weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask)
+        peers = self._peers()
+        if peers is None:  # else they may have more
+            _checks.check_batch(self.layer_name, x)
+        index, groups = self._index(x)
+        statistics = ops.batch_moments(x, index, weights, groups, peers)
+        if peers is not None and weights is None and self._has_at_most_one(x):
+            _checks.check_joint_count(self.layer_name, float(statistics.count))  # on all processes alike
+        weight, bias = self._affine(statistics)
+        y = ops.batch_statistics_norm_by_parts(
+            x, statistics, weight, bias, None, self.eps, "none", 0.0, index, weights, groups, peers
+        )
+        if self.training and self.track_running_stats and self.update_running_stats:
+            self._move(x, statistics)
+        return y
+
+    def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
+        """Which group of samples `[N]` each belongs to, and how many there are; None: all are one."""
+        return None, 1
+
+    def _has_at_most_one(self, x: Tensor) -> bool:
+        """Whether the values that others have decide whether there is a variance; a compiler cannot look."""
+        return math.prod((x.shape[0], *x.shape[2:])) <= 1 and not torch.compiler.is_compiling()
+
+    def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
+        """γ and β of this batch."""
+        return self.weight, self.bias
+
+    def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
+        """Move the running statistics by this batch's, unbiased."""
+        self._move_by(statistics.mean, statistics.mean_low, statistics.var, x, statistics.effective_count)
+
+    def _move_by(self, mean: Tensor, mean_low: Tensor, var: Tensor, x: Tensor, count: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        m = math.prod((x.shape[0], *x.shape[2:]))
+        ops.update_running_(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            mean.detach(),
+            mean_low.detach(),
+            var.detach(),
+            m,
+            count.detach(),
+            self.momentum,
+            self.on_nonfinite == "skip",
+        )

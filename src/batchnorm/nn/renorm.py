@@ -1,0 +1,239 @@
+"""Batch renormalization (Ioffe 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import ops
+from batchnorm.nn.parts import PartsLayer
+from batchnorm.ops import BatchStatistics
+
+# A limit for every batch, or its value after so many batches (int64 scalar, on the layer's device).
+Limit = float | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PaperSchedule:
+    """The paper's schedule of both limits: batch normalization first, then gradually freer.
+
+    `rmax` is 1 and `dmax` 0 up to batch `start`; then they grow linearly to `rmax_limit` at batch `rmax_end` and
+    `dmax_limit` at `dmax_end`. Batches are counted by the layer's `num_batches_tracked`, which its `state_dict` holds,
+    so that a resumed run continues where it was.
+
+    Args:
+        start: Batches of plain batch normalization.
+        rmax_end: The batch at which rmax is largest.
+        dmax_end: The batch at which dmax is largest.
+        rmax_limit: The largest rmax, >= 1.
+        dmax_limit: The largest dmax, >= 0.
+
+    Raises:
+        ValueError: the ends do not come after the start, or a limit is out of its range.
+
+    Source: Ioffe 2017, section 4 ("gradually": here linearly). The paper's momentum is 0.01.
+
+    Examples:
+        >>> paper = PaperSchedule()
+        >>> layer = BatchRenorm2d(64, momentum=0.01, rmax=paper.rmax, dmax=paper.dmax)
+        >>> paper.rmax(torch.tensor([5_000, 22_500, 40_000])), paper.dmax(torch.tensor(30_000))
+        (tensor([1., 2., 3.]), tensor(5.))
+    """
+
+    start: int = 5_000
+    rmax_end: int = 40_000
+    dmax_end: int = 25_000
+    rmax_limit: float = 3.0
+    dmax_limit: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < min(self.rmax_end, self.dmax_end):
+            raise ValueError(
+                f"PaperSchedule expects 0 <= start < rmax_end and dmax_end, got start={self.start}, "
+                f"rmax_end={self.rmax_end}, dmax_end={self.dmax_end}. They are numbers of batches."
+            )
+        _check_limit("PaperSchedule", "rmax_limit", self.rmax_limit, 1.0)
+        _check_limit("PaperSchedule", "dmax_limit", self.dmax_limit, 0.0)
+
+    def rmax(self, batches: Tensor) -> Tensor:
+        """The limit of r after so many batches."""
+        return 1.0 + (self.rmax_limit - 1.0) * self._progress(batches, self.rmax_end)
+
+    def dmax(self, batches: Tensor) -> Tensor:
+        """The limit of d after so many batches."""
+        return self.dmax_limit * self._progress(batches, self.dmax_end)
+
+    def _progress(self, batches: Tensor, end: int) -> Tensor:
+        return ((batches - self.start) / (end - self.start)).clamp(0.0, 1.0)
+
+
+def _check_limit(caller: str, name: str, value: object, least: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(
+            f"{caller} expects {name} to be a number >= {least:g}, or a function of the number of batches, "
+            f"got {value!r} ({type(value).__name__}). Pass for example PaperSchedule().{name}."
+        )
+    if not value >= least:
+        raise ValueError(
+            f"{caller} expects {name} >= {least:g}, got {value}. rmax = 1 with dmax = 0 is batch normalization; "
+            "the paper goes to 3 and 5."
+        )
+
+
+class _BatchRenorm(PartsLayer):
+    rmax: Limit
+    dmax: Limit
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        rmax: Limit = 3.0,
+        dmax: Limit = 5.0,
+        sync: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        for name, limit, least in (("rmax", rmax, 1.0), ("dmax", dmax, 0.0)):
+            value: object = limit(torch.zeros((), dtype=torch.int64)) if callable(limit) else limit
+            _check_limit(self.layer_name, name, value.item() if isinstance(value, Tensor) else value, least)
+        if not track_running_stats:
+            raise ValueError(
+                f"{self.layer_name} expects track_running_stats=True, got False. It corrects the batch's statistics "
+                "toward the running ones: without those use BatchNorm."
+            )
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite)
+        self.rmax = rmax
+        self.dmax = dmax
+        self.sync = sync
+        self.process_group = process_group
+
+    def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if (self.rmax, self.dmax) == (1, 0) and self._peers() is None:
+            return self._normalize(x, mask=mask)  # the same, and of the same bits
+        return super()._normalize_by_parts(x, mask)
+
+    def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
+        """γ·r and γ·d + β: with them normalization by the batch is renormalization."""
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is None or running_var is None or batches is None:
+            raise ValueError(
+                f"{self.layer_name} expects running_mean, running_var and num_batches_tracked, got None. It corrects "
+                "the batch's statistics toward the running ones: keep them, or use BatchNorm."
+            )
+        rmax = self.rmax(batches) if callable(self.rmax) else self.rmax
+        dmax = self.dmax(batches) if callable(self.dmax) else self.dmax
+        r, d = ops.renorm_correction(
+            statistics.mean,
+            statistics.mean_low,
+            statistics.var,
+            running_mean,
+            running_var,
+            rmax,
+            dmax,
+            self.eps,
+            self.layer_name,
+        )
+        if self.weight is not None:
+            gamma = self.weight.to(r.dtype)  # once, so that the two gradients of a half γ are added before rounding
+            r, d = gamma * r, gamma * d
+        return r, d if self.bias is None else d + self.bias
+
+    def extra_repr(self) -> str:
+        """The description of the batch normalization, then the limits."""
+        limits = (f"{name}={getattr(limit, '__qualname__', limit)}" for name, limit in self._limits())
+        return ", ".join([super().extra_repr(), *limits, *(["sync=True"] if self.sync else [])])
+
+    def _limits(self) -> tuple[tuple[str, Limit], ...]:
+        return ("rmax", self.rmax), ("dmax", self.dmax)
+
+
+class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
+    """Batch renormalization of `[N, C, *S]`, with any number of spatial dimensions: for small or non-iid batches.
+
+    Normalizes by the batch, then corrects toward the running statistics, so that training computes nearly what
+    evaluation will:
+
+        x̂ = (x - μ_B)/σ_B·r + d    r = clip(σ_B/σ, 1/rmax, rmax)    d = clip((μ_B - μ)/σ, -dmax, dmax)
+
+    with σ_B = √(var_B + eps), σ = √(running_var + eps), and y = x̂·weight + bias. No gradient flows through r and d;
+    μ and σ are those before this batch moves them. With rmax = 1 and dmax = 0 it is batch normalization, bit for bit.
+
+    Parameters, buffers and `state_dict` are those of `BatchNorm`, in both directions, and so is evaluation. The
+    running variance is the average of *unbiased* variances (the paper averages σ_B itself): at m values per channel
+    r is about √((m - 1)/m) on average, or less.
+
+    Args:
+        num_features: C; it and the arguments up to `on_nonfinite` are those of `BatchNorm`.
+        eps: As in `BatchNorm`.
+        momentum: As in `BatchNorm`; the paper's is 0.01.
+        affine: As in `BatchNorm`.
+        track_running_stats: True; without running statistics there is nothing to correct toward.
+        device: As in `BatchNorm`.
+        dtype: As in `BatchNorm`.
+        bias: As in `BatchNorm`.
+        on_nonfinite: As in `BatchNorm`.
+        rmax: A number >= 1, or a function that maps the number of batches so far (int64 scalar tensor, the layer's
+            `num_batches_tracked`) to a scalar tensor, such as `PaperSchedule().rmax` (keyword only).
+        dmax: A number >= 0, or such a function (keyword only).
+        sync: Whether the batch's statistics are those of all processes of a group together (keyword only).
+        process_group: That group; None: all processes (keyword only).
+
+    Shape:
+        x and y: `[N, C, *S]`; N = 1 trains where there are spatial positions.
+
+    Raises:
+        TypeError: as `BatchNorm`; a limit is neither a number nor a function that gives one.
+        ValueError: as `BatchNorm`; rmax < 1, dmax < 0, or track_running_stats=False.
+        RuntimeError: in a forward pass inside a backward (activation checkpointing) that repeats none of the last 64;
+            it needs the r and d of the first pass.
+
+    Numerics: as `batchnorm.functional.batch_norm`; r and d are computed in float64. The mean, variance, r and d of the
+        last 64 calls are kept for activation checkpointing: 1 KiB for each channel in float32.
+
+    Source: Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+        algorithm 1.
+
+    Examples:
+        >>> layer = BatchRenorm(2)
+        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()  # r = (1, 3), d = (2, 5), the last two clipped
+        tensor([[1.0000, 2.0000],
+                [3.0000, 8.0000]])
+    """
+
+    layer_name = "BatchRenorm"
+
+
+class BatchRenorm1d(_BatchRenorm, torch.nn.BatchNorm1d):
+    """Batch renormalization of `[N, C]` or `[N, C, L]`; arguments and equations are those of `BatchRenorm`."""
+
+    layer_name = "BatchRenorm1d"
+
+
+class BatchRenorm2d(_BatchRenorm, torch.nn.BatchNorm2d):
+    """Batch renormalization of `[N, C, H, W]`; arguments and equations are those of `BatchRenorm`.
+
+    Examples:
+        >>> layer = BatchRenorm2d(8, rmax=3.0, dmax=5.0)
+        >>> layer(torch.rand(1, 8, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    layer_name = "BatchRenorm2d"
+
+
+class BatchRenorm3d(_BatchRenorm, torch.nn.BatchNorm3d):
+    """Batch renormalization of `[N, C, D, H, W]`; arguments and equations are those of `BatchRenorm`."""
+
+    layer_name = "BatchRenorm3d"

@@ -1,0 +1,218 @@
+"""Layers whose samples choose a row of `[K, C]`: of statistics, of weight and bias, or of both."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from batchnorm import _checks, functional, ops
+from batchnorm.nn import batch
+from batchnorm.nn.layer import NormLayer
+
+
+class RowsLayer(NormLayer):
+    """A layer with tensors of `[K, C]` where batch normalization has `[C]`."""
+
+    def _make_rows(self, rows: int, names: tuple[str, ...]) -> None:
+        """Give each of these parameters and buffers a leading dimension."""
+        for name in names:
+            tensor = getattr(self, name)
+            if isinstance(tensor, torch.nn.Parameter):
+                setattr(self, name, torch.nn.Parameter(_repeated(tensor.detach(), rows)))
+            elif tensor is not None:
+                setattr(self, name, _repeated(tensor, rows))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Take what a checkpoint of plain batch normalization holds into every row."""
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            given = state_dict.get(prefix + name)
+            if own is not None and isinstance(given, Tensor) and own.dim() > 0 and given.shape == own.shape[1:]:
+                state_dict[prefix + name] = _repeated(given, own.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _plain(self, row: int) -> batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch.BatchNorm3d:
+        """Batch normalization of this rank with copies of one row."""
+        kind = getattr(batch, f"BatchNorm{suffix}" if (suffix := self.layer_name[-2:]) in _RANKS else "BatchNorm")
+        layer = kind(
+            self.num_features,
+            self.eps,
+            self.momentum,
+            self.weight is not None,
+            self.track_running_stats,
+            device="meta",
+            bias=self.bias is not None,
+            on_nonfinite=self.on_nonfinite,
+        )
+        for name, blank in (*layer.named_parameters(), *layer.named_buffers()):
+            own = getattr(self, name)
+            tensor = (own[row] if own.dim() > blank.dim() else own).detach().clone()
+            if isinstance(blank, torch.nn.Parameter):
+                tensor = torch.nn.Parameter(tensor, requires_grad=own.requires_grad)
+            setattr(layer, name, tensor)
+        layer.update_running_stats = self.update_running_stats
+        return layer.train(self.training)
+
+
+_RANKS = ("1d", "2d", "3d")
+
+
+def _repeated(tensor: Tensor, rows: int) -> Tensor:
+    return tensor.expand(rows, *tensor.shape).clone()
+
+
+def batch_norm_by_rows(
+    x: Tensor,
+    choice: int | Tensor,
+    rows: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None = None,
+    *,
+    own_statistics: bool,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    on_nonfinite: str,
+    caller: str,
+    name: str,
+) -> Tensor:
+    """Batch normalization where each sample chooses its row.
+
+    Args:
+        x: `[N, C, *S]`.
+        choice: The row of every sample, or int64 `[N]`, one for each.
+        rows: K.
+        running_mean: `[C]`, or `[K, C]` with `own_statistics`; None moves nothing.
+        running_var: Likewise.
+        num_batches_tracked: A scalar, or `[K]`.
+        weight: γ, `[C]` or `[K, C]`.
+        bias: β, `[C]` or `[K, C]`.
+        mask: As in `batch_norm`.
+        own_statistics: Whether samples of a row are normalized by themselves, or all of the batch together.
+        training: Whether to normalize by the batch's statistics.
+        momentum: Weight of the new batch.
+        eps: Added to the variance.
+        on_nonfinite: As in `batch_norm`.
+        caller: The layer, in messages.
+        name: What the layer calls `choice`, in messages.
+
+    Returns:
+        y of x's shape and dtype.
+    """
+    # One node of an fx graph, as `functional.batch_norm` is.
+    tensors = (x, choice, running_mean, running_var, num_batches_tracked, weight, bias, mask)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            batch_norm_by_rows, tensors, x, choice, rows, running_mean, running_var, num_batches_tracked, weight, bias,
+            mask, own_statistics=own_statistics, training=training, momentum=momentum, eps=eps,
+            on_nonfinite=on_nonfinite, caller=caller, name=name,
+        )  # fmt: skip
+    _checks.check_input(caller, x)
+    if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+        return x.clone()
+    _check_choice(caller, name, choice, rows, x)
+    if not isinstance(choice, Tensor):
+        if own_statistics:
+            running_mean, running_var = _row(running_mean, choice), _row(running_var, choice)
+            num_batches_tracked = _row(num_batches_tracked, choice)
+        weight, bias = (_row(t, choice) if t is not None and t.dim() == 2 else t for t in (weight, bias))
+        return functional.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps,
+            mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
+        )  # fmt: skip
+
+    _checks.check_channel_vectors(
+        caller,
+        x,
+        weight=_one_row(weight),
+        bias=_one_row(bias),
+        running_mean=_one_row(running_mean),
+        running_var=_one_row(running_var),
+    )
+    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask)
+    index = choice.expand(x.shape[0])
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        return ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
+    _checks.check_batch(caller, x)
+    if running_mean is not None:
+        _checks.check_momentum_known(caller, momentum, num_batches_tracked)
+    statistics = ops.batch_moments(x, index, weights, rows) if own_statistics else ops.batch_moments(x, None, weights)
+    y = ops.batch_statistics_norm_by_parts(
+        x, statistics, weight, bias, None, eps, index=index, weights=weights, groups=rows
+    )
+    if running_mean is not None:
+        assert running_var is not None
+        buffers = (running_mean, running_var, num_batches_tracked)
+        _, mean, mean_low, var, count = (t.detach() for t in statistics)
+        m, skip = math.prod((x.shape[0], *x.shape[2:])), on_nonfinite == "skip"
+        if not own_statistics:
+            ops.update_running_(*buffers, mean, mean_low, var, m, count, momentum, skip)
+            return y
+        for k in range(rows):  # where no sample chose a row, count is 0 and nothing moves
+            r_mean, r_var, tracked = running_mean[k], running_var[k], _row(num_batches_tracked, k)
+            ops.update_running_(r_mean, r_var, tracked, mean[k], mean_low[k], var[k], m, count[k], momentum, skip)
+    return y
+
+
+def _row(t: Tensor | None, k: int) -> Tensor | None:
+    return None if t is None else t[k]
+
+
+def _one_row(t: Tensor | None) -> Tensor | None:
+    """What `check_channel_vectors` takes of `[K, C]`."""
+    if t is None or t.dim() == 1:
+        return t
+    return t[0] if t.shape[0] else None
+
+
+def check_row(caller: str, name: str, row: object, rows: int) -> None:
+    """One row, as an int."""
+    if not isinstance(row, int) or isinstance(row, bool):
+        raise TypeError(
+            f"{caller} expects {name} to be an int or an int64 tensor [N], got {row!r} ({type(row).__name__}). "
+            "Pass int(...), or a tensor with one for each sample."
+        )
+    if not 0 <= row < rows:
+        raise ValueError(
+            f"{caller} expects {name} in [0, {rows}), got {row}. Count from 0, or make the layer with more of them."
+        )
+
+
+def _check_choice(caller: str, name: str, choice: object, rows: int, x: Tensor) -> None:
+    if not isinstance(choice, Tensor):
+        check_row(caller, name, choice, rows)
+        return
+    if choice.dtype != torch.int64:
+        raise TypeError(f"{caller} expects {name} of dtype torch.int64, got {choice.dtype}. Use {name}.long().")
+    if choice.dim() > 0 and choice.shape != x.shape[:1]:
+        raise ValueError(
+            f"{caller} expects {name} of shape [N] = [{x.shape[0]}] for x of shape {list(x.shape)}, got "
+            f"{list(choice.shape)}. Pass one for each sample, or an int for all."
+        )
+    if choice.device != x.device:
+        raise ValueError(
+            f"{caller} expects {name} on x's device, got {name} on {choice.device} and x on {x.device}. "
+            f"Move it with {name}.to(x.device)."
+        )
+    # Values are looked at where that costs no synchronization and they are there; elsewhere the operators refuse.
+    if type(choice) is not Tensor or choice.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or not choice.numel():  # type: ignore[attr-defined]
+        return
+    low, high = (int(t) for t in choice.aminmax())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"{caller} expects {name} in [0, {rows}), got {low if low < 0 else high}. Count from 0, or make the layer "
+            "with more of them."
+        )

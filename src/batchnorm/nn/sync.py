@@ -1,0 +1,114 @@
+"""Batch normalization over the processes of a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.nn.parts import PartsLayer
+
+
+class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
+    """Batch normalization of `[N, C, *S]` by the statistics of all processes' batches together.
+
+    In training, mean, variance, running statistics and the gradient of x are those of one process that holds the
+    processes' batches joined, however many samples each has (none, too). The equations are those of `BatchNorm`.
+    Forward is one collective (count, mean and sum of squared deviations), backward another (two sums per channel).
+    In evaluation, without `torch.distributed`, and where a process is alone in its group, it is `BatchNorm`, and
+    nothing is communicated.
+
+    The gradient of x is that of the sum of all processes' losses; those of weight and bias are this process's part of
+    it. `DistributedDataParallel` averages over the processes: for equal batches its gradients are those of the mean
+    loss of the joined batch; otherwise weight each process's mean loss by `n·W/Σn`, where n is its number of samples
+    and W the number of processes.
+
+    Every process must call the same synchronized layers in the same order, forward and backward.
+
+    Args:
+        num_features: C, the size of x's second dimension; the same on every process.
+        eps: Added to the variance; positive.
+        momentum: Weight of the new batch, in [0, 1]. None: the cumulative average of all batches.
+        affine: Whether there are weight (γ) and bias (β), each `[C]`.
+        track_running_stats: Whether there are running statistics; without, evaluation uses the local batch's.
+        process_group: The processes to join, from `torch.distributed.new_group`; None: all.
+        device: Of parameters and buffers.
+        dtype: Of parameters and buffers.
+        bias: Whether there is β (keyword only).
+        on_nonfinite: "propagate", or "skip" to leave the running statistics as they were when a batch's are not
+            finite (keyword only).
+        name: What errors call the layer, usually its path in the model; the same on every process (keyword only).
+
+    Attributes:
+        process_group: As given; may be set later. A copy of the layer has the same; a saved one finds its group by the
+            group's name where it is loaded.
+        name: As given.
+
+    Shape:
+        x and y: `[N, C, *S]`, where N and `*S` may differ between processes.
+        mask: boolean or weights, broadcastable to `[N, *S]`; where it is 0, x does not count, on any process.
+
+    Raises:
+        TypeError: num_features is not an int; process_group is not a process group; in forward, x is not a
+            floating-point tensor, or not in a dtype that goes with the parameters'.
+        ValueError: eps, momentum or on_nonfinite out of range; this process is not in process_group; in forward, a
+            wrong rank or number of channels, or one value per channel over all processes in training.
+        RuntimeError: In forward and backward, a process died, has another number of channels or is in another layer;
+            on every process that is left, within the group's timeout. The text names layer and ranks.
+
+    Numerics: What is exchanged is float64, whatever the dtypes; all processes merge in the order of ranks, so that
+    their running statistics have the same bits.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1, over the joined batch; moments merged after Chan, Golub & LeVeque 1979.
+
+    Examples:
+        >>> layer = SyncBatchNorm(3)  # alone: as BatchNorm
+        >>> layer(torch.rand(4, 3, 5, 5)).shape
+        torch.Size([4, 3, 5, 5])
+    """
+
+    layer_name = "SyncBatchNorm"
+    sync = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        on_nonfinite: str = "propagate",
+        name: str = "",
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            on_nonfinite=on_nonfinite,
+        )
+        self.process_group = process_group
+        self.name = name
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return y for x `[N, C, *S]`; positions where `mask [N, *S]` is 0 do not count."""
+        if self._peers() is None:
+            return self._normalize(input, mask=mask)
+        return super().forward(input, mask)
+
+    def extra_repr(self) -> str:
+        """Torch's description, and what differs from its defaults."""
+        parts = [super().extra_repr()]
+        parts += [f"process_group={self._group_name!r}"] * (self._group_name is not None)
+        parts += [f"name={self.name!r}"] * bool(self.name)
+        return ", ".join(parts)

@@ -1,0 +1,63 @@
+"""Which parameters an optimizer decays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm import walk
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, kinds: walk.Kinds = walk.is_batch_norm, biases: bool = False
+) -> list[dict[str, Any]]:
+    """Return the model's parameters in two groups for an optimizer: with weight decay, and without.
+
+    Decay of γ and β of batch normalization makes no network smaller: it pulls activations towards zero instead. On the
+    weights before it decay sets the effective learning rate, as their scale does not matter.
+
+    Args:
+        model: Any module. A parameter that several modules share comes once, without decay where one of them says so.
+        weight_decay: Of the first group; at least 0.
+        kinds: The modules without decay: a class, a tuple of classes or a predicate. By default batch normalization;
+            `(torch.nn.LayerNorm, ...)` or `lambda m: ...` for others.
+        biases: Whether every parameter named `bias` goes without decay too.
+
+    Returns:
+        `[{"params": ..., "weight_decay": weight_decay}, {"params": ..., "weight_decay": 0.0}]`, in the model's order;
+        a group without parameters is left out.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: weight_decay is negative or not finite, or the model has no parameters.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> groups = parameter_groups(model, weight_decay=5e-4)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+        [(2, 0.0005), (2, 0.0)]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"parameter_groups expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
+        )
+    if not 0.0 <= weight_decay < float("inf"):
+        raise ValueError(
+            f"parameter_groups expects weight_decay >= 0, got {weight_decay}. The usual values are 1e-5 to 1e-2."
+        )
+    free = {id(p) for found in walk.norm_layers(model, kinds) for p in found.module.parameters()}
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        alone = id(parameter) in free or (biases and name.rpartition(".")[2] == "bias")
+        (undecayed if alone else decayed).append(parameter)
+    if not decayed and not undecayed:
+        raise ValueError(
+            f"parameter_groups expects a model with parameters, got {type(model).__name__} with none. "
+            "Make the model before the groups."
+        )
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,303 @@
+"""Biases that batch normalization subtracts again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from batchnorm import walk
+from batchnorm.report import Change, Report, Result
+from batchnorm.surgery import forward_tracing
+from batchnorm.surgery.example_calls import Call, arguments, copied, difference, evaluate, for_trial, record
+from batchnorm.surgery.forward_tracing import Untraceable
+from batchnorm.surgery.fused_forward import is_hooked, undo_fusion
+from batchnorm.surgery.fusion import caller_of
+
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_DEEPEST = 16  # modules on the way from a layer to what comes before it
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A layer and the module whose bias it subtracts."""
+
+    producer: str
+    norm: str
+
+
+def drop_redundant_bias(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> Result[Report]:
+    """The model without the biases that batch normalization subtracts again.
+
+    A bias of a convolution or linear layer whose result goes to batch normalization alone moves the batch's mean and
+    nothing else. It is taken out, and the running mean lowered by it, so that the output is the same in both modes.
+    Modules lose the parameter: `bias` is None and no key of the `state_dict`.
+
+    Args:
+        model: Any module, not yet in `DistributedDataParallel`.
+        optimizer: Its parameter groups and its state lose the biases too. Needs `inplace=True`.
+        example_inputs: As in `accelerate`. With them linear layers are considered too (batch normalization takes
+            `[N, C]` and `[N, L, C]` differently), and the output is compared.
+        inplace: Whether to change the model itself instead of a copy.
+
+    Returns:
+        The model, and the report: which biases were dropped, and which were left and why.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an optimizer without inplace=True, or for other parameters; the model does not take the example
+            inputs, or its output on them would change; it is in DistributedDataParallel. It is then as it was.
+
+    Numerics: the running mean is computed in float64 and rounded once.
+
+    Source: Ioffe & Szegedy 2015, section 3.2.
+
+    Examples:
+        >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> model, report = drop_redundant_bias(block)
+        >>> print(report)
+        drop_redundant_bias: 1 changed, 0 left
+        <BLANKLINE>
+        layer  was              now           why
+        0      Conv2d with bias  without bias  before 1
+    """
+    _check(model, optimizer, inplace)
+    if not inplace:
+        model = copied("drop_redundant_bias", model)
+    trial = for_trial(model)
+    layers = walk.norm_layers(trial)
+    with walk.restored(trial, buffers=True):
+        undo_fusion(trial)
+        before, calls = None, None
+        if example_inputs is not None:
+            before, calls = record("drop_redundant_bias", trial, [f.path for f in layers], example_inputs)
+        pairs, left = _pairs(trial, layers, calls)
+
+    dropped = [_Drop(model.get_submodule(pair.producer), model.get_submodule(pair.norm)) for pair in pairs]
+    changes = [
+        Change(pair.producer, f"{type(drop.producer).__name__} with bias", "without bias", f"before {pair.norm}")
+        for pair, drop in zip(pairs, dropped, strict=True)
+    ]
+    try:
+        for drop in dropped:
+            drop.do()
+        if calls is not None:
+            _compare(model, before, arguments(example_inputs))
+    except BaseException:
+        for drop in reversed(dropped):
+            drop.undo()
+        raise
+    if optimizer is not None:
+        _forget(optimizer, [drop.bias for drop in dropped])
+    return Result(model, Report("drop_redundant_bias", tuple(changes), tuple(left)))
+
+
+class _Drop:
+    """One bias out of its module, and the running mean lowered by it."""
+
+    def __init__(self, producer: nn.Module, norm: nn.Module) -> None:
+        self.producer = producer
+        bias = producer.bias
+        assert isinstance(bias, nn.Parameter)
+        self.bias = bias
+        mean = norm.running_mean
+        self.mean = mean if isinstance(mean, Tensor) else None
+        self.former = None if self.mean is None else self.mean.detach().clone()
+
+    @torch.no_grad()
+    def do(self) -> None:
+        self.producer.register_parameter("bias", None)
+        if self.mean is not None:
+            self.mean.copy_(self.mean.double() - self.bias.double())
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        self.producer.register_parameter("bias", self.bias)
+        if self.mean is not None and self.former is not None:
+            self.mean.copy_(self.former)
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"drop_redundant_bias expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
+        )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "drop_redundant_bias expects a model that is not yet in DistributedDataParallel, got one that is. "
+            "It waits for the gradient of every parameter: drop the biases first, and wrap the model then."
+        )
+    if optimizer is None:
+        return
+    if not inplace:
+        raise ValueError(
+            "drop_redundant_bias expects inplace=True with an optimizer, got inplace=False. "
+            "The optimizer holds the parameters of this model, not of a copy."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ValueError(
+            f"drop_redundant_bias expects the optimizer of this model, got one ({type(optimizer).__name__}) that "
+            "holds none of its parameters. Pass the one made from model.parameters()."
+        )
+
+
+def _pairs(
+    model: nn.Module, layers: list[walk.Found], calls: dict[str, Call] | None
+) -> tuple[list[_Pair], list[Change]]:
+    """Every bias that does nothing, and those of which it cannot be said."""
+    pairs: list[_Pair] = []
+    left: list[Change] = []
+    for layer in layers:
+        try:
+            producer = _before(model, layer.path, calls)
+        except Untraceable as reason:
+            name = type(layer.module).__name__
+            left.append(Change(layer.path, name, name, str(reason)))
+            continue
+        module = None if producer is None else model.get_submodule(producer)
+        if producer is None or module is None:
+            continue
+        if why := _why_kept(model, producer, module, layer, calls):
+            name = f"{type(module).__name__} with bias"
+            left.append(Change(producer, name, name, why))
+        else:
+            pairs.append(_Pair(producer, layer.path))
+    return pairs, left
+
+
+def _why_kept(
+    model: nn.Module, producer: str, module: nn.Module, layer: walk.Found, calls: dict[str, Call] | None
+) -> str:
+    """Why a bias before a layer stays; empty where it does nothing."""
+    bias = module._parameters.get("bias")
+    if bias is None:
+        return "its bias is computed from other parameters"
+    places = sum(part is module for _, part in model.named_modules(remove_duplicate=False))
+    uses = sum(p is bias for part in model.modules() for p in part._parameters.values())
+    if places > 1 or uses > 1 or len(layer.paths) > 1:
+        return "it, its bias or the layer after it is used in several places"
+    if is_hooked(module) or is_hooked(layer.module):
+        return "it or the layer after it has hooks"
+    if bias.numel() != getattr(layer.module, "num_features", None):
+        return "the layer after it has other channels"
+    if isinstance(module, nn.Linear):
+        if calls is None:
+            return "whether its output is [N, C] or [N, L, C] shows with example_inputs only"
+        call = calls.get(layer.path)
+        if call is None or not call[0] or call[0][0].dim() != 2:
+            return "its output is not seen to be [N, C], where its features are the layer's channels"
+    return ""
+
+
+def _before(model: nn.Module, norm: str, calls: dict[str, Call] | None) -> str | None:
+    """The path of the convolution or linear layer whose result goes to a layer alone; None where there is none."""
+    layer = model.get_submodule(norm)
+    holder, inner = caller_of(model, norm), list[str]()
+    for _ in range(_DEEPEST):
+        if holder is None:
+            return None  # the model's own input comes before
+        root = model.get_submodule(holder)
+        try:
+            graph = _graph(model, holder, inner, calls)
+        except Untraceable as reason:
+            raise Untraceable(f"{holder or 'the model'} ({type(root).__name__}) {reason}") from reason
+        nodes = [n for n in graph.nodes if n.op == "call_module" and root.get_submodule(n.target) is layer]
+        if len(nodes) > 1:
+            raise Untraceable("it is called several times")
+        value = _input_of(nodes[0], root) if nodes else None
+        if value is None or value.op == "placeholder":
+            inner, holder = [*inner, holder], caller_of(model, holder)
+        elif value.op != "call_module":
+            return None  # an addition, a concatenation
+        else:
+            module, path = root.get_submodule(value.target), _joined(holder, value.target)  # type: ignore[arg-type]
+            if _is_plain(module):
+                if getattr(module, "bias", None) is None:
+                    return None
+                if not _alone(graph, root, value):
+                    raise Untraceable(f"the bias of {path} goes to more places than it")
+                return path
+            if next(module.children(), None) is None:
+                return None  # an activation, a pooling
+            inner.append(path)
+    return None
+
+
+def _graph(model: nn.Module, holder: str, inner: list[str], calls: dict[str, Call] | None) -> fx.Graph:
+    root = model.get_submodule(holder)
+    inlined = [model.get_submodule(path) for path in inner]
+    if any(map(is_hooked, inlined)):
+        raise Untraceable("calls a module that has hooks, next to the layer")
+    if calls is not None and holder not in calls:
+        raise Untraceable("is not called with the example inputs")
+    expected = forward_tracing.expected_arguments(root, None if calls is None else calls[holder])
+    graph, _ = forward_tracing.trace(root, expected, inlined, known=calls is not None)
+    return graph
+
+
+def _input_of(call: fx.Node, root: nn.Module) -> fx.Node:
+    """Whose result a layer is given, but for identities."""
+    node = call
+    while node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        if not _is_identity(node, root):
+            break
+    return node
+
+
+def _is_identity(node: fx.Node, root: nn.Module) -> bool:
+    return node.op == "call_module" and type(root.get_submodule(str(node.target))) is nn.Identity
+
+
+def _is_plain(module: nn.Module) -> bool:
+    kinds: tuple[type[nn.Module], ...] = (*_CONVOLUTIONS, nn.Linear)
+    own: Callable[..., Any] = type(module).forward
+    return any(isinstance(module, kind) and own is kind.forward for kind in kinds)
+
+
+def _alone(graph: fx.Graph, root: nn.Module, call: fx.Node) -> bool:
+    """Whether the module is called once, its result has one user, and its parameters are not used otherwise."""
+    module = root.get_submodule(call.target)  # type: ignore[arg-type]
+    others = [n for n in graph.nodes if n.op == "call_module" and root.get_submodule(n.target) is module]
+    read = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{call.target}.")]
+    result = call
+    while len(result.users) == 1 and _is_identity(user := next(iter(result.users)), root):
+        result = user
+    return len(others) == 1 and not read and len(result.users) == 1
+
+
+def _joined(holder: str, path: Any) -> str:
+    return f"{holder}.{path}" if holder else str(path)
+
+
+def _compare(model: nn.Module, before: Any, call: Call) -> None:
+    with walk.restored(model, buffers=True):
+        off, allowed = difference(before, evaluate(model, call))
+    if not off <= allowed:
+        raise ValueError(
+            f"drop_redundant_bias expects a model whose output stays, got one whose output changed by {off:.1e} of its "
+            "largest value. Something uses a bias in a way that its forward does not show; the model is as it was."
+        )
+
+
+def _forget(optimizer: torch.optim.Optimizer, biases: list[nn.Parameter]) -> None:
+    """Take parameters out of an optimizer's groups and state; the groups stay, as schedulers count them."""
+    gone = {id(bias) for bias in biases}
+    for group in optimizer.param_groups:
+        kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][i] for i in kept]
+        group["params"] = [group["params"][i] for i in kept]
+    for bias in biases:
+        optimizer.state.pop(bias, None)

@@ -1,0 +1,342 @@
+"""One layer in place of another: made like it, with everything carried over, and able to go back."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from batchnorm import walk
+from batchnorm.nn.layer import NormLayer
+
+# What has the same meaning in every batch normalization that has it.
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+SETTINGS = ("momentum", "eps", "track_running_stats", "update_running_stats", "on_nonfinite")
+
+_ORIGIN = "_converted_from"
+_MISSING: Any = object()
+# What a subclass may have of its own without doing anything else in a call.
+_HARMLESS = {"_check_input_dim", "extra_repr", "reset_parameters", "layer_name", "cls_to_become"}
+_MATTERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+
+
+class Unconvertible(Exception):
+    """Why a layer is left as it is, said about the layer."""
+
+
+class Refused(Unconvertible):
+    """The same, where a constructor refused the options that it was given."""
+
+
+@dataclass
+class Origin:
+    """The layer that another was made from, with the settings of both at that time."""
+
+    layer: nn.Module
+    before: dict[str, Any]
+    made: dict[str, Any]
+
+
+@dataclass
+class Replacement:
+    """What takes a layer's place. Until `commit` nothing of the model is changed."""
+
+    new: nn.Module
+    settings: dict[str, Any]
+    origin: Origin | None = None
+    reason: str = ""
+
+    def commit(self, model: nn.Module, found: walk.Found) -> nn.Module:
+        """Put it in every place of the layer, and return the model."""
+        for name, value in self.settings.items():
+            if name in STATE:
+                for parameter, trains in zip(_parameters_of(self.new, name), value, strict=True):
+                    if parameter.requires_grad != trains:
+                        parameter.requires_grad_(trains)
+            elif getattr(self.new, name, value) != value:
+                setattr(self.new, name, value)
+        for hooks in (h for n, h in vars(self.new).items() if "_hooks" in n and isinstance(h, dict)):
+            for hook in hooks.values():
+                if getattr(hook, "with_module", False):  # it holds the module that it was registered at
+                    hook.module = weakref.ref(self.new)
+        vars(self.new).pop(_ORIGIN, None)
+        if self.origin is not None:
+            self.origin.made = self.origin.made or settings_of(self.new)
+            setattr(self.new, _ORIGIN, self.origin)
+        return walk.replace(model, found, self.new)
+
+
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class, without what a parametrization makes of it."""
+    return parametrize.type_before_parametrizations(layer)
+
+
+def describe(layer: nn.Module) -> str:
+    """The layer in a few characters, such as `BatchNorm2d(64)`."""
+    sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
+    return f"{class_of(layer).__name__}({', '.join(map(str, sizes))})" if sizes else class_of(layer).__name__
+
+
+def origin_of(layer: nn.Module) -> Origin | None:
+    """What the layer was made from, if it was."""
+    return vars(layer).get(_ORIGIN)
+
+
+def settings_of(layer: nn.Module) -> dict[str, Any]:
+    """What a user may set on a layer, and which parameters require gradients."""
+    held = {name: getattr(layer, name, getattr(NormLayer, name, None)) for name in SETTINGS}
+    for name in ("weight", "bias"):
+        held[name] = [p.requires_grad for p in _parameters_of(layer, name)]
+    return held
+
+
+def check_plain(layer: nn.Module) -> None:
+    """Raise Unconvertible where the layer does or holds more than its known class: it would be lost."""
+    kind = class_of(layer)
+    for cls in kind.__mro__:
+        if _is_known(cls):
+            continue
+        for name, value in vars(cls).items():
+            does = callable(value) or isinstance(value, (property, staticmethod, classmethod))
+            dunder = name.startswith("__") and name.endswith("__")
+            if does and name not in _HARMLESS and (not dunder or name in _MATTERS):
+                raise Unconvertible(f"its class {kind.__name__} has its own {name}, which would be lost")
+    if "forward" in vars(layer):
+        raise Unconvertible("its forward was replaced on the instance, which would be lost")
+    for name in ("weight", "bias"):
+        if name not in layer._parameters and not parametrize.is_parametrized(layer, name):
+            raise Unconvertible(f"its {name} is made by a hook (weight_norm, pruning): make it permanent first")
+    if not kind.__module__.startswith("batchnorm."):
+        held = {*layer._parameters, *layer._buffers, *layer._modules} - {*STATE, "parametrizations"}
+        if held:
+            raise Unconvertible(f"it also holds {', '.join(sorted(held))}, which would be lost")
+
+
+def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: str) -> Replacement:
+    """Return a new layer of this class in place of `old`.
+
+    Raises:
+        Unconvertible: something of the layer would be lost, or the class refuses it.
+        TypeError: an option that the class does not have, or one that it needs is missing.
+    """
+    lazy = any(is_lazy(t) for t in (*old.parameters(), *old.buffers()))
+    batch_norm = issubclass(kind, _NormBase) and not issubclass(kind, _InstanceNorm)
+    if lazy and not issubclass(kind, nn.modules.lazy.LazyModuleMixin):
+        raise Unconvertible("it has not seen its number of channels yet: run one batch first")
+    new = _construct(old, kind, _arguments(old, kind, options, path, batch_norm=batch_norm))
+    made = settings_of(new)
+    if isinstance(new, nn.Identity):
+        _carry_hooks(old, new)
+        new.train(old.training)
+        return Replacement(new, {})
+    _carry_state(old, new, STATE if batch_norm else ("weight", "bias"))
+    _carry_hooks(old, new)
+    new.train(old.training)
+    settings = settings_of(old)
+    for name in SETTINGS:
+        if not batch_norm or name in options:
+            del settings[name]
+    for name in ("weight", "bias"):
+        # What is made not to train (as frozen) does not train; what did not train before does not either.
+        settings[name] = [trains and all(made[name]) for trains in settings[name]]
+    ours = kind.__module__.startswith("batchnorm.")
+    return Replacement(new, settings, Origin(old, settings_of(old), {}) if ours and batch_norm and not lazy else None)
+
+
+def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Replacement | None:
+    """Return the layer of a wanted class that this one was made from, with this one's state; None, if there is none."""
+    settings, current = settings_of(layer), layer
+    while (origin := origin_of(current)) is not None:
+        # What was set since is kept; what the conversion itself had changed goes back.
+        settings = {k: v if settings[k] == origin.made[k] else settings[k] for k, v in origin.before.items()}
+        current = origin.layer
+        if wanted(class_of(current)):
+            break
+    else:
+        return None
+    if _parametrized(layer) != _parametrized(current):
+        return None
+    if _parametrized(current):
+        current.parametrizations = layer.parametrizations
+    _carry_state(layer, current, STATE)
+    _carry_hooks(layer, current)
+    current.train(layer.training)
+    _move_rest(current)
+    return Replacement(current, settings, origin_of(current))
+
+
+def from_function(old: nn.Module, function: Callable[[nn.Module], nn.Module]) -> Replacement:
+    """Return what a user's function makes in place of `old`; weight and bias of the same shape are carried over."""
+    new = function(old)
+    if not isinstance(new, nn.Module):
+        raise TypeError(
+            f"convert expects the function given as `to` to return a torch.nn.Module, got {type(new).__name__}. "
+            "It is called with the layer to replace."
+        )
+    if new is old:
+        raise Unconvertible("the function gave it back")
+    for name in ("weight", "bias"):
+        theirs, ours = old._parameters.get(name), new._parameters.get(name)
+        if theirs is not None and ours is not None and theirs.shape == ours.shape:
+            new._parameters[name] = theirs
+    _carry_hooks(old, new)
+    return Replacement(new.train(old.training), {})
+
+
+def _is_known(cls: type) -> bool:
+    return cls is object or cls.__module__.startswith(("torch.", "batchnorm."))
+
+
+def _parametrized(layer: nn.Module) -> set[str]:
+    return set(layer.parametrizations) if parametrize.is_parametrized(layer) else set()  # type: ignore[arg-type]
+
+
+def _parameters_of(layer: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameter of this name, or those that its parametrization makes it from."""
+    if name in _parametrized(layer):
+        return list(layer.parametrizations[name].parameters())  # type: ignore[index,union-attr]
+    parameter = layer._parameters.get(name)
+    return [] if parameter is None else [parameter]
+
+
+def _arguments(
+    old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: str, *, batch_norm: bool
+) -> dict[str, Any]:
+    """What the class is constructed with: the layer's own arguments, what else both have, and the options."""
+    signature = inspect.signature(kind)
+    unknown = [name for name in options if name not in signature.parameters]
+    if unknown:
+        known = [n for n in signature.parameters if n not in ("num_features", "num_channels", "device", "dtype")]
+        raise TypeError(
+            f"{kind.__name__} expects options among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
+            "Options of convert are those of the class that it converts to."
+        )
+    tensors = [t for name in ("running_mean", "weight", "bias") if (t := getattr(old, name, None)) is not None]
+    given: dict[str, Any] = {
+        "num_features": old.num_features,
+        "num_channels": old.num_features,
+        "eps": old.eps,
+        "momentum": old.momentum,
+        "affine": bool(old.affine),
+        "device": tensors[0].device if tensors else None,
+        "dtype": tensors[0].dtype if tensors else None,
+        "name": path,
+    }
+    if batch_norm:
+        lazy = any(is_lazy(t) for t in old.buffers())
+        given["track_running_stats"] = lazy or getattr(old, "running_mean", None) is not None
+    if issubclass(kind, nn.GroupNorm):
+        size = int(old.num_features)  # type: ignore[arg-type]
+        given["num_groups"] = max((n for n in range(1, 33) if size % n == 0), default=1)
+    for name in signature.parameters:
+        if batch_norm and name not in given and name != "bias":
+            # A layer without the attribute is one with the default of all layers: no activation, above all.
+            value = getattr(old, name, getattr(NormLayer, name, _MISSING))
+            if value is not _MISSING and not isinstance(value, Tensor) and not inspect.ismethod(value):
+                given[name] = value
+    given |= options
+    for name, parameter in signature.parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY and name not in given:
+            raise TypeError(f"{kind.__name__} expects {name}, got none. Pass {name}= to convert.")
+    return {name: value for name, value in given.items() if name in signature.parameters}
+
+
+def _construct(old: nn.Module, kind: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
+    own = getattr(old, "activation", "none")
+    if "activation" in inspect.signature(class_of(old)).parameters and "activation" not in arguments:
+        raise Unconvertible(f"it also adds a residual and applies {own!r}, which {kind.__name__} cannot")
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _carry_state(old: nn.Module, new: nn.Module, names: tuple[str, ...]) -> None:
+    """Give `new` the very parameters and buffers of `old`; where its shapes differ, their values."""
+    values: dict[str, Tensor] = {}
+    parametrized = _parametrized(old)
+    for name in names:
+        theirs, ours = getattr(old, name, None), getattr(new, name, None)
+        if theirs is None:
+            if ours is not None and name.startswith("running_"):
+                raise Unconvertible(f"it has no {name}, which {describe(new)} needs: recalibrate a new layer instead")
+            if name in new._parameters:
+                new._parameters[name] = None
+        elif ours is not None and (is_lazy(theirs) or theirs.shape == ours.shape):
+            if name in parametrized:  # transferred below, over a tensor like it
+                if name in new._parameters:
+                    new._parameters[name] = nn.Parameter(theirs.detach().clone())
+                continue
+            held = new._parameters if name in new._parameters else new._buffers
+            held[name] = theirs
+        elif name in parametrized:
+            raise Unconvertible(f"its {name} is parametrized and would change its shape")
+        elif ours is not None and theirs.dim() == ours.dim() + 1:
+            values[name] = _common_row(name, theirs)
+        else:
+            values[name] = theirs.detach()
+    if values:
+        _load(new, values)
+    if parametrized and not _parametrized(new):
+        parametrize.transfer_parametrizations_and_params(old, new)
+
+
+def _common_row(name: str, rows: Tensor) -> Tensor:
+    rows = rows.detach()
+    if rows.is_meta or not bool((rows == rows[:1]).all()):
+        raise Unconvertible(f"the rows of its {name} differ: take the layer of one by its select() first")
+    return rows[0]
+
+
+def _load(new: nn.Module, values: dict[str, Tensor]) -> None:
+    """Load values through the class's own reading of a checkpoint, with their dtypes and devices."""
+    for name, value in values.items():
+        tensor = getattr(new, name, None)
+        if tensor is None or (tensor.dtype, tensor.device) == (value.dtype, value.device):
+            continue
+        moved = tensor.detach().to(value)
+        setattr(new, name, nn.Parameter(moved, tensor.requires_grad) if name in new._parameters else moved)
+    try:
+        result = new.load_state_dict(values, strict=False)
+    except RuntimeError as error:
+        raise Unconvertible(f"{describe(new)} cannot take its state: {str(error).splitlines()[-1].strip()}") from error
+    if result.unexpected_keys:
+        raise Unconvertible(f"{describe(new)} has no place for its {', '.join(sorted(result.unexpected_keys))}")
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks of `old`: the same dictionaries, so that handles go on removing them."""
+    for name, theirs in vars(old).items():
+        ours = vars(new).get(name)
+        if "_hooks" not in name or not isinstance(theirs, dict) or ours is None or ours is theirs:
+            continue
+        of_its_class = [key for key, hook in theirs.items() if getattr(hook, "__self__", None) is old]
+        if ours or of_its_class:
+            ours.update({key: hook for key, hook in theirs.items() if key not in of_its_class})
+        else:
+            vars(new)[name] = theirs
+    vars(new)["_is_full_backward_hook"] = vars(old).get("_is_full_backward_hook")
+
+
+def _move_rest(layer: nn.Module) -> None:
+    """Buffers that only this class has, to where the others are by now."""
+    devices = [t.device for name in STATE if (t := getattr(layer, name, None)) is not None]
+    for name, buffer in layer._buffers.items():
+        if buffer is not None and name not in STATE and devices and buffer.device != devices[0]:
+            layer._buffers[name] = (
+                torch.empty_like(buffer, device=devices[0]) if buffer.is_meta else buffer.to(devices[0])
+            )
+
+
+def is_norm_class(kind: object) -> bool:
+    """Whether it is a class that `make` can construct."""
+    return isinstance(kind, type) and issubclass(kind, (_NormBase, nn.GroupNorm, nn.Identity))

@@ -1,0 +1,192 @@
+"""The one traversal of a model: where its layers are, shared ones once, and how it was, to put it back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A module of a model, with every place it has there.
+
+    Attributes:
+        module: The module.
+        paths: Its paths in the model's order, such as `layer1.0.bn2`; several for a shared one, `""` for the model.
+        slots: Each `(parent, key)` that holds it; empty for the model itself.
+    """
+
+    module: nn.Module
+    paths: tuple[str, ...]
+    slots: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def path(self) -> str:
+        """The first of its paths."""
+        return self.paths[0]
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is batch normalization: torch's classes and this library's, and subclasses of either."""
+    return isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
+
+
+def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
+    """Return the model's layers of these kinds in its order; one that is used in several places comes once.
+
+    Args:
+        model: Any module, which may itself be such a layer.
+        kinds: A class, a tuple of classes or a predicate; by default batch normalization of every kind.
+    """
+    classes, predicate = (kinds, None) if isinstance(kinds, (type, tuple)) else ((), kinds)
+    paths: dict[nn.Module, list[str]] = {}
+    slots: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in paths:
+            paths[module].append(path)
+        elif isinstance(module, classes) if predicate is None else predicate(module):
+            paths[module] = [path]
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child in paths:
+                slots.setdefault(child, []).append((parent, key))
+    return [Found(module, tuple(found), tuple(slots.get(module, ()))) for module, found in paths.items()]
+
+
+def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) -> nn.Module:
+    """Put `new` in every place of the model where this module is, and return the model.
+
+    Args:
+        model: Changed in place.
+        where: The module, one of its paths, or what `norm_layers` found.
+        new: What takes its place.
+
+    Returns:
+        The model; `new`, where the module is the model itself.
+
+    Raises:
+        ValueError: the model has no such module or path.
+    """
+    old: nn.Module | None
+    if isinstance(where, str):
+        try:
+            old = model.get_submodule(where)
+        except AttributeError:
+            old = None
+    else:
+        old = where.module if isinstance(where, Found) else where
+    if old is model:
+        return new
+    found = False
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child is old:
+                parent._modules[key] = new
+                found = True
+    if not found:
+        came = repr(where) if isinstance(where, str) else type(old).__name__
+        raise ValueError(
+            f"replace expects a module of the {type(model).__name__}, got {came}, which is not in it. "
+            "Take one from model.named_modules()."
+        )
+    return model
+
+
+@contextmanager
+def restored(
+    model: nn.Module, *, buffers: bool = False, gradients: bool = False, random_state: bool = True
+) -> Iterator[None]:
+    """Put the model back as it was when the block ends, also by an exception.
+
+    Put back are, of every module, its mode, momentum, switches of running statistics and a `forward` of its own; hooks
+    added within the block go; parameters require gradients as before. Modules replaced within stay replaced.
+
+    Args:
+        model: Any module.
+        buffers: Whether the buffers' values are put back too.
+        gradients: Whether `.grad` of the parameters is put back too.
+        random_state: Whether Python's, NumPy's and torch's global generators are put back; those of a GPU only where
+            one is in use.
+    """
+    kept = [_Kept(module, buffers) for module in model.modules()]
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()] if gradients else []
+    with ExitStack() as stack:
+        if random_state:
+            stack.callback(random.setstate, random.getstate())
+            stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  (what others drew from)
+            devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+            stack.enter_context(torch.random.fork_rng(devices))
+        try:
+            yield
+        finally:
+            for module in kept:
+                module.put_back()
+            for parameter, requires_grad in required:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+            for parameter, grad, value in grads:
+                if grad is not None and value is not None:
+                    with torch.no_grad():
+                        grad.copy_(value)
+                parameter.grad = grad
+
+
+_MISSING = object()
+
+
+class _Kept:
+    """What one module was like."""
+
+    # Where the class has one and the instance has not, it has none afterwards either.
+    ATTRIBUTES = (
+        "training", "momentum", "track_running_stats", "update_running_stats", "forward", "_is_full_backward_hook",
+    )  # fmt: skip
+
+    def __init__(self, module: nn.Module, buffers: bool) -> None:
+        self.module = module
+        held = vars(module)
+        self.attributes: dict[str, Any] = {name: held.get(name, _MISSING) for name in self.ATTRIBUTES}
+        self.hooks = {name: set(hooks) for name, hooks in held.items() if "_hooks" in name and isinstance(hooks, dict)}
+        self.buffers: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        if buffers:
+            for name, buffer in module._buffers.items():
+                value = None if buffer is None or is_lazy(buffer) else buffer.detach().clone()
+                self.buffers[name] = (buffer, value)
+        self.with_buffers = buffers
+
+    def put_back(self) -> None:
+        held = vars(self.module)
+        for name, value in self.attributes.items():
+            if value is _MISSING:
+                held.pop(name, None)
+            else:
+                held[name] = value
+        for name, before in self.hooks.items():
+            hooks = held.get(name, {})
+            for key in [key for key in hooks if key not in before]:
+                del hooks[key]
+        if self.with_buffers:
+            self._put_back_buffers()
+
+    @torch.no_grad()
+    def _put_back_buffers(self) -> None:
+        held = self.module._buffers
+        for name in [name for name in held if name not in self.buffers]:
+            del held[name]
+        for name, (buffer, value) in self.buffers.items():
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+            held[name] = buffer

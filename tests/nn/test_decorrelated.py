@@ -1,0 +1,338 @@
+"""DecorrelatedBatchNorm whitens: against an eigendecomposition in float64, and what every layer promises."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.testing import assert_close
+
+import batchnorm as bn
+from batchnorm.nn.decorrelated import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    decorrelated_batch_norm,
+)
+from batchnorm.ops import whitening
+from tests.cases import CASES, EPS, Case, ids
+from tests.correlated import correlated, trained
+from tests.tolerance import ROUNDINGS, assert_within, bound
+
+Array = NDArray[np.float64]
+
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+# Against the eigendecomposition
+
+
+def newton(share: Array, iterations: int) -> tuple[Array, float]:
+    """p_T of each eigenvalue of Σ_N, and how far p_T moves at most for a change of one."""
+    p, value, slope = np.ones_like(share), 1.0, 0.0
+    for _ in range(iterations):
+        p = 1.5 * p - 0.5 * p**3 * share
+        value, slope = 1.5 * value, 1.5 * slope - 0.5 * value**3  # p_T is convex: steepest at 0
+    return p, abs(slope)
+
+
+def slices(channels: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, channels)) for start in range(0, channels, size)]
+
+
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, iterations: int
+) -> tuple[Array, Array, Array, Array]:
+    """y, the terms of its error, the mean and the packed whitening matrices, in float64 by eigendecomposition."""
+    rows = x.double().movedim(1, 0).flatten(1).numpy()
+    channels, m = rows.shape
+    mean = rows.mean(1) if m else np.zeros(channels)
+    centered = rows - mean[:, None]
+    y, terms = np.empty_like(rows), np.empty_like(rows)
+    packed = np.zeros((channels, min(size, channels)))
+    gamma = np.ones(channels) if weight is None else weight.double().numpy()
+    beta = np.zeros(channels) if bias is None else bias.double().numpy()
+    for group in slices(channels, size):
+        d = group.stop - group.start
+        covariance = centered[group] @ centered[group].T / max(m, 1) + EPS * np.eye(d)
+        trace = np.trace(covariance)
+        share, vectors = np.linalg.eigh(covariance / trace)
+        p, slope = newton(share, iterations)
+        w = (vectors * p) @ vectors.T / np.sqrt(trace)
+        packed[group, :d] = w
+        y[group] = w @ centered[group]
+        # Rounding moves Σ_N, of norm at most 1, and so W√trΣ by at most the slope; then come the products.
+        length = np.linalg.norm(centered[group], axis=0)
+        terms[group] = slope * length / np.sqrt(trace) + np.abs(w) @ np.abs(centered[group])
+    y = y * gamma[:, None] + beta[:, None]
+    terms = terms * np.abs(gamma)[:, None] + np.abs(beta)[:, None]
+
+    def back(t: Array) -> Array:
+        return t.reshape(x.movedim(1, 0).shape).swapaxes(0, 1)
+
+    return back(y), back(terms), mean, packed
+
+
+@pytest.mark.parametrize(("size", "iterations"), [(64, 5), (2, 3)])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_is_newtons_method_on_the_eigenvalues(case: Case, size: int, iterations: int) -> None:
+    x, (weight, bias) = case.x(), case.parameters()
+    y, terms, mean, packed = reference(x, weight, bias, size, iterations)
+    running = torch.zeros(case.shape[1], dtype=torch.float64), torch.zeros(packed.shape, dtype=torch.float64)
+    running = tuple(t.to(case.statistics_dtype) for t in running)
+    actual = decorrelated_batch_norm(
+        x, *running, weight, bias, True, 1.0, EPS, group_size=size, iterations=iterations
+    )  # fmt: skip
+    assert actual.dtype == x.dtype
+    assert_within(actual, y, bound(terms, case.dtype, y), "y")
+    if x.numel():
+        spread = np.sqrt((x.double().movedim(1, 0).flatten(1).numpy() - mean[:, None]).__pow__(2).mean(1))
+        assert_within(running[0], mean, bound(spread + np.abs(mean), case.statistics_dtype), "running_mean")
+        _, slope = newton(np.zeros(1), iterations)
+        allowed = ROUNDINGS * slope * np.abs(packed).max() * np.finfo(str(case.statistics_dtype)[6:]).eps
+        assert_within(running[1], packed, np.full(packed.shape, allowed), "running_whitening")
+    if x.is_contiguous():
+        assert actual.is_contiguous()
+    if case.layout == "channels_last":
+        assert actual.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_gradients_in_lower_precision_are_those_of_float64(dtype: torch.dtype, offset: float) -> None:
+    x, dy = (correlated(8, 12, 5, 5) + offset).to(dtype), torch.randn(8, 12, 5, 5).to(dtype)
+    found = []
+    for wide in (False, True):
+        layer = DecorrelatedBatchNorm2d(12, group_size=5, dtype=torch.float64 if wide else torch.float32)
+        leaf = (x.double() if wide else x).clone().requires_grad_()
+        layer(leaf).backward(dy.to(leaf.dtype))
+        found.append([t.double() for t in (leaf.grad, layer.weight.grad, layer.bias.grad)])
+    _, slope = newton(np.zeros(1), 5)
+    for ours, exact in zip(*found, strict=True):
+        arithmetic = ROUNDINGS * slope * torch.finfo(torch.float32).eps / 2
+        allowed = (arithmetic + torch.finfo(dtype).eps / 2) * exact.norm()
+        assert (ours - exact).norm() <= allowed
+
+
+# What it is for
+
+
+@pytest.mark.parametrize(("channels", "size"), [(6, 6), (6, 64), (7, 3)])
+def test_the_covariance_of_the_output_is_the_identity(channels: int, size: int) -> None:
+    x = correlated(512, channels)
+    layer = DecorrelatedBatchNorm1d(channels, eps=1e-12, group_size=size, iterations=40, dtype=torch.float64)
+    y = layer(x).detach()
+    assert y.mean(0).abs().max() < 1e-12
+    for group in slices(channels, size):
+        covariance = torch.cov(y[:, group].T, correction=0).reshape(group.stop - group.start, -1)
+        assert_close(covariance, torch.eye(len(covariance), dtype=torch.float64), rtol=0, atol=1e-9)
+    if size < channels:  # and only within a group
+        assert torch.cov(y.T)[0, size].abs() > 0.01
+
+
+def test_the_limit_is_the_symmetric_inverse_square_root() -> None:
+    x = correlated(512, 6)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    expected = (x - x.mean(0)) @ (vectors * values.rsqrt()) @ vectors.T
+    layer = DecorrelatedBatchNorm1d(6, eps=1e-13, iterations=40, dtype=torch.float64)
+    assert_close(layer(x).detach(), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5, 8])
+def test_what_is_left_to_the_identity_is_the_iterations_error(iterations: int) -> None:
+    x = correlated(512, 8)
+    y = DecorrelatedBatchNorm1d(8, eps=1e-12, iterations=iterations, dtype=torch.float64)(x).detach()
+    values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).numpy()
+    share = values / values.sum()
+    p, _ = newton(share, iterations)
+    actual = torch.linalg.eigvalsh(torch.cov(y.T, correction=0))
+    assert_close(actual, torch.from_numpy(np.sort(p**2 * share)), rtol=1e-9, atol=1e-12)
+    assert actual.max() <= 1.0 + 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-11), (torch.float32, 1e-3)], ids=str)
+def test_iterations_stay_where_they_converged(dtype: torch.dtype, allowed: float) -> None:
+    q, _ = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))
+    values = torch.logspace(0, -4, 16, dtype=torch.float64)
+    covariance = (q * values) @ q.T
+    exact = (q * values.rsqrt()) @ q.T
+    for iterations in (20, 40):
+        found = whitening.inverse_square_root(covariance.to(dtype)[None], iterations)[0]
+        assert ((found.double() - exact).norm() / exact.norm()) < allowed
+    p, share = torch.eye(16, dtype=torch.float64), covariance / covariance.trace()
+    for _ in range(20):  # as published: why ours is another form of it
+        p = 1.5 * p - 0.5 * p @ p @ p @ share
+    assert not (p - exact * covariance.trace().sqrt()).norm() < 1e3
+
+
+@TRAINING
+def test_a_group_of_one_is_batch_normalization(training: bool) -> None:
+    theirs = bn.BatchNorm2d(5, dtype=torch.float64)
+    ours = DecorrelatedBatchNorm2d(5, group_size=1, dtype=torch.float64)
+    for layer in (ours, theirs):
+        layer.train(training)
+    x, dy = correlated(4, 5, 3, 3), torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    if not training:
+        theirs.running_var.uniform_(0.5, 2.0)
+        ours.load_state_dict(theirs.state_dict())
+    for layer, leaf in zip((ours, theirs), leaves, strict=True):
+        layer(leaf).backward(dy)
+    assert_close(ours(x), theirs(x))
+    assert_close(leaves[0].grad, leaves[1].grad)
+    assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+def test_groups_are_whitened_apart_and_the_last_has_what_is_left() -> None:
+    x = correlated(6, 10, 5)
+    whole = trained(DecorrelatedBatchNorm1d(10, group_size=4, dtype=torch.float64), 6, 10, 5)
+    for training in (True, False):
+        whole.train(training)
+        parts = []
+        for group in slices(10, 4):
+            part = DecorrelatedBatchNorm1d(group.stop - group.start, dtype=torch.float64).train(training)
+            state = {k: v[group] if v.dim() else v for k, v in whole.state_dict().items()}
+            state["running_whitening"] = state["running_whitening"][:, : part.num_features]
+            part.load_state_dict(state)
+            parts.append(part(x[:, group]))
+        assert_close(whole(x), torch.cat(parts, 1))
+
+
+# Running statistics
+
+
+def test_running_statistics_are_averages_of_mean_and_whitening_matrix() -> None:
+    for momentum in (0.3, None):
+        layer = DecorrelatedBatchNorm1d(5, momentum=momentum, dtype=torch.float64)
+        mean, packed = torch.zeros(5, dtype=torch.float64), torch.eye(5, dtype=torch.float64)
+        for number in (1, 2, 3):
+            x = correlated(20, 5, seed=number)
+            layer(x)
+            _, _, batch_mean, batch_packed = reference(x, None, None, 64, 5)
+            rate = momentum or 1 / number
+            mean = (1 - rate) * mean + rate * torch.from_numpy(batch_mean)
+            packed = (1 - rate) * packed + rate * torch.from_numpy(batch_packed)
+        assert_close(layer.running_mean, mean)
+        assert_close(layer.running_whitening, packed)
+        assert layer.num_batches_tracked == 3
+        y = layer.eval()(x)
+        assert_close(y, (x - mean) @ packed.T)
+
+
+def test_evaluation_repeats_training_where_the_statistics_are_the_batchs() -> None:
+    layer = DecorrelatedBatchNorm2d(5, momentum=1.0, dtype=torch.float64)
+    x = correlated(4, 5, 3, 3)
+    y = layer(x)
+    assert_close(layer.eval()(x), y)
+
+
+def test_statistics_can_be_left_alone_or_absent() -> None:
+    layer = DecorrelatedBatchNorm2d(5)
+    x = correlated(4, 5, 3, 3, dtype=torch.float32)
+    with bn.update_running_stats(layer, False):
+        y = layer(x)
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_whitening, torch.eye(5))
+    none = DecorrelatedBatchNorm2d(5, track_running_stats=False)
+    assert set(none.state_dict()) == {"weight", "bias"}
+    assert torch.equal(none(x), y)
+    assert torch.equal(none.eval()(x), y)
+    layer(x)
+    layer.reset_running_stats()
+    assert torch.equal(layer.running_whitening, torch.eye(5))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_skip_leaves_running_statistics_after_an_overflow(poison: float) -> None:
+    layer = DecorrelatedBatchNorm2d(5, on_nonfinite="skip")
+    before = copy.deepcopy(layer.state_dict())
+    x = correlated(4, 5, 3, 3, dtype=torch.float16)
+    x[0, 1, 0, 0] = poison
+    layer(x)
+    assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    layer(correlated(4, 5, 3, 3, dtype=torch.float16))
+    assert layer.num_batches_tracked == 1
+    assert layer.running_whitening.isfinite().all()
+    other = DecorrelatedBatchNorm2d(5)
+    other(x)
+    assert not other.running_whitening.isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (4, 5, 0, 3)])
+@TRAINING
+def test_an_empty_batch_gives_an_empty_result_and_moves_nothing(shape: tuple[int, ...], training: bool) -> None:
+    layer = DecorrelatedBatchNorm2d(5).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert (layer.weight.grad == 0).all() and (layer.bias.grad == 0).all()
+    assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@TRAINING
+def test_no_channels_are_no_error(training: bool) -> None:
+    layer = DecorrelatedBatchNorm2d(0).train(training)
+    assert layer(torch.randn(2, 0, 4, 4)).shape == (2, 0, 4, 4)
+
+
+# Masks
+
+
+def packed_and_padded(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Values `[m, C]`, the same spread over `[N, C, L]` with NaN elsewhere, and the mask `[N, L]`."""
+    mask = torch.rand(4, 9) < 0.6
+    values = correlated(int(mask.sum()), 5, dtype=dtype)
+    padded = torch.full((4, 9, 5), torch.nan, dtype=dtype)
+    padded[mask] = values
+    return values, padded.movedim(-1, 1), mask
+
+
+def test_a_mask_is_as_the_same_values_without_padding() -> None:
+    values, padded, mask = packed_and_padded()
+    layers = [DecorrelatedBatchNorm1d(5, group_size=3, momentum=0.3, dtype=torch.float64) for _ in range(2)]
+    found = []
+    for layer, x in zip(layers, (values, padded), strict=True):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, mask=mask) if x is padded else layer(leaf)
+        assert y.isfinite().all()
+        y = y.movedim(1, -1)[mask] if x is padded else y
+        y.pow(3).sum().backward()
+        dx = leaf.grad.movedim(1, -1)[mask] if x is padded else leaf.grad
+        found.append([y, dx, layer.weight.grad])
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected)
+    assert_close(layers[0].state_dict(), layers[1].state_dict())
+    assert_close(layers[0].eval()(padded, mask), layers[0](padded), equal_nan=True)
+
+
+def test_weights_count_as_often_as_they_say() -> None:
+    x, weights = correlated(6, 5), torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 4.0])
+    layers = [DecorrelatedBatchNorm1d(5, dtype=torch.float64) for _ in range(2)]
+    y = layers[0](x, mask=weights)
+    repeated = layers[1](x.repeat_interleave(weights.long(), 0))
+    assert_close(y.repeat_interleave(weights.long(), 0), repeated)
+    assert_close(layers[0].state_dict(), layers[1].state_dict())
+
+
+def test_where_nothing_counts_the_statistics_stay_and_one_value_moves_the_mean_alone() -> None:
+    layer = DecorrelatedBatchNorm1d(5)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(4, 5, 9)
+    mask = torch.zeros(4, 9, dtype=torch.bool)
+    assert layer(x, mask).isfinite().all()
+    assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    mask[2, 3] = True
+    y = layer(x, mask)
+    assert_close(y[2, :, 3], torch.zeros(5))
+    assert_close(layer.running_mean, 0.1 * x[2, :, 3])
+    assert torch.equal(layer.running_whitening, torch.eye(5))
+    assert layer.num_batches_tracked == 1
+    with pytest.raises(ValueError, match=r"DecorrelatedBatchNorm1d expects a mask of shape \[N, \*S\] = \[4, 9\]"):
+        layer(x, mask[:, :3])

@@ -1,0 +1,316 @@
+"""What every layer of the family promises, whatever it computes. A new layer is one line of `FAMILY`."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm import nn
+from batchnorm.nn.conditional import ConditionalBatchNorm2d
+from batchnorm.nn.decorrelated import DecorrelatedBatchNorm2d
+from batchnorm.nn.domain import DomainBatchNorm2d
+from batchnorm.nn.frozen import FrozenBatchNorm2d
+from batchnorm.nn.ghost import GhostBatchNorm2d
+from batchnorm.nn.layer import NormLayer
+from batchnorm.nn.renorm import BatchRenorm2d
+from batchnorm.nn.sync import SyncBatchNorm
+
+
+@dataclass(frozen=True)
+class Member:
+    """How a layer of 4 channels is made, and what else its call takes for a batch of so many samples."""
+
+    make: Callable[..., NormLayer]
+    extra: Callable[[int], tuple[Any, ...]] = lambda samples: ()
+    as_batch_norm: bool = True  # the state_dict and the evaluation are those of BatchNorm
+    moves: bool = True  # training moves running statistics
+    units: float = 16.0  # of float32, by which a result may differ, relative to the largest
+    mask: bool = True  # its call takes one
+
+
+FAMILY = {
+    "BatchNorm2d": Member(nn.BatchNorm2d),
+    "BatchNormAct2d": Member(partial(nn.BatchNormAct2d, activation="silu"), as_batch_norm=False, mask=False),
+    "BatchRenorm2d": Member(BatchRenorm2d),
+    "GhostBatchNorm2d": Member(partial(GhostBatchNorm2d, ghost_size=2)),
+    "SyncBatchNorm": Member(SyncBatchNorm),
+    "FrozenBatchNorm2d": Member(partial(FrozenBatchNorm2d, trainable_affine=True), moves=False),
+    "DomainBatchNorm2d": Member(
+        partial(DomainBatchNorm2d, num_domains=2), lambda samples: (torch.arange(samples) % 2,), False
+    ),
+    "ConditionalBatchNorm2d": Member(
+        partial(ConditionalBatchNorm2d, num_classes=3), lambda samples: (torch.arange(samples) % 3,), False
+    ),
+    "DecorrelatedBatchNorm2d": Member(DecorrelatedBatchNorm2d, as_batch_norm=False, units=100.0),
+}
+MEMBERS = pytest.mark.parametrize("name", FAMILY)
+SHAPE = (5, 4, 6, 3)
+
+# torch loads its forward-mode formulas through its own deprecated compiler.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layer_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> NormLayer:
+    """The layer, with parameters and running statistics of its own."""
+    layer = FAMILY[name].make(4, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, tensor in layer.state_dict().items():
+            if key in ("weight", "bias", "running_mean", "running_var"):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(0.5, 1.5, generator=generator))
+    return layer
+
+
+def data(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = SHAPE, seed: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5).to(dtype)
+
+
+def step(name: str, layer: NormLayer, call: Callable[..., Tensor], x: Tensor, dy: Tensor | None = None) -> list[Tensor]:
+    """y, every gradient, and the state afterwards."""
+    layer.zero_grad()
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = call(leaf, *FAMILY[name].extra(len(x)))
+    y.backward(data(x.dtype, tuple(x.shape), seed=6) if dy is None else dy)
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters()), *(b.clone() for b in layer.buffers())]
+
+
+@MEMBERS
+def test_is_found_by_those_who_look_for_batch_normalization(name: str) -> None:
+    layer = layer_of(name)
+    assert isinstance(layer, NormLayer)
+    assert isinstance(layer, torch.nn.modules.batchnorm._NormBase)
+    assert isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) == (name != "BatchNormAct2d")
+    assert repr(layer).startswith(f"{name}(4, eps=1e-05, momentum=0.1")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@MEMBERS
+def test_every_dtype_and_layout_agrees_with_float64(name: str, dtype: torch.dtype, layout: str, training: bool) -> None:
+    exact, layer = layer_of(name).train(training), layer_of(name, torch.float32).train(training)
+    x = data(dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    dy = data(dtype, seed=6)
+    got, expected = step(name, layer, layer, x, dy), step(name, exact, exact, x.double(), dy.double())
+    assert got[0].dtype == got[1].dtype == dtype
+    assert got[0].stride() == torch.empty_like(x).stride()
+    for ours, theirs in zip(got, expected, strict=True):
+        if ours.dtype == torch.int64:
+            assert torch.equal(ours, theirs)
+            continue
+        # One rounding in half; float32 sums of 90 terms, and what whitening makes of them.
+        units = 1.0 if ours.dtype != torch.float32 else FAMILY[name].units
+        allowed = units * torch.finfo(ours.dtype).eps * theirs.abs().max().clamp_min(1.0)
+        assert (ours.double() - theirs).abs().max() <= allowed
+
+
+@MEMBERS
+def test_second_derivatives_agree_by_both_routes(name: str) -> None:
+    layer = layer_of(name)
+    layer.update_running_stats = False
+    x, extra, dy = data().requires_grad_(), FAMILY[name].extra(SHAPE[0]), data(seed=6)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.func.functional_call(layer, parameters, (x, *extra)) * dy).pow(2).sum()
+
+    def penalty(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.grad(loss, 1)(parameters, x).pow(2).sum()
+
+    held = {key: p.detach() for key, p in parameters.items()}
+    composed = torch.func.grad(penalty, (0, 1))(held, x.detach())
+    (dx,) = torch.autograd.grad(loss(parameters, x), x, create_graph=True)
+    found = torch.autograd.grad(dx.pow(2).sum(), (*parameters.values(), x), allow_unused=True)
+    for ours, theirs in zip(found, (*composed[0].values(), composed[1]), strict=True):
+        assert_close(torch.zeros_like(theirs) if ours is None else ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@MEMBERS
+def test_gradients_pass_gradcheck_in_evaluation(name: str) -> None:
+    layer = layer_of(name).eval()
+    extra = FAMILY[name].extra(3)
+    x = data(shape=(3, 4, 2, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: layer(x, *extra), x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, *extra), x)
+
+
+@MEMBERS
+def test_compiles_without_a_break(name: str) -> None:
+    plain = layer_of(name)
+    layer = copy.deepcopy(plain)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for seed in (1, 2):
+        outcomes = [step(name, m, call, data(seed=seed)) for m, call in ((plain, plain), (layer, compiled))]
+        assert_close(outcomes[1], outcomes[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+@MEMBERS
+def test_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
+    plain = layer_of(name)
+    layer = copy.deepcopy(plain)
+    for seed in (1, 2):
+        again = partial(checkpoint, layer, use_reentrant=reentrant)
+        outcomes = [step(name, m, call, data(seed=seed)) for m, call in ((plain, plain), (layer, again))]
+        assert_close(outcomes[1], outcomes[0], rtol=1e-11, atol=1e-11)
+
+
+@MEMBERS
+def test_its_state_is_saved_and_goes_on(name: str) -> None:
+    layer = layer_of(name)
+    step(name, layer, layer, data(seed=1))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = FAMILY[name].make(4, dtype=torch.float64)
+    loaded.load_state_dict(torch.load(file))
+    copies = [loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for x in (data(seed=2), data(seed=3)):
+        expected = step(name, layer, layer, x)
+        for other in copies:
+            for a, b in zip(step(name, other, other, x), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name, member in FAMILY.items() if member.as_batch_norm])
+def test_its_state_is_that_of_batch_normalization_in_both_directions(name: str) -> None:
+    theirs, ours = torch.nn.BatchNorm2d(4, dtype=torch.float64), layer_of(name)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    theirs(data(seed=1))
+    ours.load_state_dict(theirs.state_dict())
+    assert_close(ours.eval()(data()), theirs.eval()(data()), rtol=1e-12, atol=1e-12)
+    ours.train()(data(seed=2))
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(ours.eval()(data()), theirs.eval()(data()), rtol=1e-12, atol=1e-12)
+
+
+@MEMBERS
+def test_statistics_move_in_training_alone_and_can_be_held(name: str) -> None:
+    layer, extra = layer_of(name), FAMILY[name].extra(SHAPE[0])
+    for training, held in ((True, True), (False, False), (True, False)):
+        before = copy.deepcopy(dict(layer.state_dict()))
+        layer.train(training)
+        with nn.update_running_stats(layer, not held):
+            layer(data(), *extra)
+        moved = {key for key, value in layer.state_dict().items() if not torch.equal(value, before[key])}
+        assert bool(moved) == (training and not held and FAMILY[name].moves)
+        assert all(key.startswith(("running_", "num_batches_tracked")) for key in moved)
+
+
+@MEMBERS
+def test_a_batch_that_is_not_finite_is_skipped_where_asked(name: str) -> None:
+    layer = layer_of(name, on_nonfinite="skip")
+    before = copy.deepcopy(dict(layer.state_dict()))
+    x = data()
+    x[:, :2] = torch.inf
+    layer(x, *FAMILY[name].extra(SHAPE[0]))
+    assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
+
+
+@MEMBERS
+def test_an_empty_batch_gives_an_empty_result_and_moves_nothing(name: str) -> None:
+    layer = layer_of(name)
+    before = copy.deepcopy(dict(layer.state_dict()))
+    x = data(shape=(0, 4, 6, 3)).requires_grad_()
+    y = layer(x, *FAMILY[name].extra(0))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert not any(p.grad is not None and p.grad.any() for p in layer.parameters())
+    assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
+
+
+@MEMBERS
+def test_a_wrong_input_is_told_and_moves_nothing(name: str) -> None:
+    layer = layer_of(name)
+    before, extra = copy.deepcopy(dict(layer.state_dict())), FAMILY[name].extra(SHAPE[0])
+    with pytest.raises(ValueError, match=rf"{name} expects .* of shape .* for x of shape \[5, 7, 6, 3\]"):
+        layer(data(shape=(5, 7, 6, 3)), *extra)
+    with pytest.raises(TypeError, match=rf"{name} expects x of a floating-point dtype, got torch.int64"):
+        layer(torch.zeros(SHAPE, dtype=torch.int64), *extra)
+    with pytest.raises(TypeError, match=rf"{name} expects x to be a torch.Tensor, got list"):
+        layer([1.0], *extra)
+    if name != "SyncBatchNorm":  # takes any rank, as torch's
+        with pytest.raises(ValueError, match=rf"{name} expects x of shape \[N, C, H, W\], got \[5, 4\] \(2 dims\)"):
+            layer(data(shape=(5, 4)), *extra)
+    for options in ({"eps": 0.0}, {"momentum": 2.0}, {"on_nonfinite": "raise"}):
+        with pytest.raises(ValueError, match=rf"{name} expects {next(iter(options))}"):
+            FAMILY[name].make(4, **options)
+    assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"momentum": None}], ids=str)
+@MEMBERS
+def test_torchs_options_hold(name: str, options: dict[str, Any]) -> None:
+    if name == "ConditionalBatchNorm2d" and "affine" in options:
+        pytest.skip("its classes are what is affine")
+    layer = layer_of(name, **options)
+    assert (layer.weight is None) == ("affine" in options)
+    assert (layer.bias is None) == ("affine" in options or "bias" in options)
+    assert all(t.isfinite().all() for t in step(name, layer, layer, data()))
+
+
+@MEMBERS
+def test_the_gradient_is_off_where_it_is_not_wanted(name: str) -> None:
+    layer, extra = layer_of(name), FAMILY[name].extra(SHAPE[0])
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        silent = layer(data(), *extra)
+    recorded = other(data(), *extra)
+    assert not silent.requires_grad and recorded.requires_grad
+    assert_close(silent, recorded.detach(), rtol=1e-13, atol=1e-13)
+    assert_close(dict(layer.state_dict()), dict(other.state_dict()), rtol=1e-13, atol=1e-13)
+
+
+@MEMBERS
+def test_fx_traces_it(name: str) -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = layer_of(name)
+            self.label = next(iter(FAMILY[name].extra(SHAPE[0])), None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.norm(x) if self.label is None else self.norm(x, self.label)).relu()
+
+    model = Network()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    assert torch.equal(traced(data()), model(data()))
+    state = model.state_dict()
+    for key, value in traced.state_dict().items():  # it holds what its graph uses
+        assert key == "label" or torch.equal(state[key], value)
+
+
+@pytest.mark.parametrize("name", [name for name, member in FAMILY.items() if member.mask])
+def test_padding_does_not_count(name: str) -> None:
+    mask = torch.rand(SHAPE[0], *SHAPE[2:]) < 0.7
+    layer = layer_of(name)
+    other = copy.deepcopy(layer)
+    x = data()
+    noise = torch.where(mask.unsqueeze(1), x, torch.nan)
+    extra = FAMILY[name].extra(SHAPE[0])
+    y, z = layer(x, *extra, mask=mask), other(noise, *extra, mask=mask)
+    assert_close(y.movedim(1, -1)[mask], z.movedim(1, -1)[mask], rtol=0, atol=0)
+    assert_close(dict(layer.state_dict()), dict(other.state_dict()), rtol=0, atol=0)

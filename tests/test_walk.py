@@ -1,0 +1,173 @@
+"""The traversal: every layer once with all its paths, replaced everywhere, and the model put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.walk import Found, is_batch_norm, norm_layers, replace, restored
+
+
+class Twice(nn.Module):
+    """One layer in two places, within a block that is itself in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+        self.block = nn.Sequential(self.bn, nn.Linear(3, 3), bn.BatchNorm1d(3))
+        self.again = self.block
+        self.head = nn.ModuleDict({"norm": bn.BatchNormAct1d(3), "other": nn.InstanceNorm1d(3)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head["norm"](self.again(self.block(self.bn(x))))
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.BatchNorm1d(2), True), (nn.BatchNorm2d(2), True), (nn.LazyBatchNorm3d(), True), (nn.SyncBatchNorm(2), True),
+        (bn.BatchNorm(2), True), (bn.LazyBatchNorm2d(), True), (bn.BatchNormAct3d(2), True),
+        (nn.InstanceNorm2d(2, affine=True, track_running_stats=True), False), (nn.LazyInstanceNorm1d(), False),
+        (nn.GroupNorm(1, 2), False), (nn.Identity(), False),
+    ],
+    ids=lambda v: type(v).__name__,
+)  # fmt: skip
+def test_what_batch_normalization_is(module: nn.Module, expected: bool) -> None:
+    assert is_batch_norm(module) is expected
+
+
+def test_a_shared_layer_is_found_once_with_every_path() -> None:
+    model = Twice()
+    first, second, third = norm_layers(model)
+    assert first.module is model.bn
+    assert first.paths == ("bn", "block.0", "again.0")
+    assert first.path == "bn"
+    assert first.slots == ((model, "bn"), (model.block, "0"))
+    assert second.paths == ("block.2", "again.2")
+    assert third.paths == ("head.norm",)
+
+
+def test_other_kinds_by_class_and_predicate() -> None:
+    model = Twice()
+    assert [f.path for f in norm_layers(model, nn.Linear)] == ["block.1"]
+    assert [f.path for f in norm_layers(model, (nn.Linear, nn.InstanceNorm1d))] == ["block.1", "head.other"]
+    assert [f.path for f in norm_layers(model, lambda m: type(m) is nn.BatchNorm1d)] == ["bn"]
+
+
+def test_a_model_that_is_the_layer() -> None:
+    layer, new = nn.BatchNorm1d(3), nn.Identity()
+    (found,) = norm_layers(layer)
+    assert (found.path, found.slots) == ("", ())
+    assert replace(layer, found, new) is new
+    assert replace(layer, "", new) is new
+
+
+@pytest.mark.parametrize("where", ["bn", "again.0", "module", "found"])
+def test_a_shared_layer_is_replaced_everywhere(where: str) -> None:
+    model, new = Twice(), nn.BatchNorm1d(3)
+    old = model.bn
+    target: str | nn.Module | Found = {"module": old, "found": norm_layers(model)[0]}.get(where, where)
+    assert replace(model, target, new) is model
+    assert model.bn is model.block[0] is model.again[0] is new
+    assert old not in set(model.modules())
+    assert list(model._modules) == ["bn", "block", "again", "head"]
+
+
+def test_what_is_not_there_is_not_replaced() -> None:
+    model = Twice()
+    with pytest.raises(ValueError, match=r"replace expects a module of the Twice, got 'bm', which is not in it"):
+        replace(model, "bm", nn.Identity())
+    with pytest.raises(ValueError, match=r"got Linear, which is not in it"):
+        replace(model, nn.Linear(3, 3), nn.Identity())
+
+
+def everything(model: nn.Module) -> Iterator[tuple[str, object]]:
+    for path, module in model.named_modules():
+        for name, value in sorted(vars(module).items()):
+            if isinstance(value, dict):
+                value = sorted(map(str, value))
+            yield f"{path}.{name}", value
+    for name, p in model.named_parameters():
+        yield name, (p.requires_grad, None if p.grad is None else p.grad.tolist(), id(p.grad))
+    for name, b in model.named_buffers():
+        yield name, (id(b), b.tolist())
+
+
+def random_states() -> list[object]:
+    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+
+
+def disturb(model: Twice) -> None:
+    model.eval()
+    model.bn.train()
+    model.bn.momentum = None
+    model.block[2].update_running_stats = False
+    model.bn.track_running_stats = False
+    model.block.forward = lambda x: x
+    model.bn.register_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
+    model.block.register_full_backward_hook(lambda *_: None)
+    model.register_forward_pre_hook(lambda *_: None)
+    for p in model.block.parameters():
+        p.requires_grad_(False)
+    model.head.train()
+    drawn = np.random.rand() + random.random()  # noqa: NPY002  (the global generators are what is put back)
+    model.head["norm"](torch.randn(4, 3) + drawn).sum().backward()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "raises"])
+def test_the_model_is_put_back(fails: bool) -> None:
+    model = Twice()
+    model.block.eval()
+    model(torch.randn(4, 3)).sum().backward()
+    model.bn.weight.requires_grad_(False)
+    model.block[1].register_forward_hook(lambda *_: None)
+    model.block[2].bias.grad = None
+    before, generators = list(everything(model)), random_states()
+    try:
+        with restored(model, buffers=True, gradients=True):
+            disturb(model)
+            assert list(everything(model)) != before
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert list(everything(model)) == before
+    assert random_states() == generators
+
+
+def test_only_what_is_asked_for_is_put_back() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    drawn = torch.get_rng_state()
+    with restored(model, random_state=False):
+        model.eval()
+        model.train()(torch.randn(4, 3)).sum().backward()
+    assert model[0].num_batches_tracked == 1
+    assert model[0].bias.grad is not None
+    assert not torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_buffer_that_was_replaced_or_added_goes() -> None:
+    layer = nn.BatchNorm1d(3)
+    buffer = layer.running_mean
+    with restored(layer, buffers=True):
+        layer.running_mean = torch.ones(3)
+        buffer.fill_(7)
+        layer.register_buffer("extra", torch.ones(1))
+    assert layer.running_mean is buffer
+    assert (buffer == 0).all()
+    assert "extra" not in dict(layer.named_buffers())
+
+
+def test_a_lazy_layer_that_was_initialized_within_stays_initialized() -> None:
+    model = nn.Sequential(bn.LazyBatchNorm1d()).eval()
+    with restored(model, buffers=True):
+        model.train()(torch.randn(4, 3))
+    assert type(model[0]) is bn.BatchNorm1d
+    assert not model[0].training
+    assert model(torch.randn(4, 3)).shape == (4, 3)
