@@ -20,6 +20,9 @@ Call = Callable[[Tensor], Tensor]
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 
+# torch's own compiler loads what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:
