@@ -83,8 +83,8 @@ def check_input(caller: str, x: Tensor) -> None:
     if ranks is not None and x.dim() in _LAYER_FOR_DIMS:
         other, suffix = _LAYER_FOR_DIMS[x.dim()]
         hint = f"For {other} use {caller[:-2]}{suffix}."
-    elif x.dim() > 5:
-        hint = "For more than three spatial dimensions use BatchNorm."
+    elif ranks is not None and x.dim() > 5:
+        hint = "For more than three spatial dimensions use a layer without 1d, 2d or 3d in its name."
     raise ValueError(f"{caller} expects x of shape {layout}, got {list(x.shape)} ({x.dim()} dims). {hint}")
 
 
@@ -93,6 +93,8 @@ def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> N
     shape, dtype, device = x.shape[1:2], x.dtype, x.device  # read once: this runs in every forward
     for name, vector in vectors.items():
         if vector is None:
+            continue
+        if vector.shape == shape and vector.dtype == dtype and vector.device == device:
             continue
         if vector.shape != shape:
             _raise_channels(caller, x, name, vector)

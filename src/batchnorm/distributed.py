@@ -122,8 +122,11 @@ def resolve(group: str) -> Any:
 # Failures
 
 
-def _failure(peers: Peers, group: Any, phase: str, reason: str) -> RuntimeError:
-    """An error that names layer and processes: what went wrong here, and what the others left word of."""
+def _failure(peers: Peers, group: Any, phase: str, reason: str, named: int | None = None) -> RuntimeError:
+    """An error that names layer and processes: what went wrong here, and what the others left word of.
+
+    No word is missed from the rank that the reason has `named`.
+    """
     ranks = dist.get_process_group_ranks(group)
     rank = dist.get_rank()
     said: dict[int, str] = {}
@@ -141,7 +144,7 @@ def _failure(peers: Peers, group: Any, phase: str, reason: str) -> RuntimeError:
             time.sleep(0.02)
     except (RuntimeError, OSError) as error:  # it often lives in rank 0
         unreachable = f" The store where they leave word cannot be reached: {_first_sentence(error)}."
-    silent = [str(other) for other in ranks if other != rank and other not in said]
+    silent = [str(other) for other in ranks if other not in (rank, named, *said)]
     words = "".join(f" Rank {other} failed in {what}." for other, what in said.items())
     if silent:
         words += f" No word from rank {', '.join(silent)}: it died, still waits, or is elsewhere in its program."
@@ -172,7 +175,7 @@ def _agree(peers: Peers, group: Any, past: _Past) -> None:
     except (RuntimeError, OSError) as error:
         raise _failure(peers, group, "moments", f"the group's store failed with: {_first_sentence(error)}") from error
     if kind != peers.kind:
-        raise _failure(peers, group, "moments", f"rank {rank} is in {layer}")
+        raise _failure(peers, group, "moments", f"rank {rank} is in {layer}", named=rank)
     past.kinds.add(peers.kind)
 
 

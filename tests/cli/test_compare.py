@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from batchnorm.cli.app import app
+from batchnorm.compare import norms
 
 SHORT = ["--steps", "4", "--seeds", "1", "--batch-size", "8", "--threads", "1"]
 
@@ -90,7 +91,7 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
 
 def test_an_unknown_norm_is_told_with_the_closest(tmp_path):
     result = invoke("--norms", "none", "btach", "--out", tmp_path / "out")
-    assert_one_line(result, "norms must be among none, batch, got 'btach'. Did you mean batch?")
+    assert_one_line(result, f"norms must be among {', '.join(norms.names())}, got 'btach'. Did you mean batch?")
 
 
 def test_a_model_callable_that_raises_is_told(tmp_path, monkeypatch):
@@ -162,12 +163,16 @@ def test_control_c_ends_with_130_and_one_line(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "batchnorm", "compare", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not where tests run in the background
     )  # fmt: skip
     partial = out / "runs" / "none-seed0.jsonl.partial"
-    while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr.splitlines()[-1] == (

@@ -152,7 +152,7 @@ def test_lazy_refuses_a_wrong_rank_before_it_makes_anything() -> None:
         ("BatchNorm1d", (8, 3, 4, 4), r"BatchNorm1d expects x of shape \[N, C\] or \[N, C, L\], got \[8, 3, 4, 4\] "
                                       r"\(4 dims\). For \[N, C, H, W\] use BatchNorm2d."),
         ("BatchNormAct3d", (8, 3, 4), r"BatchNormAct3d expects .* For \[N, C, L\] use BatchNormAct1d."),
-        ("BatchNorm2d", (2, 3, 4, 4, 4, 4), r"\(6 dims\). For more than three .* use BatchNorm."),
+        ("BatchNorm2d", (2, 3, 4, 4, 4, 4), r"\(6 dims\). For more than three .* without 1d, 2d or 3d in its name."),
         ("BatchNorm", (8,), r"BatchNorm expects x of shape \[N, C, \*\], got \[8\]"),
         ("BatchNorm2d", (8, 4, 5, 5), r"BatchNorm2d expects .* of shape \[C\] = \[4\] for x of shape \[8, 4, 5, 5\], "
                                       r"got \[3\]. Give the layer num_features=4"),

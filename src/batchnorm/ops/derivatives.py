@@ -43,7 +43,7 @@ def like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
         return None
     if gradient.dim() > parameter.dim():
         gradient = gradient.sum(0)
-    return gradient.to(parameter.dtype)
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
 def differentiable_gradients(

@@ -18,6 +18,11 @@ from batchnorm.ops.parts import BatchStatistics, FiniteFunction, PartsFunction, 
 
 _ops = torch.ops.batchnorm
 
+# Without what Function.apply does for functorch, which is not active where these are called: a tenth of a tiny layer.
+_apply_train = super(torch.autograd.Function, TrainFunction).apply
+_apply_normalize = super(torch.autograd.Function, NormalizeFunction).apply
+_apply_parts = super(torch.autograd.Function, PartsFunction).apply
+
 
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -48,7 +53,7 @@ def batch_statistics_norm(
         with below_autograd():
             return _ops.train_forward.default(x, weight, bias, residual, *attributes)
     statistics: list[Tensor] = []
-    y = TrainFunction.apply(x, weight, bias, residual, attributes, statistics)
+    y = _apply_train(x, weight, bias, residual, attributes, statistics)
     return y, *statistics
 
 
@@ -87,7 +92,7 @@ def fixed_statistics_norm(
     if not needs_gradient:
         with below_autograd():
             return _ops.normalize.default(x, mean, None, var, weight, bias, residual, index, *attributes)
-    return NormalizeFunction.apply(x, weight, bias, residual, mean, var, index, attributes)
+    return _apply_normalize(x, weight, bias, residual, mean, var, index, attributes)
 
 
 def batch_moments(
@@ -140,7 +145,7 @@ def batch_statistics_norm_by_parts(
     if not _needs_gradient(x, weight, bias, residual):
         with below_autograd():
             return _ops.normalize.default(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
-    return PartsFunction.apply(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
+    return _apply_parts(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
 
 
 def update_running_(
