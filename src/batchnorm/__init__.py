@@ -51,6 +51,8 @@ from batchnorm.nn import (
     use_domain,
 )
 from batchnorm.ops import backends
+from batchnorm.recalibrate import recalibrate
+from batchnorm.standardize import Standardizer
 from batchnorm.surgery import (
     accelerate,
     convert,
@@ -103,6 +105,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "PaperSchedule",
+    "Standardizer",
     "SyncBatchNorm",
     "__version__",
     "accelerate",
@@ -117,6 +120,7 @@ __all__ = [
     "momentum_per_microbatch",
     "nn",
     "parameter_groups",
+    "recalibrate",
     "unfreeze",
     "update_running_stats",
     "use_domain",

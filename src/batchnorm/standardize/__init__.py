@@ -1,0 +1,5 @@
+"""Data to zero mean and unit variance."""
+
+from batchnorm.standardize.estimator import Standardizer
+
+__all__ = ["Standardizer"]

@@ -1,0 +1,358 @@
+"""Dataset-wise standardization, as an estimator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batchnorm import _checks
+from batchnorm.nn import frozen
+from batchnorm.standardize import data
+from batchnorm.standardize.data import Array
+from batchnorm.standardize.features import Features
+from batchnorm.standardize.protocol import Estimator
+
+_NAN_POLICIES = ("raise", "omit", "propagate")
+_LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.FrozenBatchNorm2d,
+           5: frozen.FrozenBatchNorm3d}  # fmt: skip
+
+
+class Standardizer(Estimator):
+    """Zero mean and unit variance for every feature or channel: `(x - mean)/std`, over a whole data set.
+
+    What batch normalization does per batch, once for the data: over samples for `[N, C]`, over samples and positions
+    for images `[N, C, H, W]` and the like. The standard deviation is the biased one, as in scikit-learn's
+    `StandardScaler`, whose methods and results this has; constant features are centred and not scaled. It takes
+    tensors on any device, NumPy arrays, memory maps, data frames, and iterables of batches such as a `DataLoader`, and
+    holds only a part of the data in float64 at a time. A scikit-learn estimator for pipelines and searches, without
+    needing scikit-learn.
+
+    Args:
+        with_mean: Whether to subtract the mean.
+        with_std: Whether to divide by the standard deviation.
+        nan_policy: "raise" refuses NaN and infinity. "omit" leaves NaN out of the statistics, keeps it in the
+            result, and refuses infinity. "propagate" lets both through.
+        channel_axis: The axis of features: 1 for `[N, C, *S]`, -1 for channels last.
+
+    Attributes:
+        mean_: float64 `[C]`; zeros without `with_mean`.
+        var_: Biased variance, float64 `[C]`.
+        scale_: What is divided by, float64 `[C]`: the standard deviation, 1 where it is 0 and without `with_std`.
+        n_samples_seen_: Values per feature (for images N·H·W; with weights their sum), an array where NaN was left
+            out of some features.
+        n_features_in_: C.
+        feature_names_in_: The columns of a data frame, if it was fitted on one.
+
+    Raises:
+        TypeError: data are sparse, or batches are dicts.
+        ValueError: data are empty, not numbers, of the wrong shape or not finite; a weight is negative.
+        NotFittedError: something is transformed before `fit`.
+
+    Numerics: two passes in float64 over each part, merged by Chan's formula around a mean that is held as two
+        float64: means far above the deviation, and many parts, cost nothing. Results are computed in float64 and
+        rounded once to the data's dtype; integers give float64 arrays or tensors of the default dtype. They carry no
+        gradient; the layer of `to_layer` does.
+
+    Examples:
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> Standardizer().fit_transform(x)
+        array([[-1., -1.],
+               [ 1.,  1.]])
+        >>> images = torch.randint(256, (8, 3, 4, 4), dtype=torch.uint8)
+        >>> layer = Standardizer().fit(images).to_layer()
+        >>> layer(images.float()).mean((0, 2, 3)).abs().max() < 1e-5
+        tensor(True)
+    """
+
+    def __init__(
+        self, *, with_mean: bool = True, with_std: bool = True, nan_policy: str = "raise", channel_axis: int = 1
+    ) -> None:
+        self.with_mean = with_mean
+        self.with_std = with_std
+        self.nan_policy = nan_policy
+        self.channel_axis = channel_axis
+
+    # Fitting
+
+    def fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Standardizer:
+        """Measure the data, and forget what was measured before.
+
+        Args:
+            X: `[N, C]` or `[N, C, *S]`: a tensor, array, memory map or data frame; or an iterable of such batches,
+                which may be tuples that begin with them.
+            y: Ignored.
+            sample_weight: `[N]`, how much each sample counts, >= 0; for arrays only.
+        """
+        fresh = self._unfitted().partial_fit(X, y, sample_weight)
+        self._forget()
+        vars(self).update(vars(fresh))
+        return self
+
+    def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Standardizer:
+        """Measure further data together with those measured so far; arguments are those of `fit`.
+
+        If anything is wrong with the data, also in the middle, what was measured so far stays as it was.
+        """
+        _checks.check_choice("Standardizer", "nan_policy", self.nan_policy, _NAN_POLICIES)
+        names = self._names_of(X)
+        if data.is_batches(X):
+            if sample_weight is not None:
+                raise ValueError(
+                    "Standardizer expects sample_weight with an array only, got it with batches. Call partial_fit "
+                    "for each batch with its own weights."
+                )
+            batches: Iterable[Array] = map(data.batch_of, X)
+        else:
+            batches = (data.as_array(X),)
+        measured: Features | None = getattr(self, "_features", None)
+        ndim = None
+        for x in batches:
+            x = self._checked(x, None if measured is None else len(measured.mean))
+            ndim = x.ndim
+            found = self._measure(x, sample_weight)
+            measured = found if measured is None else measured.merge(found)
+        if measured is None or ndim is None:
+            raise ValueError("Standardizer expects at least one batch, got data that end at once. Pass more data.")
+        if not hasattr(self, "_features") and names is not None:
+            self.feature_names_in_ = names
+        self._settle(measured, ndim)
+        return self
+
+    def _measure(self, x: Array, sample_weight: Any) -> Features:
+        weights = None if sample_weight is None else _weights(sample_weight, x.shape[0])
+        x = _channels_second(x, self.channel_axis)
+        measured = Features.empty(x.shape[1])
+        for part in data.parts(x):
+            values = data.float64(x[part])
+            self._check_finite(values)
+            here = None if weights is None else weights[part].to(values.device)
+            measured = measured.merge(Features.of(values, here, omit_nan=self.nan_policy == "omit"))
+        return measured
+
+    def _settle(self, measured: Features, ndim: int) -> None:
+        self._features, self._ndim = measured, ndim
+        self.n_features_in_ = len(measured.mean)
+        seen = measured.count.numpy()
+        same = bool((seen == seen[0]).all())
+        self.n_samples_seen_ = _whole(seen[0].item()) if same else seen.copy()
+        mean = torch.where(measured.count > 0, measured.mean, float("nan"))
+        self.mean_: NDArray[np.float64] = (mean if self.with_mean else torch.zeros_like(mean)).numpy()
+        self.var_: NDArray[np.float64] = measured.var.numpy()
+        scale = measured.var.sqrt()
+        # What float64 data lose themselves is no deviation: (x - mean)² of a constant at its last place.
+        rounding = measured.mean.abs() * 2 * torch.finfo(torch.float64).eps
+        scale = torch.where(scale <= rounding, 1.0, scale)
+        self.scale_: NDArray[np.float64] = (scale if self.with_std else torch.ones_like(scale)).numpy()
+
+    # Transforming
+
+    def transform(self, X: Any, out: Array | None = None) -> Any:
+        """Return `(x - mean_)/scale_` in x's dtype.
+
+        Args:
+            X: As in `fit`. Of batches comes an iterator of standardized batches; what follows the data in a tuple is
+                passed on.
+            out: Where to write: an array, memory map or tensor of x's shape, for data larger than memory. It may be
+                x itself.
+
+        Returns:
+            An array for arrays and data frames, a tensor on the same device for tensors; `out` where that is given.
+        """
+        return self._apply(X, out, lambda x, mean, low, scale: ((x - mean) - low) / scale)
+
+    def inverse_transform(self, X: Any, out: Array | None = None) -> Any:
+        """Return `x·scale_ + mean_`, which undoes `transform`; arguments and result are as there."""
+        return self._apply(X, out, lambda x, mean, low, scale: (x * scale + low) + mean)
+
+    def fit_transform(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
+        """`fit`, then `transform`, of the same data; an iterator of batches cannot be read twice."""
+        if data.is_batches(X) and iter(X) is X:
+            raise ValueError(
+                f"Standardizer.fit_transform expects data that can be read twice, got an iterator "
+                f"({type(X).__name__}). Pass a list or a DataLoader, or call fit and transform with one each."
+            )
+        return self.fit(X, y, sample_weight).transform(X)
+
+    def _apply(self, X: Any, out: Array | None, formula: Any) -> Any:
+        self._check_fitted()
+        if data.is_batches(X):
+            if out is not None:
+                raise ValueError("Standardizer expects out with an array only, got it with batches. Pass it per batch.")
+            return self._apply_to_batches(X, formula)
+        self._names_of(X)
+        x = self._checked(data.as_array(X), self.n_features_in_, least=0)
+        if out is None:
+            out = data.new_like(x)
+        elif tuple(out.shape) != tuple(x.shape):
+            raise ValueError(
+                f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Make it alike."
+            )
+        else:  # nothing is written where something is wrong with the data
+            for part in data.parts(x):
+                self._check_finite(data.float64(x[part]))
+        source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        low = self._features.mean_low if self.with_mean else torch.zeros_like(self._features.mean_low)
+        vectors = [v.view(shape) for v in (torch.from_numpy(self.mean_), low, torch.from_numpy(self.scale_))]
+        for part in data.parts(source):
+            values = data.float64(source[part])
+            self._check_finite(values)
+            data.write(target, part, formula(values, *(v.to(values.device) for v in vectors)))
+        return out
+
+    def _apply_to_batches(self, X: Iterable[Any], formula: Any) -> Iterator[Any]:
+        for batch in X:
+            done = self._apply(data.batch_of(batch), None, formula)
+            yield (done, *batch[1:]) if isinstance(batch, (tuple, list)) else done
+
+    # Together
+
+    def merge(self, *others: Standardizer) -> Standardizer:
+        """Return a new one, as if fitted on the data of all; this one's arguments are taken.
+
+        Raises:
+            NotFittedError: one of them is not fitted.
+            ValueError: they have different numbers of features.
+        """
+        self._check_fitted()
+        merged, measured = copy.copy(self), self._features
+        for other in others:
+            other._check_fitted()
+            if other.n_features_in_ != self.n_features_in_:
+                raise ValueError(
+                    f"Standardizer.merge expects {self.n_features_in_} features, got one with {other.n_features_in_}. "
+                    "Merge those of the same features."
+                )
+            measured = measured.merge(other._features)
+        merged._settle(measured, self._ndim)
+        return merged
+
+    def all_reduce(self, process_group: Any = None) -> Standardizer:
+        """Give every rank of `torch.distributed` the statistics of all, to the same bits; ranks may have had no data.
+
+        Call it once, after fitting on each rank's own share. Without an initialized process group nothing happens.
+
+        Raises:
+            NotFittedError: no rank is fitted.
+            ValueError: ranks have different numbers of features.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            self._check_fitted()
+            return self
+        gathered: list[Any] = [None] * dist.get_world_size(process_group)
+        mine = copy.copy(self) if hasattr(self, "_features") else None
+        dist.all_gather_object(gathered, mine, group=process_group)
+        fitted = [other for other in gathered if other is not None]
+        if not fitted:
+            self._check_fitted()
+        merged = fitted[0].merge(*fitted[1:])
+        if hasattr(merged, "feature_names_in_"):
+            self.feature_names_in_ = merged.feature_names_in_
+        self._settle(merged._features, merged._ndim)
+        return self
+
+    def to_layer(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> frozen.FrozenBatchNorm:
+        """Return a frozen batch normalization that does what `transform` does, as the first layer of a model.
+
+        The model then takes raw data, and `batchnorm.fold` folds the layer into the first convolution or linear
+        layer. Its channels are on axis 1, whatever `channel_axis` says.
+
+        Args:
+            dtype: Of its buffers; by default torch's.
+            device: Of its buffers.
+
+        Raises:
+            ValueError: a feature has no finite mean and deviation.
+
+        Numerics: a mean of m deviations, rounded to float32, shifts the result by up to 6e-8·m.
+        """
+        self._check_fitted()
+        if not (np.isfinite(self.mean_).all() and np.isfinite(self.scale_).all()):
+            raise ValueError(
+                "Standardizer.to_layer expects finite statistics, got a feature without. Fit it on data that have "
+                "values of every feature."
+            )
+        var = torch.from_numpy(self.scale_).square()
+        # The layer adds eps > 0 to the variance; what is taken off before is far below its rounding.
+        eps = var.min().item() * 1e-12
+        kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
+        layer = kind(self.n_features_in_, eps=eps, affine=False, device=device, dtype=dtype)
+        with torch.no_grad():
+            layer.get_buffer("running_mean").copy_(torch.from_numpy(self.mean_))
+            layer.get_buffer("running_var").copy_(var - eps)
+        return layer.eval()
+
+    # Checks
+
+    def _checked(self, x: Array, features: int | None, least: int = 1) -> Array:
+        """The array, if its shape is right."""
+        shape = tuple(x.shape)
+        if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or self.channel_axis in (0, -x.ndim):
+            raise ValueError(
+                f"Standardizer expects data of shape [N, C] or [N, C, *S] with features on axis {self.channel_axis}, "
+                f"got {list(shape)}. Reshape your data, x.reshape(-1, 1) for a single feature and x.reshape(1, -1) "
+                "for a single sample."
+            )
+        width = shape[self.channel_axis]
+        if width == 0:
+            raise ValueError(
+                f"Standardizer expects features, found array with 0 feature(s) (shape={shape}) while a minimum of 1 "
+                "is required."
+            )
+        if shape[0] < least:
+            raise ValueError(
+                f"Standardizer expects samples, found array with 0 sample(s) (shape={shape}) while a minimum of "
+                f"{least} is required."
+            )
+        if features is not None and width != features:
+            raise ValueError(
+                f"X has {width} features, but Standardizer is expecting {features} features as input. "
+                "Pass data with the features that it was fitted on."
+            )
+        return x
+
+    def _check_finite(self, values: Tensor) -> None:
+        if self.nan_policy == "propagate" or bool(values.isfinite().all()):
+            return
+        if values.isinf().any():
+            raise ValueError(
+                "Standardizer expects finite values, got infinity in its data. Remove them, or use "
+                "nan_policy='propagate'."
+            )
+        if self.nan_policy == "raise":
+            raise ValueError(
+                "Standardizer expects finite values, got NaN in its data. nan_policy='omit' leaves NaN out of the "
+                "statistics."
+            )
+
+
+def _channels_second(x: Array, axis: int) -> Array:
+    return x.movedim(axis, 1) if isinstance(x, Tensor) else np.moveaxis(x, axis, 1)
+
+
+def _whole(count: float) -> int | float:
+    return int(count) if count.is_integer() else count
+
+
+def _weights(given: Any, samples: int) -> Tensor:
+    weights = data.float64(data.as_array(given))
+    if weights.shape != (samples,):
+        raise ValueError(
+            f"Standardizer expects sample_weight of shape [N] = [{samples}], got {list(weights.shape)}. "
+            "Pass one number for each sample."
+        )
+    if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.any():
+        raise ValueError(
+            "Standardizer expects sample_weight >= 0, finite and not all zero, got others. Give zero weight to "
+            "what does not count."
+        )
+    return weights

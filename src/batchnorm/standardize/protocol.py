@@ -1,0 +1,134 @@
+"""What scikit-learn asks of an estimator, without needing it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+E = TypeVar("E", bound="Estimator")
+
+
+class NotFittedError(ValueError, AttributeError):
+    """A `Standardizer` was used before it was fitted."""
+
+
+class Estimator:
+    """Parameters by name, names of features, tags; fitted attributes end in an underscore."""
+
+    nan_policy: str
+    n_features_in_: int
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments of the constructor, by name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters
+                if name != "self"}  # fmt: skip
+
+    def set_params(self: E, **params: Any) -> E:
+        """Set arguments of the constructor by name; they hold from the next `fit`."""
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                raise ValueError(
+                    f"Standardizer expects parameters among {', '.join(known)}, got {name!r}. Choose one of them."
+                )
+            setattr(self, name, value)
+        return self
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
+        """The names of the features that come out: those that went in, or x0, x1, ..."""
+        self._check_fitted()
+        fitted: NDArray[Any] | None = getattr(self, "feature_names_in_", None)
+        if input_features is None:
+            return fitted if fitted is not None else np.array([f"x{i}" for i in range(self.n_features_in_)], object)
+        names = np.asarray(input_features, dtype=object)
+        if fitted is not None and list(names) != list(fitted):
+            raise ValueError("input_features is not equal to feature_names_in_. Leave it out.")
+        if len(names) != self.n_features_in_:
+            raise ValueError(f"input_features should have length equal to {self.n_features_in_}, got {len(names)}.")
+        return names
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_features")
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import (  # type: ignore[import-untyped]
+            InputTags,
+            Tags,
+            TargetTags,
+            TransformerTags,
+        )  # fmt: skip
+
+        return Tags(
+            estimator_type=None,
+            target_tags=TargetTags(required=False),
+            transformer_tags=TransformerTags(preserves_dtype=["float64", "float32"]),
+            input_tags=InputTags(three_d_array=True, allow_nan=self.nan_policy != "raise"),
+        )
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self).__init__).parameters
+        changed = [f"{k}={v!r}" for k, v in self.get_params().items() if v is not defaults[k].default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "_features"):
+            raise NotFittedError(
+                f"This {type(self).__name__} instance is not fitted yet. Call fit with data before using it."
+            )
+
+    def _names_of(self, X: object) -> NDArray[Any] | None:
+        """The column names of a data frame; they must be those of `fit`."""
+        columns = getattr(X, "columns", None)
+        names = None if columns is None else np.asarray(columns, dtype=object)
+        if names is not None and not all(isinstance(name, str) for name in names):
+            names = None
+        fitted: NDArray[Any] | None = getattr(self, "feature_names_in_", None)
+        if not hasattr(self, "_features"):
+            return names
+        if names is None and fitted is not None:
+            warnings.warn(
+                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
+                UserWarning,
+                stacklevel=4,
+            )
+        if names is not None and fitted is None:
+            warnings.warn(
+                f"X has feature names, but {type(self).__name__} was fitted without feature names",
+                UserWarning,
+                stacklevel=4,
+            )
+        if names is not None and fitted is not None and list(names) != list(fitted):
+            raise ValueError(_name_message(list(names), list(fitted)))
+        return names
+
+    def _unfitted(self: E) -> E:
+        fresh = copy.copy(self)
+        fresh._forget()
+        return fresh
+
+    def _forget(self) -> None:
+        for name in [name for name in vars(self) if name in ("_features", "_ndim") or _is_fitted_name(name)]:
+            delattr(self, name)
+
+
+def _is_fitted_name(name: str) -> bool:
+    return name.endswith("_") and not name.startswith("_")
+
+
+def _name_message(names: list[str], fitted: list[str]) -> str:
+    message = "The feature names should match those that were passed during fit.\n"
+    for title, listed in (
+        ("Feature names unseen at fit time", sorted(set(names) - set(fitted))),
+        ("Feature names seen at fit time, yet now missing", sorted(set(fitted) - set(names))),
+    ):
+        if listed:
+            shown = listed[:5] + ["..."] * (len(listed) > 5)
+            message += "\n".join((f"{title}:", *(f"- {name}" if name != "..." else name for name in shown), ""))
+    if set(names) == set(fitted):
+        message += "Feature names must be in the same order as they were in fit.\n"
+    return message
