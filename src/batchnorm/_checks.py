@@ -10,6 +10,12 @@ from torch import Tensor
 
 ON_NONFINITE = ("propagate", "skip")
 
+CAPTURED_STATISTICS = (
+    "Under torch.func, running statistics can be moved only where they are arguments of the transformed function; here "
+    "they are captured, or one buffer for many vmapped batches. Pass the buffers as arguments "
+    "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
+)
+
 _HALF = (torch.float16, torch.bfloat16)
 _LAYOUTS = {
     "1d": ((2, 3), "[N, C] or [N, C, L]"),

@@ -265,6 +265,13 @@ def test_batch_statistics_in_evaluation_are_masked_too() -> None:
     torch.testing.assert_close(layer(x, mask)[:3], layer(x[:3]))
 
 
+def test_the_fused_layer_is_its_parts() -> None:
+    x, residual, mask = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), some((4, 3, 5, 5))
+    fused, plain = nn.BatchNormAct2d(3), nn.BatchNorm2d(3)
+    torch.testing.assert_close(fused(x, residual, mask=mask), torch.relu(plain(x, mask) + residual))
+    torch.testing.assert_close(fused.running_var, plain.running_var, rtol=0, atol=0)
+
+
 def test_a_mask_is_an_argument_of_the_fx_node() -> None:
     class Network(torch.nn.Module):
         def __init__(self) -> None:

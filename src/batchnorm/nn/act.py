@@ -41,9 +41,11 @@ class _BatchNormAct(NormLayer):
         self.activation = activation
         self.negative_slope = negative_slope
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`activation(BN(x) + residual)`; the residual has x's shape and dtype."""
-        return self._normalize(x, residual)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """`activation(BN(x) + residual)`; the residual has x's shape and dtype, the mask is as in `BatchNorm`."""
+        return self._normalize(x, residual, mask)
 
     def extra_repr(self) -> str:
         """The description of the batch normalization, then the activation."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from batchnorm import _checks
 from batchnorm.distributed import Peers
 from batchnorm.ops import eager
 from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd
@@ -179,8 +180,4 @@ def update_running_(
     try:
         eager.update_running_(*arguments)
     except RuntimeError as error:
-        raise RuntimeError(
-            "Under torch.func, running statistics can be moved only where they are arguments of the transformed "
-            "function; here they are captured, or one buffer for many vmapped batches. Pass the buffers as arguments "
-            "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
-        ) from error
+        raise RuntimeError(_checks.CAPTURED_STATISTICS) from error

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm import _checks
 from batchnorm.ops.eager import wide_dtype
 
 # Values that a product sums in one go: matrix products of long rows sum them one after the other.
@@ -229,9 +230,4 @@ def update_whitening_(
         try:
             _move(*arguments)
         except RuntimeError as error:
-            raise RuntimeError(
-                "Under torch.func, running statistics can be moved only where they are arguments of the transformed "
-                "function; here they are captured, or one buffer for many vmapped batches. Pass the buffers as "
-                "arguments (torch.func.functional_call), or use track_running_stats=False, "
-                "update_running_stats=False or .eval()."
-            ) from error
+            raise RuntimeError(_checks.CAPTURED_STATISTICS) from error
