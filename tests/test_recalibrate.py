@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from batchnorm.nn.ghost import GhostBatchNorm2d
 from batchnorm.nn.renorm import BatchRenorm2d
 from batchnorm.nn.sync import SyncBatchNorm
 from batchnorm.recalibrate import recalibrate
+from batchnorm.recalibrate.batches import Ambient
 
 SIZES = (7, 16, 1, 9)  # one of a single sample, which has many pixels
 
@@ -232,13 +234,28 @@ A, B = torch.tensor([[1.0], [2.0], [6.0]]), torch.tensor([[10.0], [20.0], [30.0]
 
 @pytest.mark.parametrize(
     "batch",
-    [(A, B), [A, B, "labels"], Pair(A, B), {"a": A, "b": B, "labels": A}, (A.numpy(), B.numpy())],
-    ids=["tuple", "list", "namedtuple", "dict", "arrays"],
+    [
+        (A, B),
+        [A, B, "labels"],
+        Pair(A, B),
+        {"a": A, "b": B, "labels": A},
+        OrderedDict(b=B.numpy(), a=A),
+        (A.numpy(), B.numpy()),
+    ],
+    ids=["tuple", "list", "namedtuple", "dict", "ordered-dict", "arrays"],
 )
 def test_batches_of_every_kind_reach_the_model(batch: Any) -> None:
+    before = copy.copy(batch)
     found, report = recalibrate(Two(), [batch])
     assert found.bn.running_mean.item() == 23.0
     assert (report.samples, report.batches) == (3, 1)
+    assert type(batch) is type(before) and all(a is b for a, b in zip(batch, before, strict=True))
+
+
+def test_batches_that_know_how_to_move_move_themselves() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])])
+    found, _ = recalibrate(nn.BatchNorm1d(1), [packed], forward=lambda model, x: model(x.data))
+    assert found.running_mean.item() == 3.0
 
 
 def test_forward_calls_the_model_as_the_user_does() -> None:
@@ -298,6 +315,21 @@ def test_autocast_reaches_every_pass(passes: str, ambient: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
         recalibrate(network(), batches(), forward=forward, passes=passes, autocast=None if ambient else torch.bfloat16)
     assert dtypes == {torch.bfloat16}
+
+
+def test_the_default_device_reaches_other_threads() -> None:
+    with torch.device("meta"):
+        ambient = Ambient(None, None)
+    devices = []
+
+    def work() -> None:
+        with ambient.entered():
+            devices.append(torch.empty(0).device.type)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert devices == ["meta"]
 
 
 def test_batches_move_to_the_device() -> None:
@@ -381,6 +413,12 @@ def test_frozen_layers_stay_unless_named() -> None:
     assert_close(named[1].running_mean, model[0](torch.cat(batches())).mean((0, 2, 3)))
 
 
+def test_frozen_layers_with_an_activation_stay_too() -> None:
+    model = nn.Sequential(bn.FrozenBatchNormAct2d(3, activation="relu"), nn.BatchNorm2d(3))
+    _, report = recalibrate(model, batches())
+    assert [(c.path, c.reason) for c in report.left] == [("0", "frozen")]
+
+
 def test_layers_without_statistics_or_data_are_reported() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
     model.unused = nn.BatchNorm2d(3)
@@ -388,8 +426,12 @@ def test_layers_without_statistics_or_data_are_reported() -> None:
     assert {c.path: c.reason for c in report.left} == {
         "0": "no running mean and variance", "unused": "not reached by the data",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="reach the selected layers, got a forward pass that calls none"):
+    with pytest.raises(
+        ValueError, match="reach the selected layers, got none that is given values \\(.*unused: not reached"
+    ):
         recalibrate(model, batches(), only="unused", forward=lambda model, x: model[1](x))
+    with pytest.raises(ValueError, match="none that is given values \\(\\(model\\): all its values are masked"):
+        recalibrate(nn.BatchNorm2d(3), batches(), mask=lambda x: torch.zeros(len(x), dtype=torch.bool))
     with pytest.raises(ValueError, match="got Linear where none is \\(it has none at all\\)"):
         recalibrate(nn.Linear(2, 2), batches())
     with pytest.raises(ValueError, match="run the model once first"):
@@ -616,6 +658,35 @@ def test_compiled_models_are_measured_too(passes: str) -> None:
     found, _ = recalibrate(compiled, batches(), passes=passes, inplace=True)
     for ours, theirs in zip(norms(found).values(), norms(expected).values(), strict=True):
         assert torch.equal(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("passes", ["single", "sequential"])
+def test_a_network_of_others_is_measured_exactly(passes: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic")
+    model = transformers.ResNetForImageClassification(config)
+    data = [{"pixel_values": 9 + torch.randn(n, 3, 24, 24), "labels": torch.zeros(n).long(), "id": n} for n in (5, 2)]
+    recorder = Recorder(model)
+    found, report = recalibrate(model, data, passes=passes, inplace=True)
+    assert len(report.layers) == len(norms(found)) == 8
+    for path, layer in norms(found).items():
+        mean, var = recorder.two_pass(path, start=len(recorder.seen[path]) - len(data))
+        np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(layer.running_var.numpy(), var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("passes", ["single", "sequential"])
+def test_what_comes_out_of_inference_mode_can_be_trained(passes: str) -> None:
+    expected, _ = recalibrate(network(), batches(), passes=passes)
+    with torch.inference_mode():
+        found, _ = recalibrate(network(), [x.clone() for x in batches()], passes=passes)
+        model = network()
+        recalibrate(model, batches(), passes=passes, inplace=True)
+    for each in (found, model):
+        assert_close(dict(each.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+    found.train()(batches()[0]).sum().backward()
+    assert found[0].weight.grad is not None
 
 
 def test_averaged_weights_get_statistics_of_their_own() -> None:

@@ -360,6 +360,14 @@ def test_it_passes_scikit_learns_own_checks(nan_policy: str) -> None:
     assert {r["check_name"]: r["exception"] for r in results if r["status"] not in ("passed", "skipped")} == {}
 
 
+@pytest.mark.parametrize("name", ["set_output_transform_pandas", "global_output_transform_pandas"])
+@pytest.mark.filterwarnings("ignore:X .* feature names:UserWarning")
+def test_it_passes_scikit_learns_checks_of_output_in_data_frames(name: str) -> None:
+    pytest.importorskip("pandas")
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    getattr(checks, f"check_{name}")("Standardizer", Standardizer())
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_results_are_those_of_standard_scaler(dtype: type, weighted: bool) -> None:
@@ -377,6 +385,15 @@ def test_results_are_those_of_standard_scaler(dtype: type, weighted: bool) -> No
         ours.transform(x), theirs.transform(x), rtol=1e-5 if dtype == np.float32 else 1e-12, atol=1e-6
     )
     assert ours.transform(x).dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{"with_mean": False}, {"with_std": False}])
+def test_results_without_mean_or_deviation_are_those_of_standard_scaler(options: dict[str, bool]) -> None:
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    x = table()
+    ours, theirs = Standardizer(**options).fit(x), preprocessing.StandardScaler(**options).fit(x)
+    np.testing.assert_allclose(ours.mean_, theirs.mean_, rtol=1e-13)
+    np.testing.assert_allclose(ours.transform(x), theirs.transform(x), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("offset", [1e8, 1e11])
@@ -422,3 +439,23 @@ def test_columns_of_a_data_frame_must_be_those_of_fit() -> None:
         s.transform(frame[list("badc")])
     with pytest.warns(UserWarning, match="was fitted with feature names"):
         s.transform(table())
+
+
+def test_results_are_data_frames_where_the_user_says() -> None:
+    pandas, sklearn = pytest.importorskip("pandas"), pytest.importorskip("sklearn")
+    from sklearn.compose import ColumnTransformer
+
+    frame = pandas.DataFrame(table(), columns=list("abcd"), index=range(100, 160))
+    expected = pandas.DataFrame(Standardizer().fit_transform(table()), columns=frame.columns, index=frame.index)
+    s = Standardizer().set_output(transform="pandas")
+    pandas.testing.assert_frame_equal(s.fit_transform(frame), expected)
+    pandas.testing.assert_frame_equal(sklearn.clone(s).fit_transform(frame), expected)
+    assert isinstance(s.fit_transform(torch.from_numpy(table())), torch.Tensor)
+    some = ColumnTransformer([("some", Standardizer(), ["a", "c"])], verbose_feature_names_out=False)
+    pandas.testing.assert_frame_equal(some.set_output(transform="pandas").fit_transform(frame), expected[["a", "c"]])
+    with sklearn.config_context(transform_output="pandas"):
+        pandas.testing.assert_frame_equal(Standardizer().fit_transform(frame), expected)
+        plain = Standardizer().set_output(transform="default").fit_transform(frame)
+    assert isinstance(plain, np.ndarray)
+    with pytest.raises(ValueError, match="transform to be one of 'default', 'pandas', 'polars', got 'list'"):
+        Standardizer().set_output(transform="list")

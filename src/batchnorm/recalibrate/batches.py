@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -64,7 +65,7 @@ class Batches:
 
     def again(self, after: int) -> Iterator[Any]:
         """Read them once more, the same batches in the same order, without the first `after`."""
-        if iter(self._data) is self._data:
+        if isinstance(self._data, Iterator):
             raise ValueError(
                 f"recalibrate with passes='sequential' expects data that can be read again, got an iterator "
                 f"({type(self._data).__name__}). Pass a list or a DataLoader, or raise cache_bytes so that all "
@@ -131,14 +132,16 @@ def moved(batch: Any, device: torch.device | None) -> Any:
         batch = torch.from_numpy(batch)
     if isinstance(batch, Tensor):
         return batch if device is None else batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):  # graphs, encodings of text, packed sequences
+        return batch if device is None else batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(moved(part, device) for part in batch))
     if type(batch) in (list, tuple):
         return type(batch)(moved(part, device) for part in batch)
-    if type(batch) is dict:
-        return {key: moved(part, device) for key, part in batch.items()}
-    if device is not None and hasattr(batch, "to"):  # graphs, encodings of text
-        return batch.to(device)
+    if isinstance(batch, MutableMapping):
+        own = copy.copy(batch)
+        own.update({key: moved(part, device) for key, part in batch.items()})
+        return own
     return batch
 
 
@@ -191,9 +194,12 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 class Ambient:
-    """Enters, in any thread, the autocast that was active where this was made."""
+    """Enters, in any thread, what holds in the thread that made it: autocast, inference mode, device and stream."""
 
     def __init__(self, autocast: torch.dtype | None, device: torch.device | None) -> None:
+        self._inference = torch.is_inference_mode_enabled()
+        self._device = torch.get_default_device()
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         types = [t for t in {"cpu", "cpu" if device is None else device.type} if torch.amp.is_autocast_available(t)]
         self._active = {t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)}
         if autocast is not None:
@@ -201,9 +207,13 @@ class Ambient:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Autocast as it was, and no gradients."""
+        """As it was there, and no gradients."""
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
+            if torch.get_default_device() != self._device:
+                stack.enter_context(self._device)
+            stack.enter_context(torch.cuda.stream(self._stream))
             for device_type, dtype in self._active.items():
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
             yield

@@ -123,9 +123,8 @@ def put(layer: nn.Module, statistics: Statistics) -> None:
 
 def nothing(layer: nn.Module) -> Rows:
     """Moments of no data, for each row of the layer."""
-    mean = running(layer, "running_mean")
-    device = "cpu" if mean.device.type == "mps" else mean.device
-    return tuple(Moments.empty(mean.shape[-1], device=device) for _ in range(_rows_held(layer)))
+    channels = running(layer, "running_mean").shape[-1]
+    return tuple(Moments.empty(channels, device="cpu") for _ in range(_rows_held(layer)))
 
 
 def merged(first: Rows, *others: Rows) -> Rows:
@@ -138,7 +137,7 @@ def _moments(x: Tensor, mask: Tensor | None, domain: int | Tensor | None, rows: 
         return (_of(x, mask),)
     if not isinstance(domain, Tensor) or domain.dim() == 0:
         chosen = int(domain)
-        return tuple(_of(x, mask) if row == chosen else Moments.empty(x.shape[1], device=x.device)
+        return tuple(_of(x, mask) if row == chosen else Moments.empty(x.shape[1], device="cpu")
                      for row in range(rows))  # fmt: skip
     if mask is not None:
         mask = mask.expand(x.shape[0], *x.shape[2:])

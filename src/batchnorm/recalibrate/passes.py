@@ -108,10 +108,18 @@ def single(run: Run, ranks: Ranks) -> Measured:
 
         for batch in run.bar.over(run.batches, "recalibrate", run.batches.length):
             run.do(batch, meet)
-        return calls, run.batches.count, run.batches.samples
+        return _on_cpu(calls), run.batches.count, run.batches.samples
 
     parts = ranks.together(measure)
     return Measured(_over_ranks([p[0] for p in parts]), sum(p[1] for p in parts), sum(p[2] for p in parts))
+
+
+def _on_cpu(calls: dict[Call, Rows]) -> dict[Call, Rows]:
+    """The same where every rank can have it: a rank's GPU is not the others'."""
+    return {
+        call: tuple(Moments.empty(len(moments.mean), device="cpu").merge(moments) for moments in rows)
+        for call, rows in calls.items()
+    }
 
 
 def _over_ranks(parts: list[dict[Call, Rows]]) -> dict[Call, Rows]:
@@ -210,7 +218,7 @@ class _Sequence:
         calls: dict[Call, Rows] = {}
         for call, rows in (*(kept.at for kept in self.kept if kept.at is not None), *reached):
             calls[call] = merged(calls[call], rows) if call in calls else rows
-        return calls, self._run.batches.count, self._run.batches.samples
+        return _on_cpu(calls), self._run.batches.count, self._run.batches.samples
 
 
 class _Need:

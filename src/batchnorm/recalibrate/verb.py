@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
-from batchnorm.nn.frozen import FrozenBatchNorm
+from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.recalibrate.batches import (
     Ambient,
     Batches,
@@ -90,16 +90,16 @@ def recalibrate(
         max_samples: Stop after the batch that reaches this many samples (of this rank).
         device: Where tensors of the batches go; by default to the model's device, if it is on one.
         autocast: bfloat16 or float16 for `torch.autocast`; by default that which is active.
-        cache_bytes: With "sequential": how much memory the forward passes that wait between layers may take; batches
-            beyond it are computed anew for every layer. 0 keeps none.
+        cache_bytes: With "sequential": how many bytes of tensors the forward passes that wait between layers may
+            keep; batches beyond it are computed anew for every layer. 0 keeps none. On the CPU the process can grow by
+            two to three times that, as each waiting pass is a thread, and a thread's freed memory stays with it.
         process_group: Whose ranks pool their statistics; None for all, where `torch.distributed` is initialized.
         synchronize: False leaves this process to itself.
         progress: Whether to show a bar on standard error (needs rich).
         inplace: Whether to change the model given, instead of a copy. If anything fails it stays as it was.
 
     Returns:
-        The model, and a `Recalibration`, which prints how far each layer was off and has the moments of every layer
-        and call.
+        The model, and a `Recalibration`: how far each layer was off, and the moments of every layer and call.
 
     Raises:
         TypeError: data is no iterable of batches, or a batch does not fit the model's `forward`.
@@ -126,7 +126,8 @@ def recalibrate(
     check_data(data)
     if not inplace:
         _select(model, only)  # what is wrong with the arguments, before anything is copied
-        model = copy.deepcopy(model)
+        with torch.inference_mode(False):  # whose tensors could not be trained any more
+            model = copy.deepcopy(model)
     with ExitStack() as undo:
         if shared == "separate":
             _separate(model, undo)
@@ -208,10 +209,10 @@ def _select(model: nn.Module, only: Only | None) -> tuple[list[Found], list[Chan
         else:
             left.append(Change(found.path, _described(found.module), _described(found.module), reason))
     if not selected:
-        listed = "; ".join(f"{change.path or '(model)'}: {change.reason}" for change in left) or "it has none at all"
         raise ValueError(
             f"{_CALLER} expects a model with batch normalization to recalibrate, got {type(model).__name__} "
-            f"where none is ({listed}). Name frozen layers in only= to include them."
+            f"where none is ({_listed(left) or 'it has none at all'}). Name frozen layers in only= to include them; "
+            "a network that is scripted or exported has no layers any more, so recalibrate it before."
         )
     return selected, left
 
@@ -238,7 +239,7 @@ def _why_not(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
         return "no running mean and variance"
     if is_lazy(mean):
         return "number of channels not known yet: run the model once first"
-    if not named and isinstance(layer, FrozenBatchNorm):
+    if not named and isinstance(layer, FrozenLayer):
         return "frozen"
     if not named and model.training and not layer.training:
         return "frozen: in evaluation while the model trains"
@@ -310,7 +311,8 @@ def _report(
         rows = merged(nothing(found.module), *calls)
         if not any(moments.count > 0 for moments in rows):
             description = _described(found.module)
-            left = [*left, Change(found.path, description, description, "not reached by the data")]
+            reason = "all its values are masked" if calls else "not reached by the data"
+            left = [*left, Change(found.path, description, description, reason)]
             continue
         now = settle(number, rows, measured.samples)
         shape = running(found.module, "running_mean").shape
@@ -319,13 +321,17 @@ def _report(
         changed.append(Change(found.path, _described(found.module), _moved(layer), _uses(layer)))
     if not layers:
         raise ValueError(
-            f"{_CALLER} expects the data to reach the selected layers, got a forward pass that calls none of them. "
-            "Pass forward= to call the model so that it does."
+            f"{_CALLER} expects the data to reach the selected layers, got none that is given values "
+            f"({_listed(left)}). Pass forward= to call the model so that it does, and a mask= that leaves something."
         )
     return Recalibration(
         _CALLER, tuple(changed), tuple(left), tuple(layers), passes, measured.batches, measured.samples, ranks,
         measured.kept,
     )  # fmt: skip
+
+
+def _listed(left: list[Change]) -> str:
+    return "; ".join(f"{change.path or '(model)'}: {change.reason}" for change in left)
 
 
 def _described(layer: nn.Module) -> str:

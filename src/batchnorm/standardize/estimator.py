@@ -42,7 +42,7 @@ class Standardizer(Estimator):
         channel_axis: The axis of features: 1 for `[N, C, *S]`, -1 for channels last.
 
     Attributes:
-        mean_: float64 `[C]`; zeros without `with_mean`.
+        mean_: float64 `[C]`.
         var_: Biased variance, float64 `[C]`.
         scale_: What is divided by, float64 `[C]`: the standard deviation, 1 where it is 0 and without `with_std`.
         n_samples_seen_: Values per feature (for images N·H·W; with weights their sum), an array where NaN was left
@@ -142,8 +142,7 @@ class Standardizer(Estimator):
         seen = measured.count.numpy()
         same = bool((seen == seen[0]).all())
         self.n_samples_seen_ = _whole(seen[0].item()) if same else seen.copy()
-        mean = torch.where(measured.count > 0, measured.mean, float("nan"))
-        self.mean_: NDArray[np.float64] = (mean if self.with_mean else torch.zeros_like(mean)).numpy()
+        self.mean_: NDArray[np.float64] = torch.where(measured.count > 0, measured.mean, float("nan")).numpy()
         self.var_: NDArray[np.float64] = measured.var.numpy()
         scale = measured.var.sqrt()
         # What float64 data lose themselves is no deviation: (x - mean)² of a constant at its last place.
@@ -163,9 +162,10 @@ class Standardizer(Estimator):
                 x itself.
 
         Returns:
-            An array for arrays and data frames, a tensor on the same device for tensors; `out` where that is given.
+            An array (or as `set_output` says), for tensors a tensor on their device; `out` where that is given.
         """
-        return self._apply(X, out, lambda x, mean, low, scale: ((x - mean) - low) / scale)
+        result = self._apply(X, out, lambda x, mean, low, scale: ((x - mean) - low) / scale)
+        return result if out is not None else self._framed(result, X)
 
     def inverse_transform(self, X: Any, out: Array | None = None) -> Any:
         """Return `x·scale_ + mean_`, which undoes `transform`; arguments and result are as there."""
@@ -199,8 +199,10 @@ class Standardizer(Estimator):
                 self._check_finite(data.float64(x[part]))
         source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        low = self._features.mean_low if self.with_mean else torch.zeros_like(self._features.mean_low)
-        vectors = [v.view(shape) for v in (torch.from_numpy(self.mean_), low, torch.from_numpy(self.scale_))]
+        mean, low = torch.from_numpy(self.mean_), self._features.mean_low
+        if not self.with_mean:
+            mean, low = torch.zeros_like(mean), torch.zeros_like(low)
+        vectors = [v.view(shape) for v in (mean, low, torch.from_numpy(self.scale_))]
         for part in data.parts(source):
             values = data.float64(source[part])
             self._check_finite(values)
@@ -287,7 +289,8 @@ class Standardizer(Estimator):
         kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
         layer = kind(self.n_features_in_, eps=eps, affine=False, device=device, dtype=dtype)
         with torch.no_grad():
-            layer.get_buffer("running_mean").copy_(torch.from_numpy(self.mean_))
+            if self.with_mean:
+                layer.get_buffer("running_mean").copy_(torch.from_numpy(self.mean_))
             layer.get_buffer("running_var").copy_(var - eps)
         return layer.eval()
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from batchnorm import _checks
+
+_OUTPUTS = ("default", "pandas", "polars")
 
 E = TypeVar("E", bound="Estimator")
 
@@ -38,6 +43,34 @@ class Estimator:
                 )
             setattr(self, name, value)
         return self
+
+    def set_output(self: E, *, transform: str | None = None) -> E:
+        """Choose what `transform` makes of arrays `[N, C]` and data frames; tensors stay tensors.
+
+        Args:
+            transform: "default" for arrays, "pandas" or "polars" for data frames, None for no change. Unless it is
+                called, scikit-learn's own setting holds (`sklearn.set_config(transform_output=...)`).
+        """
+        if transform is not None:
+            _checks.check_choice("Standardizer.set_output", "transform", transform, _OUTPUTS)
+            self._sklearn_output_config = {"transform": transform}  # the name that scikit-learn's clone takes along
+        return self
+
+    def _framed(self, result: Any, X: object) -> Any:
+        """The result as the user wants it."""
+        sklearn = sys.modules.get("sklearn")  # whoever has set something there has imported it
+        everywhere = {"transform": "default" if sklearn is None else sklearn.get_config()["transform_output"]}
+        wanted = getattr(self, "_sklearn_output_config", everywhere)["transform"]
+        if wanted == "default" or not isinstance(result, np.ndarray) or result.ndim != 2:
+            return result
+        names = self.get_feature_names_out()
+        if wanted == "pandas":
+            import pandas  # type: ignore[import-untyped]
+
+            return pandas.DataFrame(result, index=getattr(X, "index", None), columns=names, copy=False)
+        import polars  # type: ignore[import-not-found]
+
+        return polars.DataFrame(result, schema=list(names), orient="row")
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
         """The names of the features that come out: those that went in, or x0, x1, ..."""
