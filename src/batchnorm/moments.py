@@ -13,8 +13,8 @@ from torch import Tensor
 
 Data = Tensor | NDArray[Any]
 
-# Values that are held in float64 at a time, so that a large array is never copied whole.
-_PART = 2**22
+# Values that are held in float64 at a time: an array is never copied whole, and what is stays in the cache.
+_PART = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Moments:
     count_squares: Tensor | None = None
 
     def __post_init__(self) -> None:
-        mean = torch.as_tensor(self.mean)
+        mean = self.mean if isinstance(self.mean, Tensor) else torch.as_tensor(self.mean)  # a tensor stays where it is
         for name in ("count", "mean", "m2", "count_squares"):
             value = getattr(self, name)
             if value is None:
