@@ -84,8 +84,9 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "there" / "settings.json").read_text())["settings"]
     assert settings == {
-        "norms": ["batch", "none"], "model": "net_for_cli:build", "data": "mine.npz", "batch_size": 16, "steps": 6,
-        "lr": 0.05, "optimizer": "adam", "seeds": 2, "target_accuracy": 0.5, "threads": 1, "evaluate_every": 3,
+        "norms": ["batch", "none"], "model": "net_for_cli:build", "data": "mine.npz", "batch_size": 16,
+        "sampling": "iid", "steps": 6, "lr": 0.05, "optimizer": "adam", "seeds": 2, "target_accuracy": 0.5,
+        "threads": 1, "evaluate_every": 3,
     }  # fmt: skip
 
 

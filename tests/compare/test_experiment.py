@@ -14,7 +14,6 @@ from torch import nn
 from batchnorm import compare
 from batchnorm.compare import ComparisonError, Run, experiment, training
 from batchnorm.compare.records import Recorder
-from batchnorm.compare.training import batches
 
 
 def small(data, out: Path, **options):
@@ -70,6 +69,16 @@ def test_the_same_seeds_give_the_same_curves(data, result, tmp_path):
     assert losses(result.runs[1]) != losses(result.runs[3])
 
 
+def test_batches_of_two_classes_train_and_are_told(data, tmp_path):
+    found = small(data, tmp_path, norms=["none"], sampling="classes:2", steps=12)
+    assert found.settings.sampling == "classes:2"
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["sampling"] == "classes:2"
+    assert "12 steps of 16 samples, drawn from 2 classes each, with" in found.report_path.read_text()
+    iid = small(data, tmp_path / "iid", norms=["none"], steps=12)
+    assert losses(iid.runs[0]) != losses(found.runs[0])
+    assert "12 steps of 16 samples, drawn without regard to class, with" in iid.report_path.read_text()
+
+
 def test_norms_that_change_nothing_train_alike(data, tmp_path):
     """Same batches and same initial values for all: two norms with the same arithmetic give the same bits."""
     found = small(data, tmp_path, norms=["batch", "batch:eps=1e-5", "batch:momentum=0.5"], seeds=2)
@@ -83,18 +92,6 @@ def test_initial_values_are_shared_with_the_first_norm(result):
     assert batch.shared == ["linear1.weight", "linear2.weight", "linear3.weight", "linear3.bias"]
     assert none.own == []
     assert losses(none) != losses(batch)
-
-
-def test_the_seed_alone_decides_the_data_order():
-    first, again, other = batches(10, 4, seed=3), batches(10, 4, seed=3), batches(10, 4, seed=4)
-    torch.manual_seed(1)
-    drawn = [next(first).tolist() for _ in range(4)]
-    torch.manual_seed(2)
-    assert [next(again).tolist() for _ in range(4)] == drawn
-    assert [next(other).tolist() for _ in range(4)] != drawn
-    assert [len(batch) for batch in drawn] == [4] * 4
-    for epoch in (drawn[:2], drawn[2:]):
-        assert len({index for batch in epoch for index in batch}) == 8
 
 
 def test_global_state_is_put_back(data, tmp_path):
@@ -184,6 +181,8 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
         ({"batch_size": 97}, "batch_size must be at most the number of training samples, 96, got 97"),
         ({"steps": 3, "epochs": 3}, "only one of epochs and steps"),
         ({"steps": 1.5}, "steps must be a whole number from 1, got 1.5"),
+        ({"sampling": "classes:0"}, "sampling must be iid or classes:K .* got 'classes:0'"),
+        ({"sampling": "classes:4"}, "classes as there are classes in the training data, 3, got classes:4"),
         ({"seeds": 0}, "seeds must be a whole number from 1"),
         ({"threads": -1}, "threads must be a whole number from 1"),
         ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1"),

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from batchnorm import compare
-from batchnorm.compare import curves, norms, report
+from batchnorm.compare import curves, figures, norms, report
 from batchnorm.compare.records import Evaluation, Histogram, Run, Step
 
 OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?|url\(|@import""")
@@ -165,3 +165,8 @@ def test_exploding_activations_do_not_hide_the_others():
     found = curves.distributions(runs)
     assert -12 < found.edges[0] < found.edges[-1] < 12
     assert found.columns["b"][0].shares.sum() == pytest.approx(1)
+
+
+def test_the_accuracy_axis_has_a_height_where_all_is_right():
+    perfect = [curves.Point(step, step, 1.0, 1.0, 1.0, 2) for step in range(10)]
+    assert figures.accuracy_floor(perfect) == 0.9

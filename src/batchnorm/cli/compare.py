@@ -35,6 +35,13 @@ from batchnorm.cli.command import OneLineCommand, OneLineError, SeveralValues
     help="What to train and test on. A file holds x_train, y_train, x_test, y_test.",
 )
 @click.option("--batch-size", type=int, default=64, show_default=True, metavar="N", help="Samples in a step.")
+@click.option(
+    "--sampling",
+    default="iid",
+    show_default=True,
+    metavar="iid|classes:K",
+    help="How batches are drawn; classes:2 gives each batch samples of two classes.",
+)
 @click.option("--epochs", type=int, show_default="10", metavar="N", help="Passes over the training data.")
 @click.option("--steps", type=int, metavar="N", help="Training steps, instead of epochs.")
 @click.option(
@@ -84,22 +91,30 @@ def compare(ctx: click.Context, /, out: Path | None, norms: tuple[str, ...], **o
       batchnorm compare --model net:build --data mine.npz --out result
     """
     from batchnorm import compare as comparison
+    from batchnorm.compare.parallel import launched
 
+    here = launched()
     out = out if out is not None else comparison.default_directory()
     try:
         result = comparison.run(norms, out=out, **options)  # type: ignore[arg-type]
-    except (comparison.ComparisonError, ModuleNotFoundError) as error:
-        raise OneLineError(ctx.command_path, str(error)) from error
-    except OSError as error:
-        raise OneLineError(
-            ctx.command_path,
-            f"out must be a directory that can be written to, but {out} gave: {error}. Choose another with --out.",
-        ) from error
+    except (comparison.ComparisonError, ModuleNotFoundError, OSError) as error:
+        failed: int | None = getattr(error, "rank", None)
+        if here.rank != (failed or 0):
+            ctx.exit(2)  # that process says why
+        message = str(error)
+        if isinstance(error, OSError):
+            message = (
+                f"out must be a directory that can be written to, but {out} gave: {error}. Choose another with --out."
+            )
+        raise OneLineError(ctx.command_path, message if failed is None else f"rank {failed}: {message}") from error
     except KeyboardInterrupt:
-        whole = len(list((out / "runs").glob("*.jsonl")))
-        click.echo(
-            f"{ctx.command_path}: interrupted; {whole} finished runs lie in {out / 'runs'}, no summary was written.",
-            err=True,
-        )
+        if here.first:
+            runs = out / "runs"
+            whole = len(list(runs.glob("*.jsonl")))
+            click.echo(
+                f"{ctx.command_path}: interrupted; {whole} finished runs lie in {runs}, no summary was written.",
+                err=True,
+            )
         ctx.exit(INTERRUPTED)
-    click.echo(str(result))
+    if here.first:
+        click.echo(str(result))

@@ -4,4 +4,12 @@ from __future__ import annotations
 
 
 class ComparisonError(ValueError):
-    """What was given cannot be compared; the message says what must hold, what came, and what to do."""
+    """What was given cannot be compared; the message says what must hold, what came, and what to do.
+
+    Attributes:
+        rank: The process that failed, where several train together and not all fail alike.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank

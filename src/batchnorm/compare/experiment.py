@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.compare import models
+from batchnorm.compare import models, parallel
 from batchnorm.compare.data import Data, load
 from batchnorm.compare.measurements import FirstActivation
 from batchnorm.compare.models import BuildModel, Model
 from batchnorm.compare.norms import Norm, parse_all
+from batchnorm.compare.parallel import Processes
 from batchnorm.compare.records import (
     REPORT,
     SETTINGS,
@@ -33,6 +35,7 @@ from batchnorm.compare.records import (
     write_atomically,
     write_json,
 )
+from batchnorm.compare.sampling import Sampling
 from batchnorm.compare.settings import Settings, check_counts, evaluation_interval, learning_rate, training_steps
 from batchnorm.compare.summary import Outcome, headline, outcomes, percent
 from batchnorm.compare.training import OPTIMIZERS, Schedule, train
@@ -77,6 +80,7 @@ def run(
     model: str | BuildModel = "mlp",
     data: str | Path | Data = "mnist-mini",
     batch_size: int = 64,
+    sampling: str = "iid",
     epochs: int | None = None,
     steps: int | None = None,
     lr: float | None = None,
@@ -95,6 +99,10 @@ def run(
     initial values wherever its network has a parameter of that name and shape. Which of them is trained
     first changes from seed to seed.
 
+    Where torchrun started several processes, or `torch.distributed` is initialized, they train each network together
+    under `DistributedDataParallel`, each on its share of every batch. The first evaluates, writes, and shows progress;
+    all return what it found. Histograms are of its share.
+
     Args:
         norms: Names of normalizations, such as `["none", "batch"]` or `"none,batch"`; the first is what the
             others are compared with.
@@ -103,7 +111,8 @@ def run(
             `[N, num_classes]`; wherever it wants a normalization it calls `norm(channels)` or, for images,
             `norm(channels, dims=2)`. `norm.replaces_bias` says whether the bias before can be dropped.
         data: `mnist-mini`, the path of an `.npz` file (see `batchnorm.compare.load`), or its return value.
-        batch_size: Samples in each training step.
+        batch_size: Samples in each training step, of all processes together.
+        sampling: `iid`, every epoch in a new order; or `classes:2`, each batch from two classes (or any other number).
         epochs: Passes over the training data; 10 where neither this nor `steps` is given.
         steps: Training steps, instead of `epochs`.
         lr: Learning rate, constant through training; where none is given 0.1 for `sgd`, 0.01 for
@@ -125,31 +134,43 @@ def run(
 
     Raises:
         ComparisonError: If something given cannot be compared; it is a `ValueError`.
-        OSError: If `out` cannot be written to.
+        OSError: If `out` cannot be written to; on the first process.
         ModuleNotFoundError: If a package that reports need is missing.
     """
     _require_extras()
     parsed = parse_all(norms)
     check_counts(seeds=seeds, threads=threads)
-    with models.working_directory_importable(), _restored(threads):
-        network, loaded = models.resolve(model), load(data)
-        total = training_steps(len(loaded.y_train), batch_size, epochs, steps)
-        settings = Settings(
-            norms=tuple(norm.spec for norm in parsed),
-            model=network.name,
-            data=loaded.name,
-            batch_size=batch_size,
-            steps=total,
-            lr=learning_rate(optimizer, lr),
-            optimizer=optimizer,
-            seeds=seeds,
-            target_accuracy=target_accuracy,
-            threads=torch.get_num_threads(),
-            evaluate_every=evaluation_interval(total, evaluate_every),
-        )
-        directory = Path(out) if out is not None else default_directory()
-        _warm_up(parsed, network, loaded, settings)
-        return _compare(parsed, network, loaded, settings, directory, overwrite, progress)
+    with models.working_directory_importable(), _restored(threads), parallel.processes() as processes:
+
+        def prepare() -> tuple[Model, Data, Settings]:
+            network, loaded = models.resolve(model), load(data)
+            total = training_steps(len(loaded.y_train), batch_size, epochs, steps)
+            processes.check(batch_size)
+            Sampling.parse(sampling).check(loaded.y_train, batch_size)
+            return (
+                network,
+                loaded,
+                Settings(
+                    norms=tuple(norm.spec for norm in parsed),
+                    model=network.name,
+                    data=loaded.name,
+                    batch_size=batch_size,
+                    sampling=sampling,
+                    steps=total,
+                    lr=learning_rate(optimizer, lr),
+                    optimizer=optimizer,
+                    seeds=seeds,
+                    target_accuracy=target_accuracy,
+                    threads=torch.get_num_threads(),
+                    evaluate_every=evaluation_interval(total, evaluate_every),
+                ),
+            )
+
+        network, loaded, settings = processes.together(prepare)
+        directory = processes.from_first(Path(out) if out is not None else default_directory())
+        with processes.blame():
+            _warm_up(parsed, network, loaded, settings, processes)
+        return _compare(parsed, network, loaded, settings, directory, overwrite, progress, processes)
 
 
 def default_directory() -> Path:
@@ -165,15 +186,20 @@ def _compare(
     directory: Path,
     overwrite: bool,
     progress: bool,
+    processes: Processes,
 ) -> Result:
     from batchnorm.compare import figures, report
     from batchnorm.compare.progress import display
 
-    prepare_directory(directory, figures.NAMES, overwrite)
-    facts = _facts(settings, data)
-    write_json(directory / SETTINGS, facts)
+    facts = processes.from_first(_facts(settings, data, processes))
+
+    def prepare() -> None:
+        prepare_directory(directory, figures.NAMES, overwrite)
+        write_json(directory / SETTINGS, facts)
+
+    processes.on_first(prepare)
     runs: list[Run] = []
-    with display(progress, len(norms) * settings.seeds, settings.steps) as shown:
+    with display(progress and processes.first, len(norms) * settings.seeds, settings.steps) as shown, processes.blame():
         for seed in range(settings.seeds):
             torch.manual_seed(seed)
             values = models.initial_values(model(norms[0], data.x_train[:SAMPLE], data.num_classes), norms[0])
@@ -181,20 +207,23 @@ def _compare(
             of_seed = {}
             for norm in norms[turn:] + norms[:turn]:
                 shown.begin(f"{norm.spec}, seed {seed}")
-                run = _run(norm, model, data, settings, seed, values, directory, shown.step)
-                shown.end(_ending(run))
+                run = _run(norm, model, data, settings, seed, values, directory, shown.step, processes)
+                if processes.first:
+                    shown.end(_ending(run))
                 of_seed[norm.spec] = run
             runs += [of_seed[norm.spec] for norm in norms]
+    runs = processes.from_first(runs)
     found = outcomes(runs, _titles(norms), settings.target_accuracy)
     sentences = headline(found, settings.target_accuracy, settings.steps)
     summary = {**facts, "headline": sentences, "outcomes": [asdict(outcome) for outcome in found]}
     summary["layers"] = {run.norm: [asdict(layer) for layer in run.layers] for run in runs if run.seed == 0}
     summary["runs"] = {run.file_name: {"shared": run.shared, "own": run.own} for run in runs}
-    pictures = figures.draw(runs, settings.target_accuracy)
-    for name, picture in pictures.items():
-        write_atomically(directory / name, picture)
-    write_atomically(directory / REPORT, report.render(runs, found, summary))
-    write_json(directory / SUMMARY, summary)
+    pictures = figures.draw(runs, settings.target_accuracy) if processes.first else {}
+    if processes.first:
+        for name, picture in pictures.items():
+            write_atomically(directory / name, picture)
+        write_atomically(directory / REPORT, report.render(runs, found, summary))
+        write_json(directory / SUMMARY, summary)
     return Result(
         settings=settings,
         runs=runs,
@@ -203,7 +232,7 @@ def _compare(
         summary=summary,
         out=directory,
         report_path=directory / REPORT,
-        figure_paths=[directory / name for name in pictures],
+        figure_paths=[directory / name for name in processes.from_first(list(pictures))],
     )
 
 
@@ -216,6 +245,7 @@ def _run(
     values: dict[str, Tensor],
     directory: Path,
     on_step: Callable[[int, float], None],
+    processes: Processes,
 ) -> Run:
     """Trains one network, and leaves its file behind."""
     torch.manual_seed(seed)
@@ -231,22 +261,30 @@ def _run(
         shared=names["shared"],
         own=names["own"],
     )
-    schedule = Schedule(settings.steps, settings.batch_size, settings.evaluate_every)
-    torch.manual_seed(seed)  # what dropout draws then does not depend on how the network was built
-    with recording(run, directory) as recorder:
-        train(network, norm, data, _optimizer(network, settings), schedule, first_activation, recorder, on_step)
+    schedule = Schedule(settings.steps, settings.batch_size, settings.evaluate_every, Sampling.parse(settings.sampling))
+    processes.seed(seed)  # what dropout draws then does not depend on how the network was built
+    optimizer = _optimizer(network, settings)
+    with recording(run, directory) if processes.first else _unwritten(run) as recorder:
+        train(network, norm, data, optimizer, schedule, first_activation, recorder, on_step, processes)
     return run
 
 
-def _warm_up(norms: list[Norm], model: Model, data: Data, settings: Settings) -> None:
+@contextmanager
+def _unwritten(run: Run) -> Iterator[Recorder]:
+    with open(os.devnull, "w") as file:
+        yield Recorder(run, file)
+
+
+def _warm_up(norms: list[Norm], model: Model, data: Data, settings: Settings, processes: Processes) -> None:
     """Trains each network for a moment, so that what fails does so at once, and no run pays for first calls."""
-    few = Schedule(min(3, settings.steps), settings.batch_size, settings.steps + 1)
+    sampling = Sampling.parse(settings.sampling)
+    few = Schedule(min(3, settings.steps), settings.batch_size, settings.steps + 1, sampling)
     for norm in norms:
         torch.manual_seed(0)
         network = model(norm, data.x_train[:SAMPLE], data.num_classes)
         first_activation = FirstActivation(network, norm, data.x_train[:SAMPLE])
-        recorder = Recorder(Run(norm.spec, 0, 0, None, [], []), io.StringIO())
-        train(network, norm, data, _optimizer(network, settings), few, first_activation, recorder, lambda *_: None)
+        recorder, optimizer = Recorder(Run(norm.spec, 0, 0, None, [], []), io.StringIO()), _optimizer(network, settings)
+        train(network, norm, data, optimizer, few, first_activation, recorder, lambda *_: None, processes)
 
 
 def _optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -289,7 +327,7 @@ def _restored(threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _facts(settings: Settings, data: Data) -> dict[str, Any]:
+def _facts(settings: Settings, data: Data, processes: Processes) -> dict[str, Any]:
     """Returns what is known before training starts."""
     return {
         "schema": SCHEMA,
@@ -307,6 +345,7 @@ def _facts(settings: Settings, data: Data) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "processor": _processor(),
+            "processes": processes.size,
         },
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

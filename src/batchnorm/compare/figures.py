@@ -37,9 +37,9 @@ def draw(runs: Sequence[Run], target_accuracy: float) -> dict[str, bytes]:
 
 
 def accuracy_floor(points: Sequence[Point]) -> float:
-    """Returns where the accuracy axis begins: above the first steps, which would flatten the rest."""
+    """Returns where the accuracy axis begins: above the first steps, which would flatten the rest, and below 1."""
     after = sorted(point.low for point in points)
-    return max(0.0, np.floor(10 * after[len(after) // 10]) / 10) if after else 0.0
+    return min(max(0.0, np.floor(10 * after[len(after) // 10]) / 10), 0.9) if after else 0.0
 
 
 def loss_range(points: Sequence[Point]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from batchnorm.compare import curves
 from batchnorm.compare.curves import Point
 from batchnorm.compare.figures import accuracy_floor, loss_range
 from batchnorm.compare.records import Layer, Run
+from batchnorm.compare.sampling import Sampling
 from batchnorm.compare.summary import Outcome, duration, percent
 from batchnorm.compare.training import OPTIMIZERS
 
@@ -46,6 +47,7 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
         layers=[(norm, layer) for norm, layers in layers_of(runs, seed=0).items() for layer in layers],
         channels_shown=CHANNELS_SHOWN,
         optimizer=OPTIMIZERS[settings["optimizer"]].title,
+        sampling=Sampling.parse(settings["sampling"]).title,
         watched={run.norm: run.watched for run in runs},
         not_shared={run.norm: run.own for run in runs},
         standard_error=_standard_error(found, summary["data"]["test_samples"]),

@@ -21,6 +21,7 @@ class Settings:
         model: Name of the network.
         data: Name of the data.
         batch_size: Samples in each training step.
+        sampling: How batches are drawn, `iid` or `classes:2`.
         steps: Training steps of each run.
         lr: Learning rate, constant.
         optimizer: Name of the optimizer.
@@ -34,6 +35,7 @@ class Settings:
     model: str
     data: str
     batch_size: int
+    sampling: str
     steps: int
     lr: float
     optimizer: str

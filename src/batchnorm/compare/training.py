@@ -13,7 +13,9 @@ from batchnorm.compare.data import Data
 from batchnorm.compare.measurements import FirstActivation, Stopwatch, evaluate, layers
 from batchnorm.compare.models import blame
 from batchnorm.compare.norms import Norm
+from batchnorm.compare.parallel import Processes
 from batchnorm.compare.records import Histogram, Recorder, Step, finite
+from batchnorm.compare.sampling import IID, Sampling
 
 Optimizer = torch.optim.Optimizer
 
@@ -52,25 +54,19 @@ class Schedule:
 
     Attributes:
         steps: Number of training steps.
-        batch_size: Samples in each step; the rest of an epoch that does not fill a batch is left out.
+        batch_size: Samples in each step.
         evaluate_every: Steps from one look at the test set to the next.
+        sampling: How the batches are drawn.
     """
 
     steps: int
     batch_size: int
     evaluate_every: int
+    sampling: Sampling = IID
 
     def looks(self, step: int) -> bool:
         """Whether the test set is looked at after this step."""
         return step % self.evaluate_every == 0 or step == self.steps
-
-
-def batches(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yields, without end, the indices of each batch: every epoch in a new order, which the seed alone decides."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(samples, generator=generator)
-        yield from order[: samples // batch_size * batch_size].split(batch_size)
 
 
 def train(
@@ -82,10 +78,11 @@ def train(
     first_activation: FirstActivation,
     recorder: Recorder,
     on_step: Callable[[int, float], None],
+    processes: Processes,
 ) -> None:
     """Trains a network, and records each step and each look at the test set.
 
-    Training ends early at the first loss that is not finite.
+    Training ends early at the first loss that is not finite. Of several processes the first looks.
 
     Args:
         network: Trained in place, in training mode.
@@ -96,6 +93,7 @@ def train(
         first_activation: Where the histograms come from.
         recorder: Gets every record; its run's seed decides the data order.
         on_step: Called with step and training loss after each step, off the clock.
+        processes: Which train it together, each on its share of every batch.
 
     Raises:
         ComparisonError: If the network fails.
@@ -103,9 +101,12 @@ def train(
     watch = Stopwatch()
     diverged_at: int | None = None
     what = f"with norm {norm.spec!r}, seed {recorder.run.seed},"
-    order = batches(len(data.y_train), schedule.batch_size, recorder.run.seed)
+    order = schedule.sampling.batches(data.y_train, schedule.batch_size, recorder.run.seed)
+    joined = processes.joined(network)
 
     def look(step: int) -> None:
+        if not processes.first:
+            return
         with blame(what, f"was tested after step {step}"):
             found = evaluate(network, data, step, watch.seconds)
         recorder.evaluation(found)
@@ -117,9 +118,9 @@ def train(
         with blame(what, f"took training step {step}"):
             if step == 1 or schedule.looks(step):
                 with first_activation.watch(step, watch, found):
-                    loss = _step(network, data, index, optimizer, watch)
+                    loss = _step(joined, data, index, optimizer, watch, processes)
             else:
-                loss = _step(network, data, index, optimizer, watch)
+                loss = _step(joined, data, index, optimizer, watch, processes)
         recorder.step(Step(step, watch.seconds, finite(loss)))
         for record in found:
             recorder.histogram(record)
@@ -133,12 +134,16 @@ def train(
     recorder.end(layers(network, norm), diverged_at)
 
 
-def _step(network: nn.Module, data: Data, index: Tensor, optimizer: Optimizer, watch: Stopwatch) -> float:
-    """Takes one step of training on the clock, and returns the loss before it."""
+def _step(
+    network: nn.Module, data: Data, index: Tensor, optimizer: Optimizer, watch: Stopwatch, processes: Processes
+) -> float:
+    """Takes one step of training on the clock, and returns the batch's loss before it."""
     watch.start()
-    loss = F.cross_entropy(network(data.x_train[index]), data.y_train[index])
+    share = processes.share(index)
+    loss = F.cross_entropy(network(data.x_train[share]), data.y_train[share])
+    loss = loss * (len(share) * processes.size / len(index))  # averaged over the processes: the mean over the batch
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     watch.stop()
-    return float(loss.detach())
+    return processes.mean(loss.detach())
