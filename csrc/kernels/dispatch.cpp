@@ -1,4 +1,5 @@
 // Chooses the instruction set at load: the best that build and processor have, or BATCHNORM_CPU_CAPABILITY.
+// The build says by BATCHNORM_WITH_<instruction set> which ones it has.
 
 #include <cstdlib>
 #include <cstring>
@@ -15,18 +16,11 @@ namespace batchnorm {
   extern const Kernels bfloat16_kernels; \
   extern const Kernels float16_kernels;  \
   }
-#if defined(__x86_64__)
-BATCHNORM_DECLARE(baseline)
-BATCHNORM_DECLARE(avx2)
+BATCHNORM_DECLARE(avx512_bf16)
 BATCHNORM_DECLARE(avx512)
-namespace avx512_bf16 {
-extern const Kernels bfloat16_kernels;
-}
-#elif defined(__aarch64__)
+BATCHNORM_DECLARE(avx2)
 BATCHNORM_DECLARE(neon)
-#else
 BATCHNORM_DECLARE(baseline)
-#endif
 
 namespace {
 
@@ -42,7 +36,7 @@ struct Set {
         &capability::float16_kernels                                                           \
   }
 
-#if defined(__x86_64__)
+#if defined(BATCHNORM_WITH_avx512)
 bool avx512_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") &&
@@ -52,18 +46,23 @@ bool avx512_supported() {
 
 // Best first.
 const Set kSets[] = {
-#if defined(__x86_64__)
+#if defined(BATCHNORM_WITH_avx512_bf16)
     {"avx512_bf16",
      [] { return __builtin_cpu_supports("avx512bf16") && avx512_supported(); },
      {&avx512::float64_kernels, &avx512::float32_kernels, &avx512_bf16::bfloat16_kernels, &avx512::float16_kernels}},
+#endif
+#if defined(BATCHNORM_WITH_avx512)
     {"avx512", avx512_supported, BATCHNORM_TABLES(avx512)},
+#endif
+#if defined(BATCHNORM_WITH_avx2)
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      BATCHNORM_TABLES(avx2)},
-    {"baseline", [] { return true; }, BATCHNORM_TABLES(baseline)},
-#elif defined(__aarch64__)
+#endif
+#if defined(BATCHNORM_WITH_neon)
     {"neon", [] { return true; }, BATCHNORM_TABLES(neon)},
-#else
+#endif
+#if defined(BATCHNORM_WITH_baseline)
     {"baseline", [] { return true; }, BATCHNORM_TABLES(baseline)},
 #endif
 };

@@ -50,9 +50,11 @@ class Buffer {
  public:
   // Aligned to a cache line; or not, if `skip` values lie before the first.
   Buffer(DType dtype_, int64_t size, int64_t skip = 0)
-      : dtype(dtype_), count(size), skip_(skip),
-        bytes_(static_cast<unsigned char*>(
-            ::operator new(static_cast<size_t>((size + skip) * size_of(dtype_)), kLine))) {}
+      : dtype(dtype_),
+        count(size),
+        skip_(skip),
+        bytes_(
+            static_cast<unsigned char*>(::operator new(static_cast<size_t>((size + skip) * size_of(dtype_)), kLine))) {}
   Buffer(DType dtype_, const std::vector<double>& values, int64_t skip = 0)
       : Buffer(dtype_, static_cast<int64_t>(values.size()), skip) {
     for (int64_t i = 0; i < count; ++i) set(i, values[i]);

@@ -169,9 +169,11 @@ inline MomentsResult moments(const Inputs& in, int64_t groups, bool weighted) {
     r.mean.value[k] = first[k] + delta[k];
     r.m2.value[k] = squares[k].value();
     r.m2.tolerance[k] = sum_unit * r.m2.value[k];
-    // The pair holds the mean beyond x's precision; float64 is compared in float64, which does not.
+    // The pair holds the mean beyond x's precision; float64 is compared in float64, which does not. There the oracle
+    // and the kernel also round the mean's distance from the first value, which weights can make larger than the rest.
     r.mean.tolerance[k] = sum_unit * (sizes[k].value() / counts[k].value()) +
-                          2 * (unit(in.dtype) * u + unit(DType::float64)) * std::abs(r.mean.value[k]);
+                          2 * (unit(in.dtype) * u + unit(DType::float64)) * std::abs(r.mean.value[k]) +
+                          kRoundings * unit(DType::float64) * std::abs(delta[k]);
   }
   return r;
 }
@@ -258,8 +260,9 @@ inline Result dx_of(const Inputs& in, const Result& dz, const Result& a, const R
     const double xhat = (deviation - low) * invstd, size = (std::abs(deviation) + std::abs(low)) * invstd;
     const double mean = in.pick(a.value, n, c, 0.0), mean_xhat = in.pick(b.value, n, c, 0.0);
     dx.value[i] -= w * invstd * (mean + xhat * mean_xhat);
-    dx.tolerance[i] += w * invstd * (u * std::abs(mean) + in.pick(a.tolerance, n, c, 0.0) +
-                                     size * (u * std::abs(mean_xhat) + in.pick(b.tolerance, n, c, 0.0)));
+    dx.tolerance[i] += w * invstd *
+                       (u * std::abs(mean) + in.pick(a.tolerance, n, c, 0.0) +
+                        size * (u * std::abs(mean_xhat) + in.pick(b.tolerance, n, c, 0.0)));
   });
   return dx;
 }

@@ -1,0 +1,126 @@
+// From the tensors of a call to the pointers and sizes that the kernels take, with the checks that guard memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "tensors.h"
+
+namespace batchnorm {
+
+// x's sizes, and the memory layout in which the kernels see every tensor like x: that of empty_like(x) where it is
+// contiguous or channels-last, else contiguous, by copies.
+class Frame {
+ public:
+  explicit Frame(const Tensor& x) : dtype(floating("x", x)), dim_(x.dim()), like_(x) {
+    STD_TORCH_CHECK(dim_ >= 2, "batchnorm expects x of shape [N, C, *S], got ", dim_, " dimension(s).");
+    const int64_t* sizes = x.sizes().data();
+    sizes_.assign(sizes, sizes + dim_);
+    shape = {sizes[0], sizes[1], 1, false};
+    for (int64_t d = 2; d < dim_; ++d) shape.s *= sizes[d];
+    if (shape.numel() > 0 && take(x)) return;
+    like_ = torch::stable::empty_like(x);
+    if (take(like_)) return;
+    converted_ = true;
+    strides_ = contiguous_strides(sizes, dim_);
+  }
+
+  // The data of a tensor like x, from a copy where its strides or dtype are others.
+  const void* read(const char* name, const Tensor& t) {
+    const int64_t* sizes = t.sizes().data();
+    STD_TORCH_CHECK(t.dim() == dim_ && std::equal(sizes_.begin(), sizes_.end(), sizes), "batchnorm expects ", name,
+                    " of x's shape, got another. Reshape or expand it.");
+    STD_TORCH_CHECK(t.is_cpu(), "batchnorm expects ", name, " on the CPU, where x is. Move it with .to().");
+    const int64_t* strides = t.strides().data();
+    bool same = dtype_code(t) == code_of(dtype);
+    for (int64_t d = 0; same && d < dim_; ++d) same = sizes_[d] == 1 || strides[d] == strides_[d];
+    if (same) return t.const_data_ptr();
+    copies_.push_back(copy_with(t, strides_, code_of(dtype)));
+    return copies_.back().const_data_ptr();
+  }
+  const void* read(const char* name, const MaybeTensor& t) { return t ? read(name, *t) : nullptr; }
+
+  // A result like x, and after the kernel has written it, what to return.
+  Tensor result() const {
+    Tensor made = empty(sizes_.data(), strides_.data(), dim_, code_of(dtype));
+    advise_huge_pages(made, shape.numel() * size_of(dtype));
+    return made;
+  }
+  Tensor returned(const Tensor& written) const {
+    if (!converted_) return written;
+    Tensor out = torch::stable::empty_like(like_);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), written.get(), 0));
+    return out;
+  }
+
+  // weights [N, *S] in the statistics' dtype.
+  const void* read_weights(const MaybeTensor& t) {
+    if (!t) return nullptr;
+    const int64_t* sizes = t->sizes().data();
+    bool fits = t->dim() == dim_ - 1 && sizes[0] == sizes_[0];
+    for (int64_t d = 2; fits && d < dim_; ++d) fits = sizes[d - 1] == sizes_[d];
+    STD_TORCH_CHECK(fits, "batchnorm expects weights of shape [N, *S], that of x without its channels.");
+    STD_TORCH_CHECK(t->is_cpu(), "batchnorm expects weights on the CPU, where x is. Move them with .to().");
+    const int32_t code = code_of(statistics_of(dtype));
+    if (dtype_code(*t) == code && t->is_contiguous()) return t->const_data_ptr();
+    copies_.push_back(copy_with(*t, contiguous_strides(sizes, dim_ - 1), code));
+    return copies_.back().const_data_ptr();
+  }
+
+  // A [C] or, with an index, [K, C] vector.
+  Vector vector(const char* name, const MaybeTensor& t, bool indexed) {
+    if (!t) return {};
+    const int64_t dim = t->dim();
+    const int64_t* sizes = t->sizes().data();
+    STD_TORCH_CHECK((dim == 1 || (dim == 2 && indexed)) && sizes[dim - 1] == shape.c, "batchnorm expects ", name,
+                    " of shape [", shape.c, "], or [K, ", shape.c, "] with an index. Pass one value per channel.");
+    STD_TORCH_CHECK(t->is_cpu(), "batchnorm expects ", name, " on the CPU, where x is. Move it with .to().");
+    Vector v{nullptr, floating(name, *t), dim == 2 ? sizes[0] : 1};
+    if (dim == 2) rows_ = std::min(rows_, v.rows);
+    if (t->is_contiguous()) {
+      v.data = t->const_data_ptr();
+    } else {
+      copies_.push_back(copy_with(*t, contiguous_strides(sizes, dim), code_of(v.dtype)));
+      v.data = copies_.back().const_data_ptr();
+    }
+    return v;
+  }
+
+  // index [N], checked against the rows of all vectors read so far and against `groups`.
+  const int64_t* index(const MaybeTensor& t, int64_t groups) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == shape.n && dtype_code(*t) == codes().int64 && t->is_cpu(),
+                    "batchnorm expects index of shape [", shape.n, "] and dtype int64 on the CPU.");
+    copies_.push_back(t->is_contiguous() ? *t : copy_with(*t, {1}, codes().int64));
+    const auto* p = static_cast<const int64_t*>(copies_.back().const_data_ptr());
+    const int64_t rows = std::min(rows_, groups);
+    for (int64_t n = 0; n < shape.n; ++n) {
+      STD_TORCH_CHECK(p[n] >= 0 && p[n] < rows, "batchnorm expects each index in [0, ", rows, "), got ", p[n],
+                      ". It names a sample's row.");
+    }
+    return p;
+  }
+
+  const DType dtype;
+  Shape shape;
+
+ private:
+  bool take(const Tensor& t) {
+    const int64_t* strides = t.strides().data();
+    const bool plain = contiguous(sizes_.data(), strides, dim_);
+    if (!plain && !channels_last(sizes_.data(), strides, dim_)) return false;
+    shape.channels_last = !plain;
+    strides_.assign(strides, strides + dim_);
+    return true;
+  }
+
+  int64_t dim_;
+  Tensor like_;
+  bool converted_ = false;
+  std::vector<int64_t> sizes_, strides_;
+  std::vector<Tensor> copies_;
+  int64_t rows_ = INT64_MAX;
+};
+
+}  // namespace batchnorm

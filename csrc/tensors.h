@@ -1,0 +1,141 @@
+// Tensors through torch's stable ABI: their dtypes, their memory, and new ones.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace batchnorm {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// ---- reading arguments ---------------------------------------------------------------------------------------------
+
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+// The dtype codes of this torch, read once.
+struct Codes {
+  int32_t by_dtype[kDTypes] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                               aoti_torch_dtype_float16()};
+  int32_t int64 = aoti_torch_dtype_int64();
+  int32_t cpu = aoti_torch_device_type_cpu();
+};
+inline const Codes& codes() {
+  static const Codes read;
+  return read;
+}
+
+inline int32_t code_of(DType dtype) { return codes().by_dtype[static_cast<int>(dtype)]; }
+
+inline DType floating(const char* name, const Tensor& t) {
+  const int32_t code = dtype_code(t);
+  for (int i = 0; i < kDTypes; ++i) {
+    if (code == codes().by_dtype[i]) return static_cast<DType>(i);
+  }
+  STD_TORCH_CHECK(false, "batchnorm expects ", name, " of dtype float64, float32, bfloat16 or float16, got ",
+                  torch::headeronly::toString(t.scalar_type()), ". Convert it with .to().");
+}
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
+
+// Takes ownership of the string, as operators do.
+inline Activation activation_of(StringHandle handle) {
+  static constexpr const char* kNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"};
+  const char* name = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
+  int found = -1;
+  for (int i = 0; i < 7; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) found = i;
+  }
+  const std::string unknown = found < 0 ? name : "";
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  STD_TORCH_CHECK(found >= 0, "batchnorm expects activation to be one of none, relu, relu6, leaky_relu, silu, gelu, ",
+                  "hardswish, got '", unknown, "'.");
+  return static_cast<Activation>(found);
+}
+
+// ---- allocation and layout -----------------------------------------------------------------------------------------
+
+inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t code) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, codes().cpu, -1, &made));
+  return Tensor(made);
+}
+
+// Asks for huge pages where a large result lies: new memory is then faulted in 2 MB at a time rather than 4 KB, which
+// would take longer than computing what goes there. Only advice; where it is not heeded nothing is lost.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes < int64_t{8} << 20) return;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge,
+                  last = (begin + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+inline Tensor empty_vector(int64_t n, DType dtype) {
+  const int64_t one = 1;
+  return empty(&n, &one, 1, code_of(dtype));
+}
+
+// [groups, c] with an index, else [c].
+inline Tensor empty_rows(bool rows, int64_t groups, int64_t c, DType dtype) {
+  const int64_t sizes[] = {groups, c}, strides[] = {c, 1};
+  return rows ? empty(sizes, strides, 2, code_of(dtype)) : empty_vector(c, dtype);
+}
+
+// Whether a tensor of these sizes and strides is dense in memory in the order of dimensions given by `at(i)`.
+template <class At>
+inline bool dense(const int64_t* sizes, const int64_t* strides, int64_t dim, const At& at) {
+  int64_t expected = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    const int64_t d = at(i);
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+inline bool contiguous(const int64_t* sizes, const int64_t* strides, int64_t dim) {
+  return dense(sizes, strides, dim, [](int64_t i) { return i; });
+}
+
+inline bool channels_last(const int64_t* sizes, const int64_t* strides, int64_t dim) {
+  // [n, s..., c]: dimension 1 comes last.
+  return dense(sizes, strides, dim, [dim](int64_t i) { return i == 0 ? 0 : i == dim - 1 ? 1 : i + 1; });
+}
+
+inline std::vector<int64_t> contiguous_strides(const int64_t* sizes, int64_t dim) {
+  std::vector<int64_t> strides(static_cast<size_t>(dim), 1);
+  for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
+  return strides;
+}
+
+inline Tensor copy_with(const Tensor& t, const std::vector<int64_t>& strides, int32_t code) {
+  Tensor copy = empty(t.sizes().data(), strides.data(), t.dim(), code);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), t.get(), 0));
+  return copy;
+}
+
+}  // namespace batchnorm
