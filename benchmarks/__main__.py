@@ -15,7 +15,7 @@ import click
 import torch
 
 import batchnorm
-from benchmarks import exactness, layers, memory, page_faults, peers, records, report, steps
+from benchmarks import exactness, family, fold, layers, memory, page_faults, peers, records, report, steps
 from benchmarks.options import Options
 
 HERE = Path(__file__).parent
@@ -49,7 +49,11 @@ SECTIONS = {
     "exactness": Section(exactness.KEY, exactness.measure_exactness, _DEFAULT),
     "memory": Section(memory.KEY, memory.measure_memory, _DEFAULT),
     "page-faults": Section(page_faults.KEY, page_faults.measure_page_faults, page_faults.settings()),
+    "family": Section(family.KEY, family.measure_family, {"kept": records.ALLOCATORS["kept"]}),
     "steps": Section(steps.KEY, steps.measure_steps, _BOTH),
+    "fold": Section(fold.KEY, fold.measure_fold, _DEFAULT),
+    "fold-photographs": Section(fold.PHOTOGRAPHS_KEY, fold.measure_photographs, _DEFAULT),
+    "fold-speed": Section(fold.SPEED_KEY, fold.measure_speed, {"kept": records.ALLOCATORS["kept"]}),
 }
 
 
@@ -84,7 +88,9 @@ def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path
 @click.option("--rounds", type=click.IntRange(2), default=30, help="Alternations of a network's training step.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="That everyone computes with.")
 @click.option(
-    "--only", default="", help="Of single layers, those described by this, such as '32×64×56×56, channels-last'."
+    "--only",
+    default="",
+    help="Of single layers, those described by this, such as '32×64×56×56, channels-last'; of networks, one name.",
 )
 @click.option("--here", hidden=True)
 def main(

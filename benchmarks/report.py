@@ -15,7 +15,10 @@ from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TOR
 from benchmarks.records import Row, select
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
-FILES = ("layers", "sizes", "threads", "exactness", "memory", "page-faults", "steps")
+FILES = (
+    "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "fold", "fold-photographs",
+    "fold-speed",
+)  # fmt: skip
 
 Cells = Sequence[str]
 
@@ -172,6 +175,67 @@ def threads_markdown(rows: list[Row]) -> str:
     return markdown(("threads", *[f"{n}, ms" for n in names]), body)
 
 
+def family_markdown(rows: list[Row]) -> str:
+    """Return what each layer costs; in two processes, each works on its half of the batch."""
+    columns = list(dict.fromkeys((r["processes"], r["shape"]) for r in rows))
+    times = {(r["processes"], r["shape"], r["layer"]): f"{_ms(r['p50_ms'])} ({float(r['ratio']):.2f}×)" for r in rows}
+    names = list(dict.fromkeys(r["layer"] for r in rows))
+    heads = [f"{shape}, ms" if n == "1" else f"two processes, {shape} each, ms" for n, shape in columns]
+    return markdown(("layer", *heads), [[name, *[times.get((*c, name), "") for c in columns]] for name in names])
+
+
+def fold_markdown(rows: list[Row]) -> str:
+    """Return what became of each network's batch normalizations, under how many are within the target."""
+    met = sum(r["within_target"] == "True" for r in rows)
+    without = sum(r["remaining"] == r["fused"] == "0" for r in rows)
+    left = [r["network"] for r in rows if r["remaining"] != "0"]
+    beaten = sum(r["fx_failure"] != "" or int(r["fx_remaining"]) > int(r["remaining"]) + int(r["fused"]) for r in rows)
+    names = f" ({', '.join(left)})" if left else ""
+    text = (
+        f"{len(rows)} networks: {met} err by at most 10⁻⁵ or twice what they err unfolded; {without} run without any "
+        f"batch normalization, {len(rows) - without - len(left)} with some fused with what follows, {len(left)} with "
+        f"some left{names}. `torch.fx`'s fuse leaves more, or fails, in {beaten}.\n\n"
+    )
+    body = [
+        [
+            *(r[name] for name in ("network", "how", "batch_norms", "remaining", "fused")),
+            *(f"{float(r[name]):.1e}" for name in ("error", "error_unfolded")),
+            r["fx_remaining"] or f"fails ({r['fx_failure']})",
+            f"{float(r['fx_error']):.1e}" if r["fx_error"] else "",
+        ]
+        for r in rows
+    ]
+    head = ("network", "read by", "batch normalizations", "left", "fused", "error", "unfolded", "`torch.fx` leaves")
+    return text + markdown((*head, "its error"), body, 2)
+
+
+def fold_photographs_markdown(rows: list[Row]) -> str:
+    """Return how many photographs have the same five likeliest classes."""
+    head = ("network", "batch normalizations", "left", "smallest running variance", "error", "unfolded", "same top 5")
+    body = [
+        [
+            *(r[name] for name in ("network", "batch_norms", "remaining", "smallest_running_var")),
+            *(f"{float(r[name]):.1e}" for name in ("error", "error_unfolded")),
+            f"{r['same_top5']} of {r['photographs']}",
+        ]
+        for r in rows
+    ]
+    return markdown(head, body)
+
+
+def fold_speed_markdown(rows: list[Row]) -> str:
+    """Return the time of a forward pass by each contender, and how many times as fast as the network it is."""
+    names = list(dict.fromkeys(r["contender"] for r in rows))
+    body = []
+    for network in dict.fromkeys(r["network"] for r in rows):
+        own = {r["contender"]: r for r in select(rows, network=network)}
+        first = float(next(iter(own.values()))["p50_ms"])
+        times = [f"{_ms(own[n]['p50_ms'])} ({first / float(own[n]['p50_ms']):.2f}×)" if n in own else "" for n in names]
+        r = next(iter(own.values()))
+        body.append([f"{network}, {r['batch']}×3×{r['size']}×{r['size']}", *times])
+    return markdown(("network", *[f"{n}, ms" for n in names]), body)
+
+
 def write(out: Path, pictures_to: Path) -> None:
     """Print the tables, and write them to `out` as Markdown, and the pictures as PNG."""
     tables = {name: records.read(out / f"{name}.csv") for name in FILES if (out / f"{name}.csv").exists()}
@@ -191,6 +255,10 @@ def write(out: Path, pictures_to: Path) -> None:
         "steps": steps_markdown,
         "page-faults": page_faults_markdown,
         "threads": threads_markdown,
+        "fold": fold_markdown,
+        "fold-photographs": fold_photographs_markdown,
+        "fold-speed": fold_speed_markdown,
+        "family": family_markdown,
     }
     texts |= {name: teller(tables[name]) for name, teller in tellers.items() if tables.get(name)}
     for name, text in texts.items():

@@ -65,6 +65,8 @@ PUBLIC_NAMES = {
     "__version__",
     "backends",
     "convert",
+    "fold",
+    "fold_onnx",
     "freeze",
     "functional",
     "keep_domain",

@@ -6,6 +6,7 @@ import click
 
 from batchnorm.cli.command import OneLineGroup
 from batchnorm.cli.compare import compare
+from batchnorm.cli.fold import fold
 
 
 @click.group(
@@ -17,9 +18,10 @@ from batchnorm.cli.compare import compare
 @click.version_option(package_name="batchnorm")
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Batch normalization: experiments that show what it does."""
+    """Batch normalization: experiments that show what it does, and networks without it."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
 app.add_command(compare)
+app.add_command(fold)

@@ -1,0 +1,227 @@
+"""The verb `fold`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchnorm.cli.command import OneLineCommand, OneLineError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from batchnorm.surgery.fold import FoldReport
+
+Mistake = Callable[..., OneLineError]
+
+
+@click.command(cls=OneLineCommand)
+@click.argument("model", metavar="MODEL.pt2|MODEL.onnx|MODULE.PATH:CALLABLE")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.pth",
+    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
+)
+@click.option(
+    "--input",
+    "sizes",
+    multiple=True,
+    metavar="N,C,H,W",
+    help="Shape of an input, such as 1,3,224,224; once for each argument. Needed for a callable; a .pt2 holds its own "
+    "example, and an ONNX file says its sizes, or open ones are tried out.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="Where to write the folded network: .pt2 an exported program, .onnx, anything else torch.save of the module.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file, if there is one.")
+@click.pass_context
+def fold(
+    ctx: click.Context, /, model: str, weights: Path | None, sizes: tuple[str, ...], output: Path, overwrite: bool
+) -> None:
+    r"""Write a network without batch normalization, for inference, and print what went where.
+
+    \b
+    Examples:
+      batchnorm fold model.pt2 -o folded.pt2
+      batchnorm fold net:build --weights net.pth --input 1,3,224,224 -o folded.pt2
+      batchnorm fold model.onnx -o folded.onnx
+    """
+
+    def mistake(message: str, cause: BaseException | None = None) -> OneLineError:
+        return OneLineError(ctx.command_path, message if cause is None else f"{message}: {_told(cause)}")
+
+    if output.exists() and not overwrite:
+        raise mistake(f"{output} must not exist yet. Choose another name, or give --overwrite.")
+    if not output.parent.is_dir():
+        raise mistake(f"{output} must be in a directory that exists, but {output.parent} is none. Make it first.")
+    shapes = [_shape(text, mistake) for text in sizes]
+    if model.endswith(".onnx"):
+        if weights is not None:
+            raise mistake("--weights goes with a callable; an ONNX file holds its weights. Leave it out.")
+        report = _fold_onnx(Path(model), shapes, output, mistake)
+    else:
+        report = _fold_torch(model, weights, shapes, output, mistake)
+    click.echo(str(report))
+    click.echo(f"\nWritten: {output}")
+
+
+def _fold_torch(
+    model: str, weights: Path | None, shapes: list[tuple[int, ...]], output: Path, mistake: Mistake
+) -> FoldReport:
+    from batchnorm.surgery.fold import FoldError
+    from batchnorm.surgery.fold import fold as fold_network
+
+    if output.suffix == ".onnx":
+        raise mistake(f"{output} must not be .onnx for a network of PyTorch. Fold it to .pt2 or export it first.")
+    example: tuple[Tensor, ...] = ()
+    if model.endswith(".pt2"):
+        if weights is not None:
+            raise mistake("--weights goes with a callable; a .pt2 file holds its weights. Leave it out.")
+        network, example = _program(Path(model), mistake)
+    else:
+        network = _built(model, mistake)
+        if weights is not None:
+            _load(network, weights, mistake)
+    inputs = tuple(_random(shape, network) for shape in shapes) or example
+    if not inputs:
+        raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
+    try:
+        folded, report = fold_network(network, inputs)
+    except (ValueError, TypeError, FoldError) as error:
+        raise mistake(str(error)) from error
+    try:
+        _write(output, folded, inputs)
+    except Exception as error:
+        raise mistake(f"{output} could not be written", error) from error
+    return report
+
+
+def _fold_onnx(model: Path, shapes: list[tuple[int, ...]], output: Path, mistake: Mistake) -> FoldReport:
+    from batchnorm.surgery.fold import FoldError
+    from batchnorm.surgery.fold_onnx import fold_onnx
+
+    if output.suffix != ".onnx":
+        raise mistake(f"{output} must end in .onnx, as {model} does. Change the name.")
+    try:
+        return fold_onnx(model, output, inputs=shapes).report
+    except (ModuleNotFoundError, ValueError, FoldError) as error:
+        raise mistake(str(error)) from error
+    except OSError as error:
+        raise mistake(f"{output} could not be written", error) from error
+
+
+def _random(shape: tuple[int, ...], network: nn.Module) -> Tensor:
+    """Of the network's own type."""
+    import torch
+
+    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return torch.randn(shape).to(next(floating, torch.float32))
+
+
+def _shape(text: str, mistake: Mistake) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise mistake(f"--input must be positive numbers with commas between, got {text!r}. Write such as 1,3,224,224.")
+    return shape
+
+
+def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The module of an exported program, and the example that it was exported with."""
+    import torch
+
+    from batchnorm.graph.tracing import from_program
+
+    if not path.is_file():
+        raise mistake(f"{path} must be a file of torch.export.save, but there is none. Check the path.")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise mistake(f"{path} must be a file of torch.export.save, but loading it failed", error) from error
+    args, kwargs = program.example_inputs or ((), {})
+    if kwargs or not all(isinstance(x, torch.Tensor) for x in args):
+        raise mistake(f"{path} must take tensors by position alone. Export it so, or fold it in Python.")
+    return from_program(program), tuple(args)
+
+
+def _built(model: str, mistake: Mistake) -> nn.Module:
+    from torch import nn
+
+    path, colon, name = model.partition(":")
+    if not (colon and path and name):
+        raise mistake(
+            f"the model must be a .pt2 or .onnx file or module.path:callable, got {model!r}. For a function build in "
+            "the file net.py, write net:build."
+        )
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(path)
+        for attribute in name.split("."):
+            target = getattr(target, attribute)
+        network = target if isinstance(target, nn.Module) else target()
+    except Exception as error:
+        raise mistake(
+            f"{model} must be a callable that returns the network without arguments, but it failed", error
+        ) from error
+    finally:
+        sys.path[:] = before
+    if not isinstance(network, nn.Module):
+        raise mistake(f"{model} must return a torch.nn.Module, got {type(network).__name__}. Return the network.")
+    return network
+
+
+def _load(network: nn.Module, weights: Path, mistake: Mistake) -> None:
+    import torch
+
+    try:
+        held = torch.load(weights, map_location="cpu", weights_only=True)
+        network.load_state_dict(held)
+    except Exception as error:
+        raise mistake(f"{weights} must be the state_dict of the network, saved with torch.save, but", error) from error
+
+
+def _write(output: Path, folded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A whole file or none: written beside its place, then moved there."""
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix=".fold-", dir=output.parent) as folder:
+        part = Path(folder) / output.name
+        if output.suffix == ".pt2":
+            torch.export.save(_exported(folded, inputs), part)
+        else:
+            torch.save(folded, part)
+        os.replace(part, output)
+
+
+def _exported(folded: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The program, with every size open that can be."""
+    import torch
+
+    example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
+    shapes = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in example)
+    try:
+        return torch.export.export(folded, example, dynamic_shapes=shapes)
+    except Exception:  # it holds for these sizes alone
+        return torch.export.export(folded, inputs)
+
+
+def _told(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"

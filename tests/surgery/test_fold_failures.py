@@ -1,0 +1,142 @@
+"""Folds that must be refused, mistakes, and failures in the middle, after which the model is as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.surgery.fold import fold, folding, verify
+from batchnorm.surgery.fold.report import FoldError
+from tests.surgery.test_fold import IMAGE, assert_equal, trained
+
+
+def test_a_weight_beyond_its_dtype_is_not_folded() -> None:
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6))).half()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[1].weight.fill_(1e3)
+        model[1].running_var.fill_(1e-4)
+        model[1].running_mean.zero_()
+    _, report = fold(model, torch.randn(2, 4, 5, 5).half() * 1e-3)
+    assert report.remaining == 1
+    assert "must be finite in torch.float16" in report.left[0].reason
+
+
+def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(
+        nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 3), nn.BatchNorm2d(3))
+    )
+    into = folding.Plan.back.__func__
+
+    def wrong(cls, network, node):
+        plan = into(cls, network, node)
+        for key, state in plan.states.items():
+            if isinstance(state, verify.Constant) or getattr(state, "weight", None) is None:
+                continue
+            if state.weight.shape[0] == 6:
+                plan.states[key] = type(state)(**{**vars(state), "weight": state.weight * 1.01})
+        return plan
+
+    monkeypatch.setattr(folding.Plan, "back", classmethod(wrong))
+    folded, report = fold(model, torch.randn(IMAGE))
+    assert [(row.path, row.now) for row in report.changed] == [("1", "fused with relu"), ("4", "in 3")]
+    assert "folding it errs by" in report.changed[0].reason
+    assert_equal(folded, model, torch.randn(IMAGE))
+
+
+def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())).train()
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(folding._Checked, "error", lambda *_: verify.Error(1e-7, 0.5))
+    with pytest.raises(FoldError, match="must give the original's results, but errs by 5.0e-01"):
+        fold(model, torch.randn(IMAGE), inplace=True)
+    assert type(model) is nn.Sequential
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "error", "text"),
+    [
+        ("net.pth", torch.randn(IMAGE), TypeError, "model must be a torch.nn.Module that is not scripted, got str"),
+        (nn.BatchNorm2d(3), 3, TypeError, "example_inputs must be a tensor, a tuple of arguments or a dict"),
+        (nn.BatchNorm2d(3), torch.randn(2, 4, 5, 5), ValueError, "must be what the model takes, but calling it raised"),
+    ],
+)
+def test_a_mistake_is_told(model, inputs, error, text: str) -> None:
+    with pytest.raises(error, match=text):
+        fold(model, inputs)
+
+
+def test_a_model_that_cannot_be_copied_is_told() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model.kept = model(torch.randn(IMAGE))
+    with pytest.raises(ValueError, match=r"model must be one that copy\.deepcopy copies, but that raised RuntimeError"):
+        fold(model, torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (folding.tracing, "trace"), (folding.verify, "try_plan"),
+        (folding.Plan, "carry_out"), (folding.Emitter, "emit"), (folding._Checked, "error"),
+        (folding, "count_batch_norms"), (folding.copy, "deepcopy"),
+    ],
+)  # fmt: skip
+def test_a_failure_anywhere_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, where: object, name: str, inplace: bool
+) -> None:
+    class Noisy(nn.Module):
+        """Draws random numbers, and keeps count of its calls in a buffer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x + 0.0 * torch.rand(1)
+
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+    model = trained(nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU(), Noisy(), nn.Conv2d(6, 2, 1)))
+    model[1].train()
+    hook = model[2].register_forward_hook(lambda *_: None)
+    x = torch.randn(IMAGE)
+    state, tensors, given = copy.deepcopy(model.state_dict()), list(model.parameters()), x.clone()
+    modes, random_state = [m.training for m in model.modules()], torch.get_rng_state()
+
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, fails)
+        with pytest.raises((MemoryError, ValueError), match="no memory"):
+            fold(model, x, inplace=inplace)
+    assert type(model) is nn.Sequential
+    assert [m.training for m in model.modules()] == modes
+    assert list(model[2]._forward_hooks) == [hook.id]
+    assert all(p is q for p, q in zip(model.parameters(), tensors, strict=True))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(x, given)
+    folded, report = fold(model, x, inplace=inplace)  # and it can still be folded
+    assert report.remaining == 0
+    assert (folded is model) is inplace
+
+
+def test_data_that_the_model_changes_in_place_stays() -> None:
+    class Scales(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2.0)
+
+    model, x = trained(nn.Sequential(Scales(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))), torch.randn(IMAGE)
+    given = x.clone()
+    folded, report = fold(model, x)
+    assert report.remaining == 0
+    assert torch.equal(x, given)
+    with torch.no_grad():
+        assert torch.allclose(folded(x.clone()), model(x.clone()), atol=1e-5)
