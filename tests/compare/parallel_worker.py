@@ -35,8 +35,11 @@ def build(norm: object, in_shape: tuple[int, ...], num_classes: int) -> nn.Modul
 
 
 if __name__ == "__main__":
+    calls = json.loads(sys.argv[1])
+    if len(calls) > 1:  # else every comparison would make the group anew, with the store that the one before has used
+        dist.init_process_group("gloo")
     said = []
-    for words in json.loads(sys.argv[1]):
+    for words in calls:
         out, err = io.StringIO(), io.StringIO()
         code: object = None
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -45,4 +48,4 @@ if __name__ == "__main__":
             except SystemExit as ended:
                 code = ended.code
         said.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
-    Path(f"said{os.environ['RANK']}.json").write_text(json.dumps(said))
+    Path(f"said{len(calls)}-{os.environ['RANK']}.json").write_text(json.dumps(said))

@@ -30,29 +30,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "clusters.npz", **small_arrays())
     (folder / "kept").mkdir()
     (folder / "kept" / "summary.json").write_text("kept")
-    calls = [
-        ["--norms", "none", "sync", "--out", "out", *COMMON],
+    whole = [["--norms", "none", "sync", "--out", "out", *COMMON]]
+    mistaken = [
         ["--norms", "none", "--out", "kept", *COMMON],
         ["--norms", "none", "--out", "new", "--data", "said.npz", *TRAINING],
         ["--norms", "none", "--out", "new", "--model", "tests.compare.parallel_worker:build", *COMMON],
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(parallel_worker.__file__), json.dumps(calls)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    for calls in (whole, mistaken):
+        done = subprocess.run(
+            [*torchrun, str(parallel_worker.__file__), json.dumps(calls)],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """What the first and the second process said in each call."""
-    first, second = (json.loads((folder / f"said{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (
+        [each for calls in (1, 3) for each in json.loads((folder / f"said{calls}-{rank}.json").read_text())]
+        for rank in (0, 1)
+    )
     return list(zip(first, second, strict=True))
 
 
