@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 PUBLIC_NAMES = {
     "accelerate",
+    "diagnose",
     "drop_redundant_bias",
     "insert_batchnorm",
     "parameter_groups",

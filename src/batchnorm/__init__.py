@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from batchnorm import functional, nn
+from batchnorm.doctor import diagnose
 from batchnorm.moments import Moments
 from batchnorm.nn import (
     BatchNorm,
@@ -113,6 +114,7 @@ __all__ = [
     "accelerate",
     "backends",
     "convert",
+    "diagnose",
     "drop_redundant_bias",
     "fold",
     "fold_onnx",

@@ -104,11 +104,14 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["net_for_fold", "-o", "f.pt2"], "must be a .pt2 or .onnx file or module.path:callable, got 'net_for_fold'"),
-        (["net_for_fold:absent", "-o", "f.pt2"], "it failed: AttributeError"),
+        (
+            ["net_for_fold", "-o", "f.pt2"],
+            "the model, if no .pt2 or .onnx file, must be module.path:callable, got 'net_for_fold'",
+        ),
+        (["net_for_fold:absent", "-o", "f.pt2"], "could not be imported: AttributeError"),
         (["net_for_fold:broken", "-o", "f.pt2"], "it failed: KeyError: 'width'"),
         (["net_for_fold:number", "-o", "f.pt2"], "it failed: TypeError"),
-        (["no_such_module_here:build", "-o", "f.pt2"], "it failed: ModuleNotFoundError"),
+        (["no_such_module_here:build", "-o", "f.pt2"], "could not be imported: ModuleNotFoundError"),
         (["net_for_fold:build", "-o", "f.pt2"], "--input must give the shape of an input, got none"),
         (["net_for_fold:build", "--input", "1,x", "-o", "f.pt2"], "--input must be positive numbers with commas"),
         (["net_for_fold:build", "--input", "1,3,0,8", "-o", "f.pt2"], "--input must be positive numbers with commas"),

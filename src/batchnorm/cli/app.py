@@ -6,7 +6,9 @@ import click
 
 from batchnorm.cli.command import OneLineGroup
 from batchnorm.cli.compare import compare
+from batchnorm.cli.doctor import doctor
 from batchnorm.cli.fold import fold
+from batchnorm.cli.inspect import inspect
 
 
 @click.group(
@@ -25,3 +27,5 @@ def app(ctx: click.Context) -> None:
 
 app.add_command(compare)
 app.add_command(fold)
+app.add_command(doctor)
+app.add_command(inspect)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from batchnorm.cli.command import OneLineCommand, OneLineError
+from batchnorm.cli import loading
+from batchnorm.cli.command import OneLineCommand
+from batchnorm.cli.loading import Mistake, mistakes_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from batchnorm.surgery.fold import FoldReport
-
-Mistake = Callable[..., OneLineError]
 
 
 @click.command(cls=OneLineCommand)
@@ -60,10 +57,7 @@ def fold(
       batchnorm fold net:build --weights net.pth --input 1,3,224,224 -o folded.pt2
       batchnorm fold model.onnx -o folded.onnx
     """
-
-    def mistake(message: str, cause: BaseException | None = None) -> OneLineError:
-        return OneLineError(ctx.command_path, message if cause is None else f"{message}: {_told(cause)}")
-
+    mistake = mistakes_of(ctx)
     if output.exists() and not overwrite:
         raise mistake(f"{output} must not exist yet. Choose another name, or give --overwrite.")
     if not output.parent.is_dir():
@@ -93,9 +87,7 @@ def _fold_torch(
             raise mistake("--weights goes with a callable; a .pt2 file holds its weights. Leave it out.")
         network, example = _program(Path(model), mistake)
     else:
-        network = _built(model, mistake)
-        if weights is not None:
-            _load(network, weights, mistake)
+        network = loading.network(model, weights, mistake, "the model, if no .pt2 or .onnx file,")
     inputs = tuple(_random(shape, network) for shape in shapes) or example
     if not inputs:
         raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
@@ -160,43 +152,6 @@ def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...
     return from_program(program), tuple(args)
 
 
-def _built(model: str, mistake: Mistake) -> nn.Module:
-    from torch import nn
-
-    path, colon, name = model.partition(":")
-    if not (colon and path and name):
-        raise mistake(
-            f"the model must be a .pt2 or .onnx file or module.path:callable, got {model!r}. For a function build in "
-            "the file net.py, write net:build."
-        )
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
-    try:
-        target: Any = importlib.import_module(path)
-        for attribute in name.split("."):
-            target = getattr(target, attribute)
-        network = target if isinstance(target, nn.Module) else target()
-    except Exception as error:
-        raise mistake(
-            f"{model} must be a callable that returns the network without arguments, but it failed", error
-        ) from error
-    finally:
-        sys.path[:] = before
-    if not isinstance(network, nn.Module):
-        raise mistake(f"{model} must return a torch.nn.Module, got {type(network).__name__}. Return the network.")
-    return network
-
-
-def _load(network: nn.Module, weights: Path, mistake: Mistake) -> None:
-    import torch
-
-    try:
-        held = torch.load(weights, map_location="cpu", weights_only=True)
-        network.load_state_dict(held)
-    except Exception as error:
-        raise mistake(f"{weights} must be the state_dict of the network, saved with torch.save, but", error) from error
-
-
 def _write(output: Path, folded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """A whole file or none: written beside its place, then moved there."""
     import torch
@@ -220,8 +175,3 @@ def _exported(folded: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Exp
         return torch.export.export(folded, example, dynamic_shapes=shapes)
     except Exception:  # it holds for these sizes alone
         return torch.export.export(folded, inputs)
-
-
-def _told(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:300]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import batchnorm
 from batchnorm.compare import models, parallel
 from batchnorm.compare.data import Data, load
 from batchnorm.compare.measurements import FirstActivation
@@ -341,7 +341,7 @@ def _facts(settings: Settings, data: Data, processes: Processes) -> dict[str, An
             "scaling": data.scaling,
         },
         "environment": {
-            "batchnorm": batchnorm.__version__,
+            "batchnorm": importlib.metadata.version("batchnorm"),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "processor": _processor(),

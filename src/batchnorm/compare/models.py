@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-import batchnorm
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.norms import Norm
 
@@ -166,7 +165,7 @@ def blame(model: str, occasion: str, of: str = "the model") -> Iterator[None]:
 
 def _innermost_frame_of_the_user(error: BaseException) -> traceback.FrameSummary | None:
     """Returns the innermost place that is neither in torch nor in this package."""
-    libraries = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in (torch, batchnorm))
+    libraries = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
     frames = reversed(traceback.extract_tb(error.__traceback__))
     return next((frame for frame in frames if not frame.filename.startswith(libraries)), None)
 

@@ -1,0 +1,166 @@
+"""The verb `doctor`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchnorm.cli.command import OneLineCommand, OneLineError
+from batchnorm.cli.loading import Mistake, imported, mistakes_of, network
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LEVELS = ("note", "warning", "error")
+_PIPED = 120  # columns, where there is no terminal
+
+
+@click.command(cls=OneLineCommand)
+@click.argument("model", metavar="MODULE.PATH:CALLABLE")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.pth",
+    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
+)
+@click.option(
+    "--data",
+    metavar="MODULE.PATH:CALLABLE|FILE.npz",
+    help="Batches as the model is trained on: a callable that returns an iterable of them, or a file with x and, if "
+    "there are targets, y (or x_train and y_train), which is shuffled.",
+)
+@click.option(
+    "--loss",
+    metavar="cross-entropy|mse|MODULE.PATH:CALLABLE",
+    help="Called with output and target. Without it costs are changes of the output.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="For FILE.npz.")
+@click.option(
+    "--max-samples", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="Data to read."
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Passes over the data for single layers, beside the three for all.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the diagnosis as JSON.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.json|FILE.txt",
+    help="Write the diagnosis to a file too.",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(_LEVELS),
+    default="error",
+    show_default=True,
+    help="Exit with 1 where a finding is at least this.",
+)
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    /,
+    model: str,
+    weights: Path | None,
+    data: str | None,
+    loss: str | None,
+    batch_size: int,
+    max_samples: int,
+    budget: int,
+    as_json: bool,
+    output: Path | None,
+    fail_on: str,
+) -> None:
+    r"""Say what is wrong with the batch normalization of a network, with evidence and repair.
+
+    Exits with 0 where it is healthy, with 1 where there are findings (see --fail-on), with 2 after a mistake.
+
+    \b
+    Examples:
+      batchnorm doctor net:build --weights net.pth
+      batchnorm doctor net:build --weights net.pth --data net:loader --loss cross-entropy
+      batchnorm doctor net:build --data mine.npz --fail-on warning --json
+    """
+    from batchnorm.doctor import Severity, diagnose
+
+    mistake = mistakes_of(ctx)
+    if output is not None and output.suffix not in (".json", ".txt"):
+        raise mistake(f"--output must end in .json or .txt, got {output}. Change the name.")
+    built = network(model, weights, mistake)
+    batches = None if data is None else _batches(data, batch_size, mistake)
+    criterion = None if loss is None else _loss(loss, mistake)
+    try:
+        found = diagnose(
+            built,
+            batches,
+            loss=criterion,
+            max_samples=max_samples,
+            budget=budget,
+            progress=sys.stderr.isatty() and find_spec("rich") is not None,
+        )
+    except Exception as error:
+        told = str(error) if str(error).startswith("diagnose ") else None
+        raise (mistake(told) if told else mistake("the model could not be run on the data", error)) from error
+    if output is not None:
+        try:
+            found.save(output)
+        except OSError as error:
+            raise mistake(f"{output} could not be written", error) from error
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        console().print(found)
+    if found.worst is not None and found.worst >= Severity[fail_on.upper()]:
+        ctx.exit(1)
+
+
+def console(piped: int = _PIPED) -> Console:
+    """Standard output, with so many columns where it is no terminal."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError as error:
+        raise OneLineError(
+            click.get_current_context().command_path,
+            "rich, which prints it, is not installed. Run pip install 'batchnorm[doctor]', or give --json.",
+        ) from error
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=piped)
+
+
+def _batches(data: str, batch_size: int, mistake: Mistake) -> Any:
+    if not data.endswith(".npz"):
+        made = imported(data, "--data", mistake)
+        try:
+            return made() if callable(made) else made
+        except Exception as error:
+            raise mistake(f"{data} must return batches when called without arguments, but it failed", error) from error
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(data, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+    except Exception as error:
+        raise mistake(f"{data} must be a file of numpy.savez, but", error) from error
+    x = arrays.get("x", arrays.get("x_train"))
+    y = arrays.get("y", arrays.get("y_train"))
+    if x is None or (y is not None and len(x) != len(y)):
+        raise mistake(f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}.")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
+    split = [part.split(batch_size) for part in parts]
+    return list(split[0]) if y is None else list(zip(*split, strict=True))
+
+
+def _loss(words: str, mistake: Mistake) -> Any:
+    from torch.nn import functional as F
+
+    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(words) or imported(words, "--loss", mistake)

@@ -1,0 +1,67 @@
+"""The verb `inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from batchnorm.cli.command import OneLineCommand
+from batchnorm.cli.doctor import console
+from batchnorm.cli.loading import Mistake, mistakes_of, network
+
+_PIPED = 240  # columns, where there is no terminal
+
+
+@click.command(cls=OneLineCommand)
+@click.argument("model", metavar="MODULE.PATH:CALLABLE")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.pth",
+    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
+)
+@click.option(
+    "--input",
+    "size",
+    metavar="N,C,H,W",
+    help="Shape of the input, such as 1,3,224,224, to see where each layer stands. Without it common ones are tried.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@click.pass_context
+def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str | None, as_json: bool) -> None:
+    r"""Print every layer of batch normalization: where it stands, its settings, and the ranges of what it holds.
+
+    \b
+    Examples:
+      batchnorm inspect net:build --weights net.pth --input 1,3,224,224
+    """
+    from batchnorm.doctor.inspection import inspect_layers
+
+    mistake = mistakes_of(ctx)
+    built = network(model, weights, mistake)
+    try:
+        layers = inspect_layers(built, None if size is None else _random(size, mistake))
+    except (TypeError, ValueError) as error:
+        raise mistake(str(error)) from error
+    if as_json:
+        click.echo(json.dumps([asdict(layer) for layer in layers], indent=2))
+    else:
+        shown = console(piped=_PIPED)
+        from batchnorm.doctor.terminal import layer_table
+
+        shown.print(layer_table(layers))
+
+
+def _random(size: str, mistake: Mistake) -> object:
+    import torch
+
+    try:
+        shape = tuple(int(part) for part in size.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise mistake(f"--input must be positive numbers with commas between, got {size!r}. Write such as 1,3,224,224.")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,76 @@
+"""What several verbs are given: a network, its weights, and other things that a callable makes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchnorm.cli.command import OneLineError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Mistake = Callable[..., OneLineError]
+
+
+def mistakes_of(ctx: click.Context) -> Mistake:
+    """Makes the error of a command from a message and, if there is one, its cause."""
+
+    def mistake(message: str, cause: BaseException | None = None) -> OneLineError:
+        return OneLineError(ctx.command_path, message if cause is None else f"{message}: {_told(cause)}")
+
+    return mistake
+
+
+def imported(words: str, what: str, mistake: Mistake) -> Any:
+    """What `module.path:name` names; modules of the current directory are found."""
+    path, colon, name = words.partition(":")
+    if not (colon and path and name):
+        raise mistake(
+            f"{what} must be module.path:callable, got {words!r}. For a function build in the file net.py, write "
+            "net:build."
+        )
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(path)
+        for attribute in name.split("."):
+            target = getattr(target, attribute)
+    except Exception as error:
+        raise mistake(f"{what} {words} could not be imported", error) from error
+    finally:
+        sys.path[:] = before
+    return target
+
+
+def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the model") -> nn.Module:
+    """The network that `module.path:callable` is or returns, with these weights."""
+    import torch
+    from torch import nn
+
+    target = imported(words, what, mistake)
+    try:
+        model = target if isinstance(target, nn.Module) else target()
+    except Exception as error:
+        raise mistake(f"{words} must return the network when called without arguments, but it failed", error) from error
+    if not isinstance(model, nn.Module):
+        raise mistake(f"{words} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
+    if weights is not None:
+        try:
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise mistake(
+                f"{weights} must be the state_dict of the network, saved with torch.save, but", error
+            ) from error
+    return model
+
+
+def _told(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"

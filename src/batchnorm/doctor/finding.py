@@ -1,0 +1,66 @@
+"""What the doctor says: findings, how sure they are, and what could not be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+
+class Severity(IntEnum):
+    """How much a finding matters, by what it was measured to do."""
+
+    NOTE = 1
+    WARNING = 2
+    ERROR = 3
+
+    @property
+    def label(self) -> str:
+        """`note`, `warning` or `error`."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with, or worth knowing about, the batch normalization of a model.
+
+    Attributes:
+        code: Stable name of the rule, such as `BN102`; the documentation has a page for each.
+        title: What is the matter, in a few words.
+        severity: Note, warning or error; above note only by an effect that was measured, or that is certain.
+        paths: The layers concerned, in the model's order; worst first where they are ranked.
+        summary: One line with the figures that matter most.
+        evidence: Further lines, each with figures.
+        repair: Code to paste.
+        confidence: `certain` for what follows from the model itself; `high`, `medium` or `low` by how much data
+            there were. What is low is never an error.
+        cost: What it costs as measured, such as `{"loss": 0.83}`; empty where that cannot be measured.
+        figures: The evidence for programs.
+    """
+
+    code: str
+    title: str
+    severity: Severity
+    paths: tuple[str, ...]
+    summary: str
+    evidence: tuple[str, ...] = ()
+    repair: str = ""
+    confidence: str = "certain"
+    cost: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """A rule that could not be applied.
+
+    Attributes:
+        code: Of the rule.
+        title: What it looks for.
+        reason: Why it could not be applied, and what it would need.
+    """
+
+    code: str
+    title: str
+    reason: str

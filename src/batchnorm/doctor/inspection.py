@@ -1,0 +1,94 @@
+"""The table of a model's layers, without a diagnosis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.doctor.facts import LayerFacts, facts_of
+from batchnorm.doctor.probe import Probe
+from batchnorm.graph import Inputs
+from batchnorm.recalibrate.batches import device_of, eager
+from batchnorm.recalibrate.progress import Bar
+from batchnorm.walk import norm_layers, restored
+
+
+def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerFacts, ...]:
+    """The facts of every layer of batch normalization, in the model's order; the model is left as it is.
+
+    Args:
+        model: The network.
+        example_inputs: What it is called with, as a tensor, a tuple or a dict of arguments, to see where each layer
+            stands. Without it common sizes are tried.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has no batch normalization, or layers that have not seen their first batch.
+
+    Examples:
+        >>> (layer,) = inspect_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+        >>> layer.path, layer.after, layer.before, layer.foldable
+        ('1', '0 (conv2d)', 'relu', True)
+    """
+    check_model("inspect_layers", model)
+    with restored(model, buffers=True), eager():
+        probe = Probe.of(model, None, 0, Bar())
+        for module in model.modules():
+            module.training = False
+        probe.look(guessed(model) if example_inputs is None else Inputs.of(example_inputs))
+    paths = {} if probe.trace is None else probe.trace.paths
+    return tuple(facts_of(layer, paths) for layer in probe.layers)
+
+
+def check_model(caller: str, model: Any) -> None:
+    """That it is a model with batch normalization to look at."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the model first.")
+    layers = norm_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{caller} expects a model with batch normalization, got {type(model).__name__} without any. A network "
+            "that is scripted or exported has no layers any more: look at it before."
+        )
+    lazy = [f.path for f in layers if any(is_lazy(t) for t in (*f.module.parameters(), *f.module.buffers()))]
+    if lazy:
+        raise ValueError(
+            f"{caller} expects layers that know their channels, got {lazy[0]!r}, which has not seen a batch. "
+            "Run the model once first."
+        )
+
+
+_SIZES = {
+    nn.Conv1d: ((64,), (1024,)),
+    nn.Conv2d: ((64, 64), (28, 28), (224, 224)),
+    nn.Conv3d: ((16, 32, 32), (32, 112, 112)),
+    nn.Linear: ((),),
+    nn.BatchNorm1d: ((), (64,)),
+    nn.BatchNorm2d: ((64, 64), (224, 224)),
+    nn.BatchNorm3d: ((16, 32, 32),),
+}
+
+
+@torch.no_grad()
+def guessed(model: nn.Module) -> Inputs | None:
+    """Random input of a size that the model takes, by its first layer."""
+    for layer in model.modules():
+        kind = next((kind for kind in _SIZES if isinstance(layer, kind)), None)
+        if kind is None:
+            continue
+        channels = next(getattr(layer, n) for n in ("in_channels", "in_features", "num_features") if hasattr(layer, n))
+        like: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
+        for sizes in _SIZES[kind]:
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(2, channels, *sizes, generator=generator)
+            x = x if like is None else x.to(device_of(model), like.dtype)
+            try:
+                model(x)
+            except Exception:  # it takes something else
+                continue
+            return Inputs((x,))
+        return None
+    return None

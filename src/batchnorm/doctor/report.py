@@ -1,0 +1,152 @@
+"""The diagnosis: prints, and goes to files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.doctor.facts import LayerFacts, facts_of
+from batchnorm.doctor.finding import Finding, NotChecked, Severity
+from batchnorm.doctor.probe import Probe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Grows by one when a field changes its meaning or goes; fields may be added without.
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong with the batch normalization of a model; prints as a report, in colour by rich's `print`.
+
+    Attributes:
+        model: The model's class.
+        findings: Worst first.
+        not_checked: Rules that could not be applied, with the reason.
+        layers: The facts of every layer, in the model's order.
+        samples: How many samples were looked at.
+        batches: In how many batches.
+    """
+
+    model: str
+    findings: tuple[Finding, ...]
+    not_checked: tuple[NotChecked, ...]
+    layers: tuple[LayerFacts, ...]
+    samples: int
+    batches: int
+
+    @classmethod
+    def of(cls, probe: Probe, findings: list[Finding], not_checked: list[NotChecked]) -> Diagnosis:
+        """From what was measured and what the rules made of it."""
+        paths = {} if probe.trace is None else probe.trace.paths
+        return cls(
+            type(probe.model).__name__,
+            tuple(findings),
+            tuple(not_checked),
+            tuple(facts_of(layer, paths) for layer in probe.layers),
+            0 if probe.data is None else probe.data.samples,
+            0 if probe.data is None else len(probe.data.sizes),
+        )
+
+    @property
+    def worst(self) -> Severity | None:
+        """The worst severity found; None where nothing was."""
+        return max((finding.severity for finding in self.findings), default=None)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing above a note was found."""
+        return self.worst is None or self.worst == Severity.NOTE
+
+    def summary(self) -> str:
+        """One line: how many findings of which severity, in what."""
+        number = Counter(finding.severity for finding in self.findings)
+        counted = [_number(number[s], s.label) for s in reversed(Severity) if number[s]]
+        data = f"{self.samples} samples in {_number(self.batches, 'batch')}" if self.batches else "without data"
+        return f"{self.model}: {', '.join(counted) or 'nothing found'}; {_number(len(self.layers), 'layer')}, {data}"
+
+    def __str__(self) -> str:
+        lines = [self.summary()]
+        for finding in self.findings:
+            sure = "" if finding.confidence == "certain" else f" [confidence {finding.confidence}]"
+            lines += ["", f"{finding.severity.label} {finding.code} {finding.title}{sure}", f"    {finding.summary}"]
+            lines += [f"    - {line}" for line in finding.evidence]
+            lines += [f"    > {line}" for line in finding.repair.splitlines()]
+        if self.not_checked:
+            lines += ["", "not checked:"]
+            lines += [f"    {rule.code} {rule.title}: {rule.reason}" for rule in self.not_checked]
+        return "\n".join(lines)
+
+    def __rich__(self) -> RenderableType:
+        """The same with colours, for rich's `print`."""
+        from batchnorm.doctor.terminal import rendered
+
+        return rendered(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the JSON; what is not finite is None."""
+        found: dict[str, Any] = _plain(
+            {
+                "schema": SCHEMA_VERSION,
+                "model": self.model,
+                "healthy": self.healthy,
+                "samples": self.samples,
+                "batches": self.batches,
+                "findings": [{**_fields(f), "severity": f.severity.label} for f in self.findings],
+                "not_checked": [_fields(rule) for rule in self.not_checked],
+                "layers": [asdict(layer) for layer in self.layers],
+            }
+        )
+        return found
+
+    def to_json(self) -> str:
+        """The diagnosis as JSON; its schema is in the documentation, its version in `schema`."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the diagnosis to a file: whole, or not at all.
+
+        Args:
+            path: Ends in `.json`, or in `.txt` for what it prints as.
+
+        Raises:
+            ValueError: the path ends in something else.
+        """
+        path = Path(path)
+        texts = {".json": self.to_json, ".txt": self.__str__}
+        if path.suffix not in texts:
+            raise ValueError(
+                f"Diagnosis.save expects a path that ends in .json or .txt, got {str(path)!r}. Change the name."
+            )
+        text = texts[path.suffix]() + "\n"
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+
+
+def _number(number: int, of: str) -> str:
+    ending = "" if number == 1 else "es" if of.endswith("ch") else "s"
+    return f"{number} {of}{ending}"
+
+
+def _fields(held: Finding | NotChecked) -> dict[str, Any]:
+    return {name: getattr(held, name) for name in held.__dataclass_fields__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

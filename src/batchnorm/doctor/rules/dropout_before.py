@@ -1,0 +1,48 @@
+"""BN111: dropout whose noise is in the running variance, and not in evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.layers import listed
+from batchnorm.doctor.probe import Probe
+from batchnorm.doctor.rules.cause import cause, suspects
+from batchnorm.doctor.rules.rule import Rule
+
+
+class DropoutBefore(Rule):
+    """The same batch with and without what is random in training."""
+
+    code = "BN111"
+    title = "dropout before batch normalization shifts its variance"
+    why = (
+        "Dropout keeps the mean and raises the variance, in training only. Running variances hold the raised one; in "
+        "evaluation the layer divides by too much, and so does every layer after it."
+    )
+    repair = "model, report = batchnorm.recalibrate(model, training_data)  # or dropout behind the last of these layers"
+    needs = ("data", "step")
+
+    def check(self, probe: Probe) -> Iterator[Finding]:
+        """By the deviation of the layers' inputs; severe by what the running statistics cost, if that is why."""
+        found = probe.random_scale
+        if not found:
+            return
+        worst = sorted(found, key=lambda layer: -abs(math.log(found[layer])))
+        severity, confidence, cost, evidence = Severity.NOTE, "certain", {}, []
+        if probe.off_by is not None:
+            evidence.append(f"with the running statistics against the population's: {probe.off_by}")
+            offs = suspects(probe, probe.off_by)
+            if offs and cause(probe, offs).kind == "dropout":
+                severity, confidence, cost = probe.off_by.severity, probe.off_by.confidence, probe.off_by.cost
+        yield self.finding(
+            severity,
+            [layer.path for layer in worst],
+            f"in training the input of {len(worst)} layers deviates by up to {found[worst[0]]:.2f} times as much: "
+            + listed(layer.path for layer in worst),
+            evidence=evidence,
+            confidence=confidence,
+            cost=cost,
+            scale={layer.path: found[layer] for layer in worst},
+        )

@@ -1,0 +1,59 @@
+"""BN201: running statistics that are still those of a new layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.probe import Probe
+from batchnorm.doctor.rules.rule import Rule
+
+
+class NeverUpdated(Rule):
+    """A counter at zero alone is a note: many published weights have it, with statistics that are right."""
+
+    code = "BN201"
+    title = "running statistics were never updated"
+    why = (
+        "A layer that only ever trained in evaluation mode, or whose buffers were not in the checkpoint, has mean 0 "
+        "and variance 1: in evaluation it does not normalize."
+    )
+    repair = "model, report = batchnorm.recalibrate(model, training_data)"
+
+    def check(self, probe: Probe) -> Iterator[Finding]:
+        """By the values first, then by the counters."""
+        new = [layer for layer in probe.measured if layer.is_new()]
+        trained = [layer for layer in new if _is_trained(layer)]
+        if trained:
+            by = probe.off_by
+            yield self.finding(
+                Severity.WARNING if by is None else by.severity,
+                [layer.path for layer in trained],
+                f"{len(trained)} trained layers have mean 0 and variance 1: {listed(layer.path for layer in trained)}",
+                evidence=[] if by is None else [f"with them against the population's statistics: {by}"],
+                confidence="medium" if by is None else by.confidence,
+                cost={} if by is None else by.cost,
+            )
+        untrained = [layer for layer in new if not _is_trained(layer)]
+        if untrained:
+            paths = [layer.path for layer in untrained]
+            yield self.finding(
+                Severity.NOTE, paths, f"{len(paths)} layers are as new: mean 0, variance 1, γ 1, β 0: {listed(paths)}"
+            )
+        uncounted = [layer for layer in probe.measured if layer.updates == 0 and not layer.is_new()]
+        if uncounted:
+            yield self.finding(
+                Severity.NOTE,
+                [layer.path for layer in uncounted],
+                f"{len(uncounted)} layers have statistics and count no update, as after loading from another framework",
+                repair="",
+            )
+
+
+def _is_trained(layer: Layer) -> bool:
+    weight, bias = getattr(layer.module, "weight", None), getattr(layer.module, "bias", None)
+    moved = isinstance(weight, torch.Tensor) and bool((weight != 1).any())
+    return moved or (isinstance(bias, torch.Tensor) and bool((bias != 0).any()))

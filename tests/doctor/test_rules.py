@@ -1,0 +1,227 @@
+"""Each planted defect is found by its rule, and healthy networks have nothing above a note."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import batchnorm
+from batchnorm.doctor import Diagnosis, Severity, diagnose
+from batchnorm.doctor.rules import RULES
+from tests.doctor.cases import HEALTHY, PLANTED, RELATED, healthy
+from tests.doctor.networks import Plain, batches, criterion, trained
+
+CODES = [rule.code for rule in RULES]
+
+
+def test_every_rule_has_a_planted_case_and_its_own_code() -> None:
+    assert set(PLANTED) == set(CODES)
+    assert len(set(CODES)) == len(CODES)
+
+
+@functools.cache
+def diagnosed(make) -> tuple[Diagnosis, Severity]:
+    case = make()
+    return diagnose(case.model, case.data, **case.options), case.severity
+
+
+def above_notes(diagnosis: Diagnosis) -> list[str]:
+    return [f"{f.code} {f.summary} {f.evidence}" for f in diagnosis.findings if f.severity > Severity.NOTE]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_planted_defect_is_found(code: str) -> None:
+    diagnosis, severity = diagnosed(PLANTED[code])
+    found = [finding for finding in diagnosis.findings if finding.code == code]
+    assert found, str(diagnosis)
+    assert max(finding.severity for finding in found) >= severity
+    assert all(finding.summary and finding.repair for finding in found)
+    errors = {finding.code for finding in diagnosis.findings if finding.severity == Severity.ERROR}
+    assert errors <= {code, *RELATED.get(code, set())}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_same_network_without_the_defect_is_healthy(code: str) -> None:
+    diagnosis, _ = diagnosed(HEALTHY.get(code, healthy))
+    assert above_notes(diagnosis) == []
+    if code != "BN101":  # there is always some gap, which is then a note
+        assert code not in {finding.code for finding in diagnosis.findings}
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "densenet", "transformers"])
+def test_trained_networks_of_several_kinds_are_healthy(name: str) -> None:
+    diagnosis = diagnose(trained(name), batches(6), loss=criterion)
+    assert above_notes(diagnosis) == []
+    assert len(diagnosis.layers) >= 10
+    assert diagnosis.samples == 384
+
+
+def test_without_a_loss_nothing_is_an_error_by_its_effect() -> None:
+    case = PLANTED["BN103"]()
+    diagnosis = diagnose(case.model, case.data)
+    severities = {finding.code: finding.severity for finding in diagnosis.findings}
+    assert severities["BN101"] == severities["BN103"] == Severity.WARNING
+
+
+def test_staleness_and_shift_are_told_apart() -> None:
+    stale, _ = diagnosed(PLANTED["BN102"])
+    shifted, _ = diagnosed(PLANTED["BN103"])
+    assert "BN103" not in {finding.code for finding in stale.findings}
+    assert "BN102" not in {finding.code for finding in shifted.findings}
+
+
+def test_pruned_weights_have_stale_statistics() -> None:
+    model = trained("plain")
+    for layer in [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]:
+        prune.l1_unstructured(layer, "weight", 0.6)
+        prune.remove(layer, "weight")
+    found = {f.code: f for f in diagnose(model, batches(), loss=criterion).findings}
+    assert found["BN102"].figures["cause"] == "stale"
+    assert found["BN102"].severity == Severity.ERROR
+
+
+def test_too_few_updates_are_named() -> None:
+    model = trained("plain")
+    for layer in [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]:
+        layer.reset_running_stats()
+        layer.momentum = 0.01
+    x, _ = batches(1)[0]
+    for _ in range(20):
+        model(x)
+    (found,) = [f for f in diagnose(model, batches(), loss=criterion).findings if f.code == "BN102"]
+    assert "82% of their initial values" in " ".join(found.evidence)
+
+
+def test_a_change_whose_cause_does_not_show_is_said_to_be_unsure() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 2))
+    data = [torch.randn(64, 8) for _ in range(4)]
+    model(torch.cat(data))
+    with torch.no_grad():
+        model[1].running_mean += torch.randn(8)
+        model[1].running_var *= torch.rand(8) * 8
+    (found,) = [f for f in diagnose(model, data).findings if f.code == "BN102"]
+    assert found.figures["cause"] == "unknown"
+    assert any("unsure" in line for line in found.evidence)
+
+
+@pytest.mark.parametrize("change", ["noise", "scale", "colours"])
+def test_data_of_another_kind_are_a_shift(change: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    changes = {
+        "noise": lambda x: x + 0.3 * torch.randn(x.shape, generator=generator),
+        "scale": lambda x: 255 * x,
+        "colours": lambda x: x.flip(1),
+    }
+    data = [(changes[change](x), y) for x, y in batches()]
+    codes = {finding.code for finding in diagnose(trained("plain"), data, loss=criterion).findings}
+    assert "BN103" in codes and "BN102" not in codes
+
+
+def test_layers_that_explain_the_gap_are_ranked_by_it() -> None:
+    model = trained("plain")
+    with torch.no_grad():
+        model.blocks[3][1].running_mean += 3 * model.blocks[3][1].running_var.sqrt()
+    (found,) = [f for f in diagnose(model, batches(6), loss=criterion).findings if f.code == "BN101"]
+    assert found.paths == ("blocks.3.1",)
+    assert "blocks.3.1: the population's statistics in it alone take away 100%" in found.evidence[2]
+
+
+def test_recalibration_repairs_what_the_doctor_found() -> None:
+    case = PLANTED["BN103"]()
+    repaired, _ = batchnorm.recalibrate(case.model, case.data)
+    assert above_notes(diagnose(repaired, case.data, **case.options)) == []
+
+
+def test_one_value_per_channel_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    every = diagnose(model, [torch.randn(1, 4) for _ in range(3)]).findings
+    last = diagnose(model, [torch.randn(256, 4), torch.randn(256, 4), torch.randn(1, 4)]).findings
+    assert [f.severity for f in every if f.code == "BN104"] == [Severity.ERROR]
+    assert [f.severity for f in last if f.code == "BN104"] == [Severity.WARNING]
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, batchnorm.BatchNorm2d])
+def test_only_layers_that_move_in_the_backward_pass_are_named(make) -> None:
+    model = PLANTED["BN106"]().model
+    for block in model.network.blocks:
+        block[1].__class__ = make
+    codes = {finding.code for finding in diagnose(model, batches(3, 16), loss=criterion).findings}
+    assert ("BN106" in codes) == (make is nn.BatchNorm2d)
+
+
+def test_a_loss_that_calls_the_model_twice_moves_twice() -> None:
+    def twice(model: nn.Module, batch):
+        return model(batch[0]) + model(batch[0].flip(3))
+
+    (found,) = [f for f in diagnose(trained("plain"), batches(4, 32), forward=twice).findings if f.code == "BN106"]
+    assert found.figures["calls"] == 2
+    assert "update_running_stats" in found.repair
+
+
+def test_frozen_layers_are_not_half_frozen() -> None:
+    model = trained("plain")
+    model.blocks.requires_grad_(False)
+    frozen, _ = batchnorm.freeze(model)
+    assert "BN107" not in {finding.code for finding in diagnose(frozen).findings}
+
+
+def test_parameters_that_the_optimizer_lacks_are_frozen() -> None:
+    model = trained("plain")
+    optimizer = torch.optim.SGD(model.head.parameters(), 0.1)
+    (found,) = [f for f in diagnose(model, optimizer=optimizer).findings if f.code == "BN107"]
+    assert len(found.paths) == 6
+
+
+def test_a_model_that_is_not_trained_is_not_half_frozen() -> None:
+    assert diagnose(Plain().requires_grad_(False).eval()).healthy
+
+
+def test_half_precision_cancels() -> None:
+    layer = nn.BatchNorm2d(4).to(torch.bfloat16)
+    x = (torch.randn(16, 4, 8, 8) + 50).to(torch.bfloat16)
+    (found,) = [f for f in diagnose(nn.Sequential(layer), [x]).findings if f.code == "BN108"]
+    assert found.severity >= Severity.WARNING
+    assert "bfloat16" in found.summary
+
+
+def test_a_module_in_several_places_is_named_with_all_of_them() -> None:
+    shared = nn.BatchNorm2d(3)
+    model = nn.Sequential(shared, nn.Conv2d(3, 3, 1), shared)
+    (found,) = [f for f in diagnose(model).findings if f.code == "BN109"]
+    assert found.paths == ("0", "2")
+    assert found.severity == Severity.NOTE
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_repair_is_code_that_cures(code: str) -> None:
+    case = PLANTED[code]()
+    diagnosis, _ = diagnosed(PLANTED[code])
+    data = case.data or batches(4)
+    for finding in [finding for finding in diagnosis.findings if finding.code == code]:
+        compile(finding.repair, code, "exec")
+    if code not in {"BN102", "BN106", "BN107", "BN110", "BN201", "BN202", "BN204", "BN205", "BN207", "BN208"}:
+        return  # data, a loader or an optimizer to change, or a loop to write anew
+    names = {"batchnorm": batchnorm, "torch": torch, "model": case.model, "training_data": data}
+    finding = next(finding for finding in diagnosis.findings if finding.code == code)
+    exec(finding.repair, names)
+    after = diagnose(names["model"], None if case.data is None else data, **case.options)
+    assert code not in {finding.code for finding in after.findings if finding.severity > Severity.NOTE}
+    if code not in {"BN102", "BN201"}:  # whose notes say how far off, and that nothing was counted
+        assert code not in {finding.code for finding in after.findings}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=CODES)
+def test_the_documentation_has_a_page_that_says_the_same(rule) -> None:
+    folder = Path(__file__).parents[2] / "docs" / "doctor"
+    page = (folder / f"{rule.code.lower()}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {rule.code}: {rule.title}\n\n{rule.why}\n")
+    assert rule.repair.partition("{paths}")[0] in page
+    for heading in ("Evidence", "Severity", "Repair", "Source"):
+        assert f"\n## {heading}\n" in page
+    index = (folder / "index.md").read_text(encoding="utf-8")
+    assert f"| [{rule.code}]({rule.code.lower()}.md) | {rule.title} |" in index
