@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm.cli.command import OneLineCommand, OneLineError
-from batchnorm.cli.loading import Mistake, imported, mistakes_of, network
+from batchnorm.cli.loading import Mistake, imported, mistakes_of, network, weights_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,12 +21,7 @@ _PIPED = 120  # columns, where there is no terminal
 
 @click.command(cls=OneLineCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.pth",
-    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
-)
+@weights_option
 @click.option(
     "--data",
     metavar="MODULE.PATH:CALLABLE|FILE.npz",

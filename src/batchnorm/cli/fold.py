@@ -11,7 +11,7 @@ import click
 
 from batchnorm.cli import loading
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import Mistake, mistakes_of
+from batchnorm.cli.loading import Mistake, mistakes_of, shape_of, weights_option
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=OneLineCommand)
 @click.argument("model", metavar="MODEL.pt2|MODEL.onnx|MODULE.PATH:CALLABLE")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.pth",
-    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
-)
+@weights_option
 @click.option(
     "--input",
     "sizes",
@@ -62,7 +57,7 @@ def fold(
         raise mistake(f"{output} must not exist yet. Choose another name, or give --overwrite.")
     if not output.parent.is_dir():
         raise mistake(f"{output} must be in a directory that exists, but {output.parent} is none. Make it first.")
-    shapes = [_shape(text, mistake) for text in sizes]
+    shapes = [shape_of(text, mistake) for text in sizes]
     if model.endswith(".onnx"):
         if weights is not None:
             raise mistake("--weights goes with a callable; an ONNX file holds its weights. Leave it out.")
@@ -122,16 +117,6 @@ def _random(shape: tuple[int, ...], network: nn.Module) -> Tensor:
 
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
     return torch.randn(shape).to(next(floating, torch.float32))
-
-
-def _shape(text: str, mistake: Mistake) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(size) for size in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise mistake(f"--input must be positive numbers with commas between, got {text!r}. Write such as 1,3,224,224.")
-    return shape
 
 
 def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:

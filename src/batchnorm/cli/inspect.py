@@ -10,19 +10,14 @@ import click
 
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.doctor import console
-from batchnorm.cli.loading import Mistake, mistakes_of, network
+from batchnorm.cli.loading import Mistake, mistakes_of, network, shape_of, weights_option
 
 _PIPED = 240  # columns, where there is no terminal
 
 
 @click.command(cls=OneLineCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.pth",
-    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
-)
+@weights_option
 @click.option(
     "--input",
     "size",
@@ -58,10 +53,4 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
 def _random(size: str, mistake: Mistake) -> object:
     import torch
 
-    try:
-        shape = tuple(int(part) for part in size.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise mistake(f"--input must be positive numbers with commas between, got {size!r}. Write such as 1,3,224,224.")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape_of(size, mistake), generator=torch.Generator().manual_seed(0))

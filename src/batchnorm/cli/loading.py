@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 Mistake = Callable[..., OneLineError]
 
+weights_option = click.option(
+    "--weights",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.pth",
+    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
+)
+
 
 def mistakes_of(ctx: click.Context) -> Mistake:
     """Makes the error of a command from a message and, if there is one, its cause."""
@@ -69,6 +76,17 @@ def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the
                 f"{weights} must be the state_dict of the network, saved with torch.save, but", error
             ) from error
     return model
+
+
+def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
+    """The sizes that `--input` names."""
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise mistake(f"--input must be positive numbers with commas between, got {text!r}. Write such as 1,3,224,224.")
+    return shape
 
 
 def _told(error: BaseException) -> str:

@@ -83,10 +83,10 @@ def diagnose(
 
 
 def _apply(probe: Probe) -> tuple[list[Finding], list[NotChecked]]:
-    findings: list[Finding] = []
-    not_checked: list[NotChecked] = []
     from batchnorm.doctor.rules import RULES  # two dozen modules that `import batchnorm` does without
 
+    findings: list[Finding] = []
+    not_checked: list[NotChecked] = []
     for rule in RULES:
         reason = next((probe.missing[need] for need in rule.needs if need in probe.missing), None)
         if reason is not None:

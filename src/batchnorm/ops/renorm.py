@@ -104,20 +104,9 @@ _LIBRARY.define(
 )
 
 
-def _compiled_correction(
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rmax: Tensor,
-    dmax: Tensor,
-    eps: float,
-    caller: str,
-) -> tuple[Tensor, Tensor]:
+def _compiled_correction(mean: Tensor, mean_low: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """As a compiled graph runs it, which writes over the memory of its tensors once they have served."""
-    own = (mean.clone(), mean_low, var.clone(), running_mean, running_var, rmax, dmax)
-    r, d = _noted_correction(*own, eps, caller)
+    r, d = _noted_correction(mean.clone(), mean_low, var.clone(), *rest)
     return r.clone(), d.clone()
 
 
@@ -125,17 +114,7 @@ _LIBRARY.impl("renorm_correction", _compiled_correction, "CompositeExplicitAutog
 
 
 @torch.library.register_fake("batchnorm::renorm_correction", lib=_LIBRARY)
-def _(
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rmax: Tensor,
-    dmax: Tensor,
-    eps: float,
-    caller: str,
-) -> tuple[Tensor, Tensor]:
+def _(mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 

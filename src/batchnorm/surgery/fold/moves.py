@@ -77,6 +77,15 @@ def _mean(node: Node, s: ScaleShift, given: Shape, wanted: Shape, *, back: bool)
     if dims is None or isinstance(dims, Node):
         raise CannotFold("a mean over everything is next to it")
     axes = sorted(d % rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
+    return averaged(s, axes, keep=keep, back=back)
+
+
+def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> ScaleShift:
+    """The other side of a mean over these axes, in ascending order.
+
+    Raises:
+        CannotFold: It is over the channels.
+    """
     scale, shift = s.scale, s.shift
     if back and not keep:
         for axis in axes:
@@ -122,6 +131,15 @@ def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
 
 
 def _reshape(node: Node, s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
+    return reshaped(s, given, wanted)
+
+
+def reshaped(s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
+    """The other side of a reshape from one shape to another.
+
+    Raises:
+        CannotFold: It mixes channels with positions.
+    """
     expanded: list[int] = []
     result: list[int] = []
     for from_axes, to_axes in _groups(given, wanted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from torch.fx.node import Node
 from torch.nn import functional as F
 
 from batchnorm.surgery.fold.arithmetic import as_kernel, embedded, regrouped
+from batchnorm.surgery.fold.linear import LinearLayer
 from batchnorm.surgery.fold.plans import Network, Plan
 from batchnorm.surgery.fold.states import CannotFold, Gone, Linear, Norm
 
@@ -107,7 +109,7 @@ def _sum(first: Linear, second: Linear) -> Linear:
     if first.function is not second.function or first.transposed or first.layer is not None:
         raise CannotFold("its terms are different kinds of layers")
     if first.function is F.linear:
-        return replace(first, weight=first.weight + second.weight, bias=_plus(first.bias, second.bias), changed=True)
+        return replace(first, weight=first.weight + second.weight, bias=plus(first.bias, second.bias), changed=True)
     if first.border is not None or second.border is not None:
         raise CannotFold("a term is a convolution with its own border")
     if first.weight.shape[2:].numel() < second.weight.shape[2:].numel():
@@ -128,16 +130,27 @@ def _sum(first: Linear, second: Linear) -> Linear:
             raise CannotFold("the kernel of one term does not lie in the middle of the other's")
         offset.append(start)
         each.append(by)
+    weight, groups = joined(first, second, offset, each)
+    options = {**first.options, "groups": groups}
+    return replace(first, weight=weight, bias=plus(first.bias, second.bias), options=options, changed=True)
+
+
+def joined(first: LinearLayer, second: LinearLayer, offset: Sequence[int], each: Sequence[int]) -> tuple[Tensor, int]:
+    """The sum of two convolutions' kernels, the second's tap j at `offset + each·j` in the first's; and its groups.
+
+    Raises:
+        CannotFold: There is no such kernel, or it costs more than the two.
+    """
     groups = min(first.groups, second.groups)
     if max(first.groups, second.groups) % groups:
         raise CannotFold("the groups of its terms do not fit")
     weights = [regrouped(term.weight, groups=term.groups, into=groups) for term in (first, second)]
     if weights[0].numel() > first.weight.numel() + second.weight.numel():
         raise CannotFold("one convolution would cost more than two")
-    weight = weights[0] + embedded(weights[1], kernel, offset, each)
-    options = {**first.options, "groups": groups}
-    return replace(first, weight=weight, bias=_plus(first.bias, second.bias), options=options, changed=True)
+    weight = weights[0] + embedded(weights[1], first.weight.shape[2:], offset, each)
+    return weight, groups
 
 
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two biases, None for none."""
     return a if b is None else b if a is None else a + b

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from batchnorm.graph.lowering import CONVOLUTIONS, TRANSPOSED
-from batchnorm.surgery.fold import arithmetic
 from batchnorm.surgery.fold.arithmetic import ScaleShift, rounded, wide
+from batchnorm.surgery.fold.linear import LinearLayer
 
 
 class CannotFold(Exception):
@@ -29,7 +29,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class Linear(LinearLayer):
     """A convolution, transposed convolution or linear layer.
 
     Attributes:
@@ -130,16 +130,6 @@ class Linear:
         """1 for a linear layer."""
         return int(self.options.get("groups", 1))
 
-    @property
-    def out_channels(self) -> int:
-        """Length of the bias."""
-        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
-
-    @property
-    def in_channels(self) -> int:
-        """Size of the input's channel axis."""
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
-
     def option(self, name: str, default: int) -> tuple[int, ...]:
         """Stride, dilation or padding along each dimension.
 
@@ -167,16 +157,8 @@ class Linear:
             return pointwise and plain and not any(padding)
         return not any(padding)
 
-    def after(self, s: ScaleShift) -> Linear:
-        """With this scale and shift `[out]` after it."""
-        weight, bias = arithmetic.into_producer(
-            self.weight, self.bias, s, groups=self.groups, transposed=self.transposed
-        )
-        border = self.border
-        if border is not None:
-            shape = (1, -1) if self.transposed else (-1, 1)
-            border = border * s.scale.reshape(*shape, *(1,) * self.dims)
-        return replace(self, weight=weight, bias=bias, border=border, changed=True)
+    def _with(self, **changes: Any) -> Linear:
+        return replace(self, **changes, changed=True)
 
     def before(self, s: ScaleShift) -> Linear:
         """With this scale and shift `[in]` before it.
@@ -186,21 +168,7 @@ class Linear:
         """
         if self.layer is not None:
             raise CannotFold(f"what {type(self.layer).__name__} does with its input is not known")
-        if self.dims == 0:
-            return replace(
-                self, weight=self.weight * s.scale, bias=self._bias_plus(self.weight @ s.shift), changed=True
-            )
-        weight, kernel = arithmetic.into_consumer(self.weight, s, groups=self.groups, transposed=self.transposed)
-        if not s.shifts:
-            return replace(self, weight=weight, changed=True)
-        if self._sees_whole_kernel():
-            along = kernel.transpose(0, 1) if self.transposed else kernel
-            return replace(self, weight=weight, bias=self._bias_plus(arithmetic.interior(along)), changed=True)
-        border = kernel if self.border is None else self.border + kernel
-        return replace(self, weight=weight, border=border, changed=True)
-
-    def _bias_plus(self, more: Tensor) -> Tensor:
-        return more if self.bias is None else self.bias + more
+        return super().before(s)
 
     def at_border(self) -> dict[str, Any]:
         """The options of the call that makes what is added, from ones with one channel."""

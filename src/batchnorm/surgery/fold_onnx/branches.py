@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from batchnorm.surgery.fold.arithmetic import as_kernel, embedded, regrouped
+from batchnorm.surgery.fold.arithmetic import as_kernel
+from batchnorm.surgery.fold.parallel import joined, plus
 from batchnorm.surgery.fold.states import CannotFold
 from batchnorm.surgery.fold_onnx.network import Call, Network
 from batchnorm.surgery.fold_onnx.plans import Plan, is_linear, linear_of, norm_of
@@ -91,7 +91,7 @@ def _sum(first: Linear, second: Linear) -> Linear:
     if first.op != second.op or first.transposed:
         raise CannotFold("its terms are different kinds of layers")
     if first.dims == 0:
-        return replace(first, weight=first.weight + second.weight, bias=_plus(first.bias, second.bias))
+        return replace(first, weight=first.weight + second.weight, bias=plus(first.bias, second.bias))
     if first.border is not None or second.border is not None:
         raise CannotFold("a term is a convolution with its own border")
     if first.weight.shape[2:].numel() < second.weight.shape[2:].numel():
@@ -112,17 +112,5 @@ def _sum(first: Linear, second: Linear) -> Linear:
             raise CannotFold("the kernel of one term does not lie in the other's")
         offset.append(start)
         each.append(by)
-    groups = min(first.groups, second.groups)
-    if max(first.groups, second.groups) % groups:
-        raise CannotFold("the groups of its terms do not fit")
-    weights = [regrouped(term.weight, groups=term.groups, into=groups) for term in (first, second)]
-    if weights[0].numel() > first.weight.numel() + second.weight.numel():
-        raise CannotFold("one convolution would cost more than two")
-    weight = weights[0] + embedded(weights[1], kernel, offset, each)
-    return replace(
-        first, weight=weight, bias=_plus(first.bias, second.bias), options={**first.options, "group": groups}
-    )
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
+    weight, groups = joined(first, second, offset, each)
+    return replace(first, weight=weight, bias=plus(first.bias, second.bias), options={**first.options, "group": groups})

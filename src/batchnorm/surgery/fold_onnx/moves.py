@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from batchnorm.surgery.fold.arithmetic import ScaleShift
-from batchnorm.surgery.fold.moves import _reshape
+from batchnorm.surgery.fold.moves import averaged, reshaped
 from batchnorm.surgery.fold.states import CannotFold
 from batchnorm.surgery.fold_onnx.network import Call, Network, Shape
-
-_ANY: Any = None
 
 
 def _numbers(network: Network, call: Call, name: str, position: int) -> list[int] | None:
@@ -67,17 +65,7 @@ def _reduce_mean(network: Network, call: Call, s: ScaleShift, given: Shape, want
             return s
         raise CannotFold("a mean over everything is next to it")
     axes = sorted(axis % rank for axis in axes)
-    scale, shift = s.scale, s.shift
-    keep = call.attribute("keepdims", 1)
-    if back and not keep:
-        for axis in axes:
-            scale, shift = scale.unsqueeze(axis), shift.unsqueeze(axis)
-    if any(scale.shape[axis] != 1 for axis in axes):
-        raise CannotFold("a mean over its channels is next to it")
-    if not back and not keep:
-        for axis in reversed(axes):
-            scale, shift = scale.squeeze(axis), shift.squeeze(axis)
-    return ScaleShift(scale, shift)
+    return averaged(s, axes, keep=bool(call.attribute("keepdims", 1)), back=back)
 
 
 def _pad(network: Network, call: Call, s: ScaleShift, given: Shape, wanted: Shape, back: bool) -> ScaleShift:
@@ -107,7 +95,7 @@ def _positions_only(call: Call, s: ScaleShift, changed: list[bool]) -> None:
 
 
 def _reshaped(network: Network, call: Call, s: ScaleShift, given: Shape, wanted: Shape, back: bool) -> ScaleShift:
-    return _reshape(_ANY, s, given, wanted)
+    return reshaped(s, given, wanted)
 
 
 _RULES: dict[str, Callable[[Network, Call, ScaleShift, Shape, Shape, bool], ScaleShift]] = {

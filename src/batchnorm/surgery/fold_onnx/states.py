@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from batchnorm.surgery.fold import arithmetic
 from batchnorm.surgery.fold.arithmetic import ScaleShift, rounded
+from batchnorm.surgery.fold.linear import LinearLayer
 from batchnorm.surgery.fold.states import CannotFold
 from batchnorm.surgery.fold_onnx.network import DTYPES, Call, Network, Parameter
 
@@ -39,7 +39,7 @@ class Writer:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class Linear(LinearLayer):
     """A convolution, transposed convolution, Gemm, or MatMul by a constant.
 
     Attributes:
@@ -112,16 +112,6 @@ class Linear:
         """1 for a linear layer."""
         return int(self.options.get("group", 1))
 
-    @property
-    def out_channels(self) -> int:
-        """Length of the bias."""
-        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
-
-    @property
-    def in_channels(self) -> int:
-        """Size of the input's channel axis."""
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
-
     def each(self, name: str, default: int) -> tuple[int, ...]:
         """An attribute with one number for every dimension; `pads` has two."""
         count = 2 * self.dims if name == "pads" else self.dims
@@ -143,34 +133,16 @@ class Linear:
             return pointwise and plain and not self.padded
         return self.dims == 0 or not self.padded
 
-    def after(self, s: ScaleShift) -> Linear:
-        """With this scale and shift `[out]` after it."""
-        weight, bias = arithmetic.into_producer(
-            self.weight, self.bias, s, groups=self.groups, transposed=self.transposed
-        )
-        border = self.border
-        if border is not None:
-            shape = (1, -1) if self.transposed else (-1, 1)
-            border = border * s.scale.reshape(*shape, *(1,) * self.dims)
-        unneeded = self.bias is None and not s.shifts
-        return replace(self, weight=weight, bias=None if unneeded else bias, border=border)
+    def _with(self, **changes: Any) -> Linear:
+        return replace(self, **changes)
 
-    def before(self, s: ScaleShift) -> Linear:
-        """With this scale and shift `[in]` before it."""
-        if self.dims == 0:
-            return replace(self, weight=self.weight * s.scale, bias=self._bias_plus(self.weight @ s.shift))
-        weight, kernel = arithmetic.into_consumer(self.weight, s, groups=self.groups, transposed=self.transposed)
-        if not s.shifts:
-            return replace(self, weight=weight)
-        if self._sees_whole_kernel():
-            along = kernel.transpose(0, 1) if self.transposed else kernel
-            return replace(self, weight=weight, bias=self._bias_plus(arithmetic.interior(along)))
-        return replace(self, weight=weight, border=kernel if self.border is None else self.border + kernel)
+    def after(self, s: ScaleShift) -> Linear:
+        """With this scale and shift `[out]` after it, and still no bias where none is needed."""
+        result = super().after(s)
+        return result.without_bias() if self.bias is None and not s.shifts else result
 
     def _bias_plus(self, more: Tensor) -> Tensor | None:
-        if self.bias is None:
-            return more if bool((more != 0).any()) else None
-        return self.bias + more
+        return super()._bias_plus(more) if self.bias is not None or bool((more != 0).any()) else None
 
     def without_bias(self) -> Linear:
         """With nothing added."""
