@@ -33,3 +33,11 @@ def _fresh_global_state() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def nothing_compiled_before() -> Iterator[None]:
+    """What other tests have compiled is forgotten, and what this one compiles."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,17 +14,12 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import batchnorm as bn
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
+
 Call = Callable[[Tensor], Tensor]
 
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from tests.cases import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "1d": lambda: (bn.BatchNorm1d(3), (5, 3)),
@@ -36,13 +38,6 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
 }
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 LAYER = pytest.mark.parametrize("layer", LAYERS)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def randomized(layer: nn.Module, training: bool) -> Any:

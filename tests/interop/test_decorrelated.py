@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,13 +32,6 @@ LAYERS: dict[type, tuple[int, ...]] = {
 }
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
-
-
-@pytest.fixture
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # Checkpoints and other tools
@@ -168,7 +161,7 @@ def test_captured_buffers_under_torch_func_are_refused_and_stay() -> None:
 
 @REENTRANT
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
-@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.usefixtures("nothing_compiled_before")
 def test_checkpointing_moves_the_statistics_once(backend: str | None, reentrant: bool) -> None:
     plain = DecorrelatedBatchNorm2d(5, momentum=None, dtype=torch.float64)
     layer = copy.deepcopy(plain)
@@ -186,7 +179,7 @@ def test_checkpointing_moves_the_statistics_once(backend: str | None, reentrant:
 @pytest.mark.parametrize(
     ("backend", "training"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)], ids=str
 )
-@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.usefixtures("nothing_compiled_before")
 def test_compiles_whole_with_one_graph_for_every_batch_size(backend: str, training: bool) -> None:
     eager = trained(DecorrelatedBatchNorm2d(5, group_size=3, on_nonfinite="skip", dtype=torch.float64), 4, 5, 3, 3)
     again = copy.deepcopy(eager.train(training))

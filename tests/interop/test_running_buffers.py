@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,15 +12,10 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
+
 BACKENDS = pytest.mark.parametrize("backend", [None, "aot_eager", "aot_eager_decomp_partition", "inductor"])
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(layer: nn.Module, backend: str | None) -> Callable[..., Tensor]:

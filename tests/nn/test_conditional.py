@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +25,10 @@ from tests.cases import CASES, Case, ids
 from tests.nn.by_rows import assert_agrees_with_the_reference, randomized, step_results, wide
 
 # torch's compiler and its forward-mode rules script functions of their own at first use, and warn themselves of it.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled_before"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
 
 SHAPES = {
     ConditionalBatchNorm: (6, 3, 2, 3, 2, 2),
@@ -36,13 +38,6 @@ SHAPES = {
 }
 LABELS = torch.tensor([0, 3, 1, 1, 0, 3])  # no sample is of class 2
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make(kind: type[ConditionalBatchNorm] = ConditionalBatchNorm2d, **options: Any) -> ConditionalBatchNorm:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,10 @@ from tests.nn.by_rows import assert_agrees_with_the_reference, randomized, step_
 from tests.tolerance import assert_within
 
 # torch's compiler and its forward-mode rules script functions of their own at first use, and warn themselves of it.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled_before"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
 
 SHAPES = {
     DomainBatchNorm: (9, 3, 2, 3, 2, 2),
@@ -46,13 +48,6 @@ OPTIONS = [
     {"track_running_stats": False},
     {"on_nonfinite": "skip"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make(kind: type[DomainBatchNorm] = DomainBatchNorm2d, **options: Any) -> DomainBatchNorm:

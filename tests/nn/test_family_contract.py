@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,14 +58,10 @@ MEMBERS = pytest.mark.parametrize("name", FAMILY)
 SHAPE = (5, 4, 6, 3)
 
 # torch loads its forward-mode formulas through its own deprecated compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled_before"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
 
 
 def layer_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> NormLayer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -21,14 +21,10 @@ REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant"
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 
 # torch's own compiler loads what torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled_before"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
 
 
 class Block(torch.nn.Module):

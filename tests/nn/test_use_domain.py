@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm.nn.domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, keep_domain, use_domain
 from tests.nn.by_rows import randomized, step_results
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
+
 DOMAINS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1])
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make(kind: type[DomainBatchNorm] = DomainBatchNorm2d) -> DomainBatchNorm:

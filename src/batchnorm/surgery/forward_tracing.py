@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.surgery.fused_forward import Expected
+from batchnorm.surgery.example_calls import Call
+from batchnorm.surgery.fused_forward import Expected, is_hooked
 
 _SIMPLE = (type(None), bool, int, float, str)
 _DEVICES = ("cpu", "cuda")
@@ -51,6 +52,23 @@ def expected_arguments(module: nn.Module, call: tuple[tuple[Any, ...], dict[str,
     if call is not None and sum(e.name in given for e in expected) < len(call[0]) + len(call[1]):
         raise Untraceable("is called with more arguments than its forward names")
     return tuple(expected)
+
+
+def graph_as_called(
+    root: nn.Module, holder: str, inlined: Sequence[nn.Module], calls: dict[str, Call] | None, where: str
+) -> tuple[fx.Graph, tuple[Expected, ...]]:
+    """The graph of the module at `holder`, with these modules' own inlined, as it was called, and its arguments.
+
+    Raises:
+        Untraceable: one of them has hooks (its place is told by `where`), the module was not called, or as `trace`.
+    """
+    if any(map(is_hooked, inlined)):
+        raise Untraceable(f"calls a module that has hooks, {where}")
+    if calls is not None and holder not in calls:
+        raise Untraceable("is not called with the example inputs")
+    expected = expected_arguments(root, None if calls is None else calls[holder])
+    graph, _ = trace(root, expected, inlined, known=calls is not None)
+    return graph, expected
 
 
 def positional_arguments(module: nn.Module) -> int:

@@ -144,12 +144,7 @@ def _match_in(
     for module in (root, *inlined):
         if why := can_be_rewritten(module):
             raise Untraceable(why if module is root else f"calls a module that {why}")
-    if any(map(is_hooked, inlined)):
-        raise Untraceable("calls a module that has hooks, on the way to the layer")
-    if calls is not None and holder not in calls:
-        raise Untraceable("is not called with the example inputs")
-    expected = forward_tracing.expected_arguments(root, None if calls is None else calls[holder])
-    graph, _ = forward_tracing.trace(root, expected, inlined, known=calls is not None)
+    graph, expected = forward_tracing.graph_as_called(root, holder, inlined, calls, "on the way to the layer")
 
     paths = {id(module): path for path, module in norms.items()}
     matches: dict[str, Fused | str] = {}

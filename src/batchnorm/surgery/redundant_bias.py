@@ -237,12 +237,7 @@ def _before(model: nn.Module, norm: str, calls: dict[str, Call] | None) -> str |
 def _graph(model: nn.Module, holder: str, inner: list[str], calls: dict[str, Call] | None) -> fx.Graph:
     root = model.get_submodule(holder)
     inlined = [model.get_submodule(path) for path in inner]
-    if any(map(is_hooked, inlined)):
-        raise Untraceable("calls a module that has hooks, next to the layer")
-    if calls is not None and holder not in calls:
-        raise Untraceable("is not called with the example inputs")
-    expected = forward_tracing.expected_arguments(root, None if calls is None else calls[holder])
-    graph, _ = forward_tracing.trace(root, expected, inlined, known=calls is not None)
+    graph, _ = forward_tracing.graph_as_called(root, holder, inlined, calls, "next to the layer")
     return graph
 
 
