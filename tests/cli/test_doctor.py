@@ -149,6 +149,7 @@ def test_inspect_prints_every_layer(place, capsys) -> None:
     ("words", "line"),
     [
         (["{net}:build", "--input", "1,x"], "batchnorm inspect: --input must be positive numbers"),
+        (["{net}:build", "--input", "1,3"], "batchnorm inspect: inspect_layers expects inputs that the model takes"),
         (["{net}:fails"], "batchnorm inspect: {net}:fails must return the network"),
     ],
 )

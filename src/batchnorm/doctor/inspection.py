@@ -26,7 +26,8 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
 
     Raises:
         TypeError: model is no module.
-        ValueError: it has no batch normalization, or layers that have not seen their first batch.
+        ValueError: it has no batch normalization, or layers that have not seen their first batch, or it fails when
+            called with example_inputs.
 
     Examples:
         >>> (layer,) = inspect_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -38,9 +39,22 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
         probe = Probe.of(model, None, 0, Bar())
         for module in model.modules():
             module.training = False
-        probe.look(guessed(model) if example_inputs is None else Inputs.of(example_inputs))
+        probe.look(guessed(model) if example_inputs is None else _tried(model, example_inputs))
     paths = {} if probe.trace is None else probe.trace.paths
     return tuple(facts_of(layer, paths) for layer in probe.layers)
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, example_inputs: Any) -> Inputs:
+    inputs = Inputs.of(example_inputs)
+    try:
+        inputs.call(model)
+    except Exception as error:
+        raise ValueError(
+            f"inspect_layers expects inputs that the model takes, but calling it raised {type(error).__name__}: "
+            f"{error}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
+        ) from error
+    return inputs
 
 
 def check_model(caller: str, model: Any) -> None:
