@@ -68,6 +68,7 @@ def test_the_default_directory_is_new_in_the_working_directory(file, tmp_path, m
     assert (made / "report.html").is_file()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
 def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypatch):
     (tmp_path / "net_for_cli.py").write_text(
         "from torch import nn\n"
@@ -77,17 +78,26 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     result = invoke(
         "--model", "net_for_cli:build", "--data", file, "--norms", "batch", "none", "--epochs", 2, "--batch-size", 16,
-        "--lr", 0.05, "--optimizer", "adam", "--seeds", 2, "--target-accuracy", 0.5, "--threads", 1,
-        "--evaluate-every", 3, "--out", "there",
+        24, "--sampling", "iid", "classes:2", "--placement", "before", "--input-norm", "--lr", 0.05, "--schedule",
+        "cosine:warmup=2", "--optimizer", "adam", "--seeds", 2, "--target-accuracy", 0.5, "--threads", 1,
+        "--evaluate-every", 3, "--device", "cpu", "--records", "parquet", "--tensorboard", "--out", "there",
     )  # fmt: skip
     sys.modules.pop("net_for_cli", None)
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "there" / "settings.json").read_text())["settings"]
     assert settings == {
-        "norms": ["batch", "none"], "model": "net_for_cli:build", "data": "mine.npz", "batch_size": 16,
-        "sampling": "iid", "steps": 6, "lr": 0.05, "optimizer": "adam", "seeds": 2, "target_accuracy": 0.5,
-        "threads": 1, "evaluate_every": 3,
+        "grid": {
+            "norm": ["batch", "none"], "placement": ["before"], "lr": [0.05], "batch_size": [16, 24],
+            "sampling": ["iid", "classes:2"],
+        },
+        "model": "net_for_cli:build", "input_norm": True, "data": str(file), "data_dir": None, "epochs": 2,
+        "steps": None, "schedule": "cosine:warmup=2", "optimizer": "adam", "seeds": 2, "target_accuracy": 0.5,
+        "evaluate_every": 3, "threads": 1, "device": "cpu",
     }  # fmt: skip
+    assert len(list((tmp_path / "there" / "runs").iterdir())) == 2 * 2 * 2 * 2
+    assert (tmp_path / "there" / "steps.parquet").is_file()
+    assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 16
+    assert_one_line(invoke("--data", file, "--data-dir", tmp_path), "data_dir (--data-dir) goes with data mnist")
 
 
 def test_an_unknown_norm_is_told_with_the_closest(tmp_path):
@@ -151,6 +161,36 @@ def test_an_earlier_comparison_is_kept_unless_told_otherwise(file, tmp_path):
     assert invoke(*words, "--overwrite").exit_code == 0
 
 
+def test_what_is_not_given_is_as_before_when_a_comparison_is_resumed(file, tmp_path):
+    out = tmp_path / "out"
+    assert invoke("--norms", "none", "--data", file, "--lr", 0.3, "--out", out, *SHORT).exit_code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    result = invoke("--resume", "--out", out, "--norms", "none", "layer")
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["[1/1] layer, seed 0"]
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert set(after) - set(before) == {"layer-before-lr0.3-batch8-iid-seed0.jsonl"}
+    assert {name: after[name] for name in before} == before
+    assert_one_line(
+        invoke("--resume", "--out", out, "--epochs", 1), "epochs was None and is 1; steps was 4 and is None"
+    )
+    assert_one_line(invoke("--resume"), "resume needs out, the directory of the comparison to continue")
+
+
+def test_a_report_is_built_anew(file, tmp_path):
+    out = tmp_path / "out"
+    first = invoke("--norms", "none", "--data", file, "--out", out, *SHORT)
+    (out / "report.html").unlink()
+    result = invoke("--report", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == first.stdout
+    assert result.stderr == ""
+    assert (out / "report.html").is_file()
+    assert "reached 1.0 % test accuracy" in invoke("--report", out, "--target-accuracy", 0.01).stdout
+    assert_one_line(invoke("--report", out, "--lr", 0.1, "--seeds", 2), "got --lr, --seeds. Leave these out.")
+    assert_one_line(invoke("--report", tmp_path / "none"), "report must name the directory of a comparison")
+
+
 def test_missing_extras_are_told(file, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
@@ -166,7 +206,7 @@ def test_control_c_ends_with_130_and_one_line(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not where tests run in the background
     )  # fmt: skip
-    partial = out / "runs" / "none-seed0.jsonl.partial"
+    partial = out / "runs" / "none-before-lr0.1-batch64-iid-seed0.jsonl.partial"
     try:
         while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
             time.sleep(0.05)
@@ -177,7 +217,8 @@ def test_control_c_ends_with_130_and_one_line(tmp_path):
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr.splitlines()[-1] == (
-        f"batchnorm compare: interrupted; 0 finished runs lie in {out / 'runs'}, no summary was written."
+        f"batchnorm compare: interrupted; 0 finished runs lie in {out / 'runs'}, no summary was written. Continue "
+        f"with: batchnorm compare --resume --out {out}"
     )
     assert "Traceback" not in stderr
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [partial.name, "settings.json"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from batchnorm import compare
+from batchnorm.compare import figures
 
 
 def small_arrays(samples: int = 96, features: int = 8, classes: int = 3) -> dict[str, np.ndarray]:
@@ -20,6 +21,12 @@ def small_arrays(samples: int = 96, features: int = 8, classes: int = 3) -> dict
         arrays[f"x_{split}"] = (centres[labels] + generator.standard_normal((samples, features))).astype(np.float32)
         arrays[f"y_{split}"] = labels
     return arrays
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no pictures, which take longer than the training of small networks."""
+    monkeypatch.setattr(figures, "draw", lambda *_: {})
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from batchnorm.compare import ComparisonError, from_arrays, load
+from batchnorm.compare.data import KEYS, _mean_and_deviation
 
 
 def test_mnist_mini_is_balanced_and_standardized():
@@ -92,9 +95,118 @@ def test_unusable_arrays_are_refused_with_the_reason(arrays, spoil, message):
         from_arrays(arrays, "mine.npz")
 
 
-def test_load_refuses_what_is_not_a_data_file(tmp_path: Path):
-    with pytest.raises(ComparisonError, match=r"data must be mnist-mini or the path of an \.npz file, got 'mnist'"):
+def test_without_standardizing_bytes_are_divided_by_255(arrays):
+    for split in ("train", "test"):
+        arrays[f"x_{split}"] = (np.arange(96 * 8).reshape(96, 8) % 256).astype(np.uint8)
+    data = from_arrays(arrays, "x", standardize=False)
+    np.testing.assert_allclose(data.x_test.numpy(), arrays["x_test"] / 255, rtol=1e-6)
+    assert data.scaling == "bytes, divided by 255"
+    assert load("mnist-mini", standardize=False).x_train.max().item() == 1
+
+
+def test_floating_point_values_are_never_standardized(arrays):
+    for standardize in (True, False):
+        data = from_arrays(arrays, "x", standardize=standardize)
+        assert data.scaling == "used as they are"
+        torch.testing.assert_close(data.x_train, torch.from_numpy(arrays["x_train"]))
+
+
+def test_mean_and_deviation_of_many_bytes_are_numpys():
+    values = np.random.default_rng(0).integers(0, 256, (2**12 + 3, 1100), np.uint8)  # in two parts
+    assert _mean_and_deviation(values) == pytest.approx((values.mean(), values.std()), rel=1e-12)
+    assert _mean_and_deviation(np.full((3, 4), 7, np.uint8)) == (7, 1)
+
+
+def test_digits_are_scikit_learns():
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    data = load("digits", standardize=False)
+    assert (data.x_train.shape, data.x_test.shape) == ((1437, 1, 8, 8), (360, 1, 8, 8))
+    images, labels = sklearn_datasets.load_digits(return_X_y=True)
+    np.testing.assert_allclose(data.x_test.flatten(1).numpy() * 255 / 15, images[1437:], rtol=1e-5)
+    assert data.y_test.tolist() == labels[1437:].tolist()
+
+
+def test_without_scikit_learn_digits_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ComparisonError, match=r"comes with scikit-learn.* pip install 'batchnorm\[sklearn\]'"):
+        load("digits")
+
+
+def test_without_pooch_mnist_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(ComparisonError, match=r"pip install 'batchnorm\[compare\]', or give data_dir"):
         load("mnist")
+
+
+@pytest.fixture
+def module(arrays, monkeypatch) -> ModuleType:
+    made = ModuleType("my_data_of_tests")
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    made.lists = lambda: {name: array.tolist() for name, array in arrays.items()}
+    made.tensors = lambda: {name: torch.from_numpy(array) for name, array in arrays.items()}
+    made.data = lambda: from_arrays(arrays, "mine")
+    made.fails = lambda: 1 / 0
+    made.nothing = lambda: None
+    made.few = lambda: {"x_train": arrays["x_train"]}
+    made.arrays = arrays
+    return made
+
+
+@pytest.mark.parametrize(("name", "called"), [("lists", "my_data_of_tests:lists"), ("tensors", None), ("data", "mine")])
+def test_a_callable_gives_data(arrays, module, name, called):
+    data = load(f"my_data_of_tests:{name}")
+    assert data.name == called or called is None
+    torch.testing.assert_close(data.x_train, torch.from_numpy(arrays["x_train"]))
+    assert data.y_test.tolist() == arrays["y_test"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", "data callable my_data_of_tests:fails must not fail when it was called, but it raised ZeroDivision"),
+        ("nothing", "my_data_of_tests:nothing must return a dict of arrays x_train, .* got NoneType"),
+        ("few", "my_data_of_tests:few must hold .* Add y_train, x_test, y_test"),
+        ("arrays", "data 'my_data_of_tests:arrays' must name a callable, got dict"),
+        ("lost", "data 'my_data_of_tests:lost' must name something that my_data_of_tests has, got no 'lost'"),
+    ],
+)
+def test_unusable_data_callables_are_refused_with_the_reason(module, name, message):
+    with pytest.raises(ComparisonError, match=message):
+        load(f"my_data_of_tests:{name}")
+
+
+def test_a_folder_goes_with_files_only(arrays, tmp_path: Path):
+    for source in ("mnist-mini", "mine.npz", from_arrays(arrays, "mine")):
+        with pytest.raises(
+            ComparisonError, match=r"data_dir \(--data-dir\) goes with data mnist or fashion-mnist, got"
+        ):
+            load(source, data_dir=tmp_path)
+
+
+def test_the_part_of_the_training_data_is_always_the_same(arrays):
+    arrays["x_test"], arrays["y_test"] = arrays["x_test"][:30], arrays["y_test"][:30]
+    torch.manual_seed(1)
+    x, y = from_arrays(arrays, "x").train_part
+    torch.manual_seed(2)
+    again = from_arrays(arrays, "x").train_part
+    assert len(x) == 30
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+    assert len(x.unique(dim=0)) == 30
+    assert all((row == torch.from_numpy(arrays["x_train"])).all(1).any() for row in x)
+
+
+def test_data_move_to_a_device(data):
+    moved = data.to("meta")
+    assert {getattr(moved, name).device.type for name in KEYS} == {"meta"}
+    assert (moved.name, moved.in_shape, moved.num_classes) == (data.name, data.in_shape, data.num_classes)
+    assert data.x_train.device.type == "cpu"
+
+
+def test_load_refuses_what_is_not_a_data_file(tmp_path: Path):
+    with pytest.raises(
+        ComparisonError, match=r"data must be mnist-mini, mnist, fashion-mnist, digits, the path of .* 'minst'"
+    ):
+        load("minst")
     with pytest.raises(ComparisonError, match="data must be a file that exists"):
         load(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("no archive")

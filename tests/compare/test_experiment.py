@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from batchnorm import compare
-from batchnorm.compare import ComparisonError, Run, experiment, training
+from batchnorm.compare import ComparisonError, Run, environment, experiment, training
+from batchnorm.compare.cells import Cells
 from batchnorm.compare.records import Recorder
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def small(data, out: Path, **options):
@@ -27,7 +30,8 @@ def losses(run: Run) -> list:
 
 def test_a_comparison_leaves_everything_behind(result):
     files = {str(path.relative_to(result.out)) for path in result.out.rglob("*") if path.is_file()}
-    runs = {f"runs/{norm}-seed{seed}.jsonl" for norm in ("none", "batch") for seed in (0, 1)}
+    names = ("none", "batch")
+    runs = {f"runs/{norm}-before-lr0.1-batch16-iid-seed{seed}.jsonl" for norm in names for seed in (0, 1)}
     figures = {"accuracy.png", "loss.png", "activations.png"}
     assert files == {"settings.json", "summary.json", "report.html"} | figures | runs
     assert {path.name for path in result.figure_paths} == figures
@@ -41,12 +45,13 @@ def test_every_step_and_evaluation_is_recorded(result):
     for run in result.runs:
         assert [step.step for step in run.steps] == list(range(1, 13))
         assert [evaluation.step for evaluation in run.evaluations] == [0, 5, 10, 12]
-        assert [histogram.step for histogram in run.histograms] == [1, 5, 10, 12]
+        for where in ("first", "last"):
+            assert [h.step for h in run.histograms if h.where == where] == [1, 5, 10, 12]
         seconds = [step.train_seconds for step in run.steps]
         assert seconds == sorted(seconds)
         assert run.evaluations[-1].train_seconds == seconds[-1]
         assert run.diverged_at is None
-    assert [layer.name for layer in result.runs[1].layers] == ["norm1", "norm2"]
+    assert [layer.name for layer in result.runs[1].layers] == ["hidden1.norm", "hidden2.norm"]
     assert result.runs[0].layers == []
 
 
@@ -71,8 +76,8 @@ def test_the_same_seeds_give_the_same_curves(data, result, tmp_path):
 
 def test_batches_of_two_classes_train_and_are_told(data, tmp_path):
     found = small(data, tmp_path, norms=["none"], sampling="classes:2", steps=12)
-    assert found.settings.sampling == "classes:2"
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["sampling"] == "classes:2"
+    assert found.settings.grid.sampling == ("classes:2",)
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["grid"]["sampling"] == ["classes:2"]
     assert "12 steps of 16 samples, drawn from 2 classes each, with" in found.report_path.read_text()
     iid = small(data, tmp_path / "iid", norms=["none"], steps=12)
     assert losses(iid.runs[0]) != losses(found.runs[0])
@@ -149,10 +154,8 @@ def test_a_full_disk_is_not_blamed_on_the_network(data, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    warm_up = experiment._warm_up
-    monkeypatch.setattr(
-        experiment, "_warm_up", lambda *a: (warm_up(*a), monkeypatch.setattr(Recorder, "evaluation", fail))
-    )
+    warm_up = Cells.warm_up
+    monkeypatch.setattr(Cells, "warm_up", lambda *a: (warm_up(*a), monkeypatch.setattr(Recorder, "evaluation", fail)))
     with pytest.raises(OSError, match="No space left on device"):
         small(data, tmp_path)
     assert not (tmp_path / "summary.json").exists()
@@ -171,7 +174,8 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         small(data, tmp_path)
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert files == ["runs/batch-seed0.jsonl.partial", "runs/none-seed0.jsonl", "settings.json"]
+    names = [f"runs/{norm}-before-lr0.1-batch16-iid-seed0.jsonl" for norm in ("batch", "none")]
+    assert files == [f"{names[0]}.partial", names[1], "settings.json"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +192,14 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
         ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1"),
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
         ({"lr": float("nan")}, "lr must be above 0 and finite"),
+        ({"lr": []}, "lr must have at least one value, got none"),
+        ({"lr": [0.1, 0.1]}, "each value must stand once in lr, got 0.1 twice"),
+        ({"batch_size": [16, 97]}, "batch_size must be at most the number of training samples, 96, got 97"),
+        ({"placement": "between"}, "placement must be among before, after .* got 'between'"),
+        ({"schedule": "cosine:warmup=6"}, "the warm-up must be shorter than the training, 6 steps, got 6"),
+        ({"device": "abacus"}, "device must be one that this machine has, .* got 'abacus'"),
+        ({"records": "csv"}, "records must be among jsonl, parquet, got 'csv'"),
+        ({"overwrite": True, "resume": True}, "only one of overwrite and resume"),
         ({"optimizer": "sdg"}, "optimizer must be among sgd, .*, got 'sdg'"),
         ({"target_accuracy": 95}, "target_accuracy must be above 0 and at most 1, got 95. Write 0.95 for 95 %"),
     ],
@@ -201,28 +213,105 @@ def test_unusable_settings_are_refused_with_the_reason(data, tmp_path, options, 
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_every_optimizer_trains(data, tmp_path, optimizer):
     result = small(data, tmp_path, norms=["batch"], optimizer=optimizer, steps=20)
-    assert result.settings.lr == training.OPTIMIZERS[optimizer].lr
+    assert result.settings.grid.lr == (training.OPTIMIZERS[optimizer].lr,)
     assert result.runs[0].steps[-1].loss < result.runs[0].steps[0].loss
 
 
 def test_epochs_and_defaults_are_resolved(data, tmp_path):
     result = small(data, tmp_path, norms=["none"], steps=None, epochs=2, batch_size=20)
-    assert (result.settings.steps, result.settings.evaluate_every) == (8, 1)
+    assert (result.settings.epochs, result.settings.steps) == (2, None)
+    assert [step.step for step in result.runs[0].steps] == list(range(1, 9))
+    assert len(result.runs[0].evaluations) == 9
 
 
 def test_missing_extras_are_named_before_anything_starts(data, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r"jinja2 cannot be imported.*pip install 'batchnorm\[compare\]'"):
         small(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_importing_needs_none_of_the_extras():
-    extras = ("rich", "matplotlib", "jinja2", "click")
+    extras = ("rich", "matplotlib", "jinja2", "click", "scipy", "pyarrow", "tensorboard")
     code = f"import sys, batchnorm.compare; print([name for name in {extras} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_combination_is_trained_with_every_seed(data, tmp_path):
+    found = small(data, tmp_path, lr=[0.1, 0.5], batch_size=[16, 48], seeds=2, steps=None, epochs=2)
+    cells = {(run.choice.norm, run.choice.lr, run.choice.batch_size, run.seed) for run in found.runs}
+    assert len(cells) == 16 == len(found.runs)
+    assert {len(run.steps) for run in found.runs if run.choice.batch_size == 16} == {12}
+    assert {len(run.steps) for run in found.runs if run.choice.batch_size == 48} == {4}
+    assert [outcome.label for outcome in found.outcomes][:2] == [
+        "none, lr 0.1, batches of 16",
+        "none, lr 0.1, batches of 48",
+    ]
+    assert found.summary["planned_runs"] == 16
+    # The first batch and the initial values do not depend on the learning rate.
+    first = {(r.choice.norm, r.choice.batch_size, r.seed): [] for r in found.runs}
+    for run in found.runs:
+        first[run.choice.norm, run.choice.batch_size, run.seed].append(run.steps[0].loss)
+    assert all(a == b for a, b in first.values())
+    assert len({a for a, _ in first.values()}) == 8
+
+
+def test_a_cell_of_a_grid_is_the_run_that_it_would_be_alone(data, tmp_path):
+    grid = small(data, tmp_path / "grid", lr=[0.1, 0.5], batch_size=[16, 48], placement=["before", "after"])
+    alone = small(data, tmp_path / "alone", lr=0.5, batch_size=48)
+    for run in alone.runs:
+        twin = next(each for each in grid.runs if each.choice == run.choice)
+        assert losses(twin) == losses(run)
+        assert twin.evaluations[-1].test_loss == run.evaluations[-1].test_loss
+    before, after = (
+        losses(r) for r in grid.runs if r.norm == "batch" and (r.choice.lr, r.choice.batch_size) == (0.5, 48)
+    )
+    assert before != after
+
+
+def test_which_is_trained_first_changes_from_seed_to_seed(data, tmp_path, monkeypatch):
+    order, train = [], Cells.train
+
+    def spy(self, choice, seed, *rest):
+        order.append((seed, choice.norm))
+        return train(self, choice, seed, *rest)
+
+    monkeypatch.setattr(Cells, "train", spy)
+    found = small(data, tmp_path, norms=["none", "batch", "layer"], seeds=2)
+    assert order == [(0, "none"), (0, "batch"), (0, "layer"), (1, "batch"), (1, "layer"), (1, "none")]
+    assert [(run.seed, run.norm) for run in found.runs] == sorted(
+        order, key=lambda cell: (cell[0], ("none", "batch", "layer").index(cell[1]))
+    )
+
+
+def test_a_schedule_reaches_the_optimizer(data, tmp_path):
+    constant = small(data, tmp_path / "a", norms="none")
+    falling = small(data, tmp_path / "b", norms="none", schedule="linear")
+    assert losses(constant.runs[0])[:2] == losses(falling.runs[0])[:2]  # the second loss is of the first update
+    assert losses(constant.runs[0])[2:] != losses(falling.runs[0])[2:]
+    assert "falling to 0 in a straight line" in falling.report_path.read_text()
+
+
+def test_normalized_inputs_replace_standardized_ones(data, tmp_path):
+    shifted = compare.Data("far", data.x_train + 100, data.y_train, data.x_test + 100, data.y_test, 3, "")
+    found = small(shifted, tmp_path, norms="none", input_norm=True, steps=30)
+    assert found.settings.input_norm
+    assert found.runs[0].steps[-1].loss < 0.5
+    assert "stands before the first layer" in found.report_path.read_text()
+
+
+def test_a_network_with_weights_keeps_them(data, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = small(data, tmp_path, norms="batch", model=network, seeds=2)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    first, second = found.runs
+    assert first.evaluations[0] == second.evaluations[0]
+    assert losses(first) != losses(second)
+    assert "The network came with its weights" in found.report_path.read_text()
 
 
 def test_the_default_directory_is_a_new_one():

@@ -12,17 +12,6 @@ from batchnorm.compare import ComparisonError, models, norms
 SAMPLE = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def test_mlp_drops_the_bias_that_beta_replaces():
-    plain = models.mlp(norms.parse("none"), (1, 28, 28), 10)
-    batch = models.mlp(norms.parse("batch"), (1, 28, 28), 10)
-    shapes = [tuple(m.weight.shape) for m in plain if isinstance(m, nn.Linear)]
-    assert shapes == [(64, 784), (128, 64), (10, 128)]
-    assert [m.bias is not None for m in plain if isinstance(m, nn.Linear)] == [True, True, True]
-    assert [m.bias is not None for m in batch if isinstance(m, nn.Linear)] == [False, False, True]
-    order = [name for name, _ in batch.named_children()]
-    assert order == ["flatten", "linear1", "norm1", "relu1", "linear2", "norm2", "relu2", "linear3"]
-
-
 def test_initial_values_are_shared_where_shapes_permit():
     torch.manual_seed(0)
     first = norms.parse("none")
@@ -31,7 +20,9 @@ def test_initial_values_are_shared_where_shapes_permit():
     network = models.resolve("mlp")(norm, SAMPLE, 10)
     names = models.share_initial_values(network, norm, values)
     assert names["shared"] == ["linear1.weight", "linear2.weight", "linear3.weight", "linear3.bias"]
-    assert names["own"] == ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
+    assert names["own"] == [
+        "hidden1.norm.weight", "hidden1.norm.bias", "hidden2.norm.weight", "hidden2.norm.bias"
+    ]  # fmt: skip
     for name in names["shared"]:
         assert torch.equal(network.get_parameter(name), values[name])
 
@@ -72,7 +63,8 @@ class Selects(nn.Module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mlpp", "model must be mlp or module.path:callable, got 'mlpp'"),
+        ("mlpp", "model must be mlp, sigmoid-mlp, cnn, resnet20, vgg or module.path:callable, got 'mlpp'"),
+        ("net:build/", "or module.path:callable, got 'net:build/'"),
         ("no_such_module:build", "the module of no_such_module:build must not fail .* ModuleNotFoundError"),
         ("json:lods", "must name something that json has, got no 'lods'. Did you mean load"),
         ("json:decoder", "must name a callable, got module"),
@@ -82,6 +74,44 @@ class Selects(nn.Module):
 def test_unknown_models_are_refused_with_the_reason(name, message):
     with pytest.raises(ComparisonError, match=message):
         models.resolve(name)
+
+
+def plain(norm, in_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), norm(8), nn.ReLU(), nn.Linear(8, num_classes))
+
+
+def test_placement_after_needs_normalization_and_activation_together():
+    model = models.resolve(plain)
+    model(norms.parse("batch"), SAMPLE, 10)
+    for spec in ("batch", "none"):
+        with pytest.raises(ComparisonError, match="by norm.activated, got 1 from norm in plain. Write norm.activated"):
+            model(norms.parse(spec, "after"), SAMPLE, 10)
+
+
+def test_what_a_norm_made_before_is_forgotten():
+    norm = norms.parse("batch", "after")
+    models.resolve("mlp")(norm, SAMPLE, 10)
+    network = models.resolve("mlp")(norm, SAMPLE, 10)
+    assert norm.made == [network.hidden1.norm, network.hidden2.norm]
+    with pytest.raises(ComparisonError, match="placement after needs"):
+        models.resolve(plain)(norm, SAMPLE, 10)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 6), (3, 4, 4), (3, 2, 4, 4)])
+def test_the_input_norm_does_what_standardizing_does(shape):
+    x = 100 + 50 * torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
+    network = models.with_input_norm(nn.Identity(), shape)
+    y = network(x)
+    axes = [0, *range(2, x.dim())]
+    torch.testing.assert_close(y.mean(axes), torch.zeros(shape[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.var(axes, unbiased=False), torch.ones(shape[0]), atol=1e-4, rtol=0)
+    assert list(network.parameters()) == []
+    assert list(dict(network.named_children())) == ["input_norm", "network"]
+
+
+def test_the_input_norm_refuses_more_axes():
+    with pytest.raises(ComparisonError, match=r"takes samples .* got shape \[1, 2, 3, 4, 5\]"):
+        models.with_input_norm(nn.Identity(), (1, 2, 3, 4, 5))
 
 
 def test_a_callable_is_found_in_the_working_directory(tmp_path: Path, monkeypatch):

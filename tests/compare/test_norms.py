@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.compare import ComparisonError, models, norms, register
+from batchnorm.compare import ComparisonError, norms, register
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
@@ -128,13 +128,28 @@ def test_what_cannot_be_normalized_is_told():
         norms.parse("group")(48, dims=2)
 
 
-@pytest.mark.parametrize("name", [name for name in norms.names() if name != "instance"])
-def test_the_perceptron_takes_each_norm(name):
-    network = models.mlp(norms.parse(name), (1, 8, 8), 10)
-    network(torch.randn(16, 1, 8, 8)).square().sum().backward()
-    assert network.eval()(torch.randn(1, 1, 8, 8)).shape == (1, 10)
-
-
 def test_unknown_rank_is_refused():
     with pytest.raises(ValueError, match="dims must be 1, 2 or 3, got 4"):
         norms.parse("batch")(8, dims=4)
+
+
+def test_the_placement_decides_the_order():
+    x = torch.randn(32, 8)
+    for placement, order in (("before", ["norm", "activation"]), ("after", ["activation", "norm"])):
+        norm = norms.parse("batch", placement)
+        layer = norm.activated(8, nn.Sigmoid)
+        assert [name for name, _ in layer.named_children()] == order
+        assert norm.made == [layer.norm]
+        assert norm.replaces_bias == (placement == "before")
+        assert (abs(layer(x).mean().item()) < 1e-6) == (placement == "after")
+    assert isinstance(norms.parse("batch").activated(8, dims=2).norm, BatchNorm2d)
+
+
+def test_an_unknown_placement_is_refused():
+    with pytest.raises(ComparisonError, match=r"placement must be before or after \(the activation\), got 'behind'"):
+        norms.parse("batch", "behind")
+
+
+def test_options_without_a_name_get_it():
+    assert norms.parse("ghost:16").options == {"ghost_size": 16}
+    assert norms.parse("renorm:2,dmax=1").options == {"rmax": 2, "dmax": 1}

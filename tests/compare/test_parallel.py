@@ -67,10 +67,12 @@ def test_the_first_process_tells_and_writes(folder: Path, said: list[tuple[dict[
     assert [line[:5] for line in first["err"].splitlines() if line.startswith("[")] == ["[1/2]", "[2/2]"]
     assert second == {"code": first["code"], "out": "", "err": ""}
     names = {path.name for path in (folder / "out").rglob("*")} - {"runs"}
-    runs = {"none-seed0.jsonl", "sync-seed0.jsonl"}
+    runs = {f"{norm}-before-lr0.01-batch15-iid-seed0.jsonl" for norm in ("none", "sync")}
     figures = {"accuracy.png", "loss.png", "activations.png"}
     assert names == {"settings.json", "summary.json", "report.html"} | figures | runs
-    assert json.loads((folder / "out" / "summary.json").read_text())["environment"]["processes"] == 2
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert summary["processes"] == 2
+    assert [environment["processes"] for environment in summary["environments"]] == [2]
     assert "2 processes with 1 thread each" in (folder / "out" / "report.html").read_text()
 
 
@@ -81,7 +83,7 @@ def test_two_processes_train_as_one_does(folder: Path, said: object, tmp_path: P
         optimizer="momentum", out=tmp_path / "alone", progress=False,
     )  # fmt: skip
     for name, expected in zip(("none", "sync"), alone.runs, strict=True):
-        run = compare.Run.read(folder / "out" / "runs" / f"{name}-seed0.jsonl")
+        run = compare.Run.read(folder / "out" / "runs" / f"{name}-before-lr0.01-batch15-iid-seed0.jsonl")
         assert [step.loss for step in run.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-4)
         assert [e.step for e in run.evaluations] == [0, 3, 6]
         losses = [[evaluation.test_loss for evaluation in each.evaluations] for each in (run, expected)]
@@ -93,7 +95,7 @@ def test_a_mistake_of_all_is_told_once(folder: Path, said: list[tuple[dict[str, 
     first, second = said[1]
     assert first["err"] == (
         "batchnorm compare: rank 0: out must not hold an earlier comparison, but kept has summary.json. Choose another "
-        "directory, or replace what is there with overwrite (--overwrite).\n"
+        "directory, continue that comparison with resume (--resume), or replace it with overwrite (--overwrite).\n"
     )
     assert second["err"] == ""
     assert [each["code"] for each in said[1]] == [2, 2]

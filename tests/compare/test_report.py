@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from batchnorm import compare
-from batchnorm.compare import curves, figures, norms, report
-from batchnorm.compare.records import Evaluation, Histogram, Run, Step
+from batchnorm import compare, page
+from batchnorm.compare import Choice, Evaluation, Histogram, Run, Step, curves, figures, norms
 
 OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?|url\(|@import""")
 
@@ -57,25 +56,78 @@ def test_the_page_has_headline_tables_and_a_chart_of_each_kind(result, html):
     assert all(sentence in html for sentence in result.headline)
     places = [attributes for tag, attributes in page.tags if tag == "figure"]
     drawn = {(a.get("data-curve"), a.get("data-x")) for a in places if a["data-chart"] == "curve"}
-    assert drawn == {(c, x) for c in ("accuracy", "test_loss", "train_loss") for x in ("step", "seconds")}
-    assert [a["data-norm"] for a in places if a["data-chart"] == "activations"] == ["none", "batch"]
+    both = {(c, x) for c in ("accuracy", "test_loss", "train_loss") for x in ("step", "seconds")}
+    assert drawn == both | {("gap", "step"), ("gradient_norm", "step")}
+    assert [a["data-where"] for a in places if a["data-chart"] == "percentiles"] == ["first", "last"]
+    assert [a["data-label"] for a in places if a["data-chart"] == "activations"] == ["none", "batch"]
+    assert not [a for a in places if a["data-chart"] == "grid"]
     cells = "".join(page.data["th"])
-    for word in ("γ", "β", "running mean", "running variance", "norm1", "norm2"):
+    for word in ("γ", "β", "running mean", "running variance", "hidden1.norm", "hidden2.norm"):
         assert word in cells
+
+
+def test_the_table_of_outcomes_sorts_by_numbers(html):
+    """Each column has a button and each cell a number, or nothing where there is none."""
+    table = re.search(r'<table class="ranges sortable">(.*?)</table>', html, re.S).group(1)
+    head, body = table.split("</thead>")
+    heads = re.findall(r'<th scope="col" aria-sort="none"><button type="button" data-first="(\w+)">', head)
+    rows = [re.findall(r'data-value="([^"]*)"', row) for row in body.split("</tr>")[:-1]]
+    assert set(heads) == {"ascending", "descending"}
+    assert [len(row) for row in rows] == [len(heads)] * 2
+    assert all(float(value or 0) == float(value or 0) for row in rows for value in row)
 
 
 def test_the_charts_show_what_was_recorded(result, html):
     charts = chart_data(html)
-    assert charts["norms"] == ["none", "batch"]
-    last = charts["curves"]["accuracy"]["series"][1][-1]
+    assert charts["labels"] == ["none", "batch"]
+    step, _, mid, low, high, seeds = charts["curves"]["accuracy"]["series"][1][-1]
     finals = [100 * run.evaluations[-1].test_accuracy for run in result.runs if run.norm == "batch"]
-    assert last["step"] == 12
-    assert last["seeds"] == 2
-    assert (last["low"], last["high"]) == pytest.approx((min(finals), max(finals)), rel=1e-4)
-    assert last["mid"] == pytest.approx(np.mean(finals), rel=1e-4)
+    assert (step, seeds) == (12, 2)
+    assert (low, high) == pytest.approx((min(finals), max(finals)), rel=1e-3)
+    assert mid == pytest.approx(np.mean(finals), rel=1e-3)
+    gaps = [100 * (e.train_accuracy - e.test_accuracy) for e in (run.evaluations[-1] for run in result.runs[1::2])]
+    assert charts["curves"]["gap"]["series"][1][-1][2] == pytest.approx(np.mean(gaps), abs=1e-2)
     for panel in charts["activations"]["panels"].values():
         assert [column["step"] for column in panel] == [1, 5, 10, 12]
-        assert all(0.9 < sum(column["shares"]) <= 1.0001 for column in panel)
+        assert all(0.9 < sum(column["shares"]) <= 1.002 for column in panel)
+    for where in ("first", "last"):
+        found = [h for r in result.runs if r.norm == "batch" for h in r.histograms if (h.step, h.where) == (12, where)]
+        expected = np.mean([h.percentiles for h in found], axis=0)
+        assert charts["percentiles"][where]["series"][1][-1] == pytest.approx([12, *expected], rel=1e-3)
+
+
+def test_a_grid_has_heat_maps_and_draws_the_best_of_each_norm(data, tmp_path):
+    found = compare.run(
+        ["none", "batch", "layer"], data=data, lr=[0.01, 0.3, 1e30], steps=12, batch_size=[16, 32], seeds=1,
+        out=tmp_path, progress=False,
+    )  # fmt: skip
+    text = found.report_path.read_text(encoding="utf-8")
+    charts = chart_data(text)
+    assert [panel["title"] for panel in charts["grid"]] == ["none", "batch", "layer"]
+    assert charts["grid"][0]["columns"] == ["0.01", "0.3", "1e+30"]
+    assert charts["grid"][0]["rows"] == ["16", "32"]
+    lost = [square for square in charts["grid"][0]["squares"] if square["column"] == "1e+30"]
+    assert [(square["accuracy"], square["diverged"]) for square in lost] == [(None, 1), (None, 1)]
+    assert charts["drawn"] == 3
+    assert len(charts["labels"]) == 18
+    assert [label.split(",")[0] for label in charts["labels"][:3]] == ["none", "batch", "layer"]
+    assert [len(each["series"]) for each in charts["curves"].values()] == [18] * 5
+    assert len(charts["activations"]["panels"]) == 3
+    assert [path.name for path in found.figure_paths] == ["accuracy.png", "loss.png", "activations.png", "grid.png"]
+    assert len(found.headline) <= 5
+
+
+def test_many_runs_make_a_short_page(data, tmp_path):
+    """60 runs: eight at most are drawn at first, and the layers of these are told."""
+    specs = [f"batch:momentum=0.{k:02}" for k in range(1, 31)]
+    found = compare.run(specs, data=data, steps=4, batch_size=48, seeds=2, out=tmp_path, progress=False)
+    assert len(found.runs) == 60
+    text = found.report_path.read_text(encoding="utf-8")
+    assert chart_data(text)["drawn"] == 8
+    assert text.count("Every channel of") == 16
+    assert "<summary>All 16 layers</summary>" in text
+    assert len(found.headline) <= 5
+    assert len(text) < 2_000_000
 
 
 def test_what_the_user_wrote_is_escaped(data, tmp_path, monkeypatch):
@@ -96,7 +148,7 @@ def test_what_the_user_wrote_is_escaped(data, tmp_path, monkeypatch):
     assert evil not in text
     assert "<b>'" not in text
     assert "<i>nothing" not in text
-    assert chart_data(text)["norms"] == ["<b>'\"&"]
+    assert chart_data(text)["labels"] == ["<b>'\"&"]
 
 
 def test_a_comparison_without_layers_and_activations_has_a_page(data, tmp_path):
@@ -111,10 +163,11 @@ def test_a_comparison_without_layers_and_activations_has_a_page(data, tmp_path):
 
 
 def test_the_libraries_are_the_ones_whose_licences_lie_beside():
-    vendor = resources.files("batchnorm.compare") / "web" / "vendor"
+    vendor = resources.files("batchnorm") / "web" / "vendor"
     notice = (vendor / "README.md").read_text(encoding="utf-8")
-    for name in report.LIBRARIES:
-        file = vendor / name.removeprefix("vendor/")
+    libraries = [name.removeprefix("vendor/") for name in page.SCRIPTS if name.startswith("vendor/")]
+    assert len(libraries) == 2
+    for file in (vendor / name for name in libraries):
         assert hashlib.sha256(file.read_bytes()).hexdigest() in notice
         assert "</script" not in file.read_text(encoding="utf-8")
     assert {path.name for path in vendor.iterdir() if path.name.endswith("LICENSE")} == {"d3.LICENSE", "plot.LICENSE"}
@@ -126,7 +179,7 @@ def test_pictures_are_png(result):
 
 
 def _run(norm: str, seed: int, losses: list[float | None]) -> Run:
-    run = Run(norm, seed, 1, None, [], [])
+    run = Run(Choice(norm), seed)
     run.steps = [Step(k + 1, k + 1.0 + seed, loss) for k, loss in enumerate(losses)]
     run.evaluations = [Evaluation(k, k + float(seed), 0.5, 0.1 * k) for k in range(0, len(losses) + 1, 2)]
     return run
@@ -149,7 +202,7 @@ def test_distributions_keep_their_mass_on_a_common_grid():
     runs = [_run("a", 0, [1, 1]), _run("b", 0, [1, 1])]
     runs[0].histograms = [Histogram(1, 0.0, 4.0, [10, 20, 20, 10], 0, [1, 2, 3])]
     runs[1].histograms = [Histogram(k, -1.0, 1.0, [5, 5], 0, [-0.5, 0, 0.5]) for k in (1, 3, 9)]
-    found = curves.distributions(runs)
+    found = curves.distributions({run.norm: [run] for run in runs})
     assert (found.edges[0], found.edges[-1]) == pytest.approx((-0.99, 3.97), abs=0.02)
     a, b = found.columns["a"], found.columns["b"]
     assert a[0].shares.sum() == pytest.approx(0.995, abs=0.005)
@@ -162,9 +215,27 @@ def test_exploding_activations_do_not_hide_the_others():
     runs = [_run("a", 0, [1, 1]), _run("b", 0, [1, 1])]
     runs[0].histograms = [Histogram(1, -1e25, 1e25, [50, 50], 0, [-1e24, 0, 1e24])]
     runs[1].histograms = [Histogram(1, -1.0, 1.0, [50, 50], 0, [-0.5, 0, 0.5])]
-    found = curves.distributions(runs)
+    found = curves.distributions({run.norm: [run] for run in runs})
     assert -12 < found.edges[0] < found.edges[-1] < 12
     assert found.columns["b"][0].shares.sum() == pytest.approx(1)
+
+
+def test_only_the_first_activation_is_drawn_as_a_distribution():
+    run = _run("a", 0, [1, 1])
+    run.histograms = [Histogram(1, 0.0, 4.0, [10, 20], 0, [1, 2, 3], where) for where in ("first", "last")]
+    run.histograms[1] = Histogram(1, 50.0, 60.0, [10, 20], 0, [51, 52, 53], "last")
+    assert curves.distributions({"a": [run]}).edges[-1] < 10
+    assert curves.curve([run], curves.percentile("last", 1))[0].mid == 52
+    assert curves.distributions({"a": [_run("a", 0, [1])]}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [([], (0.0, 1.0)), ([2.0] * 5, (1.8, 2.2)), ([0.0] * 5, (-1.0, 1.0)), ([0.0, 1.0] * 50, (-0.1, 1.1))],
+)
+def test_a_linear_axis_has_a_height(values, ends):
+    points = [curves.Point(step, step, value, value, value, 1) for step, value in enumerate(values)]
+    assert figures.linear_range(points) == pytest.approx(ends)
 
 
 def test_the_accuracy_axis_has_a_height_where_all_is_right():

@@ -3,18 +3,23 @@
 Needs the extra `compare`: `pip install 'batchnorm[compare]'`. Importing this needs none of it.
 """
 
+from batchnorm.compare.choices import Choice, Grid
 from batchnorm.compare.data import Data, from_arrays, load
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.experiment import Result, default_directory, run
+from batchnorm.compare.experiment import default_directory, run
 from batchnorm.compare.norms import Norm, register
 from batchnorm.compare.records import Evaluation, Histogram, Layer, Run, Step
+from batchnorm.compare.results import Result, rebuild
 from batchnorm.compare.settings import Settings
-from batchnorm.compare.summary import Outcome, Spread
+from batchnorm.compare.summary import Difference, Outcome, Spread
 
 __all__ = [
+    "Choice",
     "ComparisonError",
     "Data",
+    "Difference",
     "Evaluation",
+    "Grid",
     "Histogram",
     "Layer",
     "Norm",
@@ -27,6 +32,7 @@ __all__ = [
     "default_directory",
     "from_arrays",
     "load",
+    "rebuild",
     "register",
     "run",
 ]

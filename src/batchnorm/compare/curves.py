@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.compare.records import Histogram, Run
+from batchnorm.compare.summary import Outcome
 
 VALUE_BINS = 64
 OUTSIDE = 0.005  # share of values on each side that need not be seen
@@ -63,8 +64,44 @@ def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
     return found
 
 
+def gap(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and accuracy on training data less that on test data, by step."""
+    return {
+        e.step: (e.train_seconds, None if e.train_accuracy is None else e.train_accuracy - e.test_accuracy)
+        for e in run.evaluations
+    }
+
+
+def gradient_norm(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and the norm of the gradient by step, where it was looked at."""
+    return {s.step: (s.train_seconds, s.gradient_norm) for s in run.steps if s.gradient_norm is not None}
+
+
+def percentile(where: str, which: int) -> Values:
+    """Returns what gives a percentile of a watched activation by step.
+
+    Args:
+        where: `first` or `last`.
+        which: 0, 1 or 2 for the 15th, 50th or 85th.
+    """
+
+    def values(run: Run) -> dict[int, tuple[float, float | None]]:
+        return {
+            h.step: (run.steps[h.step - 1].train_seconds, h.percentiles[which])
+            for h in run.histograms
+            if h.where == where and h.percentiles
+        }
+
+    return values
+
+
+def by_label(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, list[Run]]:
+    """Returns the runs of each outcome's choice, by its label."""
+    return {outcome.label: [run for run in runs if run.choice == outcome.choice] for outcome in found}
+
+
 def curve(runs: Sequence[Run], values: Values) -> list[Point]:
-    """Returns one quantity of the runs of one normalization, step by step."""
+    """Returns one quantity of the runs of one choice, step by step."""
     tables = [values(run) for run in runs]
     points = []
     for step in sorted({step for table in tables for step in table}):
@@ -103,7 +140,7 @@ class Distributions:
     Attributes:
         edges: Edges of the grid's bins.
         most: The share that is drawn darkest; a few bins, such as those of the narrow first step, have more.
-        columns: The distributions of each normalization, step by step.
+        columns: The distributions of each choice, step by step.
     """
 
     edges: NDArray[np.float64]
@@ -111,11 +148,13 @@ class Distributions:
     columns: dict[str, list[Column]]
 
 
-def distributions(runs: Sequence[Run]) -> Distributions | None:
-    """Returns the distributions of the watched activations, or None if there are none."""
-    norms = list(dict.fromkeys(run.norm for run in runs))
-    usable = {norm: [h for r in runs if r.norm == norm for h in r.histograms if h.percentiles] for norm in norms}
-    usable = {norm: histograms for norm, histograms in usable.items() if histograms}
+def distributions(series: dict[str, list[Run]]) -> Distributions | None:
+    """Returns the distributions of the first watched activation by label, or None if there are none."""
+    usable = {
+        label: [h for run in runs for h in run.histograms if h.where == "first" and h.percentiles]
+        for label, runs in series.items()
+    }
+    usable = {label: histograms for label, histograms in usable.items() if histograms}
     if not usable:
         return None
     limits = [_limits(histograms) for histograms in usable.values()]
@@ -124,8 +163,8 @@ def distributions(runs: Sequence[Run]) -> Distributions | None:
     lowest = max(min(limit[0] for limit in limits), low - reach)
     highest = min(max(limit[1] for limit in limits), high + reach)
     edges = np.linspace(lowest, highest, VALUE_BINS + 1)
-    columns = {norm: _columns(histograms, edges) for norm, histograms in usable.items()}
-    peaks = [column.shares.max() for of_norm in columns.values() for column in of_norm]
+    columns = {label: _columns(histograms, edges) for label, histograms in usable.items()}
+    peaks = [column.shares.max() for of_label in columns.values() for column in of_label]
     return Distributions(edges, float(np.quantile(peaks, 0.9)), columns)
 
 

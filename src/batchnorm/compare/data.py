@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchnorm.compare import idx
 from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.importing import blame, import_named, is_named
 
-PACKAGED = ("mnist-mini",)
+PACKAGED = "mnist-mini"
+DIGITS = "digits"
+NAMES = (PACKAGED, *idx.SOURCES, DIGITS)
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -46,33 +53,108 @@ class Data:
         """Shape of one sample, without the batch axis."""
         return tuple(self.x_train.shape[1:])
 
+    @cached_property
+    def train_part(self) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of at most as many training samples as there are test samples, always the same ones."""
+        order = torch.randperm(len(self.y_train), generator=torch.Generator().manual_seed(0))
+        index = order[: len(self.y_test)].to(self.y_train.device)
+        return self.x_train[index], self.y_train[index]
 
-def load(source: str | Path | Data) -> Data:
-    """Returns the data that a name or a file stands for.
+    def to(self, device: torch.device | str) -> Data:
+        """Returns the same data on a device, such as `cuda`."""
+        moved = {name: getattr(self, name).to(device) for name in KEYS}
+        return replace(self, **moved)
+
+
+def load(source: str | Path | Data, *, data_dir: str | Path | None = None, standardize: bool = True) -> Data:
+    """Returns the data that a name, a file or a callable stands for.
 
     Args:
-        source: `mnist-mini`, or the path of an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`.
+        source: One of these:
+
+            - `mnist-mini`: 10,000 training and 2,000 test images of MNIST, which come with this package.
+            - `mnist`, `fashion-mnist`: 60,000 and 10,000 images of 28×28, fetched once into the user's cache (the
+              environment variable `BATCHNORM_CACHE` names another folder), or read from `data_dir`.
+            - `digits`: scikit-learn's 1,797 digits of 8×8; the last 360, mostly by other writers, are for testing.
+            - The path of an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`.
+            - `module.path:callable`, which is called without arguments and returns a dict of such arrays, or a `Data`.
+            - A `Data`, which is returned as it is.
+
             Inputs are `[N, D]`, `[N, H, W]` (one channel), or `[N, C, *S]`. Bytes (uint8) are standardized: the
             mean of all training values is taken away, and they are divided by their standard deviation.
             Floating-point values are used as they are. Labels are integers from 0, each class occurring in
-            `y_train`; where some do not, `num_classes` in the file says how many there are.
+            `y_train`; where some do not, `num_classes` beside the arrays says how many there are.
+        data_dir: Folder with the four official files of `mnist` or `fashion-mnist`, gzipped or not.
+        standardize: Whether bytes are standardized; where not, they are divided by 255, which no statistic of the
+            data goes into.
 
     Raises:
-        ComparisonError: If there is no such file, or it does not hold what is described above.
+        ComparisonError: If there are no such data, or they are not what is described above.
     """
+    name = source.name if isinstance(source, Data) else str(source)
+    if data_dir is not None and name not in idx.SOURCES:
+        raise ComparisonError(
+            f"data_dir (--data-dir) goes with data {' or '.join(idx.SOURCES)}, got data {name!r}. Leave one of them "
+            "out."
+        )
     if isinstance(source, Data):
         return source
-    if str(source) in PACKAGED:
-        packaged = resources.files("batchnorm.compare") / "datasets" / f"{source}.npz"
+    if name == PACKAGED:
+        packaged = resources.files("batchnorm.compare") / "datasets" / f"{name}.npz"
         with resources.as_file(packaged) as path:
-            return from_arrays(_read(path), str(source))
-    path = Path(source)
-    if path.suffix != ".npz":
+            return from_arrays(_read(path), name, standardize=standardize)
+    if name in idx.SOURCES:
+        return from_arrays(idx.read(name, data_dir), name, standardize=standardize)
+    if name == DIGITS:
+        return from_arrays(_digits(), name, standardize=standardize)
+    if Path(name).suffix == ".npz":
+        return from_arrays(_read(Path(name)), Path(name).name, standardize=standardize)
+    if is_named(name):
+        return _from_callable(name, standardize)
+    raise ComparisonError(
+        f"data must be {', '.join(NAMES)}, the path of an .npz file, or module.path:callable, got {name!r}. Write your "
+        "arrays with numpy.savez_compressed."
+    )
+
+
+def _digits() -> dict[str, NDArray[Any]]:
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
         raise ComparisonError(
-            f"data must be {', '.join(PACKAGED)} or the path of an .npz file, got {str(source)!r}. Write your "
-            "arrays with numpy.savez_compressed."
+            "data digits comes with scikit-learn, which cannot be imported. Install it with: pip install "
+            "'batchnorm[sklearn]'."
+        ) from error
+    held = load_digits()
+    images = (held.images * 15).astype(np.uint8)  # from 0 to 16, to bytes
+    labels, train = held.target, len(held.target) - 360
+    return {
+        "x_train": images[:train],
+        "y_train": labels[:train],
+        "x_test": images[train:],
+        "y_test": labels[train:],
+    }
+
+
+def _from_callable(name: str, standardize: bool) -> Data:
+    target = import_named(name, "data")
+    if not callable(target):
+        raise ComparisonError(
+            f"data {name!r} must name a callable, got {type(target).__name__}. Name a function without arguments that "
+            "returns the arrays."
         )
-    return from_arrays(_read(path), path.name)
+    with blame(name, "was called", of="the data callable"):
+        made = target()
+        if isinstance(made, Mapping):
+            made = {key: np.asarray(value) for key, value in made.items()}
+    if isinstance(made, Data):
+        return made
+    if not isinstance(made, dict):
+        raise ComparisonError(
+            f"the data callable {name} must return a dict of arrays {', '.join(KEYS)}, or a batchnorm.compare.Data, "
+            f"got {type(made).__name__}. See batchnorm.compare.from_arrays."
+        )
+    return from_arrays(made, name, standardize=standardize)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
@@ -88,12 +170,13 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         ) from error
 
 
-def from_arrays(arrays: dict[str, NDArray[Any]], name: str) -> Data:
+def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool = True) -> Data:
     """Returns the data that NumPy arrays hold, checked as `load` describes.
 
     Args:
         arrays: `x_train`, `y_train`, `x_test`, `y_test`, and perhaps `num_classes`.
         name: What it is called in reports and errors.
+        standardize: Whether bytes are standardized.
 
     Raises:
         ComparisonError: If the arrays are not as `load` describes.
@@ -115,9 +198,14 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str) -> Data:
     num_classes = _num_classes(arrays, name)
     scaling = "used as they are"
     if train.dtype == np.uint8:
-        mean, deviation = float(train.mean()), float(train.std()) or 1.0
+        mean, deviation = _mean_and_deviation(train) if standardize else (0.0, 255.0)
         scaling = f"bytes, less the training mean {mean:.1f}, over the training deviation {deviation:.1f}"
-        train, test = ((part.astype(np.float32) - mean) / deviation for part in (train, test))
+        if not standardize:
+            scaling = "bytes, divided by 255"
+        train, test = train.astype(np.float32), test.astype(np.float32)
+        for part in (train, test):
+            part -= mean
+            part /= deviation
     if train.ndim == 3:
         train, test = train[:, None], test[:, None]
     return Data(
@@ -129,6 +217,16 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str) -> Data:
         num_classes=num_classes,
         scaling=scaling,
     )
+
+
+def _mean_and_deviation(values: NDArray[np.uint8]) -> tuple[float, float]:
+    """Returns those of all bytes, from how often each occurs; NumPy's own would take eight times their memory."""
+    counts = np.zeros(256)
+    for part in np.array_split(values, math.ceil(values.size / 2**22)):
+        counts += np.bincount(part.ravel(), minlength=256)
+    mean = float(np.average(np.arange(256), weights=counts))
+    variance = float(np.average((np.arange(256) - mean) ** 2, weights=counts))
+    return mean, math.sqrt(variance) or 1.0
 
 
 def _check_inputs(x: NDArray[Any], what: str) -> None:

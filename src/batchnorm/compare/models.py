@@ -1,93 +1,74 @@
-"""The networks that can be compared, and what a user's own must be like."""
+"""What is compared: a network by its name, the user's own, or what builds one."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import math
-import os
-import sys
-import traceback
+import copy
+import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.finished import converted
+from batchnorm.compare.importing import blame, import_named, is_named
+from batchnorm.compare.networks import MODELS
 from batchnorm.compare.norms import Norm
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 BuildModel = Callable[[Norm, tuple[int, ...], int], nn.Module]
-
-
-def mlp(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns a multilayer perceptron with hidden layers of 64 and 128 units and ReLU.
-
-    The normalization stands before each activation; where it has a shift of its own, the bias before it,
-    which it would take away again, is left out.
-
-    Args:
-        norm: Makes the normalization layers.
-        in_shape: Shape of one sample, without the batch axis.
-        num_classes: Number of outputs.
-    """
-    bias = not norm.replaces_bias
-    return nn.Sequential(
-        OrderedDict(
-            flatten=nn.Flatten(),
-            linear1=nn.Linear(math.prod(in_shape), 64, bias=bias),
-            norm1=norm(64),
-            relu1=nn.ReLU(),
-            linear2=nn.Linear(64, 128, bias=bias),
-            norm2=norm(128),
-            relu2=nn.ReLU(),
-            linear3=nn.Linear(128, num_classes),
-        )
-    )
-
-
-MODELS: dict[str, BuildModel] = {"mlp": mlp}
+MakeModel = Callable[[], nn.Module]
+AnyModel = str | nn.Module | BuildModel | MakeModel
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network that can be built with any normalization.
+    """A network that can be had with any normalization.
 
     Attributes:
         name: As the user wrote it.
-        build: `build(norm, in_shape, num_classes)` returns the network.
+        build: `build(norm, in_shape, num_classes)` returns the network; of a finished one, `build()`.
+        finished: Whether it comes with batch normalization, in whose place the norms of a comparison are put.
+        pretrained: Whether it is one network with the weights that it has, so that seeds differ in the data order only.
     """
 
     name: str
-    build: BuildModel
+    build: Callable[..., Any]
+    finished: bool = False
+    pretrained: bool = False
 
     def __call__(self, norm: Norm, sample: Tensor, num_classes: int) -> nn.Module:
         """Returns the network on the CPU, tried on `sample`, with its lazy parameters made.
 
         Args:
-            norm: Makes the normalization layers; its `made` is emptied first.
-            sample: Some inputs, `[N, *in_shape]`.
+            norm: Makes the normalization layers; what it made before is forgotten.
+            sample: Some inputs, `[N, *in_shape]`, on any device.
             num_classes: Number of outputs.
 
         Raises:
-            ComparisonError: If the callable raises, returns something else than a network, or the
-                network's output is not `[N, num_classes]`.
+            ComparisonError: If the callable raises, returns something else than a network, the network's output is
+                not `[N, num_classes]`, or it does not have its normalizations where `norm.placement` says.
         """
-        norm.made.clear()
+        norm.forget()
+        sample = sample.cpu()
         in_shape = tuple(sample.shape[1:])
-        with blame(f"{self.name} with norm {norm.spec!r}", f"was built with (norm, {in_shape}, {num_classes})"):
-            network = self.build(norm, in_shape, num_classes)
-        if not isinstance(network, nn.Module):
-            raise ComparisonError(
-                f"the model callable {self.name} must return a torch.nn.Module, got "
-                f"{type(network).__name__}. It is called as callable(norm, in_shape, num_classes)."
-            )
-        with blame(f"{self.name} with norm {norm.spec!r}", f"was given x {list(sample.shape)}"), torch.no_grad():
-            output = network.eval()(sample)
+        name = f"{self.name} with norm {norm.spec!r}"
+        if self.finished:
+            with blame(self.name, "was called without arguments"):
+                network = self.build()
+            self._check_module(network, "callable()")
+            self._output(network.cpu(), sample, self.name)  # makes lazy layers
+            network = converted(network, norm, in_shape, self.name)
+        else:
+            with blame(name, f"was built with (norm, {in_shape}, {num_classes})"):
+                network = self.build(norm, in_shape, num_classes)
+            self._check_module(network, "callable(norm, in_shape, num_classes)")
+        self._check_placement(norm)
+        output = self._output(network, sample, name)
         network.train()
         expected = [len(sample), num_classes]
         if not isinstance(output, Tensor) or list(output.shape) != expected:
@@ -100,74 +81,97 @@ class Model:
             raise ComparisonError(f"the model {self.name} must have parameters to train, got none. Add a layer.")
         return network
 
+    def _check_module(self, network: object, call: str) -> None:
+        if not isinstance(network, nn.Module):
+            raise ComparisonError(
+                f"the model callable {self.name} must return a torch.nn.Module, got {type(network).__name__}. It is "
+                f"called as {call}."
+            )
 
-def resolve(model: str | BuildModel) -> Model:
-    """Returns the model that a name, a `module.path:callable`, or a callable stands for.
+    def _check_placement(self, norm: Norm) -> None:
+        if norm.placement == "before" or norm.placed:
+            return
+        if self.finished:
+            raise ComparisonError(
+                f"placement after needs a model that is built with its normalizations, got the finished {self.name}. "
+                "Write a callable (norm, in_shape, num_classes) that calls norm.activated."
+            )
+        raise ComparisonError(
+            f"placement after needs a model that makes normalization and activation together, by norm.activated, got "
+            f"{len(norm.made)} from norm in {self.name}. Write norm.activated(64, nn.ReLU) for norm(64), nn.ReLU()."
+        )
+
+    @staticmethod
+    def _output(network: nn.Module, sample: Tensor, name: str) -> object:
+        with blame(name, f"was given x {list(sample.shape)}"), torch.no_grad():
+            return network.eval()(sample)
+
+
+def resolve(model: AnyModel) -> Model:
+    """Returns the model that a name, a `module.path:callable`, a callable or a network stands for.
+
+    What takes no argument, and a network itself, is finished: the norms are put in place of its batch normalization.
 
     Raises:
         ComparisonError: If there is no such model, module or callable.
     """
-    if not isinstance(model, str):
-        if not callable(model):
-            raise ComparisonError(f"model must be a name or a callable, got {type(model).__name__}. Pass a function.")
-        return Model(getattr(model, "__qualname__", type(model).__name__), model)
-    if model in MODELS:
-        return Model(model, MODELS[model])
-    path, colon, name = model.partition(":")
-    if not (colon and path and name):
-        raise ComparisonError(
-            f"model must be {', '.join(MODELS)} or module.path:callable, got {model!r}. For a function "
-            "build in the file net.py, write net:build."
-        )
-    with working_directory_importable(), blame(model, "was imported", of="the module of"):
-        module = importlib.import_module(path)
-    target: object = module
-    for attribute in name.split("."):
-        if not hasattr(target, attribute):
-            close = difflib.get_close_matches(attribute, dir(target), n=1)
-            hint = f"Did you mean {close[0]}?" if close else "Check the name behind the colon."
-            raise ComparisonError(f"model {model!r} must name something that {path} has, got no {attribute!r}. {hint}")
-        target = getattr(target, attribute)
+    if isinstance(model, str):
+        if model in MODELS:
+            return Model(model, MODELS[model])
+        if not is_named(model):
+            raise ComparisonError(
+                f"model must be {', '.join(MODELS)} or module.path:callable, got {model!r}. For a function "
+                "build in the file net.py, write net:build."
+            )
+        name, target = model, import_named(model, "model")
+    else:
+        target = model
+        name = getattr(model, "__qualname__", type(model).__name__)
+    if isinstance(target, nn.Module):
+        original = target
+        return Model(name, lambda: copy.deepcopy(original), finished=True, pretrained=True)
     if not callable(target):
+        what = f"model {name!r} must name" if isinstance(model, str) else "model must be a name or"
         raise ComparisonError(
-            f"model {model!r} must name a callable, got {type(target).__name__}. Name a function "
-            "(norm, in_shape, num_classes) that returns the network."
+            f"{what} a callable, got {type(target).__name__}. Name a function (norm, in_shape, num_classes) that "
+            "returns the network."
         )
-    return Model(model, target)
+    return Model(name, target, finished=_takes_nothing(target))
 
 
-@contextmanager
-def working_directory_importable() -> Iterator[None]:
-    """Lets modules be imported from the working directory, as `python -m` does."""
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
+def _takes_nothing(target: Callable[..., Any]) -> bool:
+    """Whether it requires no argument, and so makes a network that is finished."""
     try:
-        yield
-    finally:
-        sys.path[:] = before
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if parameters and parameters[0].name == "norm":
+        return False  # with a default
+    if not isinstance(target, type) and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return False  # it can take three
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
-@contextmanager
-def blame(model: str, occasion: str, of: str = "the model") -> Iterator[None]:
-    """Turns whatever a user's model raises into one line that says what, when and where."""
-    try:
-        yield
-    except ComparisonError:
-        raise
-    except Exception as error:
-        frame = _innermost_frame_of_the_user(error)
-        place = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
+    """Returns the network behind a batch normalization of its input, which has neither γ nor β.
+
+    It does what standardizing the data does, from the batches themselves: `[N, C, *S]` by channel, `[N, D]` by feature.
+
+    Args:
+        network: Becomes the part `network` of what is returned.
+        in_shape: Shape of one sample, without the batch axis.
+
+    Raises:
+        ComparisonError: If samples have more than three axes behind the channels.
+    """
+    layers = (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+    if len(in_shape) > len(layers):
         raise ComparisonError(
-            f"{of} {model} must not fail when it {occasion}, but it raised {what}{place}. Mend it and run again."
-        ) from error
-
-
-def _innermost_frame_of_the_user(error: BaseException) -> traceback.FrameSummary | None:
-    """Returns the innermost place that is neither in torch nor in this package."""
-    libraries = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    return next((frame for frame in frames if not frame.filename.startswith(libraries)), None)
+            f"the input norm takes samples [D], [C, L], [C, H, W] or [C, D, H, W], got shape {list(in_shape)}. Do "
+            "without it, or give the data another shape."
+        )
+    input_norm = layers[len(in_shape) - 1](in_shape[0], affine=False)
+    return nn.Sequential(OrderedDict(input_norm=input_norm, network=network))
 
 
 def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from batchnorm.nn.sync import SyncBatchNorm
 
 Build = Callable[..., nn.Module]
 
+PLACEMENTS = ("before", "after")
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -33,6 +36,8 @@ class Kind:
     title: str
     replaces_bias: bool
     trial: Callable[..., int]
+    target: str | None
+    positional: tuple[str, ...]
 
 
 _REGISTRY: dict[str, Kind] = {}
@@ -42,7 +47,16 @@ def _few(*arguments: Any, **options: Any) -> int:
     return 4
 
 
-def register(name: str, build: Build, *, title: str, replaces_bias: bool, trial: Callable[..., int] = _few) -> None:
+def register(
+    name: str,
+    build: Build,
+    *,
+    title: str,
+    replaces_bias: bool,
+    trial: Callable[..., int] = _few,
+    target: str | None = None,
+    positional: tuple[str, ...] = (),
+) -> None:
     """Makes a normalization available to comparisons.
 
     Args:
@@ -56,13 +70,16 @@ def register(name: str, build: Build, *, title: str, replaces_bias: bool, trial:
             bias right before it does nothing.
         trial: `trial(*options, **options)` returns with how many channels the options are tried, before any
             network is built, where 4 would not do.
+        target: What `batchnorm.convert` calls it, where that can put it into a finished network with the settings and
+            statistics of the layers there; where not, `build` makes the layer that takes a layer's place.
+        positional: Names of the options that can be written without one, in order. They reach `build` by name.
 
     Raises:
         ValueError: If the name is taken, or has a comma, colon or space.
     """
     if name in _REGISTRY or not name or any(mark in name for mark in ",: "):
         raise ValueError(f"a norm needs a free name without commas, colons and spaces, got {name!r}")
-    _REGISTRY[name] = Kind(name, build, title, replaces_bias, trial)
+    _REGISTRY[name] = Kind(name, build, title, replaces_bias, trial, target, positional)
 
 
 def names() -> tuple[str, ...]:
@@ -72,28 +89,49 @@ def names() -> tuple[str, ...]:
 
 @dataclass
 class Norm:
-    """One normalization with its options: what a model is built with.
+    """One normalization with its options, before or after each activation: what a model is built with.
 
-    A model calls it for each normalization layer that it needs: `norm(64)` for `[N, 64]`, `norm(16, dims=2)`
-    for `[N, 16, H, W]`.
+    A model calls `norm.activated(64)` for a normalization with the activation beside it, `[N, 64]`, or
+    `norm.activated(16, dims=2)`, `[N, 16, H, W]`; and `norm(16, dims=2)` for one that has no activation beside it.
 
     Attributes:
         spec: As the user wrote it, such as `batch` or `batch:momentum=0.01`.
         title: What it is called in a sentence.
-        replaces_bias: Whether a bias right before the layer does nothing, so that it can be dropped.
+        cancels_bias: Whether a bias right before the layer does nothing.
+        build: `build(num_features, dims, *arguments, **options)` returns the layer.
+        arguments: Options without a name.
+        options: Options by name.
+        placement: Where it stands beside an activation, `before` or `after` it.
+        target: What `batchnorm.convert` calls it, if that knows it.
         made: Every layer made so far, in order.
+        placed: How many of them stand beside an activation.
     """
 
     spec: str
     title: str
-    replaces_bias: bool
+    cancels_bias: bool
     build: Build
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    made: list[nn.Module] = field(default_factory=list)
+    placement: str = "before"
+    target: str | None = None
+    made: list[nn.Module] = field(default_factory=list, init=False)
+    placed: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the placement."""
+        if self.placement not in PLACEMENTS:
+            raise ComparisonError(
+                f"placement must be before or after (the activation), got {self.placement!r}. Choose one of them."
+            )
+
+    @property
+    def replaces_bias(self) -> bool:
+        """Whether the bias of the layer before can be left out, as the normalization follows it and takes it away."""
+        return self.cancels_bias and self.placement == "before"
 
     def __call__(self, num_features: int, dims: int = 1) -> nn.Module:
-        """Returns a new layer.
+        """Returns a new normalization layer.
 
         Args:
             num_features: Number of channels C.
@@ -103,15 +141,37 @@ class Norm:
         self.made.append(layer)
         return layer
 
+    def activated(
+        self, num_features: int, activation: Callable[[], nn.Module] = nn.ReLU, dims: int = 1
+    ) -> nn.Sequential:
+        """Returns a new normalization and a new activation, in the order that `placement` says.
 
-def parse(spec: str) -> Norm:
+        The parts are called `norm` and `activation` in either order, so that checkpoints fit both.
+
+        Args:
+            num_features: Number of channels C.
+            activation: Makes the activation.
+            dims: As in a call for the normalization alone.
+        """
+        parts = [("norm", self(num_features, dims)), ("activation", activation())]
+        self.placed += 1
+        return nn.Sequential(OrderedDict(parts if self.placement == "before" else reversed(parts)))
+
+    def forget(self) -> None:
+        """Empties `made`, before another network is built."""
+        self.made.clear()
+        self.placed = 0
+
+
+def parse(spec: str, placement: str = "before") -> Norm:
     """Returns the normalization that `spec` names.
 
     Args:
         spec: A registered name, with options after a colon where there are any.
+        placement: `before` or `after` each activation.
 
     Raises:
-        ComparisonError: If the name is unknown or the layer does not take the options.
+        ComparisonError: If the name is unknown, the layer does not take the options, or there is no such placement.
     """
     name, _, written = spec.partition(":")
     if name not in _REGISTRY:
@@ -127,18 +187,22 @@ def parse(spec: str) -> Norm:
             options[key] = _literal(value)
         else:
             arguments.append(_literal(part))
-    norm = Norm(spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options)
     try:
+        if kind.positional:
+            options = _named(arguments, kind.positional) | options
+            arguments = []
         kind.build(kind.trial(*arguments, **options), 1, *arguments, **options)
     except (TypeError, ValueError) as error:
         raise ComparisonError(
             f"the options of norm {spec!r} must be ones that its layer takes, but it said: {error}. "
             f"Write {name} alone for the defaults."
         ) from error
-    return norm
+    return Norm(
+        spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options, placement, target=kind.target
+    )
 
 
-def parse_all(specs: str | Iterable[str]) -> list[Norm]:
+def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Norm]:
     """Returns the normalizations in `specs`, where a comma separates as well as a new item does.
 
     A part with `=` and no colon belongs to the norm before it, so `renorm:rmax=3,dmax=5,batch` are two.
@@ -160,7 +224,7 @@ def parse_all(specs: str | Iterable[str]) -> list[Norm]:
     for spec in separate:
         if separate.count(spec) > 1:
             raise ComparisonError(f"each norm must stand once in norms, got {spec!r} twice. Leave one out.")
-    return [parse(spec) for spec in separate]
+    return [parse(spec, placement) for spec in separate]
 
 
 def _literal(text: str) -> Any:
@@ -171,21 +235,22 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _named(arguments: list[Any], names: tuple[str, ...]) -> dict[str, Any]:
+    if len(arguments) > len(names):
+        raise TypeError(f"at most {len(names)} without a name ({', '.join(names)})")
+    return dict(zip(names, arguments, strict=False))
+
+
 def _no_norm(num_features: int, dims: int) -> nn.Module:
     return nn.Identity()
 
 
-def _by_rank(*layers: Build, positional: tuple[str, ...] = ()) -> Build:
-    """Returns a `build` that picks the layer for 1, 2 or 3 dims; `positional` names its options without a name."""
+def _by_rank(*layers: Build) -> Build:
+    """Returns a `build` that picks the layer for 1, 2 or 3 dims."""
 
     def build(num_features: int, dims: int, *arguments: Any, **options: Any) -> nn.Module:
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}. Use 2 for images.")
-        if positional:
-            if len(arguments) > len(positional):
-                raise TypeError(f"at most {len(positional)} without a name ({', '.join(positional)})")
-            named = dict(zip(positional, arguments, strict=False))
-            return layers[dims - 1](num_features, **named, **options)
         return layers[dims - 1](num_features, *arguments, **options)
 
     return build
@@ -234,38 +299,49 @@ register(
     _by_rank(BatchNorm1d, BatchNorm2d, BatchNorm3d),
     title="batch normalization",
     replaces_bias=True,
+    target="BatchNorm",
+    positional=("eps", "momentum"),
 )
 register(
     "renorm",
-    _by_rank(BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, positional=("rmax", "dmax")),
+    _by_rank(BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
     title="batch renormalization",
     replaces_bias=True,
+    target="BatchRenorm",
+    positional=("rmax", "dmax"),
 )
 register(
     "ghost",
-    _by_rank(GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d, positional=("ghost_size",)),
+    _by_rank(GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
     title="ghost batch normalization",
     replaces_bias=True,
+    target="GhostBatchNorm",
+    positional=("ghost_size",),
 )
 register(
     "sync",
     _by_rank(SyncBatchNorm, SyncBatchNorm, SyncBatchNorm),
     title="synchronized batch normalization",
     replaces_bias=True,
+    target="SyncBatchNorm",
+    positional=("eps", "momentum"),
 )
 register(
     "decorrelated",
-    _by_rank(DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d, positional=("group_size",)),
+    _by_rank(DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d),
     title="decorrelated batch normalization",
     replaces_bias=True,
+    target="DecorrelatedBatchNorm",
+    positional=("group_size",),
 )
 # Means of several channels, or of one sample, leave a bias before them something to do.
 register(
     "group",
-    _by_rank(_group_norm, _group_norm, _group_norm, positional=("groups",)),
+    _by_rank(_group_norm, _group_norm, _group_norm),
     title="group normalization",
     replaces_bias=False,
     trial=_groups,
+    positional=("groups",),
 )
 register("layer", _by_rank(_layer_norm, _layer_norm, _layer_norm), title="layer normalization", replaces_bias=False)
 register(

@@ -22,8 +22,8 @@ class Display(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, place: TracebackType | None
     ) -> None: ...
 
-    def begin(self, title: str) -> None:
-        """A run begins."""
+    def begin(self, title: str, steps: int) -> None:
+        """A run of so many steps begins."""
 
     def step(self, step: int, loss: float) -> None:
         """A step of the current run was taken."""
@@ -41,8 +41,8 @@ class Silent:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def begin(self, title: str) -> None:
-        """A run begins."""
+    def begin(self, title: str, steps: int) -> None:
+        """A run of so many steps begins."""
 
     def step(self, step: int, loss: float) -> None:
         """A step of the current run was taken."""
@@ -58,6 +58,7 @@ class Bar:
     """
 
     def __init__(self, console: Console, runs: int, steps: int) -> None:
+        """Takes where to draw, and the number of runs and of their steps in all."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -69,8 +70,9 @@ class Bar:
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=runs * steps, loss="  -  ")
-        self._runs, self._steps, self._run = runs, steps, 0
+        self._task = self._progress.add_task("", total=steps, loss="  -  ")
+        self._runs, self._run = runs, 0
+        self._begun = self._end = 0  # of the current run, in steps
         self._drawn = 0.0
         self._title = ""
 
@@ -81,9 +83,10 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def begin(self, title: str) -> None:
-        """A run begins."""
+    def begin(self, title: str, steps: int) -> None:
+        """A run of so many steps begins."""
         self._run += 1
+        self._begun, self._end = self._end, self._end + steps
         self._title = title
         self._progress.update(self._task, description=f"{title} ({self._run} of {self._runs})", refresh=True)
 
@@ -92,21 +95,23 @@ class Bar:
         if time.monotonic() - self._drawn < REFRESH_SECONDS:
             return
         self._drawn = time.monotonic()
-        completed = (self._run - 1) * self._steps + step
+        completed = self._begun + step
         self._progress.update(self._task, completed=completed, loss=f"{loss:.3f}", refresh=True)
 
     def end(self, outcome: str) -> None:
         """The current run has ended."""
         self._progress.console.print(f"{self._title}: {outcome}", highlight=False, markup=False)
-        self._progress.update(self._task, completed=self._run * self._steps, refresh=True)
+        self._progress.update(self._task, completed=self._end, refresh=True)
 
 
 class Lines:
     """A line for each run, and one now and then in a long run."""
 
     def __init__(self, console: Console, runs: int, steps: int) -> None:
+        """Takes where to write, and the number of runs and of their steps in all."""
         self._console = console
         self._runs, self._steps, self._run = runs, steps, 0
+        self._before = self._of_run = 0  # steps
         self._title = ""
         self._begun = self._said = time.monotonic()
 
@@ -116,9 +121,10 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def begin(self, title: str) -> None:
-        """A run begins."""
+    def begin(self, title: str, steps: int) -> None:
+        """A run of so many steps begins."""
         self._run += 1
+        self._before, self._of_run = self._before + self._of_run, steps
         self._title = f"[{self._run}/{self._runs}] {title}"
         self._said = time.monotonic()
 
@@ -128,9 +134,9 @@ class Lines:
         if now - self._said < LINE_SECONDS:
             return
         self._said = now
-        done = (self._run - 1) * self._steps + step
-        left = (now - self._begun) / done * (self._runs * self._steps - done)
-        self._say(f"{self._title}: step {step} of {self._steps}, loss {loss:.3f}, {left:.0f} s left")
+        done = self._before + step
+        left = (now - self._begun) / done * (self._steps - done)
+        self._say(f"{self._title}: step {step} of {self._of_run}, loss {loss:.3f}, {left:.0f} s left")
 
     def end(self, outcome: str) -> None:
         """The current run has ended."""
@@ -141,7 +147,13 @@ class Lines:
 
 
 def display(show: bool, runs: int, steps: int) -> Display:
-    """Returns a bar where standard error is a terminal, lines where it is not, or nothing."""
+    """Returns a bar where standard error is a terminal, lines where it is not, or nothing.
+
+    Args:
+        show: Whether anything is shown.
+        runs: Number of runs.
+        steps: Number of their steps in all.
+    """
     if not show:
         return Silent()
     console = Console(stderr=True)

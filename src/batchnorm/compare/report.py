@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import jinja2
-
-from batchnorm.compare import curves
+from batchnorm.compare import curves, heatmap
 from batchnorm.compare.curves import Point
-from batchnorm.compare.figures import accuracy_floor, loss_range
+from batchnorm.compare.figures import accuracy_floor, linear_range, positive_range
+from batchnorm.compare.headline import accuracy, duration, memory, percent, points
+from batchnorm.compare.learning_rate import LearningRate
 from batchnorm.compare.records import Layer, Run
 from batchnorm.compare.sampling import Sampling
-from batchnorm.compare.summary import Outcome, duration, percent
+from batchnorm.compare.settings import Settings
+from batchnorm.compare.summary import Difference, Outcome, reference, shown
 from batchnorm.compare.training import OPTIMIZERS
+from batchnorm.page import render as render_page
 
 CHANNELS_SHOWN = 256
-LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js")
+ROWS_SHOWN = 2000  # of all tables of channels together
 QUANTITIES = ("weight", "bias", "running_mean", "running_var")
+Charts = dict[str, Any]
 
 
 def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any]) -> str:
@@ -29,101 +31,139 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
 
     Args:
         runs: Every run of the comparison.
-        found: The outcome of each normalization.
+        found: The outcome of each choice.
         summary: The content of `summary.json`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_web), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"percent": percent, "number": number}
-    template = environment.get_template("report.html.j2")
-    settings = summary["settings"]
-    return template.render(
+    settings = Settings.read(summary["settings"])
+    drawn = shown(found, settings.grid)
+    order = [*drawn, *(outcome for outcome in found if outcome not in drawn)]
+    base = reference(found, settings.grid)
+    return render_page(
+        "batchnorm.compare",
+        {
+            **charts(runs, order, len(drawn), settings.target_accuracy),
+            "grid": [asdict(panel) for panel in heatmap.panels(found, settings.grid)],
+        },
+        {"percent": percent, "accuracy": accuracy, "points": points, "duration": duration, "memory": memory},
         summary=summary,
         settings=settings,
+        grid=settings.grid,
         outcomes=found,
-        charts=charts(runs, found, settings),
-        layer_rows=layer_rows(runs),
-        layers=[(norm, layer) for norm, layers in layers_of(runs, seed=0).items() for layer in layers],
+        best=min(found, key=lambda outcome: outcome.rank),
+        reference=base,
+        differences=[Difference.between(outcome, base) for outcome in found],
+        order=[outcome.label for outcome in order],
+        drawn=drawn,
+        layer_rows=layer_rows(runs, drawn),
+        layers=_channels(runs, drawn),
         channels_shown=CHANNELS_SHOWN,
-        optimizer=OPTIMIZERS[settings["optimizer"]].title,
-        sampling=Sampling.parse(settings["sampling"]).title,
-        watched={run.norm: run.watched for run in runs},
-        not_shared={run.norm: run.own for run in runs},
+        optimizer=OPTIMIZERS[settings.optimizer].title,
+        schedule=LearningRate.parse(settings.schedule),
+        samplings=[Sampling.parse(sampling).title for sampling in settings.grid.sampling],
+        watched=_watched(runs),
+        not_shared=_own(runs),
         standard_error=_standard_error(found, summary["data"]["test_samples"]),
+        finished=len(runs),
         duration=duration,
-        style=_web("report.css"),
-        script=_web("report.js"),
-        libraries=[_web(name) for name in LIBRARIES],
     )
 
 
-def charts(runs: Sequence[Run], found: Sequence[Outcome], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the page's script draws."""
-    by_norm = {outcome.norm: [run for run in runs if run.norm == outcome.norm] for outcome in found}
-    accuracy, test_loss, train_loss = (
-        {norm: curves.curve(of_norm, values) for norm, of_norm in by_norm.items()}
-        for values in (curves.test_accuracy, curves.test_loss, curves.train_loss)
-    )
+def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_accuracy: float) -> Charts:
+    """Returns what the page's script draws as curves and distributions.
+
+    Args:
+        runs: Every run.
+        order: The outcomes; the first of them are drawn at first.
+        drawn: How many these are.
+        target_accuracy: Drawn as a line.
+    """
+    series = curves.by_label(runs, order)
+
+    def chart(label: str, values: curves.Values, kind: str, scale: float = 1) -> Charts:
+        lines = [curves.curve(of_label, values) for of_label in series.values()]
+        return {
+            "label": label,
+            "log": kind == "log",
+            # For the first ones alone, and for all: one that failed is not to flatten those that are looked at first.
+            "domains": [_domain(_all(lines[:drawn]), kind, scale), _domain(_all(lines), kind, scale)],
+            "series": [_line(points, scale) for points in lines],
+        }
+
+    found = {
+        "accuracy": chart("test accuracy (%)", curves.test_accuracy, "share", 100),
+        "test_loss": chart("test loss (nats)", curves.test_loss, "log"),
+        "train_loss": chart("training loss (nats)", curves.train_loss, "log"),
+        "gap": chart("training less test accuracy (points)", curves.gap, "linear", 100),
+        "gradient_norm": chart("norm of the gradient", curves.gradient_norm, "log"),
+    }
     return {
-        "norms": [outcome.norm for outcome in found],
-        "target": 100 * settings["target_accuracy"],
-        "curves": {
-            "accuracy": {
-                "label": "test accuracy (%)",
-                "log": False,
-                "domain": [100 * accuracy_floor(_all(accuracy)), 100],
-                "series": [_series(points, 100) for points in accuracy.values()],
-            },
-            "test_loss": _loss("test loss (nats)", test_loss),
-            "train_loss": _loss("training loss (nats)", train_loss),
-        },
-        "activations": _activations(runs),
+        "labels": list(series),
+        "drawn": drawn,
+        "target": 100 * target_accuracy,
+        "curves": {name: each for name, each in found.items() if any(each["series"])},
+        "percentiles": _percentiles(series, drawn),
+        "activations": _activations({label: series[label] for label in list(series)[:drawn]}),
     }
 
 
-def _all(table: dict[str, list[Point]]) -> list[Point]:
-    return [point for points in table.values() for point in points]
+def _all(lines: Sequence[Sequence[Point]]) -> list[Point]:
+    return [point for points in lines for point in points]
 
 
-def _loss(label: str, table: dict[str, list[Point]]) -> dict[str, Any]:
-    series = [_series(points, 1) for points in table.values()]
-    return {"label": label, "log": True, "domain": loss_range(_all(table)), "series": series}
+def _domain(points: Sequence[Point], kind: str, scale: float) -> list[float]:
+    if kind == "share":
+        return [scale * accuracy_floor(points), scale]
+    low, high = positive_range(points) if kind == "log" else linear_range(points)
+    return [_short(scale * low), _short(scale * high)]
 
 
-def _series(points: Sequence[Point], scale: float) -> list[dict[str, float]]:
+def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
+    """Returns step, seconds, mean, lowest, highest and number of seeds of each point."""
     return [
-        {
-            "step": point.step,
-            "seconds": _short(point.seconds),
-            "mid": _short(scale * point.mid),
-            "low": _short(scale * point.low),
-            "high": _short(scale * point.high),
-            "seeds": point.seeds,
-        }
-        for point in points
+        [p.step, _short(p.seconds), *(_short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds]
+        for p in points
     ]
 
 
-def _activations(runs: Sequence[Run]) -> dict[str, Any] | None:
-    found = curves.distributions(runs)
+def _percentiles(series: dict[str, list[Run]], drawn: int) -> dict[str, Charts]:
+    """Returns the 15th, 50th and 85th percentile of each watched activation through training."""
+    found = {}
+    for where in ("first", "last"):
+        lines = [
+            [curves.curve(runs, curves.percentile(where, which)) for which in range(3)] for runs in series.values()
+        ]
+        ends = [[point for line in of_label for point in line] for of_label in lines]
+        if any(ends):
+            found[where] = {
+                "label": f"input to the {where} activation",
+                "domains": [_domain(_all(ends[:drawn]), "linear", 1), _domain(_all(ends), "linear", 1)],
+                "series": [
+                    [[low.step, *(_short(p.mid) for p in (low, mid, high))] for low, mid, high in zip(*of, strict=True)]
+                    for of in lines
+                ],
+            }
+    return found
+
+
+def _activations(series: dict[str, list[Run]]) -> Charts | None:
+    found = curves.distributions(series)
     if found is None:
         return None
     return {
         "edges": [_short(edge) for edge in found.edges],
         "most": found.most,
         "panels": {
-            norm: [
+            label: [
                 {
                     "step": column.step,
                     "begin": column.begin,
                     "end": column.end,
-                    "shares": [round(float(share), 5) for share in column.shares],
+                    "shares": [round(float(share), 4) for share in column.shares],
                     "percentiles": [_short(value) for value in column.percentiles],
                 }
                 for column in columns
             ]
-            for norm, columns in found.columns.items()
+            for label, columns in found.columns.items()
         },
     }
 
@@ -132,32 +172,50 @@ def _activations(runs: Sequence[Run]) -> dict[str, Any] | None:
 class LayerRow:
     """A normalization layer in the table: each quantity as (smallest, median, largest) over channels and seeds."""
 
-    norm: str
+    label: str
     name: str
     kind: str
     channels: int
     quantities: list[tuple[float, float, float] | None]
 
 
-def layers_of(runs: Sequence[Run], seed: int | None = None) -> dict[str, list[Layer]]:
-    """Returns the layers of each normalization, of all seeds or of one."""
-    found: dict[str, list[Layer]] = {}
-    for run in runs:
-        if seed is None or run.seed == seed:
-            found.setdefault(run.norm, []).extend(run.layers)
-    return {norm: layers for norm, layers in found.items() if layers}
-
-
-def layer_rows(runs: Sequence[Run]) -> list[LayerRow]:
+def layer_rows(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[LayerRow]:
     """Returns the table of the normalization layers after training."""
     rows = []
-    for norm, layers in layers_of(runs).items():
+    for label, of_label in curves.by_label(runs, drawn).items():
+        layers = [layer for run in of_label for layer in run.layers]
         for name in dict.fromkeys(layer.name for layer in layers):
             same = [layer for layer in layers if layer.name == name]
             quantities = [_extent([getattr(layer, quantity) for layer in same]) for quantity in QUANTITIES]
             channels = max(len(getattr(same[0], quantity) or []) for quantity in QUANTITIES)
-            rows.append(LayerRow(norm, name, same[0].kind, channels, quantities))
+            rows.append(LayerRow(label, name, same[0].kind, channels, quantities))
     return rows
+
+
+def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, int, Layer]]:
+    """Returns label, seed and layer of each table of channels; none where these would fill the page."""
+    firsts = {label: of_label[0] for label, of_label in curves.by_label(runs, drawn).items()}
+    found = [(label, run.seed, layer) for label, run in firsts.items() for layer in run.layers]
+    rows = sum(min(CHANNELS_SHOWN, len(layer.weight or layer.running_mean or [])) for _, _, layer in found)
+    return found if rows <= ROWS_SHOWN else []
+
+
+def _watched(runs: Sequence[Run]) -> dict[str, str]:
+    """Returns what the histograms show, in words: each network's where they differ."""
+    found: dict[str, str] = {}
+    for where in ("first", "last"):
+        words = dict.fromkeys(run.watched[where] for run in runs if where in run.watched)
+        if words:
+            found[where] = " or ".join(words)
+    return found
+
+
+def _own(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Returns, for each norm, the parameters whose initial values are not those of the first choice."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.norm, run.own)
+    return names
 
 
 def _extent(values: Sequence[list[float | None] | None]) -> tuple[float, float, float] | None:
@@ -170,18 +228,9 @@ def _standard_error(found: Sequence[Outcome], samples: int) -> float | None:
     final = [outcome.final_accuracy.mean for outcome in found if outcome.final_accuracy]
     if not final:
         return None
-    share = statistics.fmean(final)
+    share = max(final)
     return 100 * math.sqrt(share * (1 - share) / samples)
 
 
-def number(value: float | None) -> str:
-    """Returns a number in three significant digits, with a true minus sign."""
-    return "–" if value is None else f"{value:.3g}".replace("-", "−")
-
-
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-def _web(name: str) -> str:
-    return (resources.files("batchnorm.compare") / "web" / name).read_text(encoding="utf-8")
+    return float(f"{value:.4g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.compare.data import Data
-from batchnorm.compare.measurements import FirstActivation, Stopwatch, evaluate, layers
-from batchnorm.compare.models import blame
+from batchnorm.compare.importing import blame
+from batchnorm.compare.learning_rate import CONSTANT, LearningRate
+from batchnorm.compare.measurements import Activations, Stopwatch, evaluate, gradient_norm, layers
 from batchnorm.compare.norms import Norm
 from batchnorm.compare.parallel import Processes
 from batchnorm.compare.records import Histogram, Recorder, Step, finite
@@ -57,12 +59,14 @@ class Schedule:
         batch_size: Samples in each step.
         evaluate_every: Steps from one look at the test set to the next.
         sampling: How the batches are drawn.
+        learning_rate: How the optimizer's learning rate changes meanwhile.
     """
 
     steps: int
     batch_size: int
     evaluate_every: int
     sampling: Sampling = IID
+    learning_rate: LearningRate = CONSTANT
 
     def looks(self, step: int) -> bool:
         """Whether the test set is looked at after this step."""
@@ -75,22 +79,23 @@ def train(
     data: Data,
     optimizer: Optimizer,
     schedule: Schedule,
-    first_activation: FirstActivation,
+    activations: Activations,
     recorder: Recorder,
     on_step: Callable[[int, float], None],
     processes: Processes,
 ) -> None:
     """Trains a network, and records each step and each look at the test set.
 
-    Training ends early at the first loss that is not finite. Of several processes the first looks.
+    Training ends early at the first loss that is not finite. Of several processes the first looks. Histograms and the
+    norm of the gradient are taken, off the clock, in the first step and in those after which the test set is looked at.
 
     Args:
-        network: Trained in place, in training mode.
+        network: Trained in place, in training mode, on the device where the data are.
         norm: What the network was built with.
         data: What to train and test on.
         optimizer: Holds the network's parameters.
         schedule: How long, and when to look.
-        first_activation: Where the histograms come from.
+        activations: Where the histograms come from.
         recorder: Gets every record; its run's seed decides the data order.
         on_step: Called with step and training loss after each step, off the clock.
         processes: Which train it together, each on its share of every batch.
@@ -98,10 +103,11 @@ def train(
     Raises:
         ComparisonError: If the network fails.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(data.x_train.device)
     diverged_at: int | None = None
     what = f"with norm {norm.spec!r}, seed {recorder.run.seed},"
-    order = schedule.sampling.batches(data.y_train, schedule.batch_size, recorder.run.seed)
+    order = schedule.sampling.batches(data.y_train.cpu(), schedule.batch_size, recorder.run.seed)
+    scheduler = schedule.learning_rate.scheduler(optimizer, schedule.steps)
     joined = processes.joined(network)
 
     def look(step: int) -> None:
@@ -115,13 +121,13 @@ def train(
     for step in range(1, schedule.steps + 1):
         index = next(order)
         found: list[Histogram] = []
+        watched = step == 1 or schedule.looks(step)
         with blame(what, f"took training step {step}"):
-            if step == 1 or schedule.looks(step):
-                with first_activation.watch(step, watch, found):
-                    loss = _step(joined, data, index, optimizer, watch, processes)
-            else:
+            with activations.watch(step, watch, found) if watched else nullcontext():
                 loss = _step(joined, data, index, optimizer, watch, processes)
-        recorder.step(Step(step, watch.seconds, finite(loss)))
+            norm_of_gradient = gradient_norm(network) if watched else None
+            scheduler.step()
+        recorder.step(Step(step, watch.seconds, finite(loss), norm_of_gradient))
         for record in found:
             recorder.histogram(record)
         diverged = finite(loss) is None
@@ -139,7 +145,7 @@ def _step(
 ) -> float:
     """Takes one step of training on the clock, and returns the batch's loss before it."""
     watch.start()
-    share = processes.share(index)
+    share = processes.share(index).to(data.x_train.device)
     loss = F.cross_entropy(network(data.x_train[share]), data.y_train[share])
     loss = loss * (len(share) * processes.size / len(index))  # averaged over the processes: the mean over the batch
     optimizer.zero_grad()

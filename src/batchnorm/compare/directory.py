@@ -1,0 +1,127 @@
+"""The directory of a comparison: what lies in it, and how it gets there.
+
+A run's file carries the suffix `.partial` until its last line stands; every other file is written under
+another name and renamed when it is whole. So a file under its final name is never a half-written one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.records import Listener, Recorder, Run
+
+SETTINGS, SUMMARY, REPORT, RUNS, BOARDS, PARTIAL = (
+    "settings.json", "summary.json", "report.html", "runs", "tensorboard", ".partial",
+)  # fmt: skip
+PICTURES = ("accuracy.png", "loss.png", "activations.png", "grid.png")
+TABLES = ("runs", "steps", "evaluations", "histograms", "layers")
+SCHEMA = 2
+
+
+def prepare(directory: Path, overwrite: bool) -> None:
+    """Makes a directory ready for a new comparison.
+
+    Args:
+        directory: Made if it is not there.
+        overwrite: Whether the files of an earlier comparison in it are removed; other files stay.
+
+    Raises:
+        ComparisonError: If it holds an earlier comparison and `overwrite` is False.
+        OSError: If it cannot be made or written to.
+    """
+    (directory / RUNS).mkdir(parents=True, exist_ok=True)
+    ours = [directory / name for name in (SUMMARY, REPORT, SETTINGS, *PICTURES, *map(table_name, TABLES), BOARDS)]
+    ours += [*(directory / RUNS).glob("*.jsonl"), *(directory / RUNS).glob(f"*.jsonl{PARTIAL}")]
+    found = [path for path in ours if path.exists()]
+    if found and not overwrite:
+        raise ComparisonError(
+            f"out must not hold an earlier comparison, but {directory} has {found[0].name}. Choose another "
+            "directory, continue that comparison with resume (--resume), or replace it with overwrite (--overwrite)."
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def read_facts(directory: Path) -> dict[str, Any] | None:
+    """Returns what a comparison wrote before it began to train, or None where there is none.
+
+    Raises:
+        ComparisonError: If another version of the package wrote it, or it cannot be read.
+    """
+    path = directory / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = facts.get("schema")
+    except (ValueError, AttributeError) as error:
+        raise ComparisonError(
+            f"{path} must be what a comparison wrote, but reading it said: {error}. Choose another directory."
+        ) from error
+    if schema != SCHEMA:
+        raise ComparisonError(
+            f"{path} must have schema {SCHEMA}, got {schema!r}: another version of batchnorm wrote it. Use that "
+            "version, or choose another directory."
+        )
+    return facts
+
+
+def finished_runs(directory: Path) -> list[Run]:
+    """Returns the runs that were trained to their end; a file that is not whole counts as not there."""
+    found = []
+    for path in sorted((directory / RUNS).glob("*.jsonl")):
+        try:
+            found.append(Run.read(path))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+@contextmanager
+def recording(run: Run, directory: Path, *listeners: Listener) -> Iterator[Recorder]:
+    """Opens the run's file; it takes its final name when the block ends without an exception."""
+    path = directory / RUNS / run.file_name
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        yield Recorder(run, file, *listeners)
+    partial.replace(path)
+
+
+def table_name(table: str) -> str:
+    """Returns the name of a table's file."""
+    return f"{table}.parquet"
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the name `path` when the block ends without an exception."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file that appears under its name only when it is whole."""
+    with appearing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that appears under its name only when it is whole."""
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -1,0 +1,80 @@
+"""The user's own code: found by its name, and named where it fails."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from batchnorm.compare.errors import ComparisonError
+
+
+def is_named(written: str) -> bool:
+    """Whether it is of the form `module.path:name`."""
+    path, colon, name = written.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*path.split("."), *name.split(".")))
+
+
+def import_named(written: str, what: str) -> object:
+    """Returns what `module.path:name` names; modules in the working directory are found too.
+
+    Args:
+        written: As the user wrote it.
+        what: What it is to be, in errors: `model` or `data`.
+
+    Raises:
+        ComparisonError: If the module cannot be imported, or has no such name.
+    """
+    path, _, name = written.partition(":")
+    with working_directory_importable(), blame(written, "was imported", of="the module of"):
+        target: object = importlib.import_module(path)
+    for attribute in name.split("."):
+        if not hasattr(target, attribute):
+            close = difflib.get_close_matches(attribute, dir(target), n=1)
+            hint = f"Did you mean {close[0]}?" if close else "Check the name behind the colon."
+            raise ComparisonError(
+                f"{what} {written!r} must name something that {path} has, got no {attribute!r}. {hint}"
+            )
+        target = getattr(target, attribute)
+    return target
+
+
+@contextmanager
+def working_directory_importable() -> Iterator[None]:
+    """Lets modules be imported from the working directory, as `python -m` does."""
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@contextmanager
+def blame(name: str, occasion: str, of: str = "the model") -> Iterator[None]:
+    """Turns whatever the user's code raises into one line that says what, when and where."""
+    try:
+        yield
+    except ComparisonError:
+        raise
+    except Exception as error:
+        frame = _innermost_frame_of_the_user(error)
+        place = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
+        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise ComparisonError(
+            f"{of} {name} must not fail when it {occasion}, but it raised {what}{place}. Mend it and run again."
+        ) from error
+
+
+def _innermost_frame_of_the_user(error: BaseException) -> traceback.FrameSummary | None:
+    """Returns the innermost place that is neither in torch nor in this package."""
+    libraries = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame for frame in frames if not frame.filename.startswith(libraries)), None)

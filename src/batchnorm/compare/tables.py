@@ -1,0 +1,57 @@
+"""The records of all runs as tidy tables, one row to a record, in Parquet; needs the package pyarrow."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from batchnorm.compare.directory import TABLES, appearing, table_name
+from batchnorm.compare.records import Run
+
+Row = dict[str, Any]
+
+
+def require() -> None:
+    """Checks that the package is there.
+
+    Raises:
+        ModuleNotFoundError: If not.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ModuleNotFoundError(
+            "records='parquet' (--records parquet) needs the package pyarrow, which cannot be imported. Install it "
+            "with: pip install 'batchnorm[parquet]'",
+            name="pyarrow",
+        )
+
+
+def rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
+    """Returns the rows of each table: choice and seed of the run, then what was recorded."""
+    found: dict[str, list[Row]] = {table: [] for table in TABLES}
+    for run in runs:
+        key = {**asdict(run.choice), "seed": run.seed}
+        facts = {name: value for name, value in run.head.items() if name not in ("choice", "environment", "watched")}
+        found["runs"].append({**key, **facts, "diverged_at": run.diverged_at, **run.environment})
+        for table in TABLES[1:]:
+            found[table] += [{**key, **asdict(record)} for record in getattr(run, table)]
+    return found
+
+
+def write(runs: Sequence[Run], directory: Path) -> list[Path]:
+    """Writes each table that has rows, and returns the paths."""
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    written = []
+    for table, content in rows(runs).items():
+        path = directory / table_name(table)
+        if not content:
+            path.unlink(missing_ok=True)
+            continue
+        with appearing(path) as temporary:
+            parquet.write_table(pyarrow.Table.from_pylist(content), temporary)
+        written.append(path)
+    return written

@@ -1,0 +1,67 @@
+"""Pages that are one file and need nothing else; what the reports in HTML share. Needs jinja2."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+# In the order in which the page runs them: the libraries, then what our charts have in common.
+SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "chart.js")
+_SHARED = "batchnorm"
+
+
+def render(package: str, charts: Any, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+    """The page as text: all that is inserted is escaped, and no script runs but those that stand in our files.
+
+    Args:
+        package: Its folder `web` holds `report.html.j2`, which extends `page.html.j2`, `report.css` and `report.js`.
+        charts: What `report.js` finds as `page.charts`: plain values, of which those that are not finite become null.
+        filters: For the template, beside `number`.
+        **values: For the template; a name that it uses and that is missing is an error.
+    """
+    loader = jinja2.FunctionLoader(lambda name: _read(_SHARED if name == "page.html.j2" else package, name))
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.policies["json.dumps_function"] = _dumps
+    environment.filters |= {"number": number, **(filters or {})}
+    scripts = [_read(_SHARED, name) for name in SCRIPTS] + [_read(package, "report.js")]
+    return environment.get_template("report.html.j2").render(
+        charts=charts,
+        styles=[_read(_SHARED, "base.css"), _read(package, "report.css")],
+        scripts=scripts,
+        policy=_policy(scripts),
+        **values,
+    )
+
+
+def number(value: float | None) -> str:
+    """A number in three significant digits, with a true minus sign."""
+    return "–" if value is None else f"{value:.3g}".replace("-", "−")
+
+
+def _policy(scripts: list[str]) -> str:
+    """Nothing is loaded, and only these scripts run: what a hole in the escaping would let in does not."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
+
+
+def _dumps(value: Any, **options: Any) -> str:
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(package: str, name: str) -> str:
+    return (resources.files(package) / "web" / name).read_text(encoding="utf-8")
