@@ -78,6 +78,7 @@ PUBLIC_NAMES = {
     "unfreeze",
     "update_running_stats",
     "use_domain",
+    "watch",
 }
 
 

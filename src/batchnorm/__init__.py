@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from batchnorm import functional, nn
-from batchnorm.doctor import diagnose
+from batchnorm.doctor import diagnose, watch
 from batchnorm.moments import Moments
 from batchnorm.nn import (
     BatchNorm,
@@ -130,4 +130,5 @@ __all__ = [
     "unfreeze",
     "update_running_stats",
     "use_domain",
+    "watch",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm.doctor import Severity
-from tests.doctor.networks import Plain, batches, criterion, train, trained
+from tests.doctor.networks import Plain, batches, criterion, digits, train, trained
 
 Batches = list[tuple[Tensor, Tensor]] | None
 
@@ -24,6 +28,7 @@ class Case:
     data: Batches
     options: dict[str, Any] = field(default_factory=dict)
     severity: Severity = Severity.NOTE
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def healthy() -> Case:
@@ -253,6 +258,111 @@ def empty_filters() -> Case:
     return Case(model, batches(), {"loss": criterion})
 
 
+def exposures(spread: float) -> Case:
+    """Which pictures are brighter than the others of their batch, where each batch has an exposure of its own."""
+    x, _ = digits()
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(first: int, last: int) -> tuple[Tensor, Tensor]:
+        given = x[torch.randint(first, last, (64,), generator=generator)]
+        brightness = given[:, 0].mean((1, 2))
+        return given + spread * torch.randn((), generator=generator), (brightness > 0.13).long()
+
+    torch.manual_seed(0)
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for _ in range(80):
+        given, labels = batch(0, 5000)
+        optimizer.zero_grad()
+        criterion(model(given), labels).backward()
+        optimizer.step()
+    return Case(model, [batch(5000, len(x)) for _ in range(12)], {"loss": criterion}, Severity.ERROR)
+
+
+class Sequences(nn.Module):
+    """A network for sequences `[N, C, L]`, most of which end early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(42, 32, 3, 1, 1, bias=False),
+            nn.BatchNorm1d(32),
+            nn.ReLU(),
+            nn.Conv1d(32, 32, 3, 2, 1, bias=False),
+            nn.BatchNorm1d(32),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(2))
+
+
+def sequences(padded: bool) -> Case:
+    """The rows of several digits after one another, as many as differ from sample to sample."""
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for x, y in batches():
+        rows = (x + 0.01 * torch.rand(x.shape, generator=generator)).flatten(1, 2).repeat(1, 1, 3)
+        ends = torch.randint(6, 42, (len(x), 1, 1), generator=generator)
+        data.append((torch.where(torch.arange(42) < ends, rows, 0.0) if padded else rows, y))
+    torch.manual_seed(0)
+    model = Sequences()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for _ in range(8):
+        for x, y in data:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    return Case(model, data, {"loss": criterion}, Severity.WARNING)
+
+
+def overflowing(scale: float) -> Case:
+    """Weights that grew under the normalization, which takes any scale away, in float16."""
+    model = trained("plain")
+    with torch.no_grad():
+        model.blocks[2][0].weight *= scale
+        for x, _ in batches():
+            model(x)
+    data = [(x.half(), y) for x, y in batches()]
+    return Case(model.half(), data, {"loss": lambda y, t: criterion(y.float(), t)}, Severity.ERROR)
+
+
+def deployed() -> Case:
+    return Case(trained("plain").eval().requires_grad_(False), None)
+
+
+@contextmanager
+def four_processes() -> Iterator[None]:
+    """As the first of a group of four that does not really exist: nothing is sent."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def one_of_four() -> Case:
+    return replace(batches_of_two(), around=four_processes)
+
+
+@contextmanager
+def other_statistics() -> Iterator[None]:
+    """As the first of two processes, the other of which trained on other data without their buffers being broadcast."""
+
+    def gather(every: list[Any], own: dict[str, dict[str, Tensor]], group: Any = None) -> None:
+        every[:] = [own, {path: {**of, "running_mean": of["running_mean"] + 2} for path, of in own.items()}]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_object", gather)
+        patch.setattr(dist, "get_world_size", lambda group=None: 2)
+        yield
+
+
+def apart() -> Case:
+    return Case(trained("plain"), None, {"process_group": object()}, Severity.WARNING, other_statistics)
+
+
 PLANTED: dict[str, Callable[[], Case]] = {
     "BN101": averaged,
     "BN102": averaged,
@@ -265,6 +375,9 @@ PLANTED: dict[str, Callable[[], Case]] = {
     "BN109": lambda: recurrent(apart=False),
     "BN110": with_bias,
     "BN111": lambda: with_dropout(slice(0, 5)),
+    "BN112": lambda: exposures(1.0),
+    "BN113": lambda: sequences(padded=True),
+    "BN114": lambda: overflowing(1e5),
     "BN201": without_buffers,
     "BN202": poisoned,
     "BN203": lambda: decayed(0.05),
@@ -277,12 +390,18 @@ PLANTED: dict[str, Callable[[], Case]] = {
     "BN210": empty_filters,
     "BN211": exploded,
     "BN212": hidden_activation,
+    "BN213": deployed,
+    "BN214": one_of_four,
+    "BN215": apart,
 }
 # Where the healthy case is another than a trained network on data like those of training.
 HEALTHY: dict[str, Callable[[], Case]] = {
     "BN108": lambda: table(0.0),
     "BN109": lambda: recurrent(apart=True),
     "BN111": lambda: with_dropout(slice(5, 6)),
+    "BN112": lambda: exposures(0.0),
+    "BN113": lambda: sequences(padded=False),
+    "BN114": lambda: overflowing(1.0),
     "BN203": lambda: decayed(0.0),
 }
 # Findings that a defect brings with it.
@@ -293,6 +412,9 @@ RELATED = {
     "BN105": {"BN101"},
     "BN109": {"BN101", "BN102"},
     "BN111": {"BN101"},
+    "BN112": {"BN101", "BN105"},
+    "BN114": {"BN202"},
     "BN201": {"BN101", "BN102"},
     "BN210": {"BN101", "BN102"},
+    "BN214": {"BN104"},
 }

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from batchnorm.doctor import Diagnosis, Severity, diagnose
 from batchnorm.doctor.rules import RULES
+from batchnorm.recalibrate.batches import Batches
 from tests.doctor.networks import Plain, batches, criterion
 
 
@@ -242,7 +244,7 @@ def test_json_holds_everything(found: Diagnosis, tmp_path) -> None:
     assert json.loads((tmp_path / "bn.json").read_text(encoding="utf-8")) == held
     found.save(tmp_path / "bn.txt")
     assert (tmp_path / "bn.txt").read_text(encoding="utf-8") == f"{found}\n"
-    with pytest.raises(ValueError, match=r"ends in \.json or \.txt"):
+    with pytest.raises(ValueError, match=r"ends in \.html, \.json or \.txt"):
         found.save(tmp_path / "bn.pdf")
     assert {path.name for path in tmp_path.iterdir()} == {"bn.json", "bn.txt"}
 
@@ -276,3 +278,15 @@ def test_outputs_of_several_sizes_are_compared() -> None:
         "BN101",
         "BN102",
     ]
+
+
+def test_the_bar_says_how_long_it_will_take(capsys) -> None:
+    diagnose(Plain(), batches(2, 4), loss=criterion, budget=2, progress=True)
+    assert re.search(r"^2 batches: about 0:00:0\d, with 2 passes for single layers 0:0", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize(
+    ("data", "most", "number"), [([0] * 8, None, 8), ([0] * 8, 30, 3), (iter([0]), 30, 3), (iter([0]), None, None)]
+)
+def test_the_number_of_batches_is_known_where_it_can_be(data, most, number) -> None:
+    assert Batches(data, most).expected(10) == number

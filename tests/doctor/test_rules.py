@@ -27,7 +27,8 @@ def test_every_rule_has_a_planted_case_and_its_own_code() -> None:
 @functools.cache
 def diagnosed(make) -> tuple[Diagnosis, Severity]:
     case = make()
-    return diagnose(case.model, case.data, **case.options), case.severity
+    with case.around():
+        return diagnose(case.model, case.data, **case.options), case.severity
 
 
 def above_notes(diagnosis: Diagnosis) -> list[str]:

@@ -54,6 +54,12 @@ _PIPED = 120  # columns, where there is no terminal
     help="Write the diagnosis to a file too.",
 )
 @click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="Write the diagnosis as a page with charts, which needs nothing else to be read (needs jinja2).",
+)
+@click.option(
     "--fail-on",
     type=click.Choice(_LEVELS),
     default="error",
@@ -73,6 +79,7 @@ def doctor(
     budget: int,
     as_json: bool,
     output: Path | None,
+    html: Path | None,
     fail_on: str,
 ) -> None:
     r"""Say what is wrong with the batch normalization of a network, with evidence and repair.
@@ -82,14 +89,13 @@ def doctor(
     \b
     Examples:
       batchnorm doctor net:build --weights net.pth
-      batchnorm doctor net:build --weights net.pth --data net:loader --loss cross-entropy
+      batchnorm doctor net:build --weights net.pth --data net:loader --loss cross-entropy --html bn.html
       batchnorm doctor net:build --data mine.npz --fail-on warning --json
     """
     from batchnorm.doctor import Severity, diagnose
 
     mistake = mistakes_of(ctx)
-    if output is not None and output.suffix not in (".json", ".txt"):
-        raise mistake(f"--output must end in .json or .txt, got {output}. Change the name.")
+    _check_files(output, html, mistake)
     built = network(model, weights, mistake)
     batches = None if data is None else _batches(data, batch_size, mistake)
     criterion = None if loss is None else _loss(loss, mistake)
@@ -105,17 +111,31 @@ def doctor(
     except Exception as error:
         told = str(error) if str(error).startswith("diagnose ") else None
         raise (mistake(told) if told else mistake("the model could not be run on the data", error)) from error
-    if output is not None:
-        try:
-            found.save(output)
-        except OSError as error:
-            raise mistake(f"{output} could not be written", error) from error
     if as_json:
         click.echo(found.to_json())
     else:
         console().print(found)
+    for path in (output, html):  # after it is printed, so that nothing is lost where they cannot be written
+        if path is not None:
+            try:
+                found.save(path)
+            except OSError as error:
+                raise mistake(f"{path} could not be written", error) from error
     if found.worst is not None and found.worst >= Severity[fail_on.upper()]:
         ctx.exit(1)
+
+
+def _check_files(output: Path | None, html: Path | None, mistake: Mistake) -> None:
+    """Before the model runs, which may take minutes."""
+    if output is not None and output.suffix not in (".json", ".txt"):
+        raise mistake(f"--output must end in .json or .txt, got {output}. Change the name; a page is --html.")
+    if html is not None and html.suffix != ".html":
+        raise mistake(f"--html must end in .html, got {html}. Change the name.")
+    if html is not None and find_spec("jinja2") is None:
+        raise mistake("jinja2, which makes the page, is not installed. Run pip install 'batchnorm[doctor]'.")
+    for path in (output, html):
+        if path is not None and not path.parent.is_dir():
+            raise mistake(f"{path} must be in a folder that exists, and {path.parent} is none. Make it first.")
 
 
 def console(piped: int = _PIPED) -> Console:

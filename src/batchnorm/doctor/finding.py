@@ -53,14 +53,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class NotChecked:
-    """A rule that could not be applied.
+    """A rule that could not be applied, or not to all layers.
 
     Attributes:
         code: Of the rule.
         title: What it looks for.
         reason: Why it could not be applied, and what it would need.
+        paths: The layers that it leaves out; empty where it could not be applied at all.
     """
 
     code: str
     title: str
     reason: str
+    paths: tuple[str, ...] = ()

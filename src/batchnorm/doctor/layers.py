@@ -112,6 +112,7 @@ class Layer:
         moved_in_evaluation: Whether its running statistics moved there.
         samples: What it was given in evaluation.
         precision: How exactly that can be normalized.
+        largest: The largest |x| that it was given, in the dtype of x; NaN where one was.
     """
 
     found: Found
@@ -126,6 +127,7 @@ class Layer:
     moved_in_evaluation: bool = False
     samples: Samples | None = None
     precision: Precision | None = None
+    largest: Tensor | None = None
 
     @property
     def path(self) -> str:
@@ -144,9 +146,9 @@ class Layer:
 
     @property
     def updates(self) -> int | None:
-        """How many batches its running statistics have seen, where it counts them."""
+        """How many batches its running statistics have seen, of all domains together, where it counts them."""
         tracked = getattr(self.module, "num_batches_tracked", None)
-        return None if tracked is None else int(tracked)
+        return None if tracked is None else int(tracked.sum())
 
     @property
     def affine(self) -> list[nn.Parameter]:
@@ -247,6 +249,11 @@ def _layer(found: Found) -> Layer:
     by_batch = module.training and not isinstance(module, FrozenLayer)
     before = Statistics(*(statistic.cpu() for statistic in held(module))) if known else None
     return Layer(found, before, moves, by_batch)
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """How many, as words: `1 layer`, `2 layers`; with the verb where `several` is given, as `layer moves`."""
+    return f"{number} {one if number == 1 else several or one + ('es' if one.endswith('ch') else 's')}"
 
 
 def listed(paths: Iterable[str], most: int = 4) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from batchnorm.doctor.effect import Outcome
 from batchnorm.doctor.layers import Layer, Precision, Samples
 from batchnorm.graph.inputs import Inputs, outputs
 from batchnorm.moments import Moments
-from batchnorm.recalibrate.batches import Ambient, device_of, moved, samples_in
+from batchnorm.recalibrate.batches import Ambient, Batches, device_of, moved, samples_in
 from batchnorm.recalibrate.memory import size_of
 from batchnorm.recalibrate.observe import Call, Observer, Pass, Rows, Statistics, held, put
 from batchnorm.recalibrate.progress import Bar
@@ -99,10 +101,11 @@ class Passes:
             loss = None if self.data.loss is None else float(self.data.loss(returned, target_of(batch)))
         return result_of(returned), loss
 
-    def both(self, batches: Any, bar: Bar, total: int | None) -> tuple[Outcome, Outcome]:
+    def both(self, batches: Batches, bar: Bar, budget: int) -> tuple[Outcome, Outcome]:
         """Each batch by its own statistics, as in training, then by the running ones; the layers' fields are filled.
 
-        Of the results those of the batches that are kept, which the other passes can be compared with.
+        Of the results those of the batches that are kept, which the other passes can be compared with. With the first
+        batch the bar says how long all will take, up to `budget` more passes included.
         """
         by_batch, by_running = Outcome([], []), Outcome([], [])
         calls: dict[Call, Moments] = {}
@@ -110,20 +113,14 @@ class Passes:
 
         def meet(call: Call, rows: Rows) -> Statistics:
             layer = self.layers[call.layer]
-            assert layer.before is not None
-            mean, var = layer.before.mean.clone(), layer.before.var.clone()
-            for row, moments in enumerate(rows):
-                if moments.count == 0:
-                    continue
-                layer.first = layer.first or moments
-                calls[call] = calls.get(call, Moments.empty(len(moments.mean), device="cpu")).merge(moments)
-                if moments.count == 1:
-                    layer.one_value += 1
-                elif layer.by_batch:
-                    mean[row], var[row] = moments.mean, moments.var
-            return Statistics(mean, var)
+            for moments in rows:
+                if moments.count:
+                    layer.first = layer.first or moments
+                    calls[call] = calls.get(call, Moments.empty(len(moments.mean), device="cpu")).merge(moments)
+                    layer.one_value += int(moments.count == 1)
+            return self._own(call, rows)
 
-        for number, given in enumerate(bar.over(batches, "training and evaluation", total)):
+        for number, given in enumerate(bar.over(batches, "training and evaluation", batches.length)):
             batch = moved(given, device)
             size = samples_in(batch)
             self.data.samples += size
@@ -134,10 +131,13 @@ class Passes:
                 self.observer.current = None
                 self._put({})
                 self._samples, self._seen = (number, size), set()
+                begin = time.perf_counter()
                 second = self._run(batch)
+                seconds = time.perf_counter() - begin
                 self._samples = None
             if number == 0:
                 self._look_what_moved()
+                self._say_how_long(bar, batches.expected(size), seconds, budget)
             if room >= size_of(given) or not self.data.batches:
                 room -= size_of(given)
                 self.data.batches.append(given)
@@ -150,6 +150,14 @@ class Passes:
             layer.order = order.index(number) if number in order else layer.order
             layer.calls = tuple(moments for call, moments in sorted(calls.items()) if call.layer == number)
         return by_batch, by_running
+
+    @staticmethod
+    def _say_how_long(bar: Bar, number: int | None, seconds: float, budget: int) -> None:
+        """From the time of one batch, when the model has run before."""
+        if number is not None:
+            least, most = (timedelta(seconds=round(number * seconds * passes)) for passes in (3, 3 + budget))
+            text = f"{number} batches: about {least}, with {budget} passes for single layers {most}"
+            bar.expect(number, text if budget else f"{number} batches: about {least}")
 
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], bar: Bar, title: str) -> Outcome:
         """The kept batches with other statistics in some layers, for each call of a layer where several are given."""
@@ -173,6 +181,72 @@ class Passes:
             self.observer.current = None
         self._put({})
         return outcome
+
+    def reshuffled(self, bar: Bar) -> Outcome | None:
+        """The kept batches' samples by the statistics of other batches, drawn anew from all of them.
+
+        Its outputs are those of the same samples as in the other passes, in their order. None where a batch is not made
+        of tensors with one row for each sample.
+        """
+        kept = [moved(given, None) for given in self.data.batches]  # arrays as tensors
+        sizes = [samples_in(given) for given in kept]
+        leaves, specs = zip(*(pytree.tree_flatten(given) for given in kept), strict=True)
+        pairs = [(leaf, size) for of, size in zip(leaves, sizes, strict=True) for leaf in of]
+        rows = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size for leaf, size in pairs)
+        shapes = {tuple((leaf.shape[1:], leaf.dtype) for leaf in of) for of in leaves} if rows else set()
+        if len(kept) < 2 or len(shapes) != 1 or any(spec != specs[0] for spec in specs):
+            return None
+        joined = [torch.cat(parts) for parts in zip(*leaves, strict=True)]
+        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+        device, outcome = device_of(self.model), Outcome([], [])
+        with self._watched():
+            for rows_of in bar.over(order.split(sizes), "the same samples in other batches", len(sizes)):
+                self.observer.current = Pass(self._own)
+                batch = pytree.tree_unflatten([leaf[rows_of.to(leaf.device)] for leaf in joined], specs[0])
+                _add(outcome, *self._run(moved(batch, device)))
+            self.observer.current = None
+        self._put({})
+        if any(len(y) != n for y, n in zip(outcome.outputs, sizes, strict=True)):
+            return None
+        outputs = torch.cat(outcome.outputs)[order.argsort()]
+        return Outcome(list(outputs.split(sizes)), outcome.losses)
+
+    def inputs(self, batch: Any, see: Callable[[int, Tensor], None]) -> None:
+        """Show what each layer is given in its first call with a batch, each layer by the batch's statistics."""
+        called: set[int] = set()
+
+        def look(number: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else kwargs.get("input")
+                if isinstance(x, Tensor) and number not in called and len(args) + len(kwargs) == 1:  # and no mask
+                    called.add(number)
+                    see(number, x.detach())
+
+            return hook
+
+        with self._watched():
+            handles = [
+                layer.module.register_forward_pre_hook(look(number), with_kwargs=True)
+                for number, layer in enumerate(self.layers)
+            ]
+            try:
+                self.observer.current = Pass(self._own)
+                self._run(moved(batch, device_of(self.model)))
+            finally:
+                self.observer.current = None
+                for handle in handles:
+                    handle.remove()
+        self._put({})
+
+    def _own(self, call: Call, rows: Rows) -> Statistics:
+        """What training normalizes by: the batch's statistics, where the layer does so and there are any."""
+        layer = self.layers[call.layer]
+        assert layer.before is not None
+        mean, var = layer.before.mean.clone(), layer.before.var.clone()
+        for row, moments in enumerate(rows):
+            if moments.count > 1 and layer.by_batch:
+                mean[row], var[row] = moments.mean, moments.var
+        return Statistics(mean, var)
 
     def _put(self, statistics: Mapping[int, Statistics]) -> None:
         """Give the layers these running statistics, and the others their own."""
@@ -199,6 +273,9 @@ class Passes:
                 return
             self._seen.add(number)
             batch, size = self._samples
+            if x.numel():
+                largest = x.detach().abs().max()
+                layer.largest = largest if layer.largest is None else torch.maximum(layer.largest, largest)
             if x.shape[0] % size or x.numel() == 0 or len(layer.before.mean) != 1:
                 return
             pivot = layer.before.mean[0].nan_to_num().to(x.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -16,9 +16,10 @@ from batchnorm.doctor.between import Spread, between_batches
 from batchnorm.doctor.effect import Effect, Outcome, effect
 from batchnorm.doctor.layers import Layer, Off, layers_of, off
 from batchnorm.doctor.passes import Data, Passes
+from batchnorm.doctor.ranks import Ranks
 from batchnorm.doctor.step import Step, StepError, step
 from batchnorm.graph import Inputs, Trace, TraceError, batch_norm_calls, lower, trace
-from batchnorm.recalibrate.batches import device_of, moved
+from batchnorm.recalibrate.batches import Batches, device_of, moved
 from batchnorm.recalibrate.observe import Statistics
 from batchnorm.recalibrate.progress import Bar
 
@@ -41,6 +42,8 @@ class Probe:
         budget: How many more passes over the data rules may ask for.
         bar: Shows how far it is.
         missing: What rules may need and is not there, with the reason.
+        processes: How many train the model together.
+        ranks: What each of them holds.
     """
 
     model: nn.Module
@@ -57,6 +60,8 @@ class Probe:
     by_batch: Outcome | None = None
     by_running: Outcome | None = None
     by_population: Outcome | None = None
+    processes: int = 1
+    ranks: Ranks | None = None
     _passes: Passes | None = None
 
     @classmethod
@@ -75,14 +80,18 @@ class Probe:
         """The layers whose running statistics can be measured."""
         return [layer for layer in self.layers if layer.before is not None]
 
-    def measure(self, data: Data, batches: Iterable[Any], total: int | None) -> None:
+    def compare(self, group: Any) -> None:
+        """See what the other processes of a group hold; each of them has to call this."""
+        self.ranks = Ranks.gather(self.layers, group)
+
+    def measure(self, data: Data, batches: Batches) -> None:
         """Send the data through, in three passes, and make a training step."""
         self.data = data
         self._passes = Passes(self.model, self.measured, data)
         training = {module: module.training for module in self.model.modules()}
         for module in training:  # not .eval(), which models override to do more
             module.training = False
-        self.by_batch, self.by_running = self._passes.both(batches, self.bar, total)
+        self.by_batch, self.by_running = self._passes.both(batches, self.bar, self.budget)
         if data.samples == 0:
             raise ValueError("diagnose expects at least one batch, got data that end at once. Pass more data.")
         del self.missing["data"]
@@ -212,6 +221,19 @@ class Probe:
             Statistics(moments.mean[None], moments.var_unbiased[None]) for moments in layer.calls
         )
         return self._effect(self.by_population, self._extra(each, "statistics for each call"))
+
+    @cached_property
+    def neighbours(self) -> Effect | None:
+        """What the samples' results have more by the statistics of other batches; None where no pass is left."""
+        if self._passes is None or self.by_batch is None or self.budget < 1:
+            return None
+        self.budget -= 1
+        return self._effect(self._passes.reshuffled(self.bar), self.by_batch)
+
+    def inputs(self, batch: Any, see: Callable[[Layer, Tensor], None]) -> None:
+        """Show what each measured layer is given, in its first call with the batch."""
+        assert self._passes is not None
+        self._passes.inputs(batch, lambda number, x: see(self.measured[number], x))
 
     def _extra(self, statistics: Any, title: str) -> Outcome | None:
         if self._passes is None or self.by_population is None or self.budget < 1:

@@ -8,12 +8,16 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.doctor.conditions import Conditions
 from batchnorm.doctor.facts import LayerFacts, facts_of
 from batchnorm.doctor.finding import Finding, NotChecked, Severity
+from batchnorm.doctor.layers import counted
+from batchnorm.doctor.measures import Channels, LayerMeasures, channels_of, measures_of
 from batchnorm.doctor.probe import Probe
 
 if TYPE_CHECKING:
@@ -34,6 +38,9 @@ class Diagnosis:
         layers: The facts of every layer, in the model's order.
         samples: How many samples were looked at.
         batches: In how many batches.
+        measures: What the data showed of each layer, in the model's order.
+        conditions: With what it was made.
+        channels: Each layer's channels, by its path; not part of the JSON.
     """
 
     model: str
@@ -42,6 +49,9 @@ class Diagnosis:
     layers: tuple[LayerFacts, ...]
     samples: int
     batches: int
+    measures: tuple[LayerMeasures, ...]
+    conditions: Conditions
+    channels: Mapping[str, Channels] = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, probe: Probe, findings: list[Finding], not_checked: list[NotChecked]) -> Diagnosis:
@@ -54,6 +64,9 @@ class Diagnosis:
             tuple(facts_of(layer, paths) for layer in probe.layers),
             0 if probe.data is None else probe.data.samples,
             0 if probe.data is None else len(probe.data.sizes),
+            measures_of(probe),
+            Conditions.of(probe),
+            {layer.path: channels_of(layer) for layer in probe.layers},
         )
 
     @property
@@ -69,9 +82,11 @@ class Diagnosis:
     def summary(self) -> str:
         """One line: how many findings of which severity, in what."""
         number = Counter(finding.severity for finding in self.findings)
-        counted = [_number(number[s], s.label) for s in reversed(Severity) if number[s]]
-        data = f"{self.samples} samples in {_number(self.batches, 'batch')}" if self.batches else "without data"
-        return f"{self.model}: {', '.join(counted) or 'nothing found'}; {_number(len(self.layers), 'layer')}, {data}"
+        found = [counted(number[s], s.label) for s in reversed(Severity) if number[s]]
+        data = "without data"
+        if self.batches:
+            data = f"{counted(self.samples, 'sample')} in {counted(self.batches, 'batch')}"
+        return f"{self.model}: {', '.join(found) or 'nothing found'}; {counted(len(self.layers), 'layer')}, {data}"
 
     def __str__(self) -> str:
         lines = [self.summary()]
@@ -103,6 +118,8 @@ class Diagnosis:
                 "findings": [{**_fields(f), "severity": f.severity.label} for f in self.findings],
                 "not_checked": [_fields(rule) for rule in self.not_checked],
                 "layers": [asdict(layer) for layer in self.layers],
+                "measures": [asdict(layer) for layer in self.measures],
+                "conditions": asdict(self.conditions),
             }
         )
         return found
@@ -111,31 +128,42 @@ class Diagnosis:
         """The diagnosis as JSON; its schema is in the documentation, its version in `schema`."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
+    def to_html(self) -> str:
+        """The diagnosis as a page that needs nothing else: charts, figures and repairs; opens without a network.
+
+        Raises:
+            ImportError: jinja2 is missing.
+        """
+        if find_spec("jinja2") is None:
+            raise ImportError(
+                "A diagnosis as HTML expects jinja2 to be installed, and it is not. "
+                "Run pip install 'batchnorm[doctor]', or save it as .json or .txt."
+            )
+        from batchnorm.doctor.page import rendered
+
+        return rendered(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the diagnosis to a file: whole, or not at all.
 
         Args:
-            path: Ends in `.json`, or in `.txt` for what it prints as.
+            path: Ends in `.html`, in `.json`, or in `.txt` for what it prints as.
 
         Raises:
             ValueError: the path ends in something else.
+            ImportError: it ends in `.html`, and jinja2 is missing.
         """
         path = Path(path)
-        texts = {".json": self.to_json, ".txt": self.__str__}
+        texts = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
         if path.suffix not in texts:
             raise ValueError(
-                f"Diagnosis.save expects a path that ends in .json or .txt, got {str(path)!r}. Change the name."
+                f"Diagnosis.save expects a path that ends in .html, .json or .txt, got {str(path)!r}. Change the name."
             )
         text = texts[path.suffix]() + "\n"
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path.parent) as folder:
             part = Path(folder) / path.name
             part.write_text(text, encoding="utf-8")
             os.replace(part, path)
-
-
-def _number(number: int, of: str) -> str:
-    ending = "" if number == 1 else "es" if of.endswith("ch") else "s"
-    return f"{number} {of}{ending}"
 
 
 def _fields(held: Finding | NotChecked) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from torch import nn
 
 from batchnorm.doctor.finding import Finding, NotChecked
 from batchnorm.doctor.inspection import check_model, guessed
+from batchnorm.doctor.measures import left_out
 from batchnorm.doctor.passes import Data, Forward, Loss
 from batchnorm.doctor.probe import Probe
+from batchnorm.doctor.ranks import processes_of
 from batchnorm.doctor.report import Diagnosis
 from batchnorm.recalibrate.batches import Batches, check_data, default_forward, eager
 from batchnorm.recalibrate.progress import bar
@@ -28,6 +30,7 @@ def diagnose(
     forward: Forward | None = None,
     max_samples: int | None = 1000,
     budget: int = 5,
+    process_group: Any = None,
     progress: bool = False,
 ) -> Diagnosis:
     """Find what is wrong with the batch normalization of a model, with evidence and repair.
@@ -49,7 +52,9 @@ def diagnose(
             names.
         max_samples: Stop after the batch that reaches this many samples; None reads all the data.
         budget: How many more passes over the data may be made to see what single layers cost.
-        progress: Whether to show a bar on standard error (needs rich).
+        process_group: Compare what the processes of this group hold; each of them has to call this. None speaks to no
+            other process.
+        progress: Whether to show on standard error how long it will take and a bar (needs rich).
 
     Returns:
         What was found, worst first, and what could not be checked; prints as a report.
@@ -71,10 +76,14 @@ def diagnose(
     kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
     with restored(kept, buffers=True), bar(progress) as shown, eager():
         probe = Probe.of(inner, optimizer, budget, shown)
+        probe.processes = processes_of(process_group)
+        if process_group is not None:
+            probe.compare(process_group)
+        elif probe.processes > 1:
+            probe.missing["ranks"] = "needs the other processes: pass process_group= on each of them"
         measured = Data(_told(forward or default_forward), loss)
         if data is not None:
-            batches = Batches(data, max_samples)
-            probe.measure(measured, batches, batches.length)
+            probe.measure(measured, Batches(data, max_samples))
         for module in inner.modules():
             module.training = False
         probe.look(measured.example or guessed(inner))
@@ -93,6 +102,7 @@ def _apply(probe: Probe) -> tuple[list[Finding], list[NotChecked]]:
             not_checked.append(NotChecked(rule.code, rule.title, reason))
         else:
             findings += rule().check(probe)
+    not_checked += left_out(probe)
     findings.sort(key=lambda finding: (-finding.severity, finding.code))
     return findings, not_checked
 

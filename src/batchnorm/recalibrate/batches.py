@@ -54,6 +54,15 @@ class Batches:
         except TypeError:
             return None
 
+    def expected(self, size: int) -> int | None:
+        """How many batches there will be if all are of this size; None where neither data nor limit say so."""
+        limit = None if self._max_samples is None else -(-self._max_samples // size)
+        try:
+            number: int | None = len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            number = None
+        return min((n for n in (limit, number) if n is not None), default=None)
+
     def __iter__(self) -> Iterator[Any]:
         """Read the data for the first time."""
         for batch in self._data:

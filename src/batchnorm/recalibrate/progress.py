@@ -26,6 +26,12 @@ class Bar:
             yield batch
             self._display.update(self._task, advance=1)
 
+    def expect(self, total: int, text: str) -> None:
+        """Tell how many batches there will be, and a line about that."""
+        if self._display is not None:
+            self._display.update(self._task, total=total)
+            self._display.console.print(text, highlight=False)
+
 
 @contextmanager
 def bar(show: bool) -> Iterator[Bar]:

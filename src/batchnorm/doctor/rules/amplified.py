@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -33,7 +33,8 @@ class Amplified(Rule):
             yield self.finding(
                 Severity.NOTE,
                 worst,
-                f"{worst[0] or '(model)'} by up to {found[worst[0]]:.3g}; {len(found)} layers: {listed(worst)}",
+                f"{worst[0] or '(model)'} by up to {found[worst[0]]:.3g}; {counted(len(found), 'layer')}: "
+                f"{listed(worst)}",
                 factor=found,
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -34,4 +34,8 @@ class BatchInEvaluation(Rule):
         """Layers without a running mean."""
         found = [layer.path for layer in probe.layers if getattr(layer.module, "running_mean", None) is None]
         if found:
-            yield self.finding(Severity.NOTE, found, f"{len(found)} layers keep no running statistics: {listed(found)}")
+            yield self.finding(
+                Severity.NOTE,
+                found,
+                f"{counted(len(found), 'layer keeps', 'layers keep')} no running statistics: {listed(found)}",
+            )

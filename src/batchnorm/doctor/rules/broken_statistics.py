@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -34,8 +34,10 @@ class BrokenStatistics(Rule):
             yield self.finding(
                 Severity.ERROR,
                 broken,
-                f"{sum(broken.values())} channels of {len(broken)} layers: {listed(broken)}",
-                evidence=[f"{path or '(model)'}: {number} channels" for path, number in list(broken.items())[:5]],
+                f"{counted(sum(broken.values()), 'channel')} of {counted(len(broken), 'layer')}: {listed(broken)}",
+                evidence=[
+                    f"{path or '(model)'}: {counted(number, 'channel')}" for path, number in list(broken.items())[:5]
+                ],
                 channels=broken,
             )
 

@@ -12,7 +12,7 @@ from torch.fx.node import Node
 
 from batchnorm.doctor.effect import Effect
 from batchnorm.doctor.finding import Severity
-from batchnorm.doctor.layers import Off
+from batchnorm.doctor.layers import Off, counted
 from batchnorm.doctor.probe import Probe
 
 # Of the deviation that a layer's weights cannot have from any change of its input, less than the first speaks for a
@@ -55,8 +55,8 @@ def cause(probe: Probe, offs: list[Off]) -> Cause:
         lag = median(lag for _, lag in behind)
         return Cause(
             "stale",
-            (f"{len(behind)} of {len(offs)} layers still hold {lag:.0%} of their initial values: too few updates for "
-             "their momentum",),
+            (f"{len(behind)} of {counted(len(offs), 'layer still holds', 'layers still hold')} {lag:.0%} of their "
+             "initial values: too few updates for their momentum",),
         )  # fmt: skip
     entry = next((found for found in offs if _is_input(found)), None)
     if entry is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -32,6 +32,7 @@ class ConstantChannels(Rule):
         if found:
             worst = sorted(found, key=lambda path: -found[path])
             yield self.finding(
-                Severity.NOTE, worst, f"{sum(found.values())} channels of {len(found)} layers: {listed(worst)}",
+                Severity.NOTE, worst,
+                f"{counted(sum(found.values()), 'channel')} of {counted(len(found), 'layer')}: {listed(worst)}",
                 channels=found,
             )  # fmt: skip

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from batchnorm.doctor.facts import DEAD
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
 # Share of a layer's channels that is worth a word.
-_SHARE = 0.25
+SHARE = 0.25
 
 
 class DeadChannels(Rule):
@@ -41,12 +41,13 @@ class DeadChannels(Rule):
             if bool((weight == 0).all()):
                 continue
             share[layer.path], dead[layer.path] = float(small.double().mean()), int(small.sum())
-        found = sorted((path for path in share if share[path] >= _SHARE), key=lambda path: -share[path])
+        found = sorted((path for path in share if share[path] >= SHARE), key=lambda path: -share[path])
         if found:
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"{sum(dead[path] for path in found)} channels of {len(found)} layers: {listed(found)}",
+                f"{counted(sum(dead[path] for path in found), 'channel')} of {counted(len(found), 'layer')}: "
+                f"{listed(found)}",
                 evidence=[f"{path or '(model)'}: {share[path]:.0%} of its channels" for path in found[:5]],
                 share={path: share[path] for path in found},
             )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.cause import cause, suspects
 from batchnorm.doctor.rules.rule import Rule
@@ -39,8 +39,8 @@ class DropoutBefore(Rule):
         yield self.finding(
             severity,
             [layer.path for layer in worst],
-            f"in training the input of {len(worst)} layers deviates by up to {found[worst[0]]:.2f} times as much: "
-            + listed(layer.path for layer in worst),
+            f"in training the input of {counted(len(worst), 'layer')} deviates by up to "
+            f"{found[worst[0]]:.2f} times as much: " + listed(layer.path for layer in worst),
             evidence=evidence,
             confidence=confidence,
             cost=cost,

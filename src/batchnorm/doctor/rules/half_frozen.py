@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -41,7 +41,8 @@ class HalfFrozen(Rule):
             yield self.finding(
                 Severity.NOTE,
                 [layer.path for layer in fixed],
-                f"{len(fixed)} layers train γ and β and keep their statistics: {listed(layer.path for layer in fixed)}",
+                f"{counted(len(fixed), 'layer trains γ and β and keeps its', 'layers train γ and β and keep their')} "
+                f"statistics: {listed(layer.path for layer in fixed)}",
                 evidence=[
                     "often meant so in fine-tuning; the statistics then go stale as the weights before them move"
                 ],
@@ -55,7 +56,7 @@ class HalfFrozen(Rule):
         severity, cost = Severity.WARNING, {}
         if probe.off:
             evidence.append(
-                f"on these data {len(to_come)} of them move away from what they hold by 0.25σ and more"
+                f"on these data the statistics of {len(to_come)} of them move by 0.25σ and more"
                 if to_come
                 else "on these data they hold what they would move to"
             )
@@ -69,7 +70,8 @@ class HalfFrozen(Rule):
         return self.finding(
             severity,
             paths,
-            f"{len(layers)} layers have γ and β frozen, and statistics that move: {listed(paths)}",
+            f"{counted(len(layers), 'layer has', 'layers have')} γ and β frozen, and statistics that move: "
+            f"{listed(paths)}",
             evidence=evidence,
             confidence="certain" if probe.training else "medium",
             cost=cost,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 from batchnorm.recalibrate.observe import running
@@ -40,7 +40,7 @@ class HalfPrecision(Rule):
         yield self.finding(
             Severity.WARNING if found[worst] > _MATTERS and probe.trains and probe.training else Severity.NOTE,
             found,
-            f"{len(found)} layers: {listed(found)}",
+            f"{counted(len(found), 'layer')}: {listed(found)}",
             evidence=[f"{worst or '(model)'}: updates stop {found[worst]:.2g}σ away from the mean"],
             stall=found,
         )

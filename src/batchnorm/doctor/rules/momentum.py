@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -40,7 +40,8 @@ class MomentumConvention(Rule):
         yield self.finding(
             Severity.WARNING if worst is not None and worst > _MATTERS else Severity.NOTE,
             [layer.path for layer in found],
-            f"momentum {_momentum(found[0]):g} at {len(found)} layers: {listed(layer.path for layer in found)}",
+            f"momentum {_momentum(found[0]):g} at {counted(len(found), 'layer')}: "
+            f"{listed(layer.path for layer in found)}",
             evidence=[]
             if worst is None
             else [f"the running mean scatters by up to {worst:.2g}σ (median over the channels) from step to step"],

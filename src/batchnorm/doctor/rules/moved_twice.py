@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -37,7 +37,7 @@ class MovedTwice(Rule):
             yield self.finding(
                 self._severity(probe, layers, 1 + max(times for _, times in again)),
                 [layer.path for layer in layers],
-                f"the backward pass moves the running statistics of {len(layers)} layers once more: "
+                f"the backward pass moves the running statistics of {counted(len(layers), 'layer')} once more: "
                 + listed(layer.path for layer in layers),
                 evidence=[self._momentum(layers[0], 1 + again[0][1])],
                 updates={layer.path: 1 + times for layer, times in again},
@@ -48,7 +48,8 @@ class MovedTwice(Rule):
                 yield self.finding(
                     self._severity(probe, layers, step.model_calls),
                     [layer.path for layer in layers],
-                    f"a step calls the model {step.model_calls} times, and {len(layers)} layers move each time",
+                    f"a step calls the model {step.model_calls} times, and "
+                    f"{counted(len(layers), 'layer moves', 'layers move')} each time",
                     evidence=[self._momentum(layers[0], step.model_calls)],
                     repair="with batchnorm.update_running_stats(model, False):  # for the passes that shall not count\n"
                     "    ...",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -26,4 +26,4 @@ class MovesInEvaluation(Rule):
         """Layers whose running statistics are others after an evaluation."""
         found = [layer.path for layer in probe.measured if layer.moved_in_evaluation]
         if found:
-            yield self.finding(Severity.WARNING, found, f"{len(found)} layers: {listed(found)}")
+            yield self.finding(Severity.WARNING, found, f"{counted(len(found), 'layer')}: {listed(found)}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -32,7 +32,8 @@ class NeverUpdated(Rule):
             yield self.finding(
                 Severity.WARNING if by is None else by.severity,
                 [layer.path for layer in trained],
-                f"{len(trained)} trained layers have mean 0 and variance 1: {listed(layer.path for layer in trained)}",
+                f"{counted(len(trained), 'trained layer has', 'trained layers have')} mean 0 and variance 1: "
+                f"{listed(layer.path for layer in trained)}",
                 evidence=[] if by is None else [f"with them against the population's statistics: {by}"],
                 confidence="medium" if by is None else by.confidence,
                 cost={} if by is None else by.cost,
@@ -41,14 +42,18 @@ class NeverUpdated(Rule):
         if untrained:
             paths = [layer.path for layer in untrained]
             yield self.finding(
-                Severity.NOTE, paths, f"{len(paths)} layers are as new: mean 0, variance 1, γ 1, β 0: {listed(paths)}"
+                Severity.NOTE,
+                paths,
+                f"{counted(len(paths), 'layer is', 'layers are')} as new: mean 0, variance 1, γ 1, β 0: "
+                f"{listed(paths)}",
             )
         uncounted = [layer for layer in probe.measured if layer.updates == 0 and not layer.is_new()]
         if uncounted:
             yield self.finding(
                 Severity.NOTE,
                 [layer.path for layer in uncounted],
-                f"{len(uncounted)} layers have statistics and count no update, as after loading from another framework",
+                f"{counted(len(uncounted), 'layer has statistics and counts', 'layers have statistics and count')} "
+                "no update, as after loading from another framework",
                 repair="",
             )
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -35,7 +35,7 @@ class OwnForward(Rule):
             yield self.finding(
                 Severity.NOTE,
                 [layer.path for layer in found],
-                f"{kinds} at {len(found)} places: {listed(layer.path for layer in found)}",
+                f"{kinds} at {counted(len(found), 'place')}: {listed(layer.path for layer in found)}",
             )
 
 

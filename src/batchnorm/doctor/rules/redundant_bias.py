@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import Layer, listed
+from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -35,7 +35,7 @@ class RedundantBias(Rule):
         yield self.finding(
             Severity.NOTE,
             paths,
-            f"{number} parameters that do nothing, in the bias of {listed(paths)}",
+            f"{counted(number, 'parameter that does', 'parameters that do')} nothing, in the bias of {listed(paths)}",
             evidence=[f"{producer} before {path or '(model)'}" for path, (producer, _) in list(found.items())[:5]],
             cost={"parameters": float(number)},
         )

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from statistics import median
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.non_iid_batches import dependent
 from batchnorm.doctor.rules.rule import Rule
 
 # Deviation of a normalized value by the choice of its neighbours that is worth a word, and the one to aim at.
-_NOISY, _AIM = 0.25, 0.1
+NOISY, AIM = 0.25, 0.1
 
 
 class SmallBatch(Rule):
@@ -41,7 +41,8 @@ class SmallBatch(Rule):
             yield self.finding(
                 Severity.ERROR if most == number else Severity.WARNING,
                 [layer.path for layer in single],
-                f"one value per channel in {most} of {number} batches at {listed(layer.path for layer in single)}: "
+                f"one value per channel in {most} of {counted(number, 'batch')} at "
+                f"{listed(layer.path for layer in single)}: "
                 "training raises an error there, or gives β",
                 repair="loader = DataLoader(dataset, batch_size=64, drop_last=True)",
                 batches=most,
@@ -59,14 +60,14 @@ class SmallBatch(Rule):
         }
         noise = {path: value for path, value in noise.items() if math.isfinite(value)}
         worst = sorted(noise, key=lambda path: -noise[path])
-        if not worst or (noise[worst[0]] < _NOISY and effect.severity == Severity.NOTE):
+        if not worst or (noise[worst[0]] < NOISY and effect.severity == Severity.NOTE):
             return
-        needed = math.ceil(size * (noise[worst[0]] / _AIM) ** 2)
+        needed = math.ceil(size * (noise[worst[0]] / AIM) ** 2)
         yield self.finding(
             effect.severity if effect.loss is not None else Severity.NOTE,  # noise that may do good, as far as is known
             worst,
             f"at {size:g} samples a normalized value at {worst[0] or '(model)'} moves by {noise[worst[0]]:.2g}σ with "
-            f"the rest of its batch ({median(noise.values()):.2g}σ in the median layer); {_AIM}σ takes about {needed}",
+            f"the rest of its batch ({median(noise.values()):.2g}σ in the median layer); {AIM}σ takes about {needed}",
             evidence=[f"by the batches' statistics against the population's: {effect}"],
             confidence=effect.confidence,
             cost=effect.cost,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.cause import Cause, cause, suspects
 from batchnorm.doctor.rules.rule import Rule
@@ -46,7 +46,8 @@ def off_finding(rule: Rule, probe: Probe, kinds: tuple[str, ...]) -> Iterator[Fi
     yield rule.finding(
         by.severity,
         [found.layer.path for found in offs],
-        f"{len(offs)} of {len(probe.off)} layers are off: {listed([found.layer.path for found in offs], 3)}",
+        f"{len(offs)} of {counted(len(probe.off), 'layer is', 'layers are')} off: "
+        f"{listed([found.layer.path for found in offs], 3)}",
         evidence=evidence,
         confidence=by.confidence,
         cost=by.cost,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.layers import listed
+from batchnorm.doctor.layers import counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
 
@@ -37,6 +37,7 @@ class WeightDecay(Rule):
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"weight_decay={', '.join(f'{rate:g}' for rate in rates)} on {len(found)} layers: {listed(found)}",
+                f"weight_decay={', '.join(f'{rate:g}' for rate in rates)} on {counted(len(found), 'layer')}: "
+                f"{listed(found)}",
                 weight_decay=found,
             )

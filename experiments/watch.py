@@ -1,0 +1,76 @@
+"""What watching costs: steps of a ResNet-18 on the CPU, watched and not, in turns.
+
+python experiments/watch.py [ROUNDS]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from batchnorm.doctor import Watch
+from benchmarks.networks import NORMS, ResNet18
+
+BATCH, SIZE = 32, 64
+
+
+def step_of(model: torch.nn.Module) -> Callable[[], float]:
+    """What makes a training step and returns its seconds."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
+    labels = torch.randint(1000, (BATCH,), generator=generator)
+
+    def step() -> float:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    return step
+
+
+def main(rounds: int, names: list[str]) -> None:
+    """Print a line for torch's layers, and one for ours."""
+    for name in names:
+        torch.manual_seed(0)
+        plain = step_of(ResNet18(NORMS[name]))
+        torch.manual_seed(0)
+        model = ResNet18(NORMS[name])
+        watched = step_of(model)
+        for _ in range(3):
+            plain()
+            watched()
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        costs: list[float] = []  # what the watch itself counted, in each watched step
+        with Watch(model, warn=False, clock=lambda: time.perf_counter() - sum(seconds[False])) as w:  # noqa: B023
+            for number in range(rounds):
+                for which in (False, True) if number % 2 else (True, False):
+                    looks = w.looks
+                    seconds[which].append((watched if which else plain)())
+                    if which:
+                        costs.append(w.cost or 0.0 if w.looks > looks else 0.0)
+        more = np.array(seconds[True]) - np.array(seconds[False])
+        step, looked = statistics.median(seconds[False]), np.array(costs) > 0
+        with_look, without = (float(np.median(more[which])) for which in (looked, ~looked))
+        together = looked.mean() * with_look + (1 - looked.mean()) * without
+        own = sum(costs[2:]) / sum(seconds[True][2:])  # the first look is on the house
+        print(
+            f"{name}: a step takes {step * 1e3:.0f} ms; {w.looks} of {rounds} were looked at\n"
+            f"  against the unwatched step of the same round, in the median: with a look {with_look * 1e3:+.1f} ms, "
+            f"without {without * 1e3:+.1f} ms, together {together / step:+.2%}\n"
+            f"  own count: a look {1e3 * np.median(np.array(costs)[looked]):.1f} ms, in all {own:.2%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50, sys.argv[2:] or ["torch", "batchnorm"])

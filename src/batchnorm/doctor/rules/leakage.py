@@ -1,0 +1,48 @@
+"""BN112: a network that reads its answer off the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.probe import Probe
+from batchnorm.doctor.rules.non_iid_batches import dependent
+from batchnorm.doctor.rules.rule import Rule
+
+
+class Leakage(Rule):
+    """The same samples, normalized in other batches: what changes came from their neighbours."""
+
+    code = "BN112"
+    title = "the network reads its answer off the batch"
+    why = (
+        "Batch statistics carry what the samples of a batch have in common: their class, their pair, whether they are "
+        "generated. A network that is trained on such batches learns to use it, as in contrastive learning and GANs; "
+        "in evaluation it is not there."
+    )
+    repair = (
+        "loader = DataLoader(dataset, batch_size=64, shuffle=True)\n"
+        "# where batches have to be so, no statistics of the batch; then train again\n"
+        "model, report = batchnorm.convert(model, torch.nn.GroupNorm, num_groups=8)"
+    )
+    needs = ("data", "output")
+
+    def check(self, probe: Probe) -> Iterator[Finding]:
+        """Only where evaluation is worse than training, and stale statistics are not why."""
+        paths = [layer.path for layer in probe.measured if layer.by_batch]
+        gap = probe.gap
+        if not paths or gap is None or gap.severity == Severity.NOTE:
+            return
+        if dependent(probe) is None and (probe.off_by is None or probe.off_by.severity > Severity.NOTE):
+            return
+        effect = probe.neighbours
+        if effect is None or effect.severity == Severity.NOTE:
+            return
+        yield self.finding(
+            effect.severity,
+            paths,
+            f"the same samples in batches drawn anew: {effect}",
+            evidence=[f"evaluation against training: {gap}"],
+            confidence=effect.confidence,
+            cost=effect.cost,
+        )

@@ -1,0 +1,75 @@
+"""A callback for Lightning."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.doctor.telemetry import Watch, watch
+
+if TYPE_CHECKING:
+    from typing import Any as Callback
+elif "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import Callback
+elif find_spec("lightning") is not None:
+    from lightning.pytorch import Callback
+elif find_spec("pytorch_lightning") is not None:
+    from pytorch_lightning import Callback
+else:
+    raise ImportError(
+        "batchnorm.integrations.lightning expects Lightning to be installed, and it is not. Run pip install lightning, "
+        "or use batchnorm.watch in a loop of your own."
+    )
+
+__all__ = ["BatchNormWatch"]
+
+
+class BatchNormWatch(Callback):
+    """Watches every layer of batch normalization during `fit`, logs through the module, and warns.
+
+    Args:
+        per_layer: Whether figures of every layer are logged, or of each quantity the largest over the layers.
+        **options: Those of `batchnorm.watch`: `every`, `overhead`, `warn`.
+
+    Attributes:
+        watch: What was seen in the last `fit`; None before.
+
+    Raises:
+        ValueError: in `fit`, the module has no batch normalization.
+    """
+
+    def __init__(self, *, per_layer: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.per_layer = per_layer
+        self.options = options
+        self.watch: Watch | None = None
+        self._looks = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start watching: sanity checks are over, and the module is where it is trained."""
+        self._close()
+        self.watch, self._looks = watch(pl_module, **self.options), 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *others: Any) -> None:
+        """Log a new look."""
+        assert self.watch is not None
+        if self.watch.looks > self._looks:
+            self._looks = self.watch.looks
+            pl_module.log_dict(self.watch.metrics(per_layer=self.per_layer), on_step=True, on_epoch=False)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop watching."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop watching."""
+        self._close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Stop watching."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()

@@ -1,0 +1,78 @@
+"""The callback in Hugging Face's own Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.optim import optimizer as optimizers
+from torch.utils.checkpoint import checkpoint
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from batchnorm.doctor import BatchNormWarning  # noqa: E402
+from batchnorm.integrations.transformers import BatchNormWatch  # noqa: E402
+
+
+class Network(nn.Module):
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        self.twice = twice
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = checkpoint(self.net, x, use_reentrant=False) if self.twice else self.net(x)
+        return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
+
+
+def trainer(model: nn.Module, folder: Path) -> Any:
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=4, per_device_train_batch_size=64, logging_steps=2, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = [{"x": torch.randn(4), "labels": torch.randn(1)} for _ in range(256)]
+    return transformers.Trainer(model, arguments, train_dataset=rows)
+
+
+def left_behind() -> list[Any]:
+    places = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks, optimizers._global_optimizer_post_hooks)
+    return [hook for place in places for hook in place.values()]
+
+
+def test_it_watches_and_logs(tmp_path: Path) -> None:
+    before, of = left_behind(), trainer(Network(), tmp_path)
+    callback = BatchNormWatch(of, every=1)
+    of.add_callback(callback)
+    of.train()
+    assert callback.watch is not None
+    assert [(r.step, r.layer, r.updates) for r in callback.watch.history] == [(s, "net.1", 1) for s in (2, 3, 4)]
+    logged = {entry["step"]: entry for entry in of.state.log_history if "batchnorm/noise" in entry}
+    assert set(logged) == {2, 4}
+    assert logged[4]["batchnorm/noise"] == callback.watch.history[-1].noise
+    assert left_behind() == before
+
+
+def test_it_warns(tmp_path: Path) -> None:
+    of = trainer(Network(twice=True), tmp_path)
+    of.add_callback(BatchNormWatch(of, every=1))
+    with pytest.warns(BatchNormWarning, match="BN106"):
+        of.train()
+    assert {entry["batchnorm/updates"] for entry in of.state.log_history if "batchnorm/updates" in entry} == {2}
+
+
+def test_the_next_training_closes_what_an_exception_left(tmp_path: Path) -> None:
+    before, model = left_behind(), Network()
+    of = trainer(model, tmp_path)
+    callback = BatchNormWatch(of)
+    of.add_callback(callback)
+    model.net[3].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        of.train()
+    assert callback.watch is not None and not callback.watch.closed
+    callback.watch.close()
+    assert left_behind() == before
