@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-quick sanitize sanitize-quick aarch64 wheel lint format docs constraints clean
+.PHONY: help setup demo test experiments bench bench-quick bench-gpu sanitize sanitize-quick aarch64 wheel lint format docs constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,10 +45,21 @@ demo: setup ## train one network with and without batch normalization, and write
 test: setup ## run the tests, the docstring examples and the examples of README and docs
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
+# Folders with the official files of MNIST and of Fashion-MNIST; without, they are downloaded once.
+DATA_DIR ?=
+FASHION_DIR ?=
+
+experiments: setup ## try what the papers claim (about an hour on two cores), and write the documentation's page about it
+	$(BIN)/python experiments/page.py --run $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') \
+	  $(if $(FASHION_DIR),--fashion-dir '$(FASHION_DIR)')
+
 bench: setup ## measure ours and the others on this CPU, and write the tables and pictures of the documentation
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench]' --no-build-isolation \
 	  --config-settings wheel.cmake=false
 	$(BIN)/python -m benchmarks
+
+bench-gpu: setup ## measure ours and torch on this machine's GPU, in under eight minutes
+	$(BIN)/python -m benchmarks gpu
 
 bench-quick: setup ## see that the benchmarks run; the figures mean nothing
 	$(BIN)/python -m benchmarks --quick

@@ -15,7 +15,7 @@ import click
 import torch
 
 import batchnorm
-from benchmarks import exactness, family, fold, layers, memory, page_faults, peers, records, report, steps
+from benchmarks import exactness, family, fold, gpu, layers, memory, page_faults, peers, records, report, steps
 from benchmarks.options import Options
 
 HERE = Path(__file__).parent
@@ -108,6 +108,7 @@ def main(
     """Measure batch normalization on this machine's CPU, and write tables and pictures.
 
     Without SECTIONS all are measured, and the report is written; results go to benchmarks/results and docs/images.
+    A GPU is measured by `python -m benchmarks gpu`.
     """
     torch.set_num_threads(threads)
     if quick:
@@ -136,4 +137,6 @@ def main(
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["gpu"]:
+        gpu.main(sys.argv[2:], prog_name="python -m benchmarks gpu")
     main()

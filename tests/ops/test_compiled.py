@@ -36,8 +36,8 @@ def test_there_are_compiled_operators_where_there_is_a_compiler() -> None:
 
 def test_backends_prints_a_line_for_each_device_and_hint() -> None:
     found = batchnorm.backends()
-    assert list(found) == ["cpu", "other"]
-    assert len(str(found).splitlines()) == 2 + len(found.hints)
+    assert list(found) == ["cpu", "cuda", "other"]
+    assert len(str(found).splitlines()) == 3 + len(found.hints)
 
 
 def test_the_allocator_is_hinted_at_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,31 +11,20 @@ from torch import Tensor
 
 import batchnorm  # noqa: F401  (defines the operators)
 from batchnorm import reference
-from batchnorm.ops import compiled, eager
 from tests.cases import ACTIVATIONS, CASES, EPS, KINKS, NEGATIVE_SLOPE, Case, ids
+from tests.ops import implementations
+from tests.ops.implementations import Ops
 from tests.tolerance import Array, Terms, assert_within, bound
-
-Ops = Callable[[str], Callable[..., Any]]
-
-# Eager functions; and what the dispatcher finds: compiled for each instruction set of this machine, or eager again.
-IMPLEMENTATIONS = ["eager", *(compiled.cpu_capabilities() or ("dispatched",))]
 
 RESIDUALS = pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 SEVERAL = [case for case in CASES if case.m != 1]
 SMOOTH = ("silu", "gelu", "hardswish")
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=implementations.names())
 def op(request: pytest.FixtureRequest) -> Iterator[Ops]:
-    if request.param == "eager":
-        yield lambda name: getattr(eager, name)
-        return
-    before = compiled.cpu_capability()
-    if request.param != "dispatched":
-        compiled.set_cpu_capability(request.param)
-    yield lambda name: getattr(torch.ops.batchnorm, name)
-    if request.param != "dispatched":
-        compiled.set_cpu_capability(before)
+    with implementations.chosen(request.param) as ops:
+        yield ops
 
 
 def wide(t: Tensor | None) -> Array | None:

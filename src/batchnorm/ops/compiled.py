@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from batchnorm.ops.triton import support
+
 CAPABILITY = "BATCHNORM_CPU_CAPABILITY"
 _NAMES = ("libbatchnorm_cpu.so", "libbatchnorm_cpu.dylib", "batchnorm_cpu.dll")
 
@@ -103,11 +105,11 @@ def backends() -> Backends:
 
     Examples:
         >>> sorted(backends())
-        ['cpu', 'other']
+        ['cpu', 'cuda', 'other']
     """
     cpu = f"compiled: {cpu_capability()}" if _compiled.library else f"eager: {_compiled.reason}"
     hints = (_ALLOCATOR_HINT,) if _maps_large_tensors_afresh() else ()
-    return Backends({"cpu": cpu, "other": "eager: plain torch operations"}, hints)
+    return Backends({"cpu": cpu, "cuda": support.description(), "other": "eager: plain torch operations"}, hints)
 
 
 _ALLOCATOR_HINT = (

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.ops import eager
+from batchnorm.ops import eager, triton
 
 _AFFINE = "Tensor? weight, Tensor? bias"
 _STATISTICS = "Tensor mean, Tensor? mean_low, Tensor var"
@@ -89,6 +89,8 @@ def _implementation(name: str) -> Callable[..., Any]:
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
+for _name in triton.OPERATORS:
+    _LIBRARY.impl(_name, triton.implementation(_name, _implementation(_name)), "CUDA")
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,0 +1,46 @@
+"""ResNet-50, which takes its normalization as an argument. Source: He et al. 2016, table 1 (50 layers)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.networks import Norm, _conv
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, norm: Norm, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.norm1 = _conv(inputs, width, 1), norm(width, "relu")
+        self.conv2, self.norm2 = _conv(width, width, 3, stride), norm(width, "relu")
+        self.conv3, self.norm3 = _conv(width, outputs, 1), norm(outputs, "relu")
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs, "none"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        return self.norm3(self.conv3(y), self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """`depths` and `width` make it smaller."""
+
+    def __init__(
+        self, norm: Norm, classes: int = 1000, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64
+    ) -> None:
+        super().__init__()
+        self.conv, self.norm = _conv(3, width, 7, 2), norm(width, "relu")
+        blocks, inputs = [], width
+        for stage, depth in enumerate(depths):
+            for i in range(depth):
+                stride = 2 if i == 0 and stage > 0 else 1
+                blocks.append(_Bottleneck(norm, inputs, width << stage, stride))
+                inputs = 4 * (width << stage)
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.norm(self.conv(x)), 3, 2, 1)
+        return self.classifier(self.blocks(x).mean((2, 3)))

@@ -1,0 +1,50 @@
+"""The operators on CUDA devices by Triton kernels, which are imported when the first CUDA tensor arrives.
+
+What they leave to the eager implementation: float64, tensors without values, and running statistics that are not
+contiguous.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops.triton import support
+
+# Which argument decides: x, or the running mean.
+_DECIDES = {
+    "train_forward": 0,
+    "train_backward": 1,
+    "moments": 0,
+    "normalize": 0,
+    "normalize_backward": 1,
+    "backward_reduce": 1,
+    "backward_apply": 1,
+    "update_running_": 0,
+}
+
+OPERATORS = tuple(_DECIDES)
+
+
+def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator `name` for CUDA tensors: our kernels, or `eager` where they do not serve."""
+    at = _DECIDES[name]
+
+    def on_cuda(*args: Any) -> Any:
+        decides = args[at]
+        if decides.dtype == torch.float64 or decides.numel() == 0 or support.problem(decides.device) is not None:
+            return eager(*args)
+        if name == "update_running_" and not _writable(*args[:3]):
+            return eager(*args)
+        return getattr(importlib.import_module("batchnorm.ops.triton.launch"), name)(*args)
+
+    return on_cuda
+
+
+def _writable(running_mean: Tensor, running_var: Tensor, tracked: Tensor | None) -> bool:
+    plain = running_mean.is_contiguous() and running_var.is_contiguous()
+    return plain and (tracked is None or tracked.dtype == torch.int64)

@@ -1,0 +1,131 @@
+"""y from given statistics; and both at once where a program holds all values of its channels."""
+
+import triton
+import triton.language as tl
+
+from .moments import rounded_pair
+from .pointwise import activate, coefficients, preactivation, scale_and_shift, vector
+from .tiles import channels_of, program, span, tile, total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "size0",
+        "size1",
+        "stride0",
+        "channels",
+        "positions",
+        "rows",
+        "stride_statistic",
+        "stride_affine",
+        "per",
+        "blocks",
+    ]
+)
+def normalize_kernel(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    mean_ptr,
+    mean_low_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    index_ptr,
+    eps,
+    negative_slope,
+    size0,
+    size1,
+    stride0,
+    channels,
+    positions,
+    rows,
+    stride_statistic,
+    stride_affine,
+    per,
+    blocks,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y of a block's split. An index outside of the statistics' rows gives NaN."""
+    block, split = program(blocks, True)
+    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
+    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1)
+    if index_ptr is None:
+        mean, _, _, scale, shift = coefficients(
+            mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr, 0, channel, valid, 0, 0, eps
+        )
+    for t in tl.range(tiles, num_stages=STAGES):
+        i, _j, offset, mask = tile(begin, end, t, block, size1, stride0, ROWS, B0, B1, VEC)
+        if index_ptr is not None:
+            row = tl.load(index_ptr + (i // positions if ROWS else i), i < end, 0)
+            mean, _, _, scale, shift = coefficients(
+                mean_ptr,
+                mean_low_ptr,
+                var_ptr,
+                weight_ptr,
+                bias_ptr,
+                row,
+                channel,
+                valid & (row >= 0) & (row < rows),
+                stride_statistic,
+                stride_affine,
+                eps,
+            )
+        x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+        z = preactivation(x, mean, scale, shift)
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
+        tl.store(y_ptr + offset, activate(z, negative_slope, ACTIVATION).to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["values", "size0", "size1", "stride0", "channels", "blocks"])
+def forward_once_kernel(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    mean_ptr,
+    mean_low_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    eps,
+    negative_slope,
+    values,
+    size0,
+    size1,
+    stride0,
+    channels,
+    blocks,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Moments and y of a block whose values are one tile: x is read once."""
+    block, split = program(blocks, False)
+    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
+    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1)
+    _, _, offset, mask = tile(begin, end, 0, block, size1, stride0, ROWS, B0, B1, VEC)
+    x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+    pivot = tl.load(x_ptr + (channel if ROWS else channel.to(tl.int64) * size1), valid, 0.0).to(tl.float32)
+    mean = pivot + total(tl.where(mask, x - pivot, 0.0), ROWS) / values
+    mean_low = total(tl.where(mask, x - mean, 0.0), ROWS) / values
+    mean, mean_low = rounded_pair(mean, mean_low, x_ptr.dtype.element_ty)
+    deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
+    var = tl.div_rn(total(deviation * deviation, ROWS), tl.zeros_like(mean) + values)
+    tl.store(mean_ptr + channel, mean, valid)
+    tl.store(mean_low_ptr + channel, mean_low, valid)
+    tl.store(var_ptr + channel, var, valid)
+    weight = vector(weight_ptr, channel, valid, 1.0, var)
+    bias = vector(bias_ptr, channel, valid, 0.0, var)
+    _, scale, shift = scale_and_shift(mean_low, var, weight, bias, eps)
+    z = preactivation(x, mean, scale, shift)
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
+    tl.store(y_ptr + offset, activate(z, negative_slope, ACTIVATION).to(y_ptr.dtype.element_ty), mask)

@@ -1,0 +1,129 @@
+"""From x to z and y, and from dy to dz: expressions that forward and backward share.
+
+The ReLU's mask is recomputed in backward. It has forward's bits because both call these functions, in which every
+product that a compiler might fuse with a sum is fused in the source.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def vector(ptr, at, valid, default, like):
+    """A vector in float32, or `default` where there is none."""
+    if ptr is None:
+        return tl.zeros_like(like) + default
+    return tl.load(ptr + at, valid, float("nan")).to(tl.float32)
+
+
+@triton.jit
+def scale_and_shift(mean_low, var, weight, bias, eps):
+    """1/√(var + ε), and z's coefficients: z = (x − mean)·scale + shift."""
+    deviation = tl.sqrt_rn(var + eps)
+    scale = tl.div_rn(weight, deviation)
+    return tl.div_rn(tl.zeros_like(var) + 1.0, deviation), scale, tl.fma(-mean_low, scale, bias)
+
+
+@triton.jit
+def coefficients(
+    mean_ptr,
+    mean_low_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    row,
+    channel,
+    valid,
+    stride_statistic,
+    stride_affine,
+    eps,
+):
+    """mean, mean_low, 1/√(var + ε), scale and shift of a row's channels; NaN where `valid` says there are none."""
+    statistic = row * stride_statistic + channel
+    affine = row * stride_affine + channel
+    mean = tl.load(mean_ptr + statistic, valid, float("nan")).to(tl.float32)
+    var = tl.load(var_ptr + statistic, valid, float("nan")).to(tl.float32)
+    mean_low = vector(mean_low_ptr, statistic, valid, 0.0, var)
+    weight = vector(weight_ptr, affine, valid, 1.0, var)
+    bias = vector(bias_ptr, affine, valid, 0.0, var)
+    invstd, scale, shift = scale_and_shift(mean_low, var, weight, bias, eps)
+    return mean, mean_low, invstd, scale, shift
+
+
+@triton.jit
+def preactivation(x, mean, scale, shift):
+    """z without a residual."""
+    z = x - mean
+    return tl.fma(z, tl.zeros_like(z) + scale, tl.zeros_like(z) + shift)
+
+
+@triton.jit
+def activate(z, negative_slope, ACTIVATION: tl.constexpr):
+    """y = f(z), as torch at kinks and for NaN."""
+    y = z
+    if ACTIVATION == "relu":
+        y = tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "relu6":
+        y = tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(z > 0.0, z, z * negative_slope)
+    elif ACTIVATION == "silu":
+        y = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        y = z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "hardswish":
+        gate = z + 3.0
+        y = z * tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate)) / 6.0
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return y
+
+
+@triton.jit
+def derivative(dy, t, negative_slope, ACTIVATION: tl.constexpr):
+    """dz = dy·f′(t), with t = z, or y where that tells f′ as well."""
+    dz = dy
+    if ACTIVATION == "relu":
+        dz = tl.where(t <= 0.0, 0.0, dy)
+    elif ACTIVATION == "relu6":
+        dz = tl.where((t <= 0.0) | (t >= 6.0), 0.0, dy)
+    elif ACTIVATION == "leaky_relu":
+        dz = tl.where(t > 0.0, dy, dy * negative_slope)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-t))
+        dz = dy * sigmoid * (1.0 + t * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(t * 0.7071067811865476))
+        dz = dy * (cdf + t * 0.3989422804014327 * tl.exp(-0.5 * t * t))
+    elif ACTIVATION == "hardswish":
+        dz = tl.where(t <= -3.0, 0.0, tl.where(t >= 3.0, dy, dy * (t / 3.0 + 0.5)))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return dz
+
+
+@triton.jit
+def upstream(
+    dy_ptr,
+    x,
+    residual_ptr,
+    y_ptr,
+    offset,
+    mask,
+    mean,
+    scale,
+    shift,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+):
+    """dz of a tile: from y where it was kept, else from z, recomputed; zero outside the mask."""
+    dz = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
+    if ACTIVATION != "none":
+        if y_ptr is not None:
+            t = tl.load(y_ptr + offset, mask, 0.0).to(tl.float32)
+        else:
+            t = preactivation(x, mean, scale, shift)
+            if residual_ptr is not None:
+                t += tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
+        dz = tl.where(mask, derivative(dz, t, negative_slope, ACTIVATION), 0.0)
+    return dz

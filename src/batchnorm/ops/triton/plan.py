@@ -1,0 +1,213 @@
+"""How a tensor is cut into programs: chosen from its sizes by one table, the same for every run.
+
+Nothing is timed while a network trains: another choice sums in another order, and the bits would depend on the moment.
+`python -m benchmarks gpu --tune` compares candidates for the table on a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be tuned.
+
+    Args:
+        tile: Values of one tile, where a program goes over several.
+        warps: Of such a program.
+        stages: Tiles that it has under way: what is loaded ahead waits in shared memory.
+        programs: Such programs per multiprocessor.
+        row_bytes: The widest piece of a row of channels that one program takes (channels-last).
+        once: Largest tile, padding included, that a program holds to read x once; half of it in backward, which holds
+            two tensors, and half for channels-last.
+        deepest: Most tiles that one lane adds up in sequence, which bounds its rounding.
+    """
+
+    tile: int = 2048
+    warps: int = 8
+    stages: int = 3
+    programs: int = 4
+    row_bytes: int = 256
+    once: int = 32_768
+    deepest: int = 64
+
+
+SETTINGS = Settings()
+
+# What tuning tries, one field after the other.
+CANDIDATES: dict[str, tuple[int, ...]] = {
+    "tile": (1024, 2048, 4096),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4),
+    "programs": (2, 4, 8),
+    "row_bytes": (128, 256, 512),
+    "once": (0, 16_384, 32_768),
+}
+
+# Merging reads few values: tiles of [splits, channels].
+MERGE_SPLITS, MERGE_CHANNELS = 256, 8
+
+# Below this many values a launch costs more than a second reading saves, however few programs there are.
+_SMALL = 1 << 18
+# The narrowest piece of a row: one sector of memory.
+_SECTOR = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arguments of a launch, named as the kernels do. The grid is `blocks * splits`."""
+
+    rows: bool
+    size0: int
+    size1: int
+    stride0: int
+    channels: int
+    positions: int
+    b0: int
+    b1: int
+    vec: int
+    warps: int
+    stages: int | None
+    blocks: int
+    splits: int
+    per: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Number of programs."""
+        return (self.blocks * self.splits,)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sizes of both axes, and the stride of the first."""
+        return self.size0, self.size1, self.stride0
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """What a kernel is compiled for."""
+        found = {"ROWS": self.rows, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "num_warps": self.warps}
+        return found if self.stages is None else found | {"STAGES": self.stages}
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _vec(*sizes: int) -> int:
+    """The largest of 8, 4, 2, 1 that divides all."""
+    return next(v for v in (8, 4, 2, 1) if all(size % v == 0 for size in sizes))
+
+
+def _widths(size: int) -> int:
+    """B1 for `size` positions: the widest with at most a tenth more padding than the best has."""
+    padded = {b: -(-size // b) * b for b in (1024, 512, 256, 128, 64, 32)}
+    least = min(padded.values())
+    return min(next(b for b, n in padded.items() if n <= 1.1 * least), power_of_two(size))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; on the CPU, under the interpreter, few."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=4096)
+def streamed(
+    n: int,
+    c: int,
+    s: int,
+    channels_last: bool,
+    itemsize: int,
+    indexed: bool,
+    by_sample: bool,
+    processors: int,
+    settings: Settings = SETTINGS,
+) -> Plan:
+    """Programs that go over tiles of x `[n, c, s]`.
+
+    Args:
+        n: Samples.
+        c: Channels.
+        s: Positions.
+        channels_last: Whether positions are outside of channels.
+        itemsize: Bytes of a value.
+        indexed: Whether samples are told apart.
+        by_sample: Whether every sample is a split of its own.
+        processors: Multiprocessors to fill.
+        settings: The table.
+    """
+    rows = channels_last or s == 1
+    if c == 1 and not indexed:  # its values lie together
+        rows, n, s = False, 1, n * s
+    if rows:
+        size0, size1, stride0 = n * s, c, c
+        b1 = min(power_of_two(c), max(settings.row_bytes // itemsize, 1))
+        blocks = -(-c // b1)
+    else:
+        size0, size1, stride0 = n, s, c * s
+        b1, blocks = _widths(s), c
+    b0 = max(settings.tile // b1, 1)
+    if by_sample:
+        if rows:
+            b0 = min(b0, power_of_two(s))
+            b1 = min(settings.tile // b0, power_of_two(c))
+            blocks = -(-c // b1)
+        else:
+            b0 = 1
+        splits, per = n, (s if rows else -(-s // b1))
+        warps = max(1, min(settings.warps, b0 * b1 // 256))
+    else:
+        tiles = -(-size0 // b0) * (1 if rows else -(-size1 // b1))
+        wanted = max(-(-settings.programs * processors // blocks), -(-tiles // settings.deepest))
+        each = -(-tiles // min(wanted, tiles))
+        splits, per = -(-tiles // each), (each * b0 if rows else each)
+        warps = settings.warps
+    stages = 1 if indexed else settings.stages  # vectors by row would take too much shared memory
+    vec = _vec(size1, stride0)
+    return Plan(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, stages, blocks, splits, per)
+
+
+@functools.lru_cache(maxsize=4096)
+def at_once(
+    n: int,
+    c: int,
+    s: int,
+    channels_last: bool,
+    itemsize: int,
+    tensors: int,
+    processors: int,
+    settings: Settings = SETTINGS,
+) -> Plan | None:
+    """One program per block that holds all its values of `tensors` tensors; None where they do not fit.
+
+    Nor where that would leave most of the device idle, but for a tensor so small that this does not matter.
+    """
+    rows = (channels_last or s == 1) and c > 1
+    limit = settings.once // tensors
+    if rows:
+        limit //= 2  # coefficients are vectors here, and take registers as well
+        size0, size1, stride0 = n * s, c, c
+        b0 = power_of_two(size0)
+        narrowest = min(_SECTOR // itemsize, power_of_two(c))
+        if b0 * narrowest > limit:
+            return None
+        b1 = min(limit // b0, settings.row_bytes // itemsize, power_of_two(c))
+        while -(-c // b1) < processors and b1 > narrowest:
+            b1 //= 2
+        blocks = -(-c // b1)
+    else:
+        if c == 1:
+            n, s = 1, n * s
+        size0, size1, stride0 = n, s, c * s
+        b0, b1, blocks = power_of_two(n), power_of_two(s), c
+    if b0 * b1 > limit or (2 * blocks < processors and n * c * s > _SMALL):
+        return None
+    warps = min(max(power_of_two(b0 * b1 // 1024), 4), 32)
+    return Plan(rows, size0, size1, stride0, c, s, b0, b1, _vec(size1, stride0), warps, None, blocks, 1, size0)

@@ -1,0 +1,89 @@
+"""What the contract's tests do not ask of the kernels; run by test_interpreted.py, in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from batchnorm.ops import eager
+from batchnorm.ops.triton import launch
+from tests.cases import Case
+from tests.ops.triton.interpreter import operator
+from tests.tolerance import bound
+
+ATTRIBUTES = (1e-5, "relu", 0.0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+def test_in_triton_results_keep_the_strides_of_x(layout: str) -> None:
+    case = Case((2, 3, 4, 5), layout=layout)
+    x, dy, residual = case.x(), case.random(1).contiguous(), case.random(2).double()
+    y, mean, mean_low, var = operator("train_forward")(x, None, None, residual, *ATTRIBUTES)
+    saved = (dy, x, None, y, mean, mean_low, var, None, None)
+    dx, _, _, dz = operator("train_backward")(*saved, *ATTRIBUTES, True)
+    held, _, _, held_dz = operator("normalize_backward")(*saved, None, 1, *ATTRIBUTES, True)
+    for result in (y, dx, dz, held, held_dz):
+        assert result.stride() == torch.empty_like(x).stride()
+    expected = eager.train_backward(*saved, *ATTRIBUTES, True)
+    torch.testing.assert_close((dx, dz), (expected[0], expected[3]))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
+def test_in_triton_the_recomputed_mask_is_that_of_forward(shape: tuple[int, ...], layout: str) -> None:
+    case = Case(shape, layout=layout)
+    x, (weight, bias) = case.x(), case.parameters()
+    y, *statistics = operator("train_forward")(x, weight, bias, None, *ATTRIBUTES)
+    ones = torch.ones_like(x)
+    for saved_y in (None, y):
+        saved = (ones, x, None, saved_y, *statistics, weight, bias)
+        *_, dz = operator("train_backward")(*saved, *ATTRIBUTES, True)
+        assert torch.equal(dz > 0, y > 0)
+
+
+def test_in_triton_one_far_value_does_not_cost_the_others_their_digits() -> None:
+    x = torch.randn(4, 3, 16, 16) + 1e4
+    x[0, :, 0, 0] = 0.0  # the first value, from which sums might start
+    _, mean, mean_low, m2 = launch.moments(x, None, None, 1)
+    wide = x.double().transpose(0, 1).flatten(1)
+    center = wide.mean(1)
+    spread = (wide - center[:, None]).abs().mean(1)
+    assert (
+        (mean.double() + mean_low.double() - center).abs() <= torch.from_numpy(bound(spread.numpy(), x.dtype))
+    ).all()
+    torch.testing.assert_close(m2.double(), (wide - center[:, None]).square().sum(1), rtol=5e-7, atol=0)
+
+
+def test_in_triton_an_index_outside_its_rows_gives_nan_there_alone() -> None:
+    x, rows = torch.randn(3, 2, 5), torch.ones(2, 2)
+    y = launch.normalize(x, rows, None, rows, None, None, None, torch.tensor([0, 2, -1]), *ATTRIBUTES)
+    assert y[0].isfinite().all()
+    assert y[1:].isnan().all()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("values", ["finite", "infinite"])
+@pytest.mark.parametrize("count", [None, 0.0, 1.0, 7.5])
+def test_in_triton_running_statistics_move_as_eager_moves_them(
+    skip: bool, momentum: float | None, values: str, count: float | None
+) -> None:
+    mean, mean_low, var = torch.randn(3), torch.randn(3) * 1e-8, torch.rand(3)
+    if values == "infinite":
+        var[1] = torch.inf
+    counted = None if count is None else torch.tensor(count, dtype=torch.float64)
+    found = []
+    for update in (operator("update_running_"), eager.update_running_):
+        running = torch.full((3,), 2.0), torch.full((3,), 3.0), torch.tensor(4)
+        before = running[0]._version
+        update(*running, mean, mean_low, var, 12, counted, momentum, skip)
+        assert running[0]._version > before
+        found.append(running)
+    torch.testing.assert_close(found[0], found[1], rtol=2e-7, atol=0)
+
+
+def test_in_triton_running_statistics_need_a_count_of_batches_without_momentum() -> None:
+    with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked where momentum is None"):
+        launch.update_running_(*torch.ones(2, 3), None, *torch.ones(3, 3), 12, None, None, False)

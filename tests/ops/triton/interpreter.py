@@ -1,0 +1,104 @@
+"""The kernels in Triton's interpreter: the launches that a CUDA tensor gets, on CPU tensors.
+
+What the interpreter does unlike a device is put right: how it rounds to bfloat16, in which order it sums, and that it
+warns of infinity. New memory holds NaN, so that what no program writes is seen. Tiles are small, so that small tensors
+have several tiles and splits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchnorm.ops import schemas
+from batchnorm.ops.triton import implementation, plan, support
+from batchnorm.ops.triton.frame import Frame
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """The operator as it is registered for CUDA tensors."""
+    _use_interpreter()
+    return implementation(name, schemas._implementation(name))
+
+
+@functools.cache
+def _use_interpreter() -> None:
+    """Prepare this process, which was started for these tests, for good."""
+    np.seterr(invalid="ignore", over="ignore")
+    plan.SETTINGS = plan.Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024)
+    support.problem = lambda device: None  # type: ignore[assignment]
+    Frame.result = _poisoned(Frame.result)  # type: ignore[method-assign]
+    Frame.vectors = _poisoned(Frame.vectors)  # type: ignore[method-assign]
+    _patch_rounding()
+    _patch_sums()
+    _patch_patching()
+
+
+def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*args: Any) -> Any:
+        results = make(*args)
+        for t in (results,) if isinstance(results, Tensor) else results:
+            t.fill_(torch.nan)
+        return results
+
+    return made
+
+
+def _patch_rounding() -> None:
+    """The interpreter's own rounds to bfloat16 toward zero, or drops a carry."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(values).view(np.float32)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = convert_float
+
+
+def _patch_sums() -> None:
+    """Sum pairwise along every axis, as a device does; NumPy adds one after the other along the first."""
+    from triton.runtime import interpreter
+
+    def pairwise(self: Any, values: Any) -> Any:
+        data = np.moveaxis(values.handle.data, self.axis, -1)
+        result = np.ascontiguousarray(data).sum(-1, keepdims=self.keep_dims)
+        return self.to_tensor(np.moveaxis(result, -1, self.axis) if self.keep_dims else result, values.dtype)
+
+    interpreter.ReduceOps.sum = pairwise
+
+
+def _patch_patching() -> None:
+    """The interpreter patches its language anew for every call of a function; once per launch is enough."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: list[object] = []
+
+    def patch_once(function: Any) -> Any:
+        languages = [v for v in function.__globals__.values() if v is tl or v is tl.core]
+        if patched and all(language in patched for language in languages):
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        first, restore = not patched, scope.restore
+        patched.extend(languages)
+
+        def forget() -> None:
+            patched.clear()
+            restore()
+
+        if first:
+            scope.restore = forget
+        return scope
+
+    interpreter._patch_lang = patch_once

@@ -1,0 +1,49 @@
+"""The kernels against the float64 reference, without a GPU: the contract's tests in Triton's interpreter.
+
+Whether functions are interpreted is decided when Triton is imported, so the tests run in processes of their own, over
+a part of the table: an interpreted operator takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+CONTRACT = "tests/ops/test_contract.py"
+
+# Too large for the interpreter, or eager; and what is about other implementations.
+_LEFT_OUT = "150x151 or 40000 or 130x131 or float64 or keep_the_strides or threads"
+_ACTIVATIONS = (
+    "(3x5x7x7-float32 or 3x5x7x7-bfloat16-channels_last) and (relu6 or leaky or silu or gelu or hardswish or none)"
+)
+_RELU = "residual and not leaky and relu-"
+_GROUPS = "4x6x5x5-float32-sliced or 4x6x5x5-float32-contiguous-weight or 3x5x7x7 or 4x3x16x16-float32-channels_last"
+
+PARTS = {
+    "training": f"test_train_forward and ({_RELU} or {_ACTIVATIONS})",
+    "given statistics": f"test_normalize_and and ({_RELU} or {_ACTIVATIONS})",
+    "parts": f"(test_the_halves and relu-alone) or ((test_weights or test_index) and ({_GROUPS}))",
+    "edges": "empty_group or fully_masked or constant_channel or nonfinite or empty_batch or in_triton",
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+@pytest.mark.parametrize("part", PARTS)
+def test_the_interpreted_kernels_keep_the_contract(part: str) -> None:
+    selected = f"({PARTS[part]}) and not ({_LEFT_OUT})"
+    files = [CONTRACT, *(["tests/ops/triton/interpreted.py"] if part == "edges" else [])]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files],
+        cwd=ROOT,
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
