@@ -1,0 +1,128 @@
+"""What several experiments share: a small network for images, and the plain way to train and test one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.compare import Data
+from batchnorm.compare.norms import Norm, parse
+from batchnorm.compare.sampling import IID
+
+
+def small_cnn(norm: Callable[[int], nn.Module], data: Data, *, bias: bool = False) -> nn.Module:
+    """Three convolutions of 8, 16 and 32 channels, each normalized and followed by ReLU, and a linear layer.
+
+    Args:
+        norm: `norm(channels)` returns a normalization layer.
+        data: Whose images of 28×28 it takes, and whose classes it tells apart.
+        bias: Whether the convolutions have one; β does its work where there is one.
+    """
+
+    def convolution(before: int, after: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(before, after, 3, stride, 1, bias=bias), norm(after), nn.ReLU()]
+
+    return nn.Sequential(
+        *convolution(data.in_shape[0], 8, 1),
+        *convolution(8, 16, 2),
+        *convolution(16, 32, 2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 9, data.num_classes),
+    )
+
+
+def initialized_alike(
+    build: Callable[[Norm, tuple[int, ...], int], nn.Module], norm: str, data: Data, seed: int
+) -> nn.Module:
+    """Returns a network of `batchnorm.compare.networks` whose initial weights do not depend on its normalization.
+
+    Args:
+        build: As in the comparison.
+        norm: As in the comparison; what it shares with `none` has that network's initial values.
+        data: Whose images it takes, and whose classes it tells apart.
+        seed: Decides the initial values.
+    """
+    torch.manual_seed(seed)
+    plain = build(parse("none"), data.in_shape, data.num_classes).state_dict()
+    network = build(parse(norm), data.in_shape, data.num_classes)
+    own = network.state_dict()
+    network.load_state_dict(own | {key: value for key, value in plain.items() if key in own})
+    return network
+
+
+def half_size(data: Data) -> Data:
+    """The same images with the mean of 2×2 pixels in the place of each four."""
+    return replace(data, x_train=F.avg_pool2d(data.x_train, 2), x_test=F.avg_pool2d(data.x_test, 2))
+
+
+def train(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[Tensor],
+    after: Callable[[int], None] = lambda step: None,
+) -> int | None:
+    """Trains with cross-entropy, a step for each batch, until a loss is not finite.
+
+    Args:
+        network: Trained in place, in training mode.
+        optimizer: Holds its parameters.
+        x: Inputs.
+        y: Their labels.
+        batches: Indices of the samples of each batch.
+        after: Called with the number of steps taken, after each.
+
+    Returns:
+        The step whose loss was not finite; None if there was none.
+    """
+    network.train()
+    for step, index in enumerate(batches, 1):
+        loss = F.cross_entropy(network(x[index]), y[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after(step)
+        if not loss.isfinite():
+            return step
+    return None
+
+
+def train_to_rest(
+    network: nn.Module, x: Tensor, y: Tensor, *, rate: float, batch_size: int, steps: int, seed: int
+) -> int | None:
+    """Trains by SGD with momentum 0.9, at a learning rate that falls from `rate` to zero in a straight line.
+
+    Args:
+        network: Trained in place, in training mode: those of its parameters that require gradients.
+        x: Inputs.
+        y: Their labels.
+        rate: Learning rate of the first step.
+        batch_size: Samples in a batch; every sample is in one before one is in another again.
+        steps: How many batches.
+        seed: Decides their order.
+
+    Returns:
+        As `train`.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps)
+    order = islice(IID.batches(y, batch_size, seed), steps)
+    return train(network, optimizer, x, y, order, lambda _: schedule.step())
+
+
+@torch.no_grad()
+def test(network: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Returns accuracy (0 to 1) and mean cross-entropy in evaluation mode; the network's mode stays as it was."""
+    training = network.training
+    network.eval()
+    scores = torch.cat([network(part) for part in x.split(1000)])
+    network.train(training)
+    return (scores.argmax(1) == y).double().mean().item(), F.cross_entropy(scores, y).item()
