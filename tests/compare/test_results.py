@@ -98,8 +98,9 @@ def events():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
 def test_tensorboard_shows_every_run(data, tmp_path, events):
     found = compare.run(
-        "batch", data=data, steps=4, seeds=1, batch_size=16, out=tmp_path, tensorboard=True, progress=False
-    )
+        "batch", data=data, steps=4, seeds=1, batch_size=16, evaluate_every=1, out=tmp_path, tensorboard=True,
+        progress=False,
+    )  # fmt: skip
     (log,) = (tmp_path / "tensorboard").iterdir()
     shown = events(log)
     (run,) = found.runs

@@ -108,7 +108,12 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     metavar="SHARE",
     help="Test accuracy whose first reaching is reported, 0 to 1.",
 )
-@click.option("--evaluate-every", type=int, metavar="N", help="Steps between looks at the test set; about 80 in all.")
+@click.option(
+    "--evaluate-every",
+    type=int,
+    metavar="N",
+    help="Steps between looks at the test set; else about 80 looks, at least 5 steps apart.",
+)
 @click.option(
     "--threads",
     type=int,

@@ -105,7 +105,7 @@ def run(
         seeds: How many seeds; they are 0, 1, ...
         target_accuracy: The test accuracy whose first reaching is reported, above 0 and at most 1.
         evaluate_every: Steps from one look at the test set to the next; where none is given, such that
-            there are about 80.
+            there are about 80, at least 5 steps apart.
         threads: Threads that torch computes with meanwhile. One is as fast for small networks, gives the
             same bits and steady times on any machine; large networks want more.
         device: Where the networks are trained, such as `cpu` or `cuda:0`.

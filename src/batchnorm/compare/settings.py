@@ -16,6 +16,7 @@ from batchnorm.compare.training import OPTIMIZERS
 T = TypeVar("T")
 EPOCHS = 10
 EVALUATIONS = 80
+CLOSEST = 5  # steps between looks, which cost more than steps do
 SEVERAL = {"norms": "norm"} | {name: name for name in ("placement", "lr", "batch_size", "sampling")}
 
 
@@ -36,7 +37,7 @@ class Settings:
         optimizer: Name of the optimizer.
         seeds: Number of seeds, counted from 0.
         target_accuracy: The test accuracy to reach, 0 to 1.
-        evaluate_every: Steps from one look at the test set to the next; None for about 80 looks.
+        evaluate_every: Steps from one look at the test set to the next; None for about 80 looks, 5 steps apart or more.
         threads: Threads that torch computed with.
         device: Where the networks were trained.
     """
@@ -86,7 +87,7 @@ class Settings:
 
     def interval_of(self, choice: Choice, samples: int) -> int:
         """Returns the steps from one look of a choice's run at the test set to the next."""
-        return self.evaluate_every or math.ceil(self.steps_of(choice, samples) / EVALUATIONS)
+        return self.evaluate_every or max(CLOSEST, math.ceil(self.steps_of(choice, samples) / EVALUATIONS))
 
 
 def several(name: str, given: T | Iterable[T]) -> tuple[T, ...]:
