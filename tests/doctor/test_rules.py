@@ -98,6 +98,14 @@ def test_too_few_updates_are_named() -> None:
     assert "82% of their initial values" in " ".join(found.evidence)
 
 
+def test_too_few_updates_are_a_note_without_data() -> None:
+    model = trained("plain")
+    model.blocks[2][1].momentum = 0.001
+    (found,) = [f for f in diagnose(model).findings if f.code == "BN201"]
+    assert found.severity == Severity.NOTE and found.paths == ("blocks.2.1",)
+    assert "after 80 of them blocks.2.1 holds 92% of its initial values" in found.summary
+
+
 def test_a_change_whose_cause_does_not_show_is_said_to_be_unsure() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 2))
     data = [torch.randn(64, 8) for _ in range(4)]

@@ -12,14 +12,14 @@ from torch.fx.node import Node
 
 from batchnorm.doctor.effect import Effect
 from batchnorm.doctor.finding import Severity
-from batchnorm.doctor.layers import Off, counted
+from batchnorm.doctor.layers import Layer, Off, counted
 from batchnorm.doctor.probe import Probe
 
 # Of the deviation that a layer's weights cannot have from any change of its input, less than the first speaks for a
 # change of the data, more than the second for a change of the weights.
 _DATA, _WEIGHTS = 0.35, 0.7
 # Weight of the initial values, (1 - momentum)^updates, from which on the running average has not caught up.
-_LAGS = 0.05
+LAGS = 0.05
 # Deviations by which a running mean has to be off for that to be seen.
 _SEEN = 0.1
 # Divergence up to which the first layer fits the data, in nats.
@@ -50,7 +50,7 @@ def cause(probe: Probe, offs: list[Off]) -> Cause:
     the sums of its weights. Whatever changes in the data, running mean and measured mean then differ by a vector in the
     range of S; after a change of the weights they do not. With more outputs than inputs this can be seen.
     """
-    behind = [(found, lag) for found in offs if (lag := _lag(found)) > _LAGS]
+    behind = [(found, lag) for found in offs if (lag := initial(found.layer)) > LAGS]
     if 2 * len(behind) >= len(offs):
         lag = median(lag for _, lag in behind)
         return Cause(
@@ -86,9 +86,8 @@ def cause(probe: Probe, offs: list[Off]) -> Cause:
     return Cause("unknown", ("no layer before which the weights would show whether they or the data changed",))
 
 
-def _lag(found: Off) -> float:
+def initial(layer: Layer) -> float:
     """How much of the initial values is left in the running statistics."""
-    layer = found.layer
     if layer.is_new():
         return 1.0
     momentum, updates = getattr(layer.module, "momentum", None), layer.updates

@@ -9,6 +9,7 @@ import torch
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
+from batchnorm.doctor.rules.cause import LAGS, initial
 from batchnorm.doctor.rules.rule import Rule
 
 
@@ -56,6 +57,19 @@ class NeverUpdated(Rule):
                 "no update, as after loading from another framework",
                 repair="",
             )
+        if "data" in probe.missing:  # with data BN102 says what it does
+            early = [
+                (layer, left) for layer in probe.measured if not layer.is_new() and (left := initial(layer)) > LAGS
+            ]
+            if early:
+                layer, left = max(early, key=lambda pair: pair[1])
+                yield self.finding(
+                    Severity.NOTE,
+                    [layer.path for layer, _ in early],
+                    f"{counted(len(early), 'layer has', 'layers have')} seen too few batches for their momentum: after "
+                    f"{layer.updates} of them {layer.path or '(model)'} holds {left:.0%} of its initial values",
+                    left={layer.path: left for layer, left in early},
+                )
 
 
 def _is_trained(layer: Layer) -> bool:
