@@ -9,12 +9,10 @@ unlabelled training images, for both kinds of passes, several priors and amounts
 
 from __future__ import annotations
 
-import gzip
 import sys
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from ccexam.constants import DATASET_STATS
@@ -22,27 +20,16 @@ from ccexam.models import SVHNNet, USPSNet
 from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm.compare import load
 
 SAMPLES = (100, 1_000)
 PRIORS = (0, 100, 1_000, 10_000)
 
 
-def images(folder: Path, name: str) -> Tensor:
-    """uint8 `[N, 1, 28, 28]`."""
-    with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as file:
-        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
-
-
-def labels(folder: Path, name: str) -> Tensor:
-    """int64 `[N]`."""
-    with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as file:
-        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=8).copy()).long()
-
-
 def as_source(x: Tensor, source: str) -> list[Tensor]:
-    """Batches in the size, the colours and the normalization that the network was trained with."""
+    """Batches of x from 0 to 1 in the size, the colours and the normalization that the network was trained with."""
     held = DATASET_STATS[source]
-    x = F.interpolate(x / 255.0, size=held["image_size"], mode="bilinear", antialias=True)
+    x = F.interpolate(x, size=held["image_size"], mode="bilinear", antialias=True)
     x = x.expand(-1, len(held["mean"]), -1, -1)
     mean, std = (torch.tensor(held[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return list(((x - mean) / std).split(500))
@@ -59,8 +46,8 @@ def main(folder: Path) -> None:
     """Measure, and print as it goes."""
     torch.set_num_threads(2)
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))[: max(SAMPLES)]
-    unlabelled, test = images(folder, "train")[order], images(folder, "t10k")
-    truth = labels(folder, "t10k")
+    mnist = load("mnist", data_dir=folder, standardize=False)
+    unlabelled, test, truth = mnist.x_train[order], mnist.x_test, mnist.y_test
     print("| network | unlabelled images | passes |", " | ".join(f"prior {p}" for p in PRIORS), "|")
     print("|---|---|---|" + "---|" * len(PRIORS))
     for source, kind in (("usps", USPSNet), ("svhn", SVHNNet)):

@@ -170,6 +170,14 @@ def by_seed(records: Iterable[Record], value: str, **where: Any) -> list[float]:
     return [record[value] for record in sorted(found, key=lambda record: record["seed"])]
 
 
+def best_rate(records: Iterable[Record], norm: str) -> float:
+    """Returns the learning rate with the highest mean `accuracy`, of those at which every seed's network is `alive`."""
+    of_norm = [record for record in records if record["norm"] == norm]
+    dead = {record["rate"] for record in of_norm if not record.get("alive", True)}
+    rates = sorted({record["rate"] for record in of_norm} - dead)
+    return max(rates, key=lambda rate: statistics.fmean(by_seed(of_norm, "accuracy", rate=rate)))
+
+
 def read(path: Path) -> list[Record]:
     """Returns the records in a file, none where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
-from claim import Cell, Claim, Effect, Experiment, Record, Size, by_seed, main
+from claim import Cell, Claim, Effect, Experiment, Record, Size, best_rate, by_seed, main
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from network import half_size, initialized_alike
@@ -145,13 +145,6 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
         "shifts": [float(f"{value:.4g}") for value in change.log().mean(1).exp().tolist()] if alive else None,
         "cosines": [round(value, 4) for value in cosine.mean(1).tolist()] if alive else None,
     }
-
-
-def best_rate(records: Sequence[Record], norm: str) -> float:
-    """The rate with the highest mean accuracy, of those at which the network of every seed trains."""
-    rates = [rate for rate in RATES if any(record["rate"] == rate for record in records)]
-    alive = [rate for rate in rates if all(by_seed(records, "alive", norm=norm, rate=rate))]
-    return max(alive, key=lambda rate: statistics.fmean(by_seed(records, "accuracy", norm=norm, rate=rate)))
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:

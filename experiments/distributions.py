@@ -27,7 +27,7 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from claim import Cell, Claim, Effect, Experiment, Record, Size, by_seed, main
+from claim import Cell, Claim, Effect, Experiment, Record, Size, best_rate, by_seed, main
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from network import initialized_alike, test, train
@@ -100,12 +100,6 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
         "widths": (far / width).median().item(),
         "typical": [[round(value, 3) for value in row] for row in whole[:, :, typical].tolist()],
     }
-
-
-def best_rate(records: Sequence[Record], norm: str) -> float:
-    """The rate with the highest mean test accuracy."""
-    rates = {record["rate"] for record in records}
-    return max(rates, key=lambda rate: statistics.fmean(by_seed(records, "accuracy", norm=norm, rate=rate)))
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:

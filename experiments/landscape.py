@@ -29,7 +29,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from claim import Cell, Claim, Effect, Experiment, Record, Size, by_seed, main
+from claim import Cell, Claim, Effect, Experiment, Record, Size, best_rate, by_seed, main
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from network import half_size, initialized_alike, test
@@ -135,13 +135,6 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
         found[name] = statistics.geometric_mean(values) if alive else None
         found[f"{name}_by_step"] = [float(f"{value:.4g}") for value in values] if alive else None
     return found
-
-
-def best_rate(records: Sequence[Record], norm: str) -> float:
-    """The rate with the highest mean test accuracy, of those at which the network of every seed trains."""
-    rates = [rate for rate in RATES if any(record["rate"] == rate for record in records)]
-    alive = [rate for rate in rates if all(by_seed(records, "alive", norm=norm, rate=rate))]
-    return max(alive, key=lambda rate: statistics.fmean(by_seed(records, "accuracy", norm=norm, rate=rate)))
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +16,6 @@ from batchnorm.compare.records import Evaluation, Histogram, Run, Step
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-
-def require() -> None:
-    """Checks that the package is there.
-
-    Raises:
-        ModuleNotFoundError: If not.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ModuleNotFoundError(
-            "tensorboard=True (--tensorboard) needs the package tensorboard, which cannot be imported. Install it "
-            "with: pip install 'batchnorm[tensorboard]'",
-            name="tensorboard",
-        )
 
 
 class Board:

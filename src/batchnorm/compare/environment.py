@@ -45,6 +45,25 @@ def require_extras() -> None:
         )
 
 
+def require(package: str, argument: str, extra: str) -> None:
+    """Checks that a package is there that only one argument needs.
+
+    Args:
+        package: Its name.
+        argument: What needs it, as a user writes it.
+        extra: The extra of ours that installs it.
+
+    Raises:
+        ModuleNotFoundError: If not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{argument} needs the package {package}, which cannot be imported. Install it with: "
+            f"pip install 'batchnorm[{extra}]'",
+            name=package,
+        )
+
+
 @contextmanager
 def restored(threads: int, device: str) -> Iterator[None]:
     """Computes with so many threads, and puts back their number and the state of the random generators."""

@@ -16,7 +16,7 @@ from batchnorm.compare.directory import (
     write_atomically,
     write_json,
 )
-from batchnorm.compare.environment import require_extras
+from batchnorm.compare.environment import require, require_extras
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.headline import headline
 from batchnorm.compare.records import Run
@@ -66,9 +66,9 @@ def check_formats(records: str, tensorboard: bool) -> None:
     if records not in RECORDS:
         raise ComparisonError(f"records must be among {', '.join(RECORDS)}, got {records!r}. Choose from these.")
     if records == "parquet":
-        tables.require()
+        require("pyarrow", "records='parquet' (--records parquet)", "parquet")
     if tensorboard:
-        boards.require()
+        require("tensorboard", "tensorboard=True (--tensorboard)", "tensorboard")
 
 
 def rebuild(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,20 +11,6 @@ from batchnorm.compare.directory import TABLES, appearing, table_name
 from batchnorm.compare.records import Run
 
 Row = dict[str, Any]
-
-
-def require() -> None:
-    """Checks that the package is there.
-
-    Raises:
-        ModuleNotFoundError: If not.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ModuleNotFoundError(
-            "records='parquet' (--records parquet) needs the package pyarrow, which cannot be imported. Install it "
-            "with: pip install 'batchnorm[parquet]'",
-            name="pyarrow",
-        )
 
 
 def rows(runs: Sequence[Run]) -> dict[str, list[Row]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -61,19 +60,18 @@ class Channels:
 def measures_of(probe: Probe) -> tuple[LayerMeasures, ...]:
     """Of every layer, in the model's order."""
     off = {found.layer: found for found in probe.off}
+    noise = {} if "data" in probe.missing else probe.noise
 
     def measures(layer: Layer) -> LayerMeasures:
         order = None if layer.order == sys.maxsize else layer.order
-        found, noise = off.get(layer), math.nan
-        if layer.samples is not None and layer.by_batch:
-            noise = float(layer.samples.noise(probe.batch_size, layer.eps).median())
+        found = off.get(layer)
         return LayerMeasures(
             layer.path,
             order,
             None if found is None else found.shift,
             None if found is None else found.scale,
             None if found is None else found.divergence,
-            noise if math.isfinite(noise) else None,
+            noise.get(layer),
         )
 
     return tuple(measures(layer) for layer in probe.layers)

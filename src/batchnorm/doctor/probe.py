@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -171,6 +172,16 @@ class Probe:
             return []
         samples, size = self.data.samples, self.batch_size
         return [found for layer in self.measured if (found := off(layer, samples, size)) is not None]
+
+    @cached_property
+    def noise(self) -> dict[Layer, float]:
+        """Deviation of a normalized value of the median channel by the rest of its batch, where that can be said."""
+        noise = {
+            layer: float(layer.samples.noise(self.batch_size, layer.eps).median())
+            for layer in self.measured
+            if layer.samples is not None and layer.by_batch
+        }
+        return {layer: value for layer, value in noise.items() if math.isfinite(value)}
 
     @cached_property
     def random_scale(self) -> dict[Layer, float]:

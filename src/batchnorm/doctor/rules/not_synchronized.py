@@ -33,13 +33,9 @@ class NotSynchronized(Rule):
         if processes < 2 or effect is None or not layers or dependent(probe):
             return
         size = probe.batch_size
-        noise = {
-            layer.path: float(layer.samples.noise(size, layer.eps).median())
-            for layer in layers
-            if layer.samples is not None
-        }
+        noise = {layer.path: value for layer, value in probe.noise.items() if layer in layers}
         worst = max(noise, key=lambda path: noise[path], default=None)
-        if worst is None or (not noise[worst] >= NOISY and effect.severity == Severity.NOTE):
+        if worst is None or (noise[worst] < NOISY and effect.severity == Severity.NOTE):
             return
         yield self.finding(
             effect.severity if effect.loss is not None else Severity.NOTE,

@@ -53,12 +53,7 @@ class SmallBatch(Rule):
         if effect is None or dependent(probe):
             return
         size = probe.batch_size
-        noise = {
-            layer.path: float(layer.samples.noise(size, layer.eps).median())
-            for layer in probe.measured
-            if layer.samples is not None and layer.by_batch
-        }
-        noise = {path: value for path, value in noise.items() if math.isfinite(value)}
+        noise = {layer.path: value for layer, value in probe.noise.items()}
         worst = sorted(noise, key=lambda path: -noise[path])
         if not worst or (noise[worst[0]] < NOISY and effect.severity == Severity.NOTE):
             return
