@@ -103,7 +103,7 @@ void grouped_backward(const Threads& threads, const Backward& args, const Channe
     if (planes) {
       reduce_grouped_planes(threads, s, reducer(term), rows.of_sample, groups, kValues, u, uv);
     } else {
-      reduce_grouped_rows(threads, r, reducer(term), rows.of_sample, groups, u, uv);
+      reduce_grouped_rows(threads, r, reducer(term), rows.of_sample, groups, args.groups, u, uv);
     }
     for (int64_t g = 0; g < args.groups; ++g) {
       for (int64_t c = 0; c < s.c; ++c) {

@@ -12,6 +12,12 @@ inline constexpr int64_t kChannelsAtOnce = 128;  // planes: channels summed toge
 // Additions in a row in the arithmetic's own precision; what they sum is then added in float64.
 inline constexpr int64_t kAdditions = 32;
 
+// So many bytes before they are needed values are fetched for a sum. Processors do so themselves, but begin anew at
+// every jump: short rows and many lanes are read a third faster so, long rows a little slower.
+inline constexpr int64_t kFetchBytes = 16384, kLongRowBytes = 8192;
+template <class Term>
+inline constexpr int64_t kAhead = kFetchBytes / static_cast<int64_t>(sizeof(typename Term::Type));
+
 // Σ u and Σ u·v in float64, in as many partial sums as a vector has lanes.
 struct WideSums {
   Vec<double> u{}, uv{};
@@ -32,10 +38,18 @@ BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, double) {
 // ---- planes: [n, c, s] in memory, a row is s values of one channel
 // ---------------------------------------------------
 
-// a += Σ u and b += Σ u·v over `length` values from `offset`; `position` is where their weights begin.
+// Fetches what lies at [offset, offset + count), line by line.
+template <int cache, class Term>
+BATCHNORM_INLINE void fetch_lines(const Term& term, int64_t offset, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(typename Term::Type);
+  for (int64_t i = 0; i < count; i += kLine) term.template fetch<cache>(offset + i);
+}
+
+// a += Σ u and b += Σ u·v over `length` values from `offset`; `position` is where their weights begin. Meanwhile the
+// values that lie `ahead` further on are fetched; 0: none.
 template <class Term>
 BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& c, int64_t offset, int64_t position,
-                                 int64_t length, Vec<typename Term::A>& a, Vec<typename Term::A>& b) {
+                                 int64_t length, int64_t ahead, Vec<typename Term::A>& a, Vec<typename Term::A>& b) {
   using A = typename Term::A;
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
@@ -49,6 +63,7 @@ BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& 
   if (length >= 4 * W) {  // four chains of additions
     V a1{}, b1{}, a2{}, b2{}, a3{}, b3{};
     for (; i + 4 * W <= length; i += 4 * W) {
+      if (ahead) fetch_lines<1>(term, offset + i + ahead, 4 * W);
       step(i, a, b);
       step(i + W, a1, b1);
       step(i + 2 * W, a2, b2);
@@ -57,6 +72,7 @@ BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& 
     a = (a + a1) + (a2 + a3);
     b = (b + b1) + (b2 + b3);
   }
+  if (ahead) fetch_lines<1>(term, offset + i + ahead, length - i);
   for (; i + W <= length; i += W) step(i, a, b);
   if (i < length) {  // the last full vector again, without the lanes already summed
     V u, v;
@@ -99,13 +115,18 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
   const Term term = *static_cast<const Term*>(self);
   Vec<A> a[kChannelsAtOnce], b[kChannelsAtOnce];
   for (int64_t k = 0; k < channels; ++k) a[k] = b[k] = Vec<A>{};
+  // A sample's rows lie end to end; towards their end the next sample's are fetched, or those of one further on.
+  const int64_t run = channels * length, jump = s.c * s.s, distance = kAhead<Term>;
+  const int64_t after = run > distance ? jump + distance - run : jump * (distance / run);
+  const bool fetches = s.s * static_cast<int64_t>(sizeof(typename Term::Type)) < kLongRowBytes;
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t row = rows ? rows[n] : 0;
     for (int64_t k = 0; k < channels; ++k) {
       const int64_t channel = row * s.c + c0 + k, offset = (n * s.c + c0 + k) * s.s + begin;
       if (length >= kLanes<A>) {
         Vec<A> sum_u = a[k], sum_uv = b[k];
-        reduce_row(term, term.at(OneChannel<A>{channel}), offset, n * s.s + begin, length, sum_u, sum_uv);
+        reduce_row(term, term.at(OneChannel<A>{channel}), offset, n * s.s + begin, length,
+                   !fetches ? 0 : (k + 1) * length + distance <= run ? distance : after, sum_u, sum_uv);
         a[k] = sum_u, b[k] = sum_uv;
       } else {
         reduce_short_row(*static_cast<const Term*>(self), channel, offset, n * s.s + begin, length, a[k], b[k]);
@@ -118,17 +139,25 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
   }
 }
 
-// Maps part of one row: of values that do not fill a vector, or not an aligned one.
+// Maps values [i, end) of rows of `length` that lie end to end, one channel after the other, from `offset`. Never
+// writes outside of them.
 template <class Map>
 __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, int64_t offset, int64_t position,
-                                               int64_t count) {
+                                               int64_t length, int64_t i, int64_t end) {
   using A = typename Map::A;
-  map.apply(map.at(OneChannel<A>{channel}), offset, count, map.weights ? load(map.weights + position, count) : Vec<A>{},
-            false);
+  constexpr int64_t W = kLanes<A>;
+  while (i < end) {
+    const int64_t k = i / length, row_end = (k + 1) * length < end ? (k + 1) * length : end;
+    const int64_t count = row_end - i < W ? row_end - i : W;
+    map.apply(map.at(OneChannel<A>{channel + k}), offset + i, count,
+              map.weights ? load(map.weights + position + (i - k * length), count) : Vec<A>{}, false);
+    i += count;
+  }
 }
 
-// Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`.
-// Meanwhile the inputs that lie `ahead` values further on are fetched; 0: none.
+// Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`;
+// of several channels whole rows, which lie end to end. Meanwhile the inputs that lie `ahead` values further on are
+// fetched; 0: none.
 using MapPlanes = void (*)(const void* map, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
                            int64_t length, int64_t row, bool streamed, int64_t ahead);
 
@@ -140,31 +169,45 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
   constexpr int64_t W = kLanes<A>, kLine = 64 / sizeof(T);
   const Map& original = *static_cast<const Map*>(self);
   const Map map = original;
-  const int64_t position = n * s.s + begin;
-  for (int64_t k = c0; k < c0 + channels; ++k) {
-    const int64_t channel = row * s.c + k, offset = (n * s.c + k) * s.s + begin;
-    int64_t i = 0;
-    bool past = streamed;
-    if (past) {  // first up to where the output is aligned
-      const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.first_output() + offset) / sizeof(T));
-      const int64_t head = (kLine - at % kLine) % kLine;
-      past = head + W <= length;
-      for (; past && i < head; i += W) map_some(original, channel, offset + i, position + i, W);
-      if (past) i = head;
-    }
-    const auto c = map.at(OneChannel<A>{channel});
-#pragma GCC unroll 4
-    for (; i + W <= length; i += W) {
-      if (ahead) map.fetch(offset + i + ahead);
-      map.apply(c, offset + i, W, map.weights ? load(map.weights + position + i, W) : Vec<A>{}, past);
-    }
-    if (i < length && length >= W) {  // the last full vector again
-      i = length - W;
-      map.apply(c, offset + i, W, map.weights ? load(map.weights + position + i, W) : Vec<A>{}, false);
-    } else if (i < length) {
-      map_some(original, channel, offset, position, length);
+  const int64_t channel = row * s.c + c0, offset = (n * s.c + c0) * s.s + begin, position = n * s.s + begin;
+  const int64_t total = channels * length;
+  if (length < W) return map_some(original, channel, offset, position, length, 0, total);
+  int64_t i = 0, stop = total;
+  if (streamed) {  // whole lines past the caches, and none of them written to in another way: that takes long
+    const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.first_output() + offset) / sizeof(T));
+    const int64_t head = (kLine - at % kLine) % kLine;
+    streamed = head + kLine <= total;
+    if (streamed) {
+      map_some(original, channel, offset, position, length, 0, head);
+      i = head, stop = head + (total - head) / kLine * kLine;
     }
   }
+  int64_t k = i / length, end = (k + 1) * length;
+  while (true) {
+    const auto c = map.at(OneChannel<A>{channel + k});
+    const int64_t until = end < stop ? end : stop, weight = position - k * length;
+#pragma GCC unroll 4
+    for (; i + W <= until; i += W) {
+      if (ahead) map.template fetch<2>(offset + i + ahead);
+      map.apply(c, offset + i, W, map.weights ? load(map.weights + weight + i, W) : Vec<A>{}, streamed);
+    }
+    if (i + W > stop) break;
+    if (i < end) {  // a vector with the end of one row and the beginning of the next
+      if (map.weights) {
+        map_some(original, channel, offset, position, length, i, i + W);
+      } else {
+        map.apply(map.at(TwoChannels<A>{channel + k, lanes_between(end - i, W, A{})}), offset + i, W, Vec<A>{},
+                  streamed);
+      }
+      i += W;
+    }
+    ++k, end += length;
+  }
+  if (i == total) return;
+  if (streamed) return map_some(original, channel, offset, position, length, i, total);
+  i = total - W;  // the last full vector again
+  map.apply(map.at(OneChannel<A>{channel + k}), offset + i, W,
+            map.weights ? load(map.weights + position - k * length + i, W) : Vec<A>{}, false);
 }
 
 // ---- rows of lanes: each lane is a channel, or one of a few of the same
@@ -205,28 +248,65 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
     a = a + u;
     b = fma(u, v, b);
   };
+  constexpr int64_t kTile = 64;  // vectors of lanes whose sums stay in the first cache
+  // Half types come two vectors to a line: two rows at a time halve the traffic of the sums. Wider ones are read
+  // faster one after the other.
+  constexpr bool kTwoRows = sizeof(typename Term::Type) < 4;
+  constexpr int64_t kPerLine = W * sizeof(typename Term::Type) < 64 ? 64 / (W * sizeof(typename Term::Type)) : 1;
   for (int64_t block = r0; block < r1; block += kAdditions) {
     const int64_t block_end = r1 - block < kAdditions ? r1 : block + kAdditions;
     int64_t j = j0;
-    for (; j + 4 * W <= j1; j += 4 * W) {  // four vectors of lanes, their sums in registers
+    if (j1 - j0 == 4 * W) {  // the sums stay in registers
       const auto c0 = term.at(ManyChannels<A>{channel0 + j, W});
       const auto c1 = term.at(ManyChannels<A>{channel0 + j + W, W});
       const auto c2 = term.at(ManyChannels<A>{channel0 + j + 2 * W, W});
       const auto c3 = term.at(ManyChannels<A>{channel0 + j + 3 * W, W});
       V a0{}, b0{}, a1{}, b1{}, a2{}, b2{}, a3{}, b3{};
       for (int64_t row = block; row < block_end; ++row) {
+        fetch_lines<1>(term, row * lanes + j + kAhead<Term>, 4 * W);
         step(c0, row, j, W, a0, b0);
         step(c1, row, j + W, W, a1, b1);
         step(c2, row, j + 2 * W, W, a2, b2);
         step(c3, row, j + 3 * W, W, a3, b3);
       }
-      double *u = u_sums + (j - j0), *uv = uv_sums + (j - j0);
-      add_to(u, a0, W), add_to(u + W, a1, W), add_to(u + 2 * W, a2, W), add_to(u + 3 * W, a3, W);
-      add_to(uv, b0, W), add_to(uv + W, b1, W), add_to(uv + 2 * W, b2, W), add_to(uv + 3 * W, b3, W);
+      add_to(u_sums, a0, W), add_to(u_sums + W, a1, W), add_to(u_sums + 2 * W, a2, W), add_to(u_sums + 3 * W, a3, W);
+      add_to(uv_sums, b0, W), add_to(uv_sums + W, b1, W);
+      add_to(uv_sums + 2 * W, b2, W), add_to(uv_sums + 3 * W, b3, W);
+      continue;
     }
-    for (; j < j1; j += W) {
-      const int64_t count = j1 - j < W ? j1 - j : W;
-      reduce_some(*static_cast<const Term*>(self), lanes, block, block_end, j, count, channel0 + j, u_sums + (j - j0),
+    while (j + W <= j1) {  // row by row, as memory is read fastest
+      const int64_t vectors = (j1 - j) / W < kTile ? (j1 - j) / W : kTile;
+      V sums[kTile][2];  // side by side: 4 KB apart they would look like one address to the processor
+      for (int64_t v = 0; v < vectors; ++v) sums[v][0] = sums[v][1] = V{};
+      int64_t row = block;
+      for (; kTwoRows && row + 2 <= block_end; row += 2) {
+        const int64_t first = row * lanes + j, second = first + lanes;
+        for (int64_t v = 0; v < vectors; ++v) {
+          if (v % kPerLine == 0) {
+            term.template fetch<1>(first + v * W + kAhead<Term>);
+            term.template fetch<1>(second + v * W + kAhead<Term>);
+          }
+          const auto c = term.at(ManyChannels<A>{channel0 + j + v * W, W});
+          V a = sums[v][0], b = sums[v][1];
+          step(c, row, j + v * W, W, a, b);
+          step(c, row + 1, j + v * W, W, a, b);
+          sums[v][0] = a, sums[v][1] = b;
+        }
+      }
+      for (; row < block_end; ++row) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          if (v % kPerLine == 0) term.template fetch<1>(row * lanes + j + v * W + kAhead<Term>);
+          step(term.at(ManyChannels<A>{channel0 + j + v * W, W}), row, j + v * W, W, sums[v][0], sums[v][1]);
+        }
+      }
+      for (int64_t v = 0; v < vectors; ++v) {
+        add_to(u_sums + (j - j0) + v * W, sums[v][0], W);
+        add_to(uv_sums + (j - j0) + v * W, sums[v][1], W);
+      }
+      j += vectors * W;
+    }
+    if (j < j1) {
+      reduce_some(*static_cast<const Term*>(self), lanes, block, block_end, j, j1 - j, channel0 + j, u_sums + (j - j0),
                   uv_sums + (j - j0));
     }
   }

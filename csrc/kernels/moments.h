@@ -22,17 +22,20 @@ struct PlaneMoments final : PlaneSteps {
   PlaneMoments(const Reducer& reducer_, const T* x_, A* pivot_, const Shape& shape_, const Record& record_)
       : reducer(reducer_), x(x_), pivot(pivot_), shape(shape_), record(record_) {}
 
-  void begin(int64_t c) override {
-    constexpr int64_t kSamples = 4, kValuesEach = 64;
-    const int64_t samples = shape.n < kSamples ? shape.n : kSamples,
-                  few = shape.s < kValuesEach ? shape.s : kValuesEach;
-    pivot[c] = widen_one(x + c * shape.s);
-    WideSums sums;
+  void begin(int64_t c0, int64_t channels) override {
+    constexpr int64_t kSamples = 4, kValuesEach = 64, kShare = 16;
+    const int64_t few = shape.s < kValuesEach ? shape.s : kValuesEach;
+    int64_t samples = shape.n * shape.s / (kShare * few);
+    samples = samples < 1 ? 1 : samples > kSamples ? kSamples : samples;
+    for (int64_t c = c0; c < c0 + channels; ++c) pivot[c] = widen_one(x + c * shape.s);
+    WideSums sums[kChannelsAtOnce];
     for (int64_t k = 0; k < samples; ++k) {
       const int64_t n = shape.n * k / samples;
-      reducer.planes(reducer.term, shape, n, n + 1, (shape.s - few) / 2, few, c, 1, nullptr, &sums);
+      reducer.planes(reducer.term, shape, n, n + 1, (shape.s - few) / 2, few, c0, channels, nullptr, sums);
     }
-    pivot[c] = rounded(pivot[c], sum_lanes(sums.u) / static_cast<double>(few * samples));
+    for (int64_t k = 0; k < channels; ++k) {
+      pivot[c0 + k] = rounded(pivot[c0 + k], sum_lanes(sums[k].u) / static_cast<double>(few * samples));
+    }
   }
   bool finish(int64_t c, double sum, double sum_squares, bool again) override {
     auto found = moments_of<T>(pivot[c], sum, sum_squares, static_cast<double>(shape.n * shape.s));
@@ -104,12 +107,50 @@ struct StoreMoments {
   void done() const {}
 };
 
+// Moves each group's pivots from its first value to the mean of a few from its first samples, an eighth of all at most.
+void near_the_mean(const Shape& s, const RowShape& r, bool planes, const Reducer& sums, const Moments& args, A* pivot,
+                   double* u, Scratch& scratch) {
+  constexpr int64_t kLeast = 16, kMost = 256, kValuesEach = 64, kShare = 8;
+  int64_t values = s.n * s.s / (args.groups * kShare);
+  values = values < kLeast ? kLeast : values > kMost ? kMost : values;
+  int64_t few = s.s < kValuesEach ? s.s : kValuesEach;
+  few = few < values ? few : values;
+  const int64_t samples = (values + few - 1) / few, begin = (s.s - few) / 2, all = args.groups * s.c;
+  const A* weights = static_cast<const A*>(args.weights);
+  int64_t* seen = scratch.get<int64_t>(args.groups);
+  double *count = scratch.get<double>(args.groups), *unused = scratch.get<double>(s.c);
+  for (int64_t g = 0; g < args.groups; ++g) seen[g] = 0, count[g] = 0.0;
+  for (int64_t i = 0; i < all; ++i) u[i] = 0.0;
+  for (int64_t n = 0; n < s.n; ++n) {
+    const int64_t g = args.index ? args.index[n] : 0;
+    if (seen[g]++ >= samples) continue;
+    for (int64_t p = begin; p < begin + few; ++p) {
+      count[g] += weights ? static_cast<double>(weights[n * s.s + p]) : 1.0;
+    }
+    if (planes) {
+      for (int64_t c0 = 0; c0 < s.c; c0 += kChannelsAtOnce) {
+        const int64_t channels = s.c - c0 < kChannelsAtOnce ? s.c - c0 : kChannelsAtOnce;
+        WideSums found[kChannelsAtOnce];
+        sums.planes(sums.term, s, n, n + 1, begin, few, c0, channels, args.index, found);
+        for (int64_t k = 0; k < channels; ++k) u[g * s.c + c0 + k] += sum_lanes(found[k].u);
+      }
+    } else {
+      for (int64_t c = 0; c < s.c; ++c) unused[c] = 0.0;
+      sums.rows(sums.term, r.lanes, n * s.s + begin, n * s.s + begin + few, 0, r.lanes, g * s.c, u + g * s.c, unused);
+    }
+  }
+  for (int64_t i = 0; i < all; ++i) {
+    if (count[i / s.c] > 0.0) pivot[i] = rounded(pivot[i], u[i] / count[i / s.c]);
+  }
+}
+
 // Moments by group or with weights.
 void grouped_moments(const Threads& threads, const Moments& args) {
   const Shape& s = args.shape;
   const T* x = static_cast<const T*>(args.x);
   const A* weights = static_cast<const A*>(args.weights);
   const bool planes = in_planes(s, true);
+  const RowShape r = row_shape<A>(s, true);
   Scratch scratch;
   const int64_t all = args.groups * s.c;
   A* pivot = scratch.get<A>(all);
@@ -138,31 +179,30 @@ void grouped_moments(const Threads& threads, const Moments& args) {
     }
   }
   double *u = scratch.get<double>(all), *uv = scratch.get<double>(all);
-  auto sum = [&](auto weighted) {
-    if (s.numel() == 0) return;
+  StoreMoments store{static_cast<A*>(args.mean), static_cast<A*>(args.mean_low), static_cast<A*>(args.m2)};
+  auto sum_and_store = [&](auto weighted) {
     MomentTerm<T, decltype(weighted)::value> term{x, {}, weights};
     term.coefficients.mean = pivot;
-    if (planes) return reduce_grouped_planes(threads, s, reducer(term), args.index, args.index, kValues, u, uv);
-    reduce_grouped_rows(threads, row_shape<A>(s, true), reducer(term), args.index, args.index, u, uv);
-  };
-  StoreMoments store{static_cast<A*>(args.mean), static_cast<A*>(args.mean_low), static_cast<A*>(args.m2)};
-  for (int round = 0; round < 2; ++round) {  // from the first value, then from the mean
-    for (int64_t i = 0; i < all; ++i) u[i] = uv[i] = 0.0;
-    if (weights) {
-      sum(Constant<bool, true>{});
-    } else {
-      sum(Constant<bool, false>{});
-    }
-    for (int64_t g = 0; g < args.groups; ++g) {
-      for (int64_t c = 0; c < s.c; ++c) {
-        int64_t i = g * s.c + c;
+    const Reducer sums = reducer(term);
+    if (s.numel() > 0) near_the_mean(s, r, planes, sums, args, pivot, u, scratch);
+    for (bool again = false, unfinished = true; unfinished; again = true) {
+      for (int64_t i = 0; i < all; ++i) u[i] = uv[i] = 0.0;
+      if (s.numel() > 0 && planes) {
+        reduce_grouped_planes(threads, s, sums, args.index, args.index, kValues, u, uv);
+      } else if (s.numel() > 0) {
+        reduce_grouped_rows(threads, r, sums, args.index, args.index, args.groups, u, uv);
+      }
+      unfinished = false;
+      for (int64_t i = 0; i < all; ++i) {
         MomentsOfChannel found{0.0, 0.0, 0.0, false};
-        if (first[g] >= 0) found = moments_of<T>(pivot[i], u[i], uv[i], args.count[g]);
+        if (first[i / s.c] >= 0) found = moments_of<T>(pivot[i], u[i], uv[i], args.count[i / s.c]);
         store(i, found);
-        pivot[i] = static_cast<A>(found.mean);
+        if (found.far && !again) pivot[i] = static_cast<A>(found.mean), unfinished = true;
       }
     }
-  }
+  };
+  if (weights) return sum_and_store(Constant<bool, true>{});
+  sum_and_store(Constant<bool, false>{});
 }
 
 void moments(const Threads& threads, const Moments& args) {

@@ -14,7 +14,7 @@ inline constexpr int64_t kCacheBytes = 512 << 10;
 
 // What happens before and after a channel is summed.
 struct PlaneSteps {
-  virtual void begin(int64_t) {}
+  virtual void begin(int64_t, int64_t) {}  // channels from c0, at most kChannelsAtOnce
   // Returns true to have the channel summed once more, unless this is `again`.
   virtual bool finish(int64_t c, double u, double uv, bool again) = 0;
 
@@ -45,13 +45,18 @@ struct PlaneBlocks {
 // Maps all rows, in whatever order the threads come. `rows`, where given, names each sample's row of coefficients.
 static void map_all_planes(const Threads& threads, const Shape& s, const Mapper& mapper, bool streamed,
                            const int64_t* rows) {
-  constexpr int64_t kPiece = 16384;
+  constexpr int64_t kPiece = 16384, kAligned = 16;
+  // Pieces of a long row, or several short ones; such that lines are whole wherever the channels allow it.
   const int64_t pieces = (s.s + kPiece - 1) / kPiece, length = pieces > 1 ? kPiece : s.s;
-  parallel(threads, s.n * s.c * pieces, length, [&](int64_t begin, int64_t end) {
+  int64_t together = pieces > 1 ? 1 : kPiece / s.s;
+  if (together > kAligned) together = together / kAligned * kAligned;
+  if (together > s.c) together = s.c;
+  const int64_t runs = (s.c + together - 1) / together;
+  parallel(threads, s.n * runs * pieces, together * length, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t plane = i / pieces, start = i % pieces * length;
-      const int64_t n = plane / s.c, c = plane % s.c, rest = s.s - start < length ? s.s - start : length;
-      mapper.planes(mapper.map, s, n, c, 1, start, rest, rows ? rows[n] : 0, streamed, 0);
+      const int64_t run = i / pieces, start = i % pieces * length, rest = s.s - start < length ? s.s - start : length;
+      const int64_t n = run / runs, c = run % runs * together, channels = s.c - c < together ? s.c - c : together;
+      mapper.planes(mapper.map, s, n, c, channels, start, rest, rows ? rows[n] : 0, streamed, 0);
     }
     if (streamed) stream_fence();
   });
@@ -69,7 +74,7 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
     parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
       for (int64_t c0 = c_begin; c0 < c_end; c0 += group) {
         const int64_t channels = c_end - c0 < group ? c_end - c0 : group;
-        for (int64_t k = 0; k < channels; ++k) steps.begin(c0 + k);
+        steps.begin(c0, channels);
         for (bool again = false, unfinished = true; unfinished; again = true) {
           WideSums sums[kChannelsAtOnce];
           for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0, channels, sums);
@@ -91,7 +96,7 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
 
   Scratch scratch;
   auto* sums = scratch.get<WideSums>(s.c * blocks.count);
-  for (int64_t c = 0; c < s.c; ++c) steps.begin(c);
+  for (int64_t c = 0; c < s.c; c += kChannelsAtOnce) steps.begin(c, s.c - c < kChannelsAtOnce ? s.c - c : kChannelsAtOnce);
   for (bool again = false, unfinished = true; unfinished; again = true) {
     parallel(threads, s.c * blocks.count, blocks.piece, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -120,13 +125,16 @@ static void reduce_grouped_planes(const Threads& threads, const Shape& s, const 
   parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
     for (int64_t c0 = c_begin; c0 < c_end; c0 += kChannelsAtOnce) {
       const int64_t channels = c_end - c0 < kChannelsAtOnce ? c_end - c0 : kChannelsAtOnce;
-      for (int64_t n = 0; n < s.n; ++n) {
+      for (int64_t n = 0, next = 0; n < s.n; n = next) {
+        const int64_t group = groups ? groups[n] : 0;
+        do ++next;
+        while (next < s.n && next - n < blocks.samples && (!groups || groups[next] == group));
         WideSums sums[kChannelsAtOnce];
         for (int64_t begin = 0; begin < s.s; begin += blocks.piece) {
-          reducer.planes(reducer.term, s, n, n + 1, begin, blocks.length(begin), c0, channels, rows, sums);
+          reducer.planes(reducer.term, s, n, next, begin, blocks.length(begin), c0, channels, rows, sums);
         }
         for (int64_t k = 0; k < channels; ++k) {
-          const int64_t i = (groups ? groups[n] : 0) * s.c + c0 + k;
+          const int64_t i = group * s.c + c0 + k;
           u[i] += sum_lanes(sums[k].u);
           uv[i] += sum_lanes(sums[k].uv);
         }

@@ -136,22 +136,36 @@ static void reduce_then_map(const Threads& threads, const RowShape& r, const Red
   });
 }
 
-// Sums per group of samples: u[groups[n]·c + channel] and uv likewise, which begin at zero. Without `groups` there is
-// one; `rows`, where given, names each sample's row of coefficients.
+// Sums per group of samples: u[groups[n]·c + channel] and uv likewise, of `count` groups, which begin at zero. Without
+// `groups` there is one; `rows`, where given, names each sample's row of coefficients.
 static void reduce_grouped_rows(const Threads& threads, const RowShape& r, const Reducer& reducer, const int64_t* rows,
-                                const int64_t* groups, double* u, double* uv) {
-  constexpr int64_t kTile = 64;
-  const int64_t samples = r.rows / r.per_sample;
-  parallel(threads, (r.lanes + kTile - 1) / kTile, kTile * r.rows, [&](int64_t begin, int64_t end) {
-    for (int64_t j0 = begin * kTile; j0 < end * kTile && j0 < r.lanes; j0 += kTile) {
-      const int64_t j1 = j0 + kTile < r.lanes ? j0 + kTile : r.lanes;
-      for (int64_t n = 0; n < samples; ++n) {
-        const int64_t into = (groups ? groups[n] : 0) * r.channels + j0;
-        reducer.rows(reducer.term, r.lanes, n * r.per_sample, (n + 1) * r.per_sample, j0, j1,
-                     (rows ? rows[n] : 0) * r.channels, u + into, uv + into);
+                                const int64_t* groups, int64_t count, double* u, double* uv) {
+  // Parts of the rows, whose sums are added in order. Each has sums of all groups: no more than the values are worth.
+  const int64_t sums = count * r.channels;
+  int64_t parts = 16;
+  while (parts > 1 && (parts > r.rows || parts * sums * 4 > r.rows * r.lanes)) parts /= 2;
+  Scratch scratch;
+  double* partial = scratch.get<double>(parts * 2 * sums);
+  parallel(threads, parts, r.rows * r.lanes / parts, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      double* own = partial + part * 2 * sums;
+      for (int64_t i = 0; i < 2 * sums; ++i) own[i] = 0.0;
+      const int64_t last = r.rows * (part + 1) / parts;
+      for (int64_t row = r.rows * part / parts, next = 0; row < last; row = next) {
+        int64_t n = row / r.per_sample;
+        const int64_t group = groups ? groups[n] : 0, coefficients = rows ? rows[n] : 0;
+        do next = ++n * r.per_sample;
+        while (next < last && (!groups || groups[n] == group) && (!rows || rows[n] == coefficients));
+        if (next > last) next = last;
+        reducer.rows(reducer.term, r.lanes, row, next, 0, r.lanes, coefficients * r.channels, own + group * r.channels,
+                     own + sums + group * r.channels);
       }
     }
   });
+  for (int64_t part = 0; part < parts; ++part) {
+    const double* own = partial + part * 2 * sums;
+    for (int64_t i = 0; i < sums; ++i) u[i] += own[i], uv[i] += own[sums + i];
+  }
 }
 
 }  // namespace BATCHNORM_NAMESPACE

@@ -26,6 +26,16 @@ struct OneChannel {
   BATCHNORM_INLINE Vec<A> get(const A* p, const OneChannel& c) { return broadcast(p[c.at]); }
 };
 
+// The lanes of `next` lie in the channel after `at`, the others in `at`.
+template <class A>
+struct TwoChannels {
+  int64_t at;
+  decltype(Vec<A>{} < Vec<A>{}) next;
+  BATCHNORM_INLINE Vec<A> get(const A* p, const TwoChannels& c) {
+    return select(c.next, broadcast(p[c.at + 1]), broadcast(p[c.at]));
+  }
+};
+
 template <class A>
 struct ManyChannels {
   int64_t at, count;
@@ -47,6 +57,10 @@ struct MomentTerm {
   template <class Channels>
   __attribute__((always_inline)) Loaded at(const Channels& c) const {
     return {Channels::get(coefficients.mean, c)};
+  }
+  template <int cache>
+  __attribute__((always_inline)) void fetch(int64_t offset) const {
+    prefetch<cache>(x + offset);
   }
   __attribute__((always_inline)) void pair(const Loaded& c, int64_t offset, int64_t count, Vec<A> w, Vec<A>& u,
                                            Vec<A>& v) const {
@@ -96,9 +110,10 @@ struct NormalizeMap {
             Channels::get(coefficients.shift, c)};
   }
   T* first_output() const { return y; }
+  template <int cache>
   __attribute__((always_inline)) void fetch(int64_t offset) const {
-    __builtin_prefetch(x + offset, 0, 2);
-    if (residual) __builtin_prefetch(residual + offset, 0, 2);
+    prefetch<cache>(x + offset);
+    if (residual) prefetch<cache>(residual + offset);
   }
   __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A>,
                                             bool streamed) const {
@@ -128,6 +143,13 @@ struct BackwardTerm {
   __attribute__((always_inline)) Loaded at(const Channels& c) const {
     return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
             Channels::get(coefficients.shift, c)};
+  }
+  template <int cache>
+  __attribute__((always_inline)) void fetch(int64_t offset) const {
+    prefetch<cache>(dy + offset);
+    prefetch<cache>(x + offset);
+    if (residual) prefetch<cache>(residual + offset);
+    if (y) prefetch<cache>(y + offset);
   }
   __attribute__((always_inline)) void pair(const Loaded& c, int64_t offset, int64_t count, Vec<A>, Vec<A>& dz,
                                            Vec<A>& deviation) const {
@@ -168,11 +190,9 @@ struct ApplyMap {
             Channels::get(coefficients.constant, c)};
   }
   T* first_output() const { return dx; }
+  template <int cache>
   __attribute__((always_inline)) void fetch(int64_t offset) const {
-    __builtin_prefetch(term.dy + offset, 0, 2);
-    __builtin_prefetch(term.x + offset, 0, 2);
-    if (term.residual) __builtin_prefetch(term.residual + offset, 0, 2);
-    if (term.y) __builtin_prefetch(term.y + offset, 0, 2);
+    term.template fetch<cache>(offset);
   }
   __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A> w,
                                             bool streamed) const {
