@@ -1,10 +1,17 @@
-"""ResNet-50, which takes its normalization as an argument. Source: He et al. 2016, table 1 (50 layers)."""
+"""ResNet-50, which takes its normalization as an argument, and its training step.
+
+Source: He et al. 2016, table 1 (50 layers).
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import cases, networks, records
+from benchmarks.gpu_layers import OURS, TORCH, settings_of
+from benchmarks.gpu_timing import Clock
 from benchmarks.networks import Norm, _conv
 
 
@@ -44,3 +51,37 @@ class ResNet50(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.norm(self.conv(x)), 3, 2, 1)
         return self.classifier(self.blocks(x).mean((2, 3)))
+
+
+def measure_network(clock: Clock, dry: bool, repeats: int) -> list[records.Row]:
+    """A training step of ResNet-50, channels-last and under bfloat16 autocast, with our layers and with torch's."""
+    shape, size = ((2, 3, 32, 32), {"depths": (1, 1), "width": 4}) if dry else ((128, 3, 224, 224), {})
+    rows: list[records.Row] = []
+    for contender, norm in ((OURS, networks.our_norm), (TORCH, networks.torch_norm)):
+        model = ResNet50(norm, **size).to(clock.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
+        images = torch.randn(shape, device=clock.device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(shape[0], dtype=torch.int64, device=clock.device)
+
+        def call(model=model, optimizer=optimizer, images=images, labels=labels) -> None:  # type: ignore[no-untyped-def]
+            with torch.autocast(clock.device.type, torch.bfloat16):
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        with settings_of(contender):
+            seconds, peak = clock.seconds([call], repeats=repeats, captured=False), clock.peak_bytes(call)
+        rows.append(
+            {
+                "device": clock.name(),
+                "shape": cases.shape_text(shape),
+                "layout": "channels-last",
+                "dtype": "bfloat16",
+                "task": "ResNet-50 training step",
+                "contender": contender,
+                "ms_launched": seconds * 1e3,
+                "peak_bytes": peak,
+            }
+        )
+    return rows

@@ -1,14 +1,61 @@
-"""Times on a device: of many calls over rotating inputs, between two events."""
+"""Times on a device: of many calls over rotating inputs, between two events; and the time that a run may take."""
 
 from __future__ import annotations
 
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 Call = Callable[[], object]
+
+
+class Deadline:
+    """When a run is to end.
+
+    Args:
+        seconds: From now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._start, self._seconds = time.monotonic(), seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def passed(self, share: float = 1.0) -> bool:
+        """Whether this share of the time is over."""
+        return self.elapsed >= share * self._seconds
+
+
+class Watchdog:
+    """Ends the process where a call never comes back, which no deadline can: a kernel that hangs, a compiler.
+
+    Args:
+        seconds: From now.
+        last_words: Prints what was found until then; must not wait for the device.
+    """
+
+    def __init__(self, seconds: float, last_words: Callable[[], None]) -> None:
+        self._last_words = last_words
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Let the process be."""
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        try:
+            self._last_words()
+        finally:
+            os._exit(1)
 
 
 class DeviceClock:

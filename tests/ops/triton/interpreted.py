@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from batchnorm.ops import eager
-from batchnorm.ops.triton import launch
+from batchnorm.ops import eager, triton
+from batchnorm.ops.triton import launch, plan
+from benchmarks import gpu, gpu_layers
+from benchmarks.gpu_timing import HostClock
 from tests.cases import Case
 from tests.ops.triton.interpreter import operator
 from tests.tolerance import bound
@@ -41,6 +45,33 @@ def test_in_triton_the_recomputed_mask_is_that_of_forward(shape: tuple[int, ...]
         saved = (ones, x, None, saved_y, *statistics, weight, bias)
         *_, dz = operator("train_backward")(*saved, *ATTRIBUTES, True)
         assert torch.equal(dz > 0, y > 0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
+def test_in_triton_offsets_of_32_and_of_64_bits_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: str
+) -> None:
+    case = Case(shape, layout=layout)
+    x, dy, vectors, index = case.x(), case.random(1), torch.rand(2, shape[1]), torch.arange(shape[0]) % 2
+    weights = (case.random(2)[:, 0] > 0).float()
+
+    def everything() -> list[torch.Tensor]:
+        y, *statistics = operator("train_forward")(x, None, None, None, *ATTRIBUTES)
+        kept = (dy, x, None, None)
+        by_row = (*kept, vectors, None, vectors, None, None)
+        return [
+            y, *statistics,
+            *operator("train_backward")(*kept, *statistics, None, None, *ATTRIBUTES, False)[:3],
+            *operator("moments")(x, index, weights, 2),
+            *operator("normalize_backward")(*by_row, index, 2, *ATTRIBUTES, True),
+            *operator("backward_apply")(*by_row, vectors, vectors, index, weights, *ATTRIBUTES, False),
+        ]  # fmt: skip
+
+    narrow = everything()
+    monkeypatch.setattr(plan, "_WIDE", 0)
+    for a, b in zip(narrow, everything(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_in_triton_one_far_value_does_not_cost_the_others_their_digits() -> None:
@@ -87,3 +118,31 @@ def test_in_triton_running_statistics_move_as_eager_moves_them(
 def test_in_triton_running_statistics_need_a_count_of_batches_without_momentum() -> None:
     with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked where momentum is None"):
         launch.update_running_(*torch.ones(2, 3), None, *torch.ones(3, 3), 12, None, None, False)
+
+
+@pytest.fixture
+def _kernels_serve_the_cpu() -> Iterator[None]:
+    library = torch.library.Library("batchnorm", "IMPL")
+    for name in triton.OPERATORS:
+        library.impl(name, operator(name), "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("_kernels_serve_the_cpu")
+@pytest.mark.parametrize("residual", [False, True])
+def test_in_triton_the_benchmark_checks_and_measures_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, residual: bool
+) -> None:
+    called = []
+    for name in ("train_forward", "train_backward", "update_running_"):
+        function = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *a, f=function, name=name: called.append(name) or f(*a))
+    triton._launcher.cache_clear()
+    case = gpu_layers.Case((4, 3, 6, 6), "channels-last", "bfloat16", residual)
+    gpu_layers.check(case, torch.device("cpu"))
+    assert sorted(called) == ["train_backward", "train_forward", "update_running_"]
+    row = gpu_layers.measure(case, HostClock(), gpu.OURS, 1e9, 1)
+    assert row["ms"] > 0.0
+    assert len(called) > 3
+    triton._launcher.cache_clear()

@@ -18,6 +18,7 @@ from torch import Tensor
 from batchnorm.ops import schemas
 from batchnorm.ops.triton import implementation, plan, support
 from batchnorm.ops.triton.frame import Frame
+from batchnorm.ops.triton.settings import Settings
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -30,7 +31,8 @@ def operator(name: str) -> Callable[..., Any]:
 def _use_interpreter() -> None:
     """Prepare this process, which was started for these tests, for good."""
     np.seterr(invalid="ignore", over="ignore")
-    plan.SETTINGS = plan.Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024)
+    small = Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024)
+    plan.TABLE.update(dict.fromkeys(plan.TABLE, small))
     support.problem = lambda device: None  # type: ignore[assignment]
     Frame.result = _poisoned(Frame.result)  # type: ignore[method-assign]
     Frame.vectors = _poisoned(Frame.vectors)  # type: ignore[method-assign]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -24,8 +28,11 @@ Compiled = list[tuple[str, Any]]
 class _Device:
     """What the compiler asks of a driver."""
 
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -34,13 +41,20 @@ class _Device:
         return 0
 
 
+@pytest.fixture(params=[80, 90])
+def architecture(request: pytest.FixtureRequest) -> int:
+    """Of A100, of H100 and H200."""
+    return int(request.param)
+
+
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
-    """Kernels as they are compiled, and not started, by launches on CPU tensors."""
+def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
+    """Kernels as they are compiled, and not started, by launches on tensors that are not on a GPU."""
     found: Compiled = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        assert 0 < grid[0] < 2**31
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if all(kernel is not known for _, known in found):
             found.append((self.fn.__name__, kernel))
@@ -49,7 +63,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(plan, "multiprocessors", lambda device: 132)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", _Device())
+    monkeypatch.setattr(driver, "_active", _Device(architecture))
     return found
 
 
@@ -62,9 +76,22 @@ def _accesses_16_bytes(kernel: Any) -> bool:
     return "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
 
 
-def _train(shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    x = layout(torch.empty(shape, dtype=dtype))
-    weight = torch.empty(shape[1])
+def _spilled_bytes(kernel: Any, directory: Path) -> int:
+    """Of a thread's registers, in memory."""
+    path = directory / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found is not None
+    return int(found[1]) + int(found[2])
+
+
+def _train(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[torch.Tensor], torch.Tensor], device: str = "cpu"
+) -> None:
+    x = layout(torch.empty(shape, dtype=dtype, device=device))
+    weight = torch.empty(shape[1], device=device)
     y, *statistics = launch.train_forward(x, weight, weight, x, *ATTRIBUTES)
     launch.train_backward(x, x, None, y, *statistics, weight, weight, *ATTRIBUTES, True)
 
@@ -73,7 +100,7 @@ def _channels_last(t: torch.Tensor) -> torch.Tensor:
     return t.to(memory_format=torch.channels_last)
 
 
-def test_large_tensors_are_streamed_in_wide_accesses_by_one_set_of_kernels(compiled: Compiled) -> None:
+def test_large_tensors_are_streamed_in_wide_accesses_by_one_set_of_kernels(compiled: Compiled, tmp_path: Path) -> None:
     _train((32, 64, 32, 32), torch.bfloat16, _channels_last)
     assert _names(compiled) == [
         "backward_apply_kernel",
@@ -87,9 +114,57 @@ def test_large_tensors_are_streamed_in_wide_accesses_by_one_set_of_kernels(compi
         if not name.startswith("merge"):
             assert _accesses_16_bytes(kernel), name
         assert kernel.metadata.shared <= 48 << 10, name  # half of the least that a device since Ampere has
+        assert _spilled_bytes(kernel, tmp_path) == 0, name
     for batch in (33, 7, 48):
         _train((batch, 64, 32, 32), torch.bfloat16, _channels_last)
     assert len(compiled) == 6
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_values_than_32_bits_count_take_offsets_of_64(compiled: Compiled, layout: str) -> None:
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        return x if layout == "contiguous" else x.new_empty(2, 2**30, 3).movedim(-1, 1)
+
+    _train((2, 3, 2**30), torch.float16, laid_out, "meta")
+    for name, kernel in compiled:
+        if not name.startswith("merge"):
+            assert kernel.src.constants[(kernel.src.fn.arg_names.index("WIDE"),)] is True, name
+
+
+@pytest.mark.parametrize("architecture", [70], indirect=True)
+def test_bfloat16_compiles_for_the_oldest_devices_that_are_served(compiled: Compiled) -> None:
+    _train((8, 16, 14, 14), torch.bfloat16, torch.Tensor.contiguous)
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True)
+def test_a_kernel_holds_little_more_than_its_registers(compiled: Compiled, tmp_path: Path) -> None:
+    _train((256, 2048, 7, 7), torch.float32, torch.Tensor.contiguous, "meta")  # rows that no wide access fits
+    assert _names(compiled) == ["backward_once_kernel", "forward_once_kernel"]
+    for name, kernel in compiled:
+        assert _spilled_bytes(kernel, tmp_path) <= 256, name
+
+
+def test_every_launch_is_made_while_the_tensors_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def on_device(t: torch.Tensor) -> Iterator[None]:
+        inside.append(t)
+        yield
+        inside.pop()
+
+    launched: list[int] = []
+    monkeypatch.setattr(plan, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "on_device", on_device)
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: launched.append(len(inside)))
+    _train((8, 16, 14, 14), torch.float32, torch.Tensor.contiguous)
+    _train((64, 64, 32, 32), torch.float32, torch.Tensor.contiguous, "meta")
+    _halves(torch.empty(6, 8, 5, 5, device="meta"))  # without values: nothing on the way waits for one
+    launch.start_one_kernel(torch.device("cpu"))
+    assert len(launched) == 2 + 6 + 7 + 1
+    assert set(launched) == {1}
 
 
 def test_what_fits_on_the_chip_takes_one_kernel_each_way(compiled: Compiled) -> None:
@@ -98,17 +173,27 @@ def test_what_fits_on_the_chip_takes_one_kernel_each_way(compiled: Compiled) -> 
     assert all(_accesses_16_bytes(kernel) for _, kernel in compiled)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_the_halves_compile_with_an_index_and_weights(compiled: Compiled, layout: torch.memory_format) -> None:
-    x = torch.empty(6, 8, 5, 5, dtype=torch.float16).to(memory_format=layout)
-    vectors, index = torch.empty(3, 8), torch.zeros(6, dtype=torch.int64)
-    weights, attributes = torch.empty(6, 5, 5), (1e-5, "gelu", 0.0)
+def _halves(x: torch.Tensor) -> None:
+    vectors, index = x.new_empty(3, 8, dtype=torch.float32), x.new_zeros(6, dtype=torch.int64)
+    weights, attributes = x.new_empty(6, 5, 5), (1e-5, "gelu", 0.0)
     launch.moments(x, index, weights, 3)
     launch.normalize(x, vectors, vectors, vectors, vectors, vectors, None, index, *attributes)
     kept = (x, x, None, None, vectors, vectors, vectors, vectors, vectors)
     launch.normalize_backward(*kept, index, 3, *attributes, True)
     launch.backward_apply(*kept, vectors, vectors, index, weights, *attributes, True)
-    assert len(compiled) == 6
-    tracked = torch.zeros((), dtype=torch.int64)
-    launch.update_running_(*torch.empty(2, 8), tracked, *torch.empty(3, 8), 12, None, None, True)
-    assert _names(compiled)[-1] == "update_running_kernel"
+    tracked = x.new_zeros((), dtype=torch.int64)
+    launch.update_running_(*vectors[:2], tracked, *vectors, 12, None, None, True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_halves_compile_with_an_index_and_weights(compiled: Compiled, layout: torch.memory_format) -> None:
+    _halves(torch.empty(6, 8, 5, 5, dtype=torch.float16).to(memory_format=layout))
+    assert _names(compiled) == [
+        "backward_apply_kernel",
+        "backward_reduce_kernel",
+        "merge_moments_kernel",
+        "merge_sums_kernel",
+        "moments_kernel",
+        "normalize_kernel",
+        "update_running_kernel",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from tests.ops.triton import nccl_worker
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 ATTRIBUTES = (1e-5, "relu", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _convolutions_in_float32() -> Iterator[None]:
+    """cuDNN's round to TF32, which is coarser than what is tested here."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def network() -> nn.Module:
@@ -72,6 +80,7 @@ def test_a_step_is_captured_and_replayed() -> None:
         return (y.detach(), *torch.autograd.grad(y, [inputs, *layer.parameters()], dy))
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         expected = step()
     torch.cuda.synchronize()
@@ -83,6 +92,34 @@ def test_a_step_is_captured_and_replayed() -> None:
     assert int(layer.num_batches_tracked) == tracked + 1
     for again, first in zip(captured, expected, strict=True):
         assert torch.equal(again, first)
+
+
+def test_what_is_computed_on_another_stream_waits_for_that_stream_alone() -> None:
+    layer, x = batchnorm.BatchNorm2d(64).cuda(), torch.randn(64, 64, 56, 56, device="cuda")
+    expected = layer(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # what starts elsewhere finds memory that is not written yet
+        late = torch.empty_like(x).copy_(x)
+        y = layer(late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current_computes_its_own_tensors() -> None:
+    layer, x = batchnorm.BatchNormAct2d(8, activation="relu"), torch.randn(4, 8, 6, 6)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        inputs = x.to(device).requires_grad_()
+        y = copy.deepcopy(layer).to(device)(inputs)
+        y.square().sum().backward()
+        assert inputs.grad is not None
+        assert y.device == inputs.grad.device == torch.device(device)
+        results.append((y.detach().cpu(), inputs.grad.cpu()))
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
-from batchnorm.ops.triton.plan import SETTINGS, Plan, at_once, power_of_two, streamed
+from batchnorm.ops.triton.plan import TABLE, Plan, at_once, power_of_two, settings_of, streamed
+from batchnorm.ops.triton.settings import CANDIDATES, Settings
 
+SETTINGS = Settings()
 SHAPES = [
     (32, 64, 12544), (32, 256, 3136), (256, 512, 49), (32, 2048, 49), (4096, 1024, 1), (1, 1, 1), (2, 1, 40_000),
     (70_000, 3, 1), (1, 4096, 7), (3, 1, 2**30), (2**31 + 1, 1, 1), (100_000, 3, 50), (1, 1, 2**32), (2**20, 3, 2**10),
@@ -33,16 +36,17 @@ def test_splits_cover_the_tensor_and_the_grid_fits(
     shape: tuple[int, int, int], itemsize: int, channels_last: bool
 ) -> None:
     for indexed in (False, True):
-        p = streamed(*shape, channels_last, itemsize, indexed, False, 132)
+        p = streamed(*shape, channels_last, itemsize, indexed, False, 132, SETTINGS)
         assert covered(p) == math.prod(shape)
         assert 0 < p.grid[0] < 2**31
         lane = math.ceil(p.per / p.b0) if p.rows else p.per
         assert lane <= SETTINGS.deepest
+        assert p.constants["WIDE"] == (math.prod(shape) >= 2**30)
         assert p.size1 % p.vec == p.stride0 % p.vec == 0
         assert all(power_of_two(b) == b for b in (p.b0, p.b1, p.vec, p.warps))
-    p = streamed(*shape, channels_last, itemsize, True, True, 132)
+    p = streamed(*shape, channels_last, itemsize, True, True, 132, SETTINGS)
     assert p.splits == shape[0]
-    once = at_once(*shape, channels_last, itemsize, 1, 132)
+    once = at_once(*shape, channels_last, itemsize, 1, 132, SETTINGS)
     if once is not None:
         assert covered(once) == math.prod(shape)
         assert once.b0 >= once.size0
@@ -54,13 +58,40 @@ def test_splits_cover_the_tensor_and_the_grid_fits(
 @pytest.mark.parametrize(("c", "s"), [(64, 3136), (512, 49), (1024, 1)])
 def test_the_batch_size_does_not_choose_another_kernel(c: int, s: int, channels_last: bool) -> None:
     constants = {
-        tuple(streamed(n, c, s, channels_last, 4, False, False, 132).constants.items()) for n in (1, 7, 32, 257)
+        tuple(streamed(n, c, s, channels_last, 4, False, False, 132, SETTINGS).constants.items())
+        for n in (1, 7, 32, 257)
     }
     assert len(constants) == 1
 
 
 def test_what_fits_is_read_once_where_that_fills_the_device() -> None:
-    assert at_once(32, 256, 196, False, 4, 1, 132) is not None
-    assert at_once(32, 64, 3136, False, 4, 1, 132) is None  # 128 Ki values with padding
-    assert at_once(32, 16, 784, False, 4, 1, 132) is None  # 16 programs for 132 multiprocessors
-    assert at_once(8, 16, 196, False, 4, 1, 132) is not None  # nor does it matter there
+    assert at_once(32, 256, 196, False, 4, 1, 132, SETTINGS) is not None
+    assert at_once(32, 64, 3136, False, 4, 1, 132, SETTINGS) is None  # 128 Ki values with padding
+    assert at_once(32, 16, 784, False, 4, 1, 132, SETTINGS) is None  # 16 programs for 132 multiprocessors
+    assert at_once(8, 16, 196, False, 4, 1, 132, SETTINGS) is not None  # nor does it matter there
+
+
+def test_more_programs_than_a_grid_holds_are_refused() -> None:
+    p = streamed(2**18, 2**13, 2, False, 2, True, True, 132, SETTINGS)
+    with pytest.raises(ValueError, match=r"expect fewer than 2\*\*31 pairs .* got 2147483648. Split the batch"):
+        _ = p.grid
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_whatever_tuning_chooses_fits_the_shared_memory_and_the_registers(rows: bool) -> None:
+    for values in itertools.product(*CANDIDATES.values()):
+        settings = Settings(*values)
+        for itemsize in (2, 4):
+            p = streamed(32, 64, 3136, rows, itemsize, False, False, 132, settings)
+            assert p.stages is not None
+            assert 4 * (p.stages - 1) * p.b0 * p.b1 * itemsize <= 96 << 10
+            assert 4 * p.b0 * p.b1 <= 128 * 32 * p.warps  # what a lane of moments sums
+    assert streamed(32, 64, 3136, rows, 4, False, False, 132, SETTINGS).stages == SETTINGS.stages
+
+
+def test_every_class_of_tensors_has_settings_that_tuning_can_reach() -> None:
+    assert set(TABLE) == {(rows, itemsize) for rows in (False, True) for itemsize in (2, 4)}
+    for settings in TABLE.values():
+        assert all(getattr(settings, field) in candidates for field, candidates in CANDIDATES.items())
+    assert settings_of(1, False, 4) is TABLE[True, 4]  # [N, C]
+    assert settings_of(49, False, 2) is TABLE[False, 2]

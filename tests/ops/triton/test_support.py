@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm
-from batchnorm.ops import triton
+from batchnorm.ops import eager, triton
 from batchnorm.ops.triton import support
 
 CUDA = torch.device("cuda:0")
+ATTRIBUTES = (1e-5, "relu", 0.0)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +101,105 @@ def test_a_kernel_that_does_not_start_is_a_reason_and_no_error(monkeypatch: pyte
     assert support._launch_problem(CUDA) == "a Triton kernel does not start (RuntimeError: Failed to find C compiler)"
 
 
+@needs_triton
+def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.1.0+git1")
+    assert support._import_problem() == "Triton 3.1.0+git1 is older than 3.6"
+
+
+def _train_forward(x: Tensor) -> Any:
+    return triton.implementation("train_forward", eager.train_forward)(x, None, None, None, *ATTRIBUTES)
+
+
+@needs_triton
+def test_without_a_c_compiler_one_warning_says_so_and_eager_serves(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton.runtime.build import compile_module_from_src
+    from triton.runtime.driver import driver
+
+    class Driver:
+        """Builds what starts kernels, as Triton's own does when it is first asked for anything."""
+
+        def get_current_device(self) -> int:
+            compile_module_from_src("int unused;", name="stub")
+            return 0
+
+    monkeypatch.undo()
+    monkeypatch.setattr(support, "_known", {})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    x = torch.randn(4, 3)
+    with pytest.warns(RuntimeWarning, match=r"slower: a Triton kernel does not start \(.*Failed to find C compiler"):
+        results = _train_forward(x)
+    torch.testing.assert_close(results, eager.train_forward(x, None, None, None, *ATTRIBUTES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _train_forward(x)
+
+
+@needs_triton
+def test_a_kernel_that_does_not_compile_gives_one_warning_and_eager_serves_from_then_on(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    asked = []
+
+    def launcher(name: str) -> Any:
+        def fails(*args: Any) -> None:
+            asked.append(name)
+            raise OutOfResources(1 << 20, 1 << 16, "shared memory")
+
+        return fails
+
+    monkeypatch.setattr(triton, "_launcher", launcher)
+    x = torch.randn(4, 3)
+    with pytest.warns(
+        RuntimeWarning, match=r"slower: a Triton kernel does not start \(OutOfResources: out of resource"
+    ):
+        results = _train_forward(x)
+    torch.testing.assert_close(results, eager.train_forward(x, None, None, None, *ATTRIBUTES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _train_forward(x)
+    assert asked == ["train_forward"]
+    assert batchnorm.backends()["cuda"].startswith("eager: a Triton kernel does not start")
+
+
+@needs_triton
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: lost")])
+def test_other_errors_are_the_callers(gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def launcher(name: str) -> Any:
+        def fails(*args: Any) -> None:
+            raise error
+
+        return fails
+
+    monkeypatch.setattr(triton, "_launcher", launcher)
+    with pytest.raises(type(error), match=str(error).replace("[", r"\[")):
+        _train_forward(torch.randn(4, 3))
+    assert support.problem(torch.device("cpu")) is None
+
+
+def test_while_a_graph_is_captured_nothing_is_tried_and_nothing_remembered(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[torch.device] = []
+    monkeypatch.setattr(support, "_launch_problem", lambda device: tried.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert support.problem(CUDA) is None
+    assert not tried
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert support.problem(CUDA) is None
+    assert tried == [CUDA]
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 def test_backends_says_that_torch_has_no_cuda() -> None:
     assert batchnorm.backends()["cuda"] == "eager: this torch is built without CUDA"
@@ -114,3 +220,31 @@ def test_float64_empty_and_odd_running_statistics_stay_with_the_eager_implementa
 def test_every_operator_has_an_implementation_for_cuda() -> None:
     for name in triton.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"batchnorm::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compilers_see_cuda_results_as_they_will_be(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    def everything(device: str) -> list[Tensor]:
+        op = torch.ops.batchnorm
+        x = torch.ones(4, 3, 5, 6, dtype=dtype, device=device).to(memory_format=layout)
+        vector = x.new_ones(3, dtype=torch.promote_types(dtype, torch.float32))
+        rows, index, weights = vector.expand(2, 3), torch.arange(4, device=device) % 2, x.new_ones(4, 5, 6)
+        kept = (x, x, None, None, rows, rows, rows, None, None)
+        return [
+            *op.train_forward(x, vector, None, x, *ATTRIBUTES),
+            *op.train_backward(x, x, None, None, vector, vector, vector, None, None, *ATTRIBUTES, True),
+            *op.moments(x, index, weights, 2), *op.moments(x, None, None, 1),
+            op.normalize(x, rows, None, rows, None, None, None, index, *ATTRIBUTES),
+            *op.normalize_backward(*kept, index, 2, *ATTRIBUTES, False),
+            *op.backward_reduce(*kept, index, 2, *ATTRIBUTES),
+            *op.backward_apply(*kept, rows, rows, index, weights, *ATTRIBUTES, True),
+            *op.copy_running(vector, vector),
+        ]  # fmt: skip
+
+    expected = everything("cpu")
+    with FakeTensorMode():
+        found = everything("cuda")
+    for fake, real in zip(found, expected, strict=True):
+        assert fake.device.type == "cuda"
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())

@@ -1,11 +1,12 @@
 """The operators on CUDA devices by Triton kernels, which are imported when the first CUDA tensor arrives.
 
-What they leave to the eager implementation: float64, tensors without values, and running statistics that are not
-contiguous.
+What they leave to the eager implementation: float64, tensors without values, running statistics that are not
+contiguous, and devices where a kernel was found not to compile or start.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ _DECIDES = {
 
 OPERATORS = tuple(_DECIDES)
 
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
 
 def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
     """The operator `name` for CUDA tensors: our kernels, or `eager` where they do not serve."""
@@ -36,13 +39,24 @@ def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_cuda(*args: Any) -> Any:
         decides = args[at]
-        if decides.dtype == torch.float64 or decides.numel() == 0 or support.problem(decides.device) is not None:
+        if decides.dtype not in _DTYPES or decides.numel() == 0 or support.problem(decides.device) is not None:
             return eager(*args)
         if name == "update_running_" and not _writable(*args[:3]):
             return eager(*args)
-        return getattr(importlib.import_module("batchnorm.ops.triton.launch"), name)(*args)
+        try:
+            return _launcher(name)(*args)
+        except Exception as error:
+            if not support.gives_up(decides.device, error):
+                raise
+            return eager(*args)
 
     return on_cuda
+
+
+@functools.cache
+def _launcher(name: str) -> Callable[..., Any]:
+    launcher: Callable[..., Any] = getattr(importlib.import_module("batchnorm.ops.triton.launch"), name)
+    return launcher
 
 
 def _writable(running_mean: Tensor, running_var: Tensor, tracked: Tensor | None) -> bool:

@@ -34,6 +34,7 @@ class Frame:
                 if not self.channels_last:
                     self.converted, self.like = not self.like.is_contiguous(), self.like.contiguous()
         self.processors = plan.multiprocessors(x.device)
+        self.settings = plan.settings_of(self.s, self.channels_last, x.dtype.itemsize)
 
     def read(self, t: Tensor) -> Tensor:
         """A tensor like x, or its copy where its strides or dtype are others."""
@@ -70,13 +71,13 @@ class Frame:
         indexed = index is not None
         return plan.streamed(
             self.n, self.c, self.s, self.channels_last, self.dtype.itemsize, indexed, indexed and by_sample,
-            self.processors, plan.SETTINGS,
+            self.processors, self.settings,
         )  # fmt: skip
 
     def at_once(self, tensors: int) -> Plan | None:
         """The plan for reading x once, or None."""
         return plan.at_once(
-            self.n, self.c, self.s, self.channels_last, self.dtype.itemsize, tensors, self.processors, plan.SETTINGS
+            self.n, self.c, self.s, self.channels_last, self.dtype.itemsize, tensors, self.processors, self.settings
         )
 
 

@@ -1,7 +1,6 @@
 """How a tensor is cut into programs: chosen from its sizes by one table, the same for every run.
 
 Nothing is timed while a network trains: another choice sums in another order, and the bits would depend on the moment.
-`python -m benchmarks gpu --tune` compares candidates for the table on a device.
 """
 
 from __future__ import annotations
@@ -11,48 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What can be tuned.
-
-    Args:
-        tile: Values of one tile, where a program goes over several.
-        warps: Of such a program.
-        stages: Tiles that it has under way: what is loaded ahead waits in shared memory.
-        programs: Such programs per multiprocessor.
-        row_bytes: The widest piece of a row of channels that one program takes (channels-last).
-        once: Largest tile, padding included, that a program holds to read x once; half of it in backward, which holds
-            two tensors, and half for channels-last.
-        deepest: Most tiles that one lane adds up in sequence, which bounds its rounding.
-    """
-
-    tile: int = 2048
-    warps: int = 8
-    stages: int = 3
-    programs: int = 4
-    row_bytes: int = 256
-    once: int = 32_768
-    deepest: int = 64
-
-
-SETTINGS = Settings()
-
-# What tuning tries, one field after the other.
-CANDIDATES: dict[str, tuple[int, ...]] = {
-    "tile": (1024, 2048, 4096),
-    "warps": (4, 8),
-    "stages": (1, 2, 3, 4),
-    "programs": (2, 4, 8),
-    "row_bytes": (128, 256, 512),
-    "once": (0, 16_384, 32_768),
-}
+from batchnorm.ops.triton.settings import Settings
+from batchnorm.ops.triton.table import TABLE
 
 # Merging reads few values: tiles of [splits, channels].
 MERGE_SPLITS, MERGE_CHANNELS = 256, 8
 
 # Below this many values a launch costs more than a second reading saves, however few programs there are.
 _SMALL = 1 << 18
+# From here on offsets have 64 bits; half of what 32 bits hold, since tiles reach beyond the tensor's end.
+_WIDE = 1 << 30
+# Shared memory that every device since Ampere has for a program; at most four tensors are loaded ahead into it.
+_SHARED, _TENSORS = 96 << 10, 4
 # The narrowest piece of a row: one sector of memory.
 _SECTOR = 32
 
@@ -78,8 +47,18 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int]:
-        """Number of programs."""
-        return (self.blocks * self.splits,)
+        """Number of programs.
+
+        Raises:
+            ValueError: a grid cannot hold them, which takes an index and 2³¹ pairs of a sample and a channel.
+        """
+        programs = self.blocks * self.splits
+        if programs >= 1 << 31:
+            raise ValueError(
+                f"batchnorm's kernels expect fewer than 2**31 pairs of a sample and a channel where samples differ in "
+                f"their statistics, got {programs}. Split the batch, or set BATCHNORM_GPU_KERNELS=eager."
+            )
+        return (programs,)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -89,7 +68,10 @@ class Plan:
     @property
     def constants(self) -> dict[str, int | bool]:
         """What a kernel is compiled for."""
-        found = {"ROWS": self.rows, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "num_warps": self.warps}
+        wide = self.channels * self.size0 * (1 if self.rows else self.size1) >= _WIDE
+        found = {
+            "ROWS": self.rows, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "WIDE": wide, "num_warps": self.warps,
+        }  # fmt: skip
         return found if self.stages is None else found | {"STAGES": self.stages}
 
 
@@ -118,6 +100,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def settings_of(s: int, channels_last: bool, itemsize: int) -> Settings:
+    """The settings of x's class: whether its channels are innermost, and its dtype's size."""
+    return TABLE[channels_last or s == 1, itemsize]
+
+
 @functools.lru_cache(maxsize=4096)
 def streamed(
     n: int,
@@ -128,7 +115,7 @@ def streamed(
     indexed: bool,
     by_sample: bool,
     processors: int,
-    settings: Settings = SETTINGS,
+    settings: Settings,
 ) -> Plan:
     """Programs that go over tiles of x `[n, c, s]`.
 
@@ -141,7 +128,7 @@ def streamed(
         indexed: Whether samples are told apart.
         by_sample: Whether every sample is a split of its own.
         processors: Multiprocessors to fill.
-        settings: The table.
+        settings: Of the tensor's class.
     """
     rows = channels_last or s == 1
     if c == 1 and not indexed:  # its values lie together
@@ -169,7 +156,8 @@ def streamed(
         each = -(-tiles // min(wanted, tiles))
         splits, per = -(-tiles // each), (each * b0 if rows else each)
         warps = settings.warps
-    stages = 1 if indexed else settings.stages  # vectors by row would take too much shared memory
+    ahead = 0 if indexed else _SHARED // (_TENSORS * b0 * b1 * itemsize)  # vectors by row would take too much of it
+    stages = min(settings.stages, 1 + ahead)
     vec = _vec(size1, stride0)
     return Plan(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, stages, blocks, splits, per)
 
@@ -183,7 +171,7 @@ def at_once(
     itemsize: int,
     tensors: int,
     processors: int,
-    settings: Settings = SETTINGS,
+    settings: Settings,
 ) -> Plan | None:
     """One program per block that holds all its values of `tensors` tensors; None where they do not fit.
 
@@ -209,5 +197,7 @@ def at_once(
         b0, b1, blocks = power_of_two(n), power_of_two(s), c
     if b0 * b1 > limit or (2 * blocks < processors and n * c * s > _SMALL):
         return None
-    warps = min(max(power_of_two(b0 * b1 // 1024), 4), 32)
-    return Plan(rows, size0, size1, stride0, c, s, b0, b1, _vec(size1, stride0), warps, None, blocks, 1, size0)
+    vec = _vec(size1, stride0)
+    per_warp = 512 if vec == 1 else 1024  # every value has an offset of its own where accesses are not wide
+    warps = min(max(power_of_two(b0 * b1 // per_warp), 4), 32)
+    return Plan(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, None, blocks, 1, size0)

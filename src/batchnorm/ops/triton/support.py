@@ -13,8 +13,9 @@ import torch
 KERNELS = "BATCHNORM_GPU_KERNELS"
 _NAMES = ("triton", "eager")
 
-# The oldest architecture that Triton compiles for.
+# The oldest architecture that Triton compiles for, and the Triton that came with the oldest torch that we support.
 _LEAST = (7, 0)
+_LEAST_TRITON = (3, 6)
 
 
 def _chosen() -> str:
@@ -27,7 +28,7 @@ def _chosen() -> str:
 
 @functools.cache
 def _warn_once(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=5)
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
 def build_problem() -> str | None:
@@ -41,6 +42,9 @@ def build_problem() -> str | None:
 
 def _import_problem() -> str | None:
     try:
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < _LEAST_TRITON:
+            return f"Triton {version} is older than {_LEAST_TRITON[0]}.{_LEAST_TRITON[1]}"
         importlib.import_module("batchnorm.ops.triton.launch")
     except Exception as error:  # a broken installation fails in many ways
         return f"Triton does not import ({type(error).__name__}: {error})"
@@ -54,20 +58,45 @@ def _launch_problem(device: torch.device) -> str | None:
     try:
         launch.start_one_kernel(device)
     except Exception as error:  # the compiler's, the driver's, the operating system's
-        lines = str(error).strip().splitlines() or ["no message"]
-        return f"a Triton kernel does not start ({type(error).__name__}: {lines[-1]})"
+        return _does_not_start(error)
     return None
+
+
+def _does_not_start(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"a Triton kernel does not start ({type(error).__name__}: {lines[-1]})"
 
 
 def problem(device: torch.device) -> str | None:
     """Why the eager implementation serves on this device, or None; warned of once, unless it was chosen."""
     if device not in _known:
+        if _capturing():  # nothing that is found while a graph is captured holds afterwards
+            return None
         _known[device] = _find_problem(device)
     return _known[device]
 
 
 # What was found on the devices that have been asked for.
 _known: dict[torch.device, str | None] = {}
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def gives_up(device: torch.device, error: Exception) -> bool:
+    """Whether `error` says that a kernel cannot be compiled or started here: eager serves from now on, with a warning.
+
+    No result was computed then. Every other error is the caller's: it is out of memory, or the device is lost.
+    """
+    from triton.errors import TritonError
+
+    if not isinstance(error, TritonError):
+        return False
+    found = _does_not_start(error)
+    _warn(found)
+    _known[device] = found
+    return True
 
 
 def _find_problem(device: torch.device) -> str | None:
@@ -80,11 +109,15 @@ def _find_problem(device: torch.device) -> str | None:
             found = f"compute capability {capability[0]}.{capability[1]} is below {_LEAST[0]}.{_LEAST[1]}"
     found = found or _import_problem() or _launch_problem(device)
     if found is not None:
-        _warn_once(
-            f"batchnorm computes on CUDA devices in plain torch operations, slower: {found}. Install what is missing, "
-            f"or set {KERNELS}=eager to accept it."
-        )
+        _warn(found)
     return found
+
+
+def _warn(found: str) -> None:
+    _warn_once(
+        f"batchnorm computes on CUDA devices in plain torch operations, slower: {found}. Install what is missing, "
+        f"or set {KERNELS}=eager to accept it."
+    )
 
 
 def description() -> str:

@@ -62,6 +62,7 @@ def backward_reduce_kernel(
     B0: tl.constexpr,
     B1: tl.constexpr,
     VEC: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Sums of a block's split into `parts [2, splits, C]`, or, with no parts, of the whole block as results.
@@ -70,7 +71,7 @@ def backward_reduce_kernel(
     """
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1)
+    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
     row = split * 0
     there = valid
     if index_ptr is not None:
@@ -193,12 +194,13 @@ def backward_apply_kernel(
     B0: tl.constexpr,
     B1: tl.constexpr,
     VEC: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx, and dz, of a block's split from the means of dx̂ and dx̂·x̂; or (`SUMS`) from Σ dz and Σ dz·x̂ of the batch."""
     block, split = program(blocks, True)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1)
+    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
     if index_ptr is None:
         mean, mean_low, invstd, scale, shift = coefficients(
             mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr, 0, channel, valid, 0, 0, eps
@@ -271,11 +273,12 @@ def backward_once_kernel(
     B0: tl.constexpr,
     B1: tl.constexpr,
     VEC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """All gradients of a block whose values are one tile: x and dy are read once."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1)
+    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1, WIDE)
     mean, mean_low, invstd, scale, shift = coefficients(
         mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr, 0, channel, valid, 0, 0, eps
     )

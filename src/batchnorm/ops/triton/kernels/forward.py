@@ -49,12 +49,13 @@ def normalize_kernel(
     B0: tl.constexpr,
     B1: tl.constexpr,
     VEC: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y of a block's split. An index outside of the statistics' rows gives NaN."""
     block, split = program(blocks, True)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1)
+    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
     if index_ptr is None:
         mean, _, _, scale, shift = coefficients(
             mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr, 0, channel, valid, 0, 0, eps
@@ -106,11 +107,12 @@ def forward_once_kernel(
     B0: tl.constexpr,
     B1: tl.constexpr,
     VEC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Moments and y of a block whose values are one tile: x is read once."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1)
+    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1, WIDE)
     _, _, offset, mask = tile(begin, end, 0, block, size1, stride0, ROWS, B0, B1, VEC)
     x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
     pivot = tl.load(x_ptr + (channel if ROWS else channel.to(tl.int64) * size1), valid, 0.0).to(tl.float32)

@@ -80,12 +80,13 @@ def moments_kernel(
     B0: tl.constexpr,
     B1: tl.constexpr,
     VEC: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Moments of a block's split into `parts [4, splits, C]`, or, with no parts, of the whole block as results."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1)
+    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
     count = tl.zeros([B0, B1], tl.float32)
     pivot = tl.zeros([B0, B1], tl.float32)
     first = tl.zeros([B0, B1], tl.float32)

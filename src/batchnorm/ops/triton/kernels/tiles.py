@@ -27,10 +27,14 @@ def channels_of(block, channels, ROWS: tl.constexpr, B1: tl.constexpr, VEC: tl.c
 
 
 @triton.jit
-def span(split, per, size0, size1, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr):
-    """Where the split begins (a row, or a tile), where axis 0 ends for it, and its number of tiles."""
-    begin = split.to(tl.int64) * per
-    end = size0.to(tl.int64)
+def span(split, per, size0, size1, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, WIDE: tl.constexpr):
+    """Where the split begins (a row, or a tile), where axis 0 ends for it, and its number of tiles.
+
+    In 64 bits where `WIDE`, and with them every place and offset of `tile`; else in 32, in half the registers.
+    """
+    integer: tl.constexpr = tl.int64 if WIDE else tl.int32
+    begin = split.to(integer) * per
+    end = size0.to(integer)
     if ROWS:
         end = tl.minimum(begin + per, end)
         tiles = tl.cdiv(end - begin, B0)
@@ -57,7 +61,7 @@ def tile(
     Sizes along axis 1 are multiples of VEC; said here, it makes one access of VEC values.
     """
     size1 = size1 // VEC * VEC
-    stride0 = (stride0 // VEC * VEC).to(tl.int64)
+    stride0 = stride0 // VEC * VEC
     i = tl.arange(0, B0)[:, None]
     j = tl.arange(0, B1)[None, :]
     if ROWS:
@@ -69,7 +73,7 @@ def tile(
         at = begin + t
         i = at // across * B0 + i
         j = at % across * B1 + j
-        offset = block.to(tl.int64) * size1 + i * stride0 + j
+        offset = block.to(at.dtype) * size1 + i * stride0 + j
     return i, j, offset, (i < end) & (j < size1)
 
 
