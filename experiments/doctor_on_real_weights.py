@@ -109,8 +109,8 @@ def main() -> None:
     print("| network | layers | weights alone | on other data | after recalibration with them |\n|---|---|---|---|---|")
     for name, (make, data, loss) in networks.items():
         model, batches = make().eval(), data()
-        alone, other = diagnose(model), diagnose(model, batches, loss=loss, budget=0)
-        again = diagnose(bn.recalibrate(model, batches).model, batches, loss=loss, budget=0)
+        alone, other = diagnose(model), diagnose(model, batches, loss=loss)
+        again = diagnose(bn.recalibrate(model, batches).model, batches, loss=loss)
         print(f"| {name} | {len(alone.layers)} | {told(alone)} | {told(other)} | {told(again)} |")
         assert alone.healthy and again.healthy, f"{name} is found to be ill"
 

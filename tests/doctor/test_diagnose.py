@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from batchnorm.doctor import Diagnosis, Severity, diagnose
+from batchnorm.doctor.effect import signed
 from batchnorm.doctor.rules import RULES
 from batchnorm.recalibrate.batches import Batches
-from tests.doctor.networks import Plain, batches, criterion
+from tests.doctor.networks import Plain, batches, criterion, trained
 
 
 class Net(nn.Module):
@@ -156,6 +157,57 @@ def test_passes_over_the_data_are_bounded() -> None:
     model.count = 0
     diagnose(model, batches(8, 16), loss=criterion, budget=0)
     assert model.count - 3 * 8 - 1 == traced
+
+
+class Counted(Plain):
+    count = 0  # of its calls
+
+    def forward(self, x):
+        self.count += 1
+        return super().forward(x)
+
+
+def test_three_passes_and_one_for_each_suspicious_layer_within_the_budget() -> None:
+    model = trained("plain")
+    model.__class__ = Counted
+    for block in model.blocks:
+        block[1].running_mean += block[1].running_var.sqrt()
+
+    def calls(number: int, budget: int) -> tuple[int, Diagnosis]:
+        model.count = 0
+        found = diagnose(model, batches(number, 16), loss=criterion, budget=budget)
+        return model.count, found
+
+    (fixed, found), (more, _) = calls(4, 0), calls(12, 0)
+    (gap,) = [finding for finding in found.findings if finding.code == "BN101"]
+    assert len(gap.paths) == 6
+    assert more - fixed == 3 * 8  # three passes, and what does not grow with the data
+    assert fixed - 3 * 4 <= 8  # a training step, and the tries and sizes of the trace
+    for budget, passes in ((1, 1), (4, 4), (6, 6), (100, 6)):
+        number, found = calls(4, budget)
+        assert number - fixed == 4 * passes
+        (gap,) = [finding for finding in found.findings if finding.code == "BN101"]
+        assert sum("alone take away" in line for line in gap.evidence) == passes
+
+
+def test_without_a_pass_left_it_is_said_what_was_not_measured() -> None:
+    assert [
+        rule.code for rule in diagnose(net(), batches(3, 16), budget=0).not_checked if "budget=1" in rule.reason
+    ] == ["BN112"]
+
+
+def test_pictures_have_no_classes() -> None:
+    picture = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    table = nn.Sequential(*picture, nn.Flatten(), nn.Linear(4 * 12 * 12, 3))
+    with torch.no_grad():
+        picture[1].running_mean += 5
+    for model, classes in ((picture, False), (table, True)):
+        (gap,) = [f for f in diagnose(model, [x for x, _ in batches(4)]).findings if f.code == "BN101"]
+        assert ("another class" in gap.summary) == classes == ("other_class" in gap.cost)
+
+
+def test_a_loss_that_falls_has_a_true_minus() -> None:
+    assert [signed(value) for value in (-0.01763, 1.5, -2e-7)] == ["−0.0176", "+1.5", "−2e−07"]
 
 
 def test_max_samples_ends_the_data() -> None:

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from batchnorm.doctor import diagnose
 from batchnorm.doctor.between import between_batches
 from batchnorm.doctor.effect import Outcome, effect, student_t
 from batchnorm.doctor.finding import Severity
@@ -132,3 +133,14 @@ def test_a_loss_that_scatters_is_unsure() -> None:
 def test_without_a_loss_a_large_change_is_a_warning() -> None:
     assert effect(outcome([], 5.0), outcome([])).severity == Severity.WARNING
     assert effect(outcome([], 0.1), outcome([])).severity == Severity.NOTE
+
+
+def test_a_constant_channel_is_not_measured_in_a_deviation_that_it_has_not() -> None:
+    layer, x = nn.BatchNorm1d(8), torch.randn(512, 8)
+    x[:, 3] = 0.5
+    with torch.no_grad():
+        layer.running_mean.copy_(x.mean(0) + 0.2)  # and a running variance of 1
+    (measures,) = diagnose(nn.Sequential(layer), x.split(64)).measures
+    assert measures.shift == pytest.approx(0.2, abs=0.05)  # with it 22σ
+    (alone,) = diagnose(nn.Sequential(nn.BatchNorm1d(2)), torch.ones(4, 64, 2).unbind()).measures
+    assert alone.shift == pytest.approx(1, rel=1e-4)

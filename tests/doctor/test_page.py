@@ -185,8 +185,10 @@ def test_without_data_sections_say_so_in_a_line() -> None:
     assert len(lines) == 3 and all("no data were given (data=)" in line for line in lines)
     assert {a["data-chart"] for a, _ in parsed.all("figure")} == {"gamma", "beta"}
     assert all(layer["channels"] is None for layer in charts_of(html)["layers"])
+    (section,) = [text for _, text in parsed.all("section") if text.startswith("What was not checked")]
+    assert section.count("Needs data (data=).") == 1  # a reason is told once, for all its rules
     for rule in found.not_checked:
-        assert f"{rule.title}: {rule.reason}" in " ".join(text for _, text in parsed.all("dd"))
+        assert f"{rule.code} {rule.title}" in section and rule.reason[1:] in section
 
 
 def test_it_says_what_it_was_measured_on(sick: Diagnosis, html: str) -> None:

@@ -47,8 +47,8 @@ def left_behind() -> list[Any]:
 def test_it_watches_and_logs(tmp_path: Path) -> None:
     before, of = left_behind(), trainer(Network(), tmp_path)
     callback = BatchNormWatch(of, every=1)
-    of.add_callback(callback)
-    of.train()
+    with callback:
+        of.train()
     assert callback.watch is not None
     assert [(r.step, r.layer, r.updates) for r in callback.watch.history] == [(s, "net.1", 1) for s in (2, 3, 4)]
     logged = {entry["step"]: entry for entry in of.state.log_history if "batchnorm/noise" in entry}
@@ -63,6 +63,27 @@ def test_it_warns(tmp_path: Path) -> None:
     with pytest.warns(BatchNormWarning, match="BN106"):
         of.train()
     assert {entry["batchnorm/updates"] for entry in of.state.log_history if "batchnorm/updates" in entry} == {2}
+
+
+@pytest.mark.parametrize("every", [1, None])
+def test_nothing_is_left_behind_after_an_exception(tmp_path: Path, every: int | None) -> None:
+    before, model = left_behind(), Network()
+    of = trainer(model, tmp_path)
+    callbacks = list(of.callback_handler.callbacks)
+    calls: list[int] = []
+
+    def fails(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 3:  # while a look is under way, whose hooks are there too
+            assert every is None or len(left_behind()) > len(before) + 1
+            raise ZeroDivisionError
+
+    model.net[3].register_forward_hook(fails)
+    with pytest.raises(ZeroDivisionError), BatchNormWatch(of, every=every) as seen:
+        of.train()
+    assert seen.watch is not None and seen.watch.closed and seen.watch.steps == 2
+    assert left_behind() == before
+    assert of.callback_handler.callbacks == callbacks
 
 
 def test_the_next_training_closes_what_an_exception_left(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ class Outcome:
     """What one pass over the batches gave.
 
     Attributes:
-        outputs: Of each batch, the first floating-point tensor that the model returned, `[N, features]`.
+        outputs: Of each batch, the first floating-point tensor that the model returned: `[N, K]` as it was, all else
+            as `[N, features, 1]`.
         losses: Of each batch; empty without a loss.
     """
 
@@ -100,7 +101,7 @@ class Effect:
         if self.loss is not None and self.base is not None:
             interval = ""
             if self.loss_interval is not None:
-                interval = f" (95 % interval {self.loss_interval[0]:+.3g} to {self.loss_interval[1]:+.3g})"
+                interval = " (95 % interval {} to {})".format(*map(signed, self.loss_interval))
             parts.append(f"loss {self.base + self.loss:.3g} against {self.base:.3g}{interval}")
         parts.append(f"the output changes by {self.output:.2g} of its deviation over the samples")
         if self.disagreement is not None:
@@ -118,7 +119,7 @@ def effect(of: Outcome, against: Outcome) -> Effect:
     spread = (other - other.mean(0)).square().mean().sqrt()
     change = ((y - other).square().mean().sqrt() / spread.clamp_min(1e-30)).item()
     disagreement = None
-    if y.shape[1] >= 2:
+    if y.dim() == 2 and y.shape[1] >= 2:
         disagreement = (y.argmax(1) != other.argmax(1)).double().mean().item()
     loss = base = interval = None
     if of.losses and against.losses:
@@ -129,6 +130,11 @@ def effect(of: Outcome, against: Outcome) -> Effect:
             half = student_t(len(differences) - 1) * (differences.std() / math.sqrt(len(differences))).item()
             interval = (loss - half, loss + half)
     return Effect(change, disagreement, loss, interval, base, samples, len(of.outputs))
+
+
+def signed(value: float) -> str:
+    """A number in three significant digits with its sign, a true minus."""
+    return f"{value:+.3g}".replace("-", "−")
 
 
 def student_t(freedom: int) -> float:

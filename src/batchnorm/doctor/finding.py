@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -66,3 +66,21 @@ class NotChecked:
     title: str
     reason: str
     paths: tuple[str, ...] = ()
+
+
+def grouped(rules: Iterable[NotChecked]) -> dict[str, list[NotChecked]]:
+    """What was not checked, by the reason."""
+    found: dict[str, list[NotChecked]] = {}
+    for rule in rules:
+        found.setdefault(rule.reason, []).append(rule)
+    return found
+
+
+def left_out_lines(rules: Iterable[NotChecked]) -> list[str]:
+    """A line for each reason: of several rules the codes, of one its title too."""
+    return [
+        f"{members[0].code} {members[0].title}: {reason}"
+        if len(members) == 1
+        else f"{', '.join(rule.code for rule in members)}: {reason}"
+        for reason, members in grouped(rules).items()
+    ]

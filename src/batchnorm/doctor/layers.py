@@ -175,7 +175,8 @@ class Off:
 
     Attributes:
         layer: The layer.
-        shift: Root mean square over the channels of (running mean - mean)/σ, less what sampling explains.
+        shift: Root mean square over the channels of (running mean - mean)/σ, less what sampling explains; of channels
+            that are constant σ is the running one.
         scale: Median over the channels of |ln(σ of running / σ)|.
         divergence: Mean over the channels of KL(population ‖ running) for normal distributions, in nats.
         uneven: Median over the channels of how far ln(σ of running / σ) is from its own median; infinite for fewer than
@@ -209,12 +210,14 @@ def off(layer: Layer, samples: int, batch_size: float) -> Off | None:
     running_mean, running_var = layer.before.mean[0], layer.before.var[0] + layer.eps
     if not bool((running_mean + running_var).isfinite().all()):
         return None
-    square = (running_mean - mean).square() / var
+    # Of a channel that is constant σ would be √ε alone, in which nothing is near.
+    varies = torch.where(population.m2 > 0, var, running_var)
+    square = (running_mean - mean).square() / varies
     # The average over the last 1/a batches and the measured mean scatter by themselves.
     momentum = getattr(layer.module, "momentum", None)
     a = 0.0 if momentum is None else min(float(momentum), 1.0)
     by_chance = layer.samples.error_of_mean(samples) + layer.samples.error_of_mean(batch_size) * a / (2 - a)
-    shift = float((square - by_chance / var).mean().clamp_min(0).sqrt())
+    shift = float((square - by_chance / varies).mean().clamp_min(0).sqrt())
     ratio = (var / running_var.clamp_min(1e-30)).log()
     divergence = 0.5 * (ratio.exp() + (running_mean - mean).square() / running_var.clamp_min(1e-30) - 1 - ratio)
     uneven = (ratio - ratio.median()).abs().median() / 2 if len(ratio) >= 8 else math.inf

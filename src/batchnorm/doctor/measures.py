@@ -20,7 +20,8 @@ class LayerMeasures:
     Attributes:
         path: Where it is.
         order: Which of the layers it is in the order in which they are called, from 0.
-        shift: Root mean square over the channels of (running mean - mean)/σ, less what sampling explains.
+        shift: Root mean square over the channels of (running mean - mean)/σ, less what sampling explains; of channels
+            that are constant σ is the running one.
         log_scale: Median over the channels of |ln(σ of running / σ)|.
         divergence: Mean over the channels of KL(population ‖ running) for normal distributions, in nats: how far what
             evaluation normalizes by is from what training does.

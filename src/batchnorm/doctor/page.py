@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from batchnorm.doctor.effect import signed
 from batchnorm.doctor.facts import LayerFacts
-from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.finding import Finding, Severity, grouped
 from batchnorm.doctor.layers import counted
 from batchnorm.doctor.measures import Channels, LayerMeasures
 from batchnorm.doctor.rules import RULES
@@ -27,11 +28,13 @@ _FARTHEST = 64
 _BINS = 30
 # More than this many parts of a network are not told apart in the strip.
 _PARTS = 16
-_COSTS = {
-    "loss": "loss {:+.3g}",
-    "other_class": "{:.1%} of the samples get another class",
-    "parameters": "{:,.0f} parameters",
-    "error": "error of {:.2g}σ",
+# Every cost that a finding can have, in words.
+_COSTS: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {signed(value)}",
+    "other_class": lambda value: f"{value:.1%} of the samples get another class",
+    "parameters": lambda value: f"{value:,.0f} parameters",
+    "error": lambda value: f"error of {value:.2g}σ",
+    "padding": lambda value: f"{value:.0%} of the positions are padding",
 }
 
 
@@ -74,6 +77,7 @@ def rendered(diagnosis: Diagnosis) -> str:
         noisy=sum(measures.noise is not None for measures in diagnosis.measures),
         measured=diagnosis.batches > 0,
         cost=cost,
+        not_checked=grouped(diagnosis.not_checked),
         is_code=is_code,
         counted=counted,
     )
@@ -105,7 +109,7 @@ def verdict(diagnosis: Diagnosis) -> list[str]:
 
 def cost(finding: Finding) -> list[str]:
     """What a finding costs, in words."""
-    return [_COSTS.get(name, f"{name.replace('_', ' ')} {{:.3g}}").format(v) for name, v in finding.cost.items()]
+    return [_COSTS[name](value) for name, value in finding.cost.items()]
 
 
 # The strip and the table -------------------------------------------------------------------------------------------

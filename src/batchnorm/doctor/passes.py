@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.effect import Outcome
-from batchnorm.doctor.layers import Layer, Precision, Samples
+from batchnorm.doctor.layers import Layer, Precision, Samples, counted
 from batchnorm.graph.inputs import Inputs, outputs
 from batchnorm.moments import Moments
 from batchnorm.recalibrate.batches import Ambient, Batches, device_of, moved, samples_in
@@ -52,10 +52,12 @@ def target_of(batch: Any) -> Any:
 
 
 def result_of(returned: Any) -> Tensor | None:
-    """The first floating-point tensor that the model returned, as `[N, features]`."""
+    """The first floating-point tensor that the model returned: `[N, K]` as it is, all else as `[N, features, 1]`."""
     for tensor in outputs(returned):
         if tensor.is_floating_point() and tensor.dim():
-            flat = tensor.detach().reshape(tensor.shape[0], -1)
+            if tensor.dim() == 2 and tensor.shape[1] <= _KEPT_FEATURES:
+                return tensor.detach().double().cpu()
+            flat = tensor.detach().reshape(tensor.shape[0], -1, 1)
             if flat.shape[1] > _KEPT_FEATURES:
                 every = torch.linspace(0, flat.shape[1] - 1, _KEPT_FEATURES, device=flat.device).long()
                 flat = flat[:, every]
@@ -126,18 +128,20 @@ class Passes:
             self.data.samples += size
             self.data.sizes.append(size)
             with self._watched():
+                times = [time.perf_counter()]
                 self.observer.current = Pass(meet)
                 first = self._run(batch)
                 self.observer.current = None
                 self._put({})
                 self._samples, self._seen = (number, size), set()
-                begin = time.perf_counter()
+                times.append(time.perf_counter())
                 second = self._run(batch)
-                seconds = time.perf_counter() - begin
+                times.append(time.perf_counter())
                 self._samples = None
             if number == 0:
                 self._look_what_moved()
-                self._say_how_long(bar, batches.expected(size), seconds, budget)
+                # The model warms up in the one, and in the other what is measured once is measured.
+                self._say_how_long(bar, batches.expected(size), min(times[1] - times[0], times[2] - times[1]), budget)
             if room >= size_of(given) or not self.data.batches:
                 room -= size_of(given)
                 self.data.batches.append(given)
@@ -153,11 +157,12 @@ class Passes:
 
     @staticmethod
     def _say_how_long(bar: Bar, number: int | None, seconds: float, budget: int) -> None:
-        """From the time of one batch, when the model has run before."""
+        """From the time of one batch."""
         if number is not None:
             least, most = (timedelta(seconds=round(number * seconds * passes)) for passes in (3, 3 + budget))
-            text = f"{number} batches: about {least}, with {budget} passes for single layers {most}"
-            bar.expect(number, text if budget else f"{number} batches: about {least}")
+            text = f"{counted(number, 'batch')}: about {least}"
+            single = counted(budget, "pass for a single layer", "passes for single layers")
+            bar.expect(number, f"{text}, with {single} {most}" if budget else text)
 
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], bar: Bar, title: str) -> Outcome:
         """The kept batches with other statistics in some layers, for each call of a layer where several are given."""

@@ -10,11 +10,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from batchnorm.doctor.between import Spread, between_batches
+from batchnorm.doctor.dropped import dropped
 from batchnorm.doctor.effect import Effect, Outcome, effect
+from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.layers import Layer, Off, layers_of, off
 from batchnorm.doctor.passes import Data, Passes
 from batchnorm.doctor.ranks import Ranks
@@ -45,6 +47,8 @@ class Probe:
         missing: What rules may need and is not there, with the reason.
         processes: How many train the model together.
         ranks: What each of them holds.
+        dropped: The layers that dropout comes right before, and its share, where the trace shows it.
+        found: What the rules before found.
     """
 
     model: nn.Module
@@ -63,6 +67,8 @@ class Probe:
     by_population: Outcome | None = None
     processes: int = 1
     ranks: Ranks | None = None
+    dropped: dict[nn.Module, float] = field(default_factory=dict)
+    found: list[Finding] = field(default_factory=list)
     _passes: Passes | None = None
 
     @classmethod
@@ -71,9 +77,11 @@ class Probe:
         trains = any(p.requires_grad for p in model.parameters())
         probe = cls(model, optimizer, layers_of(model), trains, model.training, budget, bar)
         if optimizer is None:
-            probe.missing["optimizer"] = "needs the optimizer: pass optimizer="
+            probe.missing["optimizer"] = "needs the optimizer (optimizer=)"
+        if budget < 1:
+            probe.missing["pass"] = "needs one more pass over the data (budget=1)"
         for need in ("data", "step"):
-            probe.missing[need] = "needs data: pass data="
+            probe.missing[need] = "needs data (data=)"
         return probe
 
     @property
@@ -125,16 +133,20 @@ class Probe:
     def look(self, example: Inputs | None) -> None:
         """Trace the model, so that each layer's place is known."""
         if example is None:
-            self.missing["trace"] = "needs data, to see how the model is called: pass data="
+            self.missing["trace"] = "needs data, to see how the model is called (data=)"
             return
         try:
-            self.trace = trace(self.model, example, prepare=lower)
+            self.trace = trace(self.model, example, prepare=self._prepared)
         except TraceError as error:
             self.missing["trace"] = f"needs to trace the model, which failed: {error}"
             return
         calls = {call.path: call for call in reversed(batch_norm_calls(self.trace))}
         for layer in self.layers:
             layer.place = next((calls[path] for path in layer.found.paths if path in calls), None)
+
+    def _prepared(self, module: fx.GraphModule) -> fx.GraphModule:
+        self.dropped |= dropped(module, {layer.module for layer in self.layers})  # lowering takes dropout away
+        return lower(module)
 
     # What rules ask for ---------------------------------------------------------------------------------------------
 
@@ -207,6 +219,11 @@ class Probe:
         kept = [torch.cat(layer.samples.kept) for layer in layers if layer.samples is not None]
         values = torch.cat([values for values in kept if len(values) == len(first.batch)], 1)[:_TESTED]
         return between_batches(values.double().nan_to_num(0.0, 0.0, 0.0), torch.tensor(first.batch[:_TESTED]))
+
+    def lacks(self, need: str) -> str | None:
+        """Why it has nothing of what a rule needs, such as "data" or "step or trace"; None where it has."""
+        reasons = [self.missing.get(one) for one in need.split(" or ")]
+        return None if None in reasons else reasons[0]
 
     def tensor(self, argument: object) -> Tensor | None:
         """What an argument of a traced call is, if it is a parameter or buffer."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm.doctor.conditions import Conditions
 from batchnorm.doctor.facts import LayerFacts, facts_of
-from batchnorm.doctor.finding import Finding, NotChecked, Severity
+from batchnorm.doctor.finding import Finding, NotChecked, Severity, left_out_lines
 from batchnorm.doctor.layers import counted
 from batchnorm.doctor.measures import Channels, LayerMeasures, channels_of, measures_of
 from batchnorm.doctor.probe import Probe
@@ -97,7 +97,7 @@ class Diagnosis:
             lines += [f"    > {line}" for line in finding.repair.splitlines()]
         if self.not_checked:
             lines += ["", "not checked:"]
-            lines += [f"    {rule.code} {rule.title}: {rule.reason}" for rule in self.not_checked]
+            lines += [f"    {line}" for line in left_out_lines(self.not_checked)]
         return "\n".join(lines)
 
     def __rich__(self) -> RenderableType:

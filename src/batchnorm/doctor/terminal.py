@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.doctor.facts import LayerFacts
-from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.finding import Finding, Severity, left_out_lines
 
 if TYPE_CHECKING:
     from batchnorm.doctor.report import Diagnosis
@@ -27,10 +27,7 @@ def rendered(diagnosis: Diagnosis) -> RenderableType:
         parts += _finding(finding)
     if diagnosis.not_checked:
         parts += ["", Text("not checked", style="bold")]
-        parts += [
-            Padding(Text.assemble((rule.code, "dim"), f" {rule.title}: {rule.reason}"), (0, 0, 0, 2))
-            for rule in diagnosis.not_checked
-        ]
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in left_out_lines(diagnosis.not_checked)]
     return Group(*parts)
 
 
@@ -68,13 +65,13 @@ def row_of(layer: LayerFacts) -> tuple[str, ...]:
         "train" if layer.training else "eval",
         "average" if layer.momentum is None else f"{layer.momentum:g}",
         f"{layer.eps:g}",
-        "-" if layer.updates is None else str(layer.updates),
+        "–" if layer.updates is None else str(layer.updates),
         *(_span(pair) for pair in (layer.weight, layer.bias, layer.running_mean, layer.running_var)),
-        "-" if layer.dead is None else f"{layer.dead:.0%}",
+        "–" if layer.dead is None else f"{layer.dead:.0%}",
         "?" if layer.foldable is None else "yes" if layer.foldable else "no",
         f"{layer.parameters}+{layer.buffers}",
     )
 
 
 def _span(pair: tuple[float, float] | None) -> str:
-    return "-" if pair is None else f"{pair[0]:.3g} … {pair[1]:.3g}"
+    return "–" if pair is None else f"{pair[0]:.3g} … {pair[1]:.3g}".replace("-", "−")

@@ -80,7 +80,7 @@ def diagnose(
         if process_group is not None:
             probe.compare(process_group)
         elif probe.processes > 1:
-            probe.missing["ranks"] = "needs the other processes: pass process_group= on each of them"
+            probe.missing["ranks"] = "needs the other processes (process_group= on each of them)"
         measured = Data(_told(forward or default_forward), loss)
         if data is not None:
             probe.measure(measured, Batches(data, max_samples))
@@ -94,17 +94,15 @@ def diagnose(
 def _apply(probe: Probe) -> tuple[list[Finding], list[NotChecked]]:
     from batchnorm.doctor.rules import RULES  # two dozen modules that `import batchnorm` does without
 
-    findings: list[Finding] = []
     not_checked: list[NotChecked] = []
-    for rule in RULES:
-        reason = next((probe.missing[need] for need in rule.needs if need in probe.missing), None)
+    for rule in sorted(RULES, key=lambda rule: rule.last):
+        reason = next((reason for need in rule.needs if (reason := probe.lacks(need)) is not None), None)
         if reason is not None:
             not_checked.append(NotChecked(rule.code, rule.title, reason))
         else:
-            findings += rule().check(probe)
-    not_checked += left_out(probe)
-    findings.sort(key=lambda finding: (-finding.severity, finding.code))
-    return findings, not_checked
+            probe.found += rule().check(probe)
+    not_checked.sort(key=lambda rule: rule.code)
+    return sorted(probe.found, key=lambda finding: (-finding.severity, finding.code)), not_checked + left_out(probe)
 
 
 def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int, progress: bool) -> None:

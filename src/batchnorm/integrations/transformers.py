@@ -23,8 +23,12 @@ __all__ = ["BatchNormWatch"]
 class BatchNormWatch(TrainerCallback):
     """Watches every layer of batch normalization during `train`, logs through `Trainer.log`, and warns.
 
-    Add it to a Trainer that exists: `trainer.add_callback(BatchNormWatch(trainer))`. The last look is logged where the
-    Trainer logs, every `logging_steps`.
+    Within `with BatchNormWatch(trainer) as seen: trainer.train()` it is one of the Trainer's callbacks, and leaves
+    nothing behind, also after an exception, of which the Trainer tells its callbacks nothing. The last look is logged
+    where the Trainer logs, every `logging_steps`.
+
+    Added by hand, `trainer.add_callback(BatchNormWatch(trainer))`, it stays for every `train`, and after an exception
+    goes on watching until `watch.close()` or the next `train`.
 
     Args:
         trainer: The one whose `log` is used.
@@ -32,8 +36,7 @@ class BatchNormWatch(TrainerCallback):
         **options: Those of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
-        watch: What was seen in the last `train`; None before. The Trainer tells its callbacks nothing of an exception:
-            after one, `watch.close()` stops watching, as does the next `train`.
+        watch: What was seen in the last `train`; None before.
 
     Raises:
         ValueError: in `train`, the model has no batch normalization.
@@ -46,10 +49,17 @@ class BatchNormWatch(TrainerCallback):
         self.watch: Watch | None = None
         self._looks = 0
 
+    def __enter__(self) -> BatchNormWatch:
+        self.trainer.add_callback(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.trainer.remove_callback(self)
+        self._close()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start watching."""
-        if self.watch is not None:
-            self.watch.close()
+        self._close()
         self.watch, self._looks = watch(kwargs["model"], **self.options), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,5 +71,8 @@ class BatchNormWatch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop watching."""
+        self._close()
+
+    def _close(self) -> None:
         if self.watch is not None:
             self.watch.close()

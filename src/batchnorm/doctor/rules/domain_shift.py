@@ -21,7 +21,7 @@ class DomainShift(Rule):
     )
     repair = (
         "# first compare how training and evaluation prepare the data; if they are meant to differ:\n"
-        "model, report = batchnorm.recalibrate(model, unlabelled_data_of_the_new_domain, prior=10_000)"
+        "model, report = batchnorm.recalibrate(model, data)  # of the new kind; of few samples, with prior=16"
     )
     needs = ("data", "output")
 

@@ -22,10 +22,13 @@ class DropoutBefore(Rule):
         "evaluation the layer divides by too much, and so does every layer after it."
     )
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # or dropout behind the last of these layers"
-    needs = ("data", "step")
+    needs = ("step or trace",)
 
     def check(self, probe: Probe) -> Iterator[Finding]:
         """By the deviation of the layers' inputs; severe by what the running statistics cost, if that is why."""
+        if probe.step is None:
+            yield from self._unmeasured(probe)
+            return
         found = probe.random_scale
         if not found:
             return
@@ -46,3 +49,16 @@ class DropoutBefore(Rule):
             cost=cost,
             scale={layer.path: found[layer] for layer in worst},
         )
+
+    def _unmeasured(self, probe: Probe) -> Iterator[Finding]:
+        found = {layer: probe.dropped[layer.module] for layer in probe.measured if layer.module in probe.dropped}
+        if probe.trains and found:
+            paths = [layer.path for layer in found]
+            yield self.finding(
+                Severity.NOTE,
+                paths,
+                f"dropout of up to {max(found.values()):.0%} stands before {counted(len(found), 'layer')}: "
+                f"{listed(paths)}",
+                evidence=["what it does to the variance shows with data and a training step"],
+                dropout={layer.path: share for layer, share in found.items()},
+            )

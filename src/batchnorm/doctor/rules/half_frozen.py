@@ -8,6 +8,7 @@ from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.layers import Layer, counted, listed
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.nn.frozen import FrozenLayer
 
 
 class HalfFrozen(Rule):
@@ -49,6 +50,17 @@ class HalfFrozen(Rule):
                 repair="model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training",
             )
 
+        bare = [layer for layer in probe.layers if not (layer.affine or layer.by_batch or _is_frozen(layer))]
+        if bare and any(layer.by_batch for layer in probe.layers):
+            yield self.finding(
+                Severity.NOTE,
+                [layer.path for layer in bare],
+                f"{counted(len(bare), 'layer')} without γ and β stay in evaluation where others train: "
+                f"{listed(layer.path for layer in bare)}",
+                evidence=["nothing else tells whether that is meant so; their statistics go stale as the weights move"],
+                repair="model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training",
+            )
+
     def _drifting(self, probe: Probe, layers: list[Layer]) -> Finding:
         paths = [layer.path for layer in layers]
         evidence, figures = [], {}
@@ -78,3 +90,7 @@ class HalfFrozen(Rule):
             repair=self.repair.format(paths=first),
             shift=figures,
         )
+
+
+def _is_frozen(layer: Layer) -> bool:
+    return isinstance(layer.module, FrozenLayer)

@@ -24,7 +24,11 @@ class HalfOverflow(Rule):
         "float16 ends at 65504. Batch normalization takes any scale away again, so that weights before it grow "
         "unnoticed until a value is infinite; then mean and variance are NaN, and the running statistics stay so."
     )
-    repair = 'with torch.autocast("cuda", dtype=torch.bfloat16):  # which ends where float32 does\n    ...'
+    repair = (
+        "model = model.float()\n"
+        "with torch.autocast(x.device.type, dtype=torch.bfloat16):  # which ends where float32 does\n"
+        "    y = model(x)"
+    )
     needs = ("data",)
 
     def check(self, probe: Probe) -> Iterator[Finding]:

@@ -21,11 +21,11 @@ class Leakage(Rule):
         "in evaluation it is not there."
     )
     repair = (
-        "loader = DataLoader(dataset, batch_size=64, shuffle=True)\n"
+        "loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)\n"
         "# where batches have to be so, no statistics of the batch; then train again\n"
         "model, report = batchnorm.convert(model, torch.nn.GroupNorm, num_groups=8)"
     )
-    needs = ("data", "output")
+    needs = ("data", "output", "pass")
 
     def check(self, probe: Probe) -> Iterator[Finding]:
         """Only where evaluation is worse than training, and stale statistics are not why."""
@@ -33,7 +33,9 @@ class Leakage(Rule):
         gap = probe.gap
         if not paths or gap is None or gap.severity == Severity.NOTE:
             return
-        if dependent(probe) is None and (probe.off_by is None or probe.off_by.severity > Severity.NOTE):
+        # Independent samples change by the noise of other batches too; only a loss tells that from knowledge.
+        stale = probe.off_by is None or probe.off_by.severity > Severity.NOTE
+        if dependent(probe) is None and (stale or gap.loss is None):
             return
         effect = probe.neighbours
         if effect is None or effect.severity == Severity.NOTE:

@@ -51,7 +51,8 @@ class MovedTwice(Rule):
                     f"a step calls the model {step.model_calls} times, and "
                     f"{counted(len(layers), 'layer moves', 'layers move')} each time",
                     evidence=[self._momentum(layers[0], step.model_calls)],
-                    repair="with batchnorm.update_running_stats(model, False):  # for the passes that shall not count\n"
+                    repair="model, report = batchnorm.accelerate(model)  # to layers that can be told not to count\n"
+                    "with batchnorm.update_running_stats(model, False):  # around the passes that shall not count\n"
                     "    ...",
                     calls=step.model_calls,
                 )

@@ -47,6 +47,7 @@ class NeverUpdated(Rule):
                 paths,
                 f"{counted(len(paths), 'layer is', 'layers are')} as new: mean 0, variance 1, γ 1, β 0: "
                 f"{listed(paths)}",
+                repair="# load the trained weights with their buffers, or train the model",
             )
         uncounted = [layer for layer in probe.measured if layer.updates == 0 and not layer.is_new()]
         if uncounted:

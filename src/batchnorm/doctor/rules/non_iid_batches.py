@@ -33,7 +33,7 @@ class NonIidBatches(Rule):
         "them."
     )
     repair = (
-        "loader = DataLoader(dataset, batch_size=64, shuffle=True)\n"
+        "loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)\n"
         "# where batches have to be so: exact statistics for evaluation, or none of the batch: batchnorm.convert\n"
         "model, report = batchnorm.recalibrate(model, training_data)"
     )

@@ -23,7 +23,7 @@ class NotSynchronized(Rule):
         "DistributedDataParallel averages gradients, and nothing else: each process normalizes by its own part of the "
         "batch, so that more processes at the same total make every batch smaller."
     )
-    repair = 'model, report = batchnorm.convert(model, "sync")'
+    repair = "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)"
     needs = ("data",)
 
     def check(self, probe: Probe) -> Iterator[Finding]:

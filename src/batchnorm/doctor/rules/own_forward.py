@@ -22,10 +22,7 @@ class OwnForward(Rule):
         "Tools that replace or fold layers by isinstance take it for plain batch normalization and lose what its "
         "forward does besides, such as an activation: torch's fuse_conv_bn_eval and convert_sync_batchnorm do."
     )
-    repair = (
-        "from batchnorm.surgery.fold import fold\n\n"
-        "folded, report = fold(model, example_inputs)  # follows calls, not classes"
-    )
+    repair = "folded, report = batchnorm.fold(model, example_inputs)  # follows calls, not classes"
 
     def check(self, probe: Probe) -> Iterator[Finding]:
         """Of subclasses of torch's layers from elsewhere."""

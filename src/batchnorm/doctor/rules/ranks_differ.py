@@ -26,7 +26,7 @@ class RanksDiffer(Rule):
         "for tensor in (*model.parameters(), *model.buffers()):  # on every process, before it goes on\n"
         "    torch.distributed.broadcast(tensor.data, src=0)\n"
         "# and from then on, DistributedDataParallel with broadcast_buffers=True, or\n"
-        'model, report = batchnorm.convert(model, "sync")'
+        "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)"
     )
     needs = ("ranks",)
 

@@ -20,8 +20,11 @@ class Rule(ABC):
     title: ClassVar[str]
     why: ClassVar[str]
     repair: ClassVar[str]
-    # Of what a probe may lack ("data", "output", "step", "trace", "optimizer"), what the rule cannot do without.
+    # Of what a probe may lack ("data", "output", "step", "trace", "pass", "optimizer", "ranks"), what the rule cannot
+    # do without; where several will do, with "or" between.
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it is applied after the others, and sees what they found.
+    last: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, probe: Probe) -> Iterable[Finding]:

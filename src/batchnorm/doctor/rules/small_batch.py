@@ -28,7 +28,7 @@ class SmallBatch(Rule):
     )
     repair = (
         "# larger batches, or statistics over several processes or steps\n"
-        'model, report = batchnorm.convert(model, "sync")  # or "renorm"'
+        "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)  # or batchnorm.BatchRenorm"
     )
     needs = ("data",)
 
@@ -44,7 +44,7 @@ class SmallBatch(Rule):
                 f"one value per channel in {most} of {counted(number, 'batch')} at "
                 f"{listed(layer.path for layer in single)}: "
                 "training raises an error there, or gives β",
-                repair="loader = DataLoader(dataset, batch_size=64, drop_last=True)",
+                repair="loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)",
                 batches=most,
             )
             if most == number:

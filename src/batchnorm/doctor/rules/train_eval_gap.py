@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.doctor.effect import OUTPUT_MATTERS, Effect
-from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.probe import Probe
 from batchnorm.doctor.rules.cause import suspects
 from batchnorm.doctor.rules.rule import Rule
+
+# What makes training and evaluation differ.
+_CAUSES = ("BN102", "BN103", "BN104", "BN105", "BN109", "BN111", "BN112", "BN201", "BN202", "BN204")
 
 
 class TrainEvaluationGap(Rule):
@@ -20,8 +23,9 @@ class TrainEvaluationGap(Rule):
         "Training normalizes by the batch, evaluation by the running statistics. Where the two differ on the same "
         "data, the network that is evaluated is not the one that was trained."
     )
-    repair = "# see the findings on its causes: BN102, BN103, BN109"
+    repair = "model, report = batchnorm.recalibrate(model, training_data)"
     needs = ("data", "output")
+    last = True
 
     def check(self, probe: Probe) -> Iterator[Finding]:
         """By the gap in loss; without a loss by that of the output which the running statistics account for."""
@@ -48,8 +52,15 @@ class TrainEvaluationGap(Rule):
         paths = [path for _, path in ranked]
         yield self.finding(
             gap.severity, paths, f"evaluation against training: {gap}", evidence=evidence, confidence=gap.confidence,
-            cost=gap.cost, loss=gap.loss, output=gap.output, samples=gap.samples, batches=gap.batches,
+            cost=gap.cost, repair=self._repair(probe), loss=gap.loss, output=gap.output, samples=gap.samples,
+            batches=gap.batches,
         )  # fmt: skip
+
+    def _repair(self, probe: Probe) -> str | None:
+        """Where its causes were found, theirs."""
+        told = [f for f in probe.found if f.severity > Severity.NOTE or f.code in ("BN102", "BN103")]
+        causes = sorted({finding.code for finding in told if finding.code in _CAUSES})
+        return f"# see what was found on its causes: {', '.join(causes)}" if causes else None
 
 
 def _in_loss(whole: Effect) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+
+import torch
 
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.layers import counted, listed
@@ -39,5 +42,16 @@ class WeightDecay(Rule):
                 found,
                 f"weight_decay={', '.join(f'{rate:g}' for rate in rates)} on {counted(len(found), 'layer')}: "
                 f"{listed(found)}",
+                repair=_repair(probe.optimizer, rates[-1]),
                 weight_decay=found,
             )
+
+
+def _repair(optimizer: torch.optim.Optimizer, rate: float) -> str:
+    """The same optimizer, with what was chosen in it."""
+    kind = type(optimizer)
+    name = f"torch.optim.{kind.__name__}" if hasattr(torch.optim, kind.__name__) else kind.__name__
+    usual = inspect.signature(kind).parameters
+    chosen = {key: value for key, value in optimizer.defaults.items() if key in usual and key != "weight_decay"}
+    options = "".join(f", {key}={value!r}" for key, value in chosen.items() if value != usual[key].default)
+    return f"optimizer = {name}(batchnorm.parameter_groups(model, weight_decay={rate:g}){options})"

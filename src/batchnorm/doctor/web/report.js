@@ -56,7 +56,7 @@
     const lines = [{ name: "median layer", value: mid, dash: "6 3", width: 1.5 }];
     if (layer.noise !== null) lines.push({ name: layer.path, value: layer.noise, dash: "none", width: 2.5 });
     const aim = 0.1;
-    const bottom = Math.min(0.01, at(Math.max(low, 1e-4), sizes[sizes.length - 1]));
+    const bottom = Math.max(1e-3, Math.min(0.01, at(low, sizes[sizes.length - 1]))); // less is nothing; of dead layers it is 0
     const domain = [bottom, Math.max(0.5, at(high, 2))];
     const points = lines.flatMap((line) => sizes.map((size) => ({ ...line, size, y: at(line.value, size) })));
     const names = lines.map((line, index) => ({ ...line, size: sizes[0], y: at(line.value, sizes[0]), index }));
@@ -66,7 +66,7 @@
       y: { label: "noise (σ)", type: "log", domain, ticks: page.logTicks(domain) },
       marks: [
         Plot.gridY(page.logTicks(domain), { stroke: "var(--rule)", strokeOpacity: 1 }),
-        Plot.areaY(sizes, { x: (size) => size, y1: (size) => at(low, size), y2: (size) => at(high, size), fill: "var(--series-1)", fillOpacity: 0.18, clip: true }),
+        Plot.areaY(sizes, { x: (size) => size, y1: (size) => Math.max(bottom, at(low, size)), y2: (size) => Math.max(bottom, at(high, size)), fill: "var(--series-1)", fillOpacity: 0.18, clip: true }),
         Plot.ruleX([batchSize], { stroke: "var(--soft)", strokeDasharray: "2 4" }),
         Plot.ruleY([aim], { stroke: "var(--soft)", strokeDasharray: "2 4" }),
         ...lines.map((line) => Plot.lineY(sizes, {
