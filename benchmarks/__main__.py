@@ -15,7 +15,20 @@ import click
 import torch
 
 import batchnorm
-from benchmarks import exactness, family, fold, gpu, layers, memory, page_faults, peers, records, report, steps
+from benchmarks import (
+    accelerate,
+    exactness,
+    family,
+    fold,
+    gpu,
+    layers,
+    memory,
+    page_faults,
+    peers,
+    records,
+    report,
+    steps,
+)
 from benchmarks.options import Options
 
 HERE = Path(__file__).parent
@@ -51,6 +64,7 @@ SECTIONS = {
     "page-faults": Section(page_faults.KEY, page_faults.measure_page_faults, page_faults.settings()),
     "family": Section(family.KEY, family.measure_family, {"kept": records.ALLOCATORS["kept"]}),
     "steps": Section(steps.KEY, steps.measure_steps, _BOTH),
+    "accelerate": Section(accelerate.KEY, accelerate.measure_accelerate, {"kept": records.ALLOCATORS["kept"]}),
     "fold": Section(fold.KEY, fold.measure_fold, _DEFAULT),
     "fold-photographs": Section(fold.PHOTOGRAPHS_KEY, fold.measure_photographs, _DEFAULT),
     "fold-speed": Section(fold.SPEED_KEY, fold.measure_speed, {"kept": records.ALLOCATORS["kept"]}),

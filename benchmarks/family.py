@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm import ops
 from benchmarks.cases import shape_text
 from benchmarks.options import Options
 from benchmarks.records import Row, Table
@@ -25,6 +26,7 @@ SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14))
 QUICK_SHAPES = ((8, 16, 14, 14),)
 PLAIN = "BatchNorm"
 SYNC, COLLECTIVES = "SyncBatchNorm", "its collectives alone"
+APART = "its passes alone, without collectives"
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -94,7 +96,7 @@ def _two_processes(shape: tuple[int, ...], rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_one_of_two, (folder, half, rounds), nprocs=2)
         found = np.load(Path(folder, "times.npz"))
-        return [_row(2, half, name, found[name], found[PLAIN]) for name in (PLAIN, SYNC, COLLECTIVES)]
+        return [_row(2, half, name, found[name], found[PLAIN]) for name in (PLAIN, SYNC, APART, COLLECTIVES)]
 
 
 def _one_of_two(rank: int, folder: str, shape: tuple[int, ...], rounds: int) -> None:
@@ -104,13 +106,20 @@ def _one_of_two(rank: int, folder: str, shape: tuple[int, ...], rounds: int) -> 
     packet = torch.zeros(4 * shape[1], dtype=torch.float64)  # about what forward and backward send
     packets = [torch.empty_like(packet) for _ in range(2)]
 
+    sync = batchnorm.nn.SyncBatchNorm(shape[1])
+
+    def apart(x: Tensor) -> Tensor:
+        statistics = ops.batch_moments(x)
+        return ops.batch_statistics_norm_by_parts(x, statistics, sync.weight, sync.bias, None, sync.eps)
+
     def collectives() -> None:
         dist.all_gather(packets, packet)
         dist.all_reduce(packet)
 
     calls: dict[str, Callable[[], Any]] = {
         PLAIN: _step(batchnorm.nn.BatchNorm2d(shape[1]), x, dy),
-        SYNC: _step(batchnorm.nn.SyncBatchNorm(shape[1]), x, dy),
+        SYNC: _step(sync, x, dy),
+        APART: _step(apart, x, dy),
         COLLECTIVES: collectives,
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}

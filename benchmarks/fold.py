@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold, verify
-from benchmarks import networks, zoo
+from benchmarks import zoo
 from benchmarks.options import Options
 from benchmarks.peers import installed
 from benchmarks.records import Row, Table
@@ -200,23 +200,12 @@ def _contenders(model: nn.Module, x: Tensor, *, slow: bool) -> dict[str, Call]:
     return calls
 
 
-def _timed() -> dict[str, Callable[[], nn.Module]]:
-    if installed("torchvision"):
-        return {
-            name: lambda name=name: zoo.torchvision_model(name)  # type: ignore[misc]
-            for name in ("resnet18", "resnet50", "mobilenet_v2")
-        }
-    return {
-        "ResNet18": lambda: networks.ResNet18(networks.torch_norm),
-        "DepthwiseNet": lambda: networks.DepthwiseNet(networks.torch_norm),
-    }
-
-
 def measure_speed(options: Options, table: Table) -> None:
     """Write one row for each network and contender: the time of one forward pass."""
     done = {name for name, _ in table.measured()}
     batch, size = (1, 64) if options.quick else (BATCH, SIZE)
-    for name, build in list(_timed().items())[: 1 if options.quick else None]:
+    timed = zoo.timed("resnet18", "resnet50", "mobilenet_v2")
+    for name, build in list(timed.items())[: 1 if options.quick else None]:
         if name in done or options.only not in name:
             continue
         torch.manual_seed(0)

@@ -9,15 +9,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks import pictures, records, steps, targets
+from benchmarks import accelerate, pictures, records, steps, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 from benchmarks.records import Row, select
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
-    "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "fold", "fold-photographs",
-    "fold-speed",
+    "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "accelerate", "fold",
+    "fold-photographs", "fold-speed",
 )  # fmt: skip
 
 Cells = Sequence[str]
@@ -158,6 +158,21 @@ def steps_markdown(rows: list[Row]) -> str:
     return markdown((*head, "time above no BN, of torch's", "alternations"), body, 4)
 
 
+def accelerate_markdown(rows: list[Row]) -> str:
+    """Return medians of each network's step before and after, and how many times as fast it is."""
+    body = []
+    for where in dict.fromkeys((r["network"], r["layout"]) for r in rows):
+        own = [r for r in rows if (r["network"], r["layout"]) == where]
+        times, low, high = accelerate.times_as_fast(own)
+        medians = [f"{np.median([float(r[f'{n}_ms']) for r in own]):.4g}" for n in accelerate.CONTENDERS]
+        r = own[0]
+        name = f"{r['network']}, {r['batch']}×3×{r['size']}×{r['size']}"
+        counts = f"{r['changed']}, {r['fused']}"
+        body.append([name, counts, where[1], *medians, f"{times:.2f}× ({low:.2f} to {high:.2f})", str(len(own))])
+    head = ("network", "layers, fused", "layout", *[f"{name}, ms" for name in accelerate.CONTENDERS])
+    return markdown((*head, "times as fast", "alternations"), body, 3)
+
+
 def page_faults_markdown(rows: list[Row]) -> str:
     """Return time and page faults of each call under each setting."""
     whats = list(dict.fromkeys(r["what"] for r in rows))
@@ -211,11 +226,11 @@ def fold_markdown(rows: list[Row]) -> str:
 
 def fold_photographs_markdown(rows: list[Row]) -> str:
     """Return how many photographs have the same five likeliest classes."""
-    head = ("network", "batch normalizations", "left", "smallest running variance", "error", "unfolded", "same top 5")
+    head = ("network", "BN", "left", "least variance", "error", "unfolded", "same top 5")
     body = [
         [
-            *(r[name] for name in ("network", "batch_norms", "remaining", "smallest_running_var")),
-            *(f"{float(r[name]):.1e}" for name in ("error", "error_unfolded")),
+            *(r[name] for name in ("network", "batch_norms", "remaining")),
+            *(f"{float(r[name]):.1e}" for name in ("smallest_running_var", "error", "error_unfolded")),
             f"{r['same_top5']} of {r['photographs']}",
         ]
         for r in rows
@@ -253,6 +268,7 @@ def write(out: Path, pictures_to: Path) -> None:
         "exactness": exactness_markdown,
         "memory": memory_markdown,
         "steps": steps_markdown,
+        "accelerate": accelerate_markdown,
         "page-faults": page_faults_markdown,
         "threads": threads_markdown,
         "fold": fold_markdown,

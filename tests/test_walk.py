@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.walk import Found, is_batch_norm, norm_layers, replace, restored
+from batchnorm.walk import Found, copied, is_batch_norm, norm_layers, replace, restored
 
 
 class Twice(nn.Module):
@@ -171,3 +171,17 @@ def test_a_lazy_layer_that_was_initialized_within_stays_initialized() -> None:
     assert type(model[0]) is bn.BatchNorm1d
     assert not model[0].training
     assert model(torch.randn(4, 3)).shape == (4, 3)
+
+
+def test_a_copy_has_what_is_kept_from_a_forward_pass_and_shares_what_is_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), bn.LazyBatchNorm1d())
+    model.kept = model[0](torch.randn(2, 3))  # which copy.deepcopy refuses
+    other = copied("mine", model, share=[model[0].weight])
+    assert other[0].weight is model[0].weight
+    assert other[0].bias is not model[0].bias
+    assert torch.equal(other.kept, model.kept) and not other.kept.requires_grad and model.kept.requires_grad
+    model.kept = (i for i in range(3))
+    with pytest.raises(
+        ValueError, match="mine expects a model that can be copied, got Sequential with TypeError: .*It is"
+    ):
+        copied("mine", model, instead="It is not.")

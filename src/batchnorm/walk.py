@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
@@ -102,6 +103,46 @@ def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) ->
             "Take one from model.named_modules()."
         )
     return model
+
+
+def copied(
+    caller: str,
+    model: nn.Module,
+    *,
+    share: Iterable[Tensor] = (),
+    instead: str = "Pass inplace=True to change it itself.",
+) -> nn.Module:
+    """Return a copy of the model.
+
+    Lazy buffers, and tensors that a module keeps with their graph (a weight that the old `weight_norm` computed, a
+    result), are copied too, which `copy.deepcopy` alone refuses; the latter without their graph.
+
+    Args:
+        caller: Whose error it is, where the model cannot be copied.
+        model: Any module.
+        share: Tensors that the copy has in common with the model.
+        instead: What a user can do then.
+
+    Raises:
+        ValueError: the model cannot be copied.
+    """
+    known: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    for buffer in model.buffers():
+        if is_lazy(buffer):
+            known[id(buffer)] = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
+    known |= {id(tensor): tensor for tensor in share}
+    try:
+        return copy.deepcopy(model, known)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(
+            f"{caller} expects a model that can be copied, got {type(model).__name__} with {reason}. {instead}"
+        ) from error
 
 
 @contextmanager

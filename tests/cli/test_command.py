@@ -4,8 +4,10 @@ import builtins
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from batchnorm import cli
+from batchnorm.cli.app import app
 from batchnorm.cli.command import repeat_options
 
 
@@ -77,3 +79,16 @@ def test_a_missing_command_line_package_is_told_in_one_line(capsys, monkeypatch)
         "batchnorm: the command line needs the package click, which cannot be imported. Install it with: "
         "pip install 'batchnorm[compare]'\n"
     )
+
+
+@pytest.mark.parametrize("verb", ["accelerate", "compare", "doctor", "fold", "inspect", "recalibrate", "standardize"])
+def test_examples_in_the_help_keep_their_lines(verb: str) -> None:
+    text = CliRunner().invoke(app, [verb, "--help"], prog_name="batchnorm").output
+    examples = [line for line in text.splitlines() if line.startswith(f"    batchnorm {verb}")]
+    assert examples
+    assert "\\b" not in text
+
+
+def test_the_list_of_verbs_says_what_each_does() -> None:
+    text = CliRunner().invoke(app, ["--help"], prog_name="batchnorm").output
+    assert "..." not in text.partition("Commands:")[2]

@@ -147,26 +147,6 @@ def test_a_file_that_is_no_program_is_told(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_full_disk_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch, existing: bool) -> None:
-    if existing:
-        (folder / "f.pth").write_text("earlier")
-
-    def full(value: object, path: Path) -> None:
-        Path(path).write_text("half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    words = ["--overwrite"] if existing else []
-    assert_one_line(
-        invoke("net_for_fold:build", "--input", "1,3,8,8", "-o", "f.pth", *words),
-        "f.pth could not be written: OSError: [Errno 28] No space left on device",
-    )
-    assert [path.name for path in folder.iterdir() if path.name.startswith((".fold", "f."))] == ["f.pth"] * existing
-    if existing:
-        assert (folder / "f.pth").read_text() == "earlier"
-
-
 def test_an_earlier_file_is_replaced_when_told(folder: Path) -> None:
     (folder / "f.pth").write_text("earlier")
     assert invoke("net_for_fold:build", "--input", "1,3,8,8", "-o", "f.pth", "--overwrite").exit_code == 0

@@ -478,6 +478,7 @@ def test_a_class_without_place_for_the_weight_is_refused() -> None:
         (3, {}, TypeError, r"convert expects `to` to be a class of normalization, .* got 3"),
         (nn.Linear, {}, TypeError, r"got <class 'torch.nn.modules.linear.Linear'>. For a class of your own pass"),
         ("BatchNrom", {}, TypeError, r"to name a class of batchnorm.nn or torch.nn, got 'BatchNrom'"),
+        ("sync", {}, TypeError, r"to name a class of batchnorm.nn or torch.nn, got 'sync'"),
         (ghost.GhostBatchNorm, {"ghost_sise": 3}, TypeError, r"GhostBatchNorm2d expects options among eps, .*'ghost_s"),
         (domain.DomainBatchNorm, {}, TypeError, r"DomainBatchNorm2d expects num_domains, got none. Pass num_domains="),
         (ghost.GhostBatchNorm, {"ghost_size": 0}, ValueError,
@@ -516,7 +517,7 @@ def test_a_scripted_model_and_one_that_cannot_be_copied_are_refused() -> None:
     with pytest.raises(ValueError, match=r"convert expects a model in Python, got RecursiveScriptModule"):
         convert(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), to=batch.BatchNorm)
     model = nn.Sequential(trained())
-    model.result = model[0].weight * 2
+    model.result = (i for i in range(3))
     with pytest.raises(ValueError, match=r"a model that can be copied, got Sequential with .* Pass inplace=True"):
         convert(model, to=batch.BatchNorm)
     assert type(convert(model, to=batch.BatchNorm, inplace=True).model[0]) is batch.BatchNorm2d

@@ -44,13 +44,11 @@ def test_arrays_and_half_precision_are_taken() -> None:
     assert_close(s.scale, torch.tensor([0.5, 1 / np.sqrt(5.0)], dtype=torch.float64))
 
 
-def test_then_split_and_repeated() -> None:
+def test_then_and_split() -> None:
     first, second, x = scale_shift(4), scale_shift(4), wide(2, 4)
     assert_close(applied(first.then(second), x), applied(second, applied(first, x)))
     left, right = first.split([1, 3])
     assert_close(torch.cat([applied(left, x[:, :1]), applied(right, x[:, 1:])], 1), applied(first, x))
-    image = wide(2, 4, 3, 2)
-    assert_close(applied(first.repeated(6), image.flatten(1)), applied(first, image).flatten(1))
 
 
 CONVOLUTIONS = [
@@ -84,17 +82,6 @@ def test_into_the_layer_after_with_its_border(function, shape, groups: int, dims
     assert_close(function(x, folded, groups=groups, **options) + border, expected)
     if not padding and not transposed:
         assert_close(function(x, folded, arithmetic.interior(kernel), groups=groups, **options), expected)
-
-
-def test_padding_with_minus_t_over_s_is_the_same_border() -> None:
-    weight, s, x = wide(6, 4, 3), scale_shift(4), wide(2, 4, 7)
-    folded, kernel = arithmetic.into_consumer(weight, s)
-    values = arithmetic.padding_values(s).reshape(1, -1, 1).expand(2, 4, 2)
-    padded = torch.cat([values, x, values], 2)
-    assert_close(F.conv1d(padded, folded, arithmetic.interior(kernel)), F.conv1d(applied(s, x), weight, padding=2))
-    none = arithmetic.padding_values(ScaleShift(torch.zeros(2).double(), torch.tensor([0.0, 1.0]).double()))
-    assert none[0] == 0
-    assert none[1].isinf()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

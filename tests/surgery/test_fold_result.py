@@ -111,7 +111,7 @@ def test_hooks_are_not_carried_over_nor_called() -> None:
     folded, report = fold(model, torch.randn(IMAGE))
     folded(torch.randn(IMAGE))
     assert calls == []
-    assert report.notes == ("1 hooks are not carried over",)
+    assert report.notes == ("1 hook is not carried over",)
     model(torch.randn(IMAGE))
     assert len(calls) == 1
 

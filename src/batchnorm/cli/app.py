@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import click
 
+from batchnorm.cli.accelerate import accelerate
 from batchnorm.cli.command import OneLineGroup
 from batchnorm.cli.compare import compare
 from batchnorm.cli.doctor import doctor
 from batchnorm.cli.fold import fold
 from batchnorm.cli.inspect import inspect
+from batchnorm.cli.recalibrate import recalibrate
+from batchnorm.cli.standardize import standardize
 
 
 @click.group(
@@ -25,7 +28,5 @@ def app(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-app.add_command(compare)
-app.add_command(fold)
-app.add_command(doctor)
-app.add_command(inspect)
+for verb in (compare, doctor, inspect, fold, accelerate, recalibrate, standardize):
+    app.add_command(verb)

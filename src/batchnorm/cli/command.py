@@ -44,7 +44,16 @@ class SeveralValues(click.Option):
 
 
 class OneLineCommand(click.Command):
-    """A verb without positional arguments; its `SeveralValues` options take several words each."""
+    """A verb; its `SeveralValues` options take several words each."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # click's mark of lines that stay as they are, which a raw docstring writes in two characters.
+        self.help = (self.help or "").replace(r"\b", "\b")
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Returns the first sentence, whole."""
+        return super().get_short_help_str(limit=1000)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Reads the words after the verb."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm.cli.command import OneLineCommand, OneLineError
-from batchnorm.cli.loading import Mistake, imported, mistakes_of, network, weights_option
+from batchnorm.cli.loading import Mistake, batch_size_option, batches, imported, mistakes_of, network, weights_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,7 @@ _PIPED = 120  # columns, where there is no terminal
     metavar="cross-entropy|mse|MODULE.PATH:CALLABLE",
     help="Called with output and target. Without it costs are changes of the output.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="For FILE.npz.")
+@batch_size_option
 @click.option(
     "--max-samples", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="Data to read."
 )
@@ -97,12 +97,12 @@ def doctor(
     mistake = mistakes_of(ctx)
     _check_files(output, html, mistake)
     built = network(model, weights, mistake)
-    batches = None if data is None else _batches(data, batch_size, mistake)
+    given = None if data is None else batches(data, batch_size, mistake)
     criterion = None if loss is None else _loss(loss, mistake)
     try:
         found = diagnose(
             built,
-            batches,
+            given,
             loss=criterion,
             max_samples=max_samples,
             budget=budget,
@@ -148,31 +148,6 @@ def console(piped: int = _PIPED) -> Console:
             "rich, which prints it, is not installed. Run pip install 'batchnorm[doctor]', or give --json.",
         ) from error
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=piped)
-
-
-def _batches(data: str, batch_size: int, mistake: Mistake) -> Any:
-    if not data.endswith(".npz"):
-        made = imported(data, "--data", mistake)
-        try:
-            return made() if callable(made) else made
-        except Exception as error:
-            raise mistake(f"{data} must return batches when called without arguments, but it failed", error) from error
-    import numpy as np
-    import torch
-
-    try:
-        with np.load(data, allow_pickle=False) as held:
-            arrays = {name: held[name] for name in held.files}
-    except Exception as error:
-        raise mistake(f"{data} must be a file of numpy.savez, but", error) from error
-    x = arrays.get("x", arrays.get("x_train"))
-    y = arrays.get("y", arrays.get("y_train"))
-    if x is None or (y is not None and len(x) != len(y)):
-        raise mistake(f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}.")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
-    split = [part.split(batch_size) for part in parts]
-    return list(split[0]) if y is None else list(zip(*split, strict=True))
 
 
 def _loss(words: str, mistake: Mistake) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import click
 from batchnorm.cli import loading
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import Mistake, mistakes_of, shape_of, weights_option
+from batchnorm.cli.writing import check_output, overwrite_option, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Where to write the folded network: .pt2 an exported program, .onnx, anything else torch.save of the module.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file, if there is one.")
+@overwrite_option
 @click.pass_context
 def fold(
     ctx: click.Context, /, model: str, weights: Path | None, sizes: tuple[str, ...], output: Path, overwrite: bool
@@ -53,10 +53,7 @@ def fold(
       batchnorm fold model.onnx -o folded.onnx
     """
     mistake = mistakes_of(ctx)
-    if output.exists() and not overwrite:
-        raise mistake(f"{output} must not exist yet. Choose another name, or give --overwrite.")
-    if not output.parent.is_dir():
-        raise mistake(f"{output} must be in a directory that exists, but {output.parent} is none. Make it first.")
+    check_output(output, overwrite, mistake)
     shapes = [shape_of(text, mistake) for text in sizes]
     if model.endswith(".onnx"):
         if weights is not None:
@@ -83,17 +80,15 @@ def _fold_torch(
         network, example = _program(Path(model), mistake)
     else:
         network = loading.network(model, weights, mistake, "the model, if no .pt2 or .onnx file,")
-    inputs = tuple(_random(shape, network) for shape in shapes) or example
+    inputs = tuple(loading.random_input(shape, network) for shape in shapes) or example
     if not inputs:
         raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
     try:
         folded, report = fold_network(network, inputs)
     except (ValueError, TypeError, FoldError) as error:
         raise mistake(str(error)) from error
-    try:
-        _write(output, folded, inputs)
-    except Exception as error:
-        raise mistake(f"{output} could not be written", error) from error
+    with whole_file(output, mistake) as file:
+        file.write(_saved(folded, inputs, program=output.suffix == ".pt2"))
     return report
 
 
@@ -109,14 +104,6 @@ def _fold_onnx(model: Path, shapes: list[tuple[int, ...]], output: Path, mistake
         raise mistake(str(error)) from error
     except OSError as error:
         raise mistake(f"{output} could not be written", error) from error
-
-
-def _random(shape: tuple[int, ...], network: nn.Module) -> Tensor:
-    """Of the network's own type."""
-    import torch
-
-    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-    return torch.randn(shape).to(next(floating, torch.float32))
 
 
 def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -137,17 +124,15 @@ def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...
     return from_program(program), tuple(args)
 
 
-def _write(output: Path, folded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """A whole file or none: written beside its place, then moved there."""
+def _saved(folded: nn.Module, inputs: tuple[Tensor, ...], *, program: bool) -> memoryview:
     import torch
 
-    with tempfile.TemporaryDirectory(prefix=".fold-", dir=output.parent) as folder:
-        part = Path(folder) / output.name
-        if output.suffix == ".pt2":
-            torch.export.save(_exported(folded, inputs), part)
-        else:
-            torch.save(folded, part)
-        os.replace(part, output)
+    held = io.BytesIO()
+    if program:
+        torch.export.save(_exported(folded, inputs), held)
+    else:
+        torch.save(folded, held)
+    return held.getbuffer()
 
 
 def _exported(folded: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

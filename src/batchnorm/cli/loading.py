@@ -14,7 +14,7 @@ import click
 from batchnorm.cli.command import OneLineError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Mistake = Callable[..., OneLineError]
 
@@ -23,6 +23,10 @@ weights_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.pth",
     help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
+)
+
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="For FILE.npz."
 )
 
 
@@ -78,6 +82,32 @@ def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the
     return model
 
 
+def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
+    """What `--data` names: batches that a callable returns, or those of a file's arrays, shuffled."""
+    if not data.endswith(".npz"):
+        made = imported(data, "--data", mistake)
+        try:
+            return made() if callable(made) else made
+        except Exception as error:
+            raise mistake(f"{data} must return batches when called without arguments, but it failed", error) from error
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(data, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+    except Exception as error:
+        raise mistake(f"{data} must be a file of numpy.savez, but", error) from error
+    x = arrays.get("x", arrays.get("x_train"))
+    y = arrays.get("y", arrays.get("y_train"))
+    if x is None or (y is not None and len(x) != len(y)):
+        raise mistake(f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}.")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
+    split = [part.split(batch_size) for part in parts]
+    return list(split[0]) if y is None else list(zip(*split, strict=True))
+
+
 def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
     """The sizes that `--input` names."""
     try:
@@ -87,6 +117,14 @@ def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise mistake(f"--input must be positive numbers with commas between, got {text!r}. Write such as 1,3,224,224.")
     return shape
+
+
+def random_input(shape: tuple[int, ...], network: nn.Module) -> Tensor:
+    """Of the network's own type."""
+    import torch
+
+    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return torch.randn(shape).to(next(floating, torch.float32))
 
 
 def _told(error: BaseException) -> str:

@@ -31,7 +31,7 @@ from batchnorm.recalibrate.progress import bar
 from batchnorm.recalibrate.ranks import Ranks
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.report import Change, Result
-from batchnorm.walk import Found, norm_layers, restored
+from batchnorm.walk import Found, copied, norm_layers, restored
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -127,7 +127,7 @@ def recalibrate(
     if not inplace:
         _select(model, only)  # what is wrong with the arguments, before anything is copied
         with torch.inference_mode(False):  # whose tensors could not be trained any more
-            model = copy.deepcopy(model)
+            model = copied(_CALLER, model)
     with ExitStack() as undo:
         if shared == "separate":
             _separate(model, undo)

@@ -120,9 +120,11 @@ class Standardizer(Estimator):
             measured = found if measured is None else measured.merge(found)
         if measured is None or ndim is None:
             raise ValueError("Standardizer expects at least one batch, got data that end at once. Pass more data.")
+        settled = copy.copy(self)
         if not hasattr(self, "_features") and names is not None:
-            self.feature_names_in_ = names
-        self._settle(measured, ndim)
+            settled.feature_names_in_ = names
+        settled._settle(measured, ndim)
+        vars(self).update(vars(settled))
         return self
 
     def _measure(self, x: Array, sample_weight: Any) -> Features:

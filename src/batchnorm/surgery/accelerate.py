@@ -22,7 +22,7 @@ from batchnorm.nn import (
     LazyBatchNorm3d,
 )
 from batchnorm.report import Change, Report, Result
-from batchnorm.surgery.example_calls import Call, arguments, copied, difference, evaluate, for_trial, record, said
+from batchnorm.surgery.example_calls import Call, arguments, difference, evaluate, for_trial, record, said
 from batchnorm.surgery.fused_forward import fused_class, original_class, undo_fusion
 from batchnorm.surgery.fusion import Fused, Fusions, find_fusions
 
@@ -96,29 +96,27 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
     if not inplace:
-        model = copied("accelerate", model)
+        model = walk.copied("accelerate", model)
     layers = walk.norm_layers(model)
     left = [Change(f.path, _name(f.module), _name(f.module), why) for f in layers if (why := _why_left(f.module))]
     swapped = {f.path: _OURS[type(f.module)] for f in layers if type(f.module) in _OURS and not _why_left(f.module)}
     ours = [f.path for f in layers if f.path in swapped or type(f.module) in _FUSABLE]
 
     found, off = _plan(model, swapped, ours, example_inputs)
-    was = {path: _name(model.get_submodule(path)) for path in ours}
-    _apply(model, swapped, found)
-    changed = []
+    changed: list[Change] = []
     for path in ours:
         layer, fused = model.get_submodule(path), found.fused.get(path)
-        now = _name(layer) + (f" + {fused}" if fused else "")
+        now = _name(layer, swapped.get(path)) + (f" + {fused}" if fused else "")
         reason = f"in {fused.holder or 'the model'}" if fused else found.reasons.get(path, "")
-        if path in swapped or fused:
-            changed.append(Change(path, was[path], now, reason))
-        else:
-            left.append(Change(path, was[path], now, reason))
-    return Result(model, AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, off))
+        (changed if path in swapped or fused else left).append(Change(path, _name(layer), now, reason))
+    report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, off)
+    _apply(model, swapped, found)
+    return Result(model, report)
 
 
-def _name(layer: nn.Module) -> str:
-    kind = type(layer)
+def _name(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
+    """The layer in a few characters, of its own class or of one that it is to have."""
+    kind = kind or type(layer)
     torchs = "torch.nn." if kind.__module__.startswith("torch.") else ""
     return f"{torchs}{kind.__name__}({getattr(layer, 'num_features', '')})"
 
@@ -147,11 +145,11 @@ def _plan(
 ) -> tuple[Fusions, float | None]:
     """What can be rewritten, found and tried on a copy that shares nothing but the tensors."""
     try:
-        trial = for_trial(model)
-    except Exception as error:
+        trial = for_trial("accelerate", model)
+    except ValueError as error:
         if example_inputs is not None:
-            copied("accelerate", model)  # raises
-        return Fusions(reasons=dict.fromkeys(ours, f"the model cannot be copied to be traced: {said(error)}")), None
+            raise
+        return Fusions(reasons=dict.fromkeys(ours, f"the model cannot be copied to be traced: {error.__cause__}")), None
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
         norms = {path: trial.get_submodule(path) for path in ours}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 import batchnorm.nn
 from batchnorm import walk
@@ -80,10 +78,8 @@ def convert(
     def choose(found: walk.Found) -> Replacement:
         return _replacement(found, to, options)
 
-    result = replace_layers("convert", model, choose, only=only, inplace=inplace)
-    if to is torch.nn and only is None:
-        undo_fusion(result.model)
-    return result
+    finish = undo_fusion if to is torch.nn and only is None else None
+    return replace_layers("convert", model, choose, only=only, inplace=inplace, finish=finish)
 
 
 def replace_layers(
@@ -94,26 +90,18 @@ def replace_layers(
     only: Only,
     inplace: bool,
     kinds: walk.Kinds = walk.is_batch_norm,
+    finish: Callable[[nn.Module], object] | None = None,
 ) -> Result[Report]:
-    """Replace each chosen layer by what `choose` makes for it: all of them, or by an exception none."""
+    """Replace each chosen layer by what `choose` makes for it: all of them, or by an exception none.
+
+    `finish` is called with the model afterwards, and may change the classes of its modules.
+    """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"{verb} expects a model in Python, got {type(model).__name__}. Convert it before torch.jit.script."
         )
     if not inplace:
-        # What has no shape yet cannot copy itself.
-        lazy = {
-            id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
-            for buffer in model.buffers()
-            if is_lazy(buffer)
-        }
-        try:
-            model = copy.deepcopy(model, lazy)
-        except Exception as error:
-            raise ValueError(
-                f"{verb} expects a model that can be copied, got {type(model).__name__} with {error}. "
-                "Pass inplace=True to change the model itself."
-            ) from error
+        model = walk.copied(verb, model)
     planned: list[tuple[walk.Found, Replacement, Change]] = []
     left: list[Change] = []
     refused: list[Refused] = []
@@ -130,9 +118,13 @@ def replace_layers(
         planned.append((found, made, Change(found.path, was, describe(made.new), "; ".join(reasons))))
     if refused and len(refused) == len(left) and not planned:
         raise ValueError(f"{verb} cannot change any layer; {left[0].path or 'the model'}: {refused[0]}") from refused[0]
-    for found, made, _ in planned:
-        model = made.commit(model, found)
-    return Result(model, Report(verb, tuple(change for *_, change in planned), tuple(left)))
+    report = Report(verb, tuple(change for *_, change in planned), tuple(left))
+    with replacement.undone_on_failure(model, [(found, made) for found, made, _ in planned]):
+        for found, made, _ in planned:
+            model = made.commit(model, found)
+        if finish is not None:
+            finish(model)
+        return Result(model, report)
 
 
 def _selected(verb: str, model: nn.Module, only: Only, kinds: walk.Kinds) -> Iterator[walk.Found]:
@@ -162,7 +154,8 @@ def _check_target(to: object) -> None:
             f"convert expects `to` to be a class of normalization, its name, torch.nn or batchnorm.nn, or a function "
             f"that is given the layer, got {to!r}. For a class of your own pass lambda layer: Mine(layer.num_features)."
         )
-    if isinstance(to, str) and not any(hasattr(n, to + s) for n in (batchnorm.nn, nn) for s in ("", *_RANKS)):
+    named = (getattr(place, f"{to}{rank}", None) for place in (batchnorm.nn, nn) for rank in ("", *_RANKS))
+    if isinstance(to, str) and not any(isinstance(found, type) for found in named):
         raise TypeError(
             f"convert expects `to` to name a class of batchnorm.nn or torch.nn, got {to!r}. For example 'BatchRenorm'."
         )

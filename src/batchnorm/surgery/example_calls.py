@@ -1,43 +1,29 @@
-"""Copies of a model to try things on, and how it and its modules are called on example inputs."""
+"""A copy of a model to try things on, and how it and its modules are called on example inputs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+
+from batchnorm import walk
 
 # Positional and named arguments.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def copied(verb: str, model: nn.Module) -> nn.Module:
-    """A copy of the model.
+def for_trial(verb: str, model: nn.Module) -> nn.Module:
+    """A copy that shares nothing but parameters and buffers.
 
     Raises:
         ValueError: it cannot be copied.
     """
-    lazy = {  # what has no shape yet cannot copy itself
-        id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
-        for buffer in model.buffers()
-        if is_lazy(buffer)
-    }
-    try:
-        return copy.deepcopy(model, lazy)
-    except Exception as error:
-        raise ValueError(
-            f"{verb} expects a model that can be copied, got {type(model).__name__} with {said(error)}. "
-            "Pass inplace=True to change the model itself."
-        ) from error
-
-
-def for_trial(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing but parameters and buffers."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    share = (*model.parameters(), *model.buffers())
+    return walk.copied(verb, model, share=share, instead="Take out what cannot be copied, to try things on a copy.")
 
 
 def said(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.recalibrate.batches import Forward, check_data, default_forward, device_of, moved
 from batchnorm.report import Change, Report, Result
-from batchnorm.surgery.example_calls import copied, difference, said
+from batchnorm.surgery.example_calls import difference, said
 
 After = str | Iterable[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
 
@@ -74,13 +74,17 @@ def insert_batchnorm(
         raise TypeError(f"{_VERB} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
     _own_name(lambda: check_data(data))
     if not inplace:
-        model = copied(_VERB, model)
+        model = walk.copied(_VERB, model)
     chosen = _chosen(model, after)
     with walk.restored(model, buffers=True), torch.no_grad():
         _evaluation(model)
         outputs, first, before = _measure(model, chosen, data, forward)
     layers = [_layer(found, outputs[found.module], eps, momentum) for found in chosen]
 
+    changes = []
+    for found, layer in zip(chosen, layers, strict=True):
+        was = type(found.module).__name__
+        changes.append(Change(found.path, was, f"{was}, {type(layer).__name__}({layer.num_features})"))
     inserted: list[tuple[nn.Module, nn.Sequential]] = []
     root = model
     try:
@@ -94,10 +98,6 @@ def insert_batchnorm(
         for module, both in reversed(inserted):
             root = walk.replace(root, both, module)
         raise
-    changes = []
-    for found, layer in zip(chosen, layers, strict=True):
-        was = type(found.module).__name__
-        changes.append(Change(found.path, was, f"{was}, {type(layer).__name__}({layer.num_features})"))
     return Result(root, Report(_VERB, tuple(changes)))
 
 

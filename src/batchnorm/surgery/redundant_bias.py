@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from batchnorm import walk
 from batchnorm.report import Change, Report, Result
 from batchnorm.surgery import forward_tracing
-from batchnorm.surgery.example_calls import Call, arguments, copied, difference, evaluate, for_trial, record
+from batchnorm.surgery.example_calls import Call, arguments, difference, evaluate, for_trial, record
 from batchnorm.surgery.forward_tracing import Untraceable
 from batchnorm.surgery.fused_forward import is_hooked, undo_fusion
 from batchnorm.surgery.fusion import caller_of
@@ -73,8 +73,8 @@ def drop_redundant_bias(
     """
     _check(model, optimizer, inplace)
     if not inplace:
-        model = copied("drop_redundant_bias", model)
-    trial = for_trial(model)
+        model = walk.copied("drop_redundant_bias", model)
+    trial = for_trial("drop_redundant_bias", model)
     layers = walk.norm_layers(trial)
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
@@ -88,18 +88,25 @@ def drop_redundant_bias(
         Change(pair.producer, f"{type(drop.producer).__name__} with bias", "without bias", f"before {pair.norm}")
         for pair, drop in zip(pairs, dropped, strict=True)
     ]
+    report = Report("drop_redundant_bias", tuple(changes), tuple(left))
+    groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
+    state = {} if optimizer is None else dict(optimizer.state)
     try:
         for drop in dropped:
             drop.do()
         if calls is not None:
             _compare(model, before, arguments(example_inputs))
+        if optimizer is not None:
+            _forget(optimizer, [drop.bias for drop in dropped])
+        return Result(model, report)
     except BaseException:
         for drop in reversed(dropped):
             drop.undo()
+        if optimizer is not None:
+            for group, was in zip(optimizer.param_groups, groups, strict=True):
+                group.update(was)
+            optimizer.state.update(state)
         raise
-    if optimizer is not None:
-        _forget(optimizer, [drop.bias for drop in dropped])
-    return Result(model, Report("drop_redundant_bias", tuple(changes), tuple(left)))
 
 
 class _Drop:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +65,43 @@ class Replacement:
                         parameter.requires_grad_(trains)
             elif getattr(self.new, name, value) != value:
                 setattr(self.new, name, value)
-        for hooks in (h for n, h in vars(self.new).items() if "_hooks" in n and isinstance(h, dict)):
-            for hook in hooks.values():
-                if getattr(hook, "with_module", False):  # it holds the module that it was registered at
-                    hook.module = weakref.ref(self.new)
+        _own_hooks(self.new)
         vars(self.new).pop(_ORIGIN, None)
         if self.origin is not None:
             self.origin.made = self.origin.made or settings_of(self.new)
             setattr(self.new, _ORIGIN, self.origin)
         return walk.replace(model, found, self.new)
+
+    def withdraw(self, found: walk.Found) -> None:
+        """Put the layer back into its places, committed or not."""
+        for parent, key in found.slots:
+            parent._modules[key] = found.module
+        _own_hooks(found.module)
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Replacement]]) -> Iterator[None]:
+    """Withdraw the replacements where an exception ends the block; classes and required gradients are as before too."""
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    classes = [(module, type(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for found, made in planned:
+            made.withdraw(found)
+        for parameter, trains in required:
+            parameter.requires_grad_(trains)
+        for module, kind in classes:
+            module.__class__ = kind
+        raise
+
+
+def _own_hooks(layer: nn.Module) -> None:
+    """Hooks that hold the module that they were registered at hold this one, which took its place."""
+    for hooks in (h for n, h in vars(layer).items() if "_hooks" in n and isinstance(h, dict)):
+        for hook in hooks.values():
+            if getattr(hook, "with_module", False):
+                hook.module = weakref.ref(layer)
 
 
 def class_of(layer: nn.Module) -> type[nn.Module]:

@@ -80,10 +80,6 @@ class ScaleShift:
         parts = zip(self.scale.split(list(sizes), axis), self.shift.split(list(sizes), axis), strict=True)
         return [ScaleShift(*part) for part in parts]
 
-    def repeated(self, times: int) -> ScaleShift:
-        """For the features that flattening makes of channels with `times` positions each."""
-        return ScaleShift(self.scale.repeat_interleave(times), self.shift.repeat_interleave(times))
-
     @property
     def shifts(self) -> bool:
         """Whether any shift is not zero."""
@@ -134,15 +130,6 @@ def into_consumer(
 def interior(kernel: Tensor) -> Tensor:
     """What the shift adds to the bias `[out]` where every output sees the whole of `into_consumer`'s kernel."""
     return kernel.flatten(1).sum(1)
-
-
-def padding_values(scale_shift: ScaleShift) -> Tensor:
-    """`-t/s`: what to pad each input channel with, where the operation after it pads zeros.
-
-    The other exact way to the border, for frameworks that pad by channel; not finite where s = 0 and t ≠ 0.
-    """
-    s, t = scale_shift.scale, scale_shift.shift
-    return torch.where(t == 0, torch.zeros_like(t), -t / s)
 
 
 def as_kernel(scale: Tensor, *, groups: int, dims: int) -> Tensor:

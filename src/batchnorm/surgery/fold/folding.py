@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from batchnorm import walk
 from batchnorm.graph import lowering, tracing
@@ -19,6 +17,7 @@ from batchnorm.graph.inputs import Inputs, evaluate, outputs
 from batchnorm.report import Change, Result
 from batchnorm.surgery.fold import parallel, verify
 from batchnorm.surgery.fold.arithmetic import NotRepresentable
+from batchnorm.surgery.fold.copies import copied, working_copy
 from batchnorm.surgery.fold.counting import count_batch_norms
 from batchnorm.surgery.fold.emit import Emitter
 from batchnorm.surgery.fold.plans import Network, Plan
@@ -89,7 +88,7 @@ def fold(
 def _fold_checked(
     model: nn.Module, inputs: Inputs, share: bool, tolerance: float | None
 ) -> tuple[nn.Module, FoldReport]:
-    working, notes = _working_copy(model, share=share)
+    working, notes = working_copy(model, share=share)
     try:
         counts = count_batch_norms(working, inputs)
     except Exception as error:
@@ -136,11 +135,11 @@ def _folded(working: nn.Module, inputs: Inputs, limit: float, checked: _Checked)
     else:
         if not trace.refused:
             return _fold_graph(trace, limit, working)
-    parts = _fold_modules(_copy(working, share=True), inputs, limit, checked, ("fx",))
+    parts = _fold_modules(copied(working, share=True), inputs, limit, checked, ("fx",))
     if not parts[1].left:
         return parts
     try:
-        trace = tracing.trace(_copy(working, share=True), inputs, prepare=lowering.lower)
+        trace = tracing.trace(copied(working, share=True), inputs, prepare=lowering.lower)
     except tracing.TraceError as error:
         parts = _fold_modules(working, inputs, limit, checked, ("fx", "export"))
         parts[1].notes = (f"the whole cannot be traced: {error}",)
@@ -155,44 +154,6 @@ def _folded(working: nn.Module, inputs: Inputs, limit: float, checked: _Checked)
         whole[1].how = "fixed"
         whole[1].notes = (f"only for sizes like the example's: the original takes {sizes} too",)
     return whole
-
-
-def _working_copy(model: nn.Module, *, share: bool) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy in evaluation mode, without hooks and parametrizations; with the model's own parameters, if shared."""
-    try:
-        working = _copy(model, share=share).eval()
-    except Exception as error:
-        raise ValueError(
-            f"model must be one that copy.deepcopy copies, but that raised {type(error).__name__}: {error}. "
-            "Remove what cannot be copied, such as tensors kept from a forward pass."
-        ) from error
-    removed = 0
-    for module in list(working.modules()):
-        if parametrize.is_parametrized(module):
-            _make_plain(module)
-        for name, hooks in vars(module).items():
-            if not name.endswith("_hooks") or "state_dict" in name or not isinstance(hooks, dict):
-                continue
-            # Old-style weight and spectral normalization compute the weight in a hook.
-            for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
-                del hooks[key]
-                removed += 1
-    return working, (f"{removed} hooks are not carried over",) if removed else ()
-
-
-def _make_plain(module: nn.Module) -> None:
-    """Parameters in the place of parametrized ones; torch's own function changes the class, which a copy shares."""
-    values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
-    del module.parametrizations
-    module.__class__ = type(module).__mro__[1]
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=value.requires_grad))
-
-
-def _copy(model: nn.Module, *, share: bool) -> nn.Module:
-    """With buffers of its own, and parameters of its own unless they are to be shared and can be."""
-    named = model.named_parameters() if share else ()
-    return copy.deepcopy(model, {id(p): p for name, p in named if "parametrizations." not in name})
 
 
 def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
@@ -215,7 +176,7 @@ class _Checked:
         tried = (inputs, inputs.random())
         own = [outputs(evaluate(working, i)) for i in tried]
         try:
-            wide = copy.deepcopy(working).double()
+            wide = copied(working, share=False).double()
             exact = [outputs(evaluate(wide, i.to(torch.float64))) for i in tried]
         except Exception:  # it casts by itself, or has no float64 kernels: its own results must do
             exact = own
@@ -374,7 +335,7 @@ def _fold_part(
     if given is None:
         return None
     try:
-        trace = tracing.trace(_copy(child, share=True), given, ways=ways, prepare=lowering.lower)
+        trace = tracing.trace(copied(child, share=True), given, ways=ways, prepare=lowering.lower)
     except tracing.TraceError:
         return None
     if trace.refused:

@@ -1,0 +1,103 @@
+"""The verb `recalibrate`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from batchnorm.cli.command import OneLineCommand, SeveralValues
+from batchnorm.cli.loading import batch_size_option, batches, mistakes_of, network, weights_option
+from batchnorm.cli.writing import check_output, overwrite_option, whole_file
+
+
+@click.command(cls=OneLineCommand)
+@click.argument("model", metavar="MODULE.PATH:CALLABLE")
+@weights_option
+@click.option(
+    "--data",
+    required=True,
+    metavar="MODULE.PATH:CALLABLE|FILE.npz",
+    help="Batches as the model will see them, without labels or with: a callable that returns an iterable of them, or "
+    "a file with x (or x_train), which is shuffled.",
+)
+@batch_size_option
+@click.option("--max-samples", type=click.IntRange(1), metavar="N", help="Stop after the batch that reaches these.")
+@click.option(
+    "--passes",
+    type=click.Choice(("single", "sequential")),
+    default="single",
+    show_default=True,
+    help="One pass, or layer by layer from the input.",
+)
+@click.option(
+    "--prior",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="N",
+    help="Samples that the former statistics count for.",
+)
+@click.option("--only", cls=SeveralValues, metavar="PATTERN...", help="Layers, such as 'backbone.*'; by default all.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE.pth",
+    help="Where to write the state_dict of the network with its new statistics.",
+)
+@overwrite_option
+@click.pass_context
+def recalibrate(
+    ctx: click.Context,
+    /,
+    model: str,
+    weights: Path | None,
+    data: str,
+    batch_size: int,
+    max_samples: int | None,
+    passes: str,
+    prior: float,
+    only: tuple[str, ...],
+    output: Path,
+    overwrite: bool,
+) -> None:
+    r"""Give a trained network the population statistics of data, and print how far each layer was off.
+
+    \b
+    Examples:
+      batchnorm recalibrate net:build --weights net.pth --data net:loader -o recalibrated.pth
+      batchnorm recalibrate net:build --weights net.pth --data photos.npz --prior 1000 -o adapted.pth
+    """
+    import torch
+
+    from batchnorm.recalibrate import recalibrate as recalibrate_network
+
+    mistake = mistakes_of(ctx)
+    check_output(output, overwrite, mistake)
+    built = network(model, weights, mistake)
+    given = batches(data, batch_size, mistake)
+    try:
+        recalibrated, report = recalibrate_network(
+            built,
+            given,
+            only=only or None,
+            passes=passes,
+            prior=prior,
+            max_samples=max_samples,
+            progress=sys.stderr.isatty() and find_spec("rich") is not None,
+            inplace=True,
+        )
+    except Exception as error:
+        told = str(error) if str(error).startswith("recalibrate ") else None
+        raise (mistake(told) if told else mistake("the model could not be run on the data", error)) from error
+    with whole_file(output, mistake) as file:
+        held = io.BytesIO()
+        torch.save(recalibrated.state_dict(), held)
+        file.write(held.getbuffer())
+    click.echo(str(report))
+    click.echo(f"\nWritten: {output}")

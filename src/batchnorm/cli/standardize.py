@@ -1,0 +1,123 @@
+"""The verb `standardize`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from batchnorm.cli.command import OneLineCommand
+from batchnorm.cli.loading import Mistake, mistakes_of
+from batchnorm.cli.writing import check_output, overwrite_option, whole_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from batchnorm.standardize import Standardizer
+
+_BYTES = 2**22  # of the file that are standardized at a time
+_SHOWN = 10
+
+
+@click.command(cls=OneLineCommand)
+@click.argument("data", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.npy")
+@click.option(
+    "--like",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.npy",
+    help="Take mean and deviation from this file, such as the training data, instead of FILE.npy itself.",
+)
+@click.option("--channel-axis", type=int, default=1, show_default=True, metavar="N", help="-1 for channels last.")
+@click.option(
+    "--nan-policy",
+    type=click.Choice(("raise", "omit", "propagate")),
+    default="raise",
+    show_default=True,
+    help="Refuse NaN, leave it out of the statistics, or let it through.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE.npy",
+    help="Where to write the standardized data.",
+)
+@overwrite_option
+@click.pass_context
+def standardize(
+    ctx: click.Context,
+    /,
+    data: Path,
+    like: Path | None,
+    channel_axis: int,
+    nan_policy: str,
+    output: Path,
+    overwrite: bool,
+) -> None:
+    r"""Write data with zero mean and unit variance in every feature or channel; files may be larger than memory.
+
+    \b
+    Examples:
+      batchnorm standardize train.npy -o train-standardized.npy
+      batchnorm standardize test.npy --like train.npy -o test-standardized.npy
+    """
+    from batchnorm.standardize import Standardizer
+
+    mistake = mistakes_of(ctx)
+    check_output(output, overwrite, mistake)
+    x, source = _opened(data, mistake), _opened(like or data, mistake)
+    try:
+        standardizer = Standardizer(channel_axis=channel_axis, nan_policy=nan_policy).fit(source)
+        first = standardizer.transform(x[:1])
+    except ValueError as error:
+        raise mistake(str(error)) from error
+    with whole_file(output, mistake) as file:
+        try:
+            _write(file, x, first.dtype, standardizer)
+        except ValueError as error:  # NaN further on
+            raise mistake(str(error)) from error
+    click.echo(_told(standardizer, source))
+    click.echo(f"\nWritten: {output}")
+
+
+def _opened(path: Path, mistake: Mistake) -> NDArray[Any]:
+    import numpy as np
+
+    try:
+        held = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
+        raise mistake(f"{path} must be a file of numpy.save, but", error) from error
+    if not isinstance(held, np.ndarray):
+        held.close()
+        raise mistake(f"{path} must hold one array, as numpy.save writes it, got several. Save the one to standardize.")
+    return held
+
+
+def _parts(x: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    step = max(1, _BYTES // max(1, x[:1].nbytes))
+    return (x[start : start + step] for start in range(0, len(x), step))
+
+
+def _write(file: BinaryIO, x: NDArray[Any], dtype: np.dtype[Any], standardizer: Standardizer) -> None:
+    """By ordinary writes, which say when the disk is full; a memory map would end the process."""
+    import numpy as np
+
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": x.shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in standardizer.transform(_parts(x)):
+        file.write(np.ascontiguousarray(part).data)
+
+
+def _told(standardizer: Standardizer, source: NDArray[Any]) -> str:
+    features = standardizer.n_features_in_
+    lines = [f"standardize: {len(source)} samples of {features} features, {source.dtype}", ""]
+    lines.append(f"{'feature':>7}  {'mean':>12}  {'deviation':>12}")
+    deviations = standardizer.var_**0.5
+    lines += [f"{i:>7}  {standardizer.mean_[i]:>12.6g}  {deviations[i]:>12.6g}" for i in range(min(features, _SHOWN))]
+    if features > _SHOWN:
+        lines.append(f"    ... and {features - _SHOWN} more")
+    return "\n".join(lines)
