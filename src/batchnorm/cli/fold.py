@@ -11,7 +11,7 @@ import click
 from batchnorm.cli import loading
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import Mistake, mistakes_of, shape_of, weights_option
-from batchnorm.cli.writing import check_output, overwrite_option, whole_file
+from batchnorm.cli.writing import check_output, output_options, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +31,7 @@ if TYPE_CHECKING:
     help="Shape of an input, such as 1,3,224,224; once for each argument. Needed for a callable; a .pt2 holds its own "
     "example, and an ONNX file says its sizes, or open ones are tried out.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="FILE",
-    help="Where to write the folded network: .pt2 an exported program, .onnx, anything else torch.save of the module.",
-)
-@overwrite_option
+@output_options("FILE", "the folded network: .pt2 an exported program, .onnx, anything else torch.save of the module")
 @click.pass_context
 def fold(
     ctx: click.Context, /, model: str, weights: Path | None, sizes: tuple[str, ...], output: Path, overwrite: bool

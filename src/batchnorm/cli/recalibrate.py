@@ -11,7 +11,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand, SeveralValues
 from batchnorm.cli.loading import batch_size_option, batches, mistakes_of, network, weights_option
-from batchnorm.cli.writing import check_output, overwrite_option, whole_file
+from batchnorm.cli.writing import check_output, output_options, whole_file
 
 
 @click.command(cls=OneLineCommand)
@@ -42,15 +42,7 @@ from batchnorm.cli.writing import check_output, overwrite_option, whole_file
     help="Samples that the former statistics count for.",
 )
 @click.option("--only", cls=SeveralValues, metavar="PATTERN...", help="Layers, such as 'backbone.*'; by default all.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="FILE.pth",
-    help="Where to write the state_dict of the network with its new statistics.",
-)
-@overwrite_option
+@output_options("FILE.pth", "the state_dict of the network with its new statistics")
 @click.pass_context
 def recalibrate(
     ctx: click.Context,

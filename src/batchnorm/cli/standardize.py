@@ -10,7 +10,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import Mistake, mistakes_of
-from batchnorm.cli.writing import check_output, overwrite_option, whole_file
+from batchnorm.cli.writing import check_output, output_options, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,15 +38,7 @@ _SHOWN = 10
     show_default=True,
     help="Refuse NaN, leave it out of the statistics, or let it through.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="FILE.npy",
-    help="Where to write the standardized data.",
-)
-@overwrite_option
+@output_options("FILE.npy", "the standardized data")
 @click.pass_context
 def standardize(
     ctx: click.Context,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +14,19 @@ import click
 from batchnorm.cli.command import OneLineError
 from batchnorm.cli.loading import Mistake
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the file, if there is one.")
+
+def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options `-o` and `--overwrite` of a verb that writes one file."""
+    output = click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        required=True,
+        metavar=metavar,
+        help=f"Where to write {what}.",
+    )
+    overwrite = click.option("--overwrite", is_flag=True, help="Replace the file, if there is one.")
+    return lambda verb: output(overwrite(verb))
 
 
 def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
