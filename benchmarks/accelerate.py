@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -15,6 +13,7 @@ from benchmarks import zoo
 from benchmarks.options import Options
 from benchmarks.records import Row, Table
 from benchmarks.steps import check_gradients, training_step
+from benchmarks.timing import in_rounds, with_interval
 
 KEY = ("network", "layout", "round")
 CONTENDERS = ("torch", "accelerated")
@@ -55,35 +54,23 @@ def measure_accelerate(options: Options, table: Table) -> None:
 
 
 def _measure(calls: dict[str, Callable[[], None]], where: Row, left: list[int], table: Table) -> None:
-    for call in calls.values():
-        call()
-        call()
     rows: list[Row] = []
-    names = list(calls)
-    gc.collect()
-    for i in left:
-        seconds = {}
-        for name in names[i % 2 :] + names[: i % 2]:
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name] = time.perf_counter() - start
-        rows.append({**where, "round": i, **{f"{name}_ms": seconds[name] * 1e3 for name in names}})
+    for i, milliseconds in in_rounds(calls, left):
+        rows.append({**where, "round": i, **milliseconds})
         table.append(rows[-1:])
     times, low, high = times_as_fast(rows)
-    medians = ", ".join(f"{name} {np.median([r[f'{name}_ms'] for r in rows]):.4g} ms" for name in names)
+    medians = ", ".join(f"{name} {np.median([r[f'{name}_ms'] for r in rows]):.4g} ms" for name in CONTENDERS)
     print(
         f"{where['network']}, {where['layout']}: {medians}; {times:.2f} times as fast ({low:.2f} to {high:.2f})",
         flush=True,
     )
 
 
-def times_as_fast(rows: Iterable[Row], resamples: int = 10_000) -> tuple[float, float, float]:
+def times_as_fast(rows: Iterable[Row]) -> tuple[float, float, float]:
     """Return torch's time divided by the accelerated network's, and its 95 % interval.
 
     The median of the ratios within a round; the interval is the percentile bootstrap over rounds.
     """
     torch_name, our_name = (f"{name}_ms" for name in CONTENDERS)
     ratios = np.array([float(r[torch_name]) / float(r[our_name]) for r in rows])
-    picks = np.random.default_rng(0).integers(0, len(ratios), (resamples, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    return with_interval(ratios, lambda sample: np.median(sample, axis=-1))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 from benchmarks.networks import NETWORKS, NORMS, Norm, same_weights
 from benchmarks.options import Options
 from benchmarks.records import Row, Table
+from benchmarks.timing import in_rounds, with_interval
 
 KEY = ("allocator", "network", "layout", "precision", "round")
 BATCH, SIZE = 32, 160
@@ -87,20 +86,11 @@ def _measure(
         name: training_step(build(norm).to(memory_format=memory), images, labels, where["precision"])
         for name, norm in NORMS.items()
     }
-    for step in steps.values():
-        step()
-        step()
     rows: list[Row] = []
-    names = list(steps)
-    gc.collect()
-    for i in left:
-        seconds = {}
-        for name in names[i % 3 :] + names[: i % 3]:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name] = time.perf_counter() - start
-        rows.append({**where, "batch": batch, "size": size, "round": i, "threads": torch.get_num_threads()})
-        rows[-1] |= {f"{name}_ms": seconds[name] * 1e3 for name in NORMS}
+    for i, milliseconds in in_rounds(steps, left):
+        rows.append(
+            {**where, "batch": batch, "size": size, "round": i, "threads": torch.get_num_threads(), **milliseconds}
+        )
         table.append(rows[-1:])
     share, low, high = share_of_torch(rows)
     medians = ", ".join(f"{name} {np.median([r[f'{name}_ms'] for r in rows]):.4g}" for name in NORMS)
@@ -111,7 +101,7 @@ def _measure(
     )
 
 
-def share_of_torch(rows: Iterable[Row], resamples: int = 10_000) -> tuple[float, float, float]:
+def share_of_torch(rows: Iterable[Row]) -> tuple[float, float, float]:
     """Return (ours − none) / (torch's − none), and its 95 % interval.
 
     Each term is the median of the differences within a round; the interval is the percentile bootstrap over rounds.
@@ -123,6 +113,4 @@ def share_of_torch(rows: Iterable[Row], resamples: int = 10_000) -> tuple[float,
         medians = np.median(differences, axis=-2)
         return medians[..., 0] / medians[..., 1]
 
-    picks = np.random.default_rng(0).integers(0, len(above), (resamples, len(above)))
-    low, high = np.percentile(ratio(above[picks]), [2.5, 97.5])
-    return float(ratio(above)), float(low), float(high)
+    return with_interval(above, ratio)

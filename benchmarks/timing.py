@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,3 +73,41 @@ def alternate(
     finally:
         gc.enable()
     return {name: Times(np.array(values)) for name, values in found.items()}
+
+
+def in_rounds(
+    contenders: dict[str, Callable[[], object]], numbers: Iterable[int]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Call each contender twice for nothing, then once in every round, in an order that rotates.
+
+    Args:
+        contenders: What to call, by name: whole training steps.
+        numbers: Of the rounds.
+
+    Yields:
+        The round's number, and milliseconds as `{name}_ms`.
+    """
+    names = list(contenders)
+    for name in names:
+        contenders[name]()
+        contenders[name]()
+    gc.collect()
+    for i in numbers:
+        at = i % len(names)
+        seconds = {name: _once(contenders[name]) for name in names[at:] + names[:at]}
+        yield i, {f"{name}_ms": seconds[name] * 1e3 for name in names}
+
+
+def with_interval(
+    rounds: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """Return a statistic of rounds and its 95 % interval, the percentile bootstrap over rounds.
+
+    Args:
+        rounds: One entry per round.
+        statistic: Of rounds `[n, ...]`, or of many samples of them `[resamples, n, ...]`.
+        resamples: How many samples.
+    """
+    picks = np.random.default_rng(0).integers(0, len(rounds), (resamples, len(rounds)))
+    low, high = np.percentile(statistic(rounds[picks]), [2.5, 97.5])
+    return float(statistic(rounds)), float(low), float(high)

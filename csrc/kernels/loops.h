@@ -35,15 +35,15 @@ BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, double) {
   return (lane >= from) & (lane < to);
 }
 
-// ---- planes: [n, c, s] in memory, a row is s values of one channel
-// ---------------------------------------------------
-
 // Fetches what lies at [offset, offset + count), line by line.
 template <int cache, class Term>
 BATCHNORM_INLINE void fetch_lines(const Term& term, int64_t offset, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(typename Term::Type);
   for (int64_t i = 0; i < count; i += kLine) term.template fetch<cache>(offset + i);
 }
+
+// ---- planes: [n, c, s] in memory, a row is s values of one channel
+// ---------------------------------------------------
 
 // a += Σ u and b += Σ u·v over `length` values from `offset`; `position` is where their weights begin. Meanwhile the
 // values that lie `ahead` further on are fetched; 0: none.

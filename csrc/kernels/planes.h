@@ -14,7 +14,7 @@ inline constexpr int64_t kCacheBytes = 512 << 10;
 
 // What happens before and after a channel is summed.
 struct PlaneSteps {
-  virtual void begin(int64_t, int64_t) {}  // channels from c0, at most kChannelsAtOnce
+  virtual void begin(int64_t /*c0*/, int64_t /*channels*/) {}  // at most kChannelsAtOnce of them
   // Returns true to have the channel summed once more, unless this is `again`.
   virtual bool finish(int64_t c, double u, double uv, bool again) = 0;
 
