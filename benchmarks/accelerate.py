@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from batchnorm.surgery.accelerate import accelerate
+from batchnorm.surgery.accelerate.accelerate import accelerate
 from benchmarks import zoo
 from benchmarks.options import Options
 from benchmarks.records import Row, Table

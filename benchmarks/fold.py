@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold, verify
+from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold
+from batchnorm.surgery.fold.pytorch import verify
 from benchmarks import zoo
 from benchmarks.options import Options
 from benchmarks.peers import installed

@@ -48,7 +48,7 @@ from batchnorm import (
     momentum_per_microbatch,
 )
 from batchnorm.compare import Data
-from batchnorm.compare.sampling import Sampling
+from batchnorm.compare.inputs.sampling import Sampling
 
 SIZES = (1, 2, 4, 8, 32, 128)
 SAMPLINGS = {"iid": "independent batches", "classes:2": "batches of two classes"}

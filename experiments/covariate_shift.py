@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.compare import Data
-from batchnorm.compare.networks import vgg
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.networks import vgg
+from batchnorm.compare.inputs.sampling import IID
 
 RATES = (0.03, 0.1, 0.3, 1.0)
 BATCH = 64

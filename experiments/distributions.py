@@ -34,8 +34,8 @@ from network import initialized_alike, test, train
 from torch import Tensor, nn
 
 from batchnorm.compare import Data
-from batchnorm.compare.networks import sigmoid_mlp
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.networks import sigmoid_mlp
+from batchnorm.compare.inputs.sampling import IID
 
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH = 60

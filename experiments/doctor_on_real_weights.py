@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.compare import data as digits
+from batchnorm.compare.inputs import data as digits
 from batchnorm.doctor import Diagnosis, diagnose
 
 PHOTOGRAPHS, DIGITS, SIZE = 64, 512, 32

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.compare import Data
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.sampling import IID
 from batchnorm.nn import BatchNorm2d
 
 RATES = tuple(0.02 * 2**power for power in range(11))

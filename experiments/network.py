@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.compare import Data
-from batchnorm.compare.norms import Norm, parse
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.norms import Norm, parse
+from batchnorm.compare.inputs.sampling import IID
 
 
 def small_cnn(norm: Callable[[int], nn.Module], data: Data, *, bias: bool = False) -> nn.Module:

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from batchnorm import BatchNorm1d, GhostBatchNorm1d
 from batchnorm.compare import Data
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.sampling import IID
 
 # How much noise.
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -32,7 +32,7 @@ from torch import nn
 
 from batchnorm import BatchNorm2d
 from batchnorm.compare import Data
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.sampling import IID
 
 PLACES = {"before": ("before the activation", "#0072B2", "o"), "after": ("after the activation", "#D55E00", "s")}
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from batchnorm import BatchNorm2d, recalibrate
 from batchnorm.compare import Data
-from batchnorm.compare.sampling import IID
+from batchnorm.compare.inputs.sampling import IID
 
 SIZES = (2, 8, 32, 128)
 IMAGES = 12_800  # that each network sees

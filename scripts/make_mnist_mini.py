@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 TRAIN_PER_CLASS, TEST_PER_CLASS, CLASSES = 1000, 200, 10
-SHIPPED = Path(__file__).parent.parent / "src/batchnorm/compare/datasets/mnist-mini.npz"
+SHIPPED = Path(__file__).parent.parent / "src/batchnorm/compare/inputs/datasets/mnist-mini.npz"
 MD5 = {  # of the uncompressed files
     "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",

@@ -8,8 +8,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.graph import Inputs, TraceError, batch_norm_calls, lower, trace
-from batchnorm.graph.lowering import activation_of, mutated
+from batchnorm.models.inputs import Inputs
+from batchnorm.models.lowering import activation_of, lower, mutated
+from batchnorm.models.model_graph import TraceError, trace
+from batchnorm.models.neighbours import batch_norm_calls
 
 IMAGE = (2, 3, 8, 8)
 

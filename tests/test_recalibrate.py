@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
+from batchnorm.models.batches import Ambient
 from batchnorm.nn.domain import DomainBatchNorm1d, use_domain
 from batchnorm.nn.frozen import FrozenBatchNorm2d
 from batchnorm.nn.ghost import GhostBatchNorm2d
 from batchnorm.nn.renorm import BatchRenorm2d
 from batchnorm.nn.sync import SyncBatchNorm
 from batchnorm.recalibrate import recalibrate
-from batchnorm.recalibrate.batches import Ambient
 
 SIZES = (7, 16, 1, 9)  # one of a single sample, which has many pixels
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from batchnorm.standardize import Standardizer
 from batchnorm.surgery.fold import fold
-from batchnorm.surgery.fold.counting import count_batch_norms
+from batchnorm.surgery.fold.pytorch.counting import count_batch_norms
 
 IMAGES = torch.randint(256, (8, 3, 6, 6), generator=torch.Generator().manual_seed(0))
 

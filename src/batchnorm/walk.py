@@ -44,6 +44,17 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its class's `forward`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
     """Return the model's layers of these kinds in its order; one that is used in several places comes once.
 

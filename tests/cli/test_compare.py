@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from batchnorm.cli.app import app
-from batchnorm.compare import norms
+from batchnorm.compare.inputs import norms
 
 SHORT = ["--steps", "4", "--seeds", "1", "--batch-size", "8", "--threads", "1"]
 

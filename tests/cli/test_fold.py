@@ -210,7 +210,7 @@ def test_a_directory_that_cannot_be_written_to_is_told(folder: Path, monkeypatch
 
 
 def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.surgery.fold_onnx import verb
+    from batchnorm.surgery.fold.onnx import fold_onnx as verb
 
     write_onnx(folder / "net.onnx")
     monkeypatch.setattr(verb, "find_spec", lambda name: None)

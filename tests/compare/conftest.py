@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batchnorm import compare
-from batchnorm.compare import figures
+from batchnorm.compare.report import figures
 
 
 def small_arrays(samples: int = 96, features: int = 8, classes: int = 3) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from batchnorm.compare import Choice, ComparisonError, Grid
-from batchnorm.compare.heatmap import panels
+from batchnorm.compare.report.heatmap import panels
 from tests.compare.test_summary import ending
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batchnorm.compare import ComparisonError, from_arrays, load
-from batchnorm.compare.data import KEYS, _mean_and_deviation
+from batchnorm.compare.inputs.data import KEYS, _mean_and_deviation
 
 
 def test_mnist_mini_is_balanced_and_standardized():

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from batchnorm import compare
-from batchnorm.compare import ComparisonError, Run, environment, experiment, training
-from batchnorm.compare.cells import Cells
+from batchnorm.compare import ComparisonError, Run, experiment
 from batchnorm.compare.records import Recorder
+from batchnorm.compare.training import environment, training
+from batchnorm.compare.training.cells import Cells
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

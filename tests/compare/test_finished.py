@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from batchnorm import nn as ours
-from batchnorm.compare import ComparisonError, models, norms
+from batchnorm.compare import ComparisonError
+from batchnorm.compare.inputs import models, norms
 
 SAMPLE = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batchnorm.compare import ComparisonError, idx, load
+from batchnorm.compare import ComparisonError, load
+from batchnorm.compare.inputs import idx
 
 OFFICIAL = Path(__file__).parents[2].parent / "shared" / "data" / "mnist"
 FASHION = Path("/usr/share/datasets/fashion-mnist")

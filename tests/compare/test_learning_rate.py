@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from batchnorm.compare import ComparisonError
-from batchnorm.compare.learning_rate import CONSTANT, LearningRate
+from batchnorm.compare.training.learning_rate import CONSTANT, LearningRate
 
 
 def course(spec: str, steps: int, lr: float = 1.0) -> list[float]:

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm.compare import measurements, norms
-from batchnorm.compare.measurements import Activations, Stopwatch, gradient_norm, kept_bytes
-from batchnorm.compare.networks import mlp, resnet20
+from batchnorm.compare.inputs import norms
+from batchnorm.compare.inputs.networks import mlp, resnet20
+from batchnorm.compare.training import measurements
+from batchnorm.compare.training.measurements import Activations, Stopwatch, gradient_norm, kept_bytes
 
 
 def test_histogram_counts_every_value():

@@ -27,7 +27,7 @@ def script() -> ModuleType:
 
 
 def test_the_file_is_small_and_its_licence_lies_beside():
-    folder = resources.files("batchnorm.compare") / "datasets"
+    folder = resources.files("batchnorm.compare.inputs") / "datasets"
     assert len((folder / "mnist-mini.npz").read_bytes()) <= 3_000_000
     notice = (folder / "mnist-mini.LICENSE.md").read_text(encoding="utf-8")
     for word in ("Yann LeCun", "Corinna Cortes", "Burges", "CC BY-SA 3.0"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.compare import ComparisonError, models, norms
+from batchnorm.compare import ComparisonError
+from batchnorm.compare.inputs import models, norms
 
 SAMPLE = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.compare import ComparisonError, models, norms
-from batchnorm.compare.networks import MODELS, mlp, resnet20, sigmoid_mlp, vgg
+from batchnorm.compare import ComparisonError
+from batchnorm.compare.inputs import models, norms
+from batchnorm.compare.inputs.networks import MODELS, mlp, resnet20, sigmoid_mlp, vgg
 
 IMAGES = [name for name in MODELS if not name.endswith("mlp")]
 

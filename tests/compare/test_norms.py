@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.compare import ComparisonError, norms, register
+from batchnorm.compare import ComparisonError, register
+from batchnorm.compare.inputs import norms
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 

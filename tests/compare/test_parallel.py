@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from batchnorm import compare
-from batchnorm.compare.parallel import Processes
+from batchnorm.compare.training.parallel import Processes
 from tests.compare import parallel_worker
 from tests.compare.conftest import small_arrays
 

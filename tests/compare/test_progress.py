@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from batchnorm.compare import progress
-from batchnorm.compare.progress import Bar, Lines, Silent
+from batchnorm.compare.training import progress
+from batchnorm.compare.training.progress import Bar, Lines, Silent
 
 
 def test_a_bar_shows_run_loss_and_time_left(monkeypatch):

@@ -11,7 +11,9 @@ import pytest
 from torch import nn
 
 from batchnorm import compare, page
-from batchnorm.compare import Choice, Evaluation, Histogram, Run, Step, curves, figures, norms
+from batchnorm.compare import Choice, Evaluation, Histogram, Run, Step
+from batchnorm.compare.inputs import norms
+from batchnorm.compare.report import curves, figures
 
 OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?|url\(|@import""")
 

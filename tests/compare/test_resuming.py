@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from batchnorm import compare
-from batchnorm.compare import ComparisonError, resuming, training
-from batchnorm.compare.cells import Cells
+from batchnorm.compare import ComparisonError, resuming
+from batchnorm.compare.training import training
+from batchnorm.compare.training.cells import Cells
 from tests.compare.conftest import small_arrays
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.compare import ComparisonError
-from batchnorm.compare.sampling import Sampling
+from batchnorm.compare.inputs.sampling import Sampling
 
 LABELS = torch.tensor([0, 1, 2, 3] * 6 + [0] * 36)
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from batchnorm.compare import Choice, Difference, Evaluation, Grid, Outcome, Run, Spread, Step
-from batchnorm.compare.headline import duration, headline, memory, points
-from batchnorm.compare.summary import contestants, reference, shown, step_seconds, target_evaluation
+from batchnorm.compare.report.headline import duration, headline, memory, points
+from batchnorm.compare.report.summary import contestants, reference, shown, step_seconds, target_evaluation
 
 TITLES = {
     "none": "no normalization",

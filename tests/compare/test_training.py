@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm.compare import Data, norms
-from batchnorm.compare.learning_rate import LearningRate
-from batchnorm.compare.measurements import Activations
-from batchnorm.compare.networks import mlp
-from batchnorm.compare.parallel import Processes
+from batchnorm.compare import Data
+from batchnorm.compare.inputs import norms
+from batchnorm.compare.inputs.networks import mlp
+from batchnorm.compare.inputs.sampling import IID
 from batchnorm.compare.records import Evaluation, Histogram, Step
-from batchnorm.compare.sampling import IID
-from batchnorm.compare.training import Schedule, train
+from batchnorm.compare.training.learning_rate import LearningRate
+from batchnorm.compare.training.measurements import Activations
+from batchnorm.compare.training.parallel import Processes
+from batchnorm.compare.training.training import Schedule, train
 
 
 class Records:

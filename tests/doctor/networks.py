@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.compare import data
+from batchnorm.compare.inputs import data
 from tests.surgery.networks import DenseNet, MobileNet
 
 SIDE = 14

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from batchnorm.doctor import Diagnosis, Severity, diagnose
-from batchnorm.doctor.effect import signed
+from batchnorm.doctor.measure.effect import signed
 from batchnorm.doctor.rules import RULES
-from batchnorm.recalibrate.batches import Batches
+from batchnorm.models.batches import Batches
 from tests.doctor.networks import Plain, batches, criterion, trained
 
 

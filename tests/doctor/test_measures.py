@@ -10,10 +10,10 @@ from scipy import stats
 from torch import nn
 
 from batchnorm.doctor import diagnose
-from batchnorm.doctor.between import between_batches
-from batchnorm.doctor.effect import Outcome, effect, student_t
 from batchnorm.doctor.finding import Severity
-from batchnorm.doctor.layers import Samples, layers_of, off
+from batchnorm.doctor.measure.between import between_batches
+from batchnorm.doctor.measure.effect import Outcome, effect, student_t
+from batchnorm.doctor.measure.layers import Samples, layers_of, off
 
 
 @pytest.mark.parametrize(("freedom", "tolerance"), [(2, 0.05), (3, 0.01), (5, 1e-3), (11, 1e-4), (200, 1e-6)])

@@ -16,8 +16,9 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import cli
-from batchnorm.doctor import Diagnosis, Severity, diagnose, page
-from batchnorm.doctor.layers import counted
+from batchnorm.doctor import Diagnosis, Severity, diagnose
+from batchnorm.doctor.measure.layers import counted
+from batchnorm.doctor.report import page
 from batchnorm.doctor.rules import RULES
 from tests.doctor.networks import Plain, batches, criterion, trained
 

@@ -12,7 +12,7 @@ import torch.multiprocessing
 from torch import nn
 
 from batchnorm.doctor import Severity, diagnose
-from batchnorm.doctor.ranks import Ranks
+from batchnorm.doctor.measure.ranks import Ranks
 
 
 def network() -> nn.Module:

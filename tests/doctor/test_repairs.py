@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import batchnorm
 from batchnorm import walk
 from batchnorm.doctor import Finding, Severity, diagnose
-from batchnorm.doctor.page import is_code
+from batchnorm.doctor.report.page import is_code
 from batchnorm.doctor.rules import RULES
 from tests.doctor.cases import PLANTED, Case, Sequences, four_processes
 from tests.doctor.networks import Plain, batches, criterion, train, trained

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.doctor import BatchNormWarning, Severity, Watch, watch
-from batchnorm.doctor.telemetry.pace import AFTERMATH, Pace
-from batchnorm.doctor.telemetry.record import QUANTITIES, Record
+from batchnorm.doctor.watch.pace import AFTERMATH, Pace
+from batchnorm.doctor.watch.record import QUANTITIES, Record
 from tests.doctor.cases import Checkpointed
 from tests.doctor.networks import Plain, criterion, digits, trained
 
@@ -560,7 +560,7 @@ def test_every_goes_by_the_count() -> None:
 
 
 def test_a_long_run_is_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.doctor.telemetry.watcher._KEPT", 10)
+    monkeypatch.setattr("batchnorm.doctor.watch.watcher._KEPT", 10)
     layer = nn.BatchNorm1d(2)
     optimizer = torch.optim.SGD(layer.parameters(), 0.01)
     clock = Clock()

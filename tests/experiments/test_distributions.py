@@ -5,8 +5,8 @@ import pytest
 import torch
 from network import initialized_alike
 
-from batchnorm.compare.data import Data
-from batchnorm.compare.networks import sigmoid_mlp
+from batchnorm.compare.inputs.data import Data
+from batchnorm.compare.inputs.networks import sigmoid_mlp
 
 
 def images(count=200):

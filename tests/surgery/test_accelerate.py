@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.surgery.accelerate import accelerate, undo_fusion
-from batchnorm.surgery.convert import convert
+from batchnorm.surgery.accelerate.accelerate import accelerate, undo_fusion
+from batchnorm.surgery.convert.convert import convert
 from tests.surgery import networks
 from tests.surgery.networks import NETWORKS, network
 

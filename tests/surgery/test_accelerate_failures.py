@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.surgery.accelerate import accelerate
-from batchnorm.surgery.fused_forward import fused_class
+from batchnorm.surgery.accelerate.accelerate import accelerate
+from batchnorm.surgery.accelerate.fused_forward import fused_class
 from tests.surgery import networks
 
 

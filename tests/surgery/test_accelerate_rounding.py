@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.surgery.accelerate import accelerate
+from batchnorm.surgery.accelerate.accelerate import accelerate
 from tests.surgery.networks import NETWORKS
 
 SAMPLES, THREADS = 16, (1, 2, 4)

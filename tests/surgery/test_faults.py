@@ -159,7 +159,7 @@ def test_an_interruption_anywhere_leaves_what_was_fitted() -> None:
 
 
 def test_an_interruption_anywhere_leaves_an_onnx_model_and_the_files(tmp_path: Path) -> None:
-    from batchnorm.surgery.fold_onnx import fold_onnx
+    from batchnorm.surgery.fold.onnx import fold_onnx
     from tests.surgery.onnx_graphs import Graph
 
     g = Graph()

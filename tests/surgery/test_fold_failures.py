@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.surgery.fold import fold, folding, verify
+from batchnorm.surgery.fold import fold
+from batchnorm.surgery.fold.pytorch import folding, verify
 from batchnorm.surgery.fold.report import FoldError
 from tests.surgery.test_fold import IMAGE, assert_equal, trained
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.surgery.fold import count_batch_norms, fold, verify
+from batchnorm.surgery.fold import count_batch_norms, fold
+from batchnorm.surgery.fold.pytorch import verify
 from tests.surgery import networks
 from tests.surgery.test_fold import trained
 

@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from batchnorm.surgery.fold_onnx import fold_onnx, verb
+from batchnorm.surgery.fold.onnx import fold_onnx
+from batchnorm.surgery.fold.onnx import fold_onnx as verb
 from tests.surgery.onnx_graphs import Graph, initializer, ops, with_shapes
 
 TOLERANCE = 1e-5  # relative to the largest value, float32
@@ -487,7 +488,7 @@ def test_bfloat16_is_run_in_float32() -> None:
     model = g.model(g.norm(g.conv(g.input("n", 4, "h", "w"), 3, 4), 3), opset=22)
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
-    from batchnorm.surgery.fold_onnx.running import in_type
+    from batchnorm.surgery.fold.onnx.running import in_type
 
     folded, report = fold_onnx(in_type(model, TensorProto.BFLOAT16))
     assert report.remaining == 0 and report.how == "onnxruntime, in float32"

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from batchnorm.surgery.fold import FoldError
-from batchnorm.surgery.fold_onnx import files, fold_onnx, folding, plans
+from batchnorm.surgery.fold.onnx import files, fold_onnx, folding, plans
 from tests.surgery.onnx_graphs import Graph, ops
 
 X = np.random.default_rng(3).normal(size=(2, 4, 6, 6)).astype(np.float32)

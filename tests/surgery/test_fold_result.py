@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.surgery.fold import fold, verify
+from batchnorm.surgery.fold import fold
+from batchnorm.surgery.fold.pytorch import verify
 from tests.surgery.test_fold import IMAGE, assert_equal, trained
 
 

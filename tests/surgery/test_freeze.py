@@ -12,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from batchnorm.nn import act, batch, domain, frozen, ghost, renorm, sync
-from batchnorm.surgery import convert, freeze, unfreeze
+from batchnorm.surgery import convert, unfreeze
+from batchnorm.surgery.convert import freeze
 
 LAYERS: dict[str, Any] = {
     "torch": lambda: nn.BatchNorm2d(4, momentum=0.3, eps=1e-3),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.surgery.accelerate import accelerate
+from batchnorm.surgery.accelerate.accelerate import accelerate
 from tests.surgery import networks
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.surgery.accelerate import accelerate
+from batchnorm.surgery.accelerate.accelerate import accelerate
 from batchnorm.surgery.redundant_bias import drop_redundant_bias
 from tests.surgery import networks
 

@@ -28,7 +28,7 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> Non
     Examples:
       batchnorm accelerate torchvision.models:resnet50 --input 2,3,224,224
     """
-    from batchnorm.surgery.accelerate import accelerate as accelerate_network
+    from batchnorm.surgery.accelerate.accelerate import accelerate as accelerate_network
 
     mistake = mistakes_of(ctx)
     shapes = [shape_of(text, mistake) for text in sizes]

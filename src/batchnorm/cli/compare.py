@@ -164,8 +164,8 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
       batchnorm compare --report result
     """
     from batchnorm import compare as comparison
-    from batchnorm.compare.parallel import launched
     from batchnorm.compare.resuming import earlier_arguments
+    from batchnorm.compare.training.parallel import launched
 
     here = launched()
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}

@@ -86,7 +86,7 @@ def _fold_torch(
 
 def _fold_onnx(model: Path, shapes: list[tuple[int, ...]], output: Path, mistake: Mistake) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
-    from batchnorm.surgery.fold_onnx import fold_onnx
+    from batchnorm.surgery.fold.onnx import fold_onnx
 
     if output.suffix != ".onnx":
         raise mistake(f"{output} must end in .onnx, as {model} does. Change the name.")
@@ -102,7 +102,7 @@ def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...
     """The module of an exported program, and the example that it was exported with."""
     import torch
 
-    from batchnorm.graph.tracing import from_program
+    from batchnorm.models.model_graph import from_program
 
     if not path.is_file():
         raise mistake(f"{path} must be a file of torch.export.save, but there is none. Check the path.")

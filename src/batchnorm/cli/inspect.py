@@ -45,7 +45,7 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
         click.echo(json.dumps([asdict(layer) for layer in layers], indent=2))
     else:
         shown = console(piped=_PIPED)
-        from batchnorm.doctor.terminal import layer_table
+        from batchnorm.doctor.report.terminal import layer_table
 
         shown.print(layer_table(layers))
 

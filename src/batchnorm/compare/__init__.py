@@ -3,15 +3,15 @@
 Needs the extra `compare`: `pip install 'batchnorm[compare]'`. Importing this needs none of it.
 """
 
-from batchnorm.compare.choices import Choice, Grid
-from batchnorm.compare.data import Data, from_arrays, load
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.experiment import default_directory, run
-from batchnorm.compare.norms import Norm, register
+from batchnorm.compare.inputs.choices import Choice, Grid
+from batchnorm.compare.inputs.data import Data, from_arrays, load
+from batchnorm.compare.inputs.norms import Norm, register
 from batchnorm.compare.records import Evaluation, Histogram, Layer, Run, Step
-from batchnorm.compare.results import Result, rebuild
-from batchnorm.compare.settings import Settings
-from batchnorm.compare.summary import Difference, Outcome, Spread
+from batchnorm.compare.report.results import Result, rebuild
+from batchnorm.compare.report.summary import Difference, Outcome, Spread
+from batchnorm.compare.training.settings import Settings
 
 __all__ = [
     "Choice",

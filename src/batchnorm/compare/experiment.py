@@ -8,24 +8,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from batchnorm.compare import models, parallel
-from batchnorm.compare.cells import Cells
-from batchnorm.compare.choices import Choice, Grid
-from batchnorm.compare.data import Data, load
 from batchnorm.compare.directory import SCHEMA, SETTINGS, SUMMARY, finished_runs, prepare, read_facts, write_json
-from batchnorm.compare.environment import restored
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.headline import percent
-from batchnorm.compare.importing import working_directory_importable
-from batchnorm.compare.learning_rate import LearningRate
-from batchnorm.compare.models import AnyModel
-from batchnorm.compare.norms import parse_all
-from batchnorm.compare.parallel import Processes
+from batchnorm.compare.inputs import models
+from batchnorm.compare.inputs.choices import Choice, Grid
+from batchnorm.compare.inputs.data import Data, load
+from batchnorm.compare.inputs.importing import working_directory_importable
+from batchnorm.compare.inputs.models import AnyModel
+from batchnorm.compare.inputs.norms import parse_all
+from batchnorm.compare.inputs.sampling import Sampling
 from batchnorm.compare.records import Run
-from batchnorm.compare.results import Result, check_formats, conclude
+from batchnorm.compare.report.headline import percent
+from batchnorm.compare.report.results import Result, check_formats, conclude
 from batchnorm.compare.resuming import check_same, fingerprint
-from batchnorm.compare.sampling import Sampling
-from batchnorm.compare.settings import (
+from batchnorm.compare.training import parallel
+from batchnorm.compare.training.cells import Cells
+from batchnorm.compare.training.environment import restored
+from batchnorm.compare.training.learning_rate import LearningRate
+from batchnorm.compare.training.parallel import Processes
+from batchnorm.compare.training.settings import (
     EPOCHS,
     Settings,
     check_counts,
@@ -191,7 +192,7 @@ def _compare(
     tensorboard: bool,
     progress: bool,
 ) -> Result:
-    from batchnorm.compare.progress import display
+    from batchnorm.compare.training.progress import display
 
     processes, settings = cells.processes, cells.settings
     choices, samples = settings.grid.choices, len(cells.data.y_train)

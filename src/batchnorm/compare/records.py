@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from batchnorm.compare.choices import Choice
+from batchnorm.compare.inputs.choices import Choice
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from batchnorm.compare.data import Data
 from batchnorm.compare.directory import read_facts
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.settings import SEVERAL, Settings
+from batchnorm.compare.inputs.data import Data
+from batchnorm.compare.training.settings import SEVERAL, Settings
 
 
 def fingerprint(data: Data) -> str:

@@ -1,10 +1,10 @@
 """What is wrong with the batch normalization in a model."""
 
-from batchnorm.doctor.facts import LayerFacts
+from batchnorm.doctor.diagnose import diagnose
 from batchnorm.doctor.finding import Finding, NotChecked, Severity
-from batchnorm.doctor.report import Diagnosis
-from batchnorm.doctor.telemetry import BatchNormWarning, Record, Watch, watch
-from batchnorm.doctor.verb import diagnose
+from batchnorm.doctor.measure.facts import LayerFacts
+from batchnorm.doctor.report.diagnosis import Diagnosis
+from batchnorm.doctor.watch import BatchNormWarning, Record, Watch, watch
 
 __all__ = [
     "BatchNormWarning",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.doctor.facts import LayerFacts, facts_of
-from batchnorm.doctor.probe import Probe
-from batchnorm.graph import Inputs
-from batchnorm.recalibrate.batches import device_of, eager
-from batchnorm.recalibrate.progress import Bar
+from batchnorm.doctor.measure.facts import LayerFacts, facts_of
+from batchnorm.doctor.measure.probe import Probe
+from batchnorm.models.batches import device_of, eager
+from batchnorm.models.inputs import Inputs
+from batchnorm.models.progress import Bar
 from batchnorm.walk import norm_layers, restored
 
 

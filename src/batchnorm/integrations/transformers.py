@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.doctor.telemetry import Watch, watch
+from batchnorm.doctor.watch import Watch, watch
 
 if TYPE_CHECKING:
     from typing import Any as TrainerCallback

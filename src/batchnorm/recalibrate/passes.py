@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.models.batches import Ambient, Batches, Forward, MaskOf, moved
+from batchnorm.models.memory import Alive, size_of, tensors_in
+from batchnorm.models.observe import Call, Observer, Pass, Rows, Statistics, held, merged
+from batchnorm.models.progress import Bar
+from batchnorm.models.ranks import Ranks
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import keep_domain
-from batchnorm.recalibrate.batches import Ambient, Batches, Forward, MaskOf, moved
-from batchnorm.recalibrate.memory import Alive, size_of, tensors_in
-from batchnorm.recalibrate.observe import Call, Observer, Pass, Rows, Statistics, held, merged
 from batchnorm.recalibrate.paused import Paused, Stopped
-from batchnorm.recalibrate.progress import Bar
-from batchnorm.recalibrate.ranks import Ranks
 from batchnorm.walk import Found
 
 # Each kept pass has a thread, and each thread of the CPU's own pool has as many again.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from batchnorm.models.report import Report
 from batchnorm.moments import Moments
-from batchnorm.report import Report
 
 
 @dataclass(frozen=True)

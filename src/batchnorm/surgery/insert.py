@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import walk
+from batchnorm.models.batches import Forward, check_data, default_forward, device_of, moved
+from batchnorm.models.example_calls import difference, said
+from batchnorm.models.report import Change, Report, Result
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.recalibrate.batches import Forward, check_data, default_forward, device_of, moved
-from batchnorm.report import Change, Report, Result
-from batchnorm.surgery.example_calls import difference, said
 
 After = str | Iterable[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
 

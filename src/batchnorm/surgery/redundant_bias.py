@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm import walk
-from batchnorm.report import Change, Report, Result
-from batchnorm.surgery import forward_tracing
-from batchnorm.surgery.example_calls import Call, arguments, difference, evaluate, for_trial, record
-from batchnorm.surgery.forward_tracing import Untraceable
-from batchnorm.surgery.fused_forward import is_hooked, undo_fusion
-from batchnorm.surgery.fusion import caller_of
+from batchnorm.models import forward_graph as forward_tracing
+from batchnorm.models.example_calls import Call, arguments, difference, evaluate, for_trial, record
+from batchnorm.models.forward_graph import Untraceable
+from batchnorm.models.report import Change, Report, Result
+from batchnorm.surgery.accelerate.fused_forward import undo_fusion
+from batchnorm.surgery.accelerate.fusion import caller_of
+from batchnorm.walk import is_hooked
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

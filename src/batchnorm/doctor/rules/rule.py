@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.probe import Probe
+from batchnorm.doctor.measure.probe import Probe
 
 
 class Rule(ABC):

@@ -1,7 +1,7 @@
 """Inference without batch normalization."""
 
-from batchnorm.surgery.fold.counting import Counts, count_batch_norms
-from batchnorm.surgery.fold.folding import fold
+from batchnorm.surgery.fold.pytorch.counting import Counts, count_batch_norms
+from batchnorm.surgery.fold.pytorch.folding import fold
 from batchnorm.surgery.fold.report import FoldError, FoldReport
 
 __all__ = ["Counts", "FoldError", "FoldReport", "count_batch_norms", "fold"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.node import Node
 from torch.nn import functional as F
 
-from batchnorm.graph.tracing import Shape
+from batchnorm.models.model_graph import Shape
 from batchnorm.surgery.fold.arithmetic import ScaleShift
 from batchnorm.surgery.fold.states import CannotFold, axis_vector, collapsed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchnorm.report import Report
+from batchnorm.models.report import Report
 
 
 class FoldError(RuntimeError):

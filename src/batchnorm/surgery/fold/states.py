@@ -13,7 +13,7 @@ from torch.fx.node import Node
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from batchnorm.graph.lowering import CONVOLUTIONS, TRANSPOSED
+from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED
 from batchnorm.surgery.fold.arithmetic import ScaleShift, rounded, wide
 from batchnorm.surgery.fold.linear import LinearLayer
 

@@ -1,0 +1,210 @@
+"""What is compared: a network by its name, the user's own, or what builds one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.inputs.finished import converted
+from batchnorm.compare.inputs.importing import blame, import_named, is_named
+from batchnorm.compare.inputs.networks import MODELS
+from batchnorm.compare.inputs.norms import Norm
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+BuildModel = Callable[[Norm, tuple[int, ...], int], nn.Module]
+MakeModel = Callable[[], nn.Module]
+AnyModel = str | nn.Module | BuildModel | MakeModel
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network that can be had with any normalization.
+
+    Attributes:
+        name: As the user wrote it.
+        build: `build(norm, in_shape, num_classes)` returns the network; of a finished one, `build()`.
+        finished: Whether it comes with batch normalization, in whose place the norms of a comparison are put.
+        pretrained: Whether it is one network with the weights that it has, so that seeds differ in the data order only.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    finished: bool = False
+    pretrained: bool = False
+
+    def __call__(self, norm: Norm, sample: Tensor, num_classes: int) -> nn.Module:
+        """Returns the network on the CPU, tried on `sample`, with its lazy parameters made.
+
+        Args:
+            norm: Makes the normalization layers; what it made before is forgotten.
+            sample: Some inputs, `[N, *in_shape]`, on any device.
+            num_classes: Number of outputs.
+
+        Raises:
+            ComparisonError: If the callable raises, returns something else than a network, the network's output is
+                not `[N, num_classes]`, or it does not have its normalizations where `norm.placement` says.
+        """
+        norm.forget()
+        sample = sample.cpu()
+        in_shape = tuple(sample.shape[1:])
+        name = f"{self.name} with norm {norm.spec!r}"
+        if self.finished:
+            with blame(self.name, "was called without arguments"):
+                network = self.build()
+            self._check_module(network, "callable()")
+            self._output(network.cpu(), sample, self.name)  # makes lazy layers
+            network = converted(network, norm, in_shape, self.name)
+        else:
+            with blame(name, f"was built with (norm, {in_shape}, {num_classes})"):
+                network = self.build(norm, in_shape, num_classes)
+            self._check_module(network, "callable(norm, in_shape, num_classes)")
+        self._check_placement(norm)
+        output = self._output(network, sample, name)
+        network.train()
+        expected = [len(sample), num_classes]
+        if not isinstance(output, Tensor) or list(output.shape) != expected:
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ComparisonError(
+                f"the model {self.name} must return class scores of shape {expected}, got {got}. Let its "
+                "last layer have num_classes outputs."
+            )
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ComparisonError(f"the model {self.name} must have parameters to train, got none. Add a layer.")
+        return network
+
+    def _check_module(self, network: object, call: str) -> None:
+        if not isinstance(network, nn.Module):
+            raise ComparisonError(
+                f"the model callable {self.name} must return a torch.nn.Module, got {type(network).__name__}. It is "
+                f"called as {call}."
+            )
+
+    def _check_placement(self, norm: Norm) -> None:
+        if norm.placement == "before" or norm.placed:
+            return
+        if self.finished:
+            raise ComparisonError(
+                f"placement after needs a model that is built with its normalizations, got the finished {self.name}. "
+                "Write a callable (norm, in_shape, num_classes) that calls norm.activated."
+            )
+        raise ComparisonError(
+            f"placement after needs a model that makes normalization and activation together, by norm.activated, got "
+            f"{len(norm.made)} from norm in {self.name}. Write norm.activated(64, nn.ReLU) for norm(64), nn.ReLU()."
+        )
+
+    @staticmethod
+    def _output(network: nn.Module, sample: Tensor, name: str) -> object:
+        with blame(name, f"was given x {list(sample.shape)}"), torch.no_grad():
+            return network.eval()(sample)
+
+
+def resolve(model: AnyModel) -> Model:
+    """Returns the model that a name, a `module.path:callable`, a callable or a network stands for.
+
+    What takes no argument, and a network itself, is finished: the norms are put in place of its batch normalization.
+
+    Raises:
+        ComparisonError: If there is no such model, module or callable.
+    """
+    if isinstance(model, str):
+        if model in MODELS:
+            return Model(model, MODELS[model])
+        if not is_named(model):
+            raise ComparisonError(
+                f"model must be {', '.join(MODELS)} or module.path:callable, got {model!r}. For a function "
+                "build in the file net.py, write net:build."
+            )
+        name, target = model, import_named(model, "model")
+    else:
+        target = model
+        name = getattr(model, "__qualname__", type(model).__name__)
+    if isinstance(target, nn.Module):
+        original = target
+        return Model(name, lambda: copy.deepcopy(original), finished=True, pretrained=True)
+    if not callable(target):
+        what = f"model {name!r} must name" if isinstance(model, str) else "model must be a name or"
+        raise ComparisonError(
+            f"{what} a callable, got {type(target).__name__}. Name a function (norm, in_shape, num_classes) that "
+            "returns the network."
+        )
+    return Model(name, target, finished=_takes_nothing(target))
+
+
+def _takes_nothing(target: Callable[..., Any]) -> bool:
+    """Whether it requires no argument, and so makes a network that is finished."""
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if parameters and parameters[0].name == "norm":
+        return False  # with a default
+    if not isinstance(target, type) and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return False  # it can take three
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
+    """Returns the network behind a batch normalization of its input, which has neither γ nor β.
+
+    It does what standardizing the data does, from the batches themselves: `[N, C, *S]` by channel, `[N, D]` by feature.
+
+    Args:
+        network: Becomes the part `network` of what is returned.
+        in_shape: Shape of one sample, without the batch axis.
+
+    Raises:
+        ComparisonError: If samples have more than three axes behind the channels.
+    """
+    layers = (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+    if len(in_shape) > len(layers):
+        raise ComparisonError(
+            f"the input norm takes samples [D], [C, L], [C, H, W] or [C, D, H, W], got shape {list(in_shape)}. Do "
+            "without it, or give the data another shape."
+        )
+    input_norm = layers[len(in_shape) - 1](in_shape[0], affine=False)
+    return nn.Sequential(OrderedDict(input_norm=input_norm, network=network))
+
+
+def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
+    """Returns copies of the network's parameters by name, those of the normalization layers left out."""
+    own = {id(parameter) for layer in norm.made for parameter in layer.parameters()}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in network.named_parameters()
+        if id(parameter) not in own and not is_lazy(parameter)
+    }
+
+
+def share_initial_values(network: nn.Module, norm: Norm, values: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Gives the network the initial values of another one, wherever name and shape are the same.
+
+    Two networks built from one seed differ from the first layer on whose bias only one of them has: the
+    random generator has by then given out a different number of values.
+
+    Args:
+        network: Changed in place. The parameters of its normalization layers stay as they are.
+        norm: What `network` was built with.
+        values: Another network's `initial_values`.
+
+    Returns:
+        The names under `shared` and, for the network's other parameters, under `own`.
+    """
+    names: dict[str, list[str]] = {"shared": [], "own": []}
+    eligible = initial_values(network, norm)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in eligible and name in values and values[name].shape == parameter.shape:
+                parameter.copy_(values[name])
+                names["shared"].append(name)
+            else:
+                names["own"].append(name)
+    return names

@@ -1,0 +1,1 @@
+"""Summarize the runs of a comparison: tables, figures and the page."""

@@ -1,0 +1,196 @@
+"""The runs of a comparison drawn together: curves with bands over the seeds, distributions through training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.compare.records import Histogram, Run
+from batchnorm.compare.report.summary import Outcome
+
+VALUE_BINS = 64
+OUTSIDE = 0.005  # share of values on each side that need not be seen
+WIDEST = 5  # how many times its own range the grid reaches beyond the narrowest distribution
+
+
+@dataclass(frozen=True)
+class Point:
+    """One quantity at one step, over the seeds.
+
+    Attributes:
+        step: Training steps.
+        seconds: Training time, mean over the seeds.
+        mid: Mean over the seeds.
+        low: The smallest.
+        high: The largest.
+        seeds: How many seeds have a value here; fewer after one has diverged.
+    """
+
+    step: int
+    seconds: float
+    mid: float
+    low: float
+    high: float
+    seeds: int
+
+
+Values = Callable[[Run], dict[int, tuple[float, float | None]]]
+
+
+def test_accuracy(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and test accuracy by step."""
+    return {e.step: (e.train_seconds, e.test_accuracy) for e in run.evaluations}
+
+
+def test_loss(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and test loss by step."""
+    return {e.step: (e.train_seconds, e.test_loss) for e in run.evaluations}
+
+
+def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and the mean training loss since the evaluation before, by step of the evaluation."""
+    found: dict[int, tuple[float, float | None]] = {}
+    begin = 0
+    for evaluation in run.evaluations[1:]:
+        losses = [step.loss for step in run.steps[begin : evaluation.step] if step.loss is not None]
+        if losses:
+            found[evaluation.step] = (evaluation.train_seconds, statistics.fmean(losses))
+        begin = evaluation.step
+    return found
+
+
+def gap(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and accuracy on training data less that on test data, by step."""
+    return {
+        e.step: (e.train_seconds, None if e.train_accuracy is None else e.train_accuracy - e.test_accuracy)
+        for e in run.evaluations
+    }
+
+
+def gradient_norm(run: Run) -> dict[int, tuple[float, float | None]]:
+    """Returns seconds and the norm of the gradient by step, where it was looked at."""
+    return {s.step: (s.train_seconds, s.gradient_norm) for s in run.steps if s.gradient_norm is not None}
+
+
+def percentile(where: str, which: int) -> Values:
+    """Returns what gives a percentile of a watched activation by step.
+
+    Args:
+        where: `first` or `last`.
+        which: 0, 1 or 2 for the 15th, 50th or 85th.
+    """
+
+    def values(run: Run) -> dict[int, tuple[float, float | None]]:
+        return {
+            h.step: (run.steps[h.step - 1].train_seconds, h.percentiles[which])
+            for h in run.histograms
+            if h.where == where and h.percentiles
+        }
+
+    return values
+
+
+def by_label(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, list[Run]]:
+    """Returns the runs of each outcome's choice, by its label."""
+    return {outcome.label: [run for run in runs if run.choice == outcome.choice] for outcome in found}
+
+
+def curve(runs: Sequence[Run], values: Values) -> list[Point]:
+    """Returns one quantity of the runs of one choice, step by step."""
+    tables = [values(run) for run in runs]
+    points = []
+    for step in sorted({step for table in tables for step in table}):
+        here = [(t, v) for t, v in (table[step] for table in tables if step in table) if v is not None]
+        if here:
+            seconds, found = zip(*here, strict=True)
+            points.append(
+                Point(step, statistics.fmean(seconds), statistics.fmean(found), min(found), max(found), len(found))
+            )
+    return points
+
+
+@dataclass(frozen=True)
+class Column:
+    """The distribution in one training step, over all seeds.
+
+    Attributes:
+        step: The step.
+        begin: Where its column begins on the step axis: halfway from the one before.
+        end: Where it ends: halfway to the next.
+        shares: Share of all values in each bin of the grid.
+        percentiles: The 15th, 50th and 85th percentile, mean over the seeds.
+    """
+
+    step: int
+    begin: float
+    end: float
+    shares: NDArray[np.float64]
+    percentiles: list[float]
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Distributions through training on one grid of values.
+
+    Attributes:
+        edges: Edges of the grid's bins.
+        most: The share that is drawn darkest; a few bins, such as those of the narrow first step, have more.
+        columns: The distributions of each choice, step by step.
+    """
+
+    edges: NDArray[np.float64]
+    most: float
+    columns: dict[str, list[Column]]
+
+
+def distributions(series: dict[str, list[Run]]) -> Distributions | None:
+    """Returns the distributions of the first watched activation by label, or None if there are none."""
+    usable = {
+        label: [h for run in runs for h in run.histograms if h.where == "first" and h.percentiles]
+        for label, runs in series.items()
+    }
+    usable = {label: histograms for label, histograms in usable.items() if histograms}
+    if not usable:
+        return None
+    limits = [_limits(histograms) for histograms in usable.values()]
+    low, high = min(limits, key=lambda limit: limit[1] - limit[0])
+    reach = WIDEST * (high - low)
+    lowest = max(min(limit[0] for limit in limits), low - reach)
+    highest = min(max(limit[1] for limit in limits), high + reach)
+    edges = np.linspace(lowest, highest, VALUE_BINS + 1)
+    columns = {label: _columns(histograms, edges) for label, histograms in usable.items()}
+    peaks = [column.shares.max() for of_label in columns.values() for column in of_label]
+    return Distributions(edges, float(np.quantile(peaks, 0.9)), columns)
+
+
+def _cumulative(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    counts = np.concatenate([[0.0], np.cumsum(histogram.counts)])
+    return np.linspace(histogram.low, histogram.high, len(counts)), counts / counts[-1]
+
+
+def _limits(histograms: Sequence[Histogram]) -> tuple[float, float]:
+    """Returns the range that holds nearly all values in nearly all steps; a diverging run must not set the scale."""
+    ranges = []
+    for histogram in histograms:
+        edges, cumulative = _cumulative(histogram)
+        ranges.append(np.interp([OUTSIDE, 1 - OUTSIDE], cumulative, edges))
+    low, high = np.quantile([r[0] for r in ranges], 0.05), np.quantile([r[1] for r in ranges], 0.95)
+    return float(low), float(high)
+
+
+def _columns(histograms: Sequence[Histogram], edges: NDArray[np.float64]) -> list[Column]:
+    steps = sorted({histogram.step for histogram in histograms})
+    middles = [(before + after) / 2 for before, after in pairwise(steps)]
+    bounds = [float(steps[0]), *middles, float(max(steps[-1], steps[0] + 1))]
+    columns = []
+    for step, (begin, end) in zip(steps, pairwise(bounds), strict=True):
+        here = [histogram for histogram in histograms if histogram.step == step]
+        shares = np.mean([np.diff(np.interp(edges, *_cumulative(histogram))) for histogram in here], axis=0)
+        percentiles = np.mean([histogram.percentiles or [] for histogram in here], axis=0).tolist()
+        columns.append(Column(step, begin, end, shares, percentiles))
+    return columns

@@ -1,0 +1,196 @@
+"""The report's figures as pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from batchnorm.compare.directory import PICTURES
+from batchnorm.compare.records import Run
+from batchnorm.compare.report import curves, heatmap
+from batchnorm.compare.report.curves import Point
+from batchnorm.compare.report.summary import Outcome, shown
+from batchnorm.compare.training.settings import Settings
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the report's page uses the same.
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES: tuple[tuple[float, ...], ...] = ((5, 2.5), (), (1.5, 1.5), (8, 2, 1.5, 2), (3, 1), (10, 3), (1, 3))
+AXES = ("training step", "training time (s)")
+DPI = 110
+ACROSS = 4  # panels side by side
+Series = dict[str, list[Run]]
+
+
+def draw(runs: Sequence[Run], found: Sequence[Outcome], settings: Settings) -> dict[str, bytes]:
+    """Returns the pictures as PNG, by file name.
+
+    Args:
+        runs: Every run of the comparison.
+        found: The outcomes; the best of them are drawn.
+        settings: What was asked for.
+    """
+    series = curves.by_label(runs, shown(found, settings.grid))
+    drawn = (
+        _accuracy(series, settings.target_accuracy),
+        _loss(series),
+        _activations(series),
+        _grid(heatmap.panels(found, settings.grid)),
+    )
+    return {name: _png(figure) for name, figure in zip(PICTURES, drawn, strict=True) if figure is not None}
+
+
+def accuracy_floor(points: Sequence[Point]) -> float:
+    """Returns where the accuracy axis begins: above the first steps, which would flatten the rest, and below 1."""
+    after = sorted(point.low for point in points)
+    return min(max(0.0, np.floor(10 * after[len(after) // 10]) / 10), 0.9) if after else 0.0
+
+
+def positive_range(points: Sequence[Point]) -> tuple[float, float]:
+    """Returns the ends of a logarithmic axis; a diverging run must not flatten the rest."""
+    found = sorted(point.mid for point in points if point.mid > 0)
+    if not found:
+        return 0.1, 1.0
+    low, high = found[0], min(found[-1], 10 * found[9 * len(found) // 10])
+    return 0.9 * low, 1.1 * high
+
+
+def linear_range(points: Sequence[Point]) -> tuple[float, float]:
+    """Returns the ends of a linear axis; a diverging run must not flatten the rest."""
+    if not points:
+        return 0.0, 1.0
+    low, high = np.quantile([point.mid for point in points], [0.02, 0.98])
+    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    return float(low - margin), float(high + margin)
+
+
+def _line(axes: Axes, points: Sequence[Point], index: int, by_seconds: bool, scale: float, label: str) -> None:
+    x = [point.seconds if by_seconds else point.step for point in points]
+    colour = COLOURS[index % len(COLOURS)]
+    low, high = [scale * point.low for point in points], [scale * point.high for point in points]
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    (line,) = axes.plot(x, [scale * point.mid for point in points], color=colour, linewidth=1.8, label=label)
+    if dashes := DASHES[(index + index // len(COLOURS)) % len(DASHES)]:
+        line.set_dashes(dashes)
+
+
+def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes, series: Series, place: Literal["lower right", "upper right"]) -> None:
+    """Names the series in the panel, or above the panels where there are too many for that."""
+    if len(series) <= 3:
+        axes.legend(*axes.get_legend_handles_labels(), frameon=False, loc=place)
+    else:
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
+
+
+def _accuracy(series: Series, target_accuracy: float) -> Figure:
+    figure, axes = _panels(1, 2)
+    everything = []
+    for index, (label, runs) in enumerate(series.items()):
+        points = curves.curve(runs, curves.test_accuracy)
+        everything += points
+        for column, by_seconds in enumerate((False, True)):
+            _line(axes[0, column], points, index, by_seconds, 100, label)
+    for panel, x_label in zip(axes.flat, AXES, strict=True):
+        panel.axhline(100 * target_accuracy, color="0.4", linewidth=0.8, linestyle=":")
+        panel.set(xlabel=x_label, ylabel="test accuracy (%)", ylim=(100 * accuracy_floor(everything), 100))
+    _legend(figure, axes[0, 0], series, "lower right")
+    return figure
+
+
+def _loss(series: Series) -> Figure:
+    figure, axes = _panels(2, 2)
+    for row, (values, y_label) in enumerate(
+        ((curves.test_loss, "test loss (nats)"), (curves.train_loss, "training loss (nats)"))
+    ):
+        everything = []
+        for index, (label, runs) in enumerate(series.items()):
+            points = curves.curve(runs, values)
+            everything += points
+            for column, by_seconds in enumerate((False, True)):
+                _line(axes[row, column], points, index, by_seconds, 1, label)
+        for panel, x_label in zip(axes[row], AXES, strict=True):
+            panel.set(xlabel=x_label, ylabel=y_label, yscale="log", ylim=positive_range(everything))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
+    _legend(figure, axes[0, 0], series, "upper right")
+    return figure
+
+
+def _activations(series: Series) -> Figure | None:
+    found = curves.distributions(series)
+    if found is None:
+        return None
+    across = min(ACROSS, len(found.columns))
+    figure, axes = _panels(math.ceil(len(found.columns) / across), across)
+    order = list(series)
+    for panel in axes.flat[len(found.columns) :]:
+        panel.set_visible(False)
+    for panel, (label, columns) in zip(axes.flat, found.columns.items(), strict=False):
+        colour = COLOURS[order.index(label) % len(COLOURS)]
+        steps = [columns[0].begin, *(column.end for column in columns)]
+        shares = np.array([column.shares for column in columns]).T
+        shades = LinearSegmentedColormap.from_list(label, ["white", colour])
+        panel.pcolormesh(steps, found.edges, shares, cmap=shades, vmin=0, vmax=found.most, rasterized=True)
+        for percentile, values in zip(
+            (15, 50, 85), zip(*(column.percentiles for column in columns), strict=True), strict=True
+        ):
+            style = "-" if percentile == 50 else "--"
+            panel.plot([column.step for column in columns], values, style, color="black", linewidth=1)
+        panel.grid(visible=False)
+        panel.set(xlabel=AXES[0], ylabel="input to the first activation", title=label)
+    return figure
+
+
+def _grid(panels: Sequence[heatmap.Panel]) -> Figure | None:
+    if not panels:
+        return None
+    across = min(ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    width = max(0.9 * len(panel.columns) + 1.2 for panel in panels)
+    height = max(0.5 * len(panel.rows) + 1.1 for panel in panels)
+    figure = Figure(figsize=(max(5, width * across + 1), height * down), dpi=DPI, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
+    accuracies = [100 * s.accuracy for panel in panels for s in panel.squares if s.accuracy is not None]
+    low, high = (min(accuracies), max(accuracies)) if accuracies else (0.0, 100.0)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        values = np.full((len(panel.rows), len(panel.columns)), np.nan)
+        for square in panel.squares:
+            place = panel.rows.index(square.row), panel.columns.index(square.column)
+            accuracy = None if square.accuracy is None else 100 * square.accuracy
+            values[place] = np.nan if accuracy is None else accuracy
+            text = "" if accuracy is None else f"{accuracy:.1f}"
+            if square.diverged:
+                text += f"\n{square.diverged} of {square.seeds}\ndiverged" if text else "diverged"
+            dark = accuracy is not None and accuracy < (low + high) / 2
+            axis.text(*place[::-1], text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+        axis.set_xticks(range(len(panel.columns)), panel.columns)
+        axis.set_yticks(range(len(panel.rows)), panel.rows)
+        axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
+    figure.colorbar(drawn, ax=axes, label="final test accuracy (%)", shrink=0.9)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

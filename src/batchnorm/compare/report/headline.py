@@ -1,0 +1,279 @@
+"""What a comparison found, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchnorm.compare.inputs.choices import Grid
+from batchnorm.compare.report.summary import FEWEST, Difference, Outcome, Spread, contestants, reference
+
+ALIKE = 1.05  # ratios nearer to 1 than this are called about the same
+NOTHING = 0.005  # points; what is nearer to zero is rounding, one of a thousand test samples is 0.1
+NAMED = 4  # how many labels a sentence lists
+
+
+def headline(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[str]:
+    """Returns what was found as a few sentences.
+
+    Args:
+        found: The outcomes; the first is what the others are compared with.
+        grid: What was compared.
+        target_accuracy: The accuracy to reach, 0 to 1.
+    """
+    if len(found) == 1:
+        return [_final_of_one(found[0]), _arrival_of_one(found[0], target_accuracy), _cost_of_one(found[0])]
+    if len(found) == 2:
+        base, other = found
+        return [_final_of_two(other, base), _arrival(other, base, target_accuracy), _cost(other, base)]
+    return _many(found, grid, target_accuracy)
+
+
+def percent(share: float) -> str:
+    """Returns a share as a percentage with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
+def accuracy(spread: Spread) -> str:
+    """Returns accuracies as mean and standard deviation in percent."""
+    return percent(spread.mean) if spread.std is None else f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f} %"
+
+
+def points(value: float) -> str:
+    """Returns a difference with its sign, such that what is not zero does not look like zero."""
+    if abs(value) < NOTHING:
+        return "0"
+    return (f"{value:+.1f}" if abs(value) >= 0.05 else f"{value:+.2f}").replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in three digits and a unit that fits it."""
+    rounded = float(f"{seconds:.3g}")
+    if rounded >= 1:
+        return f"{rounded:,.0f} s" if rounded >= 100 else f"{rounded:g} s"
+    return f"{1e3 * rounded:.3g} ms" if rounded >= 1e-3 else f"{1e6 * rounded:.3g} µs"
+
+
+def memory(count: float) -> str:
+    """Returns a number of bytes in three digits and a unit that fits it."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB" if count < 1000 else f"{count:,.0f} GiB"
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Returns labels as a list that stays short."""
+    shown = list(labels[:NAMED])
+    if len(labels) > NAMED:
+        shown.append(f"{len(labels) - NAMED} more")
+    comma = "; " if any("," in label for label in shown) else ", "
+    return " and ".join(filter(None, [comma.join(shown[:-1]), shown[-1]]))
+
+
+def verdict(difference: Difference | None) -> str:
+    """Returns whether a difference exceeds the spread over seeds."""
+    if difference is None:
+        return "no seed ended with both, so nothing can be said about the difference"
+    if difference.low is None or difference.high is None:
+        what = "one seed" if difference.seeds == 1 else f"{difference.seeds} seeds"
+        return f"from {what} nothing can be said about chance, {FEWEST} are needed"
+    if max(abs(difference.low), abs(difference.high)) < NOTHING:
+        return f"equal in each of {difference.seeds} seeds"
+    if difference.decided:
+        return (
+            f"95 % interval {points(difference.low)} to {points(difference.high)} points over {difference.seeds} seeds"
+        )
+    return (
+        f"not decided by {difference.seeds} seeds: the 95 % interval reaches from {points(difference.low)} to "
+        f"{points(difference.high)} points"
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _ratio(value: float, base: float, less: str, more: str) -> str:
+    if value <= 0 or base <= 0:
+        return "no ratio"
+    if max(value / base, base / value) < ALIKE:
+        return "about the same"
+    return f"{base / value:.1f}× {less}" if base > value else f"{value / base:.1f}× {more}"
+
+
+def _some(count: int, total: int) -> str:
+    if count == total:
+        return "the only seed" if total == 1 else f"all {total} seeds"
+    return f"none of {total} seeds" if count == 0 else f"{count} of {total} seeds"
+
+
+def _after(found: Sequence[Outcome]) -> str:
+    steps = {outcome.steps for outcome in found}
+    return f"after {steps.pop():,} steps" if len(steps) == 1 else "at the end of training"
+
+
+def _diverged(found: Sequence[Outcome]) -> list[str]:
+    return [
+        f"training with {outcome.title} diverged in {_some(len(outcome.diverged), len(outcome.seeds))}"
+        for outcome in found
+        if outcome.diverged
+    ]
+
+
+def _seeds(ended: Sequence[Outcome]) -> str:
+    """Returns what the accuracies are made of."""
+    counts = [len(outcome.accuracy_by_seed) for outcome in ended]
+    if set(counts) == {1}:
+        return "one seed"
+    # Where one has lost a seed, each count is said, in the order of the accuracies.
+    which = " and ".join(str(count) for count in (counts[:1] if len(set(counts)) == 1 else counts))
+    return f"mean ± standard deviation of {which} seeds"
+
+
+def _final_of_one(outcome: Outcome) -> str:
+    parts = _diverged([outcome])
+    if outcome.final_accuracy:
+        reached = accuracy(outcome.final_accuracy)
+        end = f"{_after([outcome])} test accuracy was {reached} with {outcome.title} ({_seeds([outcome])})"
+        parts.insert(0, end)
+    return _sentence("; ".join(parts))
+
+
+def _final_of_two(other: Outcome, base: Outcome) -> str:
+    both = [other, base]
+    ended = [outcome for outcome in both if outcome.final_accuracy]
+    parts = []
+    if ended:
+        found = " and ".join(f"{accuracy(o.final_accuracy)} with {o.title}" for o in ended if o.final_accuracy)
+        parts.append(f"{_after(both)} test accuracy was {found} ({_seeds(ended)})")
+    if len(ended) == 2 and not (other.diverged or base.diverged):
+        parts[0] += f": {_difference(other, base)}"
+    return _sentence("; ".join([*parts, *_diverged(both)]))
+
+
+def _difference(other: Outcome, base: Outcome) -> str:
+    """Returns which of two ended higher, by how much, and whether that exceeds the spread over seeds."""
+    found = Difference.between(other, base)
+    if found is None or abs(found.points) < NOTHING:
+        return f"no difference on average; {verdict(found)}"
+    which = "higher" if found.points > 0 else "lower"
+    size = f"{points(abs(found.points)).lstrip('+')} points {which} with {other.title}"
+    if found.seeds >= FEWEST and not found.decided:
+        return f"{size}, but {verdict(found)}"
+    return f"{size} ({verdict(found)})"
+
+
+def _reached(outcome: Outcome) -> str:
+    """Returns, for an outcome, where it reached the target and when, as the end of a sentence."""
+    text = _some(len(outcome.reached), len(outcome.seeds))
+    if outcome.steps_to_target and outcome.seconds_to_target:
+        text += (
+            f", there after {outcome.steps_to_target.median:,.0f} steps and "
+            f"{duration(outcome.seconds_to_target.median)} of training (median)"
+        )
+    return text
+
+
+def _arrival_of_one(outcome: Outcome, target_accuracy: float) -> str:
+    target = f"{percent(target_accuracy)} test accuracy"
+    return f"With {outcome.title} the network reached {target} within {outcome.steps:,} steps in {_reached(outcome)}."
+
+
+def _arrival(other: Outcome, base: Outcome, target_accuracy: float) -> str:
+    target = f"{percent(target_accuracy)} test accuracy"
+    within = f"within {base.steps:,} steps" if base.steps == other.steps else "by the end of training"
+    if not other.reached and not base.reached:
+        return f"Neither with {other.title} nor with {base.title} did the network reach {target} {within} in any seed."
+    if len(other.reached) == len(other.seeds) and len(base.reached) == len(base.seeds):
+        assert other.steps_to_target and base.steps_to_target
+        assert other.seconds_to_target and base.seconds_to_target
+        ours, theirs = other.steps_to_target.median, base.steps_to_target.median
+        seconds, their_seconds = other.seconds_to_target.median, base.seconds_to_target.median
+        which = "one seed" if len(other.seeds) == 1 else f"medians of {len(other.seeds)} seeds"
+        return (
+            f"With {other.title} the network reached {target} after {ours:,.0f} steps, with {base.title} after "
+            f"{theirs:,.0f} ({_ratio(ours, theirs, 'fewer', 'as many')}); in training time that is {duration(seconds)} "
+            f"against {duration(their_seconds)} ({_ratio(seconds, their_seconds, 'shorter', 'as long')}; {which})."
+        )
+    return _sentence(
+        f"{within} the network reached {target} with {other.title} in {_reached(other)}; with {base.title} in "
+        f"{_reached(base)}"
+    )
+
+
+def _cost_of_one(outcome: Outcome) -> str:
+    assert outcome.seconds_per_step
+    return f"One training step took {duration(outcome.seconds_per_step.median)}."
+
+
+def _cost(other: Outcome, base: Outcome) -> str:
+    assert other.seconds_per_step and base.seconds_per_step
+    ours, theirs = other.seconds_per_step.median, base.seconds_per_step.median
+    return (
+        f"One training step took {duration(ours)} with {other.title} and {duration(theirs)} with {base.title} "
+        f"({_ratio(ours, theirs, 'shorter', 'as long')})."
+    )
+
+
+def _many(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[str]:
+    ranked = sorted(contestants(found, grid), key=lambda outcome: outcome.rank)
+    winner, *others = ranked
+    sentences = [_winner(winner, others)]
+    base = reference(found, grid)
+    if base not in ranked[:2] and base.final_accuracy:
+        difference = Difference.between(winner, base)
+        end = f"{_ahead(difference, base)}, at {accuracy(base.final_accuracy)}"
+        sentences.append(f"It ended {end}; {verdict(difference)}.")
+    close = [o.label for o in others if (d := Difference.between(winner, o)) and d.low is not None and not d.decided]
+    if len(close) > 1:
+        sentences.append(f"These seeds do not tell the first from {listed(close)}.")
+    if len(ranked) < len(found):
+        sentences.append(
+            f"Each norm is taken at its best of {len(found) // len(ranked)} settings, chosen on the same test data, "
+            "which flatters all of them a little."
+        )
+    lost = [outcome for outcome in found if outcome.diverged]
+    if lost:
+        runs = sum(len(outcome.diverged) for outcome in lost)
+        total = sum(len(outcome.seeds) for outcome in found)
+        sentences.append(f"Training diverged in {runs} of {total} runs: {listed([outcome.label for outcome in lost])}.")
+    return [*sentences, _speed(ranked, target_accuracy)]
+
+
+def _winner(winner: Outcome, others: Sequence[Outcome]) -> str:
+    if winner.final_accuracy is None:
+        return "Training diverged with every choice and seed."
+    text = f"{winner.title} ended highest, at {accuracy(winner.final_accuracy)} test accuracy ({_seeds([winner])})"
+    if others and others[0].final_accuracy and not others[0].diverged and not winner.diverged:
+        difference = Difference.between(winner, others[0])
+        text += f", {_ahead(difference, others[0])}; {verdict(difference)}"
+    return _sentence(text)
+
+
+def _ahead(difference: Difference | None, other: Outcome) -> str:
+    """Returns how far the first ended before another one."""
+    if difference is None:
+        return f"before {other.title}"
+    if abs(difference.points) < NOTHING:
+        return f"as high as {other.title}"
+    # Below it can only be where the other lacks seeds.
+    which = "above" if difference.points > 0 else "below"
+    return f"{points(abs(difference.points)).lstrip('+')} points {which} {other.title}"
+
+
+def _speed(ranked: Sequence[Outcome], target_accuracy: float) -> str:
+    arrived = [o for o in ranked if o.steps_to_target and o.seconds_to_target and len(o.reached) == len(o.seeds)]
+    costs = sorted((o.seconds_per_step.median, o.label) for o in ranked if o.seconds_per_step)
+    least, most = (f"{duration(seconds)} ({label})" for seconds, label in (costs[0], costs[-1]))
+    step = f"a training step took from {least} to {most}"
+    target = f"{percent(target_accuracy)} test accuracy"
+    if not arrived:
+        return _sentence(f"no choice named here reached {target} in every seed; {step}")
+    by_steps = min(arrived, key=lambda o: o.steps_to_target.median if o.steps_to_target else 0)
+    by_seconds = min(arrived, key=lambda o: o.seconds_to_target.median if o.seconds_to_target else 0)
+    assert by_steps.steps_to_target and by_seconds.seconds_to_target
+    steps = f"by steps ({by_steps.steps_to_target.median:,.0f})"
+    seconds = f"by time ({duration(by_seconds.seconds_to_target.median)})"
+    second = f"and {seconds}" if by_seconds is by_steps else f"and with {by_seconds.label} {seconds}"
+    return _sentence(f"{target} came first with {by_steps.label} {steps} {second}; {step}")

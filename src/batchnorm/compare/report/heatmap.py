@@ -1,0 +1,107 @@
+"""Final accuracies of a grid, laid out as tables of learning rate, batch size and norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from batchnorm.compare.inputs.choices import Choice, Grid
+from batchnorm.compare.report.summary import Outcome
+
+
+@dataclass(frozen=True)
+class Square:
+    """One choice in a panel.
+
+    Attributes:
+        row: Name of its row.
+        column: Name of its column.
+        accuracy: Mean final test accuracy of the seeds that did not diverge, 0 to 1; None if all did.
+        diverged: How many seeds diverged.
+        seeds: How many seeds ended.
+        label: The choice's name in this comparison.
+    """
+
+    row: str
+    column: str
+    accuracy: float | None
+    diverged: int
+    seeds: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One table.
+
+    Attributes:
+        title: What all its choices share.
+        x: What the columns are.
+        y: What the rows are.
+        rows: Their names, from the top.
+        columns: Their names.
+        squares: The choices that ended.
+    """
+
+    title: str
+    x: str
+    y: str
+    rows: list[str]
+    columns: list[str]
+    squares: list[Square]
+
+
+def panels(found: Sequence[Outcome], grid: Grid) -> list[Panel]:
+    """Returns the tables of a grid: norm by learning rate or batch size, or these two by each other for each norm.
+
+    There is none where neither learning rate nor batch size has several values.
+    """
+    rates, sizes = len(grid.lr) > 1, len(grid.batch_size) > 1
+    if rates and sizes:
+        kinds = list(dict.fromkeys(_kind(outcome.choice, grid) for outcome in found))
+        return [
+            _panel(
+                [o for o in found if _kind(o.choice, grid) == kind], kind, "learning rate", "batch size", _rate, _size
+            )
+            for kind in kinds
+        ]
+    if rates or sizes:
+        x, column = ("learning rate", _rate) if rates else ("batch size", _size)
+        return [_panel(found, "", x, "", column, lambda choice: _kind(choice, grid))]
+    return []
+
+
+def _panel(
+    found: Sequence[Outcome],
+    title: str,
+    x: str,
+    y: str,
+    column: Callable[[Choice], str],
+    row: Callable[[Choice], str],
+) -> Panel:
+    squares = [
+        Square(
+            row=row(outcome.choice),
+            column=column(outcome.choice),
+            accuracy=outcome.final_accuracy.mean if outcome.final_accuracy else None,
+            diverged=len(outcome.diverged),
+            seeds=len(outcome.seeds),
+            label=outcome.label,
+        )
+        for outcome in found
+    ]
+    rows, columns = ([*dict.fromkeys(names)] for names in ((s.row for s in squares), (s.column for s in squares)))
+    return Panel(title, x, y, rows, columns, squares)
+
+
+def _kind(choice: Choice, grid: Grid) -> str:
+    """Returns all of a choice's label but learning rate and batch size."""
+    return Grid(grid.norm, grid.placement, (choice.lr,), (choice.batch_size,), grid.sampling).label(choice)
+
+
+def _rate(choice: Choice) -> str:
+    return f"{choice.lr:g}"
+
+
+def _size(choice: Choice) -> str:
+    return str(choice.batch_size)

@@ -1,0 +1,236 @@
+"""The report: one page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batchnorm.compare.inputs.sampling import Sampling
+from batchnorm.compare.records import Layer, Run
+from batchnorm.compare.report import curves, heatmap
+from batchnorm.compare.report.curves import Point
+from batchnorm.compare.report.figures import accuracy_floor, linear_range, positive_range
+from batchnorm.compare.report.headline import accuracy, duration, memory, percent, points
+from batchnorm.compare.report.summary import Difference, Outcome, reference, shown
+from batchnorm.compare.training.learning_rate import LearningRate
+from batchnorm.compare.training.settings import Settings
+from batchnorm.compare.training.training import OPTIMIZERS
+from batchnorm.page import render as render_page
+
+CHANNELS_SHOWN = 256
+ROWS_SHOWN = 2000  # of all tables of channels together
+QUANTITIES = ("weight", "bias", "running_mean", "running_var")
+Charts = dict[str, Any]
+
+
+def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any]) -> str:
+    """Returns the page.
+
+    Args:
+        runs: Every run of the comparison.
+        found: The outcome of each choice.
+        summary: The content of `summary.json`.
+    """
+    settings = Settings.read(summary["settings"])
+    drawn = shown(found, settings.grid)
+    order = [*drawn, *(outcome for outcome in found if outcome not in drawn)]
+    base = reference(found, settings.grid)
+    return render_page(
+        "batchnorm.compare.report",
+        {
+            **charts(runs, order, len(drawn), settings.target_accuracy),
+            "grid": [asdict(panel) for panel in heatmap.panels(found, settings.grid)],
+        },
+        {"percent": percent, "accuracy": accuracy, "points": points, "duration": duration, "memory": memory},
+        summary=summary,
+        settings=settings,
+        grid=settings.grid,
+        outcomes=found,
+        best=min(found, key=lambda outcome: outcome.rank),
+        reference=base,
+        differences=[Difference.between(outcome, base) for outcome in found],
+        order=[outcome.label for outcome in order],
+        drawn=drawn,
+        layer_rows=layer_rows(runs, drawn),
+        layers=_channels(runs, drawn),
+        channels_shown=CHANNELS_SHOWN,
+        optimizer=OPTIMIZERS[settings.optimizer].title,
+        schedule=LearningRate.parse(settings.schedule),
+        samplings=[Sampling.parse(sampling).title for sampling in settings.grid.sampling],
+        watched=_watched(runs),
+        not_shared=_own(runs),
+        standard_error=_standard_error(found, summary["data"]["test_samples"]),
+        finished=len(runs),
+        duration=duration,
+    )
+
+
+def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_accuracy: float) -> Charts:
+    """Returns what the page's script draws as curves and distributions.
+
+    Args:
+        runs: Every run.
+        order: The outcomes; the first of them are drawn at first.
+        drawn: How many these are.
+        target_accuracy: Drawn as a line.
+    """
+    series = curves.by_label(runs, order)
+
+    def chart(label: str, values: curves.Values, kind: str, scale: float = 1) -> Charts:
+        lines = [curves.curve(of_label, values) for of_label in series.values()]
+        return {
+            "label": label,
+            "log": kind == "log",
+            # For the first ones alone, and for all: one that failed is not to flatten those that are looked at first.
+            "domains": [_domain(_all(lines[:drawn]), kind, scale), _domain(_all(lines), kind, scale)],
+            "series": [_line(points, scale) for points in lines],
+        }
+
+    found = {
+        "accuracy": chart("test accuracy (%)", curves.test_accuracy, "share", 100),
+        "test_loss": chart("test loss (nats)", curves.test_loss, "log"),
+        "train_loss": chart("training loss (nats)", curves.train_loss, "log"),
+        "gap": chart("training less test accuracy (points)", curves.gap, "linear", 100),
+        "gradient_norm": chart("norm of the gradient", curves.gradient_norm, "log"),
+    }
+    return {
+        "labels": list(series),
+        "drawn": drawn,
+        "target": 100 * target_accuracy,
+        "curves": {name: each for name, each in found.items() if any(each["series"])},
+        "percentiles": _percentiles(series, drawn),
+        "activations": _activations({label: series[label] for label in list(series)[:drawn]}),
+    }
+
+
+def _all(lines: Sequence[Sequence[Point]]) -> list[Point]:
+    return [point for points in lines for point in points]
+
+
+def _domain(points: Sequence[Point], kind: str, scale: float) -> list[float]:
+    if kind == "share":
+        return [scale * accuracy_floor(points), scale]
+    low, high = positive_range(points) if kind == "log" else linear_range(points)
+    return [_short(scale * low), _short(scale * high)]
+
+
+def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
+    """Returns step, seconds, mean, lowest, highest and number of seeds of each point."""
+    return [
+        [p.step, _short(p.seconds), *(_short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds]
+        for p in points
+    ]
+
+
+def _percentiles(series: dict[str, list[Run]], drawn: int) -> dict[str, Charts]:
+    """Returns the 15th, 50th and 85th percentile of each watched activation through training."""
+    found = {}
+    for where in ("first", "last"):
+        lines = [
+            [curves.curve(runs, curves.percentile(where, which)) for which in range(3)] for runs in series.values()
+        ]
+        ends = [[point for line in of_label for point in line] for of_label in lines]
+        if any(ends):
+            found[where] = {
+                "label": f"input to the {where} activation",
+                "domains": [_domain(_all(ends[:drawn]), "linear", 1), _domain(_all(ends), "linear", 1)],
+                "series": [
+                    [[low.step, *(_short(p.mid) for p in (low, mid, high))] for low, mid, high in zip(*of, strict=True)]
+                    for of in lines
+                ],
+            }
+    return found
+
+
+def _activations(series: dict[str, list[Run]]) -> Charts | None:
+    found = curves.distributions(series)
+    if found is None:
+        return None
+    return {
+        "edges": [_short(edge) for edge in found.edges],
+        "most": found.most,
+        "panels": {
+            label: [
+                {
+                    "step": column.step,
+                    "begin": column.begin,
+                    "end": column.end,
+                    "shares": [round(float(share), 4) for share in column.shares],
+                    "percentiles": [_short(value) for value in column.percentiles],
+                }
+                for column in columns
+            ]
+            for label, columns in found.columns.items()
+        },
+    }
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A normalization layer in the table: each quantity as (smallest, median, largest) over channels and seeds."""
+
+    label: str
+    name: str
+    kind: str
+    channels: int
+    quantities: list[tuple[float, float, float] | None]
+
+
+def layer_rows(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[LayerRow]:
+    """Returns the table of the normalization layers after training."""
+    rows = []
+    for label, of_label in curves.by_label(runs, drawn).items():
+        layers = [layer for run in of_label for layer in run.layers]
+        for name in dict.fromkeys(layer.name for layer in layers):
+            same = [layer for layer in layers if layer.name == name]
+            quantities = [_extent([getattr(layer, quantity) for layer in same]) for quantity in QUANTITIES]
+            channels = max(len(getattr(same[0], quantity) or []) for quantity in QUANTITIES)
+            rows.append(LayerRow(label, name, same[0].kind, channels, quantities))
+    return rows
+
+
+def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, int, Layer]]:
+    """Returns label, seed and layer of each table of channels; none where these would fill the page."""
+    firsts = {label: of_label[0] for label, of_label in curves.by_label(runs, drawn).items()}
+    found = [(label, run.seed, layer) for label, run in firsts.items() for layer in run.layers]
+    rows = sum(min(CHANNELS_SHOWN, len(layer.weight or layer.running_mean or [])) for _, _, layer in found)
+    return found if rows <= ROWS_SHOWN else []
+
+
+def _watched(runs: Sequence[Run]) -> dict[str, str]:
+    """Returns what the histograms show, in words: each network's where they differ."""
+    found: dict[str, str] = {}
+    for where in ("first", "last"):
+        words = dict.fromkeys(run.watched[where] for run in runs if where in run.watched)
+        if words:
+            found[where] = " or ".join(words)
+    return found
+
+
+def _own(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Returns, for each norm, the parameters whose initial values are not those of the first choice."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.norm, run.own)
+    return names
+
+
+def _extent(values: Sequence[list[float | None] | None]) -> tuple[float, float, float] | None:
+    flat = [value for channels in values if channels for value in channels if value is not None]
+    return (min(flat), statistics.median(flat), max(flat)) if flat else None
+
+
+def _standard_error(found: Sequence[Outcome], samples: int) -> float | None:
+    """Returns the standard error, in points, that an accuracy has because the test set is a sample."""
+    final = [outcome.final_accuracy.mean for outcome in found if outcome.final_accuracy]
+    if not final:
+        return None
+    share = max(final)
+    return 100 * math.sqrt(share * (1 - share) / samples)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

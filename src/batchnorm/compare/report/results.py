@@ -1,0 +1,190 @@
+"""What a comparison leaves behind once its runs are there: summary, page and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from batchnorm.compare.directory import (
+    REPORT,
+    SUMMARY,
+    finished_runs,
+    read_facts,
+    write_atomically,
+    write_json,
+)
+from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.records import Run
+from batchnorm.compare.report import boards, tables
+from batchnorm.compare.report.headline import headline
+from batchnorm.compare.report.summary import Outcome, outcomes
+from batchnorm.compare.training.environment import require, require_extras
+from batchnorm.compare.training.settings import Settings, check_target
+
+RECORDS = ("jsonl", "parquet")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison found, and where it lies.
+
+    Attributes:
+        settings: What was asked for, with every default filled in.
+        runs: Every run with all its records, by seed, then in the order of the choices.
+        outcomes: What each choice did over all seeds, in the grid's order.
+        headline: What was found, as sentences.
+        summary: The content of `summary.json`.
+        out: The directory.
+        report_path: The page, `report.html`.
+        figure_paths: The pictures.
+    """
+
+    settings: Settings
+    runs: list[Run]
+    outcomes: list[Outcome]
+    headline: list[str]
+    summary: dict[str, Any]
+    out: Path
+    report_path: Path
+    figure_paths: list[Path]
+
+    def __str__(self) -> str:
+        """Returns the headline and where the page lies."""
+        return "\n".join([*self.headline, "", f"Report: {self.report_path}"])
+
+
+def check_formats(records: str, tensorboard: bool) -> None:
+    """Checks that what is to be written beside the runs can be.
+
+    Raises:
+        ComparisonError: If there is no such form of records.
+        ModuleNotFoundError: If a package is missing.
+    """
+    require_extras()
+    if records not in RECORDS:
+        raise ComparisonError(f"records must be among {', '.join(RECORDS)}, got {records!r}. Choose from these.")
+    if records == "parquet":
+        require("pyarrow", "records='parquet' (--records parquet)", "parquet")
+    if tensorboard:
+        require("tensorboard", "tensorboard=True (--tensorboard)", "tensorboard")
+
+
+def rebuild(
+    directory: str | Path,
+    *,
+    target_accuracy: float | None = None,
+    records: str = "jsonl",
+    tensorboard: bool = False,
+) -> Result:
+    """Writes page, pictures and `summary.json` anew from the runs that lie in a directory.
+
+    It trains nothing, and does as much for a comparison that was interrupted: then the page says how many of its
+    runs are there.
+
+    Args:
+        directory: The `out` of a comparison.
+        target_accuracy: The test accuracy whose first reaching is reported; the comparison's own where none is given.
+        records: `jsonl`, or `parquet` for tables beside; see `run`.
+        tensorboard: Whether the runs are shown there, too.
+
+    Raises:
+        ComparisonError: If the directory holds no comparison, or not one finished run.
+        OSError: If it cannot be written to.
+        ModuleNotFoundError: If a package that this needs is missing.
+    """
+    check_formats(records, tensorboard)
+    directory = Path(directory)
+    facts = read_facts(directory)
+    if facts is None:
+        raise ComparisonError(
+            f"report must name the directory of a comparison, but {directory} has no settings.json. Check the path."
+        )
+    if target_accuracy is not None:
+        check_target(target_accuracy)
+        facts["settings"]["target_accuracy"] = target_accuracy
+    return conclude(directory, facts, finished_runs(directory), records=records, tensorboard=tensorboard)
+
+
+def conclude(
+    directory: Path, facts: dict[str, Any], runs: Sequence[Run], *, records: str, tensorboard: bool, write: bool = True
+) -> Result:
+    """Returns what the runs say, and writes it.
+
+    Args:
+        directory: Where.
+        facts: The content of `settings.json`.
+        runs: Those that ended; others than the settings name are left out.
+        records: In what form besides lines of JSON.
+        tensorboard: Whether runs that are not shown there yet will be.
+        write: Whether anything is written.
+
+    Raises:
+        ComparisonError: If there is no run.
+    """
+    from batchnorm.compare.report import figures
+    from batchnorm.compare.report import page as report
+
+    settings = Settings.read(facts["settings"])
+    choices = settings.grid.choices
+    known = {(run.choice, run.seed): run for run in runs}
+    cells = [(choice, seed) for seed in range(settings.seeds) for choice in choices]
+    kept = [known[cell] for cell in cells if cell in known]
+    if not kept:
+        raise ComparisonError(
+            f"at least one run must be finished, but {directory} has none of {len(cells)}. Continue it with resume "
+            "(--resume)."
+        )
+    found = outcomes(kept, settings, facts["titles"], facts["data"]["train_samples"])
+    sentences = headline(found, settings.grid, settings.target_accuracy)
+    if len(kept) < len(cells):
+        sentences.insert(0, f"This comparison is not finished: {len(kept)} of its {len(cells)} runs are there.")
+    summary = {
+        **facts,
+        "environments": _environments(kept),
+        "planned_runs": len(cells),
+        "headline": sentences,
+        "outcomes": [asdict(outcome) for outcome in found],
+        "layers": {outcome.label: _layers(kept, outcome) for outcome in found},
+        "runs": {run.file_name: {"seed": run.seed, "shared": run.shared, "own": run.own} for run in kept},
+    }
+    pictures = figures.draw(kept, found, settings) if write else {}
+    if write:
+        for name, picture in pictures.items():
+            write_atomically(directory / name, picture)
+        if records == "parquet":
+            tables.write(kept, directory)
+        if tensorboard:
+            for run in kept:
+                boards.replay(run, directory)
+        write_atomically(directory / REPORT, report.render(kept, found, summary))
+        write_json(directory / SUMMARY, summary)
+    return Result(
+        settings=settings,
+        runs=kept,
+        outcomes=found,
+        headline=sentences,
+        summary=summary,
+        out=directory,
+        report_path=directory / REPORT,
+        figure_paths=[directory / name for name in pictures],
+    )
+
+
+def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Returns where the runs were trained, each environment once, with the number of its runs."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        same = next((each for each in found if {**each, "runs": None} == {**run.environment, "runs": None}), None)
+        if same is None:
+            found.append({**run.environment, "runs": 1})
+        else:
+            same["runs"] += 1
+    return found
+
+
+def _layers(runs: Sequence[Run], outcome: Outcome) -> list[dict[str, Any]]:
+    """Returns the layers of the choice's first seed."""
+    run = next(run for run in runs if run.choice == outcome.choice)
+    return [asdict(layer) for layer in run.layers]

@@ -1,0 +1,237 @@
+"""What a comparison found, in figures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from batchnorm.compare.inputs.choices import Choice, Grid
+from batchnorm.compare.records import Evaluation, Run
+from batchnorm.compare.training.settings import Settings
+
+CONFIDENCE = 0.95
+SHOWN = 8  # series that can be told apart in one chart
+FEWEST = 3  # seeds from which an interval is given: with two, its factor is 12.7
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity over the seeds.
+
+    Attributes:
+        values: One for each seed that has one.
+        median: Their median.
+        mean: Their mean.
+        std: Their standard deviation (of the sample, so with n − 1); None for fewer than two.
+        low: The smallest.
+        high: The largest.
+    """
+
+    values: list[float]
+    median: float
+    mean: float
+    std: float | None
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Spread | None:
+        """Returns the spread of the values, or None if there are none."""
+        if not values:
+            return None
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(list(values), statistics.median(values), statistics.fmean(values), std, min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one choice did, over all seeds.
+
+    Attributes:
+        choice: What was trained.
+        label: Its name in this comparison.
+        title: What it is called in a sentence.
+        parameters: Number of trainable values of its network.
+        kept_bytes: What the backward pass of one step finds kept; None if that is not known.
+        steps: The planned number of training steps.
+        seeds: The seeds whose runs ended.
+        diverged: Those of them whose training was given up because the loss was not finite.
+        reached: Those of them that reached the target accuracy at some evaluation.
+        steps_to_target: Steps before the first evaluation at or above the target, over the seeds that reached it.
+        seconds_to_target: Training seconds until then.
+        seconds_per_step: Median duration of a training step, over the seeds.
+        seconds_per_epoch: The same for one pass over the training data; an epoch ends where less than a batch is left.
+        final_accuracy: Test accuracy at the last evaluation, over the seeds that did not diverge.
+        final_loss: Test loss at the last evaluation, likewise.
+        gap: Accuracy on training data less that on test data at the last evaluation, likewise.
+    """
+
+    choice: Choice
+    label: str
+    title: str
+    parameters: int
+    kept_bytes: int | None
+    steps: int
+    seeds: list[int]
+    diverged: list[int]
+    reached: list[int]
+    steps_to_target: Spread | None
+    seconds_to_target: Spread | None
+    seconds_per_step: Spread | None
+    seconds_per_epoch: Spread | None
+    final_accuracy: Spread | None
+    final_loss: Spread | None
+    gap: Spread | None
+
+    @property
+    def accuracy_by_seed(self) -> dict[int, float]:
+        """Final test accuracy of the seeds that did not diverge."""
+        whole = [seed for seed in self.seeds if seed not in self.diverged]
+        return dict(zip(whole, self.final_accuracy.values if self.final_accuracy else [], strict=True))
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What sorts the outcomes, the best first: where a seed diverged, accuracy counts only after that."""
+        mean = self.final_accuracy.mean if self.final_accuracy else 0.0
+        return len(self.diverged) / len(self.seeds), -mean
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[Run], label: str, title: str, *, steps: int, epoch_steps: int, target_accuracy: float
+    ) -> Outcome:
+        """Returns the outcome of the runs of one choice."""
+        whole = [run for run in runs if run.diverged_at is None]
+        arrivals = {run.seed: target_evaluation(run, target_accuracy) for run in runs}
+        reached = {seed: arrival for seed, arrival in arrivals.items() if arrival is not None}
+        final = [run.evaluations[-1] for run in whole]
+        durations = [statistics.median(step_seconds(run)) for run in runs if run.steps]
+        gaps = [e.train_accuracy - e.test_accuracy for e in final if e.train_accuracy is not None]
+        return cls(
+            choice=runs[0].choice,
+            label=label,
+            title=title,
+            parameters=runs[0].parameters,
+            kept_bytes=runs[0].kept_bytes,
+            steps=steps,
+            seeds=[run.seed for run in runs],
+            diverged=[run.seed for run in runs if run.diverged_at is not None],
+            reached=list(reached),
+            steps_to_target=Spread.over([arrival.step for arrival in reached.values()]),
+            seconds_to_target=Spread.over([arrival.train_seconds for arrival in reached.values()]),
+            seconds_per_step=Spread.over(durations),
+            seconds_per_epoch=Spread.over([epoch_steps * duration for duration in durations]),
+            final_accuracy=Spread.over([evaluation.test_accuracy for evaluation in final]),
+            final_loss=Spread.over([e.test_loss for e in final if e.test_loss is not None]),
+            gap=Spread.over(gaps),
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher one choice ended than another, seed by seed, as they share initial values and data order.
+
+    Attributes:
+        points: Mean difference of the final test accuracies, in percentage points.
+        low: Lower end of its 95 % interval (Student's t over the paired differences); None for fewer than 3 seeds.
+        high: Upper end.
+        seeds: How many seeds both ended in.
+    """
+
+    points: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the difference exceeds what the seeds alone make of it."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    @classmethod
+    def between(cls, ours: Outcome, theirs: Outcome) -> Difference | None:
+        """Returns how much higher `ours` ended, or None if there is no seed in which neither diverged."""
+        a, b = ours.accuracy_by_seed, theirs.accuracy_by_seed
+        return cls.over([100 * (a[seed] - b[seed]) for seed in a if seed in b])
+
+    @classmethod
+    def over(cls, differences: Sequence[float]) -> Difference | None:
+        """Returns the mean of paired differences with its interval."""
+        if not differences:
+            return None
+        mean, count = statistics.fmean(differences), len(differences)
+        if count < FEWEST:
+            return cls(mean, None, None, count)
+        # The quantile of Student's t; scipy.stats, which has it too, takes a second to import.
+        from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+        reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(differences) / math.sqrt(count)
+        return cls(mean, mean - reach, mean + reach, count)
+
+
+def target_evaluation(run: Run, target_accuracy: float) -> Evaluation | None:
+    """Returns the first evaluation at or above the target accuracy."""
+    return next((e for e in run.evaluations if e.test_accuracy >= target_accuracy), None)
+
+
+def step_seconds(run: Run) -> list[float]:
+    """Returns how long each training step took."""
+    ends = [0.0, *(step.train_seconds for step in run.steps)]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def outcomes(runs: Sequence[Run], settings: Settings, titles: dict[str, str], samples: int) -> list[Outcome]:
+    """Returns the outcome of each choice that has runs, in the grid's order.
+
+    Args:
+        runs: Those that ended.
+        settings: What was asked for.
+        titles: What each norm is called in a sentence.
+        samples: Number of training samples.
+    """
+    grid, found = settings.grid, []
+    for choice in grid.choices:
+        of_choice = [run for run in runs if run.choice == choice]
+        if of_choice:
+            outcome = Outcome.of(
+                of_choice,
+                grid.label(choice),
+                grid.title(choice, titles[choice.norm]),
+                steps=settings.steps_of(choice, samples),
+                epoch_steps=samples // choice.batch_size,
+                target_accuracy=settings.target_accuracy,
+            )
+            found.append(outcome)
+    return found
+
+
+def contestants(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
+    """Returns the best learning rate and batch size of each norm, placement and sampling.
+
+    Where there is only one of these, every choice is a contestant.
+    """
+    best: dict[tuple[str, str, str], Outcome] = {}
+    for outcome in found:
+        key = (outcome.choice.norm, outcome.choice.placement, outcome.choice.sampling)
+        if key not in best or outcome.rank < best[key].rank:
+            best[key] = outcome
+    alone = len(grid.norm) == len(grid.placement) == len(grid.sampling) == 1
+    return list(found) if alone else list(best.values())
+
+
+def reference(found: Sequence[Outcome], grid: Grid) -> Outcome:
+    """Returns what the others are compared with: the first norm's first placement, at its best setting."""
+    rivals = contestants(found, grid)
+    first = grid.norm[0], grid.placement[0], grid.sampling[0]
+    same = [o for o in rivals if (o.choice.norm, o.choice.placement, o.choice.sampling) == first]
+    return (same or rivals)[0]
+
+
+def shown(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
+    """Returns those that are drawn at first: the best contestants, and always the reference; in the grid's order."""
+    ranked = sorted(contestants(found, grid), key=lambda outcome: outcome.rank)
+    base = reference(found, grid)
+    kept = [base, *(outcome for outcome in ranked if outcome is not base)][:SHOWN]
+    return [outcome for outcome in found if outcome in kept]

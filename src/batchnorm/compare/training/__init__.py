@@ -1,0 +1,1 @@
+"""Train every choice of a comparison, on one process or several."""

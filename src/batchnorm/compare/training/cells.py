@@ -1,0 +1,151 @@
+"""The training of one cell of the grid: one choice, one seed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.compare.directory import recording
+from batchnorm.compare.inputs import models
+from batchnorm.compare.inputs.choices import Choice
+from batchnorm.compare.inputs.data import Data
+from batchnorm.compare.inputs.models import Model
+from batchnorm.compare.inputs.norms import Norm, parse
+from batchnorm.compare.inputs.sampling import Sampling
+from batchnorm.compare.records import Recorder, Run
+from batchnorm.compare.report.boards import board
+from batchnorm.compare.training.environment import environment
+from batchnorm.compare.training.learning_rate import LearningRate
+from batchnorm.compare.training.measurements import Activations, kept_bytes
+from batchnorm.compare.training.parallel import Processes
+from batchnorm.compare.training.settings import Settings
+from batchnorm.compare.training.training import OPTIMIZERS, Schedule, train
+
+SAMPLE = 64  # inputs that a network is tried on
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Trains any cell of one comparison.
+
+    Attributes:
+        settings: What was asked for.
+        model: The network.
+        data: On the device.
+        processes: Which train each network together.
+    """
+
+    settings: Settings
+    model: Model
+    data: Data
+    processes: Processes
+
+    def warm_up(self, choices: Iterable[Choice]) -> None:
+        """Trains each network for a moment, so that what fails does so at once, and no run pays for first calls."""
+        rate = self.settings.grid.lr[0]  # which one it is makes no difference here
+        for choice in dict.fromkeys(replace(choice, lr=rate) for choice in choices):
+            network, norm, _ = self._build(choice, 0)
+            schedule = replace(self._schedule(choice), steps=min(3, self._schedule(choice).steps))
+            schedule = replace(schedule, evaluate_every=schedule.steps + 1)
+            recorder, watched = Recorder(Run(choice, 0), io.StringIO()), self._activations(network, norm)
+            optimizer = self._optimizer(network, choice)
+            train(network, norm, self.data, optimizer, schedule, watched, recorder, lambda *_: None, self.processes)
+
+    def initial_values(self, seed: int) -> dict[str, Tensor]:
+        """Returns the initial values of the first choice's network, which the others share."""
+        torch.manual_seed(seed)
+        norm = self._norm(self.settings.grid.choices[0])
+        return models.initial_values(self.model(norm, self.data.x_train[:SAMPLE], self.data.num_classes), norm)
+
+    def train(
+        self,
+        choice: Choice,
+        seed: int,
+        values: dict[str, Tensor],
+        directory: Path,
+        tensorboard: bool,
+        on_step: Callable[[int, float], None],
+    ) -> Run:
+        """Trains one network, and leaves its file behind.
+
+        Args:
+            choice: What to train it with.
+            seed: Decides initial values and data order.
+            values: What `initial_values` returned for this seed.
+            directory: Where the first process writes.
+            tensorboard: Whether the records are shown there, too.
+            on_step: Called with step and training loss after each step, off the clock.
+        """
+        network, norm, names = self._build(choice, seed, values)
+        watched = self._activations(network, norm)
+        run = Run(
+            choice=choice,
+            seed=seed,
+            parameters=sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+            watched=watched.descriptions,
+            shared=names["shared"],
+            own=names["own"],
+            kept_bytes=self._kept_bytes(network, choice),
+            environment=environment(self.processes.size, self._device),
+        )
+        self.processes.seed(seed)  # what dropout draws then does not depend on how the network was built
+        optimizer, schedule = self._optimizer(network, choice), self._schedule(choice)
+        with self._recorder(run, directory, tensorboard) as recorder:
+            train(network, norm, self.data, optimizer, schedule, watched, recorder, on_step, self.processes)
+        return run
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.settings.device)
+
+    def _norm(self, choice: Choice) -> Norm:
+        return parse(choice.norm, choice.placement)
+
+    def _build(
+        self, choice: Choice, seed: int, values: dict[str, Tensor] | None = None
+    ) -> tuple[nn.Module, Norm, dict[str, list[str]]]:
+        """Returns the network on the device, its norm, and which parameters have the values given."""
+        torch.manual_seed(seed)
+        norm, sample = self._norm(choice), self.data.x_train[:SAMPLE]
+        network = self.model(norm, sample, self.data.num_classes)
+        names = models.share_initial_values(network, norm, values or {})
+        if self.settings.input_norm:
+            network = models.with_input_norm(network, self.data.in_shape)
+        return network.to(self._device), norm, names
+
+    def _activations(self, network: nn.Module, norm: Norm) -> Activations:
+        return Activations(network, norm, self.data.x_train[:SAMPLE])
+
+    def _schedule(self, choice: Choice) -> Schedule:
+        samples = len(self.data.y_train)
+        return Schedule(
+            steps=self.settings.steps_of(choice, samples),
+            batch_size=choice.batch_size,
+            evaluate_every=self.settings.interval_of(choice, samples),
+            sampling=Sampling.parse(choice.sampling),
+            learning_rate=LearningRate.parse(self.settings.schedule),
+        )
+
+    def _optimizer(self, network: nn.Module, choice: Choice) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return OPTIMIZERS[self.settings.optimizer].build(parameters, lr=choice.lr)
+
+    def _kept_bytes(self, network: nn.Module, choice: Choice) -> int:
+        share = self.processes.share(torch.arange(choice.batch_size)).to(self._device)
+        return kept_bytes(network, self.data.x_train[share], self.data.y_train[share])
+
+    @contextmanager
+    def _recorder(self, run: Run, directory: Path, tensorboard: bool) -> Iterator[Recorder]:
+        with ExitStack() as opened:
+            if not self.processes.first:
+                yield Recorder(run, opened.enter_context(open(os.devnull, "w")))
+                return
+            listeners = [opened.enter_context(board(run, directory))] if tensorboard else []
+            yield opened.enter_context(recording(run, directory, *listeners))

@@ -1,0 +1,245 @@
+"""What is measured while a network trains."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from batchnorm import walk
+from batchnorm.compare.inputs.data import Data
+from batchnorm.compare.inputs.norms import Norm
+from batchnorm.compare.records import Evaluation, Histogram, Layer, finite
+
+BINS = 64
+PERCENTILES = (15, 50, 85)
+TEST_BATCH = 1000
+
+
+class Stopwatch:
+    """Adds up the time between `start` and `stop`, without what happens inside `paused`.
+
+    Args:
+        device: Where the work is done; what was given to it counts until it is done.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+        self._device = device if device is not None and device.type != "cpu" else None
+
+    def start(self) -> None:
+        """Lets the time run."""
+        self._since = self._now()
+
+    def stop(self) -> None:
+        """Holds the time."""
+        self.seconds += self._now() - self._since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of the block."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def _now(self) -> float:
+        if self._device is not None:
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+
+def evaluate(network: nn.Module, data: Data, step: int, train_seconds: float) -> Evaluation:
+    """Returns loss and accuracy on the whole test set and on `data.train_part`.
+
+    The network is in training mode afterwards.
+    """
+    network.eval()
+    try:
+        with torch.no_grad():
+            test = _loss_and_accuracy(network, data.x_test, data.y_test)
+            train = _loss_and_accuracy(network, *data.train_part)
+    finally:
+        network.train()
+    return Evaluation(step, train_seconds, *test, *train)
+
+
+def _loss_and_accuracy(network: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float | None, float]:
+    loss, right = 0.0, 0
+    for x, y in zip(inputs.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True):
+        scores = network(x)
+        loss += float(F.cross_entropy(scores, y, reduction="sum"))
+        right += int((scores.argmax(1) == y).sum())
+    return finite(loss / len(labels)), right / len(labels)
+
+
+def gradient_norm(network: nn.Module) -> float | None:
+    """Returns the ℓ2 norm of the gradient over all parameters; None if it is not finite."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return finite(float(nn.utils.get_total_norm(gradients)))
+
+
+def kept_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Returns how many bytes a training step keeps from its forward pass for its backward pass.
+
+    These are the tensors that autograd saves, each storage counted once; the network's parameters and buffers, which
+    are there anyway, are not among them. Unlike the process's memory it is the same on every machine, and in it
+    networks differ by their normalization.
+
+    Args:
+        network: In training mode. Its buffers and the random state are put back.
+        x: One batch `[N, *in_shape]`.
+        y: int64 `[N]`, its labels.
+    """
+    x, y = x.clone(), y.clone()  # not the whole of what they may be a part of
+    own = {_storage(tensor)[0] for tensor in (*network.parameters(), *network.buffers())}
+    saved: dict[int, int] = {}
+    held = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        address, size = _storage(tensor)
+        if address not in own:
+            saved[address] = size
+            held.append(tensor)  # no other tensor gets this address meanwhile
+        return tensor
+
+    with walk.restored(network, buffers=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        F.cross_entropy(network(x), y)
+    return sum(saved.values())
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def histogram(values: Tensor, step: int, where: str = "first") -> Histogram:
+    """Returns the distribution of all values in a tensor."""
+    flat = values.detach().flatten().cpu().double().numpy()
+    kept = flat[np.isfinite(flat)]
+    if len(kept) == 0:
+        return Histogram(step, 0.0, 1.0, [0] * BINS, len(flat), None, where)
+    low, high = float(kept.min()), float(kept.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts, _ = np.histogram(kept, BINS, (low, high))
+    percentiles = np.percentile(kept, PERCENTILES).tolist()
+    return Histogram(step, low, high, counts.tolist(), len(flat) - len(kept), percentiles, where)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """One call of a module in a forward pass, and which side of it is looked at."""
+
+    where: str
+    module: nn.Module
+    call: int  # as one module may be called several times
+    takes_input: bool
+    description: str
+
+
+class Activations:
+    """The inputs to the network's first and to its last nonlinearity: what the normalizations there control.
+
+    These are the first and the last call of an activation module of `torch.nn` in a forward pass; in a network that
+    calls activations as functions, the outputs of the first and the last normalization layer (`none` makes an identity
+    that serves as well). Where both are the same call, it is the first.
+
+    Args:
+        network: On any device; in training mode afterwards.
+        norm: What the network was built with.
+        sample: Some inputs, `[N, *in_shape]`, on that device.
+
+    Attributes:
+        descriptions: What is watched, in words, under `first` and `last`; empty if there is neither.
+    """
+
+    def __init__(self, network: nn.Module, norm: Norm, sample: Tensor) -> None:
+        names = {module: name for name, module in network.named_modules()}
+        activations = [module for module in names if _is_activation(module)]
+        made = [module for module in norm.made if module in names]
+        calls = _calls(network, {*activations, *made}, sample)
+        of_activations = [call for call in calls if _is_activation(call[0])]
+        self._watched: list[_Watched] = []
+        chosen = of_activations or calls
+        for where, (module, call) in zip(("first", "last"), [*chosen[:1], *chosen[1:][-1:]], strict=False):
+            side = "input to" if of_activations else "output of"
+            again = f", call {call + 1}" if call else ""
+            description = f"{side} {names[module]} ({type(module).__name__}{again})"
+            self._watched.append(_Watched(where, module, call, bool(of_activations), description))
+        self.descriptions = {watched.where: watched.description for watched in self._watched}
+
+    @contextmanager
+    def watch(self, step: int, watch: Stopwatch, found: list[Histogram]) -> Iterator[None]:
+        """Adds to `found` the distributions in the block's first forward pass, off the clock."""
+        with ExitStack() as stack:
+            for watched in self._watched:
+                stack.callback(_hook(watched, step, watch, found).remove)
+            yield
+
+
+def _hook(watched: _Watched, step: int, watch: Stopwatch, found: list[Histogram]) -> RemovableHandle:
+    calls = itertools.count()
+
+    def see(values: Tensor) -> None:
+        if next(calls) == watched.call:
+            with watch.paused():
+                found.append(histogram(values, step, watched.where))
+
+    if watched.takes_input:
+        return watched.module.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+    return watched.module.register_forward_hook(lambda _, __, output: see(output))
+
+
+def _calls(network: nn.Module, modules: set[nn.Module], sample: Tensor) -> list[tuple[nn.Module, int]]:
+    """Returns the calls of these modules in a forward pass, each with the number of those of its module before."""
+    calls: list[tuple[nn.Module, int]] = []
+    counts: Counter[nn.Module] = Counter()
+
+    def note(module: nn.Module, _: object) -> None:
+        calls.append((module, counts[module]))
+        counts[module] += 1
+
+    with ExitStack() as stack:
+        stack.callback(network.train)
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        with torch.no_grad():
+            network.eval()(sample)
+    return calls
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
+        module, (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
+    )
+
+
+def layers(network: nn.Module, norm: Norm) -> list[Layer]:
+    """Returns γ, β and running statistics of every normalization layer that has any of them."""
+    made = set(norm.made)
+    found = []
+    for name, module in network.named_modules():
+        if module in made or isinstance(module, nn.modules.batchnorm._NormBase):
+            values = [_channels(module, which) for which in ("weight", "bias", "running_mean", "running_var")]
+            if any(value is not None for value in values):
+                found.append(Layer(name, type(module).__name__, *values))
+    return found
+
+
+def _channels(module: nn.Module, name: str) -> list[float | None] | None:
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor):
+        return None
+    return [finite(value) for value in tensor.detach().flatten().tolist()]

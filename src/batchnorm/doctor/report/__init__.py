@@ -1,0 +1,1 @@
+"""Render a diagnosis as text, JSON or HTML."""

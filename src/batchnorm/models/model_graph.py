@@ -1,0 +1,321 @@
+"""A model as one graph of calls: by `torch.fx`, whose sizes stay open, else by `torch.export`, with dynamic ones."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from batchnorm.models.inputs import Inputs, evaluate, outputs
+
+# Sizes of one dimension, in each of the runs that were tried: equal where they agree for every input.
+Dim = tuple[int, ...]
+Shape = tuple[Dim, ...]
+
+
+class TraceError(RuntimeError):
+    """The model cannot be traced as a whole; the message says why."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model as a graph that computes the same.
+
+    Attributes:
+        module: The graph module; its parameters and buffers are the model's own.
+        how: "fx" or "export".
+        sizes: What it was tried on: the example and other sizes that the model accepts as well.
+        refused: Sizes that the model accepts and the graph does not; empty but for a model that only a graph of fixed
+            sizes can hold.
+        shapes: Of every node that gives a tensor.
+        values: What each of these nodes gives for the example inputs.
+        paths: Of every node, the module that it comes from.
+    """
+
+    module: fx.GraphModule
+    how: str
+    sizes: tuple[Inputs, ...]
+    refused: tuple[Inputs, ...]
+    shapes: dict[Node, Shape]
+    values: dict[Node, Tensor]
+    paths: dict[Node, str]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph module's graph."""
+        return self.module.graph
+
+
+class _Tracer(fx.Tracer):
+    """Inlines all but torch's layers, and those that cannot be traced; arguments beside the example's keep defaults."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self._inputs = inputs
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        last, stack = next(reversed(self.graph.nodes), None), list(self.module_stack.items())
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            if any(isinstance(layer, _NormBase) for layer in m.modules()):
+                raise
+            for node in list(reversed(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        model = self.root
+        bound = inspect.signature(model.forward).bind(*self._inputs.args, **self._inputs.kwargs)
+        for name, value in bound.arguments.items():
+            kind = bound.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                proxies = [self._placeholder(f"{name}_{i}", v) for i, v in enumerate(value)]
+                bound.arguments[name] = tuple(proxies)
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = {key: self._placeholder(key, v) for key, v in value.items()}
+            else:
+                bound.arguments[name] = self._placeholder(name, value)
+        own = model.__dict__.get("forward")
+        forward = own if own is not None else lambda *a, **k: root_fn(model, *a, **k)
+        return lambda: forward(*bound.args, **bound.kwargs), []
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+                raise TraceError(f"argument {name} holds tensors in a {type(value).__name__}")
+            return value
+        return self.create_proxy("placeholder", name, (), {})
+
+
+def _by_fx(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
+    tracer = _Tracer(sizes[0])
+    graph = tracer.trace(model)
+    graph._tracer_cls = fx.Tracer  # what unpickling traces the code again with
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
+    """Dynamic are the dimensions that differ between the sizes that the model takes."""
+    # A batch of one would be taken for fixed.
+    example = next((i for i in sizes if all(x.shape[0] != 1 for x in i.tensors() if x.dim())), sizes[0])
+    shapes = [[tuple(x.shape) for x in i.tensors()] for i in sizes]
+    dynamic = iter(
+        {axis: torch.export.Dim.AUTO for axis, found in enumerate(zip(*own, strict=True)) if len(set(found)) > 1}
+        for own in zip(*shapes, strict=True)
+    )
+
+    def dimensions(leaf: Any) -> Any:
+        return next(dynamic) if isinstance(leaf, Tensor) else None
+
+    in_order = pytree.tree_map(dimensions, (example.args, example.kwargs))
+    names = inspect.signature(model.forward).bind(*in_order[0], **in_order[1]).arguments
+    with torch.no_grad():
+        program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=dict(names), strict=False)
+    return from_program(program)
+
+
+def from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """An exported program as a plain graph module: no guards, arguments by name, results in their containers."""
+    lifted = program.module()
+    graph = fx.Graph()
+    copies: dict[Node, Any] = {}
+    names = iter(_argument_names(program))
+    for node in lifted.graph.nodes:
+        if node.op == "call_module" and node.target == "_guards_fn":
+            continue
+        if node.op == "placeholder":
+            copies[node] = graph.placeholder(next(names, node.name))
+        elif node.op == "output":
+            leaves = fx.node.map_arg(node.args[0], copies.__getitem__)
+            structure = program.call_spec.out_spec
+            result = pytree.tree_unflatten(list(leaves), structure) if structure is not None else leaves
+            graph.output(_constructed(graph, result))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.eliminate_dead_code()  # attributes of training, and sizes that only the guards read
+    return fx.GraphModule(lifted, graph, "Exported")
+
+
+def _argument_names(program: torch.export.ExportedProgram) -> list[str]:
+    spec = program.call_spec.in_spec
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec) if spec is not None else ((), {})
+    if len(pytree.tree_leaves((args, kwargs))) != len(args) + len(kwargs):
+        raise TraceError("arguments that hold tensors in containers cannot be exported here")
+    user = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    return [*user[: len(args)], *kwargs]
+
+
+def _constructed(graph: fx.Graph, result: Any) -> Any:
+    """Results in a class of its own are made by a call of that class, as in the model."""
+    if isinstance(result, dict):
+        items = {key: _constructed(graph, value) for key, value in result.items()}
+        return items if type(result) is dict else graph.call_function(type(result), (), items)
+    if isinstance(result, (tuple, list)):
+        items_ = [_constructed(graph, value) for value in result]
+        if hasattr(result, "_fields"):
+            return graph.call_function(type(result), tuple(items_))
+        return tuple(items_) if isinstance(result, tuple) else items_
+    return result
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps every tensor, or its shape."""
+
+    def __init__(self, module: fx.GraphModule, keep: bool) -> None:
+        super().__init__(module, garbage_collect_values=not keep)
+        self.shapes: dict[Node, tuple[int, ...]] = {}
+        self.found: dict[Node, Tensor] = {}
+        self._keep = keep
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+            if self._keep:
+                self.found[n] = result
+        return result
+
+
+def flat_arguments(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
+    """The values of the graph's placeholders, in their order."""
+    given = [x for x in inputs.args if isinstance(x, Tensor)]
+    names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+    by_name = {**dict(zip(names, given, strict=False)), **inputs.kwargs}
+    return tuple(by_name[name] for name in names)
+
+
+def record(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> _Recorder:
+    """A run of the graph with the shapes of its nodes and, if asked for, their values."""
+    recorder = _Recorder(module, keep)
+    with torch.no_grad():
+        recorder.run(*flat_arguments(module, inputs), enable_io_processing=False)
+    return recorder
+
+
+def _same(found: Any, expected: Any) -> bool:
+    theirs, ours = outputs(expected), outputs(found)
+    if len(theirs) != len(ours):
+        return False
+    return all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says of a trace that fails: the next way is tried."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch.export", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+_WAYS: dict[str, Callable[[nn.Module, Sequence[Inputs]], fx.GraphModule]] = {"fx": _by_fx, "export": _by_export}
+
+
+def trace(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    ways: tuple[str, ...] = ("fx", "export"),
+    prepare: Callable[[fx.GraphModule], fx.GraphModule] = lambda module: module,
+) -> Trace:
+    """The model as a graph, which gave the same results on the example and on every other size that the model takes.
+
+    Args:
+        model: In evaluation mode, and on the inputs' device. Its forward is run; the graph holds its own parameters.
+        inputs: An example.
+        ways: What to try, in this order. A graph that holds only for some sizes is taken where no other was found.
+        prepare: Applied to what was traced before it is tried.
+
+    Raises:
+        TraceError: None of the ways gives a graph with the model's results.
+    """
+    expected = evaluate(model, inputs)
+    accepted = [(inputs, expected)]
+    with _quiet():
+        for other in inputs.resized():
+            try:
+                accepted.append((other, evaluate(model, other)))
+            except Exception:  # the model's own limits
+                continue
+        reasons, fixed = [], None
+        for way in ways:
+            try:
+                module = prepare(_WAYS[way](model, [i for i, _ in accepted]))
+                if not _same(evaluate(module, inputs), expected):
+                    reasons.append(f"{way}: its graph gives other results")
+                    continue
+            except Exception as error:
+                reasons.append(f"{way}: {_first_line(error)}")
+                continue
+            refused = tuple(other for other, result in accepted[1:] if not _takes(module, other, result))
+            found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
+            if not refused:
+                return found
+            if fixed is None or len(refused) < len(fixed.refused):
+                fixed = found
+    if fixed is not None:
+        return fixed
+    raise TraceError("; ".join(reasons))
+
+
+def _takes(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:
+    try:
+        return _same(evaluate(module, inputs), expected)
+    except Exception:
+        return False
+
+
+def _recorded(module: fx.GraphModule, how: str, sizes: list[Inputs], refused: tuple[Inputs, ...]) -> Trace:
+    runs = [record(module, inputs, keep=i == 0) for i, inputs in enumerate(sizes)]
+    shapes = {
+        node: tuple(zip(*(run.shapes[node] for run in runs), strict=True))
+        for node in runs[0].shapes
+        if len({len(run.shapes[node]) for run in runs}) == 1
+    }
+    paths = {node: path_of(node) for node in module.graph.nodes}
+    return Trace(module, how, tuple(sizes), refused, shapes, runs[0].found, paths)
+
+
+def path_of(node: Node) -> str:
+    """The module that the call stands in, as a path."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return str(node.target) if node.op == "call_module" else ""
+    path = next(reversed(stack.values()))[0] if isinstance(stack, dict) else ""
+    return str(path).removeprefix("L['self']").lstrip(".")
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}"[:200]

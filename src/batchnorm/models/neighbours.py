@@ -1,0 +1,77 @@
+"""Where batch normalization stands in a network: what comes before and after each call of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx.node import Node
+from torch.nn import functional as F
+
+from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of, asks_sizes
+from batchnorm.models.model_graph import Trace
+
+_LINEAR = {*CONVOLUTIONS, *TRANSPOSED, F.linear}
+
+
+@dataclass(frozen=True)
+class BatchNormCall:
+    """One call of batch normalization in a traced and lowered model.
+
+    Attributes:
+        path: The module that it stands in; the call's name, where it stands in none.
+        node: The call of `F.batch_norm`.
+        source: What computes its input.
+        readers: What reads its result.
+        calls: How many times the network uses these running statistics (these parameters, where there are none).
+        fixed_statistics: Whether it normalizes by running statistics, not by the batch's.
+    """
+
+    path: str
+    node: Node
+    source: Node
+    readers: tuple[Node, ...]
+    calls: int
+    fixed_statistics: bool
+
+    @property
+    def follows_linear(self) -> bool:
+        """Whether a convolution or linear layer computes its input, for it alone."""
+        alone = [reader for reader in self.source.users if not asks_sizes(reader)] == [self.node]
+        return alone and self.source.target in _LINEAR
+
+    @property
+    def activation(self) -> str | None:
+        """The activation that alone reads its result, if it is one that this library fuses."""
+        found = activation_of(self.readers[0]) if len(self.readers) == 1 else None
+        return None if found is None else found[0]
+
+    @property
+    def foldable(self) -> bool:
+        """Whether it can go into the layer before it; there are other places, which `batchnorm.fold` tries."""
+        return self.fixed_statistics and self.follows_linear
+
+
+def batch_norm_calls(trace: Trace) -> list[BatchNormCall]:
+    """Every call of batch normalization, in the order in which they run.
+
+    Args:
+        trace: Made with `prepare=lowering.lower`.
+    """
+    nodes = [node for node in trace.graph.nodes if node.op == "call_function" and node.target is F.batch_norm]
+    keys = [_tensors(node) for node in nodes]
+    return [
+        BatchNormCall(
+            trace.paths.get(node) or node.name,
+            node,
+            node.all_input_nodes[0],
+            tuple(reader for reader in node.users if not asks_sizes(reader)),
+            keys.count(key),
+            node.args[1] is not None and not node.args[5],
+        )
+        for node, key in zip(nodes, keys, strict=True)
+    ]
+
+
+def _tensors(node: Node) -> tuple[str, ...]:
+    held = tuple(str(t.target) for t in node.args[1:5] if isinstance(t, Node))
+    return held or (node.name,)

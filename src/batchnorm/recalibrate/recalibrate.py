@@ -1,0 +1,359 @@
+"""Recalibration, as a user calls it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm import _checks
+from batchnorm.models.batches import Ambient, Batches, Forward, MaskOf, check_data, default_forward, device_of, eager
+from batchnorm.models.observe import Observer, Rows, Statistics, held, merged, nothing, put, running
+from batchnorm.models.progress import bar
+from batchnorm.models.ranks import Ranks
+from batchnorm.models.report import Change, Result
+from batchnorm.nn.frozen import FrozenLayer
+from batchnorm.recalibrate.passes import Measured, Run, sequential, single
+from batchnorm.recalibrate.report import LayerStatistics, Recalibration
+from batchnorm.walk import Found, copied, norm_layers, restored
+
+Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+_CALLER = "recalibrate"
+
+
+def recalibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    only: Only | None = None,
+    passes: str = "single",
+    prior: float = 0.0,
+    forward: Forward | None = None,
+    mask: MaskOf | None = None,
+    shared: str = "pool",
+    max_samples: int | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    cache_bytes: int = 2**30,
+    process_group: Any = None,
+    synchronize: bool = True,
+    progress: bool = False,
+    inplace: bool = False,
+) -> Result[Recalibration]:
+    """Give the batch normalization of a trained model the population statistics of `data`.
+
+    `running_mean` becomes the mean of all values that a layer is given, `running_var` their unbiased variance,
+    M2/(m - 1), whatever the sizes of the batches: deviations within and between batches both count. For weights that
+    were averaged (EMA, SWA), fine-tuned, pruned or quantized, for running averages that lag, and for data of another
+    domain (AdaBN).
+
+    Nothing else of the model changes: dropout and all else stay in evaluation meanwhile; modes, hooks, momentum,
+    other buffers and the random state are put back whatever happens. `num_batches_tracked` is the number of
+    batches afterwards where `momentum=None`, whose average goes on from it, and is left alone otherwise.
+
+    Args:
+        model: Any module. Statistics of `DistributedDataParallel` are those of the module within.
+        data: An iterable of batches: tensors, tuples, lists, dicts, or what `forward` takes. Over several ranks, this
+            rank's share: lengths may differ, and be zero. `passes="sequential"` may read it more than once.
+        only: Which layers: a pattern for their paths such as `"backbone.*"`, several, or a predicate of path and
+            layer. By default all with running statistics but those that are frozen: `FrozenBatchNorm`, and layers in
+            evaluation within a model in training.
+        passes: "single": one pass, where each batch is normalized by its own statistics, as in training.
+            "sequential": layer by layer from the input, each given what the calibrated layers before it put out,
+            which is what it will be given in evaluation.
+        prior: How many samples the former statistics count for: `running ← (prior·former + n·measured)/(prior + n)`
+            with n samples of data, mean and variance alike. 0 replaces them.
+        forward: `forward(model, batch)` calls the model. By default with the tensor; with as many leading parts of a
+            tuple as the model's `forward` requires arguments, so that labels stay out; with the keys of a dict that
+            it names.
+        mask: `mask(batch)` says which values count: booleans, or weights, of shape `[N]`, `[N, *S]` or flattened as
+            the layer's input is, or a dict of such by layer path. Layers that the model calls with `mask=` use that.
+        shared: "pool" gives a module that stands in several places the statistics of all. "separate" puts one for
+            each place, which share weight and bias.
+        max_samples: Stop after the batch that reaches this many samples (of this rank).
+        device: Where tensors of the batches go; by default to the model's device, if it is on one.
+        autocast: bfloat16 or float16 for `torch.autocast`; by default that which is active.
+        cache_bytes: With "sequential": how many bytes of tensors the forward passes that wait between layers may
+            keep; batches beyond it are computed anew for every layer. 0 keeps none. On the CPU the process can grow by
+            two to three times that, as each waiting pass is a thread, and a thread's freed memory stays with it.
+        process_group: Whose ranks pool their statistics; None for all, where `torch.distributed` is initialized.
+        synchronize: False leaves this process to itself.
+        progress: Whether to show a bar on standard error (needs rich).
+        inplace: Whether to change the model given, instead of a copy. If anything fails it stays as it was.
+
+    Returns:
+        The model, and a `Recalibration`: how far each layer was off, and the moments of every layer and call.
+
+    Raises:
+        TypeError: data is no iterable of batches, or a batch does not fit the model's `forward`.
+        ValueError: an argument is out of its range; no layer is selected or reached; a layer is given values that are
+            not finite, or just one per channel; data end before the first batch.
+        RuntimeError: another rank failed; every rank's model is as it was.
+
+    Numerics: moments are float64; the statistics are those of two-pass float64 rounded once to the buffers' dtype.
+
+    Source: Wu & Johnson 2021, Rethinking "Batch" in BatchNorm (population statistics); Li et al. 2016, Revisiting
+        Batch Normalization for Practical Domain Adaptation (AdaBN); Schneider et al. 2020, Improving robustness
+        against common corruptions by covariate shift adaptation, equation 3 (`prior`).
+
+    Examples:
+        >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
+        >>> batches = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0], [10.0]])]
+        >>> model, report = recalibrate(model, batches)
+        >>> model[0].running_mean.item(), model[0].running_var.item()
+        (4.0, 12.5)
+        >>> report["0"].moments[0].count.item()
+        5.0
+    """
+    _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
+    check_data(data)
+    if not inplace:
+        _select(model, only)  # what is wrong with the arguments, before anything is copied
+        with torch.inference_mode(False):  # whose tensors could not be trained any more
+            model = copied(_CALLER, model)
+    with ExitStack() as undo:
+        if shared == "separate":
+            _separate(model, undo)
+        selected, left = _select(model, only)
+        before = [held(found.module) for found in selected]
+        ranks = Ranks(process_group, synchronize=synchronize)
+        _check_same([found.paths for found in selected], ranks)
+
+        def settle(number: int, rows: Rows, samples: int) -> Statistics:
+            return _settle(selected[number], before[number], rows, samples, prior)
+
+        inner = _unwrapped(model)
+        target = torch.device(device) if device is not None else device_of(model)
+        with restored(model, buffers=True), bar(progress) as shown, eager():
+            for module in model.modules():  # not .eval(), which models override to do more
+                module.training = False
+            observer = Observer(selected)
+            observer.install()
+            run = Run(
+                inner, observer, Batches(data, max_samples), forward or default_forward, mask, target,
+                Ambient(autocast, target), shown,
+            )  # fmt: skip
+            measured = single(run, ranks) if passes == "single" else sequential(run, ranks, settle, cache_bytes)
+        report = _report(selected, left, before, measured, settle, passes, ranks.count)
+        measured_at = {layer.path: Statistics(layer.mean, layer.var) for layer in report.layers}
+        for found, former in zip(selected, before, strict=True):
+            if found.path in measured_at:
+                undo.callback(put, found.module, former)
+                put(found.module, measured_at[found.path])
+        for found in selected:
+            if found.path in measured_at:
+                _count_batches(found.module, measured.batches)
+        undo.pop_all()
+    return Result(model, report)
+
+
+def _check_arguments(
+    model: nn.Module, passes: str, prior: float, shared: str, max_samples: int | None, cache_bytes: int
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_CALLER} expects a torch.nn.Module, got {type(model).__name__}. Pass the model first.")
+    _checks.check_choice(_CALLER, "passes", passes, ("single", "sequential"))
+    _checks.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
+    if not 0 <= prior < math.inf:
+        raise ValueError(
+            f"{_CALLER} expects prior >= 0 and finite, got {prior}. It is how many samples the former statistics count "
+            "for; 0 replaces them."
+        )
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"{_CALLER} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
+    if cache_bytes < 0:
+        raise ValueError(f"{_CALLER} expects cache_bytes >= 0, got {cache_bytes}. 0 keeps nothing between layers.")
+
+
+def _separate(model: nn.Module, undo: ExitStack) -> None:
+    """One module for each place of a shared one, with the same parameters and statistics of its own."""
+    for found in norm_layers(model):
+        for parent, key in found.slots[1:]:
+            own = copy.copy(found.module)
+            for name, value in vars(own).items():
+                if isinstance(value, dict):  # of parameters, buffers, hooks
+                    vars(own)[name] = value.copy()
+            own._buffers.update({n: None if b is None else b.clone() for n, b in own._buffers.items()})
+            parent._modules[key] = own
+            undo.callback(parent._modules.__setitem__, key, found.module)
+
+
+def _select(model: nn.Module, only: Only | None) -> tuple[list[Found], list[Change]]:
+    """The layers to recalibrate, and those left alone with the reason."""
+    every = norm_layers(model)
+    chosen = _chooser(only, every, model)
+    selected, left = [], []
+    for found in every:
+        reason = _why_not(model, found.module, named=only is not None)
+        if not chosen(found):
+            reason = "not named"
+        if reason is None:
+            selected.append(found)
+        else:
+            left.append(Change(found.path, _described(found.module), _described(found.module), reason))
+    if not selected:
+        raise ValueError(
+            f"{_CALLER} expects a model with batch normalization to recalibrate, got {type(model).__name__} "
+            f"where none is ({_listed(left) or 'it has none at all'}). Name frozen layers in only= to include them; "
+            "a network that is scripted or exported has no layers any more, so recalibrate it before."
+        )
+    return selected, left
+
+
+def _chooser(only: Only | None, every: list[Found], model: nn.Module) -> Callable[[Found], bool]:
+    if only is None:
+        return lambda found: True
+    if callable(only):
+        predicate = only
+        return lambda found: any(predicate(path, found.module) for path in found.paths)
+    patterns = [only] if isinstance(only, str) else list(only)
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for found in every for path in found.paths):
+            raise ValueError(
+                f"{_CALLER} expects only to match batch normalization of the {type(model).__name__}, got {pattern!r}, "
+                f"which matches none. There are: {', '.join(found.path for found in every) or 'none'}."
+            )
+    return lambda found: any(fnmatchcase(path, pattern) for path in found.paths for pattern in patterns)
+
+
+def _why_not(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
+    mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+    if mean is None or var is None:
+        return "no running mean and variance"
+    if is_lazy(mean):
+        return "number of channels not known yet: run the model once first"
+    if not named and isinstance(layer, FrozenLayer):
+        return "frozen"
+    if not named and model.training and not layer.training:
+        return "frozen: in evaluation while the model trains"
+    return None
+
+
+def _check_same(paths: list[tuple[str, ...]], ranks: Ranks) -> None:
+    for rank, others in enumerate(ranks.together(lambda: paths)):
+        if others != paths:
+            raise ValueError(
+                f"{_CALLER} expects the same model and layers on every rank, got {len(paths)} layers here and "
+                f"{len(others)} on rank {rank}, or other paths. Build and select alike, or pass synchronize=False."
+            )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    # Their forward speaks to the other ranks, which may have fewer batches, or copies the hooks to replicas.
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
+def _settle(found: Found, before: Statistics, rows: Rows, samples: int, prior: float) -> Statistics:
+    """The statistics a layer is to have; a row of which there were no data keeps its own."""
+    mean, var = before.mean.clone(), before.var.clone()
+    total = sum(moments.count.item() for moments in rows)
+    for row, moments in enumerate(rows):
+        if moments.count == 0:
+            continue
+        try:
+            new_mean, new_var = moments.mean.to(mean.device), moments.var_unbiased.to(var.device)
+        except ValueError:
+            raise ValueError(
+                f"{_CALLER} expects more than one value per channel, got one in all the data at {found.path!r}. "
+                "One value has no variance: pass more data."
+            ) from None
+        if prior > 0:
+            n = samples * moments.count.item() / total
+            new_mean, new_var = (
+                before.mean[row].lerp(new_mean, n / (prior + n)),
+                before.var[row].lerp(new_var, n / (prior + n)),
+            )
+        mean[row], var[row] = new_mean, new_var
+    dtype = running(found.module, "running_var").dtype
+    for what, values in (("mean", mean), ("variance", var)):
+        if not values.to(dtype).isfinite().all():
+            raise ValueError(
+                f"{_CALLER} expects finite values at every layer, got a {what} that is not finite in {dtype} at "
+                f"{found.path!r}. Look for NaN or overflow in the data or in the layers before it."
+            )
+    return Statistics(mean, var)
+
+
+def _report(
+    selected: list[Found],
+    left: list[Change],
+    before: list[Statistics],
+    measured: Measured,
+    settle: Callable[[int, Rows, int], Statistics],
+    passes: str,
+    ranks: int,
+) -> Recalibration:
+    if measured.batches == 0:
+        raise ValueError(f"{_CALLER} expects at least one batch, got data that end at once. Pass more data.")
+    layers, changed = [], []
+    for number, found in enumerate(selected):
+        calls = measured.of_layer(number)
+        rows = merged(nothing(found.module), *calls)
+        if not any(moments.count > 0 for moments in rows):
+            description = _described(found.module)
+            reason = "all its values are masked" if calls else "not reached by the data"
+            left = [*left, Change(found.path, description, description, reason)]
+            continue
+        now = settle(number, rows, measured.samples)
+        shape = running(found.module, "running_mean").shape
+        layer = LayerStatistics(found.paths, rows, calls, *(t.reshape(shape) for t in (*before[number], *now)))
+        layers.append(layer)
+        changed.append(Change(found.path, _described(found.module), _moved(layer), _uses(layer)))
+    if not layers:
+        raise ValueError(
+            f"{_CALLER} expects the data to reach the selected layers, got none that is given values "
+            f"({_listed(left)}). Pass forward= to call the model so that it does, and a mask= that leaves something."
+        )
+    return Recalibration(
+        _CALLER, tuple(changed), tuple(left), tuple(layers), passes, measured.batches, measured.samples, ranks,
+        measured.kept,
+    )  # fmt: skip
+
+
+def _listed(left: list[Change]) -> str:
+    return "; ".join(f"{change.path or '(model)'}: {change.reason}" for change in left)
+
+
+def _described(layer: nn.Module) -> str:
+    return f"{type(layer).__name__}({getattr(layer, 'num_features', '')})"
+
+
+def _moved(layer: LayerStatistics) -> str:
+    shift, ratio = layer.shift, layer.ratio
+    usable = (layer.var > 0) & (layer.var_before > 0)
+    if not usable.any():
+        return "constant"
+    return (
+        f"mean moved {shift[usable].median().item():.2g}σ (at most {shift[usable].max().item():.2g}σ), "
+        f"σ ×{ratio[usable].median().item():.3g}"
+    )
+
+
+def _uses(layer: LayerStatistics) -> str:
+    parts = []
+    if len(layer.paths) > 1:
+        parts.append(f"also {', '.join(layer.paths[1:])}")
+    if len(layer.calls) > 1:
+        parts.append(f"called {len(layer.calls)} times in a forward pass: pooled")
+    empty = [str(row) for row, moments in enumerate(layer.moments) if moments.count == 0]
+    if empty:
+        parts.append(f"no data of domain {', '.join(empty)}: kept")
+    return "; ".join(parts)
+
+
+def _count_batches(layer: nn.Module, batches: int) -> None:
+    tracked = getattr(layer, "num_batches_tracked", None)
+    if tracked is not None and getattr(layer, "momentum", None) is None:
+        with torch.no_grad():
+            tracked.fill_(batches)

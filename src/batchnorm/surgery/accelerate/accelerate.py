@@ -1,0 +1,219 @@
+"""Faster training of a network that exists: our layers for torch's, with additions and activations fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from batchnorm import _checks, walk
+from batchnorm.models.example_calls import Call, arguments, difference, evaluate, for_trial, record, said
+from batchnorm.models.report import Change, Report, Result
+from batchnorm.nn import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from batchnorm.surgery.accelerate.fused_forward import fused_class, original_class, undo_fusion
+from batchnorm.surgery.accelerate.fusion import Fused, Fusions, find_fusions
+
+__all__ = ["AccelerateReport", "accelerate", "undo_fusion"]
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
+}
+_FUSABLE = (*_OURS.values(), BatchNorm)
+
+
+@dataclass(frozen=True)
+class AccelerateReport(Report):
+    """What `accelerate` did.
+
+    Attributes:
+        fused: What each layer takes with it, by the layer's path.
+        difference: Of the network's output in evaluation on the example inputs, before and after: the largest
+            difference over the largest value; None without example inputs.
+    """
+
+    fused: Mapping[str, Fused] | None = None
+    difference: float | None = None
+
+    def summary(self) -> str:
+        """How many layers were changed, how many of them fused, and what that does to the output."""
+        text = f"{super().summary()}, {len(self.fused or {})} with what follows them fused"
+        return text if self.difference is None else f"{text}; outputs differ by {self.difference:.1e}"
+
+
+def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> Result[AccelerateReport]:
+    """The same network with this library's batch normalization, and the operations around it fused.
+
+    Each `torch.nn.BatchNorm*d` becomes ours: a subclass, with the same parameters, buffers, hooks and mode (in place,
+    the same object). Where an activation follows a layer, or an addition and then an activation, the `forward` of the
+    smallest module that holds them is rewritten so that they are one operation, `activation(BN(x) + residual)`: only
+    where its graph is the same in training and in evaluation. A call that the graph does not stand for (other
+    arguments, changed attributes, hooks) goes to the class's own `forward`.
+
+    The rewritten module is of a subclass of its class, with the same name. It copies, pickles, and has the same
+    `state_dict`. `batchnorm.convert(model, to=torch.nn)` undoes everything.
+
+    Args:
+        model: Any module.
+        example_inputs: A tensor, or a tuple of positional or a mapping of named arguments that the model takes, a few
+            samples in the dtype and on the device of training. With them each rewritten `forward` is compared with
+            the original in both modes, and modules that take lists of tensors are understood.
+        inplace: Whether to change the model itself instead of a copy.
+
+    Returns:
+        The model, and the report: what each layer became, and why one was left alone or nothing was fused with it.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: the model does not take the example inputs, or cannot be copied. It is then as it was.
+
+    Numerics: as `batchnorm.functional.batch_norm`; in float64 a training run has the same losses to rounding.
+
+    Examples:
+        >>> import torch
+        >>> block = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model, report = accelerate(block, torch.rand(2, 3, 8, 8))
+        >>> print(report.changed[0].now)
+        BatchNorm2d(8) + relu
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    if not inplace:
+        model = walk.copied("accelerate", model)
+    layers = walk.norm_layers(model)
+    left = [Change(f.path, _name(f.module), _name(f.module), why) for f in layers if (why := _why_left(f.module))]
+    swapped = {f.path: _OURS[type(f.module)] for f in layers if type(f.module) in _OURS and not _why_left(f.module)}
+    ours = [f.path for f in layers if f.path in swapped or type(f.module) in _FUSABLE]
+
+    found, off = _plan(model, swapped, ours, example_inputs)
+    changed: list[Change] = []
+    for path in ours:
+        layer, fused = model.get_submodule(path), found.fused.get(path)
+        now = _name(layer, swapped.get(path)) + (f" + {fused}" if fused else "")
+        reason = f"in {fused.holder or 'the model'}" if fused else found.reasons.get(path, "")
+        (changed if path in swapped or fused else left).append(Change(path, _name(layer), now, reason))
+    report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, off)
+    _apply(model, swapped, found)
+    return Result(model, report)
+
+
+def _name(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
+    """The layer in a few characters, of its own class or of one that it is to have."""
+    kind = kind or type(layer)
+    torchs = "torch.nn." if kind.__module__.startswith("torch.") else ""
+    return f"{torchs}{kind.__name__}({getattr(layer, 'num_features', '')})"
+
+
+def _why_left(layer: nn.Module) -> str:
+    """Why a layer of torch's, or of someone else's, is not replaced; empty where it is, or is ours."""
+    kind = type(layer)
+    if kind.__module__.startswith("batchnorm."):
+        return ""
+    if kind is nn.SyncBatchNorm:
+        return "synchronizes processes; batchnorm.convert replaces it"
+    if kind not in _OURS:
+        return f"is of a class of its own, {kind.__module__}.{kind.__qualname__}, whose forward may do more"
+    if "forward" in vars(layer):
+        return "has a forward of its own, which is not its class's"
+    try:
+        _checks.check_eps(kind.__name__, layer.eps)  # type: ignore[arg-type]
+        _checks.check_momentum(kind.__name__, layer.momentum)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _plan(
+    model: nn.Module, swapped: dict[str, type[nn.Module]], ours: list[str], example_inputs: Any
+) -> tuple[Fusions, float | None]:
+    """What can be rewritten, found and tried on a copy that shares nothing but the tensors."""
+    try:
+        trial = for_trial("accelerate", model)
+    except ValueError as error:
+        if example_inputs is not None:
+            raise
+        return Fusions(reasons=dict.fromkeys(ours, f"the model cannot be copied to be traced: {error.__cause__}")), None
+    with walk.restored(trial, buffers=True):
+        undo_fusion(trial)
+        norms = {path: trial.get_submodule(path) for path in ours}
+        if example_inputs is None:
+            return find_fusions(trial, norms, None), None
+        before, calls = record("accelerate", trial, ours, example_inputs)
+        found = find_fusions(trial, norms, calls)
+    _apply(trial, swapped, found)
+    for path in list(found.plans):
+        if why := _disagreement(trial.get_submodule(path), calls[path]):
+            _drop(trial, found, path, why)
+    with walk.restored(trial, buffers=True):
+        after = evaluate(trial, arguments(example_inputs))
+    return found, difference(before, after)[0]
+
+
+def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions) -> None:
+    """Give the layers and the rewritten modules their new classes: all of them, or on an exception none."""
+    new = {model.get_submodule(path): kind for path, kind in swapped.items()}
+    new |= {model.get_submodule(path): fused_class(plan) for path, plan in found.plans.items()}
+    former = {module: type(module) for module in new}
+    try:
+        for module, kind in new.items():
+            module.__class__ = kind
+    except BaseException:
+        for module, kind in former.items():
+            module.__class__ = kind
+        raise
+
+
+def _drop(model: nn.Module, found: Fusions, path: str, why: str) -> None:
+    """Take a rewritten `forward` back."""
+    module = model.get_submodule(path)
+    module.__class__ = original_class(module)
+    del found.plans[path]
+    for layer in [layer for layer, fused in found.fused.items() if fused.holder == path]:
+        del found.fused[layer]
+        found.reasons[layer] = f"{path or 'the model'} rewritten {why}"
+
+
+def _disagreement(module: nn.Module, call: Call) -> str:
+    """How the rewritten `forward` differs from the class's own on this call, in either mode; empty where not."""
+    own_forward = original_class(module).forward
+    for training in (False, True):
+        try:
+            with _fresh(module, call, training) as (args, kwargs):
+                expected = own_forward(module, *args, **kwargs)
+        except Exception:  # such as one value per channel: the rewritten one has nothing to agree with
+            continue
+        try:
+            with _fresh(module, call, training) as (args, kwargs):
+                found = module.forward(*args, **kwargs)
+        except Exception as error:
+            return f"raises {said(error)}"
+        off, allowed = difference(expected, found)
+        if not off <= allowed:
+            return f"differs by {off:.1e} {'in training' if training else 'in evaluation'}"
+    return ""
+
+
+@contextmanager
+def _fresh(module: nn.Module, call: Call, training: bool) -> Iterator[Call]:
+    """A mode for one call, with arguments that it may spoil; buffers and random state are put back."""
+    with walk.restored(module, buffers=True), torch.no_grad():
+        for part in module.modules():
+            part.training = training
+        yield pytree.tree_map_only(Tensor, Tensor.clone, call)

@@ -1,0 +1,227 @@
+"""Another normalization in place of batch normalization, throughout a model that already exists."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+import batchnorm.nn
+from batchnorm import walk
+from batchnorm.models.report import Change, Report, Result
+from batchnorm.surgery.accelerate.fused_forward import undo_fusion
+from batchnorm.surgery.convert import replacement
+from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible, class_of, describe, origin_of
+
+Target = str | type[nn.Module] | ModuleType | Callable[[nn.Module], nn.Module]
+Only = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+_RANKS = ("1d", "2d", "3d")
+
+
+def convert(
+    model: nn.Module, to: Target, *, only: Only = None, inplace: bool = False, **options: Any
+) -> Result[Report]:
+    """Put another normalization in place of the model's batch normalization.
+
+    Parameters and buffers that mean the same are carried over, the parameters being the same objects, so that an
+    optimizer goes on with them. So are modes, hooks (and their handles), parametrizations, devices, dtypes,
+    `requires_grad`, and absent weights, biases and running statistics. A layer that is in several places stays one
+    layer. What is made of a layer remembers it: converting back gives the layer as it was, with the state as it is.
+
+    A layer of which something would be lost is left as it is, and the report says why: a subclass with a `forward` of
+    its own (such as one that holds an activation), other parameters, or statistics that the other class cannot hold.
+
+    Args:
+        model: Any module; it may itself be such a layer.
+        to: What to put there: a class of this library or of torch (`BatchRenorm` and `BatchRenorm2d` mean the same
+            for a `BatchNorm2d`; `torch.nn.GroupNorm`, `LayerNorm`, `InstanceNorm2d`, `Identity` too), its name, a
+            module (`torch.nn` or `batchnorm.nn`: the class of that name there, so `torch.nn` leads back), or a function
+            that is given the layer and makes another.
+        only: Which layers: a pattern for their paths such as `"layer4.*"`, several, or a predicate of path and layer.
+        inplace: Change the model itself, instead of a copy.
+        **options: Arguments of the class, such as `ghost_size=16` or `momentum=0.01`; those of the layer otherwise.
+
+    Returns:
+        The model (the new layer, where the model is a layer itself), and what was changed and left.
+
+    Raises:
+        TypeError: `to` is nothing of these; an option that the class does not have, or one that it needs is missing.
+        ValueError: a pattern that matches no layer; options that the class refuses for every layer; a scripted model.
+            The model is then as it was.
+
+    `LayerNorm` becomes `GroupNorm(1, C)`, which is layer normalization over channels and positions with weight and
+    bias for each channel. `GroupNorm` takes the largest number of groups up to 32 that divides C, unless
+    `num_groups` is given. `InstanceNorm1d` takes `[N, C, L]` only. These, and `Identity`, keep no running statistics,
+    and do not lead back.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> from batchnorm.nn import FrozenBatchNorm
+        >>> model, report = convert(model, to=FrozenBatchNorm)
+        >>> print(report)
+        convert: 1 changed, 0 left
+        <BLANKLINE>
+        layer  was             now                   why
+        1      BatchNorm2d(8)  FrozenBatchNorm2d(8)
+        >>> convert(model, to=torch.nn).model[1]
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    _check_target(to)
+
+    def choose(found: walk.Found) -> Replacement:
+        return _replacement(found, to, options)
+
+    finish = undo_fusion if to is torch.nn and only is None else None
+    return replace_layers("convert", model, choose, only=only, inplace=inplace, finish=finish)
+
+
+def replace_layers(
+    verb: str,
+    model: nn.Module,
+    choose: Callable[[walk.Found], Replacement],
+    *,
+    only: Only,
+    inplace: bool,
+    kinds: walk.Kinds = walk.is_batch_norm,
+    finish: Callable[[nn.Module], object] | None = None,
+) -> Result[Report]:
+    """Replace each chosen layer by what `choose` makes for it: all of them, or by an exception none.
+
+    `finish` is called with the model afterwards, and may change the classes of its modules.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{verb} expects a model in Python, got {type(model).__name__}. Convert it before torch.jit.script."
+        )
+    if not inplace:
+        model = walk.copied(verb, model)
+    planned: list[tuple[walk.Found, Replacement, Change]] = []
+    left: list[Change] = []
+    refused: list[Refused] = []
+    for found in _selected(verb, model, only, kinds):
+        was = describe(found.module)
+        try:
+            replacement.check_plain(found.module)
+            made = choose(found)
+        except Unconvertible as reason:
+            left.append(Change(found.path, was, was, str(reason)))
+            refused += [reason] if isinstance(reason, Refused) else []
+            continue
+        reasons = [made.reason] * bool(made.reason) + [f"also at {path}" for path in found.paths[1:]]
+        planned.append((found, made, Change(found.path, was, describe(made.new), "; ".join(reasons))))
+    if refused and len(refused) == len(left) and not planned:
+        raise ValueError(f"{verb} cannot change any layer; {left[0].path or 'the model'}: {refused[0]}") from refused[0]
+    report = Report(verb, tuple(change for *_, change in planned), tuple(left))
+    with replacement.undone_on_failure(model, [(found, made) for found, made, _ in planned]):
+        for found, made, _ in planned:
+            model = made.commit(model, found)
+        if finish is not None:
+            finish(model)
+        return Result(model, report)
+
+
+def _selected(verb: str, model: nn.Module, only: Only, kinds: walk.Kinds) -> Iterator[walk.Found]:
+    layers = walk.norm_layers(model, kinds)
+    if only is None:
+        yield from layers
+    elif callable(only):
+        yield from (found for found in layers if any(only(path, found.module) for path in found.paths))
+    else:
+        patterns = [only] if isinstance(only, str) else list(only)
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for found in layers for path in found.paths):
+                some = ", ".join(found.path or "the model itself" for found in layers[:3]) or "none"
+                raise ValueError(
+                    f"{verb} expects `only` to match a layer, got {pattern!r}, which matches none of {len(layers)}. "
+                    f"They are at: {some}{', ...' if len(layers) > 3 else ''}."
+                )
+        for found in layers:
+            if any(fnmatchcase(path, pattern) for path in found.paths for pattern in patterns):
+                yield found
+
+
+def _check_target(to: object) -> None:
+    known = isinstance(to, (ModuleType, str)) or replacement.is_norm_class(to) or to is nn.LayerNorm
+    if not known and (isinstance(to, type) or not callable(to)):
+        raise TypeError(
+            f"convert expects `to` to be a class of normalization, its name, torch.nn or batchnorm.nn, or a function "
+            f"that is given the layer, got {to!r}. For a class of your own pass lambda layer: Mine(layer.num_features)."
+        )
+    named = (getattr(place, f"{to}{rank}", None) for place in (batchnorm.nn, nn) for rank in ("", *_RANKS))
+    if isinstance(to, str) and not any(isinstance(found, type) for found in named):
+        raise TypeError(
+            f"convert expects `to` to name a class of batchnorm.nn or torch.nn, got {to!r}. For example 'BatchRenorm'."
+        )
+
+
+def _replacement(found: walk.Found, to: Target, options: dict[str, Any]) -> Replacement:
+    old = found.module
+    if not isinstance(to, (ModuleType, str, type)):
+        return replacement.from_function(old, to)
+    if not options and isinstance(to, ModuleType) and not _is_of(class_of(old), to):
+        back = replacement.restore(old, lambda kind: _is_of(kind, to))
+        if back is not None:
+            return back
+    kind = class_for(old, to)
+    if kind is class_of(old) and not options:
+        raise Unconvertible("it is one already")
+    if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
+        return back
+    if issubclass(kind, nn.LayerNorm):
+        made = replacement.make(old, nn.GroupNorm, {"num_groups": 1, **options}, found.path)
+        made.reason = "layer normalization over channels and positions"
+        return made
+    return replacement.make(old, kind, options, found.path)
+
+
+def _is_of(kind: type, namespace: ModuleType) -> bool:
+    return getattr(namespace, kind.__name__, None) is kind
+
+
+def rank_of(layer: nn.Module) -> str:
+    """The rank that the layer takes, "1d", "2d" or "3d"; "" where it takes any, and came from none that did not."""
+    for cls in class_of(layer).__mro__:
+        name = vars(cls).get("layer_name", cls.__name__)
+        if cls.__module__.startswith(("torch.", "batchnorm.")) and issubclass(cls, _NormBase) and name[-2:] in _RANKS:
+            return str(name[-2:])
+    origin = origin_of(layer)
+    return "" if origin is None else rank_of(origin.layer)
+
+
+def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType) -> type[nn.Module]:
+    """The class that is meant for this layer: of its rank, lazy if it is."""
+    rank = rank_of(old)
+    lazy = isinstance(old, nn.modules.lazy.LazyModuleMixin)
+    if isinstance(to, ModuleType):
+        names = [cls.__name__ for cls in class_of(old).__mro__ if issubclass(cls, _NormBase)]
+        candidates = [getattr(to, name, None) for name in (*names, f"BatchNorm{rank}")]
+        for kind in candidates:
+            if isinstance(kind, type) and issubclass(kind, _NormBase):
+                return kind
+        raise Unconvertible(f"it takes any number of dimensions, and {to.__name__} has no such layer: name its class")
+    if isinstance(to, str):
+        namespace = next(n for n in (batchnorm.nn, nn) if any(hasattr(n, to + s) for s in ("", *_RANKS)))
+        name = to
+    else:
+        namespace, name = sys.modules[to.__module__], to.__name__
+    if name[-2:] not in _RANKS:
+        middle = "Act" if "activation" in vars(old) and not name.endswith("Act") else ""
+        siblings = [f"{name}{middle}{rank}", f"{name}{rank}", name]
+    elif rank and name[-2:] != rank:
+        raise Unconvertible(f"it takes other inputs ({rank}) than {name}")
+    else:
+        siblings = [name]
+    if lazy:
+        siblings = [f"Lazy{sibling.removeprefix('Lazy')}" for sibling in siblings] + siblings
+    for sibling in siblings:
+        kind = getattr(namespace, sibling, None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            return kind
+    raise Unconvertible(f"it takes any number of dimensions, and there is no such {name}: name its class")

@@ -1,0 +1,102 @@
+"""The folded model, written into the place of the original."""
+
+from __future__ import annotations
+
+import itertools
+
+import onnx
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from batchnorm.surgery.fold.onnx.network import Call, Network, every_name, names_in, subgraphs
+from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, write
+
+
+def emit(network: Network, model: onnx.ModelProto) -> None:
+    """Turn the model, whose network this is, into the folded one; names, versions and metadata stay."""
+    graph = model.graph
+    taken = set(every_name(graph))
+    before = _read(graph)
+    calls = _needed(network)
+    still = _read_by(network, calls)
+    held = {tensor.name for tensor in graph.initializer}
+    new: dict[str, TensorProto] = {}
+    made: set[str] = set()
+
+    def fresh(stem: str) -> str:
+        name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}_{i}") not in taken)
+        taken.add(name)
+        made.add(name)
+        return name
+
+    def keep(name: str, value: Tensor) -> str:
+        """Under its own name, unless something else still reads that."""
+        if name in new or name in still or not (name in made or name in held or network.tensor(name) is not None):
+            name = fresh(f"{name}_folded")
+        new[name] = as_tensor(name, value)
+        return name
+
+    to = Writer(network.resolve, keep, fresh, network.opset)
+    nodes = [node for call in calls for node in write(call, network.states.get(call), to)]
+    read = _names(nodes) | {output.name for output in graph.output}
+    kept = [t for t in graph.initializer if t.name not in new and (t.name in read or t.name not in before)]
+    dropped = {t.name for t in graph.initializer} - {t.name for t in kept} - set(new)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    tensors = {t.name: t for t in (*kept, *new.values())}
+    _replace(graph, tensors)
+    _inputs(graph, new, dropped, model.ir_version)
+    written = {name for node in nodes for name in node.output} | set(tensors)
+    infos = [info for info in graph.value_info if info.name in written]
+    del graph.value_info[:]
+    graph.value_info.extend(infos)
+
+
+def _names(nodes: list[onnx.NodeProto]) -> set[str]:
+    read = {name for node in nodes for name in node.input}
+    return read | {name for node in nodes for body in subgraphs(node) for name in names_in(body)}
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    return _names(list(graph.node)) | {output.name for output in graph.output}
+
+
+def _needed(network: Network) -> list[Call]:
+    """The calls, without those that only make constants which nothing reads any more."""
+    calls = list(network.alive())
+    while True:
+        read = _read_by(network, calls)
+        kept = [c for c in calls if read.intersection(c.node.output) or network.tensor(c.node.output[0]) is None]
+        if len(kept) == len(calls):
+            return calls
+        calls = kept
+
+
+def _read_by(network: Network, calls: list[Call]) -> set[str]:
+    return {name for call in calls for name in network.reads(call)} | {out.name for out in network.graph.output}
+
+
+def _replace(graph: onnx.GraphProto, tensors: dict[str, TensorProto]) -> None:
+    """Change the initializers in their places: the list as a whole may be too large to copy."""
+    for i in reversed(range(len(graph.initializer))):
+        name = graph.initializer[i].name
+        if name not in tensors:
+            del graph.initializer[i]
+        elif graph.initializer[i] is not tensors[name]:
+            graph.initializer[i].CopyFrom(tensors[name])
+    there = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend([tensor for name, tensor in tensors.items() if name not in there])
+
+
+def _inputs(graph: onnx.GraphProto, new: dict[str, TensorProto], dropped: set[str], ir_version: int) -> None:
+    """Before version 4 of the format, every initializer is listed as an input too."""
+    infos = {name: helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in new.items()}
+    listed = {value.name for value in graph.input}
+    for i in reversed(range(len(graph.input))):
+        name = graph.input[i].name
+        if name in dropped:
+            del graph.input[i]
+        elif name in infos:
+            graph.input[i].CopyFrom(infos[name])
+    if ir_version < 4:
+        graph.input.extend([info for name, info in infos.items() if name not in listed])

@@ -1,0 +1,139 @@
+"""The verb: from an ONNX model to the same without batch normalization."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from batchnorm.surgery.fold.report import FoldReport
+
+if TYPE_CHECKING:
+    import onnx
+
+PACKAGES = ("onnx", "onnxruntime")
+
+
+class OnnxResult(NamedTuple):
+    """The model after folding, and what folding did.
+
+    Attributes:
+        model: The folded model, with all its weights in it.
+        report: What became of every batch normalization.
+    """
+
+    model: onnx.ModelProto
+    report: FoldReport
+
+
+def fold_onnx(
+    model: onnx.ModelProto | str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    inputs: Mapping[str, Any] | Sequence[Any] | Any | None = None,
+    tolerance: float | None = None,
+) -> OnnxResult:
+    """Return the ONNX model without batch normalization, for inference, and a report of what went where.
+
+    What `batchnorm.fold` does to a network of PyTorch: each batch normalization moves back into the Conv,
+    ConvTranspose, Gemm or MatMul that computes its input, or on into all that read its result, through
+    concatenation, addition, pooling, reshaping and another batch normalization; branches that are added become one
+    convolution. It needs the packages onnx and onnxruntime: `pip install "batchnorm[onnx]"`.
+
+    Args:
+        model: A model, or its file; weights in files beside it are read too. It stays as it is.
+        output: Where to write the folded model. What is there is replaced when the new file is whole. Weights are
+            written into a file beside it (`.data`) where the original has such files, or one file cannot hold them.
+        inputs: What to check with: arrays, or their shapes, by name or in the model's order. Where none are given,
+            random ones of the sizes that the model says; open sizes are tried out.
+        tolerance: As in `batchnorm.fold`.
+
+    Returns:
+        The folded model, with the versions, names and metadata of the original; and the report, whose `how` says
+        what it was run with.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxruntime is not installed.
+        TypeError: The model is of no known kind.
+        ValueError: The file holds no model, the model cannot be run, or output cannot be written there.
+        FoldError: The folded model's results are not the original's.
+        OSError: output could not be written; what was there is as it was.
+
+    Numerics: in float64, rounded once to each weight's type. Each fold is run before and after by ONNX Runtime, on
+        the inputs' values and on random ones, and compared with float64; one that errs by more than the tolerance and
+        more than twice the original's own error is not made, and reported. So is the whole.
+
+    Source: the mathematics page, "Folding, at inference".
+
+    Examples:
+        >>> import numpy as np
+        >>> from onnx import helper, numpy_helper
+        >>> def constant(name, *shape):
+        ...     return numpy_helper.from_array(np.full(shape, 0.5, np.float32), name)
+        >>> graph = helper.make_graph(
+        ...     [
+        ...         helper.make_node("Conv", ["x", "w"], ["y"], name="conv"),
+        ...         helper.make_node("BatchNormalization", ["y", *"sbmv"], ["z"], name="norm"),
+        ...     ],
+        ...     "net",
+        ...     [helper.make_tensor_value_info("x", 1, ["N", 3, 8, 8])],
+        ...     [helper.make_tensor_value_info("z", 1, None)],
+        ...     [constant("w", 4, 3, 3, 3), *(constant(name, 4) for name in "sbmv")],
+        ... )
+        >>> opset = helper.make_opsetid("", 20)
+        >>> folded, report = fold_onnx(helper.make_model(graph, opset_imports=[opset], ir_version=10))
+        >>> [node.op_type for node in folded.graph.node], report.remaining
+        (['Conv'], 0)
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f'fold_onnx needs {" and ".join(missing)}. Install with: pip install "batchnorm[onnx]"', name=missing[0]
+        )
+    from batchnorm.surgery.fold.onnx import files, folding
+
+    working, external = _taken(model)
+    target = None if output is None else _target(Path(output), model)
+    report = folding.fold_in_place(working, inputs, tolerance)
+    if target is not None:
+        files.write(working, target, external=external)
+    return OnnxResult(working, report)
+
+
+def _taken(model: Any) -> tuple[onnx.ModelProto, bool]:
+    """A copy of the model that may be changed, and whether its weights are in files of their own."""
+    import onnx
+
+    from batchnorm.surgery.fold.onnx import files
+
+    if isinstance(model, onnx.ModelProto):
+        if files.data_files(model):
+            raise ValueError(
+                "model must hold its weights, but they are in other files. Pass its path, or read it with onnx.load."
+            )
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy, False
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be an onnx.ModelProto or the path of a file, got {type(model).__name__}.")
+    path = Path(model)
+    if not path.is_file():
+        raise ValueError(f"{path} must be an ONNX file, but there is none. Check the path.")
+    try:
+        return files.read(path)
+    except Exception as error:
+        raise ValueError(
+            f"{path} must be an ONNX file with all its weights, but reading it failed: {error}. Check the file."
+        ) from error
+
+
+def _target(output: Path, model: Any) -> Path:
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in a directory that exists, but {output.parent} is none. Make it first.")
+    if output.is_dir():
+        raise ValueError(f"output must be a file, but {output} is a directory. Choose another name.")
+    if isinstance(model, (str, os.PathLike)) and output.exists() and output.samefile(model):
+        raise ValueError(f"output must be another file than the model, got {output} for both. Choose another name.")
+    return output

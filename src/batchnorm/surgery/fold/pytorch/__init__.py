@@ -1,0 +1,1 @@
+"""Fold batch normalization in a PyTorch model."""

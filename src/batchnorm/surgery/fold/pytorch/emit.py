@@ -1,0 +1,206 @@
+"""The folded network as a module: plain functions of its own parameters."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+from torch.nn import functional as F
+
+import batchnorm.functional
+from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of
+from batchnorm.surgery.fold.arithmetic import rounded
+from batchnorm.surgery.fold.pytorch.plans import Constant, Network
+from batchnorm.surgery.fold.states import Gone, Linear, Norm, read_once, with_parameters
+
+_IN_PLACE = (F.relu, F.relu6, F.hardtanh, F.leaky_relu)
+
+
+class Emitter:
+    """Writes the states of a network into its graph."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.module = network.trace.module
+        self.graph = network.trace.graph
+        self.fused: dict[Node, str] = {}  # calls of the traced graph, and what each is fused with
+        self._current: dict[Node, Node] = {}
+        self._uses: dict[str, int] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                self._uses[str(node.target)] = self._uses.get(str(node.target), 0) + len(node.users)
+
+    def emit(self, name: str) -> fx.GraphModule:
+        """The folded network, as a graph module whose class has this name."""
+        norms: list[tuple[Node, Node]] = []
+        for node in list(self.graph.nodes):
+            state = self.network.states.get(node)
+            if isinstance(state, Gone):
+                self._replace(node, self._now(state.source))
+            elif isinstance(state, Linear) and state.changed:
+                self._linear(node, state)
+            elif isinstance(state, Constant):
+                like = state.like
+                self._replace(node, self._attribute(node, self._own(state.name, rounded(state.value, like), like)))
+            elif isinstance(state, Norm):
+                norms.append((self._norm(node, state) if state.changed else node, node))
+        for node, was in norms:
+            self._fuse(node, was)
+        self._drop_unused()
+        self._in_place()
+        self.graph.lint()
+        folded = fx.GraphModule(self.module, self.graph, name)
+        folded.eval()
+        return folded
+
+    def _now(self, node: Node) -> Node:
+        """What stands for the node in the graph as it is now."""
+        while node in self._current:
+            node = self._current[node]
+        return node
+
+    # Parameters ----------------------------------------------------------------------------------------------------
+
+    def _own(self, name: str, value: Tensor, like: Tensor) -> str:
+        """Make a parameter, under the name of what it replaces if nothing else uses that."""
+        if self._uses.get(name, 0) > 1:
+            self._uses[name] -= 1
+            stem, _, last = name.rpartition(".")
+            taken = (f"{stem}_{i}.{last}" if stem else f"{last}_{i}" for i in itertools.count(2))
+            name = next(n for n in taken if n not in self._uses)
+        self._uses[name] = 1
+        owner: nn.Module = self.module
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if last in owner._buffers:
+            owner._buffers[last] = value
+        else:
+            if last not in owner._parameters and hasattr(owner, last):
+                delattr(owner, last)
+            owner.register_parameter(last, nn.Parameter(value, requires_grad=like.requires_grad))
+        return name
+
+    def _attribute(self, before: Node, name: str) -> Node:
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(name)
+
+    # Calls ---------------------------------------------------------------------------------------------------------
+
+    def _replace(self, node: Node, new: Node) -> None:
+        self._current[node] = new
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def _layer(self, node: Node, state: Linear) -> None:
+        """A layer with a forward of its own keeps it."""
+        assert state.layer is not None
+        weight, bias, _ = (
+            None if t is None else nn.Parameter(t, requires_grad=state.like.requires_grad) for t in state.tensors()
+        )
+        calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target == node.target]
+        if len(calls) > 1:  # the others keep the layer as it is, or get their own
+            target = next(n for i in itertools.count(2) if not hasattr(self.module, n := f"{node.target}_{i}"))
+        else:
+            target = str(node.target)
+        owner, _, last = target.rpartition(".")
+        self.module.get_submodule(owner).add_module(last, with_parameters(state.layer, weight, bias))
+        node.target = target
+
+    def _linear(self, node: Node, state: Linear) -> None:
+        if state.layer is not None:
+            self._layer(node, state)
+            return
+        weight, bias, border = state.tensors()
+        name = self._own(state.name, weight, state.like)
+        stem = name.removesuffix("weight") if name.endswith("weight") else f"{name}_"
+        held: list[Node | None] = [self._attribute(node, name), None]
+        if bias is not None:
+            bias_name = f"{stem}bias"
+            self._uses.pop(bias_name, None)
+            held[1] = self._attribute(node, self._own(bias_name, bias, state.like))
+        with self.graph.inserting_before(node):
+            source = self._now(state.source)
+            new = self.graph.call_function(state.function, (source, *held), state.options)
+            new.meta = dict(node.meta)
+            if border is not None:
+                kernel = self._attribute(node, self._own(f"{stem}border", border, state.like))
+                first = self.graph.call_function(operator.getitem, (source, (slice(0, 1), slice(0, 1))))
+                ones = self.graph.call_function(torch.ones_like, (first,))
+                more = self.graph.call_function(state.function, (ones, kernel, None), state.at_border())
+                new = self.graph.call_function(operator.add, (new, more))
+        self._replace(node, new)
+
+    def _norm(self, node: Node, state: Norm) -> Node:
+        *tensors, eps = state.arguments()
+        stem = str(node.args[1].target).removesuffix("running_mean")  # type: ignore[union-attr]
+        names = [f"{stem}{last}" for last in ("running_mean", "running_var", "weight", "bias")]
+        held = [
+            self._attribute(node, self._own(name, value, value))
+            for name, value in zip(names, tensors, strict=True)
+            if isinstance(value, Tensor)
+        ]
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(F.batch_norm, (self._now(state.source), *held, False, 0.0, eps))
+        new.meta = dict(node.meta)
+        self._replace(node, new)
+        return new
+
+    def _fuse(self, node: Node, was: Node) -> None:
+        """Batch normalization, an addition if one follows, and the activation, in one pass."""
+        last, residual = node, None
+        reader = _only_reader(last)
+        if reader is not None and reader.target is operator.add:
+            others = [term for term in reader.args if term is not node]
+            if len(others) == 1 and isinstance(others[0], Node) and self._same_shape(others[0], was):
+                last, residual, reader = reader, others[0], _only_reader(reader)
+        found = None if reader is None or reader.all_input_nodes != [last] else activation_of(reader)
+        if found is None and residual is None:
+            return
+        options: dict[str, Any] = {} if residual is None else {"residual": residual}
+        names = [] if residual is None else ["the addition"]
+        if found is not None:
+            options["activation"] = found[0]
+            names.append(found[0])
+            if found[0] == "leaky_relu":
+                options["negative_slope"] = found[1]
+        end = last if found is None or reader is None else reader
+        with self.graph.inserting_before(end):
+            new = self.graph.call_function(batchnorm.functional.batch_norm, node.args, options)
+        new.meta = dict(node.meta)
+        self._replace(end, new)
+        for gone in dict.fromkeys((last, node)):
+            if gone is not end:
+                self.graph.erase_node(gone)
+        self.fused[was] = " and ".join(names)
+
+    def _same_shape(self, node: Node, other: Node) -> bool:
+        shapes = self.network.trace.shapes
+        return node in shapes and shapes[node] == shapes.get(other)
+
+    def _drop_unused(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            dead = node.op in ("get_attr", "call_function") and not node.users and not node.is_impure()
+            if dead:
+                self.graph.erase_node(node)
+
+    def _in_place(self) -> None:
+        """Activations overwrite what only they read, where a call has just made it."""
+        fresh = {*CONVOLUTIONS, *TRANSPOSED, F.linear, operator.add, batchnorm.functional.batch_norm, F.batch_norm}
+        for node in self.graph.nodes:
+            source = node.args[0] if node.args else None
+            if node.target not in _IN_PLACE or not isinstance(source, Node) or len(source.users) != 1:
+                continue
+            if source.target in fresh:
+                node.kwargs = {**node.kwargs, "inplace": True}
+
+
+def _only_reader(node: Node) -> Node | None:
+    readers = list(node.users)
+    return readers[0] if len(readers) == 1 and read_once(readers[0], node) else None
