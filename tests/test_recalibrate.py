@@ -354,7 +354,7 @@ def test_masked_values_do_not_count(passes: str) -> None:
         found, _ = recalibrate(model, [padded], mask=lambda batch, given=given: given, passes=passes)
         assert_close(dict(found.state_dict()), dict(expected.state_dict()), rtol=1e-9, atol=1e-12)
     with pytest.raises(
-        ValueError, match="mask that fits what '0' is given, \\[4, 7\\] without channels, got \\[4, 6\\]"
+        ValueError, match="mask that fits the input of '0', \\[4, 7\\] without channels, got \\[4, 6\\]"
     ):
         recalibrate(model, [padded], mask=lambda batch: mask[:, :6], passes=passes)
 

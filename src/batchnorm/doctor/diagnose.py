@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from importlib.util import find_spec
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,17 +70,17 @@ def diagnose(
         >>> [finding.code for finding in diagnosis.findings if finding.code == "BN110"]
         ['BN110']
     """
-    _check(model, data, max_samples, budget, progress)
+    _check(model, data, max_samples, budget)
     inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
     kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
-    with restored(kept, buffers=True), bar(progress) as shown, eager():
+    with restored(kept, buffers=True), bar("diagnose", progress) as shown, eager():
         probe = Probe.of(inner, optimizer, budget, shown)
         probe.processes = processes_of(process_group)
         if process_group is not None:
             probe.compare(process_group)
         elif probe.processes > 1:
             probe.missing["ranks"] = "needs the other processes (process_group= on each of them)"
-        measured = Data(_told(forward or default_forward), loss)
+        measured = Data(forward or default_forward("diagnose"), loss)
         if data is not None:
             probe.measure(measured, Batches(data, max_samples))
         for module in inner.modules():
@@ -105,30 +104,11 @@ def _apply(probe: Probe) -> tuple[list[Finding], list[NotChecked]]:
     return sorted(probe.found, key=lambda finding: (-finding.severity, finding.code)), not_checked + left_out(probe)
 
 
-def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int, progress: bool) -> None:
+def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int) -> None:
     check_model("diagnose", model)
     if data is not None:
-        _told(check_data)(data)
-    if progress and find_spec("rich") is None:
-        raise ImportError(
-            "diagnose with progress=True expects rich to be installed, and it is not. "
-            "Run pip install 'batchnorm[doctor]', or leave progress=False."
-        )
+        check_data("diagnose", data)
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"diagnose expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
     if budget < 0:
         raise ValueError(f"diagnose expects budget >= 0, got {budget}. 0 makes no pass for single layers.")
-
-
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors name this verb and not the one that it was written for."""
-
-    def call(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except TypeError as error:
-            if str(error).startswith("recalibrate "):
-                raise TypeError(str(error).replace("recalibrate", "diagnose", 1)) from None
-            raise
-
-    return call

@@ -1,4 +1,4 @@
-"""A bar while data go through the model."""
+"""A progress bar for passes over data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 class Bar:
-    """Shows how many batches were seen; without a display, shows nothing."""
+    """Shows how many batches have been processed; without a display, shows nothing."""
 
     def __init__(self, display: Any = None) -> None:
         self._display = display
         self._task = None if display is None else display.add_task("", total=None)
 
     def over(self, batches: Iterable[T], title: str, total: int | None) -> Iterator[T]:
-        """The batches, counted."""
+        """Yield the batches and count them."""
         if self._display is None:
             yield from batches
             return
@@ -27,18 +27,18 @@ class Bar:
             self._display.update(self._task, advance=1)
 
     def expect(self, total: int, text: str) -> None:
-        """Tell how many batches there will be, and a line about that."""
+        """Set how many batches there will be, and print a line about it."""
         if self._display is not None:
             self._display.update(self._task, total=total)
             self._display.console.print(text, highlight=False)
 
 
 @contextmanager
-def bar(show: bool) -> Iterator[Bar]:
-    """A bar on standard error while the block runs.
+def bar(caller: str, show: bool) -> Iterator[Bar]:
+    """Show a bar on standard error while the block runs.
 
     Raises:
-        ImportError: rich, which draws it, is not installed.
+        ImportError: rich, which draws the bar, is not installed.
     """
     if not show:
         yield Bar()
@@ -48,8 +48,8 @@ def bar(show: bool) -> Iterator[Bar]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
         raise ImportError(
-            "recalibrate with progress=True expects rich to be installed, and it is not. "
-            "Run pip install 'batchnorm[compare]', or leave progress=False."
+            f"{caller} with progress=True expects rich to be installed, and it is not. "
+            "Run pip install rich, or leave progress=False."
         ) from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:

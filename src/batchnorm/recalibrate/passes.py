@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.models.batches import Ambient, Batches, Forward, MaskOf, moved
+from batchnorm.models.batches import Ambient, Forward, MaskOf, moved
 from batchnorm.models.memory import Alive, size_of, tensors_in
-from batchnorm.models.observe import Call, Observer, Pass, Rows, Statistics, held, merged
+from batchnorm.models.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
+from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar
-from batchnorm.models.ranks import Ranks
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import keep_domain
 from batchnorm.recalibrate.paused import Paused, Stopped
+from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found
 
 # Each kept pass has a thread, and each thread of the CPU's own pool has as many again.
@@ -28,7 +29,7 @@ _MOST_THREADS = 1024
 class Measured:
     """What all ranks measured together."""
 
-    calls: dict[Call, Rows]
+    calls: dict[LayerCall, Rows]
     batches: int
     samples: int
     kept: int = 0
@@ -44,14 +45,14 @@ class Run:
 
     model: nn.Module
     observer: Observer
-    batches: Batches
+    batches: RepeatableBatches
     forward: Forward
     mask_of: MaskOf | None
     device: torch.device | None
     ambient: Ambient
     bar: Bar
 
-    def start(self, batch: Any, meet: Callable[[Call, Rows], Statistics]) -> tuple[Pass, Callable[[], None]]:
+    def start(self, batch: Any, meet: Callable[[LayerCall, Rows], Statistics]) -> tuple[Pass, Callable[[], None]]:
         """The pass of a batch, and what is to be called to do it."""
         batch = moved(batch, self.device)
         going = Pass(meet, None if self.mask_of is None else self.mask_of(batch))
@@ -63,7 +64,7 @@ class Run:
 
         return going, work
 
-    def do(self, batch: Any, meet: Callable[[Call, Rows], Statistics]) -> None:
+    def do(self, batch: Any, meet: Callable[[LayerCall, Rows], Statistics]) -> None:
         """Send a batch through the model."""
         self.observer.current, work = self.start(batch, meet)
         try:
@@ -79,7 +80,7 @@ def _one_value(moments: Moments) -> bool:
 
 def _of_batch(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
     """What training would normalize by: the batch's own statistics."""
-    statistics = held(found.module)
+    statistics = running_statistics(found.module)
     for row, moments in enumerate(rows):
         if moments.count == 0:
             continue
@@ -95,14 +96,14 @@ def _of_batch(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
     return statistics
 
 
-def single(run: Run, ranks: Ranks) -> Measured:
+def single(run: Run, processes: Processes) -> Measured:
     """All layers in one pass, each batch normalized by its own statistics, as in training."""
     layers = run.observer.layers
 
-    def measure() -> tuple[dict[Call, Rows], int, int]:
-        calls: dict[Call, Rows] = {}
+    def measure() -> tuple[dict[LayerCall, Rows], int, int]:
+        calls: dict[LayerCall, Rows] = {}
 
-        def meet(call: Call, rows: Rows) -> Statistics:
+        def meet(call: LayerCall, rows: Rows) -> Statistics:
             calls[call] = merged(calls[call], rows) if call in calls else rows
             return _of_batch(layers[call.layer], rows)
 
@@ -110,11 +111,11 @@ def single(run: Run, ranks: Ranks) -> Measured:
             run.do(batch, meet)
         return _on_cpu(calls), run.batches.count, run.batches.samples
 
-    parts = ranks.together(measure)
+    parts = processes.gather(measure)
     return Measured(_over_ranks([p[0] for p in parts]), sum(p[1] for p in parts), sum(p[2] for p in parts))
 
 
-def _on_cpu(calls: dict[Call, Rows]) -> dict[Call, Rows]:
+def _on_cpu(calls: dict[LayerCall, Rows]) -> dict[LayerCall, Rows]:
     """The same where every rank can have it: a rank's GPU is not the others'."""
     return {
         call: tuple(Moments.empty(len(moments.mean), device="cpu").merge(moments) for moments in rows)
@@ -122,7 +123,7 @@ def _on_cpu(calls: dict[Call, Rows]) -> dict[Call, Rows]:
     }
 
 
-def _over_ranks(parts: list[dict[Call, Rows]]) -> dict[Call, Rows]:
+def _over_ranks(parts: list[dict[LayerCall, Rows]]) -> dict[LayerCall, Rows]:
     calls = dict.fromkeys(call for part in parts for call in part)
     return {call: merged(*(part[call] for part in parts if call in part)) for call in calls}
 
@@ -130,15 +131,15 @@ def _over_ranks(parts: list[dict[Call, Rows]]) -> dict[Call, Rows]:
 class _Kept:
     """A pass that waits where the next layer's statistics are not known yet."""
 
-    def __init__(self, run: Run, batch: Any, statistics: dict[Call, Statistics]) -> None:
+    def __init__(self, run: Run, batch: Any, statistics: dict[LayerCall, Statistics]) -> None:
         self._observer = run.observer
         self._statistics = statistics
-        self.at: tuple[Call, Rows] | None = None
+        self.at: tuple[LayerCall, Rows] | None = None
         self._pass, work = run.start(batch, self._meet)
         self._paused = Paused(work)
         self.stop = self._paused.stop
 
-    def _meet(self, call: Call, rows: Rows) -> Statistics:
+    def _meet(self, call: LayerCall, rows: Rows) -> Statistics:
         if call not in self._statistics:
             self.at = call, rows
             self._paused.pause()
@@ -163,11 +164,11 @@ class _Sequence:
         workers = torch.get_num_threads() if run.device is None or run.device.type == "cpu" else 1
         self._places = max(1, _MOST_THREADS // workers)
         self.kept: list[_Kept] = []
-        self.statistics: dict[Call, Statistics] = {}
+        self.statistics: dict[LayerCall, Statistics] = {}
 
-    def first(self) -> tuple[dict[Call, Rows], int, int]:
+    def first(self) -> tuple[dict[LayerCall, Rows], int, int]:
         """Read the data, keep what there is room for, and return what the first layer is given, of how much data."""
-        reached: list[tuple[Call, Rows]] = []
+        reached: list[tuple[LayerCall, Rows]] = []
         needed = _Need(self._run)
         for batch in self._run.bar.over(
             self._run.batches, f"layer 1 of {len(self._run.observer.layers)}", self._run.batches.length
@@ -182,9 +183,9 @@ class _Sequence:
                 reached += self._reach(batch)
         return self._joined(reached)
 
-    def next(self) -> tuple[dict[Call, Rows], int, int]:
+    def next(self) -> tuple[dict[LayerCall, Rows], int, int]:
         """Go on to the layers whose statistics are not known, and return the same of them."""
-        reached: list[tuple[Call, Rows]] = []
+        reached: list[tuple[LayerCall, Rows]] = []
         known, layers = len({call.layer for call in self.statistics}), len(self._run.observer.layers)
         title = f"layer {min(known + 1, layers)} of {layers}"
         anew = self._run.batches.count - len(self.kept)
@@ -201,10 +202,10 @@ class _Sequence:
         for kept in self.kept:
             kept.stop()
 
-    def _reach(self, batch: Any) -> list[tuple[Call, Rows]]:
-        reached: list[tuple[Call, Rows]] = []
+    def _reach(self, batch: Any) -> list[tuple[LayerCall, Rows]]:
+        reached: list[tuple[LayerCall, Rows]] = []
 
-        def meet(call: Call, rows: Rows) -> Statistics:
+        def meet(call: LayerCall, rows: Rows) -> Statistics:
             if call in self.statistics:
                 return self.statistics[call]
             reached.append((call, rows))
@@ -214,8 +215,8 @@ class _Sequence:
             self._run.do(batch, meet)
         return reached
 
-    def _joined(self, reached: list[tuple[Call, Rows]]) -> tuple[dict[Call, Rows], int, int]:
-        calls: dict[Call, Rows] = {}
+    def _joined(self, reached: list[tuple[LayerCall, Rows]]) -> tuple[dict[LayerCall, Rows], int, int]:
+        calls: dict[LayerCall, Rows] = {}
         for call, rows in (*(kept.at for kept in self.kept if kept.at is not None), *reached):
             calls[call] = merged(calls[call], rows) if call in calls else rows
         return _on_cpu(calls), self._run.batches.count, self._run.batches.samples
@@ -241,30 +242,32 @@ class _Need:
         model = self._run.model
         alive = Alive((*model.parameters(), *model.buffers(), *tensors_in(batch)))
 
-        def meet(call: Call, rows: Rows) -> Statistics:
-            alive.look()
+        def meet(call: LayerCall, rows: Rows) -> Statistics:
+            alive.update_peak()
             return _of_batch(layers[call.layer], rows, strict=False)
 
         with alive:
             self._run.do(batch, meet)
-        return alive.most
+        return alive.peak
 
 
-def sequential(run: Run, ranks: Ranks, settle: Callable[[int, Rows, int], Statistics], cache_bytes: int) -> Measured:
+def sequential(
+    run: Run, processes: Processes, settle: Callable[[int, Rows, int], Statistics], cache_bytes: int
+) -> Measured:
     """One layer after the other, each given what the calibrated layers before it put out.
 
     Args:
         run: How batches go through the model.
-        ranks: Who takes part.
+        processes: The processes that recalibrate together.
         settle: The statistics that a layer is to have after these moments of so many samples.
         cache_bytes: How much memory the passes that wait may take.
     """
     here = _Sequence(run, cache_bytes)
-    calls: dict[Call, Rows] = {}
+    calls: dict[LayerCall, Rows] = {}
     work = here.first
     try:
         while True:
-            parts = ranks.together(work)
+            parts = processes.gather(work)
             reached = [part[0] for part in parts]
             batches, samples = sum(part[1] for part in parts), sum(part[2] for part in parts)
             # Where the data choose the way through the model, one call after the other has its turn.

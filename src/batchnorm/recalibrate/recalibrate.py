@@ -14,14 +14,24 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
-from batchnorm.models.batches import Ambient, Batches, Forward, MaskOf, check_data, default_forward, device_of, eager
-from batchnorm.models.observe import Observer, Rows, Statistics, held, merged, nothing, put, running
+from batchnorm.models.batches import Ambient, Forward, MaskOf, check_data, default_forward, device_of, eager
+from batchnorm.models.observe import (
+    Observer,
+    Rows,
+    Statistics,
+    empty_moments,
+    merged,
+    running_buffer,
+    running_statistics,
+    set_running_statistics,
+)
+from batchnorm.models.processes import Processes
 from batchnorm.models.progress import bar
-from batchnorm.models.ranks import Ranks
 from batchnorm.models.report import Change, Result
 from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
+from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found, copied, norm_layers, restored
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -114,7 +124,7 @@ def recalibrate(
         5.0
     """
     _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
-    check_data(data)
+    check_data(_CALLER, data)
     if not inplace:
         _select(model, only)  # what is wrong with the arguments, before anything is copied
         with torch.inference_mode(False):  # whose tensors could not be trained any more
@@ -123,31 +133,31 @@ def recalibrate(
         if shared == "separate":
             _separate(model, undo)
         selected, left = _select(model, only)
-        before = [held(found.module) for found in selected]
-        ranks = Ranks(process_group, synchronize=synchronize)
-        _check_same([found.paths for found in selected], ranks)
+        before = [running_statistics(found.module) for found in selected]
+        processes = Processes(_CALLER, process_group, synchronize=synchronize)
+        _check_same([found.paths for found in selected], processes)
 
         def settle(number: int, rows: Rows, samples: int) -> Statistics:
             return _settle(selected[number], before[number], rows, samples, prior)
 
         inner = _unwrapped(model)
         target = torch.device(device) if device is not None else device_of(model)
-        with restored(model, buffers=True), bar(progress) as shown, eager():
+        with restored(model, buffers=True), bar(_CALLER, progress) as shown, eager():
             for module in model.modules():  # not .eval(), which models override to do more
                 module.training = False
-            observer = Observer(selected)
+            observer = Observer(_CALLER, selected)
             observer.install()
             run = Run(
-                inner, observer, Batches(data, max_samples), forward or default_forward, mask, target,
-                Ambient(autocast, target), shown,
+                inner, observer, RepeatableBatches(data, max_samples), forward or default_forward(_CALLER), mask,
+                target, Ambient(autocast, target), shown,
             )  # fmt: skip
-            measured = single(run, ranks) if passes == "single" else sequential(run, ranks, settle, cache_bytes)
-        report = _report(selected, left, before, measured, settle, passes, ranks.count)
+            measured = single(run, processes) if passes == "single" else sequential(run, processes, settle, cache_bytes)
+        report = _report(selected, left, before, measured, settle, passes, processes.count)
         measured_at = {layer.path: Statistics(layer.mean, layer.var) for layer in report.layers}
         for found, former in zip(selected, before, strict=True):
             if found.path in measured_at:
-                undo.callback(put, found.module, former)
-                put(found.module, measured_at[found.path])
+                undo.callback(set_running_statistics, found.module, former)
+                set_running_statistics(found.module, measured_at[found.path])
         for found in selected:
             if found.path in measured_at:
                 _count_batches(found.module, measured.batches)
@@ -237,8 +247,8 @@ def _why_not(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
     return None
 
 
-def _check_same(paths: list[tuple[str, ...]], ranks: Ranks) -> None:
-    for rank, others in enumerate(ranks.together(lambda: paths)):
+def _check_same(paths: list[tuple[str, ...]], processes: Processes) -> None:
+    for rank, others in enumerate(processes.gather(lambda: paths)):
         if others != paths:
             raise ValueError(
                 f"{_CALLER} expects the same model and layers on every rank, got {len(paths)} layers here and "
@@ -275,7 +285,7 @@ def _settle(found: Found, before: Statistics, rows: Rows, samples: int, prior: f
                 before.var[row].lerp(new_var, n / (prior + n)),
             )
         mean[row], var[row] = new_mean, new_var
-    dtype = running(found.module, "running_var").dtype
+    dtype = running_buffer(found.module, "running_var").dtype
     for what, values in (("mean", mean), ("variance", var)):
         if not values.to(dtype).isfinite().all():
             raise ValueError(
@@ -299,14 +309,14 @@ def _report(
     layers, changed = [], []
     for number, found in enumerate(selected):
         calls = measured.of_layer(number)
-        rows = merged(nothing(found.module), *calls)
+        rows = merged(empty_moments(found.module), *calls)
         if not any(moments.count > 0 for moments in rows):
             description = _described(found.module)
             reason = "all its values are masked" if calls else "not reached by the data"
             left = [*left, Change(found.path, description, description, reason)]
             continue
         now = settle(number, rows, measured.samples)
-        shape = running(found.module, "running_mean").shape
+        shape = running_buffer(found.module, "running_mean").shape
         layer = LayerStatistics(found.paths, rows, calls, *(t.reshape(shape) for t in (*before[number], *now)))
         layers.append(layer)
         changed.append(Change(found.path, _described(found.module), _moved(layer), _uses(layer)))

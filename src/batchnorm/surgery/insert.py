@@ -72,7 +72,7 @@ def insert_batchnorm(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_VERB} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
-    _own_name(lambda: check_data(data))
+    check_data(_VERB, data)
     if not inplace:
         model = walk.copied(_VERB, model)
     chosen = _chosen(model, after)
@@ -150,10 +150,11 @@ def _measure(
         output.dims, output.dtype, output.device = y.dim(), y.dtype, y.device
 
     handles = [module.register_forward_hook(note) for module in outputs]
+    forward = forward or default_forward(_VERB)
     device, first, before, count = device_of(model), None, None, 0
     try:
         for batch in data:
-            y = _call(model, moved(batch, device), forward)
+            y = forward(model, moved(batch, device))
             if count == 0:
                 first, before = batch, y
             count += 1
@@ -163,23 +164,6 @@ def _measure(
     if count == 0:
         raise ValueError(f"{_VERB} expects data with at least one batch, got none. Make the iterator anew.")
     return outputs, first, before
-
-
-def _call(model: nn.Module, batch: Any, forward: Forward | None) -> object:
-    if forward is not None:
-        return forward(model, batch)
-    return _own_name(lambda: default_forward(model, batch))
-
-
-def _own_name(work: Callable[[], Any]) -> Any:
-    """What is shared with `recalibrate` names this verb in its errors."""
-    try:
-        return work()
-    except TypeError as error:
-        text = str(error)
-        if text.startswith("recalibrate expects"):
-            raise TypeError(_VERB + text.removeprefix("recalibrate")) from None
-        raise
 
 
 def _check_output(path: str, module: nn.Module, y: Any) -> None:
@@ -231,7 +215,7 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
     with walk.restored(model, buffers=True), torch.no_grad():
         _evaluation(model)
         try:
-            after = _call(model, moved(batch, device_of(model)), forward)
+            after = (forward or default_forward(_VERB))(model, moved(batch, device_of(model)))
         except Exception as error:
             raise ValueError(
                 f"{_VERB} expects a model that calls what is chosen and takes nothing else of it, got "

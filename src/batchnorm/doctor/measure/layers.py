@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.models.neighbours import BatchNormCall
-from batchnorm.models.observe import Statistics, held
+from batchnorm.models.observe import Statistics, running_statistics
 from batchnorm.moments import Moments
 from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.walk import Found, norm_layers, restored
@@ -250,7 +250,7 @@ def _layer(found: Found) -> Layer:
         and not isinstance(module, FrozenLayer)
     )
     by_batch = module.training and not isinstance(module, FrozenLayer)
-    before = Statistics(*(statistic.cpu() for statistic in held(module))) if known else None
+    before = Statistics(*(statistic.cpu() for statistic in running_statistics(module))) if known else None
     return Layer(found, before, moves, by_batch)
 
 

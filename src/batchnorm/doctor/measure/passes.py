@@ -19,7 +19,15 @@ from batchnorm.doctor.measure.layers import Layer, Precision, Samples, counted
 from batchnorm.models.batches import Ambient, Batches, device_of, moved, samples_in
 from batchnorm.models.inputs import Inputs, outputs
 from batchnorm.models.memory import size_of
-from batchnorm.models.observe import Call, Observer, Pass, Rows, Statistics, held, put
+from batchnorm.models.observe import (
+    LayerCall,
+    Observer,
+    Pass,
+    Rows,
+    Statistics,
+    running_statistics,
+    set_running_statistics,
+)
 from batchnorm.models.progress import Bar
 from batchnorm.moments import Moments
 
@@ -78,7 +86,7 @@ class Passes:
         self.model = model
         self.layers = layers
         self.data = data
-        self.observer = Observer([layer.found for layer in layers])
+        self.observer = Observer("diagnose", [layer.found for layer in layers])
         self._samples: tuple[int, int] | None = None  # number and size of the batch, while samples are looked at
         self._seen: set[int] = set()
         self._ambient = Ambient(None, device_of(model))
@@ -110,10 +118,10 @@ class Passes:
         batch the bar says how long all will take, up to `budget` more passes included.
         """
         by_batch, by_running = Outcome([], []), Outcome([], [])
-        calls: dict[Call, Moments] = {}
+        calls: dict[LayerCall, Moments] = {}
         device, room = device_of(self.model), _KEPT_BYTES
 
-        def meet(call: Call, rows: Rows) -> Statistics:
+        def meet(call: LayerCall, rows: Rows) -> Statistics:
             layer = self.layers[call.layer]
             for moments in rows:
                 if moments.count:
@@ -171,7 +179,7 @@ class Passes:
         self._put({number: s for number, s in statistics.items() if isinstance(s, Statistics)})
         by_call = {number: s for number, s in statistics.items() if not isinstance(s, Statistics)}
 
-        def meet(call: Call, rows: Rows) -> Statistics:
+        def meet(call: LayerCall, rows: Rows) -> Statistics:
             if call.layer in by_call:
                 several = by_call[call.layer]
                 return several[min(call.nth, len(several) - 1)]
@@ -243,7 +251,7 @@ class Passes:
                     handle.remove()
         self._put({})
 
-    def _own(self, call: Call, rows: Rows) -> Statistics:
+    def _own(self, call: LayerCall, rows: Rows) -> Statistics:
         """What training normalizes by: the batch's statistics, where the layer does so and there are any."""
         layer = self.layers[call.layer]
         assert layer.before is not None
@@ -257,11 +265,11 @@ class Passes:
         """Give the layers these running statistics, and the others their own."""
         for number, layer in enumerate(self.layers):
             assert layer.before is not None
-            put(layer.module, statistics.get(number, layer.before))
+            set_running_statistics(layer.module, statistics.get(number, layer.before))
 
     def _look_what_moved(self) -> None:
         for layer in self.layers:
-            pairs = zip(held(layer.module), layer.before or (), strict=True)
+            pairs = zip(running_statistics(layer.module), layer.before or (), strict=True)
             layer.moved_in_evaluation = any(not torch.equal(now.cpu().nan_to_num(), t.nan_to_num()) for now, t in pairs)
 
     def _take_example(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer, counted, listed
 from batchnorm.doctor.measure.probe import Probe
 from batchnorm.doctor.rules.rule import Rule
-from batchnorm.models.observe import running
+from batchnorm.models.observe import running_buffer
 
 # Deviation between running mean and mean, in standard deviations, at which updates stop, that is more than a note.
 _MATTERS = 0.05
@@ -48,7 +48,7 @@ class HalfPrecision(Rule):
 
 def _stall(layer: Layer) -> float | None:
     """How far from the mean the running mean stays, in standard deviations; None for single precision and more."""
-    dtype = running(layer.module, "running_mean").dtype
+    dtype = running_buffer(layer.module, "running_mean").dtype
     if dtype not in (torch.float16, torch.bfloat16) or layer.before is None:
         return None
     momentum = getattr(layer.module, "momentum", None) or 0.1

@@ -1,4 +1,4 @@
-"""The processes that recalibrate one model together."""
+"""The processes that do one thing to a model together."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class Ranks:
+class Processes:
     """The processes of a group, or this one alone.
 
     Args:
+        caller: The function that the user called, for error messages.
         group: A process group; None for all processes.
-        synchronize: False leaves this process alone, whatever group there is.
+        synchronize: Whether to talk to the other processes at all.
     """
 
-    def __init__(self, group: Any = None, *, synchronize: bool = True) -> None:
+    def __init__(self, caller: str, group: Any = None, *, synchronize: bool = True) -> None:
+        self._caller = caller
         self._group = group
         joined = synchronize and dist.is_available() and dist.is_initialized()
         self.count = dist.get_world_size(group) if joined else 1
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work()` returns on every rank, in order; where it fails on one rank it fails on all.
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """Return the result of `work()` on every rank, in order. A failure on one rank is a failure on all.
 
         Raises:
-            RuntimeError: it failed on another rank, which is named.
+            RuntimeError: it failed on another rank, which the message names.
         """
         if self.count == 1:
             return [work()]
@@ -35,7 +37,7 @@ class Ranks:
         error: Exception | None = None
         try:
             mine = work(), None
-        except Exception as caught:  # told to the others, who would wait forever; raised below
+        except Exception as caught:  # raised below: the others would wait for this rank forever
             error, mine = caught, (None, f"{type(caught).__name__}: {caught}")
         gathered: list[Any] = [None] * self.count
         dist.all_gather_object(gathered, mine, group=self._group)
@@ -44,7 +46,7 @@ class Ranks:
         for rank, (_, failure) in enumerate(gathered):
             if failure is not None:
                 raise RuntimeError(
-                    f"recalibrate stopped because rank {rank} failed with {failure}. "
-                    "The model is as it was on every rank: correct that, and start again."
+                    f"{self._caller} stopped because rank {rank} failed with {failure}. "
+                    "The model is unchanged on every rank: fix the failure and start again."
                 )
         return [result for result, _ in gathered]
