@@ -59,12 +59,12 @@ from batchnorm.surgery import (
     convert,
     drop_redundant_bias,
     fold,
+    fold_onnx,
     insert_batchnorm,
     parameter_groups,
     unfreeze,
 )
 from batchnorm.surgery.convert import freeze
-from batchnorm.surgery.fold import onnx as fold_onnx
 
 __version__ = _version("batchnorm")
 

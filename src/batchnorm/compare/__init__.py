@@ -5,6 +5,7 @@ Needs the extra `compare`: `pip install 'batchnorm[compare]'`. Importing this ne
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.experiment import default_directory, run
+from batchnorm.compare.inputs import data
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.data import Data, from_arrays, load
 from batchnorm.compare.inputs.norms import Norm, register
@@ -29,6 +30,7 @@ __all__ = [
     "Settings",
     "Spread",
     "Step",
+    "data",
     "default_directory",
     "from_arrays",
     "load",
