@@ -94,7 +94,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one network."""
+    """Train one network."""
     (images,) = data.values()
     size, steps = cell["batch_size"], cell["images"] // cell["batch_size"]
     network = small_cnn(_norm(cell["kind"], size, steps), images, bias=cell["kind"] in ("none", "group"))
@@ -130,7 +130,7 @@ def _norm(kind: str, size: int, steps: int) -> Callable[[int], nn.Module]:
 
 
 def _train_together(network: nn.Module, rate: float, x: Tensor, y: Tensor, size: int) -> int | None:
-    """Trains on several processes; x and y are the samples in the order of training, `size` of them to a batch."""
+    """Train on several processes; x and y are the samples in the order of training, `size` of them to a batch."""
     network.share_memory()
     diverged_at = torch.zeros((), dtype=torch.int64).share_memory_()
     with tempfile.TemporaryDirectory() as folder:
@@ -155,12 +155,12 @@ def _train_share(
 
 
 def accuracies(records: Sequence[Record], sampling: str, kind: str, size: int) -> list[float]:
-    """Returns the accuracy in percent, by seed; none where nothing was trained."""
+    """Return the accuracy in percent, by seed; none where nothing was trained."""
     return [100 * value for value in by_seed(records, "accuracy", sampling=sampling, kind=kind, batch_size=size)]
 
 
 def above(records: Sequence[Record], sampling: str, kind: str, size: int) -> list[float]:
-    """Returns how far a layer is above batch normalization in points, by seed."""
+    """Return how far a layer is above batch normalization in points, by seed."""
     pairs = zip(*(accuracies(records, sampling, each, size) for each in (kind, "batch")), strict=True)
     return [a - b for a, b in pairs]
 
@@ -205,7 +205,7 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Returns, in Markdown, the effects, accuracy, and how much more each layer has than batch normalization."""
+    """Return, in Markdown, the effects, accuracy, and how much more each layer has than batch normalization."""
     lines = ["| above batch normalization | mean over seeds, 95 % interval | verdict |", "|---|---|---|"]
     lines += [f"| {effect.what} | {effect.figures} | {effect.verdict} |" for effect in effects(records)]
     lines.append("")
@@ -229,7 +229,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Returns mean and standard deviation over the seeds."""
+    """Return mean and standard deviation over the seeds."""
     return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}".replace("-", "−")
 
 

@@ -62,7 +62,7 @@ class Effect:
 
     @classmethod
     def over(cls, what: str, values: Iterable[float], *, unit: str, worth: float) -> Effect:
-        """Returns the effect over the seeds.
+        """Return the effect over the seeds.
 
         Args:
             what: What it is.
@@ -165,13 +165,13 @@ class Experiment:
 
 
 def by_seed(records: Iterable[Record], value: str, **where: Any) -> list[float]:
-    """Returns one value of the records that are like `where`, in the order of their seeds."""
+    """Return one value of the records that are like `where`, in the order of their seeds."""
     found = [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
     return [record[value] for record in sorted(found, key=lambda record: record["seed"])]
 
 
 def best_rate(records: Iterable[Record], norm: str) -> float:
-    """Returns the learning rate with the highest mean `accuracy`, of those at which every seed's network is `alive`."""
+    """Return the learning rate with the highest mean `accuracy`, of those at which every seed's network is `alive`."""
     of_norm = [record for record in records if record["norm"] == norm]
     dead = {record["rate"] for record in of_norm if not record.get("alive", True)}
     rates = sorted({record["rate"] for record in of_norm} - dead)
@@ -179,17 +179,17 @@ def best_rate(records: Iterable[Record], norm: str) -> float:
 
 
 def read(path: Path) -> list[Record]:
-    """Returns the records in a file, none where there is no file."""
+    """Return the records in a file, none where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def records_of(cells: Sequence[Cell], path: Path) -> list[Record]:
-    """Returns the records in a file that are of these cells."""
+    """Return the records in a file that are of these cells."""
     return [record for record in read(path) if any(cell.items() <= record.items() for cell in cells)]
 
 
 def summary(experiment: Experiment, records: Sequence[Record]) -> dict[str, Any]:
-    """Returns what was found, as it stands in the file."""
+    """Return what was found, as it stands in the file."""
     effects = experiment.effects(records)
     return {
         "claim": asdict(experiment.claim),
@@ -202,7 +202,7 @@ def summary(experiment: Experiment, records: Sequence[Record]) -> dict[str, Any]
 
 
 def main(experiment: Experiment) -> None:
-    """Trains what is missing, judges, and draws."""
+    """Train what is missing, judges, and draws."""
     claim = experiment.claim
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with the official files; else they are downloaded once")

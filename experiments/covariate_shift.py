@@ -57,7 +57,7 @@ class Noise(nn.Module):
     """Moves and stretches each channel by random amounts, anew in each batch, and a little otherwise in each sample."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x as it is in evaluation mode."""
+        """Return x as it is in evaluation mode."""
         if not self.training:
             return x
         shift = torch.rand(x.shape[1]) - 0.5 + 0.1 * (2 * torch.rand(x.shape[:2]) - 1)
@@ -118,7 +118,7 @@ def shifts(network: nn.Module, x: Tensor, y: Tensor, rate: float) -> list[tuple[
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one; what it measured at each look is taken together over the layers."""
+    """Train one; what it measured at each look is taken together over the layers."""
     images = half_size(*data.values())
     network = build(cell["norm"], images, cell["seed"])
     optimizer = torch.optim.SGD(network.parameters(), lr=cell["rate"])

@@ -77,7 +77,7 @@ def wandering(history: Tensor) -> Tensor:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one, and returns how far its units wandered, and the percentiles of the typical one."""
+    """Train one, and return how far its units wandered, and the percentiles of the typical one."""
     images = binary(*data.values())
     network = initialized_alike(sigmoid_mlp, cell["norm"], images, cell["seed"])
     x = images.x_train[:WATCHED]

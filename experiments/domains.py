@@ -54,7 +54,7 @@ WAYS = {
 
 
 def usps_like(x: Tensor) -> Tensor:
-    """Returns images `[N, 1, 28, 28]` without their margin, through 16×16 pixels."""
+    """Return images `[N, 1, 28, 28]` without their margin, through 16×16 pixels."""
     inner = x[..., 3:-3, 3:-3]
     small = F.interpolate(inner, (16, 16), mode="bilinear", antialias=True)
     return F.interpolate(small, x.shape[-2:], mode="bilinear")
@@ -79,7 +79,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one network, and returns its accuracy in percent on each domain."""
+    """Train one network, and return its accuracy in percent on each domain."""
     (images,) = data.values()
     batch = cell["norm"] == "batch"
     network = small_cnn(BatchNorm2d if batch else lambda channels: nn.GroupNorm(4, channels), images, bias=not batch)
@@ -105,13 +105,13 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def accuracy(records: Sequence[Record], domain: str, way: str, count: int = UNLABELLED) -> list[float]:
-    """Returns the accuracy on one domain in percent, by seed."""
+    """Return the accuracy on one domain in percent, by seed."""
     key = str(count) if way == "recalibrated" else "trained"
     return [found[domain][key] for found in by_seed(records, "accuracy", norm="group" if way == "group" else "batch")]
 
 
 def gain(records: Sequence[Record], domain: str, count: int = UNLABELLED) -> list[float]:
-    """Returns the points that recalibration gains on one domain, by seed."""
+    """Return the points that recalibration gains on one domain, by seed."""
     ways = (accuracy(records, domain, "recalibrated", count), accuracy(records, domain, "trained"))
     return [after - before for after, before in zip(*ways, strict=True)]
 
@@ -188,7 +188,7 @@ def draw(records: Sequence[Record]) -> Figure:
 
 
 def _show_digits(panel: Axes) -> None:
-    """Shows a digit of each domain below its name."""
+    """Show a digit of each domain below its name."""
     images = load("mnist-mini").x_test
     digit = (images[1:2] - images.min()) / (images.max() - images.min())
     generator = torch.Generator().manual_seed(0)

@@ -64,7 +64,7 @@ def network(place: str, drop: float) -> nn.Sequential:
 
 @torch.no_grad()
 def variance_ratios(model: nn.Module, x: Tensor) -> list[float]:
-    """Returns, for each batch normalization, its running variance over the variance of its input in evaluation.
+    """Return, for each batch normalization, its running variance over the variance of its input in evaluation.
 
     The geometric mean over its channels, without those that are constant in evaluation.
     """
@@ -84,7 +84,7 @@ def variance_ratios(model: nn.Module, x: Tensor) -> list[float]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one network, and evaluates it as it is and with statistics of what evaluation meets."""
+    """Train one network, and evaluates it as it is and with statistics of what evaluation meets."""
     mnist = data["mnist"]
     generator = torch.Generator().manual_seed(cell["seed"])
     chosen = torch.randperm(len(mnist.x_train), generator=generator)[: cell["images"]]

@@ -75,7 +75,7 @@ _PRETRAINED: dict[tuple[int, int], nn.Module] = {}  # of this process, by seed a
 
 
 def pretrained(data: Data, order: Tensor, seed: int) -> nn.Module:
-    """Returns a copy of the network that has learned the images in `order`, in three epochs."""
+    """Return a copy of the network that has learned the images in `order`, in three epochs."""
     key = seed, len(order)
     if key not in _PRETRAINED:
         torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def pretrained(data: Data, order: Tensor, seed: int) -> nn.Module:
 
 
 def prepared(model: nn.Module, arm: str) -> nn.Module:
-    """Returns the network with its batch normalization as the arm has it."""
+    """Return the network with its batch normalization as the arm has it."""
     if arm in ("frozen", "parameters"):
         return freeze(model, trainable_affine=arm == "parameters", inplace=True).model
     if arm == "statistics":
@@ -126,7 +126,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def times(records: Sequence[Record], batch: int, shift: str, value: str = "wrong", over: str = "frozen") -> list[float]:
-    """Returns, for each seed, the errors of the live one over those of another, or of a value of its own."""
+    """Return, for each seed, the errors of the live one over those of another, or of a value of its own."""
     live = by_seed(records, "wrong", arm="live", shift=shift, batch=batch)
     return [a / b for a, b in zip(live, by_seed(records, value, arm=over, shift=shift, batch=batch), strict=True)]
 

@@ -111,7 +111,7 @@ def along(network: nn.Module, x: Tensor, y: Tensor, distances: Sequence[float]) 
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one, and looks around it on the way."""
+    """Train one, and looks around it on the way."""
     images = half_size(*data.values())
     network = initialized_alike(vgg, cell["norm"], images, cell["seed"])
     optimizer = torch.optim.SGD(network.parameters(), lr=cell["rate"])

@@ -83,7 +83,7 @@ class Groups:
         self.of_digit = [(y == digit).nonzero().flatten() for digit in range(10)]
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns the images of `count` groups, one group after another, `[count·32, 1, H, W]`, and which are odd."""
+        """Return the images of `count` groups, one group after another, `[count·32, 1, H, W]`, and which are odd."""
         odd = (torch.arange(GROUP) % 2).bool().repeat(count)
         own = torch.randint(10, (count,), generator=self.generator).repeat_interleave(GROUP)
         others = (own + torch.randint(1, 10, (len(own),), generator=self.generator)) % 10
@@ -118,7 +118,7 @@ def network(arm: str, in_features: int) -> nn.Sequential:
 
 
 def scores(model: nn.Module, arm: str, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the log-odds `[N]`; where the arm shuffles, an image is among others than those of its group."""
+    """Return the log-odds `[N]`; where the arm shuffles, an image is among others than those of its group."""
     if arm != "shuffled":
         return model(x).squeeze(1)
     order = torch.randperm(len(x), generator=generator)
@@ -126,7 +126,7 @@ def scores(model: nn.Module, arm: str, x: Tensor, generator: torch.Generator) ->
 
 
 def train(model: nn.Module, arm: str, groups: Groups, steps: int, seed: int) -> None:
-    """Trains a network by SGD with momentum 0.9 at a rate that falls from 0.1 to zero."""
+    """Train a network by SGD with momentum 0.9 at a rate that falls from 0.1 to zero."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ def train(model: nn.Module, arm: str, groups: Groups, steps: int, seed: int) -> 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, arm: str, groups: Groups, *, training: bool, steps: int) -> float:
-    """Returns the percentage that is answered right, with the statistics of the batch or the running ones."""
+    """Return the percentage that is answered right, with the statistics of the batch or the running ones."""
     model = deepcopy(model).train(training)  # a copy, as its running statistics may move
     generator = torch.Generator().manual_seed(0)
     right = 0
@@ -151,7 +151,7 @@ def accuracy(model: nn.Module, arm: str, groups: Groups, *, training: bool, step
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one arm, and tests it in both modes on the same groups."""
+    """Train one arm, and tests it in both modes on the same groups."""
     mnist, arm, seed, cued = data["mnist"], cell["arm"], cell["seed"], cell["task"] == "cued"
     model = network(arm, mnist.x_train[0].numel())
     train(model, arm, Groups(mnist.x_train, mnist.y_train, cued=cued, seed=seed), cell["steps"], seed)

@@ -76,7 +76,7 @@ def build(norm: str, num_classes: int, seed: int) -> nn.Sequential:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one until it is accurate enough, diverges, or has had its steps."""
+    """Train one until it is accurate enough, diverges, or has had its steps."""
     (images,) = data.values()
     model = build(cell["norm"], images.num_classes, cell["seed"])
     optimizer = torch.optim.SGD(model.parameters(), lr=cell["rate"])

@@ -40,7 +40,7 @@ def small_cnn(norm: Callable[[int], nn.Module], data: Data, *, bias: bool = Fals
 def initialized_alike(
     build: Callable[[Norm, tuple[int, ...], int], nn.Module], norm: str, data: Data, seed: int
 ) -> nn.Module:
-    """Returns a network of `batchnorm.compare.networks` whose initial weights do not depend on its normalization.
+    """Return a network of `batchnorm.compare.networks` whose initial weights do not depend on its normalization.
 
     Args:
         build: As in the comparison.
@@ -69,7 +69,7 @@ def train(
     batches: Iterable[Tensor],
     after: Callable[[int], None] = lambda step: None,
 ) -> int | None:
-    """Trains with cross-entropy, a step for each batch, until a loss is not finite.
+    """Train with cross-entropy, a step for each batch, until a loss is not finite.
 
     Args:
         network: Trained in place, in training mode.
@@ -97,7 +97,7 @@ def train(
 def train_to_rest(
     network: nn.Module, x: Tensor, y: Tensor, *, rate: float, batch_size: int, steps: int, seed: int
 ) -> int | None:
-    """Trains by SGD with momentum 0.9, at a learning rate that falls from `rate` to zero in a straight line.
+    """Train by SGD with momentum 0.9, at a learning rate that falls from `rate` to zero in a straight line.
 
     Args:
         network: Trained in place, in training mode: those of its parameters that require gradients.
@@ -120,7 +120,7 @@ def train_to_rest(
 
 @torch.no_grad()
 def test(network: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Returns accuracy (0 to 1) and mean cross-entropy in evaluation mode; the network's mode stays as it was."""
+    """Return accuracy (0 to 1) and mean cross-entropy in evaluation mode; the network's mode stays as it was."""
     training = network.training
     network.eval()
     scores = torch.cat([network(part) for part in x.split(1000)])

@@ -80,7 +80,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Measures the noise, or trains one network."""
+    """Measure the noise, or trains one network."""
     (images,) = data.values()
     return _noise(images, cell["seed"]) if cell["kind"] == "noise" else _train(cell, images)
 
@@ -89,7 +89,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def noise(values: Tensor, size: int, *, watched: int, draws: int, replace: bool, generator: torch.Generator) -> Tensor:
-    """Returns the deviation of samples' normalized values over the draws of the rest of their batch.
+    """Return the deviation of samples' normalized values over the draws of the rest of their batch.
 
     Args:
         values: float64 `[samples, channels, pixels]`, given to the normalization.
@@ -140,7 +140,7 @@ def _noise(data: Data, seed: int) -> Record:
 
 
 def theory(record: Record, way: str, size: int) -> float:
-    """Returns the deviation for independent Gaussian values."""
+    """Return the deviation for independent Gaussian values."""
     values = size * (record["pixels"] if way == "convolution" else 1)
     left = 1 - size / POPULATION if way == "without replacement" else 1.0
     return ((1 + record[f"{way}, x̂²"] / 2) / values * left) ** 0.5
@@ -176,19 +176,19 @@ def _train(cell: Cell, data: Data) -> Record:
 
 
 def best(records: Sequence[Record], kind: str, batch: int, group: int) -> list[Record]:
-    """Returns an arm's records at its best rate, by seed."""
+    """Return an arm's records at its best rate, by seed."""
     arm = [r for r in records if r["kind"] == kind and (r["batch"], r["group"]) == (batch, group)]
     rate = max(RATES, key=lambda rate: mean(by_seed(arm, "held out", rate=rate)))
     return sorted((r for r in arm if r["rate"] == rate), key=lambda r: r["seed"])
 
 
 def errors(records: Sequence[Record], kind: str, batch: int, group: int) -> list[float]:
-    """Returns an arm's errors on the test images in percent, by seed."""
+    """Return an arm's errors on the test images in percent, by seed."""
     return [100 - record["test"] for record in best(records, kind, batch, group)]
 
 
 def gaps(records: Sequence[Record], kind: str, batch: int, group: int) -> list[float]:
-    """Returns how much more accurate an arm is on the training images than on the test images, in points, by seed."""
+    """Return how much more accurate an arm is on the training images than on the test images, in points, by seed."""
     return [record["train"] - record["test"] for record in best(records, kind, batch, group)]
 
 

@@ -62,23 +62,23 @@ results yet and writes this page; the command below each paragraph does one. `--
 
 
 def experiment(name: str) -> Experiment:
-    """Returns the experiment in the file of that name."""
+    """Return the experiment in the file of that name."""
     return importlib.import_module(name).EXPERIMENT
 
 
 def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Returns what was found, by the name of the experiment, for those that were run."""
+    """Return what was found, by the name of the experiment, for those that were run."""
     files = {name: folder / f"{name}.json" for name in NAMES}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def effects_of(result: dict[str, Any]) -> list[Effect]:
-    """Returns the effects as `claim` makes them, which knows how to write and judge them."""
+    """Return the effects as `claim` makes them, which knows how to write and judge them."""
     return [Effect(**{key: value for key, value in held.items() if key != "verdict"}) for held in result["effects"]]
 
 
 def page(found: dict[str, dict[str, Any]], tables: dict[str, str]) -> str:
-    """Returns the page.
+    """Return the page.
 
     Args:
         found: What was found, as `claim.summary` has it, by the name of the experiment; others count as not run.
@@ -141,13 +141,13 @@ def _effect_row(effect: Effect) -> str:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Returns the further figures of the experiments that have some."""
+    """Return the further figures of the experiments that have some."""
     files = {name: folder / f"{name}.md" for name in NAMES}
     return {name: file.read_text() for name, file in files.items() if file.exists()}
 
 
 def run(folders: dict[str, Path | None], jobs: int) -> None:
-    """Runs each experiment; what has been trained before is not trained again."""
+    """Run each experiment; what has been trained before is not trained again."""
     for name in NAMES:
         # Those with several sources find them by name in the cache, as files of the same names cannot be in one folder.
         sources = experiment(name).data
@@ -157,7 +157,7 @@ def run(folders: dict[str, Path | None], jobs: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the page, after running the experiments if that is asked for."""
+    """Write the page, after running the experiments if that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run what has no results yet, first")
     parser.add_argument("--data-dir", type=Path, help="folder with the four files of MNIST")

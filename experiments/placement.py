@@ -77,7 +77,7 @@ def network(place: str, activation: str, *, bias: bool, seed: int) -> nn.Sequent
 
 
 def bias_over_beta(model: nn.Module) -> float:
-    """Returns the norm of the gradient of all convolutions' biases over that of the gradient of all β."""
+    """Return the norm of the gradient of all convolutions' biases over that of the gradient of all β."""
     bias, beta = (
         torch.cat([layer.bias.grad for layer in model.modules() if isinstance(layer, kind)]).norm().item()
         for kind in (nn.Conv2d, BatchNorm2d)
@@ -86,7 +86,7 @@ def bias_over_beta(model: nn.Module) -> float:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one network, and counts its errors on images held out and on test images."""
+    """Train one network, and counts its errors on images held out and on test images."""
     mnist, seed = data["mnist"], cell["seed"]
     chosen = torch.randperm(len(mnist.x_train) - HELD_OUT, generator=torch.Generator().manual_seed(seed))
     chosen = chosen[: cell["images"]]
@@ -109,7 +109,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def best_rate(records: Sequence[Record], place: str, activation: str) -> float:
-    """Returns the rate with the fewest errors on the images held out, on average over the seeds."""
+    """Return the rate with the fewest errors on the images held out, on average over the seeds."""
 
     def errors(rate: float) -> float:
         return fmean(by_seed(records, "held_out", place=place, activation=activation, bias=False, rate=rate))
@@ -118,7 +118,7 @@ def best_rate(records: Sequence[Record], place: str, activation: str) -> float:
 
 
 def at_best(records: Sequence[Record], place: str, activation: str) -> list[float]:
-    """Returns the percentage of wrong labels on test images at the best rate, for each seed."""
+    """Return the percentage of wrong labels on test images at the best rate, for each seed."""
     rate = best_rate(records, place, activation)
     return by_seed(records, "wrong", place=place, activation=activation, bias=False, rate=rate)
 

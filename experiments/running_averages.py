@@ -64,14 +64,14 @@ class Averages:
             layer.momentum = 1.0
 
     def update(self) -> None:
-        """Moves every average by the last batch's statistics."""
+        """Move every average by the last batch's statistics."""
         last = self._buffers()
         for momentum, kept in self._kept.items():
             for average, value in zip(kept, last, strict=True):
                 average.lerp_(value, momentum)
 
     def give(self, momentum: float) -> None:
-        """Gives the network the average with this momentum, for evaluation; the next step of training replaces it."""
+        """Give the network the average with this momentum, for evaluation; the next step of training replaces it."""
         for layer, mean_, var in zip(self._layers, self._kept[momentum][::2], self._kept[momentum][1::2], strict=True):
             layer.running_mean.copy_(mean_)
             layer.running_var.copy_(var)
@@ -89,7 +89,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Trains one network, and tests it with each kind of statistics: accuracy in percent at each look."""
+    """Train one network, and tests it with each kind of statistics: accuracy in percent at each look."""
     (images,) = data.values()
     size, steps = cell["batch_size"], cell["images"] // cell["batch_size"]
     looks = [steps * (look + 1) // LOOKS for look in range(LOOKS)]
@@ -115,13 +115,13 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def at_end(records: Sequence[Record], way: str, batch_size: int) -> list[float]:
-    """Returns the accuracy in percent at the end, by seed."""
+    """Return the accuracy in percent at the end, by seed."""
     found = [record for record in records if record["batch_size"] == batch_size]
     return [record[way][-1] for record in sorted(found, key=lambda record: record["seed"])]
 
 
 def wobble(records: Sequence[Record], way: str, batch_size: int) -> list[float]:
-    """Returns the root mean square of the change from look to look in the second half of training, by seed."""
+    """Return the root mean square of the change from look to look in the second half of training, by seed."""
     found = sorted((r for r in records if r["batch_size"] == batch_size), key=lambda record: record["seed"])
     second = [record[way][LOOKS // 2 - 1 :] for record in found]
     return [mean((b - a) ** 2 for a, b in pairwise(row)) ** 0.5 for row in second]

@@ -1,4 +1,4 @@
-"""Draws `mnist-mini` (10,000 training and 2,000 test images, class-balanced) from the four official MNIST files.
+"""Draw `mnist-mini` (10,000 training and 2,000 test images, class-balanced) from the four official MNIST files.
 
     python scripts/make_mnist_mini.py DIR            writes the file that the package ships
     python scripts/make_mnist_mini.py DIR --check    only says whether the shipped file is what would be written
@@ -36,7 +36,7 @@ MD5 = {  # of the uncompressed files
 
 
 def parse_idx(content: bytes) -> Bytes:
-    """Returns the array of an uncompressed IDX file of unsigned bytes."""
+    """Return the array of an uncompressed IDX file of unsigned bytes."""
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"an IDX file of bytes starts with 00 00 08, got {content[:3].hex(' ')}")
     rank = content[3]
@@ -45,7 +45,7 @@ def parse_idx(content: bytes) -> Bytes:
 
 
 def read_official(directory: Path, name: str) -> Bytes:
-    """Returns the array in one of the four official files, once its checksum is found right."""
+    """Return the array in one of the four official files, once its checksum is found right."""
     content = gzip.decompress((directory / name).read_bytes())
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != MD5[name]:
@@ -54,7 +54,7 @@ def read_official(directory: Path, name: str) -> Bytes:
 
 
 def draw(labels: Bytes, per_class: int) -> NDArray[np.intp]:
-    """Returns the sorted indices of `per_class` samples of each class, at even distances."""
+    """Return the sorted indices of `per_class` samples of each class, at even distances."""
     chosen = []
     for label in range(CLASSES):
         where = np.flatnonzero(labels == label)
@@ -65,7 +65,7 @@ def draw(labels: Bytes, per_class: int) -> NDArray[np.intp]:
 
 
 def draw_all(directory: Path) -> dict[str, Bytes]:
-    """Returns the four arrays of `mnist-mini`."""
+    """Return the four arrays of `mnist-mini`."""
     arrays = {}
     for split, prefix, per_class in (("train", "train", TRAIN_PER_CLASS), ("test", "t10k", TEST_PER_CLASS)):
         labels = read_official(directory, f"{prefix}-labels-idx1-ubyte.gz")

@@ -112,7 +112,7 @@ def test_a_model_callable_that_raises_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("--model", "bad_net_for_cli:build", "--out", tmp_path / "out", *SHORT)
     sys.modules.pop("bad_net_for_cli", None)
-    assert_one_line(result, "it raised KeyError: 'width' (bad_net_for_cli.py, line 2)")
+    assert_one_line(result, "but raised KeyError: 'width' (bad_net_for_cli.py, line 2)")
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +195,7 @@ def test_missing_extras_are_told(file, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     result = invoke("--data", file, "--out", tmp_path / "out", *SHORT)
-    assert_one_line(result, "matplotlib cannot be imported. Install them with: pip install 'batchnorm[compare]'")
+    assert_one_line(result, "matplotlib cannot be imported. Install with: pip install 'batchnorm[compare]'")
 
 
 def test_control_c_ends_with_130_and_one_line(tmp_path):

@@ -13,8 +13,10 @@ from torch import nn
 
 from batchnorm import compare
 from batchnorm.compare import ComparisonError, Run, experiment
+from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 from batchnorm.compare.records import Recorder
-from batchnorm.compare.training import environment, training
+from batchnorm.compare.report import formats
+from batchnorm.compare.training import loop
 from batchnorm.compare.training.cells import Cells
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -156,14 +158,14 @@ def test_a_full_disk_is_not_blamed_on_the_network(data, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     warm_up = Cells.warm_up
-    monkeypatch.setattr(Cells, "warm_up", lambda *a: (warm_up(*a), monkeypatch.setattr(Recorder, "evaluation", fail)))
+    monkeypatch.setattr(Cells, "warm_up", lambda *a: (warm_up(*a), monkeypatch.setattr(Recorder, "add", fail)))
     with pytest.raises(OSError, match="No space left on device"):
         small(data, tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
-    step, calls = training._step, []
+    step, calls = loop._step, []
 
     def interrupt(*arguments):
         calls.append(1)
@@ -171,7 +173,7 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(training, "_step", interrupt)
+    monkeypatch.setattr(loop, "_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         small(data, tmp_path)
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -182,22 +184,22 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"batch_size": 97}, "batch_size must be at most the number of training samples, 96, got 97"),
         ({"steps": 3, "epochs": 3}, "only one of epochs and steps"),
-        ({"steps": 1.5}, "steps must be a whole number from 1, got 1.5"),
+        ({"steps": 1.5}, "steps must be a positive integer, got 1.5"),
         ({"sampling": "classes:0"}, "sampling must be iid or classes:K .* got 'classes:0'"),
         ({"sampling": "classes:4"}, "classes as there are classes in the training data, 3, got classes:4"),
-        ({"seeds": 0}, "seeds must be a whole number from 1"),
-        ({"threads": -1}, "threads must be a whole number from 1"),
-        ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1"),
+        ({"seeds": 0}, "seeds must be a positive integer"),
+        ({"threads": -1}, "threads must be a positive integer"),
+        ({"evaluate_every": 0}, "evaluate_every must be a positive integer"),
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
         ({"lr": float("nan")}, "lr must be above 0 and finite"),
         ({"lr": []}, "lr must have at least one value, got none"),
-        ({"lr": [0.1, 0.1]}, "each value must stand once in lr, got 0.1 twice"),
+        ({"lr": [0.1, 0.1]}, "the values of lr must all differ, got 0.1 twice"),
         ({"batch_size": [16, 97]}, "batch_size must be at most the number of training samples, 96, got 97"),
         ({"placement": "between"}, "placement must be among before, after .* got 'between'"),
-        ({"schedule": "cosine:warmup=6"}, "the warm-up must be shorter than the training, 6 steps, got 6"),
+        ({"schedule": "cosine:warmup=6"}, "the warm-up must be shorter than training, 6 steps, got 6"),
         ({"device": "abacus"}, "device must be one that this machine has, .* got 'abacus'"),
         ({"records": "csv"}, "records must be among jsonl, parquet, got 'csv'"),
         ({"overwrite": True, "resume": True}, "only one of overwrite and resume"),
@@ -211,10 +213,10 @@ def test_unusable_settings_are_refused_with_the_reason(data, tmp_path, options, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains(data, tmp_path, optimizer):
     result = small(data, tmp_path, norms=["batch"], optimizer=optimizer, steps=20)
-    assert result.settings.grid.lr == (training.OPTIMIZERS[optimizer].lr,)
+    assert result.settings.grid.lr == (OPTIMIZERS[optimizer].lr,)
     assert result.runs[0].steps[-1].loss < result.runs[0].steps[0].loss
 
 
@@ -227,7 +229,7 @@ def test_epochs_and_defaults_are_resolved(data, tmp_path):
 
 def test_missing_extras_are_named_before_anything_starts(data, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r"jinja2 cannot be imported.*pip install 'batchnorm\[compare\]'"):
         small(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -292,7 +294,7 @@ def test_a_schedule_reaches_the_optimizer(data, tmp_path):
     falling = small(data, tmp_path / "b", norms="none", schedule="linear")
     assert losses(constant.runs[0])[:2] == losses(falling.runs[0])[:2]  # the second loss is of the first update
     assert losses(constant.runs[0])[2:] != losses(falling.runs[0])[2:]
-    assert "falling to 0 in a straight line" in falling.report_path.read_text()
+    assert "linear decay to 0" in falling.report_path.read_text()
 
 
 def test_normalized_inputs_replace_standardized_ones(data, tmp_path):

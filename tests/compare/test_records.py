@@ -24,7 +24,7 @@ def test_a_run_that_breaks_off_does_not_pass_for_a_finished_one(tmp_path: Path):
 
     def break_off() -> None:
         with directory.recording(run, tmp_path) as recorder:
-            recorder.step(Step(1, 0.5, 2.0))
+            recorder.add(Step(1, 0.5, 2.0))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import pytest
 
 from batchnorm import compare
 from batchnorm.compare import ComparisonError, resuming
-from batchnorm.compare.training import training
+from batchnorm.compare.training import loop
 from batchnorm.compare.training.cells import Cells
 from tests.compare.conftest import small_arrays
 
@@ -48,7 +48,7 @@ def curves(result: compare.Result) -> list[list[float | None]]:
 def test_an_interrupted_comparison_is_continued_where_it_broke_off(data, tmp_path, monkeypatch, trained):
     whole = small(data, tmp_path / "whole")
     trained.clear()
-    step, calls = training._step, []
+    step, calls = loop._step, []
 
     def interrupt(*arguments):
         calls.append(1)
@@ -56,10 +56,10 @@ def test_an_interrupted_comparison_is_continued_where_it_broke_off(data, tmp_pat
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(training, "_step", interrupt)
+    monkeypatch.setattr(loop, "_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         small(data, tmp_path / "out")
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(loop, "_step", step)
     assert trained == [("none", 0.1, 0)]
     first = (tmp_path / "out" / "runs" / whole.runs[0].file_name).read_bytes()
     found = small(data, tmp_path / "out", resume=True)
@@ -103,9 +103,9 @@ def test_resuming_what_is_not_there_begins_it(data, tmp_path):
         ({"input_norm": True}, "input_norm was False and is True"),
         ({"evaluate_every": 2}, "evaluate_every was None and is 2"),
         ({"norms": ["batch", "none"]}, "first of norms was 'none' and is 'batch'"),
-        ({"norms": ["none"]}, "now lacks norms batch"),
-        ({"lr": [0.5, 1.0]}, "now lacks lr 0.1"),
-        ({"seeds": 1}, "now lacks 2 seeds"),
+        ({"norms": ["none"]}, "lacks norms batch"),
+        ({"lr": [0.5, 1.0]}, "lacks lr 0.1"),
+        ({"seeds": 1}, "lacks 2 seeds"),
     ],
 )
 def test_what_differs_is_named_and_nothing_is_lost(data, finished, options, message):

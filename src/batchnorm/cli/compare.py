@@ -206,7 +206,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
 
 
 def _of_report(ctx: click.Context, given: set[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Returns what `rebuild` is to be told."""
+    """Return what `rebuild` is to be told."""
     if given - WITH_REPORT:
         names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in given - WITH_REPORT))
         raise OneLineError(
@@ -218,7 +218,7 @@ def _of_report(ctx: click.Context, given: set[str], options: dict[str, Any]) -> 
 
 
 def _not_given(earlier: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """Returns the earlier arguments that the command line does not name again."""
+    """Return the earlier arguments that the command line does not name again."""
     length = {"epochs", "steps"}  # one stands for both
     named = given | length if given & length else given
     return {name: value for name, value in earlier.items() if name not in named}

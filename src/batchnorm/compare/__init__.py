@@ -1,4 +1,4 @@
-"""Trains one network with several normalizations on the same data, and shows what each did.
+"""Train one network with several normalizations on the same data, and shows what each did.
 
 Needs the extra `compare`: `pip install 'batchnorm[compare]'`. Importing this needs none of it.
 """
@@ -9,10 +9,10 @@ from batchnorm.compare.inputs import data
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.data import Data, from_arrays, load
 from batchnorm.compare.inputs.norms import Norm, register
+from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Evaluation, Histogram, Layer, Run, Step
 from batchnorm.compare.report.results import Result, rebuild
 from batchnorm.compare.report.summary import Difference, Outcome, Spread
-from batchnorm.compare.training.settings import Settings
 
 __all__ = [
     "Choice",

@@ -1,7 +1,7 @@
-"""The directory of a comparison: what lies in it, and how it gets there.
+"""The output directory of a comparison: its files, and how they are written.
 
-A run's file carries the suffix `.partial` until its last line stands; every other file is written under
-another name and renamed when it is whole. So a file under its final name is never a half-written one.
+A run's file keeps the suffix `.partial` until its last line is written. Every other file is written under another name
+and renamed once it is complete. A file under its final name is therefore always complete.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.records import Listener, Recorder, Run
+from batchnorm.compare.records import Record, Recorder, Run
 
 SETTINGS, SUMMARY, REPORT, RUNS, BOARDS, PARTIAL = (
     "settings.json", "summary.json", "report.html", "runs", "tensorboard", ".partial",
@@ -27,15 +27,15 @@ SCHEMA = 2
 
 
 def prepare(directory: Path, overwrite: bool) -> None:
-    """Makes a directory ready for a new comparison.
+    """Make a directory ready for a new comparison.
 
     Args:
-        directory: Made if it is not there.
-        overwrite: Whether the files of an earlier comparison in it are removed; other files stay.
+        directory: Created if it does not exist.
+        overwrite: Whether to delete the files of an earlier comparison in it. Other files stay.
 
     Raises:
         ComparisonError: If it holds an earlier comparison and `overwrite` is False.
-        OSError: If it cannot be made or written to.
+        OSError: If it cannot be created or written to.
     """
     (directory / RUNS).mkdir(parents=True, exist_ok=True)
     ours = [directory / name for name in (SUMMARY, REPORT, SETTINGS, *PICTURES, *map(table_name, TABLES), BOARDS)]
@@ -51,7 +51,7 @@ def prepare(directory: Path, overwrite: bool) -> None:
 
 
 def read_facts(directory: Path) -> dict[str, Any] | None:
-    """Returns what a comparison wrote before it began to train, or None where there is none.
+    """Return what a comparison wrote to `settings.json` before training, or None if there is no such file.
 
     Raises:
         ComparisonError: If another version of the package wrote it, or it cannot be read.
@@ -75,7 +75,7 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
 
 
 def finished_runs(directory: Path) -> list[Run]:
-    """Returns the runs that were trained to their end; a file that is not whole counts as not there."""
+    """Return the runs that finished training; incomplete files are skipped."""
     found = []
     for path in sorted((directory / RUNS).glob("*.jsonl")):
         try:
@@ -86,8 +86,8 @@ def finished_runs(directory: Path) -> list[Run]:
 
 
 @contextmanager
-def recording(run: Run, directory: Path, *listeners: Listener) -> Iterator[Recorder]:
-    """Opens the run's file; it takes its final name when the block ends without an exception."""
+def recording(run: Run, directory: Path, *listeners: Callable[[Record], None]) -> Iterator[Recorder]:
+    """Open the run's file, which gets its final name if the block ends without an exception."""
     path = directory / RUNS / run.file_name
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("w", encoding="utf-8") as file:
@@ -96,13 +96,13 @@ def recording(run: Run, directory: Path, *listeners: Listener) -> Iterator[Recor
 
 
 def table_name(table: str) -> str:
-    """Returns the name of a table's file."""
+    """Return the file name of a table."""
     return f"{table}.parquet"
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the name `path` when the block ends without an exception."""
+    """Yield a temporary path, which is renamed to `path` if the block ends without an exception."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
     temporary = Path(name)
@@ -117,11 +117,11 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears under its name only when it is whole."""
+    """Write a file that appears under its name only when it is complete."""
     with appearing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that appears under its name only when it is whole."""
+    """Write a JSON file that appears under its name only when it is complete."""
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -14,19 +14,11 @@ from batchnorm.compare.inputs import models
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.data import Data, load
 from batchnorm.compare.inputs.importing import working_directory_importable
+from batchnorm.compare.inputs.learning_rate import LearningRate
 from batchnorm.compare.inputs.models import AnyModel
 from batchnorm.compare.inputs.norms import parse_all
 from batchnorm.compare.inputs.sampling import Sampling
-from batchnorm.compare.records import Run
-from batchnorm.compare.report.headline import percent
-from batchnorm.compare.report.results import Result, check_formats, conclude
-from batchnorm.compare.resuming import check_same, fingerprint
-from batchnorm.compare.training import parallel
-from batchnorm.compare.training.cells import Cells
-from batchnorm.compare.training.environment import restored
-from batchnorm.compare.training.learning_rate import LearningRate
-from batchnorm.compare.training.parallel import Processes
-from batchnorm.compare.training.settings import (
+from batchnorm.compare.inputs.settings import (
     EPOCHS,
     Settings,
     check_counts,
@@ -35,6 +27,15 @@ from batchnorm.compare.training.settings import (
     learning_rates,
     several,
 )
+from batchnorm.compare.records import Run
+from batchnorm.compare.report.formats import check_formats
+from batchnorm.compare.report.headline import percent
+from batchnorm.compare.report.results import Result, conclude
+from batchnorm.compare.resuming import check_same, fingerprint
+from batchnorm.compare.training import parallel
+from batchnorm.compare.training.cells import Cells
+from batchnorm.compare.training.environment import restored
+from batchnorm.compare.training.parallel import Processes
 
 Known = dict[tuple[Choice, int], Run]
 
@@ -66,7 +67,7 @@ def run(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Trains one network with several normalizations on the same data, and reports what each did.
+    """Train one network with several normalizations on the same data, and reports what each did.
 
     Where several learning rates, batch sizes, placements or ways to draw batches are given, every combination is
     trained. For each seed, all of them begin with the same initial values wherever the network has a parameter of that
@@ -178,7 +179,7 @@ def run(
 
 
 def default_directory() -> Path:
-    """Returns a directory that is not there yet, named after the time."""
+    """Return a directory that is not there yet, named after the time."""
     return Path("batchnorm-compare") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
 
 
@@ -205,7 +206,7 @@ def _compare(
         for choice in choices[seed % len(choices) :] + choices[: seed % len(choices)]
         if (choice, seed) not in known
     ]
-    with processes.blame():
+    with processes.naming_first_failure():
         cells.warm_up(choice for choice, _ in missing)
 
     def begin() -> None:
@@ -217,7 +218,7 @@ def _compare(
 
     processes.on_first(begin)
     total = sum(settings.steps_of(choice, samples) for choice, _ in missing)
-    with display(progress and processes.first, len(missing), total) as shown, processes.blame():
+    with display(progress and processes.first, len(missing), total) as shown, processes.naming_first_failure():
         values, values_of = {}, None
         for choice, seed in missing:
             if seed != values_of:
@@ -234,7 +235,7 @@ def _compare(
 
 
 def _earlier(directory: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], Known] | None:
-    """Returns the facts with when the earlier comparison began, and its finished runs; None where there is none."""
+    """Return the facts with when the earlier comparison began, and its finished runs; None where there is none."""
     before = read_facts(directory)
     if before is None:
         return None
@@ -253,7 +254,7 @@ def _ending(run: Run) -> str:
 def _facts(
     settings: Settings, pretrained: bool, titles: dict[str, str], data: Data, processes: Processes
 ) -> dict[str, Any]:
-    """Returns what is known before training starts."""
+    """Return what is known before training starts."""
     return {
         "schema": SCHEMA,
         "settings": asdict(settings),

@@ -1,12 +1,13 @@
-"""What a run leaves behind: records in memory, and the same records as lines of JSON on disk."""
+"""The records of a run: in memory, and as lines of JSON on disk."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from batchnorm.compare.inputs.choices import Choice
 
@@ -16,11 +17,11 @@ class Step:
     """One step of training.
 
     Attributes:
-        step: Steps taken, this one included.
+        step: Number of steps taken, including this one.
         train_seconds: Time spent in training steps so far.
         loss: Training loss of this step's batch, before the step; None if it was not finite.
-        gradient_norm: ℓ2 norm of that loss's gradient over all parameters, in the first step and where the test set is
-            looked at; None elsewhere, and where it was not finite.
+        gradient_norm: ℓ2 norm of that loss's gradient over all parameters, in the first step and in each step followed
+            by an evaluation; None in other steps, and if it was not finite.
     """
 
     step: int
@@ -31,16 +32,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at the whole test set, and at as much of the training set, in evaluation mode.
+    """An evaluation of the whole test set, and of as many training samples, in evaluation mode.
 
     Attributes:
-        step: Steps taken before it.
+        step: Number of training steps taken before it.
         train_seconds: Time spent in training steps so far; evaluations do not count.
         test_loss: Mean cross-entropy in nats; None if it was not finite.
-        test_accuracy: Share of samples classified rightly, 0 to 1.
-        train_loss: As `test_loss`, of a part of the training set that is the same in all runs, at most as many samples
-            as the test set has.
-        train_accuracy: As `test_accuracy`, of that part.
+        test_accuracy: Share of correctly classified samples, 0 to 1.
+        train_loss: The same on a subset of the training set. All runs use the same subset, at most as large as the test
+            set.
+        train_accuracy: Accuracy on that subset.
     """
 
     step: int
@@ -53,10 +54,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Histogram:
-    """What went into one activation in one step of training: all units and samples of its batch.
+    """The distribution of one activation's input in one training step, over all units and samples of the batch.
 
     Attributes:
-        step: The step, counted from 1; its forward pass has the weights after `step - 1` updates.
+        step: The step, counted from 1; its forward pass uses the weights after `step - 1` updates.
         low: Left edge of the first bin.
         high: Right edge of the last bin; all bins are equally wide.
         counts: Number of values in each bin.
@@ -76,7 +77,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Layer:
-    """One normalization layer after training, channel by channel; what a layer does not have is None.
+    """One normalization layer after training, channel by channel; None for each tensor that the layer lacks.
 
     Attributes:
         name: Its path in the network.
@@ -100,19 +101,19 @@ class Run:
     """One network trained with one choice from one seed.
 
     Attributes:
-        choice: What it was trained with.
-        seed: Seed of the initial values and of the data order.
+        choice: The combination of settings it was trained with.
+        seed: Seed of the initial values and the data order.
         parameters: Number of trainable values.
-        watched: What the histograms show, in words, by their `where`.
-        shared: Names of the parameters whose initial values the first choice's network had too.
+        watched: Description of what the histograms show, by their `where`.
+        shared: Names of the parameters that start with the values of the first choice's network.
         own: Names of the other parameters.
-        kept_bytes: What the backward pass of one training step finds kept; None if that is not known.
-        environment: Machine, versions, threads and processes that trained it.
+        kept_bytes: Memory that one training step keeps for its backward pass; None if unknown.
+        environment: Machine, versions, and numbers of threads and processes.
         steps: Each step of training.
-        evaluations: Each look at the test set; the first is before training.
+        evaluations: Each evaluation; the first is before training.
         histograms: Distributions of the inputs to the watched activations.
         layers: The normalization layers after training.
-        diverged_at: The step whose loss was not finite, where training was given up; None if there was none.
+        diverged_at: The step at which training stopped because its loss was not finite; None if there was none.
     """
 
     choice: Choice
@@ -141,13 +142,13 @@ class Run:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What is known before training."""
+        """What is known before training starts."""
         names = ("choice", "seed", "parameters", "watched", "shared", "own", "kept_bytes", "environment")
         return {name: getattr(self, name) for name in names} | {"choice": asdict(self.choice)}
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """Returns the run in a finished file.
+        """Return the run that a finished file holds.
 
         Args:
             path: A file in `runs/`.
@@ -160,68 +161,52 @@ class Run:
             raise ValueError(
                 f"a finished run begins with a run record and ends with an end record, got {path}. Run again."
             )
-        run = cls(**{**lines[0], "choice": Choice(**lines[0]["choice"])})
-        run.diverged_at = lines[-1]["diverged_at"]
+        run = cls(**{**lines[0], "choice": Choice(**lines[0]["choice"]), **lines[-1]})
         for line in lines[1:-1]:
-            record = line.pop("record")
-            {
-                "step": lambda line: run.steps.append(Step(**line)),
-                "evaluation": lambda line: run.evaluations.append(Evaluation(**line)),
-                "histogram": lambda line: run.histograms.append(Histogram(**line)),
-                "layer": lambda line: run.layers.append(Layer(**line)),
-            }[record](line)
+            run.add(_KINDS[line.pop("record")](**line))
         return run
 
+    def add(self, record: Record) -> str:
+        """Append a record to the list of its kind; return the kind's name in the run's file."""
+        kind = type(record).__name__.lower()
+        getattr(self, f"{kind}s").append(record)
+        return kind
 
-class Listener(Protocol):
-    """Is told each record as it comes."""
 
-    def step(self, record: Step) -> None:
-        """A step of training was taken."""
-
-    def evaluation(self, record: Evaluation) -> None:
-        """The test set was looked at."""
-
-    def histogram(self, record: Histogram) -> None:
-        """A distribution was taken."""
+Record = Step | Evaluation | Histogram | Layer
+_KINDS: dict[str, type[Record]] = {kind.__name__.lower(): kind for kind in (Step, Evaluation, Histogram, Layer)}
 
 
 class Recorder:
-    """Adds records to a run and, at the same time, to its file, flushed at each evaluation; tells others, too."""
+    """Add records to a run and to its file, and pass them on.
 
-    def __init__(self, run: Run, file: IO[str], *listeners: Listener) -> None:
+    The file is flushed at each evaluation.
+
+    Args:
+        run: The run that the records belong to.
+        file: The run's file, open for writing.
+        *listeners: Each is called with every record.
+    """
+
+    def __init__(self, run: Run, file: IO[str], *listeners: Callable[[Record], None]) -> None:
         self.run = run
         self._file = file
         self._listeners = listeners
         self._write("run", run.head)
 
-    def step(self, record: Step) -> None:
-        """Records one step of training."""
-        self.run.steps.append(record)
-        self._write("step", asdict(record))
+    def add(self, record: Record) -> None:
+        """Add one record."""
+        self._write(self.run.add(record), asdict(record))
+        if isinstance(record, Evaluation):
+            self._file.flush()
         for listener in self._listeners:
-            listener.step(record)
+            listener(record)
 
-    def evaluation(self, record: Evaluation) -> None:
-        """Records one evaluation, and lets the file have all that was recorded so far."""
-        self.run.evaluations.append(record)
-        self._write("evaluation", asdict(record))
-        self._file.flush()
-        for listener in self._listeners:
-            listener.evaluation(record)
-
-    def histogram(self, record: Histogram) -> None:
-        """Records one distribution."""
-        self.run.histograms.append(record)
-        self._write("histogram", asdict(record))
-        for listener in self._listeners:
-            listener.histogram(record)
-
-    def end(self, layers: list[Layer], diverged_at: int | None) -> None:
-        """Records the layers after training, and the line that makes the file whole."""
-        self.run.layers, self.run.diverged_at = layers, diverged_at
+    def end(self, layers: Iterable[Layer], diverged_at: int | None) -> None:
+        """Add the layers after training, then the line that marks the file as complete."""
         for layer in layers:
-            self._write("layer", asdict(layer))
+            self.add(layer)
+        self.run.diverged_at = diverged_at
         self._write("end", {"diverged_at": diverged_at})
 
     def _write(self, record: str, content: dict[str, Any]) -> None:
@@ -229,5 +214,5 @@ class Recorder:
 
 
 def finite(value: float) -> float | None:
-    """Returns the value, or None if it is NaN or infinite, which JSON cannot hold."""
+    """Return the value, or None if it is NaN or infinite, which JSON cannot hold."""
     return float(value) if math.isfinite(value) else None

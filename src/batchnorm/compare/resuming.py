@@ -1,4 +1,4 @@
-"""Whether a comparison continues the one that lies in its directory."""
+"""Whether a comparison can continue an earlier one in the same directory."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from typing import Any
 
 from batchnorm.compare.directory import read_facts
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.inputs.data import Data
-from batchnorm.compare.training.settings import SEVERAL, Settings
+from batchnorm.compare.inputs.data import KEYS, Data
+from batchnorm.compare.inputs.settings import SEVERAL, Settings
 
 
 def fingerprint(data: Data) -> str:
-    """Returns a hash of what is trained and tested on."""
+    """Return a hash of the training and test data."""
     content = hashlib.blake2b(digest_size=16)
-    for tensor in (data.x_train, data.y_train, data.x_test, data.y_test):
+    for key in KEYS:
+        tensor = getattr(data, key)
         content.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         content.update(tensor.detach().cpu().contiguous().numpy().data)
     return content.hexdigest()
 
 
 def check_same(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Checks that a comparison can go on with the finished runs of an earlier one.
+    """Check that a comparison can reuse the finished runs of an earlier one.
 
     Args:
-        directory: Where that lies.
-        before: Its facts.
+        directory: The directory of the earlier comparison.
+        before: The facts of the earlier comparison.
         now: The facts of this one.
 
     Raises:
-        ComparisonError: If something that decides a run's result differs, or this one leaves out what that one has.
+        ComparisonError: If a setting that decides a run's result differs, or the earlier comparison has values that
+            this one leaves out.
     """
     old, new = Settings.read(before["settings"]), Settings.read(now["settings"])
     pairs = {name: (value, new.deciding[name]) for name, value in old.deciding.items()}
@@ -39,8 +41,8 @@ def check_same(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> 
     differing = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in pairs.items() if was != now]
     if differing:
         raise ComparisonError(
-            f"to resume, all that decides a run's result must be as in {directory}, but {'; '.join(differing)}. Give "
-            "the same again, or choose another directory."
+            f"to resume, every setting that decides a run's result must be as in {directory}, but "
+            f"{'; '.join(differing)}. Repeat the original settings, or choose another directory."
         )
     names = {field: name for name, field in SEVERAL.items()}
     lacking = [
@@ -50,13 +52,13 @@ def check_same(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         lacking.append(f"{old.seeds} seeds")
     if lacking:
         raise ComparisonError(
-            f"to resume, all that {directory} compares must be named again, and more can be, but now lacks "
-            f"{'; '.join(lacking)}. Name these too, or choose another directory."
+            f"to resume, every value that {directory} compares must be given again, but this call lacks "
+            f"{'; '.join(lacking)}. Repeat the original values (you may add more), or choose another directory."
         )
 
 
 def earlier_arguments(directory: str | Path) -> dict[str, Any]:
-    """Returns the arguments of `run` that made a comparison; none where there is no comparison yet.
+    """Return the arguments of `run` that started a comparison; empty if there is no comparison yet.
 
     Args:
         directory: The `out` of a comparison.

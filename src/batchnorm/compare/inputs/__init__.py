@@ -1,1 +1,1 @@
-"""What is compared: data, networks and normalizations, by name or from the user's own code."""
+"""Everything that a user chooses, checked: settings, data, networks, normalizations, batches and learning rates."""

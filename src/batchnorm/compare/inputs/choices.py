@@ -51,7 +51,7 @@ class Grid:
     sampling: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Checks what no other part checks."""
+        """Check what no other part checks."""
         for placement in self.placement:
             if placement not in PLACEMENTS:
                 raise ComparisonError(
@@ -78,7 +78,7 @@ class Grid:
         return tuple(f.name for f in fields(self) if len(getattr(self, f.name)) > 1)
 
     def label(self, choice: Choice) -> str:
-        """Returns the choice's name in this comparison: only what varies, or the norm where nothing does."""
+        """Return the choice's name in this comparison: only what varies, or the norm where nothing does."""
         varying = self.varying or ("norm",)
         parts = {
             "norm": choice.norm,
@@ -90,7 +90,7 @@ class Grid:
         return ", ".join(part for name, part in parts.items() if name in varying and part)
 
     def title(self, choice: Choice, norm_title: str, without: Sequence[str] = ()) -> str:
-        """Returns what the choice is called in a sentence.
+        """Return what the choice is called in a sentence.
 
         Args:
             choice: One of `choices`.
@@ -107,6 +107,6 @@ class Grid:
         return " ".join([norm_title, *named])
 
     def missing_from(self, other: Grid) -> dict[str, list[Any]]:
-        """Returns, by field, the values here that `other` does not have."""
+        """Return, by field, the values here that `other` does not have."""
         found = {f.name: [v for v in getattr(self, f.name) if v not in getattr(other, f.name)] for f in fields(self)}
         return {name: values for name, values in found.items() if values}

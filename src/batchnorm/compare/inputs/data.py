@@ -18,7 +18,7 @@ from torch import Tensor
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs import idx
-from batchnorm.compare.inputs.importing import blame, import_named, is_named
+from batchnorm.compare.inputs.importing import import_named, is_named, user_code
 
 PACKAGED = "mnist-mini"
 DIGITS = "digits"
@@ -61,13 +61,13 @@ class Data:
         return self.x_train[index], self.y_train[index]
 
     def to(self, device: torch.device | str) -> Data:
-        """Returns the same data on a device, such as `cuda`."""
+        """Return the same data on a device, such as `cuda`."""
         moved = {name: getattr(self, name).to(device) for name in KEYS}
         return replace(self, **moved)
 
 
 def load(source: str | Path | Data, *, data_dir: str | Path | None = None, standardize: bool = True) -> Data:
-    """Returns the data that a name, a file or a callable stands for.
+    """Return the data that a name, a file or a callable stands for.
 
     Args:
         source: One of these:
@@ -143,7 +143,7 @@ def _from_callable(name: str, standardize: bool) -> Data:
             f"data {name!r} must name a callable, got {type(target).__name__}. Name a function without arguments that "
             "returns the arrays."
         )
-    with blame(name, "was called", of="the data callable"):
+    with user_code(name, "was called", of="the data callable"):
         made = target()
         if isinstance(made, Mapping):
             made = {key: np.asarray(value) for key, value in made.items()}
@@ -171,7 +171,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool = True) -> Data:
-    """Returns the data that NumPy arrays hold, checked as `load` describes.
+    """Return the data that NumPy arrays hold, checked as `load` describes.
 
     Args:
         arrays: `x_train`, `y_train`, `x_test`, `y_test`, and perhaps `num_classes`.
@@ -220,7 +220,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool
 
 
 def _mean_and_deviation(values: NDArray[np.uint8]) -> tuple[float, float]:
-    """Returns those of all bytes, from how often each occurs; NumPy's own would take eight times their memory."""
+    """Return those of all bytes, from how often each occurs; NumPy's own would take eight times their memory."""
     counts = np.zeros(256)
     for part in np.array_split(values, math.ceil(values.size / 2**22)):
         counts += np.bincount(part.ravel(), minlength=256)

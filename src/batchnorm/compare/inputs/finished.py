@@ -11,7 +11,7 @@ from batchnorm.surgery.convert.convert import convert, rank_of
 
 
 def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: str) -> nn.Module:
-    """Returns the network with `norm` in the place of each batch normalization; all else is as it was.
+    """Return the network with `norm` in the place of each batch normalization; all else is as it was.
 
     Batch normalization and its relatives keep what the layers had: γ, β, ε, momentum and running statistics, as
     `batchnorm.convert` does, unless the options of `norm` say otherwise. Other normalizations are made new, and get γ

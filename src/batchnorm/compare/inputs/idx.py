@@ -71,7 +71,7 @@ SOURCES = {
 
 
 def read(name: str, directory: str | Path | None) -> dict[str, NDArray[Any]]:
-    """Returns the arrays of a data set: images uint8 `[N, 28, 28]` and labels uint8 `[N]`, as `from_arrays` takes them.
+    """Return the arrays of a data set: images uint8 `[N, 28, 28]` and labels uint8 `[N]`, as `from_arrays` takes them.
 
     Args:
         name: `mnist` or `fashion-mnist`.
@@ -147,7 +147,7 @@ def _first_that_has(file: str, places: list[Any], mirrors: tuple[str, ...], name
 
 
 def _download(url: str, output_file: str, pooch: object) -> None:
-    """Writes the content at an address, uncompressed; pooch then checks that, and gives the file its name."""
+    """Write the content at an address, uncompressed; pooch then checks that, and gives the file its name."""
     from pooch import HTTPDownloader
 
     received = io.BytesIO()
@@ -169,7 +169,7 @@ def _uncompressed(content: bytes) -> bytes:
 
 
 def _array(source: Source, file: str, path: Path) -> NDArray[np.uint8]:
-    """Returns what the file holds, once it is found to be the official content."""
+    """Return what the file holds, once it is found to be the official content."""
     try:
         content = _uncompressed(path.read_bytes())
         array = _parse(content, rank=3 if "images" in file else 1)
@@ -186,7 +186,7 @@ def _array(source: Source, file: str, path: Path) -> NDArray[np.uint8]:
 
 
 def _parse(content: bytes, rank: int) -> NDArray[np.uint8]:
-    """Returns the array in an IDX file of unsigned bytes: 00 00 08, the rank, each size in four bytes, the values."""
+    """Return the array in an IDX file of unsigned bytes: 00 00 08, the rank, each size in four bytes, the values."""
     start, head, expected = 4 + 4 * rank, content[:4], bytes([0, 0, 8, rank])
     if head != expected:
         got = head.hex(" ") or "nothing"

@@ -1,4 +1,4 @@
-"""The user's own code: found by its name, and named where it fails."""
+"""The user's own code: imported by name, and named in errors when it fails."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from batchnorm.compare.errors import ComparisonError
 
 
 def is_named(written: str) -> bool:
-    """Whether it is of the form `module.path:name`."""
+    """Return whether the text has the form `module.path:name`."""
     path, colon, name = written.partition(":")
     return bool(colon) and all(part.isidentifier() for part in (*path.split("."), *name.split(".")))
 
 
 def import_named(written: str, what: str) -> object:
-    """Returns what `module.path:name` names; modules in the working directory are found too.
+    """Import `module.path:name`; modules in the working directory are found too.
 
     Args:
-        written: As the user wrote it.
-        what: What it is to be, in errors: `model` or `data`.
+        written: The name as the user wrote it.
+        what: The argument that it was given as, for errors: `model` or `data`.
 
     Raises:
         ComparisonError: If the module cannot be imported, or has no such name.
     """
     path, _, name = written.partition(":")
-    with working_directory_importable(), blame(written, "was imported", of="the module of"):
+    with working_directory_importable(), user_code(written, "was imported", of="the module of"):
         target: object = importlib.import_module(path)
     for attribute in name.split("."):
         if not hasattr(target, attribute):
             close = difflib.get_close_matches(attribute, dir(target), n=1)
-            hint = f"Did you mean {close[0]}?" if close else "Check the name behind the colon."
+            hint = f"Did you mean {close[0]}?" if close else "Check the name after the colon."
             raise ComparisonError(
-                f"{what} {written!r} must name something that {path} has, got no {attribute!r}. {hint}"
+                f"{what} {written!r} must name something in {path}, which has no {attribute!r}. {hint}"
             )
         target = getattr(target, attribute)
     return target
@@ -48,7 +48,7 @@ def import_named(written: str, what: str) -> object:
 
 @contextmanager
 def working_directory_importable() -> Iterator[None]:
-    """Lets modules be imported from the working directory, as `python -m` does."""
+    """Allow imports from the working directory in the block, as `python -m` does."""
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:
@@ -58,8 +58,8 @@ def working_directory_importable() -> Iterator[None]:
 
 
 @contextmanager
-def blame(name: str, occasion: str, of: str = "the model") -> Iterator[None]:
-    """Turns whatever the user's code raises into one line that says what, when and where."""
+def user_code(name: str, occasion: str, of: str = "the model") -> Iterator[None]:
+    """Turn any exception of the user's code in the block into one line that says what failed, when and where."""
     try:
         yield
     except ComparisonError:
@@ -69,12 +69,12 @@ def blame(name: str, occasion: str, of: str = "the model") -> Iterator[None]:
         place = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
         what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise ComparisonError(
-            f"{of} {name} must not fail when it {occasion}, but it raised {what}{place}. Mend it and run again."
+            f"{of} {name} must run without errors when it {occasion}, but raised {what}{place}. Fix it and run again."
         ) from error
 
 
 def _innermost_frame_of_the_user(error: BaseException) -> traceback.FrameSummary | None:
-    """Returns the innermost place that is neither in torch nor in this package."""
-    libraries = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+    """Return the innermost frame that is neither in torch nor in this package."""
+    libraries = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
     frames = reversed(traceback.extract_tb(error.__traceback__))
     return next((frame for frame in frames if not frame.filename.startswith(libraries)), None)

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs.finished import converted
-from batchnorm.compare.inputs.importing import blame, import_named, is_named
+from batchnorm.compare.inputs.importing import import_named, is_named, user_code
 from batchnorm.compare.inputs.networks import MODELS
 from batchnorm.compare.inputs.norms import Norm
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -42,7 +42,7 @@ class Model:
     pretrained: bool = False
 
     def __call__(self, norm: Norm, sample: Tensor, num_classes: int) -> nn.Module:
-        """Returns the network on the CPU, tried on `sample`, with its lazy parameters made.
+        """Return the network on the CPU, tried on `sample`, with its lazy parameters made.
 
         Args:
             norm: Makes the normalization layers; what it made before is forgotten.
@@ -58,13 +58,13 @@ class Model:
         in_shape = tuple(sample.shape[1:])
         name = f"{self.name} with norm {norm.spec!r}"
         if self.finished:
-            with blame(self.name, "was called without arguments"):
+            with user_code(self.name, "was called without arguments"):
                 network = self.build()
             self._check_module(network, "callable()")
             self._output(network.cpu(), sample, self.name)  # makes lazy layers
             network = converted(network, norm, in_shape, self.name)
         else:
-            with blame(name, f"was built with (norm, {in_shape}, {num_classes})"):
+            with user_code(name, f"was built with (norm, {in_shape}, {num_classes})"):
                 network = self.build(norm, in_shape, num_classes)
             self._check_module(network, "callable(norm, in_shape, num_classes)")
         self._check_placement(norm)
@@ -103,12 +103,12 @@ class Model:
 
     @staticmethod
     def _output(network: nn.Module, sample: Tensor, name: str) -> object:
-        with blame(name, f"was given x {list(sample.shape)}"), torch.no_grad():
+        with user_code(name, f"was given x {list(sample.shape)}"), torch.no_grad():
             return network.eval()(sample)
 
 
 def resolve(model: AnyModel) -> Model:
-    """Returns the model that a name, a `module.path:callable`, a callable or a network stands for.
+    """Return the model that a name, a `module.path:callable`, a callable or a network stands for.
 
     What takes no argument, and a network itself, is finished: the norms are put in place of its batch normalization.
 
@@ -153,7 +153,7 @@ def _takes_nothing(target: Callable[..., Any]) -> bool:
 
 
 def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
-    """Returns the network behind a batch normalization of its input, which has neither γ nor β.
+    """Return the network behind a batch normalization of its input, which has neither γ nor β.
 
     It does what standardizing the data does, from the batches themselves: `[N, C, *S]` by channel, `[N, D]` by feature.
 
@@ -175,7 +175,7 @@ def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
 
 
 def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
-    """Returns copies of the network's parameters by name, those of the normalization layers left out."""
+    """Return copies of the network's parameters by name, those of the normalization layers left out."""
     own = {id(parameter) for layer in norm.made for parameter in layer.parameters()}
     return {
         name: parameter.detach().clone()
@@ -185,7 +185,7 @@ def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
 
 
 def share_initial_values(network: nn.Module, norm: Norm, values: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Gives the network the initial values of another one, wherever name and shape are the same.
+    """Give the network the initial values of another one, wherever name and shape are the same.
 
     Two networks built from one seed differ from the first layer on whose bias only one of them has: the
     random generator has by then given out a different number of values.

@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)  # channels of the three stages of `resnet20` and `vgg`
 
 
 def mlp(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns a multilayer perceptron with hidden layers of 64 and 128 units and ReLU.
+    """Return a multilayer perceptron with hidden layers of 64 and 128 units and ReLU.
 
     Each hidden layer is normalized beside its activation; where the normalization takes the bias of the linear layer
     away again, that is left out.
@@ -39,7 +39,7 @@ def mlp(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def sigmoid_mlp(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns the perceptron of Ioffe and Szegedy (2015, section 4.1): three hidden layers of 100 sigmoid units.
+    """Return the perceptron of Ioffe and Szegedy (2015, section 4.1): three hidden layers of 100 sigmoid units.
 
     Their weights are "small random Gaussian values", which here have deviation 0.1; biases are 0.
 
@@ -70,7 +70,7 @@ def sigmoid_mlp(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.M
 
 
 def cnn(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns a small network of three 3×3 convolutions with 8, 16 and 32 channels, ReLU, and one linear layer.
+    """Return a small network of three 3×3 convolutions with 8, 16 and 32 channels, ReLU, and one linear layer.
 
     The second and third convolution halve the image; what is left is averaged to 3×3 positions.
 
@@ -100,7 +100,7 @@ def cnn(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def vgg(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns a small network in the manner of VGG, as studies of the loss landscape use it.
+    """Return a small network in the manner of VGG, as studies of the loss landscape use it.
 
     Three times two 3×3 convolutions, with 16, 32 and 64 channels, and a maximum over 2×2 positions; then a hidden layer
     of 128 units and the output. Convolutions are initialized as in He et al. (2015).
@@ -147,7 +147,7 @@ class Block(nn.Module):
         self.activation = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `[N, after, H / stride, W / stride]`."""
+        """Return `[N, after, H / stride, W / stride]`."""
         shortcut = x[:, :, :: self.stride, :: self.stride]
         if self.new_channels:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 def resnet20(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns the residual network with 20 layers of He et al. (2016, section 4.2), for images of any size.
+    """Return the residual network with 20 layers of He et al. (2016, section 4.2), for images of any size.
 
     One convolution, three stages of three blocks with 16, 32 and 64 channels, the average over all positions, and one
     linear layer. Convolutions are initialized as in He et al. (2015); without a normalization, values then double their
@@ -200,7 +200,7 @@ def _check_images(name: str, in_shape: tuple[int, ...], least: int = 1) -> tuple
 
 
 def _as_he(network: nn.Module) -> nn.Module:
-    """Gives convolutions Gaussian weights with variance 2 / (inputs of a unit), and biases of 0."""
+    """Give convolutions Gaussian weights with variance 2 / (inputs of a unit), and biases of 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

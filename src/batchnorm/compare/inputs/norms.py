@@ -57,7 +57,7 @@ def register(
     target: str | None = None,
     positional: tuple[str, ...] = (),
 ) -> None:
-    """Makes a normalization available to comparisons.
+    """Make a normalization available to comparisons.
 
     Args:
         name: What it is called in `norms=` and `--norms`; without commas, colons and spaces.
@@ -83,7 +83,7 @@ def register(
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of every registered normalization."""
+    """Return the names of every registered normalization."""
     return tuple(_REGISTRY)
 
 
@@ -119,7 +119,7 @@ class Norm:
     placed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        """Checks the placement."""
+        """Check the placement."""
         if self.placement not in PLACEMENTS:
             raise ComparisonError(
                 f"placement must be before or after (the activation), got {self.placement!r}. Choose one of them."
@@ -131,7 +131,7 @@ class Norm:
         return self.cancels_bias and self.placement == "before"
 
     def __call__(self, num_features: int, dims: int = 1) -> nn.Module:
-        """Returns a new normalization layer.
+        """Return a new normalization layer.
 
         Args:
             num_features: Number of channels C.
@@ -144,7 +144,7 @@ class Norm:
     def activated(
         self, num_features: int, activation: Callable[[], nn.Module] = nn.ReLU, dims: int = 1
     ) -> nn.Sequential:
-        """Returns a new normalization and a new activation, in the order that `placement` says.
+        """Return a new normalization and a new activation, in the order that `placement` says.
 
         The parts are called `norm` and `activation` in either order, so that checkpoints fit both.
 
@@ -158,13 +158,13 @@ class Norm:
         return nn.Sequential(OrderedDict(parts if self.placement == "before" else reversed(parts)))
 
     def forget(self) -> None:
-        """Empties `made`, before another network is built."""
+        """Empty `made`, before another network is built."""
         self.made.clear()
         self.placed = 0
 
 
 def parse(spec: str, placement: str = "before") -> Norm:
-    """Returns the normalization that `spec` names.
+    """Return the normalization that `spec` names.
 
     Args:
         spec: A registered name, with options after a colon where there are any.
@@ -203,7 +203,7 @@ def parse(spec: str, placement: str = "before") -> Norm:
 
 
 def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Norm]:
-    """Returns the normalizations in `specs`, where a comma separates as well as a new item does.
+    """Return the normalizations in `specs`, where a comma separates as well as a new item does.
 
     A part with `=` and no colon belongs to the norm before it, so `renorm:rmax=3,dmax=5,batch` are two.
 
@@ -228,7 +228,7 @@ def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Nor
 
 
 def _literal(text: str) -> Any:
-    """Returns the Python value that `text` spells, or the text itself."""
+    """Return the Python value that `text` spells, or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -246,7 +246,7 @@ def _no_norm(num_features: int, dims: int) -> nn.Module:
 
 
 def _by_rank(*layers: Build) -> Build:
-    """Returns a `build` that picks the layer for 1, 2 or 3 dims."""
+    """Return a `build` that picks the layer for 1, 2 or 3 dims."""
 
     def build(num_features: int, dims: int, *arguments: Any, **options: Any) -> nn.Module:
         if dims not in (1, 2, 3):
@@ -270,7 +270,7 @@ def _groups(groups: Any = 32, **options: Any) -> int:
 
 
 def _layer_norm(num_features: int, **options: Any) -> nn.Module:
-    """Returns the normalization of each sample over all channels and positions, with γ and β of each channel."""
+    """Return the normalization of each sample over all channels and positions, with γ and β of each channel."""
     return nn.GroupNorm(1, num_features, **options)
 
 

@@ -24,7 +24,7 @@ class Sampling:
 
     @classmethod
     def parse(cls, spec: str) -> Sampling:
-        """Returns what `iid` or `classes:2` stands for.
+        """Return what `iid` or `classes:2` stands for.
 
         Raises:
             ComparisonError: If it is neither.
@@ -47,7 +47,7 @@ class Sampling:
         return f", drawn from {self.classes} class{'es' if self.classes > 1 else ''} each,"
 
     def check(self, labels: Tensor, batch_size: int) -> None:
-        """Checks that there are as many classes, and that a batch has room for them.
+        """Check that there are as many classes, and that a batch has room for them.
 
         Raises:
             ComparisonError: If not.
@@ -63,7 +63,7 @@ class Sampling:
                 )
 
     def batches(self, labels: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Yields, without end, the indices of each batch, which the seed alone decides.
+        """Yield, without end, the indices of each batch, which the seed alone decides.
 
         Independent batches take every sample once in each epoch, in a new order; the rest that does not fill a batch
         is left out. Batches of few classes draw these anew each time, in proportion to their samples; each gives an

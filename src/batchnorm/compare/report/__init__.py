@@ -1,1 +1,1 @@
-"""Summarize the runs of a comparison: tables, figures and the page."""
+"""Evaluate the finished runs: outcomes, headline, tables, figures and the page."""

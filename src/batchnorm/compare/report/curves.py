@@ -43,17 +43,17 @@ Values = Callable[[Run], dict[int, tuple[float, float | None]]]
 
 
 def test_accuracy(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Returns seconds and test accuracy by step."""
+    """Return seconds and test accuracy by step."""
     return {e.step: (e.train_seconds, e.test_accuracy) for e in run.evaluations}
 
 
 def test_loss(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Returns seconds and test loss by step."""
+    """Return seconds and test loss by step."""
     return {e.step: (e.train_seconds, e.test_loss) for e in run.evaluations}
 
 
 def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Returns seconds and the mean training loss since the evaluation before, by step of the evaluation."""
+    """Return seconds and the mean training loss since the evaluation before, by step of the evaluation."""
     found: dict[int, tuple[float, float | None]] = {}
     begin = 0
     for evaluation in run.evaluations[1:]:
@@ -65,7 +65,7 @@ def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
 
 
 def gap(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Returns seconds and accuracy on training data less that on test data, by step."""
+    """Return seconds and accuracy on training data less that on test data, by step."""
     return {
         e.step: (e.train_seconds, None if e.train_accuracy is None else e.train_accuracy - e.test_accuracy)
         for e in run.evaluations
@@ -73,12 +73,12 @@ def gap(run: Run) -> dict[int, tuple[float, float | None]]:
 
 
 def gradient_norm(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Returns seconds and the norm of the gradient by step, where it was looked at."""
+    """Return seconds and the norm of the gradient by step, where it was looked at."""
     return {s.step: (s.train_seconds, s.gradient_norm) for s in run.steps if s.gradient_norm is not None}
 
 
 def percentile(where: str, which: int) -> Values:
-    """Returns what gives a percentile of a watched activation by step.
+    """Return what gives a percentile of a watched activation by step.
 
     Args:
         where: `first` or `last`.
@@ -96,12 +96,12 @@ def percentile(where: str, which: int) -> Values:
 
 
 def by_label(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, list[Run]]:
-    """Returns the runs of each outcome's choice, by its label."""
+    """Return the runs of each outcome's choice, by its label."""
     return {outcome.label: [run for run in runs if run.choice == outcome.choice] for outcome in found}
 
 
 def curve(runs: Sequence[Run], values: Values) -> list[Point]:
-    """Returns one quantity of the runs of one choice, step by step."""
+    """Return one quantity of the runs of one choice, step by step."""
     tables = [values(run) for run in runs]
     points = []
     for step in sorted({step for table in tables for step in table}):
@@ -149,7 +149,7 @@ class Distributions:
 
 
 def distributions(series: dict[str, list[Run]]) -> Distributions | None:
-    """Returns the distributions of the first watched activation by label, or None if there are none."""
+    """Return the distributions of the first watched activation by label, or None if there are none."""
     usable = {
         label: [h for run in runs for h in run.histograms if h.where == "first" and h.percentiles]
         for label, runs in series.items()
@@ -174,7 +174,7 @@ def _cumulative(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _limits(histograms: Sequence[Histogram]) -> tuple[float, float]:
-    """Returns the range that holds nearly all values in nearly all steps; a diverging run must not set the scale."""
+    """Return the range that holds nearly all values in nearly all steps; a diverging run must not set the scale."""
     ranges = []
     for histogram in histograms:
         edges, cumulative = _cumulative(histogram)

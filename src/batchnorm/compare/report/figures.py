@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from batchnorm.compare.directory import PICTURES
+from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Run
 from batchnorm.compare.report import curves, heatmap
 from batchnorm.compare.report.curves import Point
 from batchnorm.compare.report.summary import Outcome, shown
-from batchnorm.compare.training.settings import Settings
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the report's page uses the same.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -30,7 +30,7 @@ Series = dict[str, list[Run]]
 
 
 def draw(runs: Sequence[Run], found: Sequence[Outcome], settings: Settings) -> dict[str, bytes]:
-    """Returns the pictures as PNG, by file name.
+    """Return the pictures as PNG, by file name.
 
     Args:
         runs: Every run of the comparison.
@@ -48,13 +48,13 @@ def draw(runs: Sequence[Run], found: Sequence[Outcome], settings: Settings) -> d
 
 
 def accuracy_floor(points: Sequence[Point]) -> float:
-    """Returns where the accuracy axis begins: above the first steps, which would flatten the rest, and below 1."""
+    """Return where the accuracy axis begins: above the first steps, which would flatten the rest, and below 1."""
     after = sorted(point.low for point in points)
     return min(max(0.0, np.floor(10 * after[len(after) // 10]) / 10), 0.9) if after else 0.0
 
 
 def positive_range(points: Sequence[Point]) -> tuple[float, float]:
-    """Returns the ends of a logarithmic axis; a diverging run must not flatten the rest."""
+    """Return the ends of a logarithmic axis; a diverging run must not flatten the rest."""
     found = sorted(point.mid for point in points if point.mid > 0)
     if not found:
         return 0.1, 1.0
@@ -63,7 +63,7 @@ def positive_range(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def linear_range(points: Sequence[Point]) -> tuple[float, float]:
-    """Returns the ends of a linear axis; a diverging run must not flatten the rest."""
+    """Return the ends of a linear axis; a diverging run must not flatten the rest."""
     if not points:
         return 0.0, 1.0
     low, high = np.quantile([point.mid for point in points], [0.02, 0.98])
@@ -91,7 +91,7 @@ def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
 
 
 def _legend(figure: Figure, axes: Axes, series: Series, place: Literal["lower right", "upper right"]) -> None:
-    """Names the series in the panel, or above the panels where there are too many for that."""
+    """Name the series in the panel, or above the panels where there are too many for that."""
     if len(series) <= 3:
         axes.legend(*axes.get_legend_handles_labels(), frameon=False, loc=place)
     else:

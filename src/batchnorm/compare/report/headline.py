@@ -13,7 +13,7 @@ NAMED = 4  # how many labels a sentence lists
 
 
 def headline(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[str]:
-    """Returns what was found as a few sentences.
+    """Return what was found as a few sentences.
 
     Args:
         found: The outcomes; the first is what the others are compared with.
@@ -29,24 +29,24 @@ def headline(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> li
 
 
 def percent(share: float) -> str:
-    """Returns a share as a percentage with one decimal."""
+    """Return a share as a percentage with one decimal."""
     return f"{100 * share:.1f} %"
 
 
 def accuracy(spread: Spread) -> str:
-    """Returns accuracies as mean and standard deviation in percent."""
+    """Return accuracies as mean and standard deviation in percent."""
     return percent(spread.mean) if spread.std is None else f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f} %"
 
 
 def points(value: float) -> str:
-    """Returns a difference with its sign, such that what is not zero does not look like zero."""
+    """Return a difference with its sign, such that what is not zero does not look like zero."""
     if abs(value) < NOTHING:
         return "0"
     return (f"{value:+.1f}" if abs(value) >= 0.05 else f"{value:+.2f}").replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration in three digits and a unit that fits it."""
+    """Return a duration in three digits and a unit that fits it."""
     rounded = float(f"{seconds:.3g}")
     if rounded >= 1:
         return f"{rounded:,.0f} s" if rounded >= 100 else f"{rounded:g} s"
@@ -54,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(count: float) -> str:
-    """Returns a number of bytes in three digits and a unit that fits it."""
+    """Return a number of bytes in three digits and a unit that fits it."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
@@ -63,7 +63,7 @@ def memory(count: float) -> str:
 
 
 def listed(labels: Sequence[str]) -> str:
-    """Returns labels as a list that stays short."""
+    """Return labels as a list that stays short."""
     shown = list(labels[:NAMED])
     if len(labels) > NAMED:
         shown.append(f"{len(labels) - NAMED} more")
@@ -72,7 +72,7 @@ def listed(labels: Sequence[str]) -> str:
 
 
 def verdict(difference: Difference | None) -> str:
-    """Returns whether a difference exceeds the spread over seeds."""
+    """Return whether a difference exceeds the spread over seeds."""
     if difference is None:
         return "no seed ended with both, so nothing can be said about the difference"
     if difference.low is None or difference.high is None:
@@ -122,7 +122,7 @@ def _diverged(found: Sequence[Outcome]) -> list[str]:
 
 
 def _seeds(ended: Sequence[Outcome]) -> str:
-    """Returns what the accuracies are made of."""
+    """Return what the accuracies are made of."""
     counts = [len(outcome.accuracy_by_seed) for outcome in ended]
     if set(counts) == {1}:
         return "one seed"
@@ -153,7 +153,7 @@ def _final_of_two(other: Outcome, base: Outcome) -> str:
 
 
 def _difference(other: Outcome, base: Outcome) -> str:
-    """Returns which of two ended higher, by how much, and whether that exceeds the spread over seeds."""
+    """Return which of two ended higher, by how much, and whether that exceeds the spread over seeds."""
     found = Difference.between(other, base)
     if found is None or abs(found.points) < NOTHING:
         return f"no difference on average; {verdict(found)}"
@@ -165,7 +165,7 @@ def _difference(other: Outcome, base: Outcome) -> str:
 
 
 def _reached(outcome: Outcome) -> str:
-    """Returns, for an outcome, where it reached the target and when, as the end of a sentence."""
+    """Return, for an outcome, where it reached the target and when, as the end of a sentence."""
     text = _some(len(outcome.reached), len(outcome.seeds))
     if outcome.steps_to_target and outcome.seconds_to_target:
         text += (
@@ -252,7 +252,7 @@ def _winner(winner: Outcome, others: Sequence[Outcome]) -> str:
 
 
 def _ahead(difference: Difference | None, other: Outcome) -> str:
-    """Returns how far the first ended before another one."""
+    """Return how far the first ended before another one."""
     if difference is None:
         return f"before {other.title}"
     if abs(difference.points) < NOTHING:

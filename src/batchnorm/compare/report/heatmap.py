@@ -52,7 +52,7 @@ class Panel:
 
 
 def panels(found: Sequence[Outcome], grid: Grid) -> list[Panel]:
-    """Returns the tables of a grid: norm by learning rate or batch size, or these two by each other for each norm.
+    """Return the tables of a grid: norm by learning rate or batch size, or these two by each other for each norm.
 
     There is none where neither learning rate nor batch size has several values.
     """
@@ -95,7 +95,7 @@ def _panel(
 
 
 def _kind(choice: Choice, grid: Grid) -> str:
-    """Returns all of a choice's label but learning rate and batch size."""
+    """Return all of a choice's label but learning rate and batch size."""
     return Grid(grid.norm, grid.placement, (choice.lr,), (choice.batch_size,), grid.sampling).label(choice)
 
 

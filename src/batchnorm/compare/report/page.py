@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from batchnorm.compare.inputs.learning_rate import LearningRate
+from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 from batchnorm.compare.inputs.sampling import Sampling
+from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Layer, Run
 from batchnorm.compare.report import curves, heatmap
 from batchnorm.compare.report.curves import Point
 from batchnorm.compare.report.figures import accuracy_floor, linear_range, positive_range
 from batchnorm.compare.report.headline import accuracy, duration, memory, percent, points
 from batchnorm.compare.report.summary import Difference, Outcome, reference, shown
-from batchnorm.compare.training.learning_rate import LearningRate
-from batchnorm.compare.training.settings import Settings
-from batchnorm.compare.training.training import OPTIMIZERS
 from batchnorm.page import render as render_page
 
 CHANNELS_SHOWN = 256
@@ -27,7 +27,7 @@ Charts = dict[str, Any]
 
 
 def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any]) -> str:
-    """Returns the page.
+    """Return the page.
 
     Args:
         runs: Every run of the comparison.
@@ -69,7 +69,7 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
 
 
 def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_accuracy: float) -> Charts:
-    """Returns what the page's script draws as curves and distributions.
+    """Return what the page's script draws as curves and distributions.
 
     Args:
         runs: Every run.
@@ -118,7 +118,7 @@ def _domain(points: Sequence[Point], kind: str, scale: float) -> list[float]:
 
 
 def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
-    """Returns step, seconds, mean, lowest, highest and number of seeds of each point."""
+    """Return step, seconds, mean, lowest, highest and number of seeds of each point."""
     return [
         [p.step, _short(p.seconds), *(_short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds]
         for p in points
@@ -126,7 +126,7 @@ def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
 
 
 def _percentiles(series: dict[str, list[Run]], drawn: int) -> dict[str, Charts]:
-    """Returns the 15th, 50th and 85th percentile of each watched activation through training."""
+    """Return the 15th, 50th and 85th percentile of each watched activation through training."""
     found = {}
     for where in ("first", "last"):
         lines = [
@@ -180,7 +180,7 @@ class LayerRow:
 
 
 def layer_rows(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[LayerRow]:
-    """Returns the table of the normalization layers after training."""
+    """Return the table of the normalization layers after training."""
     rows = []
     for label, of_label in curves.by_label(runs, drawn).items():
         layers = [layer for run in of_label for layer in run.layers]
@@ -193,7 +193,7 @@ def layer_rows(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[LayerRow]:
 
 
 def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, int, Layer]]:
-    """Returns label, seed and layer of each table of channels; none where these would fill the page."""
+    """Return label, seed and layer of each table of channels; none where these would fill the page."""
     firsts = {label: of_label[0] for label, of_label in curves.by_label(runs, drawn).items()}
     found = [(label, run.seed, layer) for label, run in firsts.items() for layer in run.layers]
     rows = sum(min(CHANNELS_SHOWN, len(layer.weight or layer.running_mean or [])) for _, _, layer in found)
@@ -201,7 +201,7 @@ def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, 
 
 
 def _watched(runs: Sequence[Run]) -> dict[str, str]:
-    """Returns what the histograms show, in words: each network's where they differ."""
+    """Return what the histograms show, in words: each network's where they differ."""
     found: dict[str, str] = {}
     for where in ("first", "last"):
         words = dict.fromkeys(run.watched[where] for run in runs if where in run.watched)
@@ -211,7 +211,7 @@ def _watched(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _own(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Returns, for each norm, the parameters whose initial values are not those of the first choice."""
+    """Return, for each norm, the parameters whose initial values are not those of the first choice."""
     names: dict[str, list[str]] = {}
     for run in runs:
         names.setdefault(run.norm, run.own)
@@ -224,7 +224,7 @@ def _extent(values: Sequence[list[float | None] | None]) -> tuple[float, float, 
 
 
 def _standard_error(found: Sequence[Outcome], samples: int) -> float | None:
-    """Returns the standard error, in points, that an accuracy has because the test set is a sample."""
+    """Return the standard error, in points, that an accuracy has because the test set is a sample."""
     final = [outcome.final_accuracy.mean for outcome in found if outcome.final_accuracy]
     if not final:
         return None

@@ -16,14 +16,13 @@ from batchnorm.compare.directory import (
     write_json,
 )
 from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.inputs.settings import Settings, check_target
 from batchnorm.compare.records import Run
-from batchnorm.compare.report import boards, tables
+from batchnorm.compare.report import tables
+from batchnorm.compare.report.formats import check_formats
 from batchnorm.compare.report.headline import headline
 from batchnorm.compare.report.summary import Outcome, outcomes
-from batchnorm.compare.training.environment import require, require_extras
-from batchnorm.compare.training.settings import Settings, check_target
-
-RECORDS = ("jsonl", "parquet")
+from batchnorm.compare.training import boards
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,8 @@ class Result:
     figure_paths: list[Path]
 
     def __str__(self) -> str:
-        """Returns the headline and where the page lies."""
+        """Return the headline and where the page lies."""
         return "\n".join([*self.headline, "", f"Report: {self.report_path}"])
-
-
-def check_formats(records: str, tensorboard: bool) -> None:
-    """Checks that what is to be written beside the runs can be.
-
-    Raises:
-        ComparisonError: If there is no such form of records.
-        ModuleNotFoundError: If a package is missing.
-    """
-    require_extras()
-    if records not in RECORDS:
-        raise ComparisonError(f"records must be among {', '.join(RECORDS)}, got {records!r}. Choose from these.")
-    if records == "parquet":
-        require("pyarrow", "records='parquet' (--records parquet)", "parquet")
-    if tensorboard:
-        require("tensorboard", "tensorboard=True (--tensorboard)", "tensorboard")
 
 
 def rebuild(
@@ -78,7 +61,7 @@ def rebuild(
     records: str = "jsonl",
     tensorboard: bool = False,
 ) -> Result:
-    """Writes page, pictures and `summary.json` anew from the runs that lie in a directory.
+    """Write page, pictures and `summary.json` anew from the runs that lie in a directory.
 
     It trains nothing, and does as much for a comparison that was interrupted: then the page says how many of its
     runs are there.
@@ -110,7 +93,7 @@ def rebuild(
 def conclude(
     directory: Path, facts: dict[str, Any], runs: Sequence[Run], *, records: str, tensorboard: bool, write: bool = True
 ) -> Result:
-    """Returns what the runs say, and writes it.
+    """Return what the runs say, and writes it.
 
     Args:
         directory: Where.
@@ -173,7 +156,7 @@ def conclude(
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Returns where the runs were trained, each environment once, with the number of its runs."""
+    """Return where the runs were trained, each environment once, with the number of its runs."""
     found: list[dict[str, Any]] = []
     for run in runs:
         same = next((each for each in found if {**each, "runs": None} == {**run.environment, "runs": None}), None)
@@ -185,6 +168,6 @@ def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _layers(runs: Sequence[Run], outcome: Outcome) -> list[dict[str, Any]]:
-    """Returns the layers of the choice's first seed."""
+    """Return the layers of the choice's first seed."""
     run = next(run for run in runs if run.choice == outcome.choice)
     return [asdict(layer) for layer in run.layers]

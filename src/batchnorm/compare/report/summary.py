@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from batchnorm.compare.inputs.choices import Choice, Grid
+from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Evaluation, Run
-from batchnorm.compare.training.settings import Settings
 
 CONFIDENCE = 0.95
 SHOWN = 8  # series that can be told apart in one chart
@@ -39,7 +39,7 @@ class Spread:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Spread | None:
-        """Returns the spread of the values, or None if there are none."""
+        """Return the spread of the values, or None if there are none."""
         if not values:
             return None
         std = statistics.stdev(values) if len(values) > 1 else None
@@ -102,7 +102,7 @@ class Outcome:
     def of(
         cls, runs: Sequence[Run], label: str, title: str, *, steps: int, epoch_steps: int, target_accuracy: float
     ) -> Outcome:
-        """Returns the outcome of the runs of one choice."""
+        """Return the outcome of the runs of one choice."""
         whole = [run for run in runs if run.diverged_at is None]
         arrivals = {run.seed: target_evaluation(run, target_accuracy) for run in runs}
         reached = {seed: arrival for seed, arrival in arrivals.items() if arrival is not None}
@@ -152,13 +152,13 @@ class Difference:
 
     @classmethod
     def between(cls, ours: Outcome, theirs: Outcome) -> Difference | None:
-        """Returns how much higher `ours` ended, or None if there is no seed in which neither diverged."""
+        """Return how much higher `ours` ended, or None if there is no seed in which neither diverged."""
         a, b = ours.accuracy_by_seed, theirs.accuracy_by_seed
         return cls.over([100 * (a[seed] - b[seed]) for seed in a if seed in b])
 
     @classmethod
     def over(cls, differences: Sequence[float]) -> Difference | None:
-        """Returns the mean of paired differences with its interval."""
+        """Return the mean of paired differences with its interval."""
         if not differences:
             return None
         mean, count = statistics.fmean(differences), len(differences)
@@ -172,18 +172,18 @@ class Difference:
 
 
 def target_evaluation(run: Run, target_accuracy: float) -> Evaluation | None:
-    """Returns the first evaluation at or above the target accuracy."""
+    """Return the first evaluation at or above the target accuracy."""
     return next((e for e in run.evaluations if e.test_accuracy >= target_accuracy), None)
 
 
 def step_seconds(run: Run) -> list[float]:
-    """Returns how long each training step took."""
+    """Return how long each training step took."""
     ends = [0.0, *(step.train_seconds for step in run.steps)]
     return [end - begin for begin, end in pairwise(ends)]
 
 
 def outcomes(runs: Sequence[Run], settings: Settings, titles: dict[str, str], samples: int) -> list[Outcome]:
-    """Returns the outcome of each choice that has runs, in the grid's order.
+    """Return the outcome of each choice that has runs, in the grid's order.
 
     Args:
         runs: Those that ended.
@@ -208,7 +208,7 @@ def outcomes(runs: Sequence[Run], settings: Settings, titles: dict[str, str], sa
 
 
 def contestants(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
-    """Returns the best learning rate and batch size of each norm, placement and sampling.
+    """Return the best learning rate and batch size of each norm, placement and sampling.
 
     Where there is only one of these, every choice is a contestant.
     """
@@ -222,7 +222,7 @@ def contestants(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
 
 
 def reference(found: Sequence[Outcome], grid: Grid) -> Outcome:
-    """Returns what the others are compared with: the first norm's first placement, at its best setting."""
+    """Return what the others are compared with: the first norm's first placement, at its best setting."""
     rivals = contestants(found, grid)
     first = grid.norm[0], grid.placement[0], grid.sampling[0]
     same = [o for o in rivals if (o.choice.norm, o.choice.placement, o.choice.sampling) == first]
@@ -230,7 +230,7 @@ def reference(found: Sequence[Outcome], grid: Grid) -> Outcome:
 
 
 def shown(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
-    """Returns those that are drawn at first: the best contestants, and always the reference; in the grid's order."""
+    """Return those that are drawn at first: the best contestants, and always the reference; in the grid's order."""
     ranked = sorted(contestants(found, grid), key=lambda outcome: outcome.rank)
     base = reference(found, grid)
     kept = [base, *(outcome for outcome in ranked if outcome is not base)][:SHOWN]

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
-    """Returns the rows of each table: choice and seed of the run, then what was recorded."""
+    """Return the rows of each table: choice and seed of the run, then what was recorded."""
     found: dict[str, list[Row]] = {table: [] for table in TABLES}
     for run in runs:
         key = {**asdict(run.choice), "seed": run.seed}
@@ -26,7 +26,7 @@ def rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
 
 
 def write(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """Writes each table that has rows, and returns the paths."""
+    """Write each table that has rows, and return the paths."""
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 

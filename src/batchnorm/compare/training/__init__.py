@@ -1,1 +1,1 @@
-"""Train every choice of a comparison, on one process or several."""
+"""Train every cell of the grid: the loop, its measurements, several processes, progress and TensorBoard."""

@@ -1,4 +1,4 @@
-"""The training of one cell of the grid: one choice, one seed."""
+"""The cells of the grid: one choice and one seed each."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from batchnorm.compare.directory import recording
 from batchnorm.compare.inputs import models
 from batchnorm.compare.inputs.choices import Choice
 from batchnorm.compare.inputs.data import Data
+from batchnorm.compare.inputs.learning_rate import LearningRate
 from batchnorm.compare.inputs.models import Model
 from batchnorm.compare.inputs.norms import Norm, parse
+from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 from batchnorm.compare.inputs.sampling import Sampling
+from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Recorder, Run
-from batchnorm.compare.report.boards import board
+from batchnorm.compare.training.boards import board
 from batchnorm.compare.training.environment import environment
-from batchnorm.compare.training.learning_rate import LearningRate
+from batchnorm.compare.training.loop import LoopOptions, train
 from batchnorm.compare.training.measurements import Activations, kept_bytes
 from batchnorm.compare.training.parallel import Processes
-from batchnorm.compare.training.settings import Settings
-from batchnorm.compare.training.training import OPTIMIZERS, Schedule, train
 
-SAMPLE = 64  # inputs that a network is tried on
+SAMPLE = 64  # inputs that each new network is tried on
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Trains any cell of one comparison.
+    """The cells of one comparison, each of which it can train.
 
     Attributes:
-        settings: What was asked for.
+        settings: The settings of the comparison.
         model: The network.
-        data: On the device.
-        processes: Which train each network together.
+        data: The data, on the device.
+        processes: The processes that train each network together.
     """
 
     settings: Settings
@@ -48,18 +49,19 @@ class Cells:
     processes: Processes
 
     def warm_up(self, choices: Iterable[Choice]) -> None:
-        """Trains each network for a moment, so that what fails does so at once, and no run pays for first calls."""
-        rate = self.settings.grid.lr[0]  # which one it is makes no difference here
+        """Train each network for a few steps: failures show at once, and no run pays for first calls."""
+        rate = self.settings.grid.lr[0]  # any rate will do
         for choice in dict.fromkeys(replace(choice, lr=rate) for choice in choices):
             network, norm, _ = self._build(choice, 0)
-            schedule = replace(self._schedule(choice), steps=min(3, self._schedule(choice).steps))
-            schedule = replace(schedule, evaluate_every=schedule.steps + 1)
+            options = self._options(choice)
+            steps = min(3, options.steps)
+            options = replace(options, steps=steps, evaluate_every=steps + 1)
             recorder, watched = Recorder(Run(choice, 0), io.StringIO()), self._activations(network, norm)
             optimizer = self._optimizer(network, choice)
-            train(network, norm, self.data, optimizer, schedule, watched, recorder, lambda *_: None, self.processes)
+            train(network, norm, self.data, optimizer, options, watched, recorder, lambda *_: None, self.processes)
 
     def initial_values(self, seed: int) -> dict[str, Tensor]:
-        """Returns the initial values of the first choice's network, which the others share."""
+        """Return the initial values of the first choice's network, which the others share."""
         torch.manual_seed(seed)
         norm = self._norm(self.settings.grid.choices[0])
         return models.initial_values(self.model(norm, self.data.x_train[:SAMPLE], self.data.num_classes), norm)
@@ -73,14 +75,14 @@ class Cells:
         tensorboard: bool,
         on_step: Callable[[int, float], None],
     ) -> Run:
-        """Trains one network, and leaves its file behind.
+        """Train one network, and write its file.
 
         Args:
-            choice: What to train it with.
+            choice: The settings to train it with.
             seed: Decides initial values and data order.
-            values: What `initial_values` returned for this seed.
-            directory: Where the first process writes.
-            tensorboard: Whether the records are shown there, too.
+            values: The `initial_values` of this seed.
+            directory: The directory that the first process writes to.
+            tensorboard: Whether to write TensorBoard logs there, too.
             on_step: Called with step and training loss after each step, off the clock.
         """
         network, norm, names = self._build(choice, seed, values)
@@ -95,10 +97,10 @@ class Cells:
             kept_bytes=self._kept_bytes(network, choice),
             environment=environment(self.processes.size, self._device),
         )
-        self.processes.seed(seed)  # what dropout draws then does not depend on how the network was built
-        optimizer, schedule = self._optimizer(network, choice), self._schedule(choice)
+        self.processes.seed(seed)  # so that dropout does not depend on how the network was built
+        optimizer, options = self._optimizer(network, choice), self._options(choice)
         with self._recorder(run, directory, tensorboard) as recorder:
-            train(network, norm, self.data, optimizer, schedule, watched, recorder, on_step, self.processes)
+            train(network, norm, self.data, optimizer, options, watched, recorder, on_step, self.processes)
         return run
 
     @property
@@ -111,7 +113,7 @@ class Cells:
     def _build(
         self, choice: Choice, seed: int, values: dict[str, Tensor] | None = None
     ) -> tuple[nn.Module, Norm, dict[str, list[str]]]:
-        """Returns the network on the device, its norm, and which parameters have the values given."""
+        """Return the network on the device, its norm, and the names of its shared and its own parameters."""
         torch.manual_seed(seed)
         norm, sample = self._norm(choice), self.data.x_train[:SAMPLE]
         network = self.model(norm, sample, self.data.num_classes)
@@ -123,9 +125,9 @@ class Cells:
     def _activations(self, network: nn.Module, norm: Norm) -> Activations:
         return Activations(network, norm, self.data.x_train[:SAMPLE])
 
-    def _schedule(self, choice: Choice) -> Schedule:
+    def _options(self, choice: Choice) -> LoopOptions:
         samples = len(self.data.y_train)
-        return Schedule(
+        return LoopOptions(
             steps=self.settings.steps_of(choice, samples),
             batch_size=choice.batch_size,
             evaluate_every=self.settings.interval_of(choice, samples),
@@ -143,9 +145,9 @@ class Cells:
 
     @contextmanager
     def _recorder(self, run: Run, directory: Path, tensorboard: bool) -> Iterator[Recorder]:
-        with ExitStack() as opened:
+        with ExitStack() as stack:
             if not self.processes.first:
-                yield Recorder(run, opened.enter_context(open(os.devnull, "w")))
+                yield Recorder(run, stack.enter_context(open(os.devnull, "w")))
                 return
-            listeners = [opened.enter_context(board(run, directory))] if tensorboard else []
-            yield opened.enter_context(recording(run, directory, *listeners))
+            listeners = [stack.enter_context(board(run, directory))] if tensorboard else []
+            yield stack.enter_context(recording(run, directory, *listeners))

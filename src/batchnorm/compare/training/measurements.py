@@ -1,4 +1,4 @@
-"""What is measured while a network trains."""
+"""Measurements during training: times, evaluations, gradients, kept memory, activations and layers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ TEST_BATCH = 1000
 
 
 class Stopwatch:
-    """Adds up the time between `start` and `stop`, without what happens inside `paused`.
+    """A clock that adds up the time between `start` and `stop`, without the time inside `paused`.
 
     Args:
-        device: Where the work is done; what was given to it counts until it is done.
+        device: Device that does the work; each reading waits until its pending work is done.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -38,16 +38,16 @@ class Stopwatch:
         self._device = device if device is not None and device.type != "cpu" else None
 
     def start(self) -> None:
-        """Lets the time run."""
+        """Start the clock."""
         self._since = self._now()
 
     def stop(self) -> None:
-        """Holds the time."""
+        """Stop the clock."""
         self.seconds += self._now() - self._since
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time of the block."""
+        """Stop the clock during the block."""
         self.stop()
         try:
             yield
@@ -61,7 +61,7 @@ class Stopwatch:
 
 
 def evaluate(network: nn.Module, data: Data, step: int, train_seconds: float) -> Evaluation:
-    """Returns loss and accuracy on the whole test set and on `data.train_part`.
+    """Return loss and accuracy on the whole test set and on `data.train_part`.
 
     The network is in training mode afterwards.
     """
@@ -85,24 +85,23 @@ def _loss_and_accuracy(network: nn.Module, inputs: Tensor, labels: Tensor) -> tu
 
 
 def gradient_norm(network: nn.Module) -> float | None:
-    """Returns the ℓ2 norm of the gradient over all parameters; None if it is not finite."""
+    """Return the ℓ2 norm of the gradient over all parameters; None if it is not finite."""
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     return finite(float(nn.utils.get_total_norm(gradients)))
 
 
 def kept_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Returns how many bytes a training step keeps from its forward pass for its backward pass.
+    """Return the number of bytes that a training step keeps for its backward pass.
 
-    These are the tensors that autograd saves, each storage counted once; the network's parameters and buffers, which
-    are there anyway, are not among them. Unlike the process's memory it is the same on every machine, and in it
-    networks differ by their normalization.
+    This counts the storages of the tensors that autograd saves, without the network's parameters and buffers. Unlike
+    the process's memory, it is the same on every machine and depends on the normalization.
 
     Args:
-        network: In training mode. Its buffers and the random state are put back.
+        network: In training mode. Its buffers and the random state are restored.
         x: One batch `[N, *in_shape]`.
         y: int64 `[N]`, its labels.
     """
-    x, y = x.clone(), y.clone()  # not the whole of what they may be a part of
+    x, y = x.clone(), y.clone()  # they may be views of larger storages
     own = {_storage(tensor)[0] for tensor in (*network.parameters(), *network.buffers())}
     saved: dict[int, int] = {}
     held = []
@@ -111,7 +110,7 @@ def kept_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
         address, size = _storage(tensor)
         if address not in own:
             saved[address] = size
-            held.append(tensor)  # no other tensor gets this address meanwhile
+            held.append(tensor)  # keeps its address from being reused
         return tensor
 
     with walk.restored(network, buffers=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -125,7 +124,7 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 
 
 def histogram(values: Tensor, step: int, where: str = "first") -> Histogram:
-    """Returns the distribution of all values in a tensor."""
+    """Return the histogram of all values in a tensor."""
     flat = values.detach().flatten().cpu().double().numpy()
     kept = flat[np.isfinite(flat)]
     if len(kept) == 0:
@@ -140,29 +139,29 @@ def histogram(values: Tensor, step: int, where: str = "first") -> Histogram:
 
 @dataclass(frozen=True)
 class _Watched:
-    """One call of a module in a forward pass, and which side of it is looked at."""
+    """One call of a module in a forward pass, and whether its input or its output is recorded."""
 
     where: str
     module: nn.Module
-    call: int  # as one module may be called several times
+    call: int  # one module may be called several times
     takes_input: bool
     description: str
 
 
 class Activations:
-    """The inputs to the network's first and to its last nonlinearity: what the normalizations there control.
+    """The inputs of the network's first and last activation, which the normalizations there control.
 
-    These are the first and the last call of an activation module of `torch.nn` in a forward pass; in a network that
-    calls activations as functions, the outputs of the first and the last normalization layer (`none` makes an identity
-    that serves as well). Where both are the same call, it is the first.
+    These are the first and the last call of an activation module of `torch.nn` in a forward pass. In a network that
+    calls activations as functions, they are the outputs of the first and the last normalization layer instead (for
+    `none` that layer is an identity). If first and last are the same call, only `first` exists.
 
     Args:
         network: On any device; in training mode afterwards.
-        norm: What the network was built with.
+        norm: The norm that the network was built with.
         sample: Some inputs, `[N, *in_shape]`, on that device.
 
     Attributes:
-        descriptions: What is watched, in words, under `first` and `last`; empty if there is neither.
+        descriptions: Description of each watched activation, under `first` and `last`; empty if there is none.
     """
 
     def __init__(self, network: nn.Module, norm: Norm, sample: Tensor) -> None:
@@ -182,7 +181,7 @@ class Activations:
 
     @contextmanager
     def watch(self, step: int, watch: Stopwatch, found: list[Histogram]) -> Iterator[None]:
-        """Adds to `found` the distributions in the block's first forward pass, off the clock."""
+        """Append to `found` the histograms of the block's first forward pass, off the clock."""
         with ExitStack() as stack:
             for watched in self._watched:
                 stack.callback(_hook(watched, step, watch, found).remove)
@@ -192,18 +191,18 @@ class Activations:
 def _hook(watched: _Watched, step: int, watch: Stopwatch, found: list[Histogram]) -> RemovableHandle:
     calls = itertools.count()
 
-    def see(values: Tensor) -> None:
+    def record(values: Tensor) -> None:
         if next(calls) == watched.call:
             with watch.paused():
                 found.append(histogram(values, step, watched.where))
 
     if watched.takes_input:
-        return watched.module.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
-    return watched.module.register_forward_hook(lambda _, __, output: see(output))
+        return watched.module.register_forward_pre_hook(lambda _, inputs: record(inputs[0]))
+    return watched.module.register_forward_hook(lambda _, __, output: record(output))
 
 
 def _calls(network: nn.Module, modules: set[nn.Module], sample: Tensor) -> list[tuple[nn.Module, int]]:
-    """Returns the calls of these modules in a forward pass, each with the number of those of its module before."""
+    """Return the calls of these modules in a forward pass, each with the number of its module's earlier calls."""
     calls: list[tuple[nn.Module, int]] = []
     counts: Counter[nn.Module] = Counter()
 
@@ -227,7 +226,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def layers(network: nn.Module, norm: Norm) -> list[Layer]:
-    """Returns γ, β and running statistics of every normalization layer that has any of them."""
+    """Return γ, β and the running statistics of every normalization layer that has any of them."""
     made = set(norm.made)
     found = []
     for name, module in network.named_modules():

@@ -1,4 +1,4 @@
-"""A comparison on several processes, as torchrun starts them."""
+"""A comparison on several processes, started by torchrun."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Processes:
     """The processes that train one network together, each on its share of every batch.
 
     Attributes:
-        rank: This one's number.
-        size: How many there are.
+        rank: Number of this process.
+        size: Number of processes.
     """
 
     rank: int = 0
@@ -32,11 +32,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that evaluates, writes and prints."""
+        """Whether this process evaluates, writes and prints."""
         return self.rank == 0
 
     def check(self, batch_size: int) -> None:
-        """Checks that every process has a share.
+        """Check that every process has a share of a batch.
 
         Raises:
             ComparisonError: If there are more processes than samples in a batch.
@@ -48,14 +48,14 @@ class Processes:
             )
 
     def seed(self, number: int) -> None:
-        """Seeds the random generator, with another state on each process: dropout is not to repeat itself there."""
+        """Seed the random generator, differently on each process, so that their dropout masks differ."""
         torch.manual_seed(number + 1_000_003 * self.rank)
 
     def together(self, call: Callable[[], T]) -> T:
-        """Returns what the call returns; where it fails on one process, it fails on all.
+        """Return the result of the call; if it fails on one process, raise on all.
 
         Raises:
-            ComparisonError: The first one that some process met, on all alike.
+            ComparisonError: The failure of the lowest rank, on every process.
             OSError: Likewise.
         """
         value: T | None = None
@@ -79,15 +79,15 @@ class Processes:
         return cast(T, value)
 
     def on_first(self, call: Callable[[], None]) -> None:
-        """Calls it on the first process; what that raises is raised on all alike."""
+        """Call `call` on the first process only; if it fails, raise on all."""
         self.together(call if self.first else lambda: None)
 
     @contextmanager
-    def blame(self) -> Iterator[None]:
-        """Tells what failed here from what failed because another process did, once they exchange gradients.
+    def naming_first_failure(self) -> Iterator[None]:
+        """Name the process that failed first, also on the processes that fail because of it.
 
-        The first to fail leaves its number in the group's store. The others, whose next exchange fails with
-        whatever the backend says then, name it instead.
+        The first process to fail writes its rank to the group's store. The next exchange of gradients then fails on
+        the others with an obscure message of the backend; they name that rank instead.
         """
         try:
             yield
@@ -97,8 +97,8 @@ class Processes:
                 error.rank = first
                 if first != self.rank:
                     raise ComparisonError(
-                        f"process {self.rank} can go on only while all {self.size} do, but process {first} failed. "
-                        "See what that one says.",
+                        f"all {self.size} processes must continue for process {self.rank} to continue, but process "
+                        f"{first} failed. See the error of process {first}.",
                         rank=first,
                     ) from error
             raise
@@ -109,19 +109,19 @@ class Processes:
         try:
             store = dist.distributed_c10d._get_default_store()
             return int(store.compare_set("batchnorm/compare/failed", "", str(self.rank)))
-        except RuntimeError:  # the store ended with the process that held it
+        except RuntimeError:  # the process that held the store has ended
             return self.rank
 
     def share(self, index: Tensor) -> Tensor:
-        """Returns this process's part of a batch."""
+        """Return this process's part of a batch."""
         return index.tensor_split(self.size)[self.rank]
 
     def joined(self, network: nn.Module) -> nn.Module:
-        """Returns the network such that its gradients are the average over the processes."""
+        """Return the network, with its gradients averaged over the processes."""
         return network if self.size == 1 else DistributedDataParallel(network)
 
     def mean(self, value: Tensor) -> float:
-        """Returns the average over the processes."""
+        """Return the average over the processes."""
         if self.size > 1:
             value = value.detach().double()
             dist.all_reduce(value)
@@ -129,7 +129,7 @@ class Processes:
         return float(value)
 
     def from_first(self, value: T) -> T:
-        """Returns what the first process has."""
+        """Return the value of the first process."""
         if self.size == 1:
             return value
         held = [value]
@@ -138,7 +138,7 @@ class Processes:
 
 
 def launched() -> Processes:
-    """Returns who this process is, from torch.distributed where that is initialized, else from torchrun."""
+    """Return this process and the group's size: from torch.distributed if it is initialized, else from torchrun."""
     if dist.is_available():
         if dist.is_initialized():
             return Processes(dist.get_rank(), dist.get_world_size())
@@ -149,7 +149,7 @@ def launched() -> Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Joins the processes that torchrun started, for the block; joins none where this one was started alone."""
+    """Join the processes that torchrun started, for the block; do nothing if this process was started alone."""
     here = launched()
     if here.size == 1 or dist.is_initialized():
         yield here

@@ -1,10 +1,8 @@
-"""What is seen while a comparison runs: a bar in a terminal, lines elsewhere."""
+"""Progress of a comparison: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,52 +11,51 @@ REFRESH_SECONDS = 0.1
 LINE_SECONDS = 10.0
 
 
-class Display(Protocol):
-    """Shows how far a comparison is; used as a context manager around it."""
+class Display:
+    """Show how far a comparison is; used as a context manager around it. This class counts, and shows nothing.
 
-    def __enter__(self) -> Display: ...
+    Args:
+        runs: Number of runs.
+        steps: Number of steps in all runs.
+    """
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, place: TracebackType | None
-    ) -> None: ...
+    def __init__(self, runs: int, steps: int) -> None:
+        self._runs, self._steps = runs, steps
+        self._run = 0  # number of the current run
+        self._before = self._in_run = 0  # steps in the runs before it, and in it
+        self._title = ""
 
-    def begin(self, title: str, steps: int) -> None:
-        """A run of so many steps begins."""
-
-    def step(self, step: int, loss: float) -> None:
-        """A step of the current run was taken."""
-
-    def end(self, outcome: str) -> None:
-        """The current run has ended."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> Display:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def begin(self, title: str, steps: int) -> None:
-        """A run of so many steps begins."""
+        """Begin a run of `steps` steps."""
+        self._run += 1
+        self._before, self._in_run = self._before + self._in_run, steps
+        self._title = title
+        self._show_run()
 
     def step(self, step: int, loss: float) -> None:
-        """A step of the current run was taken."""
+        """Show that the current run has taken a step."""
 
     def end(self, outcome: str) -> None:
-        """The current run has ended."""
+        """End the current run."""
+
+    def _show_run(self) -> None:
+        pass
 
 
-class Bar:
+class Bar(Display):
     """A bar over all steps of all runs, with the loss and the time left.
 
-    It draws only between steps, never from a thread of its own, so that it is not in the measured time.
+    It draws only between steps, never from a thread of its own, so that drawing is not part of the measured time.
     """
 
     def __init__(self, console: Console, runs: int, steps: int) -> None:
-        """Takes where to draw, and the number of runs and of their steps in all."""
+        super().__init__(runs, steps)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -71,10 +68,7 @@ class Bar:
             transient=True,
         )
         self._task = self._progress.add_task("", total=steps, loss="  -  ")
-        self._runs, self._run = runs, 0
-        self._begun = self._end = 0  # of the current run, in steps
         self._drawn = 0.0
-        self._title = ""
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -83,78 +77,61 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def begin(self, title: str, steps: int) -> None:
-        """A run of so many steps begins."""
-        self._run += 1
-        self._begun, self._end = self._end, self._end + steps
-        self._title = title
-        self._progress.update(self._task, description=f"{title} ({self._run} of {self._runs})", refresh=True)
-
     def step(self, step: int, loss: float) -> None:
-        """A step of the current run was taken."""
+        """Move the bar, unless it has just moved."""
         if time.monotonic() - self._drawn < REFRESH_SECONDS:
             return
         self._drawn = time.monotonic()
-        completed = self._begun + step
-        self._progress.update(self._task, completed=completed, loss=f"{loss:.3f}", refresh=True)
+        self._progress.update(self._task, completed=self._before + step, loss=f"{loss:.3f}", refresh=True)
 
     def end(self, outcome: str) -> None:
-        """The current run has ended."""
+        """Print the outcome above the bar."""
         self._progress.console.print(f"{self._title}: {outcome}", highlight=False, markup=False)
-        self._progress.update(self._task, completed=self._end, refresh=True)
+        self._progress.update(self._task, completed=self._before + self._in_run, refresh=True)
+
+    def _show_run(self) -> None:
+        self._progress.update(self._task, description=f"{self._title} ({self._run} of {self._runs})", refresh=True)
 
 
-class Lines:
-    """A line for each run, and one now and then in a long run."""
+class Lines(Display):
+    """A line for each run, and one every ten seconds within a run."""
 
     def __init__(self, console: Console, runs: int, steps: int) -> None:
-        """Takes where to write, and the number of runs and of their steps in all."""
+        super().__init__(runs, steps)
         self._console = console
-        self._runs, self._steps, self._run = runs, steps, 0
-        self._before = self._of_run = 0  # steps
-        self._title = ""
-        self._begun = self._said = time.monotonic()
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def begin(self, title: str, steps: int) -> None:
-        """A run of so many steps begins."""
-        self._run += 1
-        self._before, self._of_run = self._before + self._of_run, steps
-        self._title = f"[{self._run}/{self._runs}] {title}"
-        self._said = time.monotonic()
+        self._begun = self._printed = time.monotonic()
 
     def step(self, step: int, loss: float) -> None:
-        """A step of the current run was taken."""
+        """Print a line, unless one was printed less than ten seconds ago."""
         now = time.monotonic()
-        if now - self._said < LINE_SECONDS:
+        if now - self._printed < LINE_SECONDS:
             return
-        self._said = now
+        self._printed = now
         done = self._before + step
         left = (now - self._begun) / done * (self._steps - done)
-        self._say(f"{self._title}: step {step} of {self._of_run}, loss {loss:.3f}, {left:.0f} s left")
+        self._print(f"step {step} of {self._in_run}, loss {loss:.3f}, {left:.0f} s left")
 
     def end(self, outcome: str) -> None:
-        """The current run has ended."""
-        self._say(f"{self._title}: {outcome}")
+        """Print the outcome."""
+        self._print(outcome)
 
-    def _say(self, line: str) -> None:
+    def _show_run(self) -> None:
+        self._printed = time.monotonic()
+
+    def _print(self, text: str) -> None:
+        line = f"[{self._run}/{self._runs}] {self._title}: {text}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def display(show: bool, runs: int, steps: int) -> Display:
-    """Returns a bar where standard error is a terminal, lines where it is not, or nothing.
+    """Return a bar if standard error is a terminal, lines if it is not, or nothing.
 
     Args:
-        show: Whether anything is shown.
+        show: Whether to show anything.
         runs: Number of runs.
-        steps: Number of their steps in all.
+        steps: Number of steps in all runs.
     """
     if not show:
-        return Silent()
+        return Display(runs, steps)
     console = Console(stderr=True)
     return Bar(console, runs, steps) if console.is_terminal else Lines(console, runs, steps)

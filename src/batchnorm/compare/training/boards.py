@@ -1,4 +1,4 @@
-"""The records of each run as TensorBoard shows them; needs the package tensorboard."""
+"""TensorBoard logs of the runs; needs the package tensorboard."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from batchnorm.compare.directory import BOARDS
-from batchnorm.compare.records import Evaluation, Histogram, Run, Step
+from batchnorm.compare.records import Evaluation, Histogram, Record, Run, Step
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class Board:
-    """Hands each record of one run on to TensorBoard."""
+    """Pass each record of one run on to TensorBoard; layers are left out."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         self._writer = writer
 
-    def step(self, record: Step) -> None:
-        """Shows one step of training."""
-        self._scalars("train", record)
+    def __call__(self, record: Record) -> None:
+        """Log one record."""
+        if isinstance(record, Histogram):
+            self._histogram(record)
+        elif isinstance(record, (Step, Evaluation)):
+            group = "train" if isinstance(record, Step) else "evaluation"
+            for field in fields(record):
+                value = getattr(record, field.name)
+                if field.name != "step" and value is not None:
+                    self._writer.add_scalar(f"{group}/{field.name}", value, record.step)
 
-    def evaluation(self, record: Evaluation) -> None:
-        """Shows one look at the test set."""
-        self._scalars("evaluation", record)
-
-    def histogram(self, record: Histogram) -> None:
-        """Shows one distribution."""
+    def _histogram(self, record: Histogram) -> None:
         if record.percentiles is None:
             return
         edges = np.linspace(record.low, record.high, len(record.counts) + 1)
@@ -51,16 +53,10 @@ class Board:
             global_step=record.step,
         )
 
-    def _scalars(self, group: str, record: Any) -> None:
-        for field in fields(record):
-            value = getattr(record, field.name)
-            if field.name != "step" and value is not None:
-                self._writer.add_scalar(f"{group}/{field.name}", value, record.step)
-
 
 @contextmanager
 def board(run: Run, directory: Path) -> Iterator[Board]:
-    """Gives what shows a run, in a log of its own that begins anew."""
+    """Yield the board of a run; its log starts empty."""
     from torch.utils.tensorboard import SummaryWriter
 
     log = _log(run, directory)
@@ -70,16 +66,13 @@ def board(run: Run, directory: Path) -> Iterator[Board]:
 
 
 def replay(run: Run, directory: Path) -> None:
-    """Shows a run that was trained before, unless it is shown already."""
+    """Log a finished run, unless it has a log already."""
     if _log(run, directory).exists():
         return
-    with board(run, directory) as shown:
-        for step in run.steps:
-            shown.step(step)
-        for evaluation in run.evaluations:
-            shown.evaluation(evaluation)
-        for histogram in run.histograms:
-            shown.histogram(histogram)
+    with board(run, directory) as log:
+        records: list[Record] = [*run.steps, *run.evaluations, *run.histograms]
+        for record in records:
+            log(record)
 
 
 def _log(run: Run, directory: Path) -> Path:

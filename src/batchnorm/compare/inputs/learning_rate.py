@@ -1,4 +1,4 @@
-"""How the learning rate changes through training."""
+"""How the learning rate changes during training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from batchnorm.compare.errors import ComparisonError
 
 SHAPES = {
     "constant": "constant",
-    "cosine": "falling to 0 along a cosine",
-    "linear": "falling to 0 in a straight line",
+    "cosine": "cosine decay to 0",
+    "linear": "linear decay to 0",
     "step": "divided by 10 after 50 % and again after 75 % of the steps",
 }
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A course of the learning rate.
+    """A schedule of the learning rate.
 
     Attributes:
         shape: `constant`, `cosine`, `linear` or `step`.
-        warmup: Steps in which it rises to its full height, in equal parts; 0 for none.
+        warmup: Number of steps over which the rate rises linearly to its full value; 0 for none.
     """
 
     shape: str = "constant"
@@ -33,43 +33,43 @@ class LearningRate:
 
     @classmethod
     def parse(cls, spec: str) -> LearningRate:
-        """Returns what `cosine` or `cosine:warmup=100` stands for.
+        """Return the schedule that `cosine` or `cosine:warmup=100` names.
 
         Raises:
-            ComparisonError: If it is neither one of the names, nor one with a warm-up of a whole number of steps.
+            ComparisonError: If the name is unknown, or the warm-up is not a positive number of steps.
         """
         found = re.fullmatch(r"([a-z]+)(?::warmup=([1-9][0-9]*))?", spec) if isinstance(spec, str) else None
         if found is None or found[1] not in SHAPES:
             raise ComparisonError(
-                f"schedule must be {', '.join(SHAPES)}, or one of them with a warm-up of a whole number of steps from "
-                f"1, got {spec!r}. Write for example cosine:warmup=100."
+                f"schedule must be {', '.join(SHAPES)}, or one of them with a warm-up of at least 1 step, got "
+                f"{spec!r}. Write for example cosine:warmup=100."
             )
         return cls(found[1], int(found[2] or 0))
 
     @property
     def title(self) -> str:
-        """What it is called behind the learning rate in a sentence."""
-        rising = f", after {self.warmup} step{'s' if self.warmup > 1 else ''} of warm-up" if self.warmup else ""
-        return SHAPES[self.shape] + rising
+        """Its description after the learning rate in a sentence."""
+        warmup = f", after {self.warmup} step{'s' if self.warmup > 1 else ''} of warm-up" if self.warmup else ""
+        return SHAPES[self.shape] + warmup
 
     def check(self, steps: int) -> None:
-        """Checks that the warm-up ends before the training does.
+        """Check that the warm-up ends before training does.
 
         Raises:
             ComparisonError: If not.
         """
         if self.warmup >= steps:
             raise ComparisonError(
-                f"the warm-up must be shorter than the training, {steps} steps, got {self.warmup}. Shorten it, or "
-                "train for longer."
+                f"the warm-up must be shorter than training, {steps} steps, got {self.warmup}. Shorten it, or train "
+                "for longer."
             )
 
     def factor(self, done: int, steps: int) -> float:
-        """Returns the part of the full learning rate that the next step takes.
+        """Return the fraction of the full learning rate for the next step.
 
         Args:
-            done: Steps taken so far.
-            steps: Steps in all.
+            done: Number of steps taken so far.
+            steps: Total number of steps.
         """
         if done < self.warmup:
             return (done + 1) / self.warmup
@@ -83,7 +83,7 @@ class LearningRate:
         return 1.0
 
     def scheduler(self, optimizer: Optimizer, steps: int) -> LambdaLR:
-        """Returns what sets the optimizer's learning rate; its `step()` belongs behind each of the optimizer's."""
+        """Return the scheduler; call its `step()` after each `step()` of the optimizer."""
         return LambdaLR(optimizer, lambda done: self.factor(min(done, steps), steps))
 
 

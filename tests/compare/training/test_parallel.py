@@ -16,8 +16,8 @@ import torch
 
 from batchnorm import compare
 from batchnorm.compare.training.parallel import Processes
-from tests.compare import parallel_worker
 from tests.compare.conftest import small_arrays
+from tests.compare.training import parallel_worker
 
 TRAINING = ["--steps", "6", "--seeds", "1", "--batch-size", "15", "--evaluate-every", "3", "--optimizer", "momentum"]
 COMMON = ["--data", "clusters.npz", *TRAINING]
@@ -34,14 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mistaken = [
         ["--norms", "none", "--out", "kept", *COMMON],
         ["--norms", "none", "--out", "new", "--data", "said.npz", *TRAINING],
-        ["--norms", "none", "--out", "new", "--model", "tests.compare.parallel_worker:build", *COMMON],
+        ["--norms", "none", "--out", "new", "--model", "tests.compare.training.parallel_worker:build", *COMMON],
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for calls in (whole, mistaken):
         done = subprocess.run(
             [*torchrun, str(parallel_worker.__file__), json.dumps(calls)],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
             capture_output=True,
             text=True,
             timeout=300,
@@ -111,8 +111,8 @@ def test_a_file_that_no_process_has_is_told_once(said: list[tuple[dict[str, Any]
 def test_the_process_that_fails_says_why(folder: Path, said: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     first, second = said[3]
     assert second["err"].startswith(
-        "batchnorm compare: rank 1: the model with norm 'none', seed 0, must not fail when it took training step 2, "
-        "but it raised RuntimeError: shapes do not fit (parallel_worker.py, line "
+        "batchnorm compare: rank 1: the model with norm 'none', seed 0, must run without errors when it "
+        "took training step 2, but raised RuntimeError: shapes do not fit (parallel_worker.py, line "
     )
     assert first == {"code": 2, "out": "", "err": ""}
     assert second["code"] == 2

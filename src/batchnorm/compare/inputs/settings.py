@@ -1,45 +1,44 @@
-"""What is asked for, checked and with its defaults filled in."""
+"""The settings of a comparison: checked, with every default filled in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs.choices import Choice, Grid
-from batchnorm.compare.training.training import OPTIMIZERS
+from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 
 T = TypeVar("T")
 EPOCHS = 10
 EVALUATIONS = 80
-CLOSEST = 5  # steps between looks, which cost more than steps do
+CLOSEST = 5  # steps between evaluations, which cost more than steps do
 SEVERAL = {"norms": "norm"} | {name: name for name in ("placement", "lr", "batch_size", "sampling")}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, with every default filled in.
+    """The settings of a comparison, with every default filled in.
 
     Attributes:
-        grid: The normalizations, the others being compared with the first, and all else that has several values.
+        grid: The settings that can have several values. The other norms are compared with the first.
         model: Name of the network.
-        input_norm: Whether a normalization without scale and shift stands before the first layer, instead of
-            standardized data.
+        input_norm: Whether the inputs pass a normalization without scale and shift instead of being standardized.
         data: Name or path of the data.
-        data_dir: Folder with the data's files, where one was given.
-        epochs: Passes over the data, from which the steps of each batch size follow; None where `steps` is given.
-        steps: Training steps of each run; None where `epochs` is given.
-        schedule: How the learning rate changes through training.
+        data_dir: Folder with the data's files; None if not given.
+        epochs: Epochs of each run, which determine its number of steps; None if `steps` is given.
+        steps: Training steps of each run; None if `epochs` is given.
+        schedule: How the learning rate changes during training.
         optimizer: Name of the optimizer.
         seeds: Number of seeds, counted from 0.
         target_accuracy: The test accuracy to reach, 0 to 1.
-        evaluate_every: Steps from one look at the test set to the next; None for about 80 looks, 5 steps apart or more.
-        threads: Threads that torch computed with.
-        device: Where the networks were trained.
+        evaluate_every: Steps from one evaluation to the next; None for about 80 evaluations, at least 5 steps apart.
+        threads: Number of threads that torch uses.
+        device: Device that the networks train on.
     """
 
     grid: Grid
@@ -58,12 +57,12 @@ class Settings:
     device: str
 
     def __post_init__(self) -> None:
-        """Checks what no other part checks."""
+        """Check the target accuracy; the other arguments are checked where they are used."""
         check_target(self.target_accuracy)
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Settings:
-        """Returns the settings that JSON has kept."""
+        """Return the settings that `asdict` made this content from."""
         grid = {name: tuple(values) for name, values in content["grid"].items()}
         return cls(**{**content, "grid": Grid(**grid)})
 
@@ -75,26 +74,26 @@ class Settings:
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What the result of one choice and seed depends on, besides these and the data."""
+        """Every setting that decides the result of a run, apart from its choice, its seed and the data."""
         names = ("model", "input_norm", "epochs", "steps", "schedule", "optimizer", "evaluate_every")
-        found = {name: value for name, value in asdict(self).items() if name in names}
-        # The others get their initial values from the first.
+        found = {name: getattr(self, name) for name in names}
+        # All networks take their initial values from the first norm's.
         return found | {"first of norms": self.grid.norm[0], "first of placement": self.grid.placement[0]}
 
     def steps_of(self, choice: Choice, samples: int) -> int:
-        """Returns how many steps each run of a choice trains, with so many training samples."""
+        """Return the number of training steps in each run of a choice, given the number of training samples."""
         return self.steps or (self.epochs or EPOCHS) * (samples // choice.batch_size)
 
     def interval_of(self, choice: Choice, samples: int) -> int:
-        """Returns the steps from one look of a choice's run at the test set to the next."""
+        """Return the number of steps between evaluations in each run of a choice."""
         return self.evaluate_every or max(CLOSEST, math.ceil(self.steps_of(choice, samples) / EVALUATIONS))
 
 
 def several(name: str, given: T | Iterable[T]) -> tuple[T, ...]:
-    """Returns one value, or each of several, as a tuple; a string is divided at commas.
+    """Return one value or several as a tuple; a string is split at commas.
 
     Raises:
-        ComparisonError: If there is none, or one is there twice.
+        ComparisonError: If there is no value, or a value is repeated.
     """
     values: tuple[Any, ...]
     if isinstance(given, str):
@@ -107,32 +106,33 @@ def several(name: str, given: T | Iterable[T]) -> tuple[T, ...]:
         raise ComparisonError(f"{name} must have at least one value, got none. Name one.")
     for value in values:
         if values.count(value) > 1:
-            raise ComparisonError(f"each value must stand once in {name}, got {value!r} twice. Leave one out.")
+            raise ComparisonError(f"the values of {name} must all differ, got {value!r} twice. Leave one out.")
     return values
 
 
 def check_counts(**counts: int | None) -> None:
-    """Checks that each number that is given is a whole one from 1.
+    """Check that each count is None or a positive integer.
 
     Raises:
         ComparisonError: If one is not.
     """
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ComparisonError(f"{name} must be a whole number from 1, got {count!r}. Choose a positive one.")
+            raise ComparisonError(f"{name} must be a positive integer, got {count!r}. Choose 1 or more.")
 
 
 def check_length(samples: int, batch_sizes: Iterable[int], epochs: int | None, steps: int | None) -> None:
-    """Checks how long is to be trained, and with how many samples at once.
+    """Check the length of training and the batch sizes.
 
     Args:
         samples: Number of training samples.
-        batch_sizes: Samples in each step; an epoch ends where less than a batch is left.
-        epochs: Passes over the data.
+        batch_sizes: Samples in each step; an epoch leaves out the samples that do not fill a batch.
+        epochs: Number of epochs.
         steps: Number of steps, instead of `epochs`.
 
     Raises:
-        ComparisonError: If both are given, one is not positive, or a batch is larger than the data.
+        ComparisonError: If both `epochs` and `steps` are given, a number is not positive, or a batch is larger than
+            the data.
     """
     check_counts(epochs=epochs, steps=steps)
     if epochs is not None and steps is not None:
@@ -147,37 +147,37 @@ def check_length(samples: int, batch_sizes: Iterable[int], epochs: int | None, s
 
 
 def check_target(accuracy: float) -> None:
-    """Checks the test accuracy to reach.
+    """Check the test accuracy to reach.
 
     Raises:
-        ComparisonError: If it is not a share.
+        ComparisonError: If it is not above 0 and at most 1.
     """
     if not 0 < accuracy <= 1:
         raise ComparisonError(f"target_accuracy must be above 0 and at most 1, got {accuracy!r}. Write 0.95 for 95 %.")
 
 
 def learning_rates(optimizer: str, lr: float | Iterable[float] | None) -> tuple[float, ...]:
-    """Returns the learning rates, the optimizer's own where none is given.
+    """Return the learning rates, or the optimizer's default if none is given.
 
     Raises:
         ComparisonError: If there is no such optimizer, or a rate is not positive.
     """
     if optimizer not in OPTIMIZERS:
         raise ComparisonError(f"optimizer must be among {', '.join(OPTIMIZERS)}, got {optimizer!r}. Choose from these.")
-    usual = OPTIMIZERS[optimizer].lr
+    default = OPTIMIZERS[optimizer].lr
     if lr is None:
-        return (usual,)
+        return (default,)
     rates = several("lr", lr)
     for rate in rates:
         if not (rate > 0 and math.isfinite(rate)):
             raise ComparisonError(
-                f"lr must be above 0 and finite, got {rate!r}. The usual one for {optimizer} is {usual}."
+                f"lr must be above 0 and finite, got {rate!r}. The default for {optimizer} is {default}."
             )
     return tuple(float(rate) for rate in rates)
 
 
 def check_device(device: str) -> torch.device:
-    """Returns the device of that name.
+    """Return the device of that name.
 
     Raises:
         ComparisonError: If torch knows no such device, or this machine has none.
@@ -186,8 +186,8 @@ def check_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ComparisonError(
-            f"device must be one that this machine has, such as cpu or cuda:0, got {device!r} ({said}). Choose cpu."
+            f"device must be one that this machine has, such as cpu or cuda:0, got {device!r} ({reason}). Choose cpu."
         ) from error
     return found

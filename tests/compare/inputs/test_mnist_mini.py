@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OFFICIAL = ROOT.parent / "shared" / "data" / "mnist"
 
 

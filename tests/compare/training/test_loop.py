@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from batchnorm.compare import Data
 from batchnorm.compare.inputs import norms
+from batchnorm.compare.inputs.learning_rate import LearningRate
 from batchnorm.compare.inputs.networks import mlp
 from batchnorm.compare.inputs.sampling import IID
 from batchnorm.compare.records import Evaluation, Histogram, Step
-from batchnorm.compare.training.learning_rate import LearningRate
+from batchnorm.compare.training.loop import LoopOptions, train
 from batchnorm.compare.training.measurements import Activations
 from batchnorm.compare.training.parallel import Processes
-from batchnorm.compare.training.training import Schedule, train
 
 
 class Records:
@@ -31,27 +31,21 @@ class Records:
         self.histograms: list[Histogram] = []
         self.diverged_at: int | None = None
 
-    def step(self, record: Step) -> None:
-        self.steps.append(record)
-
-    def evaluation(self, record: Evaluation) -> None:
-        self.evaluations.append(record)
-
-    def histogram(self, record: Histogram) -> None:
-        self.histograms.append(record)
+    def add(self, record: Step | Evaluation | Histogram) -> None:
+        getattr(self, f"{type(record).__name__.lower()}s").append(record)
 
     def end(self, layers: list[Any], diverged_at: int | None) -> None:
         self.diverged_at = diverged_at
 
 
-def trained(data: Data, spec: str = "batch", lr: float = 0.1, **schedule: Any) -> tuple[nn.Module, Records]:
+def trained(data: Data, spec: str = "batch", lr: float = 0.1, **given: Any) -> tuple[nn.Module, Records]:
     torch.manual_seed(0)
     norm, records = norms.parse(spec), Records()
     network = mlp(norm, data.in_shape, data.num_classes)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
-    plan = Schedule(**{"steps": 7, "batch_size": 16, "evaluate_every": 3, **schedule})
+    options = LoopOptions(**{"steps": 7, "batch_size": 16, "evaluate_every": 3, **given})
     watched = Activations(network, norm, data.x_train[:8])
-    train(network, norm, data, optimizer, plan, watched, records, lambda *_: None, Processes())  # type: ignore[arg-type]
+    train(network, norm, data, optimizer, options, watched, records, lambda *_: None, Processes())  # type: ignore[arg-type]
     return network, records
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from batchnorm.compare import ComparisonError
-from batchnorm.compare.training.learning_rate import CONSTANT, LearningRate
+from batchnorm.compare.inputs.learning_rate import CONSTANT, LearningRate
 
 
 def course(spec: str, steps: int, lr: float = 1.0) -> list[float]:
@@ -69,9 +69,7 @@ def test_another_word_is_refused(spec: object) -> None:
 
 
 def test_a_warm_up_ends_before_the_training_does() -> None:
-    with pytest.raises(
-        ComparisonError, match="warm-up must be shorter than the training, 10 steps, got 10. Shorten it"
-    ):
+    with pytest.raises(ComparisonError, match="warm-up must be shorter than training, 10 steps, got 10. Shorten it"):
         LearningRate.parse("cosine:warmup=10").check(10)
     LearningRate.parse("cosine:warmup=9").check(10)
     CONSTANT.check(1)
@@ -79,5 +77,5 @@ def test_a_warm_up_ends_before_the_training_does() -> None:
 
 def test_titles_go_into_a_sentence() -> None:
     assert CONSTANT.title == "constant"
-    assert LearningRate.parse("linear:warmup=5").title == "falling to 0 in a straight line, after 5 steps of warm-up"
-    assert LearningRate.parse("cosine:warmup=1").title == "falling to 0 along a cosine, after 1 step of warm-up"
+    assert LearningRate.parse("linear:warmup=5").title == "linear decay to 0, after 5 steps of warm-up"
+    assert LearningRate.parse("cosine:warmup=1").title == "cosine decay to 0, after 1 step of warm-up"

@@ -4,7 +4,7 @@ import pytest
 
 from batchnorm.compare import Choice, ComparisonError, Grid
 from batchnorm.compare.report.heatmap import panels
-from tests.compare.test_summary import ending
+from tests.compare.report.test_summary import ending
 
 
 def grid(**values) -> Grid:

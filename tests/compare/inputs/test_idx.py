@@ -16,7 +16,7 @@ import pytest
 from batchnorm.compare import ComparisonError, load
 from batchnorm.compare.inputs import idx
 
-OFFICIAL = Path(__file__).parents[2].parent / "shared" / "data" / "mnist"
+OFFICIAL = Path(__file__).parents[3].parent / "shared" / "data" / "mnist"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
