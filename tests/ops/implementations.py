@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from batchnorm.ops import compiled, eager
+from tests.cases import Case
 
 Ops = Callable[[str], Callable[..., Any]]
 
@@ -24,6 +27,26 @@ def names() -> list[str]:
         return ["interpreted"]
     on_cpu = compiled.cpu_capabilities() or ("dispatched",)
     return ["eager", *on_cpu, *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def over(case: Sequence[Case], **axes: Sequence[str]) -> pytest.MarkDecorator:
+    """Parametrize a test over the implementations, the cases and further axes of strings.
+
+    Eager and the best instruction set run the whole product. The other instruction sets are the same templates with
+    vectors of another size, and the driver in `tests/csrc` compares each of their kernels with its definition in
+    float64: they run a fifth of the product each, another one for each set. It holds every case and every value.
+    """
+    rest = list(itertools.product(*axes.values()))
+    complete = (*names()[:2], "cuda")
+    thin = len(rest) >= 5  # else a fifth would lose cases
+    points = [
+        pytest.param(name, one, *values, id="-".join([name, one.id, *values]))
+        for i, name in enumerate(names())
+        for j, one in enumerate(case)
+        for k, values in enumerate(rest)
+        if name in complete or not thin or (i + j + k) % 5 == 0
+    ]
+    return pytest.mark.parametrize(("op", "case", *axes), points, indirect=["op"])
 
 
 @contextlib.contextmanager

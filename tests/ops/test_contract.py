@@ -13,10 +13,10 @@ import batchnorm  # noqa: F401  (defines the operators)
 from batchnorm import reference
 from tests.cases import ACTIVATIONS, CASES, EPS, KINKS, NEGATIVE_SLOPE, Case, ids
 from tests.ops import implementations
-from tests.ops.implementations import Ops
+from tests.ops.implementations import Ops, over
 from tests.tolerance import Array, Terms, assert_within, bound
 
-RESIDUALS = pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+ALONE_OR_NOT = ["alone", "residual"]
 SEVERAL = [case for case in CASES if case.m != 1]
 SMOOTH = ("silu", "gelu", "hardswish")
 
@@ -94,13 +94,11 @@ class Pass:
         assert_within(dz, self.gradients.dz, bound(self.dz_terms, dtype, self.gradients.dz), "dz")
 
 
-@RESIDUALS
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("case", SEVERAL, ids=ids)
+@over(SEVERAL, activation=ACTIVATIONS, residual=ALONE_OR_NOT)
 def test_train_forward_and_backward_agree_with_the_reference(
-    op: Ops, case: Case, activation: str, with_residual: bool
+    op: Ops, case: Case, activation: str, residual: str
 ) -> None:
-    p = Pass(case, activation, with_residual, training=True)
+    p = Pass(case, activation, residual == "residual", training=True)
     y, mean, mean_low, var = op("train_forward")(p.x, p.weight, p.bias, p.residual, *p.activation)
     p.check_y(y)
     assert mean.dtype == mean_low.dtype == var.dtype == case.statistics_dtype
@@ -133,13 +131,11 @@ def test_a_large_mean_costs_nothing_in_float64_either(op: Ops) -> None:
     assert_within(dx, gradients.dx, bound(terms.dx(np.abs(dy.numpy())), torch.float64, gradients.dx), "dx")
 
 
-@RESIDUALS
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@over(CASES, activation=ACTIVATIONS, residual=ALONE_OR_NOT)
 def test_normalize_and_its_backward_agree_with_the_reference(
-    op: Ops, case: Case, activation: str, with_residual: bool
+    op: Ops, case: Case, activation: str, residual: str
 ) -> None:
-    p = Pass(case, activation, with_residual, training=False)
+    p = Pass(case, activation, residual == "residual", training=False)
     y = op("normalize")(p.x, p.mean, None, p.var, p.weight, p.bias, p.residual, None, *p.activation)
     p.check_y(y)
     saved = (p.dy, p.x, *kept(activation, p.residual, y), p.mean, None, p.var, p.weight, p.bias)
@@ -149,11 +145,9 @@ def test_normalize_and_its_backward_agree_with_the_reference(
     p.check_gradients(dx, sum_dz_xhat, sum_dz, dz)
 
 
-@RESIDUALS
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-@pytest.mark.parametrize("case", SEVERAL, ids=ids)
-def test_the_halves_make_the_whole(op: Ops, case: Case, activation: str, with_residual: bool) -> None:
-    p = Pass(case, activation, with_residual, training=True)
+@over(SEVERAL, activation=["none", "relu", "silu"], residual=ALONE_OR_NOT)
+def test_the_halves_make_the_whole(op: Ops, case: Case, activation: str, residual: str) -> None:
+    p = Pass(case, activation, residual == "residual", training=True)
     count, mean, mean_low, m2 = op("moments")(p.x, None, None, 1)
     assert count.shape == ()
     assert count == case.m
@@ -182,8 +176,7 @@ def mask_for(case: Case, kind: str) -> Tensor:
 ROWS = [case for case in CASES if case.shape[0] > 3 and case.m > 8 and case.shape[0] < 1000]
 
 
-@pytest.mark.parametrize("kind", ["mask", "weights"])
-@pytest.mark.parametrize("case", ROWS, ids=ids)
+@over(ROWS, kind=["mask", "weights"])
 def test_weights_count_values_as_the_reference_does(op: Ops, case: Case, kind: str) -> None:
     weights = mask_for(case, kind)
     p = Pass(case, "relu", False, training=True)
@@ -204,9 +197,9 @@ def test_weights_count_values_as_the_reference_does(op: Ops, case: Case, kind: s
     p.check_gradients(dx, sum_dz_xhat, sum_dz, dz)
 
 
-@pytest.mark.parametrize("affine_rows", [True, False], ids=["affine_by_group", "affine_shared"])
-@pytest.mark.parametrize("case", ROWS, ids=ids)
-def test_index_gives_each_group_its_own_statistics(op: Ops, case: Case, affine_rows: bool) -> None:
+@over(ROWS, affine=["affine_by_group", "affine_shared"])
+def test_index_gives_each_group_its_own_statistics(op: Ops, case: Case, affine: str) -> None:
+    affine_rows = affine == "affine_by_group"
     groups, index = 2, torch.arange(case.shape[0]) % 2
     p = Pass(case, "relu", False, training=True)
     if affine_rows:
@@ -228,7 +221,7 @@ def test_index_gives_each_group_its_own_statistics(op: Ops, case: Case, affine_r
     p.check_gradients(dx, sum_dz_xhat, sum_dz, dz)
 
 
-@pytest.mark.parametrize("case", ROWS, ids=ids)
+@over(ROWS)
 def test_index_gives_each_sample_its_own_affine(op: Ops, case: Case) -> None:
     rows, index = 3, torch.arange(case.shape[0]) % 3
     p = Pass(case, "relu", False, training=True)
@@ -297,8 +290,7 @@ MANY = [case for case in CASES if case.m * case.shape[1] > 32_768] + [
 ]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("case", MANY, ids=ids)
+@over(MANY, activation=ACTIVATIONS)
 def test_the_bits_do_not_depend_on_threads_or_run(op: Ops, case: Case, activation: str) -> None:
     x, dy = case.x(), case.random(4)
     weight, bias = case.parameters()
