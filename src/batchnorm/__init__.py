@@ -1,9 +1,11 @@
-"""Batch normalization for PyTorch: exact layers, and what they need around them."""
+"""Batch normalization for PyTorch: exact layers, and tools to check, recalibrate, convert and fold them."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from batchnorm import functional, nn
-from batchnorm.doctor import diagnose, watch
 from batchnorm.moments import Moments
 from batchnorm.nn import (
     BatchNorm,
@@ -65,6 +67,9 @@ from batchnorm.surgery import (
     unfreeze,
 )
 from batchnorm.surgery.convert import freeze
+
+if _TYPE_CHECKING:
+    from batchnorm.doctor import diagnose, watch
 
 __version__ = _version("batchnorm")
 
@@ -132,3 +137,11 @@ __all__ = [
     "use_domain",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Import the doctor when it is first used: `import batchnorm` stays small."""
+    if name in ("diagnose", "doctor", "watch"):
+        doctor = _import_module("batchnorm.doctor")
+        return doctor if name == "doctor" else getattr(doctor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

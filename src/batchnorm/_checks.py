@@ -1,4 +1,4 @@
-"""What a user's mistake is told: what must hold, what came, what to do."""
+"""Checks of arguments. Their errors say what must hold, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 ON_NONFINITE = ("propagate", "skip")
 
 CAPTURED_STATISTICS = (
-    "Under torch.func, running statistics can be moved only where they are arguments of the transformed function; here "
-    "they are captured, or one buffer for many vmapped batches. Pass the buffers as arguments "
+    "Under torch.func, running statistics can be updated only where they are arguments of the transformed function; "
+    "here they are captured, or one buffer serves many vmapped batches. Pass the buffers as arguments "
     "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
 )
 
@@ -28,6 +28,16 @@ _LAYER_FOR_DIMS = {
     4: ("[N, C, H, W]", "2d"),
     5: ("[N, C, D, H, W]", "3d"),
 }
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the class of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+
+
+def check_module(caller: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
 
 
 def check_num_features(layer: str, num_features: int) -> None:
@@ -75,7 +85,7 @@ def check_momentum_known(caller: str, momentum: float | None, num_batches_tracke
 
 
 def check_input(caller: str, x: Tensor) -> None:
-    """Type, dtype and rank of `x`; the rank a layer takes is read from its name's ending (1d, 2d, 3d)."""
+    """Check type, dtype and rank of `x`; the end of a layer's name (1d, 2d, 3d) gives the ranks that it takes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{caller} expects x to be a torch.Tensor, got {type(x).__name__}. Convert it first.")
     if not x.is_floating_point():
@@ -95,7 +105,7 @@ def check_input(caller: str, x: Tensor) -> None:
 
 
 def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> None:
-    """Every vector is `[C]`, on x's device, in x's dtype or (for half x) float32."""
+    """Check that every vector is `[C]`, on x's device, in x's dtype or (for half x) float32."""
     shape, dtype, device = x.shape[1:2], x.dtype, x.device  # read once: this runs in every forward
     for name, vector in vectors.items():
         if vector is None:
@@ -144,7 +154,7 @@ def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
 
 
 def check_batch(caller: str, x: Tensor) -> None:
-    """Batch statistics need more than one value per channel (none at all is allowed: an empty batch)."""
+    """Check that each channel has more than one value, or none (an empty batch): one value has no variance."""
     # math.prod, not numel() // C: C may be 0, and sizes may be symbolic.
     if math.prod((x.shape[0], *x.shape[2:])) == 1:
         raise ValueError(
@@ -154,7 +164,7 @@ def check_batch(caller: str, x: Tensor) -> None:
 
 
 def check_joint_count(caller: str, count: float) -> None:
-    """The same for what all processes have together."""
+    """Check the same for the number of values that all processes have together."""
     if count == 1:
         raise ValueError(
             f"{caller} expects more than one value per channel in training over all processes, got one. "
@@ -177,7 +187,7 @@ def check_running(caller: str, running_mean: Tensor | None, running_var: Tensor 
 
 
 def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
-    """`mask`, boolean or weights >= 0 broadcastable to `[N, *S]`, as weights `[N, *S]`."""
+    """Return a mask, booleans or weights >= 0 broadcastable to `[N, *S]`, as weights `[N, *S]`."""
     positions = (x.shape[0], *x.shape[2:])
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = type(mask).__name__ if not isinstance(mask, Tensor) else mask.dtype
@@ -211,7 +221,7 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _can_be_read(t: Tensor) -> bool:
-    """Whether t's values may be looked at without waiting for a device or breaking a graph."""
+    """Whether t's values can be read without waiting for a device or breaking a graph."""
     return (
         type(t) is Tensor
         and t.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""The one traversal of a model: where its layers are, shared ones once, and how it was, to put it back."""
+"""Find, replace and copy the layers of a model, and restore the model's state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
+from batchnorm._checks import in_one_line
+
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A module of a model, with every place it has there.
+    """A module of a model, with all its places.
 
     Attributes:
         module: The module.
-        paths: Its paths in the model's order, such as `layer1.0.bn2`; several for a shared one, `""` for the model.
+        paths: Its paths in the model's order, such as `layer1.0.bn2`; several for a shared module, `""` for the model.
         slots: Each `(parent, key)` that holds it; empty for the model itself.
     """
 
@@ -40,8 +42,13 @@ class Found:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether it is batch normalization: torch's classes and this library's, and subclasses of either."""
-    return isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
+    """Whether the module is batch normalization: of torch's classes, of this library's, or a subclass of either."""
+    return is_batch_norm_class(type(module))
+
+
+def is_batch_norm_class(kind: type) -> bool:
+    """Whether instances of the class are batch normalization."""
+    return issubclass(kind, _NormBase) and not issubclass(kind, _InstanceNorm)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -56,7 +63,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
-    """Return the model's layers of these kinds in its order; one that is used in several places comes once.
+    """Return the model's layers of these kinds in its order; a layer that is used in several places comes once.
 
     Args:
         model: Any module, which may itself be such a layer.
@@ -78,15 +85,15 @@ def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
 
 
 def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) -> nn.Module:
-    """Put `new` in every place of the model where this module is, and return the model.
+    """Put `new` in every place of a module, and return the model.
 
     Args:
         model: Changed in place.
-        where: The module, one of its paths, or what `norm_layers` found.
-        new: What takes its place.
+        where: The module to replace, one of its paths, or an entry of `norm_layers`.
+        new: The module that takes its place.
 
     Returns:
-        The model; `new`, where the module is the model itself.
+        The model, or `new` where the replaced module is the model itself.
 
     Raises:
         ValueError: the model has no such module or path.
@@ -108,9 +115,9 @@ def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) ->
                 parent._modules[key] = new
                 found = True
     if not found:
-        came = repr(where) if isinstance(where, str) else type(old).__name__
+        given = repr(where) if isinstance(where, str) else type(old).__name__
         raise ValueError(
-            f"replace expects a module of the {type(model).__name__}, got {came}, which is not in it. "
+            f"replace expects a module of the {type(model).__name__}, got {given}, which is not in it. "
             "Take one from model.named_modules()."
         )
     return model
@@ -125,14 +132,14 @@ def copied(
 ) -> nn.Module:
     """Return a copy of the model.
 
-    Lazy buffers, and tensors that a module keeps with their graph (a weight that the old `weight_norm` computed, a
-    result), are copied too, which `copy.deepcopy` alone refuses; the latter without their graph.
+    `copy.deepcopy` alone refuses lazy buffers, and tensors that a module keeps with their graph (a weight that the old
+    `weight_norm` computed, a result). They are copied too, the latter without their graph.
 
     Args:
-        caller: Whose error it is, where the model cannot be copied.
+        caller: The function that the user called, for the error message.
         model: Any module.
         share: Tensors that the copy has in common with the model.
-        instead: What a user can do then.
+        instead: What the user can do where the model cannot be copied.
 
     Raises:
         ValueError: the model cannot be copied.
@@ -150,26 +157,42 @@ def copied(
     try:
         return copy.deepcopy(model, known)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ValueError(
-            f"{caller} expects a model that can be copied, got {type(model).__name__} with {reason}. {instead}"
+            f"{caller} expects a model that can be copied, got {type(model).__name__} with {in_one_line(error)}. "
+            f"{instead}"
         ) from error
+
+
+def trial_copy(caller: str, model: nn.Module) -> nn.Module:
+    """Return a copy to experiment on, which shares only parameters and buffers with the model.
+
+    Raises:
+        ValueError: the model cannot be copied.
+    """
+    share = (*model.parameters(), *model.buffers())
+    return copied(caller, model, share=share, instead="Remove what cannot be copied: changes are tried on a copy.")
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Set the mode of every module, without `train()` and `eval()`, which models may override to do more."""
+    for module in model.modules():
+        module.training = training
 
 
 @contextmanager
 def restored(
     model: nn.Module, *, buffers: bool = False, gradients: bool = False, random_state: bool = True
 ) -> Iterator[None]:
-    """Put the model back as it was when the block ends, also by an exception.
+    """Restore the model when the block ends, also after an exception.
 
-    Put back are, of every module, its mode, momentum, switches of running statistics and a `forward` of its own; hooks
-    added within the block go; parameters require gradients as before. Modules replaced within stay replaced.
+    This restores the mode, momentum, switches of running statistics and instance `forward` of every module, and which
+    parameters require gradients. It removes hooks that were added within the block. Replaced modules stay replaced.
 
     Args:
         model: Any module.
-        buffers: Whether the buffers' values are put back too.
-        gradients: Whether `.grad` of the parameters is put back too.
-        random_state: Whether Python's, NumPy's and torch's global generators are put back; those of a GPU only where
+        buffers: Whether to restore the buffers' values too.
+        gradients: Whether to restore `.grad` of the parameters too.
+        random_state: Whether to restore the global generators of Python, NumPy and torch; those of a GPU only where
             one is in use.
     """
     kept = [_Kept(module, buffers) for module in model.modules()]
@@ -178,7 +201,7 @@ def restored(
     with ExitStack() as stack:
         if random_state:
             stack.callback(random.setstate, random.getstate())
-            stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  (what others drew from)
+            stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  (others draw from it)
             devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
             stack.enter_context(torch.random.fork_rng(devices))
         try:
@@ -200,9 +223,9 @@ _MISSING = object()
 
 
 class _Kept:
-    """What one module was like."""
+    """The state of one module."""
 
-    # Where the class has one and the instance has not, it has none afterwards either.
+    # An attribute that only the class has is removed from the instance again.
     ATTRIBUTES = (
         "training", "momentum", "track_running_stats", "update_running_stats", "forward", "_is_full_backward_hook",
     )  # fmt: skip

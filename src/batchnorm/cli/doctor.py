@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm.cli.command import OneLineCommand, OneLineError
-from batchnorm.cli.loading import Mistake, batch_size_option, batches, imported, mistakes_of, network, weights_option
+from batchnorm.cli.loading import (
+    Mistake,
+    batch_size_option,
+    batches,
+    import_named,
+    mistakes_of,
+    network,
+    weights_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,4 +161,4 @@ def console(piped: int = _PIPED) -> Console:
 def _loss(words: str, mistake: Mistake) -> Any:
     from torch.nn import functional as F
 
-    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(words) or imported(words, "--loss", mistake)
+    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(words) or import_named(words, "--loss", mistake)

@@ -11,7 +11,7 @@ import click
 from batchnorm.cli import loading
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import Mistake, mistakes_of, shape_of, weights_option
-from batchnorm.cli.writing import check_output, output_options, whole_file
+from batchnorm.cli.writing import check_output, open_output, output_options
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def _fold_torch(
         folded, report = fold_network(network, inputs)
     except (ValueError, TypeError, FoldError) as error:
         raise mistake(str(error)) from error
-    with whole_file(output, mistake) as file:
+    with open_output(output, mistake) as file:
         file.write(_saved(folded, inputs, program=output.suffix == ".pt2"))
     return report
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchnorm import importing
 from batchnorm.cli.command import OneLineError
 
 if TYPE_CHECKING:
@@ -39,25 +37,17 @@ def mistakes_of(ctx: click.Context) -> Mistake:
     return mistake
 
 
-def imported(words: str, what: str, mistake: Mistake) -> Any:
-    """What `module.path:name` names; modules of the current directory are found."""
-    path, colon, name = words.partition(":")
-    if not (colon and path and name):
+def import_named(written: str, what: str, mistake: Mistake) -> Any:
+    """Return the object that `module.path:name` names; modules in the working directory are found too."""
+    if not importing.is_named(written):
         raise mistake(
-            f"{what} must be module.path:callable, got {words!r}. For a function build in the file net.py, write "
+            f"{what} must be module.path:callable, got {written!r}. For a function build in the file net.py, write "
             "net:build."
         )
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
     try:
-        target: Any = importlib.import_module(path)
-        for attribute in name.split("."):
-            target = getattr(target, attribute)
+        return importing.attribute_of(importing.import_module(written), written)
     except Exception as error:
-        raise mistake(f"{what} {words} could not be imported", error) from error
-    finally:
-        sys.path[:] = before
-    return target
+        raise mistake(f"{what} {written} could not be imported", error) from error
 
 
 def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the model") -> nn.Module:
@@ -65,7 +55,7 @@ def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the
     import torch
     from torch import nn
 
-    target = imported(words, what, mistake)
+    target = import_named(words, what, mistake)
     try:
         model = target if isinstance(target, nn.Module) else target()
     except Exception as error:
@@ -85,7 +75,7 @@ def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the
 def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
     """What `--data` names: batches that a callable returns, or those of a file's arrays, shuffled."""
     if not data.endswith(".npz"):
-        made = imported(data, "--data", mistake)
+        made = import_named(data, "--data", mistake)
         try:
             return made() if callable(made) else made
         except Exception as error:

@@ -11,7 +11,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand, SeveralValues
 from batchnorm.cli.loading import batch_size_option, batches, mistakes_of, network, weights_option
-from batchnorm.cli.writing import check_output, output_options, whole_file
+from batchnorm.cli.writing import check_output, open_output, output_options
 
 
 @click.command(cls=OneLineCommand)
@@ -87,7 +87,7 @@ def recalibrate(
     except Exception as error:
         told = str(error) if str(error).startswith("recalibrate ") else None
         raise (mistake(told) if told else mistake("the model could not be run on the data", error)) from error
-    with whole_file(output, mistake) as file:
+    with open_output(output, mistake) as file:
         held = io.BytesIO()
         torch.save(recalibrated.state_dict(), held)
         file.write(held.getbuffer())

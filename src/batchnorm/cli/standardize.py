@@ -10,7 +10,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import Mistake, mistakes_of
-from batchnorm.cli.writing import check_output, output_options, whole_file
+from batchnorm.cli.writing import check_output, open_output, output_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ def standardize(
         first = standardizer.transform(x[:1])
     except ValueError as error:
         raise mistake(str(error)) from error
-    with whole_file(output, mistake) as file:
+    with open_output(output, mistake) as file:
         try:
             _write(file, x, first.dtype, standardizer)
         except ValueError as error:  # NaN further on

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ import click
 
 from batchnorm.cli.command import OneLineError
 from batchnorm.cli.loading import Mistake
+from batchnorm.files import whole_file
 
 
 def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -38,17 +37,14 @@ def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
 
 
 @contextmanager
-def whole_file(output: Path, mistake: Mistake) -> Iterator[BinaryIO]:
-    """A file beside its place, to write to, which is moved there when the block ends well, and removed otherwise.
+def open_output(output: Path, mistake: Mistake) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `output` when the block ends, unless by an exception.
 
-    torch saves into memory first: its own writer ends the process some time after a disk was full.
+    Results of torch are saved into memory first: its own writer aborts the process some time after a disk is full.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".batchnorm-", dir=output.parent) as folder:
-            part = Path(folder) / output.name
-            with part.open("wb") as file:
-                yield file
-            os.replace(part, output)
+        with whole_file(output) as part, part.open("wb") as file:
+            yield file
     except OneLineError:
         raise
     except Exception as error:

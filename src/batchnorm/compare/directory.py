@@ -7,9 +7,7 @@ and renamed once it is complete. A file under its final name is therefore always
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.records import Record, Recorder, Run
+from batchnorm.files import write_whole
 
 SETTINGS, SUMMARY, REPORT, RUNS, BOARDS, PARTIAL = (
     "settings.json", "summary.json", "report.html", "runs", "tensorboard", ".partial",
@@ -100,28 +99,6 @@ def table_name(table: str) -> str:
     return f"{table}.parquet"
 
 
-@contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed to `path` if the block ends without an exception."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that appears under its name only when it is complete."""
-    with appearing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that appears under its name only when it is complete."""
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

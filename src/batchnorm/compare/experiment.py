@@ -13,7 +13,6 @@ from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs import models
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.data import Data, load
-from batchnorm.compare.inputs.importing import working_directory_importable
 from batchnorm.compare.inputs.learning_rate import LearningRate
 from batchnorm.compare.inputs.models import AnyModel
 from batchnorm.compare.inputs.norms import parse_all
@@ -36,6 +35,7 @@ from batchnorm.compare.training import parallel
 from batchnorm.compare.training.cells import Cells
 from batchnorm.compare.training.environment import restored
 from batchnorm.compare.training.parallel import Processes
+from batchnorm.importing import working_directory_importable
 
 Known = dict[tuple[Choice, int], Run]
 

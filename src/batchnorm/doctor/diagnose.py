@@ -17,7 +17,7 @@ from batchnorm.doctor.measure.ranks import processes_of
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.models.batches import Batches, check_data, default_forward, eager
 from batchnorm.models.progress import bar
-from batchnorm.walk import restored
+from batchnorm.walk import restored, set_mode
 
 
 def diagnose(
@@ -83,8 +83,7 @@ def diagnose(
         measured = Data(forward or default_forward("diagnose"), loss)
         if data is not None:
             probe.measure(measured, Batches(data, max_samples))
-        for module in inner.modules():
-            module.training = False
+        set_mode(inner, training=False)
         probe.look(measured.example or guessed(inner))
         findings, not_checked = _apply(probe)
     return Diagnosis.of(probe, findings, not_checked)

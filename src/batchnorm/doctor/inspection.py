@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm import _checks
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.probe import Probe
 from batchnorm.models.batches import device_of, eager
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.progress import Bar
-from batchnorm.walk import norm_layers, restored
+from batchnorm.walk import norm_layers, restored, set_mode
 
 
 def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerFacts, ...]:
@@ -37,8 +38,7 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
     check_model("inspect_layers", model)
     with restored(model, buffers=True), eager():
         probe = Probe.of(model, None, 0, Bar())
-        for module in model.modules():
-            module.training = False
+        set_mode(model, training=False)
         probe.look(guessed(model) if example_inputs is None else _tried(model, example_inputs))
     paths = {} if probe.trace is None else probe.trace.paths
     return tuple(facts_of(layer, paths) for layer in probe.layers)
@@ -59,8 +59,7 @@ def _tried(model: nn.Module, example_inputs: Any) -> Inputs:
 
 def check_model(caller: str, model: Any) -> None:
     """That it is a model with batch normalization to look at."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the model first.")
+    _checks.check_module(caller, model)
     layers = norm_layers(model)
     if not layers:
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm.models.arguments import Expected
 from batchnorm.models.example_calls import Call
-from batchnorm.walk import is_hooked
+from batchnorm.walk import is_hooked, set_mode
 
 _SIMPLE = (type(None), bool, int, float, str)
 _DEVICES = ("cpu", "cuda")
@@ -109,8 +109,7 @@ def trace(
     """
     graphs = []
     for training in (True, False):
-        for part in module.modules():
-            part.training = training
+        set_mode(module, training)
         before, drawn = [_held(m) for m in (module, *inlined)], _random_state()
         tracer = _Tracer(expected, inlined, known)
         try:

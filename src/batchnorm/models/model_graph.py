@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from batchnorm import walk
 from batchnorm.models.inputs import Inputs, evaluate, outputs
 
 # Sizes of one dimension, in each of the runs that were tried: equal where they agree for every input.
@@ -74,7 +74,7 @@ class _Tracer(fx.Tracer):
         except Exception:
             self.module_stack.clear()
             self.module_stack.update(stack)
-            if any(isinstance(layer, _NormBase) for layer in m.modules()):
+            if any(map(walk.is_batch_norm, m.modules())):
                 raise
             for node in list(reversed(self.graph.nodes)):
                 if node is last:

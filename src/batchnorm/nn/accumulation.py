@@ -6,10 +6,9 @@ import math
 from types import TracebackType
 
 import torch
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm import _checks
+from batchnorm.walk import is_batch_norm
 
 
 def momentum_per_microbatch(momentum: float | None, k: int) -> float | None:
@@ -70,11 +69,7 @@ class microbatch_momentum:
 
     def __init__(self, model: torch.nn.Module, k: int) -> None:
         _check_microbatches("microbatch_momentum", k)
-        layers = [
-            (path, module)
-            for path, module in model.named_modules()
-            if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
-        ]
+        layers = [(path, module) for path, module in model.named_modules() if is_batch_norm(module)]
         if not layers:
             raise ValueError(
                 f"microbatch_momentum expects a model with batch normalization, got {type(model).__name__} with none. "

@@ -32,7 +32,7 @@ from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
-from batchnorm.walk import Found, copied, norm_layers, restored
+from batchnorm.walk import Found, copied, norm_layers, restored, set_mode
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -143,8 +143,7 @@ def recalibrate(
         inner = _unwrapped(model)
         target = torch.device(device) if device is not None else device_of(model)
         with restored(model, buffers=True), bar(_CALLER, progress) as shown, eager():
-            for module in model.modules():  # not .eval(), which models override to do more
-                module.training = False
+            set_mode(model, training=False)
             observer = Observer(_CALLER, selected)
             observer.install()
             run = Run(
@@ -168,8 +167,7 @@ def recalibrate(
 def _check_arguments(
     model: nn.Module, passes: str, prior: float, shared: str, max_samples: int | None, cache_bytes: int
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER} expects a torch.nn.Module, got {type(model).__name__}. Pass the model first.")
+    _checks.check_module(_CALLER, model)
     _checks.check_choice(_CALLER, "passes", passes, ("single", "sequential"))
     _checks.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
     if not 0 <= prior < math.inf:

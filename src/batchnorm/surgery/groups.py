@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm import walk
+from batchnorm import _checks, walk
 
 
 def parameter_groups(
@@ -40,10 +40,7 @@ def parameter_groups(
         [(2, 0.0005), (2, 0.0)]
         >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"parameter_groups expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
-        )
+    _checks.check_module("parameter_groups", model)
     if not 0.0 <= weight_decay < float("inf"):
         raise ValueError(
             f"parameter_groups expects weight_decay >= 0, got {weight_decay}. The usual values are 1e-5 to 1e-2."

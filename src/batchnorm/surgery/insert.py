@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import walk
+from batchnorm import _checks, walk
 from batchnorm.models.batches import Forward, check_data, default_forward, device_of, moved
 from batchnorm.models.example_calls import difference, said
 from batchnorm.models.report import Change, Report, Result
@@ -70,14 +70,13 @@ def insert_batchnorm(
         >>> x = torch.rand(2, 3, 8, 8)
         >>> torch.testing.assert_close(model.eval()(x), trained(x))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_VERB} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    _checks.check_module(_VERB, model)
     check_data(_VERB, data)
     if not inplace:
         model = walk.copied(_VERB, model)
     chosen = _chosen(model, after)
     with walk.restored(model, buffers=True), torch.no_grad():
-        _evaluation(model)
+        walk.set_mode(model, training=False)
         outputs, first, before = _measure(model, chosen, data, forward)
     layers = [_layer(found, outputs[found.module], eps, momentum) for found in chosen]
 
@@ -109,11 +108,6 @@ class _Output:
         self.dims = 0
         self.dtype = torch.float32
         self.device = torch.device("cpu")
-
-
-def _evaluation(model: nn.Module) -> None:
-    for module in model.modules():
-        module.training = False
 
 
 def _chosen(model: nn.Module, after: After) -> list[walk.Found]:
@@ -213,7 +207,7 @@ def _layer(found: walk.Found, output: _Output, eps: float, momentum: float | Non
 
 def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | None) -> None:
     with walk.restored(model, buffers=True), torch.no_grad():
-        _evaluation(model)
+        walk.set_mode(model, training=False)
         try:
             after = (forward or default_forward(_VERB))(model, moved(batch, device_of(model)))
         except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm import walk
+from batchnorm import _checks, walk
 from batchnorm.models import forward_graph as forward_tracing
 from batchnorm.models.example_calls import Call, arguments, difference, evaluate, for_trial, record
 from batchnorm.models.forward_graph import Untraceable
@@ -136,10 +136,7 @@ class _Drop:
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"drop_redundant_bias expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
-        )
+    _checks.check_module("drop_redundant_bias", model)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "drop_redundant_bias expects a model that is not yet in DistributedDataParallel, got one that is. "

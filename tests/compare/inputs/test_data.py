@@ -170,7 +170,7 @@ def test_a_callable_gives_data(arrays, module, name, called):
         ("nothing", "my_data_of_tests:nothing must return a dict of arrays x_train, .* got NoneType"),
         ("few", "my_data_of_tests:few must hold .* Add y_train, x_test, y_test"),
         ("arrays", "data 'my_data_of_tests:arrays' must name a callable, got dict"),
-        ("lost", "data 'my_data_of_tests:lost' must name something in my_data_of_tests, which has no 'lost'"),
+        ("lost", "data 'my_data_of_tests:lost' must name an object that exists, but my_data_of_tests has no 'lost'"),
     ],
 )
 def test_unusable_data_callables_are_refused_with_the_reason(module, name, message):

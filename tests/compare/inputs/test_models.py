@@ -67,7 +67,7 @@ class Selects(nn.Module):
         ("mlpp", "model must be mlp, sigmoid-mlp, cnn, resnet20, vgg or module.path:callable, got 'mlpp'"),
         ("net:build/", "or module.path:callable, got 'net:build/'"),
         ("no_such_module:build", "the module of no_such_module:build must run without errors .* ModuleNotFoundError"),
-        ("json:lods", "must name something in json, which has no 'lods'. Did you mean load"),
+        ("json:lods", "must name an object that exists, but json has no 'lods'. Did you mean load"),
         ("json:decoder", "must name a callable, got module"),
         (3, "model must be a name or a callable, got int"),
     ],

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs import idx
-from batchnorm.compare.inputs.importing import import_named, is_named, user_code
+from batchnorm.compare.inputs.importing import import_named, user_code
+from batchnorm.importing import is_named
 
 PACKAGED = "mnist-mini"
 DIGITS = "digits"

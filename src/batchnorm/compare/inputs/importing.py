@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +10,8 @@ from pathlib import Path
 
 import torch
 
+from batchnorm import importing
 from batchnorm.compare.errors import ComparisonError
-
-
-def is_named(written: str) -> bool:
-    """Return whether the text has the form `module.path:name`."""
-    path, colon, name = written.partition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*path.split("."), *name.split(".")))
 
 
 def import_named(written: str, what: str) -> object:
@@ -32,29 +24,12 @@ def import_named(written: str, what: str) -> object:
     Raises:
         ComparisonError: If the module cannot be imported, or has no such name.
     """
-    path, _, name = written.partition(":")
-    with working_directory_importable(), user_code(written, "was imported", of="the module of"):
-        target: object = importlib.import_module(path)
-    for attribute in name.split("."):
-        if not hasattr(target, attribute):
-            close = difflib.get_close_matches(attribute, dir(target), n=1)
-            hint = f"Did you mean {close[0]}?" if close else "Check the name after the colon."
-            raise ComparisonError(
-                f"{what} {written!r} must name something in {path}, which has no {attribute!r}. {hint}"
-            )
-        target = getattr(target, attribute)
-    return target
-
-
-@contextmanager
-def working_directory_importable() -> Iterator[None]:
-    """Allow imports from the working directory in the block, as `python -m` does."""
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
+    with user_code(written, "was imported", of="the module of"):
+        module = importing.import_module(written)
     try:
-        yield
-    finally:
-        sys.path[:] = before
+        return importing.attribute_of(module, written)
+    except AttributeError as error:
+        raise ComparisonError(f"{what} {written!r} must name an object that exists, but {error}") from error
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs.finished import converted
-from batchnorm.compare.inputs.importing import import_named, is_named, user_code
+from batchnorm.compare.inputs.importing import import_named, user_code
 from batchnorm.compare.inputs.networks import MODELS
 from batchnorm.compare.inputs.norms import Norm
+from batchnorm.importing import is_named
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 BuildModel = Callable[[Norm, tuple[int, ...], int], nn.Module]

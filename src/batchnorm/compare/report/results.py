@@ -12,7 +12,6 @@ from batchnorm.compare.directory import (
     SUMMARY,
     finished_runs,
     read_facts,
-    write_atomically,
     write_json,
 )
 from batchnorm.compare.errors import ComparisonError
@@ -23,6 +22,7 @@ from batchnorm.compare.report.formats import check_formats
 from batchnorm.compare.report.headline import headline
 from batchnorm.compare.report.summary import Outcome, outcomes
 from batchnorm.compare.training import boards
+from batchnorm.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ def conclude(
     pictures = figures.draw(kept, found, settings) if write else {}
     if write:
         for name, picture in pictures.items():
-            write_atomically(directory / name, picture)
+            write_whole(directory / name, picture)
         if records == "parquet":
             tables.write(kept, directory)
         if tensorboard:
             for run in kept:
                 boards.replay(run, directory)
-        write_atomically(directory / REPORT, report.render(kept, found, summary))
+        write_whole(directory / REPORT, report.render(kept, found, summary))
         write_json(directory / SUMMARY, summary)
     return Result(
         settings=settings,

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from batchnorm.compare.directory import TABLES, appearing, table_name
+from batchnorm.compare.directory import TABLES, table_name
 from batchnorm.compare.records import Run
+from batchnorm.files import whole_file
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
         if not content:
             path.unlink(missing_ok=True)
             continue
-        with appearing(path) as temporary:
+        with whole_file(path) as temporary:
             parquet.write_table(pyarrow.Table.from_pylist(content), temporary)
         written.append(path)
     return written

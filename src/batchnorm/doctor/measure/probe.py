@@ -28,6 +28,7 @@ from batchnorm.models.model_graph import Trace, TraceError, trace
 from batchnorm.models.neighbours import batch_norm_calls
 from batchnorm.models.observe import Statistics
 from batchnorm.models.progress import Bar
+from batchnorm.walk import set_mode
 
 # Samples that the test of independence looks at: its time grows with them, and it needs no more.
 _TESTED = 2048
@@ -101,8 +102,7 @@ class Probe:
         self.data = data
         self._passes = Passes(self.model, self.measured, data)
         training = {module: module.training for module in self.model.modules()}
-        for module in training:  # not .eval(), which models override to do more
-            module.training = False
+        set_mode(self.model, training=False)
         self.by_batch, self.by_running = self._passes.both(batches, self.bar, self.budget)
         if data.samples == 0:
             raise ValueError("diagnose expects at least one batch, got data that end at once. Pass more data.")
@@ -118,8 +118,7 @@ class Probe:
         for module, mode in training.items():
             module.training = mode
         self._step()
-        for module in training:
-            module.training = False
+        set_mode(self.model, training=False)
 
     def _step(self) -> None:
         assert self.data is not None

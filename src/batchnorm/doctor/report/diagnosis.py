@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.layers import counted
 from batchnorm.doctor.measure.measures import Channels, LayerMeasures, channels_of, measures_of
 from batchnorm.doctor.measure.probe import Probe
+from batchnorm.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -159,11 +159,7 @@ class Diagnosis:
             raise ValueError(
                 f"Diagnosis.save expects a path that ends in .html, .json or .txt, got {str(path)!r}. Change the name."
             )
-        text = texts[path.suffix]() + "\n"
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+        write_whole(path, texts[path.suffix]() + "\n")
 
 
 def _fields(held: Finding | NotChecked) -> dict[str, Any]:

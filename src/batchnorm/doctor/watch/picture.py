@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ except ImportError as error:
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.measure.layers import listed
 from batchnorm.doctor.watch.record import QUANTITIES, Record
+from batchnorm.files import write_whole
 
 # Least value at the upper end of each scale, so that what does not matter does not glow.
 _ENDS = {"mean_distance": 0.5, "log_ratio": 0.8, "noise": 0.5, "dead": 0.5, "updates": 2.0}
@@ -65,10 +64,7 @@ def save(plot: Callable[[], Figure], path: Path) -> None:
         raise ValueError(f"Watch.save expects a path that ends in .png, .svg or .pdf, got {str(path)!r}. Change it.")
     drawn = io.BytesIO()
     plot().savefig(drawn, format=path.suffix[1:], dpi=150)
-    with tempfile.TemporaryDirectory(prefix=".watch-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        part.write_bytes(drawn.getvalue())
-        os.replace(part, path)
+    write_whole(path, drawn.getvalue())
 
 
 def _map(axes: Axes, steps: NDArray[Any], values: NDArray[np.float64], quantity: str) -> None:

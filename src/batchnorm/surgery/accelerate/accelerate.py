@@ -93,8 +93,7 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
         >>> print(report.changed[0].now)
         BatchNorm2d(8) + relu
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    _checks.check_module("accelerate", model)
     if not inplace:
         model = walk.copied("accelerate", model)
     layers = walk.norm_layers(model)
@@ -214,6 +213,5 @@ def _disagreement(module: nn.Module, call: Call) -> str:
 def _fresh(module: nn.Module, call: Call, training: bool) -> Iterator[Call]:
     """A mode for one call, with arguments that it may spoil; buffers and random state are put back."""
     with walk.restored(module, buffers=True), torch.no_grad():
-        for part in module.modules():
-            part.training = training
+        walk.set_mode(module, training)
         yield pytree.tree_map_only(Tensor, Tensor.clone, call)

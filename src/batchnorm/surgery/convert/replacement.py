@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -158,7 +157,7 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
         TypeError: an option that the class does not have, or one that it needs is missing.
     """
     lazy = any(is_lazy(t) for t in (*old.parameters(), *old.buffers()))
-    batch_norm = issubclass(kind, _NormBase) and not issubclass(kind, _InstanceNorm)
+    batch_norm = walk.is_batch_norm_class(kind)
     if lazy and not issubclass(kind, nn.modules.lazy.LazyModuleMixin):
         raise Unconvertible("it has not seen its number of channels yet: run one batch first")
     new = _construct(old, kind, _arguments(old, kind, options, path, batch_norm=batch_norm))

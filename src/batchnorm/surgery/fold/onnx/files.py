@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
+from batchnorm.files import whole_file
 from batchnorm.surgery.fold.onnx.network import subgraphs
 
 LARGE = 2**31 - 2**22  # what one file can hold, with room for all that is not weights
@@ -86,18 +86,15 @@ def write(model: onnx.ModelProto, output: Path, *, external: bool) -> None:
     external = external or is_large(model)
     data = _free_name(output) if external else ""
     before = _own_data(output)
-    with tempfile.TemporaryDirectory(prefix=".fold-", dir=output.parent) as folder:
-        part = Path(folder) / output.name
-        store(model, part, external=external, data=data)
-        written = (Path(folder) / data).exists() if external else False
-        try:
-            if written:
-                os.replace(Path(folder) / data, output.parent / data)
-            os.replace(part, output)
-        except BaseException:
-            if written:
-                (output.parent / data).unlink(missing_ok=True)
-            raise
+    try:
+        with whole_file(output) as part:
+            store(model, part, external=external, data=data)
+            if external and (part.parent / data).exists():
+                os.replace(part.parent / data, output.parent / data)
+    except BaseException:
+        if external:
+            (output.parent / data).unlink(missing_ok=True)
+        raise
     for name in before:
         with contextlib.suppress(OSError):
             (output.parent / name).unlink()
