@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold
-from batchnorm.surgery.fold.pytorch import verify
+from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold, gate
 from benchmarks import zoo
 from benchmarks.options import Options
 from benchmarks.peers import installed
@@ -62,7 +61,7 @@ def _by_fx(model: nn.Module, x: Tensor, exact: Tensor) -> Row:
     try:
         fused = _fx_fused(model)
         with torch.no_grad():
-            error = verify.relative(_tensor(fused(x)), exact)
+            error = gate.relative(_tensor(fused(x)), exact)
         return {"fx_remaining": count_batch_norms(fused, x).batch_norm, "fx_error": error, "fx_failure": ""}
     except Exception as failure:
         return {"fx_remaining": "", "fx_error": "", "fx_failure": type(failure).__name__}
@@ -77,7 +76,7 @@ def _folded(name: str, network: zoo.Network) -> Row:
     seconds = time.perf_counter() - start
     with torch.no_grad():
         exact = _tensor(copy.deepcopy(model).double()(x.double()))
-        before, after = (verify.relative(_tensor(m(x)), exact) for m in (model, folded))
+        before, after = (gate.relative(_tensor(m(x)), exact) for m in (model, folded))
     return {
         "network": name,
         "input": "×".join(map(str, network.shape)),
@@ -215,7 +214,7 @@ def measure_speed(options: Options, table: Table) -> None:
             calls = _contenders(model, x, slow=not options.quick)
         with torch.no_grad():
             exact = copy.deepcopy(model).double()(x.double())
-        errors = {contender: verify.relative(call(), exact) for contender, call in calls.items()}
+        errors = {contender: gate.relative(call(), exact) for contender, call in calls.items()}
         for contender in [c for c, error in errors.items() if not error < 1e-3]:
             print(f"not reported: {contender} errs by {errors[contender]:.1e} in {name}")
             del calls[contender]

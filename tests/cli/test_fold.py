@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from batchnorm.cli.app import app
 from batchnorm.surgery import FoldError
-from tests.surgery.onnx_graphs import Graph, ops
+from tests.surgery.fold.onnx.graphs import Graph, ops
 
 MODULE = """
 import torch
@@ -210,10 +210,10 @@ def test_a_directory_that_cannot_be_written_to_is_told(folder: Path, monkeypatch
 
 
 def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchnorm.surgery.fold.onnx import folding
+
     write_onnx(folder / "net.onnx")
-    # The package's own name is its function by now.
-    module = importlib.import_module("batchnorm.surgery.fold.onnx.fold_onnx")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(folding, "find_spec", lambda name: None)
     assert_one_line(
         invoke("net.onnx", "-o", "f.onnx"),
         'fold_onnx needs onnx and onnxruntime. Install with: pip install "batchnorm[onnx]"',

@@ -160,7 +160,7 @@ def test_an_interruption_anywhere_leaves_what_was_fitted() -> None:
 
 def test_an_interruption_anywhere_leaves_an_onnx_model_and_the_files(tmp_path: Path) -> None:
     from batchnorm.surgery.fold.onnx import fold_onnx
-    from tests.surgery.onnx_graphs import Graph
+    from tests.surgery.fold.onnx.graphs import Graph
 
     g = Graph()
     x = g.call("Relu", g.norm(g.conv(g.norm(g.input("n", 4, "h", "w"), 4), 4, 4, pads=[1, 1, 1, 1]), 4))

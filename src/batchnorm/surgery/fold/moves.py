@@ -1,90 +1,81 @@
-"""How a scale and shift moves through a network: back into what computes its input, or on into what reads its result.
+"""How a scale and shift moves past an operation, for any kind of graph.
 
 A scale and shift is held as tensors that broadcast against the value it applies to, so that one rule serves reshaping,
-flattening and permutation wherever the channels go.
+flattening and permutation, whichever axis the channels have.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.node import Node
-from torch.nn import functional as F
 
-from batchnorm.models.model_graph import Shape
 from batchnorm.surgery.fold.arithmetic import ScaleShift
-from batchnorm.surgery.fold.states import CannotFold, axis_vector, collapsed
-
-Rule = Callable[[Node, ScaleShift, Shape, Shape], ScaleShift]
-
-
-def _unchanged(node: Node, s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    if len(given) != len(wanted):
-        raise CannotFold(f"{describe(node)} changes the number of dimensions")
-    return s
+from batchnorm.surgery.fold.network import Shape
+from batchnorm.surgery.fold.states import CannotFold
 
 
-def _argument(node: Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def max_pooled(s: ScaleShift, pool: str) -> ScaleShift:
+    """Return the other side of max-pooling.
 
-
-def _max_pool(node: Node, s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
+    Raises:
+        CannotFold: A scale is negative.
+    """
     if bool((s.scale < 0).any()):
-        raise CannotFold(f"{describe(node)} next to it does not commute with a negative scale")
-    return _unchanged(node, s, given, wanted)
-
-
-def _average_pool(node: Node, s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    padding = _argument(node, 3, "padding", 0)
-    padded = any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
-    if s.shifts and padded and _argument(node, 5, "count_include_pad", True):
-        raise CannotFold(f"{describe(node)} next to it counts padded zeros")
-    if s.shifts and _argument(node, 6, "divisor_override", None) is not None:
-        raise CannotFold(f"{describe(node)} next to it has a divisor of its own")
-    return _unchanged(node, s, given, wanted)
-
-
-def _pad(node: Node, s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", None)
-    if mode == "constant" and (s.shifts or value not in (None, 0, 0.0)):
-        raise CannotFold("padding with a constant stands between it and the next layer")
-    sizes = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-    rank = len(given)
-    if not isinstance(sizes, (tuple, list)) or any(s.scale.shape[rank - 1 - i] != 1 for i in range(len(sizes) // 2)):
-        raise CannotFold("padding along its channels follows")
+        raise CannotFold(f"{pool} next to it does not commute with a negative scale")
     return s
 
 
-def _permute(node: Node, s: ScaleShift, given: Shape, wanted: Shape, *, back: bool) -> ScaleShift:
-    if node.target is torch.transpose:
-        first, second = (_argument(node, 1, "dim0", 0), _argument(node, 2, "dim1", 1))
-        order = list(range(len(given)))
-        order[first], order[second] = order[second], order[first]
-    else:
-        order = [int(d) % len(given) for d in _argument(node, 1, "dims", ())]
-    if back:
-        order = [order.index(i) for i in range(len(order))]
+def average_pooled(s: ScaleShift, pool: str, *, counts_padding: bool) -> ScaleShift:
+    """Return the other side of average-pooling.
+
+    Raises:
+        CannotFold: It averages over padded zeros, which have no shift.
+    """
+    if s.shifts and counts_padding:
+        raise CannotFold(f"{pool} next to it counts padded zeros")
+    return s
+
+
+def padded(s: ScaleShift, *, constant: bool, zero: bool) -> ScaleShift:
+    """Return the other side of padding.
+
+    Args:
+        s: The scale and shift.
+        constant: Whether it pads with a constant, rather than with values of the tensor.
+        zero: Whether this constant is 0.
+
+    Raises:
+        CannotFold: The constant would change.
+    """
+    if constant and (s.shifts or not zero):
+        raise CannotFold("padding with a constant is between it and the next layer")
+    return s
+
+
+def positions_only(s: ScaleShift, axes: Collection[int], name: str) -> ScaleShift:
+    """Return `s` unless it varies along one of these axes, which the operation `name` changes.
+
+    Raises:
+        CannotFold: It does.
+    """
+    if any(s.scale.shape[axis] != 1 for axis in axes):
+        raise CannotFold(f"{name} next to it changes its channels")
+    return s
+
+
+def permuted(s: ScaleShift, order: Sequence[int], *, back: bool) -> ScaleShift:
+    """Return the other side of a permutation of the axes to this order."""
+    order = [order.index(i) for i in range(len(order))] if back else list(order)
     return ScaleShift(s.scale.permute(order), s.shift.permute(order))
 
 
-def _mean(node: Node, s: ScaleShift, given: Shape, wanted: Shape, *, back: bool) -> ScaleShift:
-    dims, keep = _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False)
-    rank = len(wanted if back else given)
-    if dims is None or isinstance(dims, Node):
-        raise CannotFold("a mean over everything is next to it")
-    axes = sorted(d % rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-    return averaged(s, axes, keep=keep, back=back)
-
-
 def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> ScaleShift:
-    """The other side of a mean over these axes, in ascending order.
+    """Return the other side of a mean over these axes, in ascending order.
 
     Raises:
-        CannotFold: It is over the channels.
+        CannotFold: The mean includes the channels.
     """
     scale, shift = s.scale, s.shift
     if back and not keep:
@@ -99,7 +90,7 @@ def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> S
 
 
 def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
-    """The axes that a reshape makes of one another: the smallest runs with the same product for every input."""
+    """Return the smallest runs of axes that a reshape turns into one another: their products agree for every input."""
 
     def times(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(x * y for x, y in zip(a, b, strict=True))
@@ -115,12 +106,7 @@ def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
         if j < len(wanted):
             right, j = times(right, wanted[j]), j + 1
         while left != right:
-            behind = sum(left) < sum(right)
-            if behind and i < len(given):
-                left, i = times(left, given[i]), i + 1
-            elif not behind and j < len(wanted):
-                right, j = times(right, wanted[j]), j + 1
-            elif i < len(given):
+            if i < len(given) and (sum(left) < sum(right) or j == len(wanted)):
                 left, i = times(left, given[i]), i + 1
             elif j < len(wanted):
                 right, j = times(right, wanted[j]), j + 1
@@ -130,12 +116,8 @@ def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
     return found
 
 
-def _reshape(node: Node, s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    return reshaped(s, given, wanted)
-
-
 def reshaped(s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    """The other side of a reshape from one shape to another.
+    """Return the other side of a reshape from one shape to another.
 
     Raises:
         CannotFold: It mixes channels with positions.
@@ -157,113 +139,55 @@ def reshaped(s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
                 raise CannotFold("a reshape next to it mixes its channels with positions whose number is open")
             expanded += [given[a][0] for a in from_axes]
             result += [wanted[a][0] for a in to_axes]
-    return ScaleShift(*collapsed([t.expand(expanded).reshape(result) for t in (s.scale, s.shift)]))
+    return ScaleShift(*_collapsed([t.expand(expanded).reshape(result) for t in (s.scale, s.shift)]))
 
 
-def _interpolations() -> set[Any]:
-    names = (
-        "nearest1d",
-        "nearest2d",
-        "nearest3d",
-        "_nearest_exact2d",
-        "linear1d",
-        "bilinear2d",
-        "trilinear3d",
-        "bicubic2d",
-    )
-    packets = [getattr(torch.ops.aten, f"upsample_{n}".replace("upsample__", "_upsample_"), None) for n in names]
-    return {p.vec for p in packets if p is not None and "vec" in p.overloads()} | {F.interpolate}
-
-
-_SAME_BOTH_WAYS: dict[Any, Rule] = {
-    **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), _max_pool),
-    **dict.fromkeys((torch.avg_pool1d, F.avg_pool2d, F.avg_pool3d), _average_pool),
-    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), _unchanged),
-    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), _max_pool),
-    **dict.fromkeys(_interpolations(), _unchanged),
-    F.pad: _pad,
-    **dict.fromkeys((torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze), _reshape),
-}
-_DIRECTED: dict[Any, Callable[..., ScaleShift]] = {
-    torch.permute: _permute,
-    torch.transpose: _permute,
-    torch.mean: _mean,
-}
-
-
-def passes(node: Node) -> bool:
-    """Whether the call lets a scale and shift through at all: one tensor in, one out, positions aside the same."""
-    return node.op == "call_function" and (node.target in _SAME_BOTH_WAYS or node.target in _DIRECTED)
-
-
-def through(node: Node, s: ScaleShift, given: Shape, wanted: Shape, *, back: bool) -> ScaleShift:
-    """The scale and shift that, on the other side of the call, does what `s` does on this one.
-
-    Args:
-        node: A call that `passes`.
-        s: On its result if `back`, else on its input.
-        given: The shape of what s applies to.
-        wanted: That of what the returned one applies to.
-        back: From the result to the input.
-
-    Raises:
-        CannotFold: The two do not commute.
-    """
-    if node.target in _DIRECTED:
-        return _DIRECTED[node.target](node, s, given, wanted, back=back)
-    return _SAME_BOTH_WAYS[node.target](node, s, given, wanted)
+def _collapsed(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors with size 1 along every axis that none of them varies along."""
+    result = list(values)
+    for axis in range(result[0].dim()):
+        if all(bool((t == t.narrow(axis, 0, 1)).all()) for t in result):
+            result = [t.narrow(axis, 0, 1) for t in result]
+    return result
 
 
 def channel_vector(s: ScaleShift, axis: int, size: int) -> ScaleShift:
-    """`[size]` along one axis.
+    """Return the scale and shift as vectors `[size]` along one axis.
 
     Raises:
         CannotFold: It varies along another axis.
     """
-    return ScaleShift(axis_vector(s.scale, axis, size), axis_vector(s.shift, axis, size))
+
+    def vector(values: Tensor) -> Tensor:
+        if values.shape[axis] != values.numel() or values.numel() not in (1, size):
+            raise CannotFold("its channels are not the channels of the layer next to it")
+        return values.reshape(-1).expand(size)
+
+    return ScaleShift(vector(s.scale), vector(s.shift))
 
 
 def broadcast(s: ScaleShift, axis: int, rank: int) -> ScaleShift:
-    """The vector as tensors of this rank."""
+    """Return the vectors as tensors of this rank."""
     shape = [-1 if i == axis else 1 for i in range(rank)]
     return ScaleShift(s.scale.reshape(shape), s.shift.reshape(shape))
 
 
 def part_of_concatenation(s: ScaleShift, axis: int, sizes: Sequence[int]) -> list[ScaleShift]:
-    """What each input of a concatenation along `axis` gets of what applies to the result."""
+    """Return the part for each tensor of a concatenation along `axis`."""
     if s.scale.shape[axis] == 1:
         return [s] * len(sizes)
     return s.split(sizes, axis)
 
 
-def within_concatenation(s: ScaleShift, axis: int, sizes: Sequence[int], position: int) -> ScaleShift:
-    """What applies to the result where one input gets `s` and the others stay."""
+def within_concatenation(s: ScaleShift, axis: int, sizes: Sequence[int], positions: Collection[int]) -> ScaleShift:
+    """Return what applies to the whole where `s` applies to the tensors at these positions and nothing to others."""
 
     def placed(values: Tensor, other: float) -> Tensor:
         shape = list(values.shape)
         parts = []
         for i, size in enumerate(sizes):
             shape[axis] = size
-            parts.append(values.expand(shape) if i == position else torch.full(shape, other, dtype=values.dtype))
+            parts.append(values.expand(shape) if i in positions else torch.full(shape, other, dtype=values.dtype))
         return torch.cat(parts, axis)
 
     return ScaleShift(placed(s.scale, 1.0), placed(s.shift, 0.0))
-
-
-_NAMES = {operator.add: "an addition", torch.cat: "a concatenation", operator.mul: "a multiplication"}
-
-
-def describe(node: Node) -> str:
-    """The call in words."""
-    if node.op == "placeholder":
-        return "the network's input"
-    if node.op == "output":
-        return "the network's output"
-    if node.target in _NAMES:
-        return _NAMES[node.target]
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._opname
-    if node.op == "call_module":
-        return f"the layer {target} ({type(node.graph.owning_module.get_submodule(str(target))).__name__})"  # type: ignore[union-attr]
-    return str(getattr(target, "__name__", target))

@@ -1,318 +1,187 @@
-"""The calls that folding changes, with their weights in float64."""
+"""The calls that folding changes, with their weights in float64, for any kind of graph.
+
+Each kind of graph adds how such a call is read from it and written to it.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.fx.node import Node
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch import Tensor
 
-from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED
-from batchnorm.surgery.fold.arithmetic import ScaleShift, rounded, wide
-from batchnorm.surgery.fold.linear import LinearLayer
+from batchnorm.surgery.fold import arithmetic
+from batchnorm.surgery.fold.arithmetic import ScaleShift
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CannotFold(Exception):
-    """Why a batch normalization stays where it is."""
+    """The reason why a batch normalization stays where it is."""
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    """One number for every dimension."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * dims if len(values) == 1 else values
-
-
-@dataclass(frozen=True, eq=False)
-class Linear(LinearLayer):
-    """A convolution, transposed convolution or linear layer.
+class Window(NamedTuple):
+    """The positions that a convolution reads.
 
     Attributes:
-        function: Such as `F.conv2d`; or a layer with a forward of its own, whose class derives from one of these.
-        source: The node of its input.
-        weight: float64.
-        bias: `[out]`, float64, or None.
-        border: The kernel of what is added for a shift that stood before padding or a transposed convolution, float64.
-        like: The parameter that it was: its dtype, device and memory format are what the new one gets.
-        name: The attribute that the weight was.
-        options: The arguments after weight and bias, by name.
-        changed: Whether the weights are others than the model's.
+        stride: Along each dimension.
+        dilation: Along each dimension.
+        padding: The zeros before and after each dimension; None where they depend on the input's size.
+        enlarged: Whether a transposed convolution's output is larger than its kernel reaches.
     """
 
-    function: Any
-    source: Node
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...] | None
+    enlarged: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(ABC):
+    """A convolution, transposed convolution, linear layer or product with a constant matrix.
+
+    Attributes:
+        source: The value that it reads.
+        weight: float64, in the layout that `arithmetic` describes.
+        bias: `[out]`, float64, or None.
+        border: The kernel for a shift that was applied before padding or a transposed convolution, float64, or None.
+            The operation with this kernel and one input channel, applied to ones, is added to the result.
+        options: The remaining arguments of a convolution, by name.
+    """
+
+    GROUPS: ClassVar[str]  # the name of the option
+
+    source: Any
     weight: Tensor
-    bias: Tensor | None
-    border: Tensor | None
-    like: Tensor
-    name: str
+    bias: Tensor | None = None
+    border: Tensor | None = None
     options: dict[str, Any]
-    changed: bool = False
-
-    @classmethod
-    def of(cls, node: Node, parameter: Any) -> Linear:
-        """From a call whose weight and bias are attributes of the graph; `parameter(node)` gives their values.
-
-        Raises:
-            CannotFold: The weight is computed, or the options are.
-        """
-        if node.target in CONVOLUTIONS:
-            names: tuple[str, ...] = ("stride", "padding", "dilation", "groups")
-        elif node.target in TRANSPOSED:
-            names = ("stride", "padding", "output_padding", "groups", "dilation")
-        else:
-            names = ()
-        given: dict[str, Any] = dict(zip(("input", "weight", "bias", *names), node.args, strict=False)) | dict(
-            node.kwargs
-        )
-        weight, bias = given["weight"], given.get("bias")
-        if not isinstance(weight, Node) or weight.op != "get_attr":
-            raise CannotFold("the weight next to it is computed, not a parameter")
-        if bias is not None and (not isinstance(bias, Node) or bias.op != "get_attr"):
-            raise CannotFold("the bias next to it is computed, not a parameter")
-        options = {name: given[name] for name in names if name in given}
-        if any(isinstance(value, Node) for value in options.values()):
-            raise CannotFold("the convolution next to it has computed options")
-        like = parameter(weight)
-        return cls(
-            node.target,
-            given["input"],
-            wide(like),
-            None if bias is None else wide(parameter(bias)),
-            None,
-            like,
-            str(weight.target),
-            options,
-        )
-
-    @classmethod
-    def of_layer(cls, node: Node, layer: Any) -> Linear:
-        """From a call of a layer that could not be traced, such as a convolution that pads by its input's size.
-
-        That it is linear in its weight is taken from its class, and tried like every fold.
-
-        Raises:
-            CannotFold: Its tensors are no plain parameters.
-        """
-        if set(layer._parameters) != {"weight", "bias"} or layer._buffers or node.kwargs or len(node.args) != 1:
-            raise CannotFold("the layer next to it holds more than a weight and a bias")
-        bias = None if layer.bias is None else wide(layer.bias)
-        groups = {"groups": layer.groups} if isinstance(layer, _ConvNd) else {}
-        source: Any = node.args[0]
-        return cls(
-            layer, source, wide(layer.weight), bias, None, layer.weight.detach(), f"{node.target}.weight", groups
-        )
 
     @property
-    def layer(self) -> nn.Module | None:
-        """The layer, where it is one with a forward of its own."""
-        return self.function if isinstance(self.function, nn.Module) else None
+    @abstractmethod
+    def kind(self) -> object:
+        """The operation. Only layers of the same kind can become one."""
+
+    @property
+    @abstractmethod
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+
+    @property
+    @abstractmethod
+    def window(self) -> Window:
+        """The positions that it reads; a linear layer has no dimensions."""
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the call has an argument for a bias."""
+        return True
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it is unknown how the input is used."""
+        return False
 
     @property
     def dims(self) -> int:
         """Spatial dimensions; 0 for a linear layer."""
-        if isinstance(self.function, _ConvNd):
-            return len(self.function.kernel_size)
-        return CONVOLUTIONS.get(self.function, 0) or TRANSPOSED.get(self.function, 0)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
-        return self.function in TRANSPOSED or isinstance(self.function, _ConvTransposeNd)
+        return self.weight.dim() - 2
 
     @property
     def groups(self) -> int:
-        """1 for a linear layer."""
-        return int(self.options.get("groups", 1))
+        """Groups of channels; 1 for a linear layer."""
+        return int(self.options.get(self.GROUPS, 1))
 
-    def option(self, name: str, default: int) -> tuple[int, ...]:
-        """Stride, dilation or padding along each dimension.
+    @property
+    def out_channels(self) -> int:
+        """Length of the bias."""
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
 
-        Raises:
-            CannotFold: The padding is a name.
-        """
-        value = self.options.get(name, default)
-        if isinstance(value, str):
-            raise CannotFold(f"padding {value!r} is not a number")
-        return _each(value, self.dims)
+    @property
+    def in_channels(self) -> int:
+        """Size of the input's channel axis."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    def after(self, s: ScaleShift) -> Self:
+        """Return the layer followed by this scale and shift `[out]`."""
+        weight, bias = arithmetic.into_producer(
+            self.weight, self.bias, s, groups=self.groups, transposed=self.transposed
+        )
+        border = self.border
+        if border is not None:
+            shape = (1, -1) if self.transposed else (-1, 1)
+            border = border * s.scale.reshape(*shape, *(1,) * self.dims)
+        return replace(self, weight=weight, bias=bias, border=border)
+
+    def before(self, s: ScaleShift) -> Self:
+        """Return the layer preceded by this scale and shift `[in]`."""
+        weight, kernel = arithmetic.into_consumer(self.weight, s, groups=self.groups, transposed=self.transposed)
+        if not s.shifts:
+            return replace(self, weight=weight)
+        if self._sees_whole_kernel():
+            along = kernel.transpose(0, 1) if self.transposed else kernel
+            return replace(self, weight=weight, bias=self._bias_plus(arithmetic.interior(along)))
+        return replace(self, weight=weight, border=kernel if self.border is None else self.border + kernel)
+
+    def negated(self) -> Self:
+        """Return the layer with the opposite sign."""
+        return self.after(ScaleShift(-torch.ones(self.out_channels).double(), torch.zeros(self.out_channels).double()))
+
+    def _bias_plus(self, more: Tensor) -> Tensor | None:
+        if self.bias is None:
+            return more if bool((more != 0).any()) else None
+        return self.bias + more
 
     def _sees_whole_kernel(self) -> bool:
-        """Whether every output has all of the kernel inside the input."""
-        if self.dims == 0:
-            return True
-        if self.options.get("padding", 0) == "valid":
-            padding: tuple[int, ...] = (0,)
-        elif isinstance(self.options.get("padding", 0), str):
-            padding = (0,) if all(size == 1 for size in self.weight.shape[2:]) else (1,)
-        else:
-            padding = self.option("padding", 0)
-        if self.transposed:
-            pointwise = all(size == 1 for size in self.weight.shape[2:])
-            plain = set(self.option("stride", 1)) == {1} and set(self.option("output_padding", 0)) == {0}
-            return pointwise and plain and not any(padding)
-        return not any(padding)
-
-    def _with(self, **changes: Any) -> Linear:
-        return replace(self, **changes, changed=True)
-
-    def before(self, s: ScaleShift) -> Linear:
-        """With this scale and shift `[in]` before it.
-
-        Raises:
-            CannotFold: It is a layer with a forward of its own.
-        """
-        if self.layer is not None:
-            raise CannotFold(f"what {type(self.layer).__name__} does with its input is not known")
-        return super().before(s)
-
-    def at_border(self) -> dict[str, Any]:
-        """The options of the call that makes what is added, from ones with one channel."""
-        return {name: value for name, value in self.options.items() if name != "groups"}
-
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weight, bias and border kernel as they are stored.
-
-        Raises:
-            arithmetic.NotRepresentable: One is not finite in the parameter's dtype.
-        """
-        weight, bias, border = (
-            None if t is None else rounded(t, self.like) for t in (self.weight, self.bias, self.border)
-        )
-        assert weight is not None
-        return weight, bias, border
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The result for x: with weights as they are stored, or as they are for float64 x."""
-        weight, bias, border = (self.weight, self.bias, self.border) if x.dtype == torch.float64 else self.tensors()
-        held = [None if t is None else t.to(device=x.device, dtype=x.dtype) for t in (weight, bias, border)]
-        if self.layer is not None:
-            return with_parameters(self.layer, *held[:2])(x)
-        y = self.function(x, held[0], held[1], **self.options)
-        if held[2] is not None:
-            y = y + self.function(torch.ones_like(x[:1, :1]), held[2], None, **self.at_border())
-        return y
+        """Whether the whole kernel is inside the input for every output."""
+        window = self.window
+        pointwise = {*self.weight.shape[2:], *window.stride} == {1}
+        padded = not pointwise if window.padding is None else any(map(any, window.padding))
+        return not padded and (not self.transposed or (pointwise and not window.enlarged))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Norm:
     """Batch normalization with fixed statistics.
 
     Attributes:
-        source: The node of its input.
-        statistics: running_mean, running_var, weight and bias as the model has them, and eps.
-        scale_shift: What it computes, `[C]`, with what was folded into it.
-        changed: Whether something was.
+        source: The value that it reads.
+        scale_shift: `[C]`, including what was folded into it.
     """
 
-    source: Node
-    statistics: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
+    source: Any
     scale_shift: ScaleShift
-    changed: bool = False
 
-    @classmethod
-    def of(cls, node: Node, parameter: Any) -> Norm:
-        """From a call of `F.batch_norm`.
-
-        Raises:
-            CannotFold: It uses the batch's statistics, or its tensors are computed.
-        """
-        x, running_mean, running_var, weight, bias, training, _, eps = node.args
-        if training or running_mean is None:
-            raise CannotFold("it uses the batch's statistics in evaluation too")
-        held = (running_mean, running_var, weight, bias)
-        if any(t is not None and (not isinstance(t, Node) or t.op != "get_attr") for t in held):
-            raise CannotFold("its statistics or parameters are computed")
-        tensors: list[Any] = [None if t is None else parameter(t) for t in held]
-        scale_shift = ScaleShift.of(tensors[0], tensors[1], tensors[2], tensors[3], float(eps))  # type: ignore[arg-type]
-        if not (scale_shift.scale.isfinite().all() and scale_shift.shift.isfinite().all()):
+    def __post_init__(self) -> None:
+        if not (self.scale_shift.scale.isfinite().all() and self.scale_shift.shift.isfinite().all()):
             raise CannotFold("its scale or shift is not finite")
-        return cls(x, (*tensors, float(eps)), scale_shift)  # type: ignore[arg-type]
 
-    def then(self, s: ScaleShift) -> Norm:
-        """With this after it."""
-        return replace(self, scale_shift=self.scale_shift.then(s), changed=True)
+    @property
+    def channels(self) -> int:
+        """Length of its statistics."""
+        return self.scale_shift.scale.numel()
 
-    def before(self, s: ScaleShift) -> Norm:
-        """With this before it."""
-        return replace(self, scale_shift=s.then(self.scale_shift), changed=True)
+    def after(self, s: ScaleShift) -> Self:
+        """Return the batch normalization followed by this scale and shift."""
+        return replace(self, scale_shift=self.scale_shift.then(s))
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
-        """Those of `F.batch_norm` after its input, without `training`."""
-        if not self.changed:
-            return self.statistics
-        mean, var = (torch.zeros_like(self.statistics[0]), torch.ones_like(self.statistics[1]))
-        like = self.statistics[0]
-        return mean, var, rounded(self.scale_shift.scale, like), rounded(self.scale_shift.shift, like), 0.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The result for x."""
-        if x.dtype == torch.float64 and self.changed:
-            along = (1, -1, *(1,) * (x.dim() - 2))
-            s = self.scale_shift
-            return x * s.scale.to(x.device).reshape(along) + s.shift.to(x.device).reshape(along)
-        *tensors, eps = self.arguments()
-        if x.dtype == torch.float64:
-            tensors = [None if t is None else t.double() for t in tensors]
-        mean, var, weight, bias = tensors
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    def before(self, s: ScaleShift) -> Self:
+        """Return the batch normalization preceded by this scale and shift."""
+        return replace(self, scale_shift=s.then(self.scale_shift))
 
 
 @dataclass(frozen=True, eq=False)
-class Gone:
-    """A call that does nothing any more.
+class NewConstants:
+    """A call that reads constants whose values have changed, such as the addition of a parameter.
 
     Attributes:
-        source: What stands for it.
+        values: The new values of some of its inputs, float64.
     """
 
-    source: Node
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x."""
-        return x
+    values: dict[Any, Tensor]
 
 
-def with_parameters(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
-    """The layer with other tensors in the place of its parameters; the given one is not touched."""
-    other = copy.copy(layer)
-    other._parameters = {
-        name: value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        for name, value in (("weight", weight), ("bias", bias))
-    }
-    return other
-
-
-State = Linear | Norm | Gone
-
-
-def read_once(reader: Node, node: Node) -> bool:
-    """Whether the node stands once among the reader's arguments."""
-    found: list[Node] = []
-    torch.fx.node.map_arg((reader.args, reader.kwargs), found.append)
-    return found.count(node) == 1
-
-
-def axis_vector(values: Tensor, axis: int, size: int) -> Tensor:
-    """`[size]` from values that vary along this axis alone.
-
-    Raises:
-        CannotFold: They vary along another.
-    """
-    others = [n for i, n in enumerate(values.shape) if i != axis]
-    if any(n != 1 for n in others):
-        raise CannotFold("its channels are no channels of what is next to it")
-    return values.reshape(-1).expand(size) if values.shape[axis] == 1 else values.reshape(-1)
-
-
-def collapsed(values: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, with size 1 along every axis that none of them varies along."""
-    result = list(values)
-    for axis in range(result[0].dim()):
-        if all(bool((t == t.narrow(axis, 0, 1)).all()) for t in result):
-            result = [t.narrow(axis, 0, 1) for t in result]
-    return result
+State = Linear | Norm | NewConstants

@@ -1,4 +1,4 @@
-"""The folded model, written into the place of the original."""
+"""The folded model, which takes the place of the original."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from batchnorm.surgery.fold.onnx.network import Call, Network, every_name, names_in, subgraphs
+from batchnorm.surgery.fold.onnx.graph import Call, every_name, names_in, subgraphs
+from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, write
 
 
-def emit(network: Network, model: onnx.ModelProto) -> None:
-    """Turn the model, whose network this is, into the folded one; names, versions and metadata stay."""
+def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
+    """Turn the model of this network into the folded one. Names, versions and metadata stay."""
     graph = model.graph
     taken = set(every_name(graph))
     before = _read(graph)
@@ -30,13 +31,17 @@ def emit(network: Network, model: onnx.ModelProto) -> None:
         return name
 
     def keep(name: str, value: Tensor) -> str:
-        """Under its own name, unless something else still reads that."""
-        if name in new or name in still or not (name in made or name in held or network.tensor(name) is not None):
+        """Store a tensor, under its own name unless something else still reads that."""
+        if (
+            name in new
+            or name in still
+            or not (name in made or name in held or network.constants.tensor(name) is not None)
+        ):
             name = fresh(f"{name}_folded")
         new[name] = as_tensor(name, value)
         return name
 
-    to = Writer(network.resolve, keep, fresh, network.opset)
+    to = Writer(network.resolve, lambda name: network.constants.parameter(name, name), keep, fresh, network.opset)
     nodes = [node for call in calls for node in write(call, network.states.get(call), to)]
     read = _names(nodes) | {output.name for output in graph.output}
     kept = [t for t in graph.initializer if t.name not in new and (t.name in read or t.name not in before)]
@@ -61,23 +66,25 @@ def _read(graph: onnx.GraphProto) -> set[str]:
     return _names(list(graph.node)) | {output.name for output in graph.output}
 
 
-def _needed(network: Network) -> list[Call]:
-    """The calls, without those that only make constants which nothing reads any more."""
-    calls = list(network.alive())
+def _needed(network: OnnxNetwork) -> list[Call]:
+    """Return the calls, without those that compute constants which nothing reads any more."""
+    calls = [call for call in network.alive() if call is not network.output]
     while True:
         read = _read_by(network, calls)
-        kept = [c for c in calls if read.intersection(c.node.output) or network.tensor(c.node.output[0]) is None]
+        kept = [
+            c for c in calls if read.intersection(c.node.output) or network.constants.tensor(c.node.output[0]) is None
+        ]
         if len(kept) == len(calls):
             return calls
         calls = kept
 
 
-def _read_by(network: Network, calls: list[Call]) -> set[str]:
+def _read_by(network: OnnxNetwork, calls: list[Call]) -> set[str]:
     return {name for call in calls for name in network.reads(call)} | {out.name for out in network.graph.output}
 
 
 def _replace(graph: onnx.GraphProto, tensors: dict[str, TensorProto]) -> None:
-    """Change the initializers in their places: the list as a whole may be too large to copy."""
+    """Change the initializers in place: the whole list may be too large to copy."""
     for i in reversed(range(len(graph.initializer))):
         name = graph.initializer[i].name
         if name not in tensors:
@@ -89,7 +96,7 @@ def _replace(graph: onnx.GraphProto, tensors: dict[str, TensorProto]) -> None:
 
 
 def _inputs(graph: onnx.GraphProto, new: dict[str, TensorProto], dropped: set[str], ir_version: int) -> None:
-    """Before version 4 of the format, every initializer is listed as an input too."""
+    """Update the inputs. Before version 4 of the format they list every initializer."""
     infos = {name: helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in new.items()}
     listed = {value.name for value in graph.input}
     for i in reversed(range(len(graph.input))):

@@ -13,7 +13,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from batchnorm.files import whole_file
-from batchnorm.surgery.fold.onnx.network import subgraphs
+from batchnorm.surgery.fold.onnx.graph import subgraphs
 
 LARGE = 2**31 - 2**22  # what one file can hold, with room for all that is not weights
 

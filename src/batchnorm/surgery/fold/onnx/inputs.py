@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from batchnorm.surgery.fold.onnx.network import Array
+from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.running import Feeds, Outputs, Runner, is_floating
 
 BATCH = 2

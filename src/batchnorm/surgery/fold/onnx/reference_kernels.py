@@ -15,7 +15,7 @@ from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.surgery.fold.onnx.network import Array, subgraphs
+from batchnorm.surgery.fold.onnx.graph import Array, subgraphs
 
 # Loops over every number, in Python.
 _SLOW = {

@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from batchnorm.surgery.fold.onnx import reference_kernels
 from batchnorm.surgery.fold.onnx.files import is_large, store
-from batchnorm.surgery.fold.onnx.network import DTYPES, Array
+from batchnorm.surgery.fold.onnx.graph import DTYPES, Array
 
 Feeds = dict[str, Array]
 Outputs = dict[str, Array]

@@ -1,4 +1,4 @@
-"""The folded network as a module: plain functions of its own parameters."""
+"""The folded network as a module, which calls plain functions with its own parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import batchnorm.functional
 from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of
 from batchnorm.surgery.fold.arithmetic import rounded
-from batchnorm.surgery.fold.pytorch.plans import Constant, Network
-from batchnorm.surgery.fold.states import Gone, Linear, Norm, read_once, with_parameters
+from batchnorm.surgery.fold.pytorch.network import TorchNetwork, operands
+from batchnorm.surgery.fold.pytorch.states import TorchLinear, TorchNorm, with_parameters
+from batchnorm.surgery.fold.states import NewConstants
 
 _IN_PLACE = (F.relu, F.relu6, F.hardtanh, F.leaky_relu)
 
@@ -23,7 +24,7 @@ _IN_PLACE = (F.relu, F.relu6, F.hardtanh, F.leaky_relu)
 class Emitter:
     """Writes the states of a network into its graph."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: TorchNetwork) -> None:
         self.network = network
         self.module = network.trace.module
         self.graph = network.trace.graph
@@ -35,20 +36,20 @@ class Emitter:
                 self._uses[str(node.target)] = self._uses.get(str(node.target), 0) + len(node.users)
 
     def emit(self, name: str) -> fx.GraphModule:
-        """The folded network, as a graph module whose class has this name."""
-        norms: list[tuple[Node, Node]] = []
+        """Return the folded network as a graph module whose class has this name."""
+        network = self.network
+        norms: dict[Node, Node] = {}  # each with the call that it is now
         for node in list(self.graph.nodes):
-            state = self.network.states.get(node)
-            if isinstance(state, Gone):
-                self._replace(node, self._now(state.source))
-            elif isinstance(state, Linear) and state.changed:
+            state = network.states.get(node)
+            if node in network.alias:
+                self._replace(node, self._now(network.alias[node]))
+            elif isinstance(state, TorchLinear):
                 self._linear(node, state)
-            elif isinstance(state, Constant):
-                like = state.like
-                self._replace(node, self._attribute(node, self._own(state.name, rounded(state.value, like), like)))
-            elif isinstance(state, Norm):
-                norms.append((self._norm(node, state) if state.changed else node, node))
-        for node, was in norms:
+            elif isinstance(state, NewConstants):
+                self._constants(node, state)
+            elif node in network.norms and node not in network.gone:
+                norms[node] = self._norm(node, state) if isinstance(state, TorchNorm) else node
+        for was, node in norms.items():
             self._fuse(node, was)
         self._drop_unused()
         self._in_place()
@@ -58,7 +59,7 @@ class Emitter:
         return folded
 
     def _now(self, node: Node) -> Node:
-        """What stands for the node in the graph as it is now."""
+        """Return what stands for the node in the graph as it is now."""
         while node in self._current:
             node = self._current[node]
         return node
@@ -93,12 +94,18 @@ class Emitter:
 
     # Calls ---------------------------------------------------------------------------------------------------------
 
+    def _constants(self, node: Node, state: NewConstants) -> None:
+        for constant, value in state.values.items():
+            like = self.network.attribute(constant)
+            new = self._attribute(node, self._own(str(constant.target), rounded(value, like), like))
+            node.replace_input_with(constant, new)
+
     def _replace(self, node: Node, new: Node) -> None:
         self._current[node] = new
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
 
-    def _layer(self, node: Node, state: Linear) -> None:
+    def _layer(self, node: Node, state: TorchLinear) -> None:
         """A layer with a forward of its own keeps it."""
         assert state.layer is not None
         weight, bias, _ = (
@@ -113,7 +120,7 @@ class Emitter:
         self.module.get_submodule(owner).add_module(last, with_parameters(state.layer, weight, bias))
         node.target = target
 
-    def _linear(self, node: Node, state: Linear) -> None:
+    def _linear(self, node: Node, state: TorchLinear) -> None:
         if state.layer is not None:
             self._layer(node, state)
             return
@@ -137,14 +144,12 @@ class Emitter:
                 new = self.graph.call_function(operator.add, (new, more))
         self._replace(node, new)
 
-    def _norm(self, node: Node, state: Norm) -> Node:
+    def _norm(self, node: Node, state: TorchNorm) -> Node:
         *tensors, eps = state.arguments()
         stem = str(node.args[1].target).removesuffix("running_mean")  # type: ignore[union-attr]
-        names = [f"{stem}{last}" for last in ("running_mean", "running_var", "weight", "bias")]
         held = [
-            self._attribute(node, self._own(name, value, value))
-            for name, value in zip(names, tensors, strict=True)
-            if isinstance(value, Tensor)
+            self._attribute(node, self._own(f"{stem}{last}", value, value))
+            for last, value in zip(("running_mean", "running_var", "weight", "bias"), tensors, strict=True)
         ]
         with self.graph.inserting_before(node):
             new = self.graph.call_function(F.batch_norm, (self._now(state.source), *held, False, 0.0, eps))
@@ -203,4 +208,4 @@ class Emitter:
 
 def _only_reader(node: Node) -> Node | None:
     readers = list(node.users)
-    return readers[0] if len(readers) == 1 and read_once(readers[0], node) else None
+    return readers[0] if len(readers) == 1 and operands(readers[0]).count(node) == 1 else None

@@ -1,33 +1,31 @@
-"""The verb: from a model to the same without batch normalization."""
+"""`fold`: removes batch normalization from a network of PyTorch."""
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
-from torch.nn import functional as F
 
 from batchnorm import walk
 from batchnorm.models import lowering
 from batchnorm.models import model_graph as tracing
 from batchnorm.models.inputs import Inputs, evaluate, outputs
 from batchnorm.models.report import Change, Result
-from batchnorm.surgery.fold.arithmetic import NotRepresentable
-from batchnorm.surgery.fold.pytorch import parallel, verify
+from batchnorm.surgery.fold import gate
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
 from batchnorm.surgery.fold.pytorch.counting import count_batch_norms
 from batchnorm.surgery.fold.pytorch.emit import Emitter
-from batchnorm.surgery.fold.pytorch.plans import Network, Plan
-from batchnorm.surgery.fold.report import FoldError, FoldReport
-from batchnorm.surgery.fold.states import CannotFold, Gone, Linear
+from batchnorm.surgery.fold.pytorch.network import TorchNetwork
+from batchnorm.surgery.fold.pytorch.states import TorchLinear
+from batchnorm.surgery.fold.pytorch.trial import try_plan
+from batchnorm.surgery.fold.report import FoldReport
+from batchnorm.surgery.fold.search import Search
 
-SAMPLES = 2  # of the example that folds are tried on
-# A whole network may amplify what each fold rounds: beyond this multiple of its own error, something else is wrong.
-AMPLIFIED = 10.0
+SAMPLES = 2  # samples of the example that every fold is tried on
 
 
 def fold(
@@ -104,11 +102,7 @@ def _fold_checked(
     limit = checked.limit(tolerance)
     folded, found = _folded(working, inputs.first(SAMPLES), limit, checked)
     errs = checked.error(folded)
-    if not errs.allowed(limit, AMPLIFIED):
-        raise FoldError(
-            f"the folded network must give the original's results, but errs by {errs.after:.1e} where the original "
-            f"itself errs by {errs.before:.1e}. Nothing was changed; please report the network."
-        )
+    gate.check_whole(errs, limit)
     left = count_batch_norms(folded, inputs)
     return folded, FoldReport(
         "fold",
@@ -184,20 +178,14 @@ class _Checked:
         return cls(tried, exact, own)
 
     def limit(self, tolerance: float | None) -> float:
-        """The relative error that a fold may make."""
-        if tolerance is not None:
-            return tolerance
-        dtypes = [t.dtype for t in self.own[0] if t.is_floating_point()]
-        return max((verify.TOLERANCE.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+        """Return the relative error that a fold may make."""
+        return gate.tolerance_for(tolerance, [t.dtype for t in self.own[0] if t.is_floating_point()])
 
-    def error(self, folded: nn.Module) -> verify.Error:
+    def error(self, folded: nn.Module) -> gate.Error:
+        """Return the largest errors of any run."""
         found = [outputs(evaluate(folded, i)) for i in self.inputs]
-
-        def worst(results: list[list[Tensor]]) -> float:
-            pairs = [pair for a, b in zip(results, self.exact, strict=True) for pair in zip(a, b, strict=True)]
-            return max((verify.relative(a, b) for a, b in pairs), default=0.0)
-
-        return verify.Error(worst(self.own), worst(found))
+        own, after, exact = ([t for run in runs for t in run] for runs in (self.own, found, self.exact))
+        return gate.Error.of(gate.Results(own, after, exact))
 
 
 @dataclass
@@ -211,75 +199,38 @@ class _Found:
 
 
 def _fold_graph(trace: tracing.Trace, limit: float, working: nn.Module, prefix: str = "") -> tuple[nn.Module, _Found]:
-    network = Network(trace)
-    norms = [node for node in network.order if node in network.unknown or node in set(network.norms())]
-    sizes = {node: network.states[node].scale_shift.scale.numel() for node in network.norms()}  # type: ignore[union-attr]
-    reasons: dict[Node, str] = dict(network.unknown)
-    taken: dict[Node, list[Node]] = {}
-    while _pass(network, limit, reasons, taken):
-        pass
+    network = TorchNetwork(trace)
+    norms = sorted((*network.norms, *network.unfoldable), key=network.order.__getitem__)
+    channels = {node: norm.channels for node, norm in network.norms.items()}
+    search = Search(network, limit, partial(try_plan, network))
+    search.fold_all()
+    places = {node: _place(network, node) for where in search.taken.values() for node in where}
     emitter = Emitter(network)
     folded = emitter.emit(type(working).__name__)
     found = _Found(trace.how)
     for node in norms:
-        path = ".".join(filter(None, (prefix, _path(trace, node))))
-        was = _describe_norm(working, _path(trace, node), sizes.get(node))
-        if node in taken:
-            into = ", ".join(dict.fromkeys(".".join(filter(None, (prefix, _path(trace, n)))) for n in taken[node]))
+        path = _place(network, node)
+        was, reason = _describe_norm(working, path, channels.get(node)), search.reasons.get(node, "")
+        path = _joined(prefix, path)
+        if node in search.taken:
+            into = ", ".join(dict.fromkeys(_joined(prefix, places[n]) for n in search.taken[node]))
             found.changed.append(Change(path, was, f"in {into}"))
         elif node in emitter.fused:
-            now = f"fused with {emitter.fused[node]}"
-            found.changed.append(Change(path, was, now, reasons.get(node, "")))
+            found.changed.append(Change(path, was, f"fused with {emitter.fused[node]}", reason))
         else:
-            found.left.append(Change(path, was, was, reasons.get(node, "")))
+            found.left.append(Change(path, was, was, reason))
     return folded, found
 
 
-def _pass(network: Network, limit: float, reasons: dict[Node, str], taken: dict[Node, list[Node]]) -> bool:
-    """Try every batch normalization that is left, then every addition of branches; whether anything changed."""
-    before, merges = len(taken), 0
-    for node in network.norms():
-        why = []
-        for direction in (Plan.back, Plan.on):
-            try:
-                taken[node] = _carry_out(direction(network, node), limit)
-                break
-            except (CannotFold, NotRepresentable) as error:
-                why.append(str(error))
-        else:
-            reasons[node] = "; ".join(dict.fromkeys(why))
-    for node in network.order:
-        if node.target in (operator.add, operator.sub) and not isinstance(network.states.get(node), Linear):
-            terms = [_behind(network, term) for term in node.args if isinstance(term, Node)]
-            try:
-                where = _carry_out(parallel.merged(network, node), limit)
-            except (CannotFold, NotRepresentable):
-                continue
-            merges += 1
-            taken.update({term: where for term in terms if term.target is F.batch_norm and term not in taken})
-    return merges > 0 or len(taken) > before
-
-
-def _behind(network: Network, node: Node) -> Node:
+def _place(network: TorchNetwork, node: Node) -> str:
+    """Return the path of the module that holds the call's weight, or calls it."""
     state = network.states.get(node)
-    return _behind(network, state.source) if isinstance(state, Gone) else node
+    owner = state.name.rpartition(".")[0] if isinstance(state, TorchLinear) else ""
+    return owner or network.trace.paths.get(node) or node.name
 
 
-def _carry_out(plan: Plan, limit: float) -> list[Node]:
-    """Make the change if it errs little enough; the calls that take the batch normalization up.
-
-    Raises:
-        CannotFold: It does not.
-    """
-    error, values = verify.try_plan(plan)
-    if not error.allowed(limit):
-        raise CannotFold(f"folding it errs by {error.after:.1e}, and the layer itself by {error.before:.1e}")
-    plan.carry_out(values)
-    return plan.where
-
-
-def _path(trace: tracing.Trace, node: Node) -> str:
-    return trace.paths.get(node) or node.name
+def _joined(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if prefix else path
 
 
 def _describe_norm(working: nn.Module, path: str, channels: int | None) -> str:
@@ -344,7 +295,7 @@ def _fold_part(
     folded, found = _fold_graph(trace, limit, child, path)
     walk.replace(working, child, folded)
     try:
-        same = checked.error(working).allowed(limit, AMPLIFIED)
+        same = checked.error(working).allowed(limit, gate.AMPLIFICATION)
     except Exception:  # the rest reaches into the part
         same = False
     if not same:

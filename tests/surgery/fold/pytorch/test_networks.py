@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.surgery.fold import count_batch_norms, fold
-from batchnorm.surgery.fold.pytorch import verify
+from batchnorm.surgery.fold import count_batch_norms, fold, gate
 from tests.surgery import networks
-from tests.surgery.test_fold import trained
+from tests.surgery.fold.pytorch.test_fold import trained
 
 
 def assert_target(model: nn.Module, x: Tensor, *, remaining: int = 0, fused: int = 0) -> None:
@@ -25,7 +24,7 @@ def assert_target(model: nn.Module, x: Tensor, *, remaining: int = 0, fused: int
         exact = copy.deepcopy(model).double()
         for other in (x, torch.randn_like(x[:1]), F.pad(x, (0, 8) * (x.dim() - 2))):
             want = _tensor(exact(other.double()))
-            own, ours = (verify.relative(_tensor(m(other)), want) for m in (model, folded))
+            own, ours = (gate.relative(_tensor(m(other)), want) for m in (model, folded))
             assert ours <= max(1e-5, 2 * own)
 
 

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 import batchnorm as bn
-from batchnorm.surgery.fold import count_batch_norms, fold
-from batchnorm.surgery.fold.pytorch import verify
+from batchnorm.surgery.fold import count_batch_norms, fold, gate
 
 
 def trained(model: nn.Module, *, positive: bool = False) -> nn.Module:
@@ -34,7 +33,7 @@ def assert_equal(folded: nn.Module, model: nn.Module, x: Tensor) -> None:
     """Results agree to float64's rounding where both compute in it, the weights having been rounded to float32."""
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
-        assert verify.relative(folded(x), exact) < 2e-6
+        assert gate.relative(folded(x), exact) < 2e-6
 
 
 def assert_folded(model: nn.Module, x: Tensor, remaining: int = 0, fused: int = 0) -> nn.Module:
@@ -315,7 +314,7 @@ class Left:
          "it follows relu"),
         (lambda: Left.ChangedInPlace(), 1, 0, "its tensor is changed in place"),
         (lambda: Left.ComputedWeight(), 1, 0, "it follows conv2d"),
-        (lambda: nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(5)), 1, 0, "its channels are no channels"),
+        (lambda: nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(5)), 1, 0, "its channels are not the channels"),
     ],
 )  # fmt: skip
 def test_what_must_stay_stays_with_the_reason(model, remaining: int, fused: int, reason: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 from onnx import helper
 
 from batchnorm.surgery.fold import FoldError
-from batchnorm.surgery.fold.onnx import files, fold_onnx, folding, plans
-from tests.surgery.onnx_graphs import Graph, ops
+from batchnorm.surgery.fold.onnx import files, fold_onnx, in_place
+from batchnorm.surgery.fold.onnx.states import OnnxLinear
+from tests.surgery.fold.onnx.graphs import Graph, ops
 
 X = np.random.default_rng(3).normal(size=(2, 4, 6, 6)).astype(np.float32)
 
@@ -165,15 +166,15 @@ def test_an_operator_that_nothing_here_runs_is_told() -> None:
 
 
 def test_a_fold_that_would_be_wrong_is_refused_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, into = small(norms=3), plans.Linear.after
+    model, into = small(norms=3), OnnxLinear.after
     wrong = model.graph.node[3].input[1]
 
-    def after(linear: plans.Linear, s: Any) -> plans.Linear:
+    def after(linear: OnnxLinear, s: Any) -> OnnxLinear:
         folded = into(linear, s)
         assert folded.bias is not None
         return replace(folded, bias=folded.bias + 1e-3) if linear.like[0].name == wrong else folded
 
-    monkeypatch.setattr(plans.Linear, "after", after)
+    monkeypatch.setattr(OnnxLinear, "after", after)
     folded, report = fold_onnx(model, inputs=[X])
     assert report.remaining == 1 and len(report.changed) == 2
     assert report.left[0].path == model.graph.node[4].name
@@ -182,13 +183,13 @@ def test_a_fold_that_would_be_wrong_is_refused_and_the_others_are_made(monkeypat
 
 
 def test_a_whole_that_would_be_wrong_is_not_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emit = folding.emit
+    emit = in_place.emit
 
     def wrong(network: Any, model: onnx.ModelProto) -> None:
         emit(network, model)
         model.graph.node[0].input[0], model.graph.node[0].input[2] = "x", model.graph.node[2].input[2]
 
-    monkeypatch.setattr(folding, "emit", wrong)
+    monkeypatch.setattr(in_place, "emit", wrong)
     model = small(norms=2)
     with pytest.raises(FoldError, match=r"must give the original's results, but errs by"):
         fold_onnx(model, tmp_path / "f.onnx")
@@ -215,14 +216,14 @@ def test_what_float64_cannot_run_is_compared_with_the_original() -> None:
 
 def test_given_inputs_are_used_as_arrays_or_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[tuple[int, ...]]] = []
-    feeds_of = folding.feeds_of
+    feeds_of = in_place.feeds_of
 
     def remember(*arguments: Any) -> Any:
         runs, found = feeds_of(*arguments)
         seen.append([feeds["x"].shape for feeds in runs])
         return runs, found
 
-    monkeypatch.setattr(folding, "feeds_of", remember)
+    monkeypatch.setattr(in_place, "feeds_of", remember)
     for given in (X, [X], {"x": X.astype(np.float64)}, (2, 4, 6, 6), [(2, 4, 6, 6)], None):
         _, report = fold_onnx(small(), inputs=given)
         assert report.remaining == 0

@@ -9,9 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from batchnorm.surgery.fold.onnx import fold_onnx
-from batchnorm.surgery.fold.onnx import fold_onnx as verb
-from tests.surgery.onnx_graphs import Graph, initializer, ops, with_shapes
+from batchnorm.surgery.fold.onnx import fold_onnx, folding
+from tests.surgery.fold.onnx.graphs import Graph, initializer, ops, with_shapes
 
 TOLERANCE = 1e-5  # relative to the largest value, float32
 
@@ -574,8 +573,8 @@ def test_the_given_model_stays_as_it_is() -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = verb.find_spec
-    monkeypatch.setattr(verb, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
+    found = folding.find_spec
+    monkeypatch.setattr(folding, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     with pytest.raises(ModuleNotFoundError, match='needs onnxruntime. Install with: pip install "batchnorm\\[onnx\\]"'):
         fold_onnx("model.onnx")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.surgery.fold import fold
-from batchnorm.surgery.fold.pytorch import folding, verify
+from batchnorm.surgery.fold import fold, gate
+from batchnorm.surgery.fold.plan import FoldPlan
+from batchnorm.surgery.fold.pytorch import folding
 from batchnorm.surgery.fold.report import FoldError
-from tests.surgery.test_fold import IMAGE, assert_equal, trained
+from tests.surgery.fold.pytorch.test_fold import IMAGE, assert_equal, trained
 
 
 def test_a_weight_beyond_its_dtype_is_not_folded() -> None:
@@ -30,18 +31,18 @@ def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.Mon
     model = trained(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 3), nn.BatchNorm2d(3))
     )
-    into = folding.Plan.back.__func__
+    into = FoldPlan.back.__func__
 
     def wrong(cls, network, node):
         plan = into(cls, network, node)
         for key, state in plan.states.items():
-            if isinstance(state, verify.Constant) or getattr(state, "weight", None) is None:
+            if getattr(state, "weight", None) is None:
                 continue
             if state.weight.shape[0] == 6:
                 plan.states[key] = type(state)(**{**vars(state), "weight": state.weight * 1.01})
         return plan
 
-    monkeypatch.setattr(folding.Plan, "back", classmethod(wrong))
+    monkeypatch.setattr(FoldPlan, "back", classmethod(wrong))
     folded, report = fold(model, torch.randn(IMAGE))
     assert [(row.path, row.now) for row in report.changed] == [("1", "fused with relu"), ("4", "in 3")]
     assert "folding it errs by" in report.changed[0].reason
@@ -51,7 +52,7 @@ def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.Mon
 def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())).train()
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(folding._Checked, "error", lambda *_: verify.Error(1e-7, 0.5))
+    monkeypatch.setattr(folding._Checked, "error", lambda *_: gate.Error(1e-7, 0.5))
     with pytest.raises(FoldError, match="must give the original's results, but errs by 5.0e-01"):
         fold(model, torch.randn(IMAGE), inplace=True)
     assert type(model) is nn.Sequential
@@ -83,8 +84,8 @@ def test_a_model_that_cannot_be_copied_is_told() -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (folding.tracing, "trace"), (folding.verify, "try_plan"),
-        (folding.Plan, "carry_out"), (folding.Emitter, "emit"), (folding._Checked, "error"),
+        (folding.tracing, "trace"), (folding, "try_plan"),
+        (FoldPlan, "carry_out"), (folding.Emitter, "emit"), (folding._Checked, "error"),
         (folding, "count_batch_norms"), (folding.walk, "copied"),
     ],
 )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Linear branches of one input that are added become one convolution (RepVGG, Ding et al. 2021, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from batchnorm.surgery.fold.arithmetic import as_kernel, embedded, regrouped
+from batchnorm.surgery.fold.network import C, Kind, Network, V
+from batchnorm.surgery.fold.plan import FoldPlan
+from batchnorm.surgery.fold.states import CannotFold, Linear, Norm
+
+
+def merged(network: Network[V, C], call: C) -> FoldPlan[V, C]:
+    """Return the plan that makes an addition, or subtraction, one layer of the input that both terms read.
+
+    Raises:
+        CannotFold: The terms are not linear branches of one input, or something else reads them too.
+    """
+    terms = network.inputs(call)
+    if len(set(terms)) != 2:
+        raise CannotFold("it is no addition of two tensors")
+    branches = [_branch(network, term) for term in terms]
+    for i, other in enumerate(reversed(branches)):
+        if isinstance(other, Linear) and terms[i] == network.resolve(other.source):
+            branches[i] = None  # this term is the input itself
+    first = next((branch for branch in branches if isinstance(branch, Linear)), None)
+    if first is None:
+        raise CannotFold("its terms are not linear branches")
+    source = network.resolve(first.source)
+    for term, branch in zip(terms, branches, strict=True):
+        if (term if branch is None else network.resolve(branch.source)) != source:
+            raise CannotFold("its terms have different inputs")
+        if network.shape(term) != network.shape(network.result(call)) or term in network.pinned:
+            raise CannotFold("a term has another shape")
+        if branch is not None and network.readers(term) != [call]:
+            raise CannotFold("a term is read elsewhere too")
+    if None in branches and not _feeds_a_norm(network, call):
+        raise CannotFold("there is no batch normalization to remove")
+    left, right = (_as_linear(branch, first) for branch in branches)
+    state = _sum(left, right.negated() if network.subtracts(call) else right)
+    gone = [network.writer(term) for term, branch in zip(terms, branches, strict=True) if branch is not None]
+    return FoldPlan(
+        network,
+        states={call: state},
+        gone=[branch for branch in gone if branch is not None],
+        same=[network.result(call)],
+        where=[call],
+    )
+
+
+def _feeds_a_norm(network: Network[V, C], call: C) -> bool:
+    """Whether only a batch normalization reads the sum, perhaps after more has been added."""
+    readers = network.readers(network.result(call))
+    return len(readers) == 1 and (
+        network.kind(readers[0]) is Kind.NORM
+        or (network.subtracts(readers[0]) is False and _feeds_a_norm(network, readers[0]))
+    )
+
+
+def _branch(network: Network[V, C], term: V) -> Linear | Norm | None:
+    call = network.writer(term)
+    kind = Kind.OTHER if call is None else network.kind(call)
+    if call is None or kind not in (Kind.LINEAR, Kind.NORM):
+        return None
+    try:
+        return network.linear(call) if kind is Kind.LINEAR else network.norm(call)
+    except CannotFold:
+        return None
+
+
+def _as_linear(branch: Linear | Norm | None, other: Linear) -> Linear:
+    """Return a batch normalization, or the input itself (None), as a convolution like the other."""
+    if isinstance(branch, Linear):
+        return branch
+    if other.dims == 0 or other.transposed or other.opaque:
+        raise CannotFold("the other term is not a convolution")
+    s = None if branch is None else branch.scale_shift
+    scale = torch.ones(other.in_channels, dtype=torch.float64) if s is None else s.scale
+    if scale.numel() != other.in_channels or set(other.window.stride) != {1}:
+        raise CannotFold("the other term has another shape")
+    return replace(
+        other,
+        weight=as_kernel(scale, groups=other.groups, dims=other.dims),
+        bias=None if s is None else s.shift,
+        border=None,
+        options={other.GROUPS: other.groups},
+    )
+
+
+def _sum(first: Linear, second: Linear) -> Linear:
+    if first.kind != second.kind or first.transposed or first.opaque:
+        raise CannotFold("its terms are different kinds of layers")
+    if first.border is not None or second.border is not None:
+        raise CannotFold("a term is a convolution with its own border")
+    if first.weight.shape[2:].numel() < second.weight.shape[2:].numel():
+        first, second = second, first
+    bias = _added(first.bias, second.bias)
+    if first.dims == 0:
+        return replace(first, weight=first.weight + second.weight, bias=bias)
+    weight, groups = _joined(first, second)
+    return replace(first, weight=weight, bias=bias, options={**first.options, first.GROUPS: groups})
+
+
+def _joined(first: Linear, second: Linear) -> tuple[Tensor, int]:
+    """Return the sum of two convolutions' kernels, of the first one's size, and its groups.
+
+    Only the kernels' first taps must be aligned. Where the padding at the ends makes the results' sizes differ, the
+    original cannot add them either.
+
+    Raises:
+        CannotFold: There is no such kernel, or it costs more than the two.
+    """
+    a, b = first.window, second.window
+    if a.stride != b.stride:
+        raise CannotFold("its terms have different strides")
+    if a.padding is None or b.padding is None:
+        raise CannotFold("the padding of a term depends on the size of its input")
+    offset, each = [], []
+    for axis, (size, taps) in enumerate(zip(first.weight.shape[2:], second.weight.shape[2:], strict=True)):
+        step, other = a.dilation[axis], b.dilation[axis]
+        start = a.padding[axis][0] - b.padding[axis][0]
+        if start % step or (taps > 1 and other % step):
+            raise CannotFold("the kernel of one term is not aligned with the other's")
+        start, by = start // step, max(other // step, 1)
+        if start < 0 or start + by * (taps - 1) >= size:
+            raise CannotFold("the kernel of one term is not inside the other's")
+        offset.append(start)
+        each.append(by)
+    groups = min(first.groups, second.groups)
+    if max(first.groups, second.groups) % groups:
+        raise CannotFold("the groups of its terms do not fit")
+    weights = [regrouped(term.weight, groups=term.groups, into=groups) for term in (first, second)]
+    if weights[0].numel() > first.weight.numel() + second.weight.numel():
+        raise CannotFold("one convolution would cost more than two")
+    return weights[0] + embedded(weights[1], first.weight.shape[2:], offset, each), groups
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b

@@ -1,0 +1,100 @@
+"""How much error folding may add: the bound for one fold and the bound for the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from batchnorm.surgery.fold.report import FoldError
+
+# The relative error that one fold may make, whatever the original's own error.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# A network may amplify the error of a fold. A whole that errs by more than this many times the bound of one fold is
+# wrong for another reason.
+AMPLIFICATION = 10.0
+
+
+class Results(NamedTuple):
+    """Corresponding tensors, computed in three ways.
+
+    Attributes:
+        own: By the original.
+        folded: By the folded network.
+        exact: By the original in float64.
+    """
+
+    own: Sequence[Any]
+    folded: Sequence[Any]
+    exact: Sequence[Any]
+
+
+class Error(NamedTuple):
+    """Largest errors against float64, relative to the largest value.
+
+    Attributes:
+        before: The original's error.
+        after: The folded network's error.
+    """
+
+    before: float
+    after: float
+
+    @classmethod
+    def of(cls, results: Results) -> Error:
+        """Return the largest errors of any tensor."""
+        own, folded = (
+            max((relative(*pair) for pair in zip(found, results.exact, strict=True)), default=0.0)
+            for found in (results.own, results.folded)
+        )
+        return cls(own, folded)
+
+    @classmethod
+    def worst(cls, runs: Iterable[Results]) -> Error:
+        """Return the errors of the run in which folding adds most."""
+        return max(map(cls.of, runs), key=lambda error: error.after - 2.0 * error.before)
+
+    def allowed(self, tolerance: float, amplification: float = 1.0) -> bool:
+        """Whether folding errs by at most the tolerance or twice the original's own error, times the amplification.
+
+        The original and the folded network round differently, so either may happen to be nearer to float64: twice the
+        original's error is no evidence of a mistake. The whole has the bound of one fold, multiplied. A lower multiple
+        of the original's error there would reject networks of which every single fold had been accepted.
+        """
+        return self.after <= amplification * max(tolerance, 2.0 * self.before)
+
+
+def tolerance_for(given: float | None, dtypes: Iterable[Any]) -> float:
+    """Return the given tolerance, else the largest of these dtypes."""
+    return given if given is not None else max((TOLERANCE.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+
+
+def relative(found: Any, exact: Any) -> float:
+    """Return `max|found - exact| / max|exact|`; infinite where shapes differ or only one of two values is finite."""
+    found, exact = (
+        value.double() if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value, np.float64))
+        for value in (found, exact)
+    )
+    finite = exact.isfinite()
+    if found.shape != exact.shape or not torch.equal(finite, found.isfinite()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    largest = exact[finite].abs().max().item()
+    difference = (found[finite] - exact[finite]).abs().max().item()
+    return difference / largest if largest else difference
+
+
+def check_whole(error: Error, tolerance: float) -> None:
+    """Check the whole folded network.
+
+    Raises:
+        FoldError: Its results are not the original's.
+    """
+    if not error.allowed(tolerance, AMPLIFICATION):
+        raise FoldError(
+            f"the folded network must give the original's results, but errs by {error.after:.1e} where the original "
+            f"itself errs by {error.before:.1e}. Nothing was changed; please report the network."
+        )

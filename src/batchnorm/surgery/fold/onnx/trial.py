@@ -1,0 +1,108 @@
+"""One fold in an ONNX graph, run before and after in the model's own type and in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper
+from torch import Tensor
+
+from batchnorm.surgery.fold.gate import Results, relative
+from batchnorm.surgery.fold.onnx.graph import Array, Call
+from batchnorm.surgery.fold.onnx.network import OnnxNetwork
+from batchnorm.surgery.fold.onnx.running import Feeds, Runner, exact, is_floating
+from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, renamed, write
+from batchnorm.surgery.fold.plan import FoldPlan
+from batchnorm.surgery.fold.search import Trial
+from batchnorm.surgery.fold.states import CannotFold, State
+
+# A few operations cannot err by this much: the reference has another definition of one of them.
+IMPLAUSIBLE = 0.1
+
+
+def try_plan(network: OnnxNetwork, runner: Runner, model: onnx.ModelProto, plan: FoldPlan[str, Call]) -> Trial[str]:
+    """Run the calls that the plan touches, before and after, on the example's values and on random ones.
+
+    Raises:
+        arithmetic.NotRepresentable: A weight is not finite in its type.
+        CannotFold: They cannot be run.
+    """
+    writers = [network.writer(name) for name in plan.same]
+    touched = {*plan.states, *plan.through, *plan.gone, *(call for call in writers if call is not None)}
+    region = sorted(touched, key=lambda call: call.index)
+    remaining = [call for call in region if call not in plan.gone]
+    before, feeds = _part(network, region, network.states, {}, plan.same, model)
+    same = [network.resolve(name, plan.alias) for name in plan.same]
+    results = [network.resolve(name, plan.alias) for call in remaining for name in call.outputs]
+    states = {**network.states, **plan.states}
+    after, more = _part(network, remaining, states, plan.alias, [*same, *results], model)
+    feeds |= more
+    generator = np.random.default_rng(0)
+    tried = (feeds, {name: _random(value, generator) for name, value in feeds.items()})
+    try:
+        own = runner.run(before, *tried)
+        folded = runner.run(after, *tried)
+    except Exception as error:
+        raise CannotFold(f"trying it failed: {' '.join(str(error).split())[:200]}") from error
+    runs = []
+    for mine, new, right in zip(own, folded, exact(before, *tried) or own, strict=True):
+        plausible = max(relative(mine[name], right[name]) for name in plan.same) <= IMPLAUSIBLE
+        expected = right if plausible else mine
+        runs.append(
+            Results(
+                [mine[name] for name in plan.same], [new[name] for name in same], [expected[name] for name in plan.same]
+            )
+        )
+    return Trial(runs, {name: folded[0][name] for name in results})
+
+
+def _random(value: Array, generator: np.random.Generator) -> Array:
+    return generator.standard_normal(value.shape).astype(value.dtype) if is_floating(value) else value
+
+
+def _part(
+    network: OnnxNetwork, calls: list[Call], states: Mapping[Call, State], alias: Mapping[str, str],
+    outputs: Sequence[str], model: onnx.ModelProto,
+) -> tuple[onnx.ModelProto, Feeds]:  # fmt: skip
+    """Return a model of these calls alone, and its inputs."""
+    stored: dict[str, onnx.TensorProto] = {}
+    count = iter(range(1_000_000))
+
+    def keep(name: str, value: Tensor) -> str:
+        kept = f"folded weight {next(count)}"
+        stored[kept] = as_tensor(kept, value)
+        return kept
+
+    to = Writer(
+        name=lambda name: network.resolve(name, alias),
+        parameter=lambda name: network.constants.parameter(name, name),
+        store=keep,
+        fresh=lambda stem: f"{stem} {next(count)}",
+        opset=network.opset,
+    )
+    nodes = [node for call in calls for node in write(call, states.get(call), to)]
+    written = {name for node in nodes for name in node.output}
+    feeds: Feeds = {}
+    for name in dict.fromkeys(name for node in nodes for name in node.input if name):
+        if name in written or name in stored:
+            continue
+        tensor = network.constants.tensor(name)
+        if tensor is not None:
+            stored[name] = renamed(tensor, name)
+        elif name in network.values:
+            feeds[name] = network.values[name]
+        else:
+            raise CannotFold(f"{name} next to it is no tensor")
+    graph = helper.make_graph(
+        nodes,
+        "part",
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in feeds.items()
+        ],
+        [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(outputs)],
+        list(stored.values()),
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=max(model.ir_version, 4)), feeds

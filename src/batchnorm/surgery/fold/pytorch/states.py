@@ -1,0 +1,216 @@
+"""The calls that folding changes in a network of PyTorch, as functions that can be evaluated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.node import Node
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED
+from batchnorm.surgery.fold.arithmetic import ScaleShift, rounded, wide
+from batchnorm.surgery.fold.states import CannotFold, Linear, Norm, Window
+
+Lookup = Callable[[Node], Tensor]  # the value of an attribute of the graph
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TorchLinear(Linear):
+    """A convolution, transposed convolution or linear layer.
+
+    Attributes:
+        function: A function such as `F.conv2d`; or a layer with a forward method of its own, whose class derives from
+            a convolution or `nn.Linear`.
+        like: The original weight. The new one gets its dtype, device and memory format.
+        name: The path of the weight.
+    """
+
+    GROUPS = "groups"
+
+    function: Any
+    like: Tensor
+    name: str
+
+    @classmethod
+    def of_call(cls, node: Node, value: Lookup) -> TorchLinear:
+        """Return the layer that a call of a function is, where `linear_arguments` finds its arguments."""
+        given = linear_arguments(node)
+        assert given is not None
+        source, weight, bias = (given.pop(name, None) for name in ("input", "weight", "bias"))
+        like = value(weight)
+        return cls(
+            function=node.target,
+            source=source,
+            weight=wide(like),
+            bias=None if bias is None else wide(value(bias)),
+            like=like,
+            name=str(weight.target),
+            options=given,
+        )
+
+    @classmethod
+    def of_layer(cls, node: Node, layer: Any) -> TorchLinear:
+        """Return the layer of a call that was not traced, where `is_linear_layer` holds."""
+        return cls(
+            function=layer,
+            source=node.args[0],
+            weight=wide(layer.weight),
+            bias=None if layer.bias is None else wide(layer.bias),
+            like=layer.weight.detach(),
+            name=f"{node.target}.weight",
+            options={"groups": layer.groups} if isinstance(layer, _ConvNd) else {},
+        )
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer, if it has a forward method of its own."""
+        return self.function if isinstance(self.function, nn.Module) else None
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it is unknown how the input is used."""
+        return self.layer is not None
+
+    @property
+    def kind(self) -> object:
+        """The function."""
+        return self.function
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.function in TRANSPOSED or isinstance(self.function, _ConvTransposeNd)
+
+    @property
+    def window(self) -> Window:
+        """The positions that it reads."""
+        stride, dilation = self._each("stride", 1), self._each("dilation", 1)
+        given = self.options.get("padding", 0)
+        if given == "same":
+            total = [step * (taps - 1) for step, taps in zip(dilation, self.weight.shape[2:], strict=True)]
+            padding = tuple((n // 2, n - n // 2) for n in total)
+        else:
+            padding = tuple((n, n) for n in self._each("padding", 0)) if given != "valid" else ((0, 0),) * self.dims
+        return Window(stride, dilation, padding, any(self._each("output_padding", 0)))
+
+    def _each(self, name: str, default: int) -> tuple[int, ...]:
+        """Return an option's number for every dimension."""
+        value = self.options.get(name, default)
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return values * self.dims if len(values) == 1 else values
+
+    def before(self, s: ScaleShift) -> TorchLinear:
+        """Return the layer preceded by this scale and shift `[in]`.
+
+        Raises:
+            CannotFold: It is a layer with a forward method of its own.
+        """
+        if self.layer is not None:
+            raise CannotFold(f"how {type(self.layer).__name__} uses its input is not known")
+        return super().before(s)
+
+    def at_border(self) -> dict[str, Any]:
+        """Return the options of the call that applies the border's kernel to ones with one channel."""
+        return {name: value for name, value in self.options.items() if name != "groups"}
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the weight, bias and border kernel as they are stored.
+
+        Raises:
+            arithmetic.NotRepresentable: One is not finite in the weight's dtype.
+        """
+        bias, border = (None if t is None else rounded(t, self.like) for t in (self.bias, self.border))
+        return rounded(self.weight, self.like), bias, border
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the result for x: with the weights as they are stored, or for float64 x before rounding."""
+        weight, bias, border = (self.weight, self.bias, self.border) if x.dtype == torch.float64 else self.tensors()
+        held = [None if t is None else t.to(device=x.device, dtype=x.dtype) for t in (weight, bias, border)]
+        if self.layer is not None:
+            return with_parameters(self.layer, *held[:2])(x)
+        y = self.function(x, held[0], held[1], **self.options)
+        if held[2] is not None:
+            y = y + self.function(torch.ones_like(x[:1, :1]), held[2], None, **self.at_border())
+        return y
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TorchNorm(Norm):
+    """Batch normalization with fixed statistics.
+
+    Attributes:
+        like: The original running mean. New tensors get its dtype and device.
+    """
+
+    like: Tensor
+
+    @classmethod
+    def of_call(cls, node: Node, value: Lookup) -> TorchNorm:
+        """Return the batch normalization that a call of `F.batch_norm` is.
+
+        Raises:
+            CannotFold: It uses the batch's statistics, or its tensors are computed or not finite.
+        """
+        x, running_mean, running_var, weight, bias, training, _, eps = node.args
+        if training or running_mean is None:
+            raise CannotFold("it uses the batch's statistics in evaluation too")
+        held: list[Any] = [running_mean, running_var, weight, bias]
+        if any(t is not None and (not isinstance(t, Node) or t.op != "get_attr") for t in held):
+            raise CannotFold("its statistics or parameters are computed")
+        mean, var, gamma, beta = (None if t is None else value(t) for t in held)
+        assert mean is not None
+        return cls(source=x, scale_shift=ScaleShift.of(mean, var, gamma, beta, float(eps)), like=mean)  # type: ignore[arg-type]
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Return mean, variance, weight, bias and eps as they are stored."""
+        zeros = torch.zeros_like(self.like)
+        scale, shift = (rounded(t, self.like) for t in (self.scale_shift.scale, self.scale_shift.shift))
+        return zeros, torch.ones_like(self.like), scale, shift, 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the result for x."""
+        if x.dtype == torch.float64:
+            along = (1, -1, *(1,) * (x.dim() - 2))
+            s = self.scale_shift
+            return x * s.scale.to(x.device).reshape(along) + s.shift.to(x.device).reshape(along)
+        mean, var, weight, bias, eps = self.arguments()
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def linear_arguments(node: Node) -> dict[str, Any] | None:
+    """Return the arguments of a convolution or linear function by name; None if weights or options are computed."""
+    names: tuple[str, ...] = ()
+    if node.target in CONVOLUTIONS:
+        names = ("stride", "padding", "dilation", "groups")
+    elif node.target in TRANSPOSED:
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+    given: dict[str, Any] = {**dict(zip(("input", "weight", "bias", *names), node.args, strict=False)), **node.kwargs}
+    stored = [t for t in (given["weight"], given.get("bias")) if t is not None]
+    if not all(isinstance(t, Node) and t.op == "get_attr" for t in stored):
+        return None
+    return None if any(isinstance(given.get(name), Node) for name in names) else given
+
+
+def is_linear_layer(node: Node, layer: nn.Module) -> bool:
+    """Whether a call that was not traced, such as a convolution that pads by its input's size, is linear in a weight.
+
+    Its class says so. Like every fold, this is tried before it is relied on.
+    """
+    plain = set(layer._parameters) == {"weight", "bias"} and not layer._buffers
+    return plain and isinstance(layer, (nn.Linear, _ConvNd)) and not node.kwargs and len(node.args) == 1
+
+
+def with_parameters(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    """Return a copy of the layer with other parameters."""
+    other = copy.copy(layer)
+    other._parameters = {
+        name: value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        for name, value in (("weight", weight), ("bias", bias))
+    }
+    return other
