@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import batchnorm as bn
+from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.lowering import activation_of, lower, mutated
-from batchnorm.models.model_graph import TraceError, trace
+from batchnorm.models.model_graph import trace
 from batchnorm.models.neighbours import batch_norm_calls
 
 IMAGE = (2, 3, 8, 8)
@@ -113,7 +114,7 @@ def test_a_layer_that_cannot_be_traced_stays_whole_unless_it_holds_batch_normali
     x = torch.randn(IMAGE)
     found = trace(nn.Sequential(Decides(nn.Identity()), nn.BatchNorm2d(3)).eval(), Inputs.of(x), prepare=lower)
     assert [node.target for node in found.graph.nodes if node.op == "call_module"] == ["0"]
-    with pytest.raises(TraceError, match="fx: TraceError.*; export: "):
+    with pytest.raises(Untraceable, match="fx: TraceError.*; export: "):
         trace(nn.Sequential(Decides(nn.BatchNorm2d(3))).eval(), Inputs.of(x))
 
 
@@ -181,5 +182,4 @@ def test_example_inputs_of_every_kind() -> None:
     assert [tuple(i.args[0].shape) for i in Inputs.of(x).resized()] == [
         (3, 3, 8, 8), (1, 3, 8, 8), (2, 3, 40, 40), (2, 3, 9, 9),
     ]  # fmt: skip
-    with pytest.raises(TypeError, match="example_inputs must be a tensor, a tuple of arguments or a dict .* got int"):
-        Inputs.of(3)
+    assert Inputs.of(3).args == (3,)

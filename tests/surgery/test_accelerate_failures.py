@@ -138,7 +138,7 @@ def test_a_rewriting_that_differs_is_taken_back(monkeypatch: pytest.MonkeyPatch)
         return plan.arguments, plan.positional, plan.assumed
 
     # The package has a function of the module's name.
-    monkeypatch.setattr(sys.modules["batchnorm.surgery.accelerate"], "fused_class", wrong)
+    monkeypatch.setattr(sys.modules["batchnorm.surgery.accelerate.accelerate"], "fused_class", wrong)
     model = networks.ResNet().double()
     fast, report = accelerate(model, torch.randn(2, 3, 12, 12, dtype=torch.float64))
     assert set(report.fused) == {"bn1"}
@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_copied() -> None:
     for inputs in (None, x):
         with pytest.raises(ValueError, match="expects a model that can be copied, .* Pass inplace=True to change"):
             accelerate(model, inputs)
-    with pytest.raises(ValueError, match="expects a model that can be copied, .* Take out what cannot be copied"):
+    with pytest.raises(ValueError, match="expects a model that can be copied, .* Remove what cannot be copied"):
         accelerate(model, x, inplace=True)
     before.assert_same(model)
     fast, report = accelerate(model, inplace=True)

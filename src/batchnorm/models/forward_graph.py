@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.models.arguments import Expected
-from batchnorm.models.example_calls import Call
+from batchnorm.models.errors import Untraceable
+from batchnorm.models.inputs import Inputs
 from batchnorm.walk import is_hooked, set_mode
 
 _SIMPLE = (type(None), bool, int, float, str)
@@ -24,11 +25,7 @@ _DEVICES = ("cpu", "cuda")
 _DECIDES = "decides by shapes or values in its forward"
 
 
-class Untraceable(Exception):
-    """Why there is no such graph, as the end of a sentence about the module."""
-
-
-def expected_arguments(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]] | None) -> tuple[Expected, ...]:
+def expected_arguments(module: nn.Module, call: Inputs | None) -> tuple[Expected, ...]:
     """What each argument of the module's `forward` is: as in this call, or tensors and the defaults.
 
     Raises:
@@ -37,7 +34,7 @@ def expected_arguments(module: nn.Module, call: tuple[tuple[Any, ...], dict[str,
     parameters = _parameters(module)
     given: dict[str, Any] = {}
     if call is not None:
-        bound = inspect.signature(type(module).forward).bind(module, *call[0], **call[1]).arguments
+        bound = inspect.signature(type(module).forward).bind(module, *call.args, **call.kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
     expected = []
     for parameter in parameters:
@@ -50,13 +47,13 @@ def expected_arguments(module: nn.Module, call: tuple[tuple[Any, ...], dict[str,
             expected.append(Expected(parameter.name, "constant", value=default, optional=True))
         else:
             expected.append(Expected(parameter.name, "absent"))
-    if call is not None and sum(e.name in given for e in expected) < len(call[0]) + len(call[1]):
+    if call is not None and sum(e.name in given for e in expected) < len(call.args) + len(call.kwargs):
         raise Untraceable("is called with more arguments than its forward names")
     return tuple(expected)
 
 
 def graph_as_called(
-    root: nn.Module, holder: str, inlined: Sequence[nn.Module], calls: dict[str, Call] | None, where: str
+    root: nn.Module, holder: str, inlined: Sequence[nn.Module], calls: dict[str, Inputs] | None, where: str
 ) -> tuple[fx.Graph, tuple[Expected, ...]]:
     """The graph of the module at `holder`, with these modules' own inlined, as it was called, and its arguments.
 

@@ -1,4 +1,4 @@
-"""What a model is called with, and the same with other sizes."""
+"""The inputs of a model, and the same inputs with other sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+
+from batchnorm.walk import is_hooked
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,42 +27,31 @@ class Inputs:
 
     @classmethod
     def of(cls, example_inputs: Any) -> Inputs:
-        """From a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-
-        Raises:
-            TypeError: It is something else.
-        """
+        """Make inputs from a tuple or list of positional arguments, a mapping of named arguments, or one argument."""
         if isinstance(example_inputs, Inputs):
             return example_inputs
-        if isinstance(example_inputs, Tensor):
-            return cls((example_inputs,))
-        if isinstance(example_inputs, (tuple, list)):
-            return cls(tuple(example_inputs))
         if isinstance(example_inputs, Mapping):
             return cls((), dict(example_inputs))
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
-            f"{type(example_inputs).__name__}. Pass what the model is called with."
-        )
+        return cls(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
 
     def call(self, model: Callable[..., Any]) -> Any:
-        """What the model returns for them."""
+        """Call the model with these arguments, and return its result."""
         return model(*self.args, **self.kwargs)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """With every tensor replaced by the function's result."""
+        """Return the inputs with every tensor replaced by the function's result."""
         return Inputs(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor in them."""
+        """Return every tensor in the inputs."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """With floating-point tensors in this dtype."""
+        """Return the inputs with floating-point tensors in this dtype."""
         return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def random(self, seed: int = 0) -> Inputs:
-        """With floating-point tensors replaced by normal values; others as they are."""
+        """Return the inputs with normally distributed values in every floating-point tensor."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(x: Tensor) -> Tensor:
@@ -72,14 +63,14 @@ class Inputs:
         return self.map(draw)
 
     def first(self, samples: int) -> Inputs:
-        """With at most so many samples, where every tensor has the same number of them."""
+        """Return the first samples, at most this many, if every tensor has the same number of samples; else all."""
         sizes = {x.shape[0] if x.dim() else 0 for x in self.tensors()}
         if len(sizes) != 1 or next(iter(sizes)) <= samples:
             return self
         return self.map(lambda x: x[:samples])
 
     def resized(self) -> Iterator[Inputs]:
-        """The same with other numbers of samples, and with images, volumes and sequences of other sizes."""
+        """Yield the inputs with other numbers of samples, and with images, volumes and sequences of other sizes."""
         tensors = [x for x in self.tensors() if x.dim()]
         if not tensors:
             return
@@ -105,15 +96,9 @@ def _with_sizes(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return x
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module, inputs: Inputs) -> Any:
-    """What the model returns for a copy of the inputs, which it may change in place; without gradients."""
-    with torch.no_grad():
-        # A graph module called as such prints where it failed; here that is for the caller to tell.
-        return inputs.map(torch.clone).call(model.forward if isinstance(model, fx.GraphModule) else model)
-
-
-def outputs(result: Any) -> list[Tensor]:
-    """Every tensor in what a model returned."""
-    if not pytree.tree_leaves(result) and hasattr(result, "__dict__"):
-        result = vars(result)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    """Return the model's result for a copy of the inputs, which it may change in place; without gradients."""
+    # A graph module prints a failure when it is called. Its `forward` does not, but skips hooks.
+    plain = isinstance(model, fx.GraphModule) and not is_hooked(model)
+    return inputs.map(torch.clone).call(model.forward if plain else model)

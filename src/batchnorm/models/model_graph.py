@@ -16,15 +16,13 @@ from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 
 from batchnorm import walk
-from batchnorm.models.inputs import Inputs, evaluate, outputs
+from batchnorm.models.errors import Untraceable
+from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.outputs import outputs
 
 # Sizes of one dimension, in each of the runs that were tried: equal where they agree for every input.
 Dim = tuple[int, ...]
 Shape = tuple[Dim, ...]
-
-
-class TraceError(RuntimeError):
-    """The model cannot be traced as a whole; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class _Tracer(fx.Tracer):
     def _placeholder(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
-                raise TraceError(f"argument {name} holds tensors in a {type(value).__name__}")
+                raise Untraceable(f"argument {name} holds tensors in a {type(value).__name__}")
             return value
         return self.create_proxy("placeholder", name, (), {})
 
@@ -161,7 +159,7 @@ def _argument_names(program: torch.export.ExportedProgram) -> list[str]:
     spec = program.call_spec.in_spec
     args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec) if spec is not None else ((), {})
     if len(pytree.tree_leaves((args, kwargs))) != len(args) + len(kwargs):
-        raise TraceError("arguments that hold tensors in containers cannot be exported here")
+        raise Untraceable("arguments that hold tensors in containers cannot be exported here")
     user = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
     return [*user[: len(args)], *kwargs]
 
@@ -258,7 +256,7 @@ def trace(
         prepare: Applied to what was traced before it is tried.
 
     Raises:
-        TraceError: None of the ways gives a graph with the model's results.
+        Untraceable: None of the ways gives a graph with the model's results.
     """
     expected = evaluate(model, inputs)
     accepted = [(inputs, expected)]
@@ -286,7 +284,7 @@ def trace(
                 fixed = found
     if fixed is not None:
         return fixed
-    raise TraceError("; ".join(reasons))
+    raise Untraceable("; ".join(reasons))
 
 
 def _takes(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm import _checks, walk
 from batchnorm.models.batches import Forward, check_data, default_forward, device_of, moved
-from batchnorm.models.example_calls import difference, said
+from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -213,11 +213,6 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
         except Exception as error:
             raise ValueError(
                 f"{_VERB} expects a model that calls what is chosen and takes nothing else of it, got "
-                f"{type(model).__name__}, which then raised {said(error)}. Choose other modules."
+                f"{type(model).__name__}, which then raised {_checks.in_one_line(error)}. Choose other modules."
             ) from error
-    off, allowed = difference(before, after)
-    if not off <= allowed:
-        raise ValueError(
-            f"{_VERB} expects a model whose output stays, got one whose output changed by {off:.1e} of its largest "
-            "value. Something in it does not call what is chosen; the model is as it was."
-        )
+    check_unchanged(_VERB, before, after, "Something in it reads a module that was chosen without calling it")

@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 
 from batchnorm import _checks, walk
 from batchnorm.models import forward_graph as forward_tracing
-from batchnorm.models.example_calls import Call, arguments, difference, evaluate, for_trial, record
-from batchnorm.models.forward_graph import Untraceable
+from batchnorm.models.errors import Untraceable
+from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.outputs import check_unchanged
+from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.accelerate.fusion import caller_of
@@ -21,6 +23,7 @@ from batchnorm.walk import is_hooked
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+_VERB = "drop_redundant_bias"
 _DEEPEST = 16  # modules on the way from a layer to what comes before it
 
 
@@ -74,14 +77,15 @@ def drop_redundant_bias(
     """
     _check(model, optimizer, inplace)
     if not inplace:
-        model = walk.copied("drop_redundant_bias", model)
-    trial = for_trial("drop_redundant_bias", model)
+        model = walk.copied(_VERB, model)
+    trial = walk.trial_copy(_VERB, model)
     layers = walk.norm_layers(trial)
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
         before, calls = None, None
-        if example_inputs is not None:
-            before, calls = record("drop_redundant_bias", trial, [f.path for f in layers], example_inputs)
+        if inputs is not None:
+            before, calls = record_calls(_VERB, trial, [f.path for f in layers], inputs)
         pairs, left = _pairs(trial, layers, calls)
 
     dropped = [_Drop(model.get_submodule(pair.producer), model.get_submodule(pair.norm)) for pair in pairs]
@@ -89,14 +93,17 @@ def drop_redundant_bias(
         Change(pair.producer, f"{type(drop.producer).__name__} with bias", "without bias", f"before {pair.norm}")
         for pair, drop in zip(pairs, dropped, strict=True)
     ]
-    report = Report("drop_redundant_bias", tuple(changes), tuple(left))
+    report = Report(_VERB, tuple(changes), tuple(left))
     groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
     state = {} if optimizer is None else dict(optimizer.state)
     try:
         for drop in dropped:
             drop.do()
-        if calls is not None:
-            _compare(model, before, arguments(example_inputs))
+        if inputs is not None:
+            with walk.restored(model, buffers=True):
+                walk.set_mode(model, training=False)
+                after = evaluate(model, inputs)
+            check_unchanged(_VERB, before, after, "Something uses a bias outside the forward that was traced")
         if optimizer is not None:
             _forget(optimizer, [drop.bias for drop in dropped])
         return Result(model, report)
@@ -136,29 +143,29 @@ class _Drop:
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:
-    _checks.check_module("drop_redundant_bias", model)
+    _checks.check_module(_VERB, model)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
-            "drop_redundant_bias expects a model that is not yet in DistributedDataParallel, got one that is. "
+            f"{_VERB} expects a model that is not yet in DistributedDataParallel, got one that is. "
             "It waits for the gradient of every parameter: drop the biases first, and wrap the model then."
         )
     if optimizer is None:
         return
     if not inplace:
         raise ValueError(
-            "drop_redundant_bias expects inplace=True with an optimizer, got inplace=False. "
+            f"{_VERB} expects inplace=True with an optimizer, got inplace=False. "
             "The optimizer holds the parameters of this model, not of a copy."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(
-            f"drop_redundant_bias expects the optimizer of this model, got one ({type(optimizer).__name__}) that "
+            f"{_VERB} expects the optimizer of this model, got one ({type(optimizer).__name__}) that "
             "holds none of its parameters. Pass the one made from model.parameters()."
         )
 
 
 def _pairs(
-    model: nn.Module, layers: list[walk.Found], calls: dict[str, Call] | None
+    model: nn.Module, layers: list[walk.Found], calls: dict[str, Inputs] | None
 ) -> tuple[list[_Pair], list[Change]]:
     """Every bias that does nothing, and those of which it cannot be said."""
     pairs: list[_Pair] = []
@@ -182,7 +189,7 @@ def _pairs(
 
 
 def _why_kept(
-    model: nn.Module, producer: str, module: nn.Module, layer: walk.Found, calls: dict[str, Call] | None
+    model: nn.Module, producer: str, module: nn.Module, layer: walk.Found, calls: dict[str, Inputs] | None
 ) -> str:
     """Why a bias before a layer stays; empty where it does nothing."""
     bias = module._parameters.get("bias")
@@ -200,12 +207,12 @@ def _why_kept(
         if calls is None:
             return "whether its output is [N, C] or [N, L, C] shows with example_inputs only"
         call = calls.get(layer.path)
-        if call is None or not call[0] or call[0][0].dim() != 2:
+        if call is None or not call.args or call.args[0].dim() != 2:
             return "its output is not seen to be [N, C], where its features are the layer's channels"
     return ""
 
 
-def _before(model: nn.Module, norm: str, calls: dict[str, Call] | None) -> str | None:
+def _before(model: nn.Module, norm: str, calls: dict[str, Inputs] | None) -> str | None:
     """The path of the convolution or linear layer whose result goes to a layer alone; None where there is none."""
     layer = model.get_submodule(norm)
     holder, inner = caller_of(model, norm), list[str]()
@@ -239,7 +246,7 @@ def _before(model: nn.Module, norm: str, calls: dict[str, Call] | None) -> str |
     return None
 
 
-def _graph(model: nn.Module, holder: str, inner: list[str], calls: dict[str, Call] | None) -> fx.Graph:
+def _graph(model: nn.Module, holder: str, inner: list[str], calls: dict[str, Inputs] | None) -> fx.Graph:
     root = model.get_submodule(holder)
     inlined = [model.get_submodule(path) for path in inner]
     graph, _ = forward_tracing.graph_as_called(root, holder, inlined, calls, "next to the layer")
@@ -279,16 +286,6 @@ def _alone(graph: fx.Graph, root: nn.Module, call: fx.Node) -> bool:
 
 def _joined(holder: str, path: Any) -> str:
     return f"{holder}.{path}" if holder else str(path)
-
-
-def _compare(model: nn.Module, before: Any, call: Call) -> None:
-    with walk.restored(model, buffers=True):
-        off, allowed = difference(before, evaluate(model, call))
-    if not off <= allowed:
-        raise ValueError(
-            f"drop_redundant_bias expects a model whose output stays, got one whose output changed by {off:.1e} of its "
-            "largest value. Something uses a bias in a way that its forward does not show; the model is as it was."
-        )
 
 
 def _forget(optimizer: torch.optim.Optimizer, biases: list[nn.Parameter]) -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples, counted
 from batchnorm.models.batches import Ambient, Batches, device_of, moved, samples_in
-from batchnorm.models.inputs import Inputs, outputs
+from batchnorm.models.inputs import Inputs
 from batchnorm.models.memory import size_of
 from batchnorm.models.observe import (
     LayerCall,
@@ -28,6 +28,7 @@ from batchnorm.models.observe import (
     running_statistics,
     set_running_statistics,
 )
+from batchnorm.models.outputs import outputs
 from batchnorm.models.progress import Bar
 from batchnorm.moments import Moments
 

@@ -22,9 +22,10 @@ from batchnorm.doctor.measure.passes import Data, Passes
 from batchnorm.doctor.measure.ranks import Ranks
 from batchnorm.doctor.measure.step import Step, StepError, step
 from batchnorm.models.batches import Batches, device_of, moved
+from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.lowering import lower
-from batchnorm.models.model_graph import Trace, TraceError, trace
+from batchnorm.models.model_graph import Trace, trace
 from batchnorm.models.neighbours import batch_norm_calls
 from batchnorm.models.observe import Statistics
 from batchnorm.models.progress import Bar
@@ -139,7 +140,7 @@ class Probe:
             return
         try:
             self.trace = trace(self.model, example, prepare=self._prepared)
-        except TraceError as error:
+        except Untraceable as error:
             self.missing["trace"] = f"needs to trace the model, which failed: {error}"
             return
         calls = {call.path: call for call in reversed(batch_norm_calls(self.trace))}

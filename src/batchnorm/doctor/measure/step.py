@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.passes import Data, target_of
-from batchnorm.models.inputs import outputs
+from batchnorm.models.outputs import outputs
 from batchnorm.moments import Moments
 from batchnorm.walk import restored
 

@@ -33,7 +33,7 @@ from batchnorm.doctor.watch.hooks import (
 )
 from batchnorm.doctor.watch.pace import Pace
 from batchnorm.doctor.watch.record import QUANTITIES, Held, Look, Pool, Record, fetched, recorded
-from batchnorm.models.inputs import outputs
+from batchnorm.models.outputs import outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from batchnorm import _checks, walk
-from batchnorm.models.example_calls import Call, arguments, difference, evaluate, for_trial, record, said
+from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.outputs import difference
+from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.nn import (
     BatchNorm,
@@ -144,7 +145,7 @@ def _plan(
 ) -> tuple[Fusions, float | None]:
     """What can be rewritten, found and tried on a copy that shares nothing but the tensors."""
     try:
-        trial = for_trial("accelerate", model)
+        trial = walk.trial_copy("accelerate", model)
     except ValueError as error:
         if example_inputs is not None:
             raise
@@ -154,15 +155,17 @@ def _plan(
         norms = {path: trial.get_submodule(path) for path in ours}
         if example_inputs is None:
             return find_fusions(trial, norms, None), None
-        before, calls = record("accelerate", trial, ours, example_inputs)
+        inputs = Inputs.of(example_inputs)
+        before, calls = record_calls("accelerate", trial, ours, inputs)
         found = find_fusions(trial, norms, calls)
     _apply(trial, swapped, found)
     for path in list(found.plans):
         if why := _disagreement(trial.get_submodule(path), calls[path]):
             _drop(trial, found, path, why)
     with walk.restored(trial, buffers=True):
-        after = evaluate(trial, arguments(example_inputs))
-    return found, difference(before, after)[0]
+        walk.set_mode(trial, training=False)
+        after = evaluate(trial, inputs)
+    return found, difference(before, after).relative
 
 
 def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions) -> None:
@@ -189,29 +192,29 @@ def _drop(model: nn.Module, found: Fusions, path: str, why: str) -> None:
         found.reasons[layer] = f"{path or 'the model'} rewritten {why}"
 
 
-def _disagreement(module: nn.Module, call: Call) -> str:
+def _disagreement(module: nn.Module, call: Inputs) -> str:
     """How the rewritten `forward` differs from the class's own on this call, in either mode; empty where not."""
     own_forward = original_class(module).forward
     for training in (False, True):
         try:
-            with _fresh(module, call, training) as (args, kwargs):
-                expected = own_forward(module, *args, **kwargs)
+            with _fresh(module, call, training) as inputs:
+                expected = inputs.call(lambda *args, **kwargs: own_forward(module, *args, **kwargs))
         except Exception:  # such as one value per channel: the rewritten one has nothing to agree with
             continue
         try:
-            with _fresh(module, call, training) as (args, kwargs):
-                found = module.forward(*args, **kwargs)
+            with _fresh(module, call, training) as inputs:
+                found = inputs.call(module.forward)
         except Exception as error:
-            return f"raises {said(error)}"
-        off, allowed = difference(expected, found)
-        if not off <= allowed:
-            return f"differs by {off:.1e} {'in training' if training else 'in evaluation'}"
+            return f"raises {_checks.in_one_line(error)}"
+        differs = difference(expected, found)
+        if not differs.is_rounding:
+            return f"differs by {differs.relative:.1e} {'in training' if training else 'in evaluation'}"
     return ""
 
 
 @contextmanager
-def _fresh(module: nn.Module, call: Call, training: bool) -> Iterator[Call]:
+def _fresh(module: nn.Module, call: Inputs, training: bool) -> Iterator[Inputs]:
     """A mode for one call, with arguments that it may spoil; buffers and random state are put back."""
     with walk.restored(module, buffers=True), torch.no_grad():
         walk.set_mode(module, training)
-        yield pytree.tree_map_only(Tensor, Tensor.clone, call)
+        yield call.map(torch.clone)

@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.models import forward_graph as forward_tracing
-from batchnorm.models.example_calls import Call
-from batchnorm.models.forward_graph import Untraceable
+from batchnorm.models.errors import Untraceable
+from batchnorm.models.inputs import Inputs
 from batchnorm.surgery.accelerate.fused_forward import (
     Activation,
     Assumed,
@@ -76,7 +76,7 @@ class Fusions:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str, Call] | None) -> Fusions:
+def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str, Inputs] | None) -> Fusions:
     """Look for what follows each layer, in the module that calls it and, where its result leaves that, further out.
 
     Args:
@@ -134,7 +134,7 @@ def caller_of(model: nn.Module, path: str) -> str | None:
 
 
 def _match_in(
-    model: nn.Module, holder: str, through: list[str], norms: dict[str, nn.Module], calls: dict[str, Call] | None
+    model: nn.Module, holder: str, through: list[str], norms: dict[str, nn.Module], calls: dict[str, Inputs] | None
 ) -> tuple[dict[str, Fused | str], Plan | None]:
     """What each layer in a holder's graph takes with it, or why nothing; and the holder's rewritten `forward`."""
     root = model.get_submodule(holder)

@@ -13,7 +13,9 @@ from torch.fx.node import Node
 from batchnorm import walk
 from batchnorm.models import lowering
 from batchnorm.models import model_graph as tracing
-from batchnorm.models.inputs import Inputs, evaluate, outputs
+from batchnorm.models.errors import Untraceable
+from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.outputs import outputs
 from batchnorm.models.report import Change, Result
 from batchnorm.surgery.fold import gate
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
@@ -56,7 +58,7 @@ def fold(
         the model cannot be traced as a whole, it is a copy of the model with such graph modules for its parts.
 
     Raises:
-        TypeError: The model is no module, or example_inputs are of no known kind.
+        TypeError: The model is no module.
         ValueError: The model cannot be called with the inputs, or not copied.
         FoldError: The folded network's results are not the original's. The model is as it was, here as always.
 
@@ -125,7 +127,7 @@ def _folded(working: nn.Module, inputs: Inputs, limit: float, checked: _Checked)
     """
     try:
         trace = tracing.trace(working, inputs, ways=("fx",), prepare=lowering.lower)
-    except tracing.TraceError:
+    except Untraceable:
         pass
     else:
         if not trace.refused:
@@ -135,7 +137,7 @@ def _folded(working: nn.Module, inputs: Inputs, limit: float, checked: _Checked)
         return parts
     try:
         trace = tracing.trace(copied(working, share=True), inputs, prepare=lowering.lower)
-    except tracing.TraceError as error:
+    except Untraceable as error:
         parts = _fold_modules(working, inputs, limit, checked, ("fx", "export"))
         parts[1].notes = (f"the whole cannot be traced: {error}",)
         return parts
@@ -288,7 +290,7 @@ def _fold_part(
         return None
     try:
         trace = tracing.trace(copied(child, share=True), given, ways=ways, prepare=lowering.lower)
-    except tracing.TraceError:
+    except Untraceable:
         return None
     if trace.refused:
         return None

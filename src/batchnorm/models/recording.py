@@ -1,0 +1,71 @@
+"""A run of a model on example inputs, with the arguments that its layers were called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm._checks import in_one_line
+from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.walk import set_mode
+
+
+def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: Inputs) -> tuple[Any, dict[str, Inputs]]:
+    """Run the model in evaluation, and leave it there.
+
+    Args:
+        caller: The function that the user called, for error messages.
+        model: Any module.
+        layers: Paths of its layers.
+        inputs: Its example inputs.
+
+    Returns:
+        The model's output, and the first call of each of the layers and of the modules around them, by path.
+
+    Raises:
+        ValueError: the model does not take the inputs, or is lazy.
+    """
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"{caller} expects a model whose parameters have shapes where example_inputs are given, got a lazy one. "
+            "Run it once on a batch, or leave example_inputs out."
+        )
+    wanted = {part for path in layers for part in _with_parents(path)}
+    calls: dict[str, Inputs] = {}
+    handles = []
+    for path, module in model.named_modules():
+        if path in wanted:
+
+            def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                if path not in calls:
+                    calls[path] = Inputs(args, kwargs).map(torch.clone)
+
+            handles.append(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
+    set_mode(model, training=False)
+    try:
+        return evaluate(model, inputs), calls
+    except Exception as error:
+        given = ", ".join(_described(value) for value in (*inputs.args, *inputs.kwargs.values()))
+        raise ValueError(
+            f"{caller} expects example_inputs that {type(model).__name__} takes, got {given}, and the model raised "
+            f"{in_one_line(error)}. Pass what you call the model with: a tensor, a tuple, or a mapping of named "
+            "arguments."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield path
+
+
+def _described(value: Any) -> str:
+    return f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
