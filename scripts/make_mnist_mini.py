@@ -1,21 +1,17 @@
 """Draw `mnist-mini` (10,000 training and 2,000 test images, class-balanced) from the four official MNIST files.
 
-    python scripts/make_mnist_mini.py DIR            writes the file that the package ships
-    python scripts/make_mnist_mini.py DIR --check    only says whether the shipped file is what would be written
+    python scripts/make_mnist_mini.py DIR            write the file that the package ships
+    python scripts/make_mnist_mini.py DIR --check    only compare the shipped file with what would be written
 
-DIR holds train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and
-t10k-labels-idx1-ubyte.gz. Their contents are checked against MNIST's published MD5 sums first.
+DIR holds the four official files, gzipped or not; their content is checked.
 
-Of each class the images are taken at even distances through the official order, so that no random
-generator is needed, many writers are represented, and the test set has both of its halves (its first
-5,000 images are known to be the easier ones).
+The script takes the images of each class at even distances through the official order. This needs no random generator,
+represents many writers, and draws from both halves of the test set (its first 5,000 images are known to be easier).
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import sys
 import tempfile
 from pathlib import Path
@@ -23,34 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.compare.inputs import idx
+
 Bytes = NDArray[np.uint8]
 
-TRAIN_PER_CLASS, TEST_PER_CLASS, CLASSES = 1000, 200, 10
+PER_CLASS, CLASSES = {"train": 1000, "test": 200}, 10
 SHIPPED = Path(__file__).parent.parent / "src/batchnorm/compare/inputs/datasets/mnist-mini.npz"
-MD5 = {  # of the uncompressed files
-    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
-}
-
-
-def parse_idx(content: bytes) -> Bytes:
-    """Return the array of an uncompressed IDX file of unsigned bytes."""
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"an IDX file of bytes starts with 00 00 08, got {content[:3].hex(' ')}")
-    rank = content[3]
-    shape = np.frombuffer(content, ">u4", count=rank, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
-def read_official(directory: Path, name: str) -> Bytes:
-    """Return the array in one of the four official files, once its checksum is found right."""
-    content = gzip.decompress((directory / name).read_bytes())
-    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if digest != MD5[name]:
-        raise ValueError(f"{name} must hold MNIST's official content (MD5 {MD5[name]}), got MD5 {digest}")
-    return parse_idx(content)
 
 
 def draw(labels: Bytes, per_class: int) -> NDArray[np.intp]:
@@ -66,19 +40,17 @@ def draw(labels: Bytes, per_class: int) -> NDArray[np.intp]:
 
 def draw_all(directory: Path) -> dict[str, Bytes]:
     """Return the four arrays of `mnist-mini`."""
-    arrays = {}
-    for split, prefix, per_class in (("train", "train", TRAIN_PER_CLASS), ("test", "t10k", TEST_PER_CLASS)):
-        labels = read_official(directory, f"{prefix}-labels-idx1-ubyte.gz")
-        images = read_official(directory, f"{prefix}-images-idx3-ubyte.gz")
-        index = draw(labels, per_class)
-        arrays[f"x_{split}"], arrays[f"y_{split}"] = images[index], labels[index]
+    official, arrays = idx.read("mnist", directory), {}
+    for split, per_class in PER_CLASS.items():
+        index = draw(official[f"y_{split}"], per_class)
+        arrays |= {key: official[key][index] for key in (f"x_{split}", f"y_{split}")}
     return arrays
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="folder with the four official .gz files")
-    parser.add_argument("--check", action="store_true", help="write nothing, compare with the shipped file")
+    parser.add_argument("directory", type=Path, help="folder with the four official files")
+    parser.add_argument("--check", action="store_true", help="write nothing; compare with the shipped file")
     arguments = parser.parse_args()
     arrays = draw_all(arguments.directory)
     if arguments.check:

@@ -97,7 +97,7 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
     assert len(list((tmp_path / "there" / "runs").iterdir())) == 2 * 2 * 2 * 2
     assert (tmp_path / "there" / "steps.parquet").is_file()
     assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 16
-    assert_one_line(invoke("--data", file, "--data-dir", tmp_path), "data_dir (--data-dir) goes with data mnist")
+    assert_one_line(invoke("--data", file, "--data-dir", tmp_path), "data_dir (--data-dir) requires data mnist")
 
 
 def test_an_unknown_norm_is_told_with_the_closest(tmp_path):
@@ -135,7 +135,7 @@ def test_unusable_data_is_told(arrays, tmp_path, key, index, value, text):
 def test_a_directory_that_cannot_be_made_is_told(file, tmp_path):
     (tmp_path / "taken").write_text("a file")
     result = invoke("--data", file, "--out", tmp_path / "taken" / "out", *SHORT)
-    assert_one_line(result, "out must be a directory that can be written to")
+    assert_one_line(result, "out must be a writable directory")
 
 
 def test_a_directory_that_may_not_be_written_to_is_told(file, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_control_c_ends_with_130_and_one_line(tmp_path):
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr.splitlines()[-1] == (
-        f"batchnorm compare: interrupted; 0 finished runs lie in {out / 'runs'}, no summary was written. Continue "
+        f"batchnorm compare: interrupted; 0 finished runs are in {out / 'runs'}, without a summary. Continue "
         f"with: batchnorm compare --resume --out {out}"
     )
     assert "Traceback" not in stderr

@@ -189,7 +189,10 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
         ({"steps": 3, "epochs": 3}, "only one of epochs and steps"),
         ({"steps": 1.5}, "steps must be a positive integer, got 1.5"),
         ({"sampling": "classes:0"}, "sampling must be iid or classes:K .* got 'classes:0'"),
-        ({"sampling": "classes:4"}, "classes as there are classes in the training data, 3, got classes:4"),
+        (
+            {"sampling": "classes:4"},
+            "classes for a batch than there are classes in the training data, 3, got classes:4",
+        ),
         ({"seeds": 0}, "seeds must be a positive integer"),
         ({"threads": -1}, "threads must be a positive integer"),
         ({"evaluate_every": 0}, "evaluate_every must be a positive integer"),
@@ -302,7 +305,7 @@ def test_normalized_inputs_replace_standardized_ones(data, tmp_path):
     found = small(shifted, tmp_path, norms="none", input_norm=True, steps=30)
     assert found.settings.input_norm
     assert found.runs[0].steps[-1].loss < 0.5
-    assert "stands before the first layer" in found.report_path.read_text()
+    assert "precedes the first layer" in found.report_path.read_text()
 
 
 def test_a_network_with_weights_keeps_them(data, tmp_path):
@@ -314,7 +317,7 @@ def test_a_network_with_weights_keeps_them(data, tmp_path):
     first, second = found.runs
     assert first.evaluations[0] == second.evaluations[0]
     assert losses(first) != losses(second)
-    assert "The network came with its weights" in found.report_path.read_text()
+    assert "Every seed starts from the weights of the given network" in found.report_path.read_text()
 
 
 def test_the_default_directory_is_a_new_one():

@@ -21,7 +21,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     default=["none", "batch"],
     show_default="none batch",
     metavar="NAME...",
-    help="Normalizations to compare; the others are set against the first. Options of a layer follow its name: "
+    help="Normalizations; the others are compared with the first. Options of a layer follow its name: "
     "batch:momentum=0.01.",
 )
 @click.option(
@@ -30,20 +30,20 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     default=["before"],
     show_default="before",
     metavar="before|after...",
-    help="Where they stand, before or after the activation; both are compared where both are named.",
+    help="Normalize before or after the activation; with both, they are compared.",
 )
 @click.option(
     "--input-norm",
     is_flag=True,
-    help="A normalization without scale and shift before the first layer, instead of standardized data.",
+    help="Normalize the inputs by a layer without scale and shift, instead of standardizing the data.",
 )
 @click.option(
     "--model",
     default="mlp",
     show_default=True,
     metavar="NAME|MODULE.PATH:CALLABLE",
-    help="mlp, sigmoid-mlp, cnn, resnet20 or vgg; or a callable that gets (norm, in_shape, num_classes) and returns a "
-    "torch.nn.Module; or one without arguments, whose batch normalization is converted.",
+    help="mlp, sigmoid-mlp, cnn, resnet20 or vgg; or a callable that takes (norm, in_shape, num_classes) and returns a "
+    "torch.nn.Module; or one without arguments, whose network's batch normalization is replaced.",
 )
 @click.option(
     "--data",
@@ -56,7 +56,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     "--data-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder with the data's official files, instead of fetching them.",
+    help="Folder with the data's official files, instead of downloading them.",
 )
 @click.option(
     "--batch-size",
@@ -73,10 +73,10 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     default=["iid"],
     show_default="iid",
     metavar="iid|classes:K...",
-    help="How batches are drawn; classes:2 gives each batch samples of two classes.",
+    help="How batches are drawn; with classes:2, each batch has samples of two classes.",
 )
-@click.option("--epochs", type=int, show_default="10", metavar="N", help="Passes over the training data.")
-@click.option("--steps", type=int, metavar="N", help="Training steps, instead of epochs.")
+@click.option("--epochs", type=int, show_default="10", metavar="N", help="Number of epochs.")
+@click.option("--steps", type=int, metavar="N", help="Number of training steps, instead of epochs.")
 @click.option(
     "--lr",
     cls=SeveralValues,
@@ -90,7 +90,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     default="constant",
     show_default=True,
     metavar="NAME",
-    help="How the rate changes: constant, cosine, linear or step, each with a warm-up if wanted: cosine:warmup=100.",
+    help="How the rate changes: constant, cosine, linear or step, optionally with a warm-up: cosine:warmup=100.",
 )
 @click.option(
     "--optimizer",
@@ -99,20 +99,20 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     metavar="NAME",
     help="sgd, momentum (SGD with momentum 0.9), adam, adamw or rmsprop.",
 )
-@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="How many seeds.")
+@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Number of seeds.")
 @click.option(
     "--target-accuracy",
     type=float,
     default=0.95,
     show_default=True,
     metavar="SHARE",
-    help="Test accuracy whose first reaching is reported, 0 to 1.",
+    help="Test accuracy to reach, 0 to 1; the report says when each run reached it.",
 )
 @click.option(
     "--evaluate-every",
     type=int,
     metavar="N",
-    help="Steps between looks at the test set; else about 80 looks, at least 5 steps apart.",
+    help="Steps between evaluations; by default about 80 evaluations, at least 5 steps apart.",
 )
 @click.option(
     "--threads",
@@ -120,36 +120,36 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     default=1,
     show_default=True,
     metavar="N",
-    help="Threads that torch computes with; large networks want more.",
+    help="Number of threads that torch uses; large networks benefit from more.",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to train, such as cuda:0.")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Device to train on, such as cuda:0.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     show_default="batchnorm-compare/TIME",
     metavar="DIR",
-    help="Directory for the report and everything else.",
+    help="Directory for the report and all other output.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier comparison in the directory.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the comparison in the directory: what is finished is not trained again, options that are not given "
-    "are as before, and more norms, rates, batch sizes and seeds can be named.",
+    help="Continue the comparison in the directory, or start one if there is none. Finished runs are not trained "
+    "again, and omitted options keep their values. You may add norms, rates, batch sizes and seeds.",
 )
 @click.option(
     "--records",
     default="jsonl",
     show_default=True,
     metavar="jsonl|parquet",
-    help="parquet writes tables of all runs beside the lines of JSON.",
+    help="parquet adds tables of all runs to the lines of JSON.",
 )
-@click.option("--tensorboard", is_flag=True, help="Show every run in TensorBoard, too.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard logs of every run, too.")
 @click.option(
     "--report",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Train nothing: write the page of the comparison in that directory anew, finished or not.",
+    help="Train nothing; write the page of the comparison in that directory again, also if it is incomplete.",
 )
 @click.pass_context
 def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **options: Any) -> None:
@@ -182,21 +182,18 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
     except (comparison.ComparisonError, ModuleNotFoundError, OSError) as error:
         failed: int | None = getattr(error, "rank", None)
         if here.rank != (failed or 0):
-            ctx.exit(2)  # that process says why
+            ctx.exit(2)  # the failed process prints the error
         message = str(error)
         if isinstance(error, OSError):
             name, where = ("report", report) if report is not None else ("out", out)
-            message = (
-                f"{name} must be a directory that can be written to, but {where} gave: {error}. Choose another with "
-                f"--{name}."
-            )
+            message = f"{name} must be a writable directory, but {where} is not: {error}. Choose another with --{name}."
         raise OneLineError(ctx.command_path, message if failed is None else f"rank {failed}: {message}") from error
     except KeyboardInterrupt:
         if here.first and out is not None:
             runs = out / "runs"
             whole = len(list(runs.glob("*.jsonl")))
             click.echo(
-                f"{ctx.command_path}: interrupted; {whole} finished runs lie in {runs}, no summary was written. "
+                f"{ctx.command_path}: interrupted; {whole} finished runs are in {runs}, without a summary. "
                 f"Continue with: {ctx.command_path} --resume --out {out}",
                 err=True,
             )
@@ -206,19 +203,19 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
 
 
 def _of_report(ctx: click.Context, given: set[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Return what `rebuild` is to be told."""
+    """Return the arguments of `rebuild` that the command line gives."""
     if given - WITH_REPORT:
         names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in given - WITH_REPORT))
         raise OneLineError(
             ctx.command_path,
-            "--report trains nothing, so it goes only with --target-accuracy, --records and --tensorboard, got "
+            "--report trains nothing, so it allows only --target-accuracy, --records and --tensorboard, got "
             f"{names}. Leave these out.",
         )
     return {name: options[name] for name in given - {"report"}}
 
 
 def _not_given(earlier: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """Return the earlier arguments that the command line does not name again."""
-    length = {"epochs", "steps"}  # one stands for both
+    """Return the earlier arguments that the command line does not set again."""
+    length = {"epochs", "steps"}  # setting one replaces the other
     named = given | length if given & length else given
     return {name: value for name, value in earlier.items() if name not in named}

@@ -1,4 +1,4 @@
-"""The comparison itself: every choice, every seed, then the report."""
+"""Run a comparison: train every choice with every seed, then write the report."""
 
 from __future__ import annotations
 
@@ -67,65 +67,64 @@ def run(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train one network with several normalizations on the same data, and reports what each did.
+    """Train one network with several normalizations on the same data, and report the results.
 
-    Where several learning rates, batch sizes, placements or ways to draw batches are given, every combination is
-    trained. For each seed, all of them begin with the same initial values wherever the network has a parameter of that
-    name and shape, and those with the same batch size see the same batches in the same order. Which is trained first
-    changes from seed to seed.
+    With several learning rates, batch sizes, placements or samplings, every combination is trained. For each seed, all
+    networks start with the same initial values, wherever they have a parameter of the same name and shape; runs with
+    the same batch size see the same batches in the same order. The order of training changes from seed to seed.
 
-    Where torchrun started several processes, or `torch.distributed` is initialized, they train each network together
-    under `DistributedDataParallel`, each on its share of every batch. The first evaluates, writes, and shows progress;
-    all return what it found. Histograms are of its share.
+    If torchrun started several processes, or `torch.distributed` is initialized, they train each network together
+    under `DistributedDataParallel`, each on its share of every batch. The first process evaluates, writes, and shows
+    progress; all return its result. Histograms show the first process's share.
 
     Args:
-        norms: Names of normalizations, such as `["none", "batch"]` or `"none,batch"`; the first is what the
-            others are compared with.
+        norms: Names of normalizations, such as `["none", "batch"]` or `"none,batch"`. The others are compared with the
+            first.
         model: `mlp`, `sigmoid-mlp`, `cnn`, `resnet20`, `vgg`, a callable, or `module.path:callable`. It is called as
             `callable(norm, in_shape, num_classes)` and returns a `torch.nn.Module` from `[N, *in_shape]` to
-            `[N, num_classes]`; wherever it wants a normalization it calls `norm(channels)` or, for images,
-            `norm(channels, dims=2)`. `norm.replaces_bias` says whether the bias before can be dropped. Or your own
-            network: a `torch.nn.Module`, or a callable without arguments that returns one; its batch normalization is
-            then converted to each norm.
+            `[N, num_classes]`. It calls `norm(channels)` or, for images, `norm(channels, dims=2)` for each
+            normalization. `norm.replaces_bias` is True if the preceding layer can omit its bias. Or your own network:
+            a `torch.nn.Module`, or a callable without arguments that returns one; each norm then replaces its batch
+            normalization.
         data: `mnist-mini`, `mnist`, `fashion-mnist`, `digits`, the path of an `.npz` file, `module.path:callable`
             (see `batchnorm.compare.load`), or the return value of `load`.
-        data_dir: Folder with the data's files, where they are not to be fetched.
-        batch_size: Samples in each training step, of all processes together. One or several.
-        placement: Whether normalization stands `before` or `after` the activation. One or both.
-        input_norm: Whether a normalization without scale and shift stands before the first layer, instead of
-            standardized data.
-        sampling: `iid`, every epoch in a new order; or `classes:2`, each batch from two classes (or any other number).
+        data_dir: Folder with the data's files, instead of downloading them.
+        batch_size: Samples in each training step, over all processes. One or several.
+        placement: Whether to normalize `before` or `after` the activation. One or both.
+        input_norm: Whether to normalize the inputs by a layer without scale and shift, instead of standardizing the
+            data.
+        sampling: `iid`, a new order in every epoch; or `classes:2`, each batch from two classes (or any other number).
             One or several.
-        epochs: Passes over the training data, from which the steps of each batch size follow; 10 where neither
-            this nor `steps` is given.
-        steps: Training steps, instead of `epochs`.
-        lr: Learning rate, one or several; where none is given 0.1 for `sgd`, 0.01 for `momentum`, 1e-3 for `adam`,
-            `adamw` and `rmsprop`.
-        schedule: How the rate changes through training: `constant`, `cosine`, `step` or `linear`, with options after a
+        epochs: Number of epochs, which determines the steps for each batch size; 10 if neither this nor `steps` is
+            given.
+        steps: Number of training steps, instead of `epochs`.
+        lr: Learning rate, one or several; by default 0.1 for `sgd`, 0.01 for `momentum`, 1e-3 for `adam`, `adamw` and
+            `rmsprop`.
+        schedule: How the rate changes during training: `constant`, `cosine`, `step` or `linear`, with options after a
             colon: `cosine:warmup=100`.
         optimizer: `sgd`, `momentum` (SGD with momentum 0.9), `adam`, `adamw` or `rmsprop`.
-        seeds: How many seeds; they are 0, 1, ...
-        target_accuracy: The test accuracy whose first reaching is reported, above 0 and at most 1.
-        evaluate_every: Steps from one look at the test set to the next; where none is given, such that
-            there are about 80, at least 5 steps apart.
-        threads: Threads that torch computes with meanwhile. One is as fast for small networks, gives the
-            same bits and steady times on any machine; large networks want more.
-        device: Where the networks are trained, such as `cpu` or `cuda:0`.
-        out: Directory for everything that is written, made if need be; where none is given, a new one
-            in `batchnorm-compare/` named after the time.
-        overwrite: Whether an earlier comparison in `out` is replaced.
-        resume: Whether an earlier comparison in `out` is continued: its finished runs are not trained again. More
-            norms, values and seeds can be given than before; all else that decides a run's result must be as it was.
+        seeds: Number of seeds, counted from 0.
+        target_accuracy: The test accuracy to reach, above 0 and at most 1; the report says when each run reached it.
+        evaluate_every: Steps from one evaluation to the next; by default about 80 evaluations, at least 5 steps apart.
+        threads: Number of threads that torch uses. One is as fast for small networks, and gives the same bits and
+            steady times on any machine; large networks benefit from more.
+        device: Device to train on, such as `cpu` or `cuda:0`.
+        out: Directory for all output, created if necessary; by default a new one in `batchnorm-compare/` named after
+            the time.
+        overwrite: Whether to replace an earlier comparison in `out`.
+        resume: Whether to continue an earlier comparison in `out`, if there is one, without training its finished runs
+            again. You may add norms, values and seeds; every other setting that decides a run's result must be the
+            same.
         records: `jsonl`, each run as lines of JSON in `runs/`; or `parquet`, which adds tables of all runs.
-        tensorboard: Whether every run is shown in TensorBoard, too, from `out/tensorboard`.
-        progress: Whether progress is shown on standard error.
+        tensorboard: Whether to write TensorBoard logs of every run to `out/tensorboard`.
+        progress: Whether to show progress on standard error.
 
     Returns:
-        All records, what was found, and the paths of report and pictures.
+        All records, the outcomes, and the paths of report and pictures.
 
     Raises:
-        ComparisonError: If something given cannot be compared; it is a `ValueError`.
-        OSError: If `out` cannot be written to; on the first process.
+        ComparisonError: If an argument cannot be compared; it is a `ValueError`.
+        OSError: If the first process cannot write to `out`.
         ModuleNotFoundError: If a package that reports need is missing.
     """
     check_formats(records, tensorboard)
@@ -134,7 +133,7 @@ def run(
     if overwrite and resume:
         raise ComparisonError("only one of overwrite and resume can be given, got both. Leave one out.")
     if resume and out is None:
-        raise ComparisonError("resume needs out, the directory of the comparison to continue, got none. Name it.")
+        raise ComparisonError("resume needs out, the directory of the comparison to continue, got none. Set out.")
     with working_directory_importable(), restored(threads, device), parallel.processes() as processes:
 
         def check() -> tuple[Cells, dict[str, Any]]:
@@ -179,7 +178,7 @@ def run(
 
 
 def default_directory() -> Path:
-    """Return a directory that is not there yet, named after the time."""
+    """Return the path of a new directory, named after the time."""
     return Path("batchnorm-compare") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
 
 
@@ -213,7 +212,7 @@ def _compare(
         if earlier is None:
             prepare(directory, overwrite)
         elif missing:
-            (directory / SUMMARY).unlink(missing_ok=True)  # it stands where a comparison is finished
+            (directory / SUMMARY).unlink(missing_ok=True)  # it marks a finished comparison
         write_json(directory / SETTINGS, facts)
 
     processes.on_first(begin)
@@ -226,7 +225,7 @@ def _compare(
             shown.begin(f"{settings.grid.label(choice)}, seed {seed}", settings.steps_of(choice, samples))
             trained = cells.train(choice, seed, values, directory, tensorboard, shown.step)
             if processes.first:
-                shown.end(_ending(trained))
+                shown.end(_outcome(trained))
             known[choice, seed] = trained
     known = processes.from_first(known)
     return conclude(
@@ -235,7 +234,7 @@ def _compare(
 
 
 def _earlier(directory: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], Known] | None:
-    """Return the facts with when the earlier comparison began, and its finished runs; None where there is none."""
+    """Return the facts, with the start time of the earlier comparison, and its finished runs; None if there is none."""
     before = read_facts(directory)
     if before is None:
         return None
@@ -243,7 +242,7 @@ def _earlier(directory: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], Kn
     return {**facts, "started": before["started"]}, {(run.choice, run.seed): run for run in finished_runs(directory)}
 
 
-def _ending(run: Run) -> str:
+def _outcome(run: Run) -> str:
     if run.diverged_at is not None:
         return f"diverged at step {run.diverged_at}: the loss was not finite"
     last = run.evaluations[-1]
@@ -254,7 +253,7 @@ def _ending(run: Run) -> str:
 def _facts(
     settings: Settings, pretrained: bool, titles: dict[str, str], data: Data, processes: Processes
 ) -> dict[str, Any]:
-    """Return what is known before training starts."""
+    """Return the content of `settings.json`, which is known before training starts."""
     return {
         "schema": SCHEMA,
         "settings": asdict(settings),

@@ -1,6 +1,6 @@
 "use strict";
-// What the charts of every page have in common: figures with class "chart" are drawn with Observable Plot, as wide as
-// their place, and again when that changes.
+// Shared by the charts of all pages: draw each figure of class "chart" with Observable Plot at its full width, and again
+// when the width changes.
 const page = (() => {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const short = (value) => (value === null ? "–" : String(Number(value.toPrecision(4))).replace("-", "−"));
@@ -11,13 +11,13 @@ const page = (() => {
     return powers.flatMap((power) => factors.map((factor) => factor * 10 ** power)).filter((tick) => tick >= low && tick <= high);
   }
 
-  // Plot's options for a chart of this width; `x` and `y` add to those of the axes.
+  // Plot a chart of this width; `x` and `y` extend the options of the axes.
   function plot({ width, x, y, marks, ...options }) {
     const scales = {
       x: { labelArrow: "none", labelAnchor: "center", ticks: Math.max(3, width / 110), ...x },
       y: { labelArrow: "none", tickFormat: short, ...y },
     };
-    // Of a logarithmic scale's own axis some ticks have no number.
+    // The default axis of a logarithmic scale leaves some ticks without a number.
     const axes = [["x", Plot.axisX], ["y", Plot.axisY]].filter(([name]) => scales[name].type === "log").map(([name, axis]) => {
       const { ticks, tickFormat, label, labelArrow, labelAnchor } = scales[name];
       return axis(ticks, { text: tickFormat, label, labelArrow, labelAnchor });
@@ -30,7 +30,7 @@ const page = (() => {
   }
   const tip = (data, options) => Plot.tip(data, { stroke: "var(--rule)", lineHeight: 1.3, ...options });
 
-  // Draws each figure by `drawn(figure, width)`; what it returns draws one of them again.
+  // Draw each figure by `drawn(figure, width)`; return a function that redraws one figure.
   function draw(drawn) {
     const shown = new Map();
     function again(figure) {

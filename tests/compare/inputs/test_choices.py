@@ -41,7 +41,7 @@ def test_labels_name_only_what_varies():
     assert whole.label(choice) == "batch, after activation, lr 0.5, batches of 8, classes:2"
     assert whole.label(Choice("none", "before", 0.5, 8, "iid")) == "none, lr 0.5, batches of 8, iid"
     assert whole.title(choice, "batch normalization") == (
-        "batch normalization after the activation at learning rate 0.5 with batches of 8 drawn classes:2"
+        "batch normalization after the activation at learning rate 0.5 with batches of 8 under classes:2 sampling"
     )
     assert len({whole.label(choice) for choice in whole.choices}) == len(whole.choices)
 

@@ -128,13 +128,13 @@ def test_digits_are_scikit_learns():
 
 def test_without_scikit_learn_digits_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ComparisonError, match=r"comes with scikit-learn.* pip install 'batchnorm\[sklearn\]'"):
+    with pytest.raises(ComparisonError, match=r"needs scikit-learn.* pip install 'batchnorm\[sklearn\]'"):
         load("digits")
 
 
 def test_without_pooch_mnist_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(ComparisonError, match=r"pip install 'batchnorm\[compare\]', or give data_dir"):
+    with pytest.raises(ComparisonError, match=r"pip install 'batchnorm\[compare\]', or set data_dir"):
         load("mnist")
 
 
@@ -180,9 +180,7 @@ def test_unusable_data_callables_are_refused_with_the_reason(module, name, messa
 
 def test_a_folder_goes_with_files_only(arrays, tmp_path: Path):
     for source in ("mnist-mini", "mine.npz", from_arrays(arrays, "mine")):
-        with pytest.raises(
-            ComparisonError, match=r"data_dir \(--data-dir\) goes with data mnist or fashion-mnist, got"
-        ):
+        with pytest.raises(ComparisonError, match=r"data_dir \(--data-dir\) requires data mnist or fashion-mnist, got"):
             load(source, data_dir=tmp_path)
 
 

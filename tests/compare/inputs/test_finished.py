@@ -153,11 +153,11 @@ def of(layer: nn.Module) -> nn.Module:
             "batch",
             "Sequential is a finished network, .* got a Sequential without any. Write a callable",
         ),
-        (of(Scaled(64)), "batch", "norm 'batch' must be able .* but not so at 1: its class Scaled has its own forward"),
-        (of(Scaled(64)), "none", "norm 'none' must be able .* but not so at 1: its class Scaled has its own forward"),
+        (of(Scaled(64)), "batch", "norm 'batch' must be able .* but cannot at 1: its class Scaled has its own forward"),
+        (of(Scaled(64)), "none", "norm 'none' must be able .* but cannot at 1: its class Scaled has its own forward"),
         (of(nn.BatchNorm1d(64)), "group:7", "a number of groups that divides the 64 channels, got 7"),
-        (of(ours.BatchNormAct1d(64, activation="relu")), "layer", "BatchNormAct1d has an activation in it"),
-        (of(ours.BatchNormAct1d(64, activation="relu")), "ghost:2", "not so at 1: it also adds a residual"),
+        (of(ours.BatchNormAct1d(64, activation="relu")), "layer", "BatchNormAct1d contains an activation"),
+        (of(ours.BatchNormAct1d(64, activation="relu")), "ghost:2", "cannot at 1: it also adds a residual"),
         (of(nn.BatchNorm1d(63)), "batch", "Sequential must run without errors when it was given x \\[6, 1, 8, 8\\]"),
         (
             lambda: 1 / 0,
@@ -180,7 +180,5 @@ def test_an_activation_within_is_kept_by_batch() -> None:
 
 def test_placement_after_needs_a_model_that_is_built() -> None:
     norm = norms.parse("batch", "after")
-    with pytest.raises(
-        ComparisonError, match="placement after needs a model that is built .* got the finished finished"
-    ):
+    with pytest.raises(ComparisonError, match="placement after needs a model that builds .* got the finished finished"):
         models.resolve(finished)(norm, SAMPLE, 10)

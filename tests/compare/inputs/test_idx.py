@@ -62,16 +62,16 @@ def test_the_official_files_are_found_in_each_spelling(contents, tmp_path: Path,
 
 def test_missing_files_are_named(folder: Path):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ComparisonError, match="MNIST's four files .* with no t10k-labels-idx1-ubyte. Check the path"):
+    with pytest.raises(ComparisonError, match="MNIST's four files .* no t10k-labels-idx1-ubyte. Check the path"):
         load("mnist", data_dir=folder)
-    with pytest.raises(ComparisonError, match="got .*elsewhere with nothing there"):
+    with pytest.raises(ComparisonError, match="got .*elsewhere, which does not exist"):
         load("mnist", data_dir=folder / "elsewhere")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda b: b[:-7], "its header tells of 20 × 4 × 5 values, 393 bytes follow"),
+        (lambda b: b[:-7], "its header announces 20 × 4 × 5 values, but 393 bytes follow"),
         (lambda b: b[:9], "it ends within its header, after 9 bytes"),
         (lambda b: b"", "starts with 00 00 08 03, got nothing"),
         (lambda b: b"\x00\x00\x0d\x03" + b[4:], "starts with 00 00 08 03, got 00 00 0d 03"),
@@ -182,7 +182,7 @@ def test_a_failed_download_leaves_no_file_and_says_why(server: Server, tmp_path:
     else:
         server.files[path] = server.files[path][:-9]
         reason = "damaged gzip data"
-    with pytest.raises(ComparisonError, match=rf"nor to be had from the network \(127.0.0.1:\d+: {reason}"):
+    with pytest.raises(ComparisonError, match=rf"could not be downloaded \(127.0.0.1:\d+: {reason}"):
         load("mnist")
     assert cached(tmp_path) == []
 
@@ -202,9 +202,7 @@ def test_without_network_and_files_both_ways_out_are_named(server: Server, monke
 
 def test_a_cache_that_cannot_be_made_is_told(server: Server, tmp_path: Path):
     (tmp_path / "cache").write_text("a file, no folder")
-    with pytest.raises(
-        ComparisonError, match="the cache .* must be a folder that can be written to, but: .*BATCHNORM_"
-    ):
+    with pytest.raises(ComparisonError, match="the cache .* must be a writable folder, but: .*BATCHNORM_"):
         load("mnist")
 
 
@@ -223,3 +221,11 @@ def test_fashion_mnist_of_debian_is_the_official_one():
     assert (arrays["x_train"].shape, arrays["x_test"].shape) == ((60_000, 28, 28), (10_000, 28, 28))
     assert np.bincount(arrays["y_train"]).tolist() == [6000] * 10
     assert arrays["y_train"][:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
+
+
+def test_a_file_has_its_shape_and_values():
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    content = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 3, 4) + values.tobytes()
+    np.testing.assert_array_equal(idx._parse(content, 3), values)
+    with pytest.raises(ValueError, match="an IDX file of bytes with 3 axes starts with"):
+        idx._parse(b"\x00\x00\x0d\x03", 3)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import struct
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+from batchnorm.compare import ComparisonError
+from batchnorm.compare.inputs import idx
 
 ROOT = Path(__file__).parents[3]
 OFFICIAL = ROOT.parent / "shared" / "data" / "mnist"
@@ -52,16 +54,8 @@ def test_draw_takes_each_class_at_even_distances(script):
         script.draw(labels, 41)
 
 
-def test_parse_idx_reads_shape_and_values(script):
-    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    content = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 3, 4) + values.tobytes()
-    np.testing.assert_array_equal(script.parse_idx(content), values)
-    with pytest.raises(ValueError, match="an IDX file of bytes starts with"):
-        script.parse_idx(b"\x00\x00\x0d\x01")
-
-
-def test_read_official_refuses_other_content(script, tmp_path: Path):
-    name = "t10k-labels-idx1-ubyte.gz"
-    (tmp_path / name).write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(ValueError, match="must hold MNIST's official content"):
-        script.read_official(tmp_path, name)
+def test_the_script_refuses_other_content(script, tmp_path: Path):
+    for name in idx.FILES.values():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(ComparisonError, match="must be MNIST's official file"):
+        script.draw_all(tmp_path)

@@ -85,7 +85,9 @@ def test_placement_after_needs_normalization_and_activation_together():
     model = models.resolve(plain)
     model(norms.parse("batch"), SAMPLE, 10)
     for spec in ("batch", "none"):
-        with pytest.raises(ComparisonError, match="by norm.activated, got 1 from norm in plain. Write norm.activated"):
+        with pytest.raises(
+            ComparisonError, match="by norm.activated, got plain, which makes 1 by norm alone. Write norm.activated"
+        ):
             model(norms.parse(spec, "after"), SAMPLE, 10)
 
 

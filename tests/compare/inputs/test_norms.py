@@ -49,16 +49,16 @@ def test_several_norms_are_told_apart(given, specs):
         ("btach", "norms must be among none, batch.*, got 'btach'. Did you mean batch?"),
         ("zzz", "got 'zzz'. Choose from these"),
         ("", "norms must name at least one"),
-        (["none", "none"], "each norm must stand once in norms, got 'none' twice"),
-        ("batch:speed=3", "options of norm 'batch:speed=3' must be ones that its layer takes"),
-        ("ghost:0", "options of norm 'ghost:0' must be ones that its layer takes"),
-        ("renorm:rmax=0.5", "options of norm 'renorm:rmax=0.5' must be ones that its layer takes"),
-        ("decorrelated:8,rmax=3", "options of norm 'decorrelated:8,rmax=3' must be ones that its layer takes"),
+        (["none", "none"], "norms must all differ, got 'none' twice"),
+        ("batch:speed=3", "options of norm 'batch:speed=3' must be valid for its layer"),
+        ("ghost:0", "options of norm 'ghost:0' must be valid for its layer"),
+        ("renorm:rmax=0.5", "options of norm 'renorm:rmax=0.5' must be valid for its layer"),
+        ("decorrelated:8,rmax=3", "options of norm 'decorrelated:8,rmax=3' must be valid for its layer"),
         ("group:0", "group normalization expects a number of groups that divides the 0 channels, got 0"),
         ("group:many", "a number of groups that divides the 4 channels, got 'many'. Write for example group:8"),
-        ("layer:8", "options of norm 'layer:8' must be ones"),
+        ("layer:8", "options of norm 'layer:8' must be valid"),
         ("domain", "norms must be among .* got 'domain'"),
-        ("batch:eps=-1", "options of norm 'batch:eps=-1' must be ones that its layer takes"),
+        ("batch:eps=-1", "options of norm 'batch:eps=-1' must be valid for its layer"),
     ],
 )
 def test_unusable_norms_are_refused_with_the_reason(given, message):
@@ -123,7 +123,9 @@ def test_a_bias_is_dropped_just_where_it_does_nothing(name):
 def test_what_cannot_be_normalized_is_told():
     with pytest.raises(ValueError, match=r"instance normalization expects x .* with positions .*, got \[32, 32\]"):
         norms.parse("instance")(32)(torch.randn(32, 32))
-    with pytest.raises(ComparisonError, match=r"it said: at most 2 without a name \(rmax, dmax\). Write renorm alone"):
+    with pytest.raises(
+        ComparisonError, match=r"which said: at most 2 without a name \(rmax, dmax\). Write renorm alone"
+    ):
         norms.parse("renorm:3,5,7")
     with pytest.raises(ValueError, match="that divides the 48 channels, got 32. Write for example group:8"):
         norms.parse("group")(48, dims=2)

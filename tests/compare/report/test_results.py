@@ -33,8 +33,8 @@ def test_the_page_is_built_anew_from_the_runs_alone(result, copy):
 def test_an_unfinished_comparison_says_how_much_is_there(result, copy):
     (copy / "runs" / result.runs[1].file_name).rename(copy / "runs" / f"{result.runs[1].file_name}.partial")
     found = compare.rebuild(copy)
-    assert found.headline[0] == "This comparison is not finished: 3 of its 4 runs are there."
-    assert "3 of 4 runs are there" in found.report_path.read_text()
+    assert found.headline[0] == "This comparison is incomplete: 3 of its 4 runs are finished."
+    assert "3 of 4 runs are finished" in found.report_path.read_text()
     assert [outcome.seeds for outcome in found.outcomes] == [[0, 1], [1]]
 
 

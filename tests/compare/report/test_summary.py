@@ -91,11 +91,11 @@ def test_the_headline_tells_a_gain():
     slow = outcome("none", [[0.1, 0.5, 0.8, 0.92], [0.1, 0.5, 0.8, 0.91], [0.1, 0.5, 0.8, 0.90]], seconds=0.001)
     fast = outcome("batch", [[0.1, 0.9, 0.95, 0.96], [0.1, 0.9, 0.95, 0.95], [0.1, 0.9, 0.95, 0.95]], seconds=0.002)
     assert words(slow, fast) == [
-        "After 30 steps test accuracy was 95.3 ± 0.6 % with batch normalization and 91.0 ± 1.0 % with no normalization "
-        "(mean ± standard deviation of 3 seeds): 4.3 points higher with batch normalization (95 % interval +2.9 to "
-        "+5.8 points over 3 seeds).",
-        "With batch normalization the network reached 90.0 % test accuracy after 10 steps, with no normalization after "
-        "30 (3.0× fewer); in training time that is 20 ms against 30 ms (1.5× shorter; medians of 3 seeds).",
+        "After 30 steps, test accuracy was 95.3 ± 0.6 % with batch normalization and 91.0 ± 1.0 % with no "
+        "normalization (mean ± standard deviation of 3 seeds): 4.3 points higher with batch normalization (95 % "
+        "interval +2.9 to +5.8 points over 3 seeds).",
+        "The network reached 90.0 % test accuracy after 10 steps with batch normalization and after 30 with no "
+        "normalization (3.0× fewer); in training time, that is 20 ms and 30 ms (1.5× shorter; medians of 3 seeds).",
         "One training step took 2 ms with batch normalization and 1 ms with no normalization (2.0× as long).",
     ]
 
@@ -104,16 +104,16 @@ def test_the_headline_tells_a_loss_as_plainly():
     base = outcome("none", [[0.1, 0.9, 0.95, 0.96], [0.1, 0.9, 0.95, 0.95]], seconds=0.001)
     worse = outcome("batch", [[0.1, 0.5, 0.8, 0.92], [0.1, 0.5, 0.8, 0.91]], seconds=0.001)
     final, arrival, cost = words(base, worse)
-    assert "after 30 steps, with no normalization after 10 (3.0× as many)" in arrival
-    assert "30 ms against 10 ms (3.0× as long;" in arrival
+    assert "after 30 steps with batch normalization and after 10 with no normalization (3.0× as many)" in arrival
+    assert "30 ms and 10 ms (3.0× as long;" in arrival
     assert cost.endswith("(about the same).")
-    assert "4.0 points lower with batch normalization (from 2 seeds nothing can be said about chance, 3" in final
+    assert "4.0 points lower with batch normalization (no interval from 2 seeds: it takes at least 3" in final
 
 
 def test_a_difference_within_the_spread_is_not_decided():
     base, other = ending("none", 0.95, 0.92, 0.93), ending("batch", 0.94, 0.95, 0.94)
     assert words(base, other)[0].endswith(
-        ": 1.0 points higher with batch normalization, but not decided by 3 seeds: the 95 % interval reaches from −4.0 "
+        ": 1.0 points higher with batch normalization, but not decided by 3 seeds: the 95 % interval is −4.0 "
         "to +6.0 points."
     )
 
@@ -142,20 +142,20 @@ def test_equal_accuracies_are_no_difference():
         "(mean ± standard deviation of 3 seeds): no difference on average; equal in each of 3 seeds."
     )
     many = headline([base, other, ending("group", 0.5, 0.6, 0.7)], grid_of("none", "batch", "group"), 0.9)
-    assert "test accuracy (mean ± standard deviation of 3 seeds), as high as batch normalization; equal" in many[0]
+    assert "(mean ± standard deviation of 3 seeds), the same as batch normalization; equal" in many[0]
     one = words(ending("none", 0.95), ending("batch", 0.96))[0]
-    assert "(one seed): 1.0 points higher with batch normalization (from one seed nothing can be said" in one
+    assert "(one seed): 1.0 points higher with batch normalization (no interval from one seed: it" in one
 
 
 def test_a_target_that_was_not_reached_is_said():
     never = outcome("none", [[0.1, 0.2], [0.1, 0.3]])
     once = outcome("batch", [[0.1, 0.2], [0.1, 0.95]])
     assert words(never, outcome("batch", [[0.1, 0.2], [0.1, 0.2]]))[1] == (
-        "Neither with batch normalization nor with no normalization did the network reach 90.0 % test accuracy within "
-        "30 steps in any seed."
+        "The network reached 90.0 % test accuracy neither with batch normalization nor with no normalization within 30 "
+        "steps in any seed."
     )
     assert words(never, once)[1] == (
-        "Within 30 steps the network reached 90.0 % test accuracy with batch normalization in 1 of 2 seeds, there "
+        "Within 30 steps, the network reached 90.0 % test accuracy with batch normalization in 1 of 2 seeds, "
         "after 10 steps and 10 ms of training (median); with no normalization in none of 2 seeds."
     )
 
@@ -164,15 +164,15 @@ def test_divergence_is_said():
     base = outcome("none", [[0.1, 0.95], [0.1, 0.1]], diverged=(1,))
     other = outcome("batch", [[0.1, 0.95], [0.1, 0.95]])
     assert words(base, other)[0] == (
-        "After 30 steps test accuracy was 95.0 ± 0.0 % with batch normalization and 95.0 % with no normalization (mean "
-        "± standard deviation of 2 and 1 seeds); training with no normalization diverged in 1 of 2 seeds."
+        "After 30 steps, test accuracy was 95.0 ± 0.0 % with batch normalization and 95.0 % with no normalization "
+        "(mean ± standard deviation of 2 and 1 seeds); training with no normalization diverged in 1 of 2 seeds."
     )
     assert words(other, base)[0].startswith(
-        "After 30 steps test accuracy was 95.0 % with no normalization and 95.0 ± 0.0 %"
+        "After 30 steps, test accuracy was 95.0 % with no normalization and 95.0 ± 0.0 %"
     )
     lost = outcome("none", [[0.1, 0.1], [0.1, 0.1]], diverged=(0, 1))
     assert words(lost, other)[0] == (
-        "After 30 steps test accuracy was 95.0 ± 0.0 % with batch normalization (mean ± standard deviation of 2 "
+        "After 30 steps, test accuracy was 95.0 ± 0.0 % with batch normalization (mean ± standard deviation of 2 "
         "seeds); training with no normalization diverged in all 2 seeds."
     )
     assert words(lost, lost)[0].count("diverged in all 2 seeds") == 2
@@ -181,9 +181,9 @@ def test_divergence_is_said():
 
 def test_one_norm_alone_has_a_headline():
     assert words(outcome("none", [[0.1, 0.95], [0.1, 0.95]])) == [
-        "After 30 steps test accuracy was 95.0 ± 0.0 % with no normalization (mean ± standard deviation of 2 seeds).",
-        "With no normalization the network reached 90.0 % test accuracy within 30 steps in all 2 seeds, there after 10 "
-        "steps and 10 ms of training (median).",
+        "After 30 steps, test accuracy was 95.0 ± 0.0 % with no normalization (mean ± standard deviation of 2 seeds).",
+        "The network reached 90.0 % test accuracy with no normalization in all 2 seeds, after 10 steps and 10 ms of "
+        "training (median).",
         "One training step took 1 ms.",
     ]
 
@@ -209,16 +209,16 @@ def test_a_grid_is_judged_at_each_norms_best():
         ("group", 0.1),
     ]
     assert headline(found, grid, 0.9) == [
-        "Batch normalization at learning rate 1 ended highest, at 96.3 ± 0.6 % test accuracy (mean ± standard "
+        "Batch normalization at learning rate 1 had the highest final test accuracy, 96.3 ± 0.6 % (mean ± standard "
         "deviation of 3 seeds), 0.3 points above group normalization at learning rate 0.1; not decided by 3 seeds: the "
-        "95 % interval reaches from −1.1 to +1.8 points.",
-        "It ended 5.3 points above no normalization at learning rate 0.1, at 91.0 ± 1.0 %; 95 % interval +3.9 to +6.8 "
-        "points over 3 seeds.",
-        "Each norm is taken at its best of 2 settings, chosen on the same test data, which flatters all of them a "
-        "little.",
+        "95 % interval is −1.1 to +1.8 points.",
+        "It was 5.3 points above no normalization at learning rate 0.1, which ended at 91.0 ± 1.0 %; 95 % interval "
+        "+3.9 to +6.8 points over 3 seeds.",
+        "Each norm is shown at the best of its 2 settings; as the test data decided which is best, these accuracies "
+        "are slightly too high.",
         "Training diverged in 2 of 18 runs: none, lr 1.",
-        "90.0 % test accuracy came first with batch, lr 1 by steps (20) and with group, lr 0.1 by time (20 ms); a "
-        "training step took from 1 ms (group, lr 0.1) to 2 ms (batch, lr 1).",
+        "Reaching 90.0 % test accuracy took the fewest steps (20) with batch, lr 1 and the least time (20 ms) with "
+        "group, lr 0.1; a training step took 1 ms (group, lr 0.1) to 2 ms (batch, lr 1).",
     ]
 
 

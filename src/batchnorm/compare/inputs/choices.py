@@ -1,10 +1,9 @@
-"""What is compared: every combination of norms, placements, learning rates, batch sizes and ways to draw batches."""
+"""The grid of a comparison: combinations of norm, placement, learning rate, batch size and sampling."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,10 +17,10 @@ class Choice:
 
     Attributes:
         norm: The normalization, as the user wrote it.
-        placement: Where it stands, `before` or `after` the activation.
+        placement: Its placement, `before` or `after` the activation.
         lr: Learning rate.
         batch_size: Samples in each training step.
-        sampling: How batches are drawn, `iid` or `classes:2`.
+        sampling: How batches are drawn: `iid`, or `classes:2` for batches of two classes.
     """
 
     norm: str
@@ -32,7 +31,7 @@ class Choice:
 
     @property
     def file_stem(self) -> str:
-        """The choice as part of a file's name, which does not depend on what else is compared."""
+        """The choice as part of a file name; it does not depend on the rest of the comparison."""
         parts = (self.norm, self.placement, f"lr{self.lr:g}", f"batch{self.batch_size}", self.sampling)
         return "-".join(re.sub(r"[^A-Za-z0-9._=]+", "-", part) for part in parts)
 
@@ -41,7 +40,7 @@ class Choice:
 class Grid:
     """The values of each field of `Choice`; every combination of them is trained.
 
-    Without normalization there is nothing to place: `none` is trained with the first placement only.
+    `none` has nothing to place, so it is trained with the first placement only.
     """
 
     norm: tuple[str, ...]
@@ -51,7 +50,7 @@ class Grid:
     sampling: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check what no other part checks."""
+        """Check the placements, and that the names of the runs' files differ."""
         for placement in self.placement:
             if placement not in PLACEMENTS:
                 raise ComparisonError(
@@ -62,23 +61,23 @@ class Grid:
         for choice, stem in zip(self.choices, stems, strict=True):
             if stems.count(stem) > 1:
                 raise ComparisonError(
-                    f"choices must differ in letters and digits, as their files are named after these, but another one "
-                    f"has the name of {choice.norm!r} with learning rate {choice.lr:g}. Write it in another way."
+                    f"choices must differ in letters and digits, which name their files, but two get the name of "
+                    f"{choice.norm!r} with learning rate {choice.lr:g}. Write one of them in another way."
                 )
 
     @property
     def choices(self) -> list[Choice]:
-        """Every combination; those of the first norm come first."""
+        """All combinations; the ones with the first norm come first."""
         every = (Choice(*values) for values in itertools.product(*(getattr(self, f.name) for f in fields(self))))
         return [choice for choice in every if choice.norm != "none" or choice.placement == self.placement[0]]
 
     @property
     def varying(self) -> tuple[str, ...]:
-        """The fields that have more than one value."""
+        """The names of the fields with more than one value."""
         return tuple(f.name for f in fields(self) if len(getattr(self, f.name)) > 1)
 
     def label(self, choice: Choice) -> str:
-        """Return the choice's name in this comparison: only what varies, or the norm where nothing does."""
+        """Return the choice's name in this comparison: its values of the varying fields, or its norm if none varies."""
         varying = self.varying or ("norm",)
         parts = {
             "norm": choice.norm,
@@ -89,24 +88,23 @@ class Grid:
         }
         return ", ".join(part for name, part in parts.items() if name in varying and part)
 
-    def title(self, choice: Choice, norm_title: str, without: Sequence[str] = ()) -> str:
-        """Return what the choice is called in a sentence.
+    def title(self, choice: Choice, norm_title: str) -> str:
+        """Return the choice's name in a sentence.
 
         Args:
             choice: One of `choices`.
-            norm_title: What its norm is called in a sentence.
-            without: Fields that are not mentioned.
+            norm_title: The name of its norm in a sentence.
         """
         parts = {
             "placement": "" if choice.norm == "none" else f"{choice.placement} the activation",
             "lr": f"at learning rate {choice.lr:g}",
             "batch_size": f"with batches of {choice.batch_size}",
-            "sampling": f"drawn {choice.sampling}",
+            "sampling": f"under {choice.sampling} sampling",
         }
-        named = [part for name, part in parts.items() if name in self.varying and name not in without and part]
+        named = [part for name, part in parts.items() if name in self.varying and part]
         return " ".join([norm_title, *named])
 
     def missing_from(self, other: Grid) -> dict[str, list[Any]]:
-        """Return, by field, the values here that `other` does not have."""
+        """Return, by field, the values that `other` lacks."""
         found = {f.name: [v for v in getattr(self, f.name) if v not in getattr(other, f.name)] for f in fields(self)}
         return {name: values for name, values in found.items() if values}

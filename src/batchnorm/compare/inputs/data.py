@@ -32,13 +32,13 @@ class Data:
     """Inputs and labels, checked and ready for training.
 
     Attributes:
-        name: What it is called in reports.
-        x_train: float32 `[N, *in_shape]`; images without a channel axis have been given one.
+        name: Its name in reports.
+        x_train: float32 `[N, *in_shape]`; images always have a channel axis.
         y_train: int64 `[N]`, values in `0 .. num_classes - 1`.
         x_test: float32 `[N_test, *in_shape]`.
         y_test: int64 `[N_test]`.
         num_classes: Number of classes.
-        scaling: How the stored values became these, in words.
+        scaling: Description of how the stored values were scaled.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Data:
 
     @cached_property
     def train_part(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of at most as many training samples as there are test samples, always the same ones."""
+        """A fixed subset of the training samples, at most as large as the test set: inputs and labels."""
         order = torch.randperm(len(self.y_train), generator=torch.Generator().manual_seed(0))
         index = order[: len(self.y_test)].to(self.y_train.device)
         return self.x_train[index], self.y_train[index]
@@ -68,35 +68,34 @@ class Data:
 
 
 def load(source: str | Path | Data, *, data_dir: str | Path | None = None, standardize: bool = True) -> Data:
-    """Return the data that a name, a file or a callable stands for.
+    """Return the data that a name, a file or a callable specifies.
 
     Args:
         source: One of these:
 
-            - `mnist-mini`: 10,000 training and 2,000 test images of MNIST, which come with this package.
-            - `mnist`, `fashion-mnist`: 60,000 and 10,000 images of 28×28, fetched once into the user's cache (the
+            - `mnist-mini`: 10,000 training and 2,000 test images of MNIST, included in this package.
+            - `mnist`, `fashion-mnist`: 60,000 and 10,000 images of 28×28, downloaded once to the user's cache (the
               environment variable `BATCHNORM_CACHE` names another folder), or read from `data_dir`.
-            - `digits`: scikit-learn's 1,797 digits of 8×8; the last 360, mostly by other writers, are for testing.
+            - `digits`: scikit-learn's 1,797 digits of 8×8; the last 360, mostly by other writers, are the test set.
             - The path of an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`.
-            - `module.path:callable`, which is called without arguments and returns a dict of such arrays, or a `Data`.
-            - A `Data`, which is returned as it is.
+            - `module.path:callable`, which takes no arguments and returns a dict of such arrays, or a `Data`.
+            - A `Data`, which is returned unchanged.
 
-            Inputs are `[N, D]`, `[N, H, W]` (one channel), or `[N, C, *S]`. Bytes (uint8) are standardized: the
-            mean of all training values is taken away, and they are divided by their standard deviation.
-            Floating-point values are used as they are. Labels are integers from 0, each class occurring in
-            `y_train`; where some do not, `num_classes` beside the arrays says how many there are.
+            Inputs are `[N, D]`, `[N, H, W]` (one channel), or `[N, C, *S]`. Bytes (uint8) are standardized with the
+            mean and the standard deviation of all training values. Floating-point values are used as they are. Labels
+            are integers from 0. Every class must occur in `y_train`, unless `num_classes` is stored with the arrays.
         data_dir: Folder with the four official files of `mnist` or `fashion-mnist`, gzipped or not.
-        standardize: Whether bytes are standardized; where not, they are divided by 255, which no statistic of the
-            data goes into.
+        standardize: Whether to standardize bytes. If not, they are divided by 255, which uses no statistics of the
+            data.
 
     Raises:
-        ComparisonError: If there are no such data, or they are not what is described above.
+        ComparisonError: If there are no such data, or they do not meet the description above.
     """
     name = source.name if isinstance(source, Data) else str(source)
     if data_dir is not None and name not in idx.SOURCES:
         raise ComparisonError(
-            f"data_dir (--data-dir) goes with data {' or '.join(idx.SOURCES)}, got data {name!r}. Leave one of them "
-            "out."
+            f"data_dir (--data-dir) requires data {' or '.join(idx.SOURCES)}, got data {name!r}. Leave out data_dir, "
+            "or choose one of these."
         )
     if isinstance(source, Data):
         return source
@@ -123,18 +122,12 @@ def _digits() -> dict[str, NDArray[Any]]:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ComparisonError(
-            "data digits comes with scikit-learn, which cannot be imported. Install it with: pip install "
-            "'batchnorm[sklearn]'."
+            "data digits needs scikit-learn, which cannot be imported. Install with: pip install 'batchnorm[sklearn]'."
         ) from error
     held = load_digits()
-    images = (held.images * 15).astype(np.uint8)  # from 0 to 16, to bytes
+    images = (held.images * 15).astype(np.uint8)  # from 0..16 to bytes
     labels, train = held.target, len(held.target) - 360
-    return {
-        "x_train": images[:train],
-        "y_train": labels[:train],
-        "x_test": images[train:],
-        "y_test": labels[train:],
-    }
+    return dict(zip(KEYS, (images[:train], labels[:train], images[train:], labels[train:]), strict=True))
 
 
 def _from_callable(name: str, standardize: bool) -> Data:
@@ -166,21 +159,21 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         raise ComparisonError(f"data must be a file that exists, got {str(path)!r}. Check the path.") from error
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
         raise ComparisonError(
-            f"{path.name} must be a readable .npz file without Python objects, but reading it said: {error}. "
+            f"{path.name} must be a readable .npz file without Python objects, but reading it failed: {error}. "
             "Write it with numpy.savez_compressed."
         ) from error
 
 
 def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool = True) -> Data:
-    """Return the data that NumPy arrays hold, checked as `load` describes.
+    """Return the data in NumPy arrays, checked.
 
     Args:
-        arrays: `x_train`, `y_train`, `x_test`, `y_test`, and perhaps `num_classes`.
-        name: What it is called in reports and errors.
-        standardize: Whether bytes are standardized.
+        arrays: `x_train`, `y_train`, `x_test`, `y_test`, and optionally `num_classes`; `load` describes them.
+        name: Their name in reports and errors.
+        standardize: Whether to standardize bytes.
 
     Raises:
-        ComparisonError: If the arrays are not as `load` describes.
+        ComparisonError: If the arrays do not meet the description in `load`.
     """
     missing = [key for key in KEYS if key not in arrays]
     if missing:
@@ -194,7 +187,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool
     if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
         raise ComparisonError(
             f"{name}: x_test must have the sample shape and dtype of x_train, got {list(test.shape[1:])} "
-            f"{test.dtype} and {list(train.shape[1:])} {train.dtype}. Make them alike."
+            f"{test.dtype} and {list(train.shape[1:])} {train.dtype}. Make them equal."
         )
     num_classes = _num_classes(arrays, name)
     scaling = "used as they are"
@@ -221,7 +214,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool
 
 
 def _mean_and_deviation(values: NDArray[np.uint8]) -> tuple[float, float]:
-    """Return those of all bytes, from how often each occurs; NumPy's own would take eight times their memory."""
+    """Return both over all bytes, from the counts of the values; NumPy's functions need eight times their memory."""
     counts = np.zeros(256)
     for part in np.array_split(values, math.ceil(values.size / 2**22)):
         counts += np.bincount(part.ravel(), minlength=256)
@@ -243,7 +236,7 @@ def _check_inputs(x: NDArray[Any], what: str) -> None:
         if len(bad):
             raise ComparisonError(
                 f"{what} must be finite in float32, got NaN or infinity in {len(bad)} of {len(x)} samples, the first "
-                f"at index {bad[0]}. Leave these out or mend them."
+                f"at index {bad[0]}. Remove or fix these samples."
             )
 
 
@@ -253,7 +246,7 @@ def _check_labels(y: NDArray[Any], what: str, samples: int, inputs: str) -> None
     if y.shape != (samples,):
         raise ComparisonError(
             f"{what} must have one label for each of the {samples} samples in {inputs}, got shape {list(y.shape)}. "
-            "Check that both are cut alike."
+            "Check that both have the same samples."
         )
     if y.min() < 0:
         raise ComparisonError(f"{what} must not be negative, got {y.min()}. Number the classes from 0.")
@@ -268,7 +261,7 @@ def _num_classes(arrays: dict[str, NDArray[Any]], name: str) -> int:
         num_classes = int(given.reshape(()))
         if train.max() >= num_classes:
             raise ComparisonError(
-                f"{name}: y_train must be below num_classes = {num_classes}, got {train.max()}. Mend one of them."
+                f"{name}: y_train must be below num_classes = {num_classes}, got {train.max()}. Fix one of them."
             )
     else:
         present = np.unique(train)
@@ -276,12 +269,12 @@ def _num_classes(arrays: dict[str, NDArray[Any]], name: str) -> int:
         if present[-1] != num_classes - 1:
             raise ComparisonError(
                 f"{name}: y_train must have every class from 0 to its largest label, got {num_classes} different "
-                f"labels from {present[0]} to {present[-1]}. Number the classes from 0, or store num_classes beside."
+                f"labels from {present[0]} to {present[-1]}. Number the classes from 0, or store num_classes, too."
             )
     if test.max() >= num_classes:
         raise ComparisonError(
             f"{name}: y_test must be among the {num_classes} classes 0 to {num_classes - 1}, got {test.max()}. Leave "
-            "such samples out, or store num_classes in the file."
+            "out such samples, or store num_classes in the file."
         )
     if num_classes < 2:
         raise ComparisonError(f"{name} must have at least two classes, got {num_classes}. Check y_train.")

@@ -1,4 +1,4 @@
-"""A network that is finished, with the normalizations of a comparison in place of its batch normalization."""
+"""Replace the batch normalization of a finished network by a norm of the comparison."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from batchnorm.surgery.convert.convert import convert, rank_of
 
 
 def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: str) -> nn.Module:
-    """Return the network with `norm` in the place of each batch normalization; all else is as it was.
+    """Return the network with each batch normalization replaced by `norm`, and everything else unchanged.
 
-    Batch normalization and its relatives keep what the layers had: γ, β, ε, momentum and running statistics, as
-    `batchnorm.convert` does, unless the options of `norm` say otherwise. Other normalizations are made new, and get γ
-    and β where theirs have that shape.
+    Variants of batch normalization keep γ, β, ε, momentum and running statistics of the replaced layers, as
+    `batchnorm.convert` does, unless the options of `norm` override them. Other normalizations are new layers, with γ
+    and β copied if the shapes agree.
 
     Args:
-        network: Changed in place; its lazy layers must have been made.
+        network: Changed in place; its lazy layers must be initialized.
         norm: Its `made` becomes the new layers.
-        in_shape: Shape of one sample, which gives the number of dimensions where a layer takes any.
-        name: What the model is called in errors.
+        in_shape: Shape of one sample; gives the number of dimensions for layers that take any.
+        name: The model's name in errors.
 
     Raises:
-        ComparisonError: If there is no batch normalization in the network, or one that cannot be replaced.
+        ComparisonError: If the network has no batch normalization, or one that cannot be replaced.
     """
     found = walk.norm_layers(network)
     if not found:
         raise ComparisonError(
-            f"the model {name} is a finished network, which must have batch normalization that others can take the "
-            f"place of, got a {type(network).__name__} without any. Write a callable (norm, in_shape, num_classes) "
-            "that calls norm.activated where it wants a normalization."
+            f"the model {name} is a finished network, which must have batch normalization to replace, got a "
+            f"{type(network).__name__} without any. Write a callable (norm, in_shape, num_classes) that calls "
+            "norm.activated for each normalization."
         )
 
     def made(layer: nn.Module) -> nn.Module:
         if hasattr(layer, "activation"):
             raise ValueError(
-                f"{type(layer).__name__} has an activation in it, which would be lost. Write the two as two layers"
+                f"{type(layer).__name__} contains an activation, which would be lost. Write the two as separate layers"
             )
         rank = rank_of(layer)
         return norm(int(layer.num_features), int(rank[0]) if rank else min(max(len(in_shape) - 1, 1), 3))  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: s
         result = convert(network, to=norm.target or made, inplace=True, **options)
     except (TypeError, ValueError) as error:
         raise ComparisonError(
-            f"norm {norm.spec!r} must be able to take the place of batch normalization in {name}, but: "
+            f"norm {norm.spec!r} must be able to replace batch normalization in {name}, but: "
             f"{str(error).rstrip('.')}. Choose another norm, or write a callable (norm, in_shape, num_classes)."
         ) from error
     for change in result.report.left:
@@ -55,8 +55,8 @@ def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: s
         kind = type(layer)
         if not (norm.target and kind.__module__.startswith("batchnorm.") and kind.__name__.startswith(norm.target)):
             raise ComparisonError(
-                f"norm {norm.spec!r} must be able to take the place of batch normalization in {name}, but not so at "
-                f"{change.path or 'the model itself'}: {change.reason}. Mend that layer, or write a callable (norm, "
+                f"norm {norm.spec!r} must be able to replace batch normalization in {name}, but cannot at "
+                f"{change.path or 'the model itself'}: {change.reason}. Fix that layer, or write a callable (norm, "
                 "in_shape, num_classes)."
             )
     norm.made[:] = [result.model.get_submodule(place.path) for place in found]

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: four files of one format, read from a folder or fetched once into the user's cache."""
+"""MNIST and Fashion-MNIST: four IDX files, read from a folder or downloaded once to the user's cache."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set is had from.
+    """The origin of a data set.
 
     Attributes:
-        title: What it is called in errors.
-        mirrors: Addresses of folders with the four files, gzipped; the first that has a file gives it.
-        sha256: Of each file's content, uncompressed: it is compressed differently in different places.
+        title: Its name in errors.
+        mirrors: URLs of folders with the four files, gzipped, in the order in which they are tried.
+        sha256: Hash of each file's uncompressed content, as the compression differs between mirrors.
     """
 
     title: str
@@ -71,15 +71,15 @@ SOURCES = {
 
 
 def read(name: str, directory: str | Path | None) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a data set: images uint8 `[N, 28, 28]` and labels uint8 `[N]`, as `from_arrays` takes them.
+    """Return the arrays of a data set for `from_arrays`: images uint8 `[N, 28, 28]` and labels uint8 `[N]`.
 
     Args:
         name: `mnist` or `fashion-mnist`.
-        directory: Folder with the four official files, gzipped or not; None to take them from the user's cache, into
-            which they are fetched where they are not there yet.
+        directory: Folder with the four official files, gzipped or not; None for the user's cache, to which missing
+            files are downloaded.
 
     Raises:
-        ComparisonError: If files are missing and cannot be fetched, or are not the official ones.
+        ComparisonError: If files are missing and cannot be downloaded, or are not the official ones.
     """
     source = SOURCES[name]
     paths = _find(source, Path(directory)) if directory is not None else _fetch(name, source)
@@ -95,10 +95,10 @@ def _find(source: Source, directory: Path) -> dict[str, Path]:
             found[file] = path
     missing = [file for file in FILES.values() if file not in found]
     if missing:
-        what = f"no {' and no '.join(missing)}" if directory.is_dir() else "nothing there"
+        what = f"which has no {' and no '.join(missing)}" if directory.is_dir() else "which does not exist"
         raise ComparisonError(
-            f"data_dir must be a folder with {source.title}'s four files ({', '.join(FILES.values())}, each with .gz "
-            f"or without), got {directory} with {what}. Check the path."
+            f"data_dir must be a folder with {source.title}'s four files ({', '.join(FILES.values())}, each with or "
+            f"without .gz), got {directory}, {what}. Check the path."
         )
     return found
 
@@ -108,8 +108,8 @@ def _fetch(name: str, source: Source) -> dict[str, Path]:
         import pooch  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ComparisonError(
-            f"data {name} is fetched by the package pooch, which cannot be imported. Install it with: pip install "
-            "'batchnorm[compare]', or give data_dir (--data-dir) a folder with the four files."
+            f"data {name} needs pooch for its download, which cannot be imported. Install with: pip install "
+            "'batchnorm[compare]', or set data_dir (--data-dir) to a folder with the four files."
         ) from error
     folder = Path(os.environ.get(CACHE) or pooch.os_cache("batchnorm")) / name
     chosen = os.environ.get(MIRROR)
@@ -136,18 +136,18 @@ def _first_that_has(file: str, places: list[Any], mirrors: tuple[str, ...], name
             reasons.append(f"{urlsplit(mirror).netloc or mirror}: {reason}")
         except OSError as error:
             raise ComparisonError(
-                f"the cache {folder} must be a folder that can be written to, but: {error}. Name another in the "
-                f"environment variable {CACHE}, or give data_dir (--data-dir) a folder with the four files."
+                f"the cache {folder} must be a writable folder, but: {error}. Name another in the environment "
+                f"variable {CACHE}, or set data_dir (--data-dir) to a folder with the four files."
             ) from error
     raise ComparisonError(
-        f"data {name} must be fetched once or given as files, but {file} was neither in {folder} nor to be had from "
-        f"the network ({'; '.join(reasons)}). Either give data_dir (--data-dir) a folder with the four official files, "
-        f"or run once with a network (HTTPS_PROXY names a proxy, {MIRROR} another server)."
+        f"data {name} must be downloaded once or given as files, but {file} is not in {folder} and could not be "
+        f"downloaded ({'; '.join(reasons)}). Set data_dir (--data-dir) to a folder with the four official files, or "
+        f"run once with network access (HTTPS_PROXY names a proxy, {MIRROR} another server)."
     )
 
 
 def _download(url: str, output_file: str, pooch: object) -> None:
-    """Write the content at an address, uncompressed; pooch then checks that, and gives the file its name."""
+    """Write the uncompressed content of a URL; pooch then checks its hash and renames the file."""
     from pooch import HTTPDownloader
 
     received = io.BytesIO()
@@ -169,7 +169,7 @@ def _uncompressed(content: bytes) -> bytes:
 
 
 def _array(source: Source, file: str, path: Path) -> NDArray[np.uint8]:
-    """Return what the file holds, once it is found to be the official content."""
+    """Return the array in an official file, after checking its content."""
     try:
         content = _uncompressed(path.read_bytes())
         array = _parse(content, rank=3 if "images" in file else 1)
@@ -179,8 +179,8 @@ def _array(source: Source, file: str, path: Path) -> NDArray[np.uint8]:
             raise ValueError("".join(others) or f"its content has SHA-256 {digest}, not {source.sha256[file]}")
     except (OSError, ValueError) as error:
         raise ComparisonError(
-            f"{path} must be {source.title}'s official file {file}, but: {error}. Get the file anew; other data go "
-            "into an .npz file."
+            f"{path} must be {source.title}'s official file {file}, but: {error}. Download the file again; give "
+            "other data as an .npz file."
         ) from error
     return array
 
@@ -196,6 +196,6 @@ def _parse(content: bytes, rank: int) -> NDArray[np.uint8]:
     shape = tuple(np.frombuffer(content, ">u4", count=rank, offset=4).tolist())
     if len(content) != start + math.prod(shape):
         raise ValueError(
-            f"its header tells of {' × '.join(map(str, shape))} values, {len(content) - start} bytes follow"
+            f"its header announces {' × '.join(map(str, shape))} values, but {len(content) - start} bytes follow"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

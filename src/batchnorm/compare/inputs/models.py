@@ -1,4 +1,4 @@
-"""What is compared: a network by its name, the user's own, or what builds one."""
+"""The network of a comparison: by name, the user's own, or a callable that builds it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ AnyModel = str | nn.Module | BuildModel | MakeModel
 
 @dataclass(frozen=True)
 class Model:
-    """A network that can be had with any normalization.
+    """A network that can be built with any normalization.
 
     Attributes:
-        name: As the user wrote it.
-        build: `build(norm, in_shape, num_classes)` returns the network; of a finished one, `build()`.
-        finished: Whether it comes with batch normalization, in whose place the norms of a comparison are put.
-        pretrained: Whether it is one network with the weights that it has, so that seeds differ in the data order only.
+        name: Its name as the user wrote it.
+        build: `build(norm, in_shape, num_classes)` returns the network; `build()` if it is finished.
+        finished: Whether it comes with batch normalization, which the norms of the comparison replace.
+        pretrained: Whether every run starts from the weights of one given network; seeds then differ in the data
+            order only.
     """
 
     name: str
@@ -43,16 +44,16 @@ class Model:
     pretrained: bool = False
 
     def __call__(self, norm: Norm, sample: Tensor, num_classes: int) -> nn.Module:
-        """Return the network on the CPU, tried on `sample`, with its lazy parameters made.
+        """Return the network on the CPU, tried on `sample`, with its lazy parameters initialized.
 
         Args:
-            norm: Makes the normalization layers; what it made before is forgotten.
+            norm: Makes the normalization layers; its list of layers made is cleared first.
             sample: Some inputs, `[N, *in_shape]`, on any device.
             num_classes: Number of outputs.
 
         Raises:
-            ComparisonError: If the callable raises, returns something else than a network, the network's output is
-                not `[N, num_classes]`, or it does not have its normalizations where `norm.placement` says.
+            ComparisonError: If the callable raises, or does not return a network; if the network's output is not
+                `[N, num_classes]`; or if its normalizations do not follow `norm.placement`.
         """
         norm.forget()
         sample = sample.cpu()
@@ -62,7 +63,7 @@ class Model:
             with user_code(self.name, "was called without arguments"):
                 network = self.build()
             self._check_module(network, "callable()")
-            self._output(network.cpu(), sample, self.name)  # makes lazy layers
+            self._output(network.cpu(), sample, self.name)  # initializes lazy layers
             network = converted(network, norm, in_shape, self.name)
         else:
             with user_code(name, f"was built with (norm, {in_shape}, {num_classes})"):
@@ -75,8 +76,8 @@ class Model:
         if not isinstance(output, Tensor) or list(output.shape) != expected:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ComparisonError(
-                f"the model {self.name} must return class scores of shape {expected}, got {got}. Let its "
-                "last layer have num_classes outputs."
+                f"the model {self.name} must return class scores of shape {expected}, got {got}. Give its last layer "
+                "num_classes outputs."
             )
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise ComparisonError(f"the model {self.name} must have parameters to train, got none. Add a layer.")
@@ -94,12 +95,13 @@ class Model:
             return
         if self.finished:
             raise ComparisonError(
-                f"placement after needs a model that is built with its normalizations, got the finished {self.name}. "
+                f"placement after needs a model that builds its normalizations, got the finished {self.name}. "
                 "Write a callable (norm, in_shape, num_classes) that calls norm.activated."
             )
         raise ComparisonError(
             f"placement after needs a model that makes normalization and activation together, by norm.activated, got "
-            f"{len(norm.made)} from norm in {self.name}. Write norm.activated(64, nn.ReLU) for norm(64), nn.ReLU()."
+            f"{self.name}, which makes {len(norm.made)} by norm alone. Write norm.activated(64, nn.ReLU) for "
+            "norm(64), nn.ReLU()."
         )
 
     @staticmethod
@@ -109,9 +111,9 @@ class Model:
 
 
 def resolve(model: AnyModel) -> Model:
-    """Return the model that a name, a `module.path:callable`, a callable or a network stands for.
+    """Return the model that a name, a `module.path:callable`, a callable or a network specifies.
 
-    What takes no argument, and a network itself, is finished: the norms are put in place of its batch normalization.
+    A network, or a callable without arguments, is finished: the norms replace its batch normalization.
 
     Raises:
         ComparisonError: If there is no such model, module or callable.
@@ -141,7 +143,7 @@ def resolve(model: AnyModel) -> Model:
 
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:
-    """Whether it requires no argument, and so makes a network that is finished."""
+    """Return whether the callable requires no argument, and so makes a finished network."""
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
@@ -154,29 +156,29 @@ def _takes_nothing(target: Callable[..., Any]) -> bool:
 
 
 def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
-    """Return the network behind a batch normalization of its input, which has neither γ nor β.
+    """Return the network preceded by a batch normalization of its input, without γ and β.
 
-    It does what standardizing the data does, from the batches themselves: `[N, C, *S]` by channel, `[N, D]` by feature.
+    It standardizes each batch by its own statistics: `[N, C, *S]` by channel, `[N, D]` by feature.
 
     Args:
-        network: Becomes the part `network` of what is returned.
+        network: Becomes the submodule `network`.
         in_shape: Shape of one sample, without the batch axis.
 
     Raises:
-        ComparisonError: If samples have more than three axes behind the channels.
+        ComparisonError: If samples have more than three axes after the channels.
     """
     layers = (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)
     if len(in_shape) > len(layers):
         raise ComparisonError(
-            f"the input norm takes samples [D], [C, L], [C, H, W] or [C, D, H, W], got shape {list(in_shape)}. Do "
-            "without it, or give the data another shape."
+            f"the input norm takes samples [D], [C, L], [C, H, W] or [C, D, H, W], got shape {list(in_shape)}. "
+            "Leave it out, or reshape the data."
         )
     input_norm = layers[len(in_shape) - 1](in_shape[0], affine=False)
     return nn.Sequential(OrderedDict(input_norm=input_norm, network=network))
 
 
 def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
-    """Return copies of the network's parameters by name, those of the normalization layers left out."""
+    """Return copies of the network's parameters by name, without those of the normalization layers."""
     own = {id(parameter) for layer in norm.made for parameter in layer.parameters()}
     return {
         name: parameter.detach().clone()
@@ -186,18 +188,18 @@ def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
 
 
 def share_initial_values(network: nn.Module, norm: Norm, values: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Give the network the initial values of another one, wherever name and shape are the same.
+    """Copy the initial values of another network to all parameters of the same name and shape.
 
-    Two networks built from one seed differ from the first layer on whose bias only one of them has: the
-    random generator has by then given out a different number of values.
+    The same seed is not enough: where only one of two networks has a bias, the random generator yields different
+    values from there on.
 
     Args:
         network: Changed in place. The parameters of its normalization layers stay as they are.
-        norm: What `network` was built with.
-        values: Another network's `initial_values`.
+        norm: The norm that `network` was built with.
+        values: The `initial_values` of the other network.
 
     Returns:
-        The names under `shared` and, for the network's other parameters, under `own`.
+        The names of the copied parameters under `shared`, and of the others under `own`.
     """
     names: dict[str, list[str]] = {"shared": [], "own": []}
     eligible = initial_values(network, norm)

@@ -1,7 +1,7 @@
 """The normalizations that can be compared, by name.
 
-A layer joins by one line, `register(name, build, ...)`. On the command line a norm is written as its
-name, with options after a colon where it takes any: `batch`, `batch:momentum=0.01`.
+`register(name, build, ...)` adds a layer. On the command line a norm is written as its name, followed by a colon and
+the options, if any: `batch`, `batch:momentum=0.01`.
 """
 
 from __future__ import annotations
@@ -60,51 +60,51 @@ def register(
     """Make a normalization available to comparisons.
 
     Args:
-        name: What it is called in `norms=` and `--norms`; without commas, colons and spaces.
-        build: `build(num_features, dims, *options, **options)` returns the layer for `dims` = 1, 2 or 3,
-            as in `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`. Options come from what the user writes
-            behind the name: `ghost:16` calls `build(num_features, dims, 16)`, and
-            `renorm:rmax=3,dmax=5` calls `build(num_features, dims, rmax=3, dmax=5)`.
-        title: What it is called in a sentence.
-        replaces_bias: Whether it takes each channel's mean away and has a shift of its own, so that a
-            bias right before it does nothing.
-        trial: `trial(*options, **options)` returns with how many channels the options are tried, before any
-            network is built, where 4 would not do.
-        target: What `batchnorm.convert` calls it, where that can put it into a finished network with the settings and
-            statistics of the layers there; where not, `build` makes the layer that takes a layer's place.
-        positional: Names of the options that can be written without one, in order. They reach `build` by name.
+        name: Its name in `norms=` and `--norms`, without commas, colons and spaces.
+        build: `build(num_features, dims, *options, **options)` returns the layer for `dims` = 1, 2 or 3, as in
+            `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`. The user writes the options after the name: `ghost:16` calls
+            `build(num_features, dims, 16)`, and `renorm:rmax=3,dmax=5` calls
+            `build(num_features, dims, rmax=3, dmax=5)`.
+        title: Its name in a sentence.
+        replaces_bias: Whether it subtracts each channel's mean and adds a shift of its own, so that a bias right
+            before it has no effect.
+        trial: `trial(*options, **options)` returns the number of channels for a trial of the options before any
+            network is built; 4 by default.
+        target: The name that `batchnorm.convert` knows it by, if `convert` can insert it into a finished network and
+            keep the settings and statistics of the replaced layers. Without it, `build` makes the replacements.
+        positional: Names of the options that can be written without their name, in order. They reach `build` by name.
 
     Raises:
-        ValueError: If the name is taken, or has a comma, colon or space.
+        ValueError: If the name is taken, or contains a comma, colon or space.
     """
     if name in _REGISTRY or not name or any(mark in name for mark in ",: "):
-        raise ValueError(f"a norm needs a free name without commas, colons and spaces, got {name!r}")
+        raise ValueError(f"a norm needs a free name without commas, colons and spaces, got {name!r}. Choose another.")
     _REGISTRY[name] = Kind(name, build, title, replaces_bias, trial, target, positional)
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of every registered normalization."""
+    """Return the name of every registered normalization."""
     return tuple(_REGISTRY)
 
 
 @dataclass
 class Norm:
-    """One normalization with its options, before or after each activation: what a model is built with.
+    """One normalization with its options and its placement; models are built with it.
 
-    A model calls `norm.activated(64)` for a normalization with the activation beside it, `[N, 64]`, or
-    `norm.activated(16, dims=2)`, `[N, 16, H, W]`; and `norm(16, dims=2)` for one that has no activation beside it.
+    A model calls `norm.activated(64)` for a normalization and its activation on `[N, 64]`, or
+    `norm.activated(16, dims=2)` on `[N, 16, H, W]`. It calls `norm(16, dims=2)` for a normalization alone.
 
     Attributes:
-        spec: As the user wrote it, such as `batch` or `batch:momentum=0.01`.
-        title: What it is called in a sentence.
-        cancels_bias: Whether a bias right before the layer does nothing.
+        spec: The norm as the user wrote it, such as `batch` or `batch:momentum=0.01`.
+        title: Its name in a sentence.
+        cancels_bias: Whether a bias right before the layer has no effect.
         build: `build(num_features, dims, *arguments, **options)` returns the layer.
         arguments: Options without a name.
         options: Options by name.
-        placement: Where it stands beside an activation, `before` or `after` it.
-        target: What `batchnorm.convert` calls it, if that knows it.
+        placement: `before` or `after` the activation.
+        target: The name that `batchnorm.convert` knows it by; None if it does not.
         made: Every layer made so far, in order.
-        placed: How many of them stand beside an activation.
+        placed: How many of them were made with an activation.
     """
 
     spec: str
@@ -127,7 +127,7 @@ class Norm:
 
     @property
     def replaces_bias(self) -> bool:
-        """Whether the bias of the layer before can be left out, as the normalization follows it and takes it away."""
+        """Whether the preceding layer can omit its bias, because the normalization right after it cancels the bias."""
         return self.cancels_bias and self.placement == "before"
 
     def __call__(self, num_features: int, dims: int = 1) -> nn.Module:
@@ -144,21 +144,21 @@ class Norm:
     def activated(
         self, num_features: int, activation: Callable[[], nn.Module] = nn.ReLU, dims: int = 1
     ) -> nn.Sequential:
-        """Return a new normalization and a new activation, in the order that `placement` says.
+        """Return a new normalization and a new activation, in the order that `placement` specifies.
 
-        The parts are called `norm` and `activation` in either order, so that checkpoints fit both.
+        The parts are named `norm` and `activation` in either order, so that checkpoints fit both.
 
         Args:
             num_features: Number of channels C.
             activation: Makes the activation.
-            dims: As in a call for the normalization alone.
+            dims: As for the normalization alone.
         """
         parts = [("norm", self(num_features, dims)), ("activation", activation())]
         self.placed += 1
         return nn.Sequential(OrderedDict(parts if self.placement == "before" else reversed(parts)))
 
     def forget(self) -> None:
-        """Empty `made`, before another network is built."""
+        """Forget the layers made so far, before another network is built."""
         self.made.clear()
         self.placed = 0
 
@@ -167,7 +167,7 @@ def parse(spec: str, placement: str = "before") -> Norm:
     """Return the normalization that `spec` names.
 
     Args:
-        spec: A registered name, with options after a colon where there are any.
+        spec: A registered name, followed by a colon and the options, if any.
         placement: `before` or `after` each activation.
 
     Raises:
@@ -194,8 +194,8 @@ def parse(spec: str, placement: str = "before") -> Norm:
         kind.build(kind.trial(*arguments, **options), 1, *arguments, **options)
     except (TypeError, ValueError) as error:
         raise ComparisonError(
-            f"the options of norm {spec!r} must be ones that its layer takes, but it said: {error}. "
-            f"Write {name} alone for the defaults."
+            f"the options of norm {spec!r} must be valid for its layer, which said: {str(error).rstrip('.')}. Write "
+            f"{name} alone for the defaults."
         ) from error
     return Norm(
         spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options, placement, target=kind.target
@@ -203,12 +203,12 @@ def parse(spec: str, placement: str = "before") -> Norm:
 
 
 def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Norm]:
-    """Return the normalizations in `specs`, where a comma separates as well as a new item does.
+    """Return the normalizations that the items of `specs` name; commas within an item separate norms, too.
 
-    A part with `=` and no colon belongs to the norm before it, so `renorm:rmax=3,dmax=5,batch` are two.
+    A part with `=` and no colon belongs to the norm before it: `renorm:rmax=3,dmax=5,batch` names two norms.
 
     Raises:
-        ComparisonError: If there is none, one is there twice, or one is unknown.
+        ComparisonError: If there is no norm, a norm is repeated, or one is unknown.
     """
     separate: list[str] = []
     for item in [specs] if isinstance(specs, str) else specs:
@@ -223,7 +223,7 @@ def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Nor
         raise ComparisonError(f"norms must name at least one of {', '.join(_REGISTRY)}, got none. Name one.")
     for spec in separate:
         if separate.count(spec) > 1:
-            raise ComparisonError(f"each norm must stand once in norms, got {spec!r} twice. Leave one out.")
+            raise ComparisonError(f"norms must all differ, got {spec!r} twice. Leave one out.")
     return [parse(spec, placement) for spec in separate]
 
 
@@ -270,18 +270,18 @@ def _groups(groups: Any = 32, **options: Any) -> int:
 
 
 def _layer_norm(num_features: int, **options: Any) -> nn.Module:
-    """Return the normalization of each sample over all channels and positions, with γ and β of each channel."""
+    """Return a layer that normalizes each sample over all channels and positions, with γ and β per channel."""
     return nn.GroupNorm(1, num_features, **options)
 
 
 class _InstanceNorm1d(nn.InstanceNorm1d):
-    """torch's, but `[N, C]` is not taken for one sample of N channels."""
+    """torch's layer, except that it rejects `[N, C]`, which torch's takes for one sample with N channels."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 3:
             raise ValueError(
                 f"instance normalization expects x of shape [N, C, *S] with positions to normalize over, got "
-                f"{list(input.shape)}. Choose another norm for layers without positions"
+                f"{list(input.shape)}. Choose another norm for layers without positions."
             )
         return super().forward(input)
 
@@ -294,61 +294,41 @@ def _instance_norm(layer: Build) -> Build:
 
 
 register("none", _no_norm, title="no normalization", replaces_bias=False)
-register(
-    "batch",
-    _by_rank(BatchNorm1d, BatchNorm2d, BatchNorm3d),
-    title="batch normalization",
-    replaces_bias=True,
-    target="BatchNorm",
-    positional=("eps", "momentum"),
-)
-register(
-    "renorm",
-    _by_rank(BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
-    title="batch renormalization",
-    replaces_bias=True,
-    target="BatchRenorm",
-    positional=("rmax", "dmax"),
-)
-register(
-    "ghost",
-    _by_rank(GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
-    title="ghost batch normalization",
-    replaces_bias=True,
-    target="GhostBatchNorm",
-    positional=("ghost_size",),
-)
-register(
-    "sync",
-    _by_rank(SyncBatchNorm, SyncBatchNorm, SyncBatchNorm),
-    title="synchronized batch normalization",
-    replaces_bias=True,
-    target="SyncBatchNorm",
-    positional=("eps", "momentum"),
-)
-register(
-    "decorrelated",
-    _by_rank(DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d),
-    title="decorrelated batch normalization",
-    replaces_bias=True,
-    target="DecorrelatedBatchNorm",
-    positional=("group_size",),
-)
-# Means of several channels, or of one sample, leave a bias before them something to do.
+for _name, _title, _layers, _positional in (
+    ("batch", "batch normalization", (BatchNorm1d, BatchNorm2d, BatchNorm3d), ("eps", "momentum")),
+    ("renorm", "batch renormalization", (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d), ("rmax", "dmax")),
+    ("ghost", "ghost batch normalization", (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d), ("ghost_size",)),
+    ("sync", "synchronized batch normalization", (SyncBatchNorm,) * 3, ("eps", "momentum")),
+    (
+        "decorrelated",
+        "decorrelated batch normalization",
+        (DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d),
+        ("group_size",),
+    ),
+):
+    register(
+        _name,
+        _by_rank(*_layers),
+        title=_title,
+        replaces_bias=True,
+        target=_layers[0].__name__.removesuffix("1d"),
+        positional=_positional,
+    )
+# A mean over several channels, or of one sample, does not cancel a bias.
 register(
     "group",
-    _by_rank(_group_norm, _group_norm, _group_norm),
+    _by_rank(*[_group_norm] * 3),
     title="group normalization",
     replaces_bias=False,
     trial=_groups,
     positional=("groups",),
 )
-register("layer", _by_rank(_layer_norm, _layer_norm, _layer_norm), title="layer normalization", replaces_bias=False)
+register("layer", _by_rank(*[_layer_norm] * 3), title="layer normalization", replaces_bias=False)
 register(
     "instance",
     _by_rank(*map(_instance_norm, (_InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))),
     title="instance normalization",
     replaces_bias=True,
 )
-# Not here: frozen normalization, which is nothing before training; domain and conditional normalization, whose calls
-# need a domain or a label besides x, which the data of a comparison do not have.
+# Left out: frozen normalization, which does nothing before training; domain and conditional normalization, which need
+# a domain or a label besides x.

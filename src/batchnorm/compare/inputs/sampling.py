@@ -17,14 +17,14 @@ class Sampling:
     """A way to draw batches.
 
     Attributes:
-        classes: How many classes each batch comes from; None for independent, identically distributed samples.
+        classes: Number of classes in each batch; None for independent, identically distributed samples.
     """
 
     classes: int | None = None
 
     @classmethod
     def parse(cls, spec: str) -> Sampling:
-        """Return what `iid` or `classes:2` stands for.
+        """Return the sampling that `iid` or `classes:2` names.
 
         Raises:
             ComparisonError: If it is neither.
@@ -34,20 +34,20 @@ class Sampling:
         found = re.fullmatch(r"classes:([1-9][0-9]*)", spec) if isinstance(spec, str) else None
         if found is None:
             raise ComparisonError(
-                f"sampling must be iid or classes:K with a whole number K from 1, got {spec!r}. For batches that come "
-                "from two classes each write classes:2."
+                f"sampling must be iid or classes:K with a positive integer K, got {spec!r}. For batches of two "
+                "classes, write classes:2."
             )
         return cls(int(found[1]))
 
     @property
     def title(self) -> str:
-        """What it is called behind the number of samples in a sentence."""
+        """Its description after the number of samples in a sentence."""
         if self.classes is None:
             return ", drawn without regard to class,"
         return f", drawn from {self.classes} class{'es' if self.classes > 1 else ''} each,"
 
     def check(self, labels: Tensor, batch_size: int) -> None:
-        """Check that there are as many classes, and that a batch has room for them.
+        """Check that the data have enough classes, and that a batch has room for them.
 
         Raises:
             ComparisonError: If not.
@@ -58,22 +58,25 @@ class Sampling:
         for limit, what in ((present, "classes in the training data"), (batch_size, "samples in a batch")):
             if self.classes > limit:
                 raise ComparisonError(
-                    f"sampling must draw each batch from at most as many classes as there are {what}, {limit}, got "
+                    f"sampling must not draw more classes for a batch than there are {what}, {limit}, got "
                     f"classes:{self.classes}. Choose fewer."
                 )
 
     def batches(self, labels: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Yield, without end, the indices of each batch, which the seed alone decides.
+        """Yield the indices of each batch, without end.
 
-        Independent batches take every sample once in each epoch, in a new order; the rest that does not fill a batch
-        is left out. Batches of few classes draw these anew each time, in proportion to their samples; each gives an
-        equal part of the batch (some one sample more, where that does not come out even) in an order of its own, which
-        is a new one whenever all its samples have been taken. Within a batch the classes are mixed.
+        Independent batches take every sample once per epoch, in a new random order. The samples left over at the end
+        of an epoch, too few for a batch, are skipped.
+
+        Batches of few classes draw their classes anew, with probabilities proportional to the classes' sizes. Each
+        class supplies an equal part of the batch (some one sample more if the division leaves a remainder). It goes
+        through its own samples in random order, and reshuffles them when all have been used. Within a batch the
+        classes are mixed.
 
         Args:
             labels: int64 `[N]`, the class of each sample.
             batch_size: Samples in each batch.
-            seed: Decides everything.
+            seed: Determines all the batches.
         """
         generator = torch.Generator().manual_seed(seed)
         if self.classes is None:

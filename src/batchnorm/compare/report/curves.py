@@ -1,4 +1,4 @@
-"""The runs of a comparison drawn together: curves with bands over the seeds, distributions through training."""
+"""The data of the charts: curves with bands over the seeds, and distributions during training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from batchnorm.compare.records import Histogram, Run
 from batchnorm.compare.report.summary import Outcome
 
 VALUE_BINS = 64
-OUTSIDE = 0.005  # share of values on each side that need not be seen
-WIDEST = 5  # how many times its own range the grid reaches beyond the narrowest distribution
+OUTSIDE = 0.005  # share of values that may be outside the axis on each side
+WIDEST = 5  # the axis extends beyond the narrowest distribution by at most this multiple of its range
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Point:
         step: Training steps.
         seconds: Training time, mean over the seeds.
         mid: Mean over the seeds.
-        low: The smallest.
-        high: The largest.
-        seeds: How many seeds have a value here; fewer after one has diverged.
+        low: Smallest value.
+        high: Largest value.
+        seeds: Number of seeds with a value here; seeds that have diverged have none.
     """
 
     step: int
@@ -39,7 +39,7 @@ class Point:
     seeds: int
 
 
-Values = Callable[[Run], dict[int, tuple[float, float | None]]]
+Values = Callable[[Run], dict[int, tuple[float, float | None]]]  # seconds and value of a quantity, by step
 
 
 def test_accuracy(run: Run) -> dict[int, tuple[float, float | None]]:
@@ -53,7 +53,7 @@ def test_loss(run: Run) -> dict[int, tuple[float, float | None]]:
 
 
 def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and the mean training loss since the evaluation before, by step of the evaluation."""
+    """Return seconds and the mean training loss since the previous evaluation, by step of the evaluation."""
     found: dict[int, tuple[float, float | None]] = {}
     begin = 0
     for evaluation in run.evaluations[1:]:
@@ -65,7 +65,7 @@ def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
 
 
 def gap(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and accuracy on training data less that on test data, by step."""
+    """Return seconds and training accuracy minus test accuracy, by step."""
     return {
         e.step: (e.train_seconds, None if e.train_accuracy is None else e.train_accuracy - e.test_accuracy)
         for e in run.evaluations
@@ -73,12 +73,12 @@ def gap(run: Run) -> dict[int, tuple[float, float | None]]:
 
 
 def gradient_norm(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and the norm of the gradient by step, where it was looked at."""
+    """Return seconds and the norm of the gradient by step, where it was recorded."""
     return {s.step: (s.train_seconds, s.gradient_norm) for s in run.steps if s.gradient_norm is not None}
 
 
 def percentile(where: str, which: int) -> Values:
-    """Return what gives a percentile of a watched activation by step.
+    """Return a function that gives seconds and a percentile of a watched activation by step.
 
     Args:
         where: `first` or `last`.
@@ -101,7 +101,7 @@ def by_label(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, list[Ru
 
 
 def curve(runs: Sequence[Run], values: Values) -> list[Point]:
-    """Return one quantity of the runs of one choice, step by step."""
+    """Return one quantity over the runs of one choice, step by step."""
     tables = [values(run) for run in runs]
     points = []
     for step in sorted({step for table in tables for step in table}):
@@ -120,8 +120,8 @@ class Column:
 
     Attributes:
         step: The step.
-        begin: Where its column begins on the step axis: halfway from the one before.
-        end: Where it ends: halfway to the next.
+        begin: Left end of its column on the step axis, halfway to the previous one.
+        end: Right end, halfway to the next one.
         shares: Share of all values in each bin of the grid.
         percentiles: The 15th, 50th and 85th percentile, mean over the seeds.
     """
@@ -135,11 +135,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Distributions:
-    """Distributions through training on one grid of values.
+    """Distributions during training on a common grid of values.
 
     Attributes:
         edges: Edges of the grid's bins.
-        most: The share that is drawn darkest; a few bins, such as those of the narrow first step, have more.
+        most: The share that is drawn darkest; a few bins have more, such as those of the narrow first step.
         columns: The distributions of each choice, step by step.
     """
 
@@ -174,7 +174,7 @@ def _cumulative(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _limits(histograms: Sequence[Histogram]) -> tuple[float, float]:
-    """Return the range that holds nearly all values in nearly all steps; a diverging run must not set the scale."""
+    """Return a range with nearly all values of nearly all steps, so that a diverging run does not set the scale."""
     ranges = []
     for histogram in histograms:
         edges, cumulative = _cumulative(histogram)

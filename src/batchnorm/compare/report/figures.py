@@ -1,4 +1,4 @@
-"""The report's figures as pictures."""
+"""The report's figures as PNG pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from batchnorm.compare.report import curves, heatmap
 from batchnorm.compare.report.curves import Point
 from batchnorm.compare.report.summary import Outcome, shown
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the report's page uses the same.
+# Okabe and Ito's colours, which colour-blind people can distinguish; the report's page uses the same.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES: tuple[tuple[float, ...], ...] = ((5, 2.5), (), (1.5, 1.5), (8, 2, 1.5, 2), (3, 1), (10, 3), (1, 3))
 AXES = ("training step", "training time (s)")
@@ -35,7 +35,7 @@ def draw(runs: Sequence[Run], found: Sequence[Outcome], settings: Settings) -> d
     Args:
         runs: Every run of the comparison.
         found: The outcomes; the best of them are drawn.
-        settings: What was asked for.
+        settings: The settings of the comparison.
     """
     series = curves.by_label(runs, shown(found, settings.grid))
     drawn = (
@@ -48,13 +48,13 @@ def draw(runs: Sequence[Run], found: Sequence[Outcome], settings: Settings) -> d
 
 
 def accuracy_floor(points: Sequence[Point]) -> float:
-    """Return where the accuracy axis begins: above the first steps, which would flatten the rest, and below 1."""
+    """Return the lower end of the accuracy axis, cut above the first steps, which would flatten the rest."""
     after = sorted(point.low for point in points)
     return min(max(0.0, np.floor(10 * after[len(after) // 10]) / 10), 0.9) if after else 0.0
 
 
 def positive_range(points: Sequence[Point]) -> tuple[float, float]:
-    """Return the ends of a logarithmic axis; a diverging run must not flatten the rest."""
+    """Return the ends of a logarithmic axis; a diverging run does not flatten the rest."""
     found = sorted(point.mid for point in points if point.mid > 0)
     if not found:
         return 0.1, 1.0
@@ -63,7 +63,7 @@ def positive_range(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def linear_range(points: Sequence[Point]) -> tuple[float, float]:
-    """Return the ends of a linear axis; a diverging run must not flatten the rest."""
+    """Return the ends of a linear axis; a diverging run does not flatten the rest."""
     if not points:
         return 0.0, 1.0
     low, high = np.quantile([point.mid for point in points], [0.02, 0.98])
@@ -91,7 +91,7 @@ def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
 
 
 def _legend(figure: Figure, axes: Axes, series: Series, place: Literal["lower right", "upper right"]) -> None:
-    """Name the series in the panel, or above the panels where there are too many for that."""
+    """Add a legend inside the panel, or above the panels if it has more than three entries."""
     if len(series) <= 3:
         axes.legend(*axes.get_legend_handles_labels(), frameon=False, loc=place)
     else:
@@ -100,37 +100,36 @@ def _legend(figure: Figure, axes: Axes, series: Series, place: Literal["lower ri
 
 def _accuracy(series: Series, target_accuracy: float) -> Figure:
     figure, axes = _panels(1, 2)
-    everything = []
-    for index, (label, runs) in enumerate(series.items()):
-        points = curves.curve(runs, curves.test_accuracy)
-        everything += points
-        for column, by_seconds in enumerate((False, True)):
-            _line(axes[0, column], points, index, by_seconds, 100, label)
-    for panel, x_label in zip(axes.flat, AXES, strict=True):
+    points = _row(axes[0], series, curves.test_accuracy, "test accuracy (%)", 100)
+    for panel in axes[0]:
         panel.axhline(100 * target_accuracy, color="0.4", linewidth=0.8, linestyle=":")
-        panel.set(xlabel=x_label, ylabel="test accuracy (%)", ylim=(100 * accuracy_floor(everything), 100))
+        panel.set(ylim=(100 * accuracy_floor(points), 100))
     _legend(figure, axes[0, 0], series, "lower right")
     return figure
 
 
 def _loss(series: Series) -> Figure:
     figure, axes = _panels(2, 2)
-    for row, (values, y_label) in enumerate(
-        ((curves.test_loss, "test loss (nats)"), (curves.train_loss, "training loss (nats)"))
-    ):
-        everything = []
-        for index, (label, runs) in enumerate(series.items()):
-            points = curves.curve(runs, values)
-            everything += points
-            for column, by_seconds in enumerate((False, True)):
-                _line(axes[row, column], points, index, by_seconds, 1, label)
-        for panel, x_label in zip(axes[row], AXES, strict=True):
-            panel.set(xlabel=x_label, ylabel=y_label, yscale="log", ylim=positive_range(everything))
+    quantities = ((curves.test_loss, "test loss (nats)"), (curves.train_loss, "training loss (nats)"))
+    for row, (values, label) in zip(axes, quantities, strict=True):
+        points = _row(row, series, values, label, 1)
+        for panel in row:
+            panel.set(yscale="log", ylim=positive_range(points))
             panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, axes[0, 0], series, "upper right")
     return figure
+
+
+def _row(axes: Sequence[Axes], series: Series, values: curves.Values, label: str, scale: float) -> list[Point]:
+    """Draw the curves of a quantity by step and by time; return all their points."""
+    lines = [curves.curve(runs, values) for runs in series.values()]
+    for panel, x_label, by_seconds in zip(axes, AXES, (False, True), strict=True):
+        for index, (name, points) in enumerate(zip(series, lines, strict=True)):
+            _line(panel, points, index, by_seconds, scale, name)
+        panel.set(xlabel=x_label, ylabel=label)
+    return [point for points in lines for point in points]
 
 
 def _activations(series: Series) -> Figure | None:

@@ -1,4 +1,4 @@
-"""What a comparison found, in words."""
+"""The headline of a comparison: its main results as sentences."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from batchnorm.compare.inputs.choices import Grid
 from batchnorm.compare.report.summary import FEWEST, Difference, Outcome, Spread, contestants, reference
 
-ALIKE = 1.05  # ratios nearer to 1 than this are called about the same
-NOTHING = 0.005  # points; what is nearer to zero is rounding, one of a thousand test samples is 0.1
-NAMED = 4  # how many labels a sentence lists
+ALIKE = 1.05  # a ratio closer to 1 is called about the same
+NOTHING = 0.005  # points; a smaller difference is rounding: one of a thousand test samples is 0.1 points
+NAMED = 4  # labels that a sentence lists
 
 
 def headline(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[str]:
-    """Return what was found as a few sentences.
+    """Return the main results as a few sentences.
 
     Args:
-        found: The outcomes; the first is what the others are compared with.
-        grid: What was compared.
+        found: The outcomes; the others are compared with the first.
+        grid: The grid of the comparison.
         target_accuracy: The accuracy to reach, 0 to 1.
     """
     if len(found) == 1:
@@ -39,14 +39,14 @@ def accuracy(spread: Spread) -> str:
 
 
 def points(value: float) -> str:
-    """Return a difference with its sign, such that what is not zero does not look like zero."""
+    """Return a difference with its sign; a second decimal keeps a small difference from looking like zero."""
     if abs(value) < NOTHING:
         return "0"
     return (f"{value:+.1f}" if abs(value) >= 0.05 else f"{value:+.2f}").replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in three digits and a unit that fits it."""
+    """Return a duration with three digits and a suitable unit."""
     rounded = float(f"{seconds:.3g}")
     if rounded >= 1:
         return f"{rounded:,.0f} s" if rounded >= 100 else f"{rounded:g} s"
@@ -54,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(count: float) -> str:
-    """Return a number of bytes in three digits and a unit that fits it."""
+    """Return a number of bytes with three digits and a suitable unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
@@ -63,7 +63,7 @@ def memory(count: float) -> str:
 
 
 def listed(labels: Sequence[str]) -> str:
-    """Return labels as a list that stays short."""
+    """Return labels as a short list."""
     shown = list(labels[:NAMED])
     if len(labels) > NAMED:
         shown.append(f"{len(labels) - NAMED} more")
@@ -72,12 +72,12 @@ def listed(labels: Sequence[str]) -> str:
 
 
 def verdict(difference: Difference | None) -> str:
-    """Return whether a difference exceeds the spread over seeds."""
+    """Return whether a difference is decided, with its interval."""
     if difference is None:
-        return "no seed ended with both, so nothing can be said about the difference"
+        return "every seed diverged in one of the two, so there is no difference to report"
     if difference.low is None or difference.high is None:
         what = "one seed" if difference.seeds == 1 else f"{difference.seeds} seeds"
-        return f"from {what} nothing can be said about chance, {FEWEST} are needed"
+        return f"no interval from {what}: it takes at least {FEWEST}"
     if max(abs(difference.low), abs(difference.high)) < NOTHING:
         return f"equal in each of {difference.seeds} seeds"
     if difference.decided:
@@ -85,7 +85,7 @@ def verdict(difference: Difference | None) -> str:
             f"95 % interval {points(difference.low)} to {points(difference.high)} points over {difference.seeds} seeds"
         )
     return (
-        f"not decided by {difference.seeds} seeds: the 95 % interval reaches from {points(difference.low)} to "
+        f"not decided by {difference.seeds} seeds: the 95 % interval is {points(difference.low)} to "
         f"{points(difference.high)} points"
     )
 
@@ -122,11 +122,11 @@ def _diverged(found: Sequence[Outcome]) -> list[str]:
 
 
 def _seeds(ended: Sequence[Outcome]) -> str:
-    """Return what the accuracies are made of."""
+    """Return the statistic that the accuracies are."""
     counts = [len(outcome.accuracy_by_seed) for outcome in ended]
     if set(counts) == {1}:
         return "one seed"
-    # Where one has lost a seed, each count is said, in the order of the accuracies.
+    # If a choice has lost a seed, name each count, in the order of the accuracies.
     which = " and ".join(str(count) for count in (counts[:1] if len(set(counts)) == 1 else counts))
     return f"mean ± standard deviation of {which} seeds"
 
@@ -135,7 +135,7 @@ def _final_of_one(outcome: Outcome) -> str:
     parts = _diverged([outcome])
     if outcome.final_accuracy:
         reached = accuracy(outcome.final_accuracy)
-        end = f"{_after([outcome])} test accuracy was {reached} with {outcome.title} ({_seeds([outcome])})"
+        end = f"{_after([outcome])}, test accuracy was {reached} with {outcome.title} ({_seeds([outcome])})"
         parts.insert(0, end)
     return _sentence("; ".join(parts))
 
@@ -146,14 +146,14 @@ def _final_of_two(other: Outcome, base: Outcome) -> str:
     parts = []
     if ended:
         found = " and ".join(f"{accuracy(o.final_accuracy)} with {o.title}" for o in ended if o.final_accuracy)
-        parts.append(f"{_after(both)} test accuracy was {found} ({_seeds(ended)})")
+        parts.append(f"{_after(both)}, test accuracy was {found} ({_seeds(ended)})")
     if len(ended) == 2 and not (other.diverged or base.diverged):
         parts[0] += f": {_difference(other, base)}"
     return _sentence("; ".join([*parts, *_diverged(both)]))
 
 
 def _difference(other: Outcome, base: Outcome) -> str:
-    """Return which of two ended higher, by how much, and whether that exceeds the spread over seeds."""
+    """Return which of two choices ended higher, by how much, and whether that is decided."""
     found = Difference.between(other, base)
     if found is None or abs(found.points) < NOTHING:
         return f"no difference on average; {verdict(found)}"
@@ -165,11 +165,11 @@ def _difference(other: Outcome, base: Outcome) -> str:
 
 
 def _reached(outcome: Outcome) -> str:
-    """Return, for an outcome, where it reached the target and when, as the end of a sentence."""
+    """Return in which seeds the outcome reached the target and when, as the end of a sentence."""
     text = _some(len(outcome.reached), len(outcome.seeds))
     if outcome.steps_to_target and outcome.seconds_to_target:
         text += (
-            f", there after {outcome.steps_to_target.median:,.0f} steps and "
+            f", after {outcome.steps_to_target.median:,.0f} steps and "
             f"{duration(outcome.seconds_to_target.median)} of training (median)"
         )
     return text
@@ -177,14 +177,14 @@ def _reached(outcome: Outcome) -> str:
 
 def _arrival_of_one(outcome: Outcome, target_accuracy: float) -> str:
     target = f"{percent(target_accuracy)} test accuracy"
-    return f"With {outcome.title} the network reached {target} within {outcome.steps:,} steps in {_reached(outcome)}."
+    return f"The network reached {target} with {outcome.title} in {_reached(outcome)}."
 
 
 def _arrival(other: Outcome, base: Outcome, target_accuracy: float) -> str:
     target = f"{percent(target_accuracy)} test accuracy"
     within = f"within {base.steps:,} steps" if base.steps == other.steps else "by the end of training"
     if not other.reached and not base.reached:
-        return f"Neither with {other.title} nor with {base.title} did the network reach {target} {within} in any seed."
+        return f"The network reached {target} neither with {other.title} nor with {base.title} {within} in any seed."
     if len(other.reached) == len(other.seeds) and len(base.reached) == len(base.seeds):
         assert other.steps_to_target and base.steps_to_target
         assert other.seconds_to_target and base.seconds_to_target
@@ -192,12 +192,12 @@ def _arrival(other: Outcome, base: Outcome, target_accuracy: float) -> str:
         seconds, their_seconds = other.seconds_to_target.median, base.seconds_to_target.median
         which = "one seed" if len(other.seeds) == 1 else f"medians of {len(other.seeds)} seeds"
         return (
-            f"With {other.title} the network reached {target} after {ours:,.0f} steps, with {base.title} after "
-            f"{theirs:,.0f} ({_ratio(ours, theirs, 'fewer', 'as many')}); in training time that is {duration(seconds)} "
-            f"against {duration(their_seconds)} ({_ratio(seconds, their_seconds, 'shorter', 'as long')}; {which})."
+            f"The network reached {target} after {ours:,.0f} steps with {other.title} and after {theirs:,.0f} with "
+            f"{base.title} ({_ratio(ours, theirs, 'fewer', 'as many')}); in training time, that is {duration(seconds)} "
+            f"and {duration(their_seconds)} ({_ratio(seconds, their_seconds, 'shorter', 'as long')}; {which})."
         )
     return _sentence(
-        f"{within} the network reached {target} with {other.title} in {_reached(other)}; with {base.title} in "
+        f"{within}, the network reached {target} with {other.title} in {_reached(other)}; with {base.title} in "
         f"{_reached(base)}"
     )
 
@@ -223,15 +223,15 @@ def _many(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[
     base = reference(found, grid)
     if base not in ranked[:2] and base.final_accuracy:
         difference = Difference.between(winner, base)
-        end = f"{_ahead(difference, base)}, at {accuracy(base.final_accuracy)}"
-        sentences.append(f"It ended {end}; {verdict(difference)}.")
+        end = f"{_ahead(difference, base)}, which ended at {accuracy(base.final_accuracy)}"
+        sentences.append(f"It was {end}; {verdict(difference)}.")
     close = [o.label for o in others if (d := Difference.between(winner, o)) and d.low is not None and not d.decided]
     if len(close) > 1:
-        sentences.append(f"These seeds do not tell the first from {listed(close)}.")
+        sentences.append(f"These seeds do not decide between the best and {listed(close)}.")
     if len(ranked) < len(found):
         sentences.append(
-            f"Each norm is taken at its best of {len(found) // len(ranked)} settings, chosen on the same test data, "
-            "which flatters all of them a little."
+            f"Each norm is shown at the best of its {len(found) // len(ranked)} settings; as the test data decided "
+            "which is best, these accuracies are slightly too high."
         )
     lost = [outcome for outcome in found if outcome.diverged]
     if lost:
@@ -244,7 +244,7 @@ def _many(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[
 def _winner(winner: Outcome, others: Sequence[Outcome]) -> str:
     if winner.final_accuracy is None:
         return "Training diverged with every choice and seed."
-    text = f"{winner.title} ended highest, at {accuracy(winner.final_accuracy)} test accuracy ({_seeds([winner])})"
+    text = f"{winner.title} had the highest final test accuracy, {accuracy(winner.final_accuracy)} ({_seeds([winner])})"
     if others and others[0].final_accuracy and not others[0].diverged and not winner.diverged:
         difference = Difference.between(winner, others[0])
         text += f", {_ahead(difference, others[0])}; {verdict(difference)}"
@@ -252,12 +252,12 @@ def _winner(winner: Outcome, others: Sequence[Outcome]) -> str:
 
 
 def _ahead(difference: Difference | None, other: Outcome) -> str:
-    """Return how far the first ended before another one."""
+    """Return how far the best outcome is above another one."""
     if difference is None:
-        return f"before {other.title}"
+        return f"ahead of {other.title}"
     if abs(difference.points) < NOTHING:
-        return f"as high as {other.title}"
-    # Below it can only be where the other lacks seeds.
+        return f"the same as {other.title}"
+    # It is below only if the other lacks seeds.
     which = "above" if difference.points > 0 else "below"
     return f"{points(abs(difference.points)).lstrip('+')} points {which} {other.title}"
 
@@ -266,14 +266,14 @@ def _speed(ranked: Sequence[Outcome], target_accuracy: float) -> str:
     arrived = [o for o in ranked if o.steps_to_target and o.seconds_to_target and len(o.reached) == len(o.seeds)]
     costs = sorted((o.seconds_per_step.median, o.label) for o in ranked if o.seconds_per_step)
     least, most = (f"{duration(seconds)} ({label})" for seconds, label in (costs[0], costs[-1]))
-    step = f"a training step took from {least} to {most}"
+    step = f"a training step took {least} to {most}"
     target = f"{percent(target_accuracy)} test accuracy"
     if not arrived:
         return _sentence(f"no choice named here reached {target} in every seed; {step}")
     by_steps = min(arrived, key=lambda o: o.steps_to_target.median if o.steps_to_target else 0)
     by_seconds = min(arrived, key=lambda o: o.seconds_to_target.median if o.seconds_to_target else 0)
     assert by_steps.steps_to_target and by_seconds.seconds_to_target
-    steps = f"by steps ({by_steps.steps_to_target.median:,.0f})"
-    seconds = f"by time ({duration(by_seconds.seconds_to_target.median)})"
-    second = f"and {seconds}" if by_seconds is by_steps else f"and with {by_seconds.label} {seconds}"
-    return _sentence(f"{target} came first with {by_steps.label} {steps} {second}; {step}")
+    steps = f"the fewest steps ({by_steps.steps_to_target.median:,.0f})"
+    seconds = f"the least time ({duration(by_seconds.seconds_to_target.median)})"
+    first = f"{steps} and" if by_seconds is by_steps else f"{steps} with {by_steps.label} and"
+    return _sentence(f"reaching {target} took {first} {seconds} with {by_seconds.label}; {step}")

@@ -35,12 +35,12 @@ class Panel:
     """One table.
 
     Attributes:
-        title: What all its choices share.
-        x: What the columns are.
-        y: What the rows are.
-        rows: Their names, from the top.
-        columns: Their names.
-        squares: The choices that ended.
+        title: The setting that all its choices share.
+        x: The setting that varies by column.
+        y: The setting that varies by row.
+        rows: Names of the rows, from the top.
+        columns: Names of the columns.
+        squares: One for each choice with a finished run.
     """
 
     title: str
@@ -52,9 +52,10 @@ class Panel:
 
 
 def panels(found: Sequence[Outcome], grid: Grid) -> list[Panel]:
-    """Return the tables of a grid: norm by learning rate or batch size, or these two by each other for each norm.
+    """Return the tables of a grid.
 
-    There is none where neither learning rate nor batch size has several values.
+    If learning rate and batch size both vary, there is one table of the two for each norm; if only one varies, one
+    table of it by norm; if neither does, none.
     """
     rates, sizes = len(grid.lr) > 1, len(grid.batch_size) > 1
     if rates and sizes:
@@ -95,7 +96,7 @@ def _panel(
 
 
 def _kind(choice: Choice, grid: Grid) -> str:
-    """Return all of a choice's label but learning rate and batch size."""
+    """Return the choice's label without learning rate and batch size."""
     return Grid(grid.norm, grid.placement, (choice.lr,), (choice.batch_size,), grid.sampling).label(choice)
 
 

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else."""
+"""The report page: one HTML file that needs no other."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
 
 
 def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_accuracy: float) -> Charts:
-    """Return what the page's script draws as curves and distributions.
+    """Return the data that the page's script draws as curves and distributions.
 
     Args:
         runs: Every run.
-        order: The outcomes; the first of them are drawn at first.
-        drawn: How many these are.
+        order: The outcomes; the page shows the first ones initially.
+        drawn: How many outcomes it shows initially.
         target_accuracy: Drawn as a line.
     """
     series = curves.by_label(runs, order)
@@ -84,7 +84,7 @@ def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_acc
         return {
             "label": label,
             "log": kind == "log",
-            # For the first ones alone, and for all: one that failed is not to flatten those that are looked at first.
+            # For the initial outcomes, and for all: one that failed must not flatten the initial ones.
             "domains": [_domain(_all(lines[:drawn]), kind, scale), _domain(_all(lines), kind, scale)],
             "series": [_line(points, scale) for points in lines],
         }
@@ -93,7 +93,7 @@ def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_acc
         "accuracy": chart("test accuracy (%)", curves.test_accuracy, "share", 100),
         "test_loss": chart("test loss (nats)", curves.test_loss, "log"),
         "train_loss": chart("training loss (nats)", curves.train_loss, "log"),
-        "gap": chart("training less test accuracy (points)", curves.gap, "linear", 100),
+        "gap": chart("training minus test accuracy (points)", curves.gap, "linear", 100),
         "gradient_norm": chart("norm of the gradient", curves.gradient_norm, "log"),
     }
     return {
@@ -126,7 +126,7 @@ def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
 
 
 def _percentiles(series: dict[str, list[Run]], drawn: int) -> dict[str, Charts]:
-    """Return the 15th, 50th and 85th percentile of each watched activation through training."""
+    """Return the 15th, 50th and 85th percentile of each watched activation during training."""
     found = {}
     for where in ("first", "last"):
         lines = [
@@ -193,7 +193,7 @@ def layer_rows(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[LayerRow]:
 
 
 def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, int, Layer]]:
-    """Return label, seed and layer of each table of channels; none where these would fill the page."""
+    """Return label, seed and layer for each table of channels; none if the tables would fill the page."""
     firsts = {label: of_label[0] for label, of_label in curves.by_label(runs, drawn).items()}
     found = [(label, run.seed, layer) for label, run in firsts.items() for layer in run.layers]
     rows = sum(min(CHANNELS_SHOWN, len(layer.weight or layer.running_mean or [])) for _, _, layer in found)
@@ -201,17 +201,17 @@ def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, 
 
 
 def _watched(runs: Sequence[Run]) -> dict[str, str]:
-    """Return what the histograms show, in words: each network's where they differ."""
+    """Return the descriptions of the watched activations: all of them, where networks differ."""
     found: dict[str, str] = {}
     for where in ("first", "last"):
-        words = dict.fromkeys(run.watched[where] for run in runs if where in run.watched)
-        if words:
-            found[where] = " or ".join(words)
+        descriptions = dict.fromkeys(run.watched[where] for run in runs if where in run.watched)
+        if descriptions:
+            found[where] = " or ".join(descriptions)
     return found
 
 
 def _own(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return, for each norm, the parameters whose initial values are not those of the first choice."""
+    """Return, for each norm, the parameters that do not share the initial values of the first choice."""
     names: dict[str, list[str]] = {}
     for run in runs:
         names.setdefault(run.norm, run.own)

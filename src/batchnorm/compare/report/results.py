@@ -1,4 +1,4 @@
-"""What a comparison leaves behind once its runs are there: summary, page and pictures."""
+"""The result of a comparison: outcomes, headline, summary, page and pictures from its finished runs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from batchnorm.files import write_whole
 
 @dataclass(frozen=True)
 class Result:
-    """What a comparison found, and where it lies.
+    """The result of a comparison, and the paths of its files.
 
     Attributes:
-        settings: What was asked for, with every default filled in.
+        settings: The settings, with every default filled in.
         runs: Every run with all its records, by seed, then in the order of the choices.
-        outcomes: What each choice did over all seeds, in the grid's order.
-        headline: What was found, as sentences.
+        outcomes: The outcome of each choice over all seeds, in the grid's order.
+        headline: The main results as sentences.
         summary: The content of `summary.json`.
-        out: The directory.
-        report_path: The page, `report.html`.
-        figure_paths: The pictures.
+        out: The output directory.
+        report_path: Path of the page, `report.html`.
+        figure_paths: Paths of the pictures.
     """
 
     settings: Settings
@@ -50,7 +50,7 @@ class Result:
     figure_paths: list[Path]
 
     def __str__(self) -> str:
-        """Return the headline and where the page lies."""
+        """Return the headline and the path of the page."""
         return "\n".join([*self.headline, "", f"Report: {self.report_path}"])
 
 
@@ -61,19 +61,18 @@ def rebuild(
     records: str = "jsonl",
     tensorboard: bool = False,
 ) -> Result:
-    """Write page, pictures and `summary.json` anew from the runs that lie in a directory.
+    """Write page, pictures and `summary.json` again from the runs in a directory, without training.
 
-    It trains nothing, and does as much for a comparison that was interrupted: then the page says how many of its
-    runs are there.
+    This also works for an interrupted comparison; its page then says how many of its runs are finished.
 
     Args:
         directory: The `out` of a comparison.
-        target_accuracy: The test accuracy whose first reaching is reported; the comparison's own where none is given.
-        records: `jsonl`, or `parquet` for tables beside; see `run`.
-        tensorboard: Whether the runs are shown there, too.
+        target_accuracy: The test accuracy to reach; by default that of the comparison.
+        records: `jsonl`, or `parquet` to add tables; see `run`.
+        tensorboard: Whether to write TensorBoard logs of runs that have none.
 
     Raises:
-        ComparisonError: If the directory holds no comparison, or not one finished run.
+        ComparisonError: If the directory holds no comparison, or no finished run.
         OSError: If it cannot be written to.
         ModuleNotFoundError: If a package that this needs is missing.
     """
@@ -93,15 +92,15 @@ def rebuild(
 def conclude(
     directory: Path, facts: dict[str, Any], runs: Sequence[Run], *, records: str, tensorboard: bool, write: bool = True
 ) -> Result:
-    """Return what the runs say, and writes it.
+    """Return the result of the finished runs, and write it.
 
     Args:
-        directory: Where.
+        directory: The output directory.
         facts: The content of `settings.json`.
-        runs: Those that ended; others than the settings name are left out.
-        records: In what form besides lines of JSON.
-        tensorboard: Whether runs that are not shown there yet will be.
-        write: Whether anything is written.
+        runs: The finished runs; those that the settings do not include are left out.
+        records: `jsonl`, or `parquet` to add tables.
+        tensorboard: Whether to write TensorBoard logs of runs that have none.
+        write: Whether to write anything.
 
     Raises:
         ComparisonError: If there is no run.
@@ -122,7 +121,7 @@ def conclude(
     found = outcomes(kept, settings, facts["titles"], facts["data"]["train_samples"])
     sentences = headline(found, settings.grid, settings.target_accuracy)
     if len(kept) < len(cells):
-        sentences.insert(0, f"This comparison is not finished: {len(kept)} of its {len(cells)} runs are there.")
+        sentences.insert(0, f"This comparison is incomplete: {len(kept)} of its {len(cells)} runs are finished.")
     summary = {
         **facts,
         "environments": _environments(kept),
@@ -156,7 +155,7 @@ def conclude(
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return where the runs were trained, each environment once, with the number of its runs."""
+    """Return each environment that runs were trained in, with the number of its runs."""
     found: list[dict[str, Any]] = []
     for run in runs:
         same = next((each for each in found if {**each, "runs": None} == {**run.environment, "runs": None}), None)

@@ -1,4 +1,4 @@
-"""What a comparison found, in figures."""
+"""The outcome of each choice over its seeds, and the differences between choices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Evaluation, Run
 
 CONFIDENCE = 0.95
-SHOWN = 8  # series that can be told apart in one chart
-FEWEST = 3  # seeds from which an interval is given: with two, its factor is 12.7
+SHOWN = 8  # series that can be distinguished in one chart
+FEWEST = 3  # seeds for an interval: with two, Student's factor is 12.7
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Spread:
     """A quantity over the seeds.
 
     Attributes:
-        values: One for each seed that has one.
+        values: One for each seed that has a value.
         median: Their median.
         mean: Their mean.
-        std: Their standard deviation (of the sample, so with n − 1); None for fewer than two.
+        std: Their sample standard deviation (with n − 1); None for fewer than two.
         low: The smallest.
         high: The largest.
     """
@@ -48,25 +48,25 @@ class Spread:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one choice did, over all seeds.
+    """The outcome of one choice over all seeds.
 
     Attributes:
-        choice: What was trained.
+        choice: The choice.
         label: Its name in this comparison.
-        title: What it is called in a sentence.
+        title: Its name in a sentence.
         parameters: Number of trainable values of its network.
-        kept_bytes: What the backward pass of one step finds kept; None if that is not known.
+        kept_bytes: Memory that one training step keeps for its backward pass; None if unknown.
         steps: The planned number of training steps.
-        seeds: The seeds whose runs ended.
-        diverged: Those of them whose training was given up because the loss was not finite.
-        reached: Those of them that reached the target accuracy at some evaluation.
+        seeds: The seeds whose runs have ended.
+        diverged: The seeds whose training stopped because the loss was not finite.
+        reached: The seeds that reached the target accuracy at some evaluation.
         steps_to_target: Steps before the first evaluation at or above the target, over the seeds that reached it.
         seconds_to_target: Training seconds until then.
         seconds_per_step: Median duration of a training step, over the seeds.
-        seconds_per_epoch: The same for one pass over the training data; an epoch ends where less than a batch is left.
+        seconds_per_epoch: The same for one epoch, without the samples that do not fill a batch.
         final_accuracy: Test accuracy at the last evaluation, over the seeds that did not diverge.
         final_loss: Test loss at the last evaluation, likewise.
-        gap: Accuracy on training data less that on test data at the last evaluation, likewise.
+        gap: Training accuracy minus test accuracy at the last evaluation, likewise.
     """
 
     choice: Choice
@@ -94,7 +94,7 @@ class Outcome:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What sorts the outcomes, the best first: where a seed diverged, accuracy counts only after that."""
+        """Sort key, best first: fewest diverged seeds, then highest accuracy."""
         mean = self.final_accuracy.mean if self.final_accuracy else 0.0
         return len(self.diverged) / len(self.seeds), -mean
 
@@ -131,13 +131,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher one choice ended than another, seed by seed, as they share initial values and data order.
+    """The difference in final accuracy between two choices, paired by seed, as they share values and data order.
 
     Attributes:
         points: Mean difference of the final test accuracies, in percentage points.
         low: Lower end of its 95 % interval (Student's t over the paired differences); None for fewer than 3 seeds.
         high: Upper end.
-        seeds: How many seeds both ended in.
+        seeds: Number of seeds in which neither diverged.
     """
 
     points: float
@@ -147,12 +147,12 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Whether the difference exceeds what the seeds alone make of it."""
+        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     @classmethod
     def between(cls, ours: Outcome, theirs: Outcome) -> Difference | None:
-        """Return how much higher `ours` ended, or None if there is no seed in which neither diverged."""
+        """Return the accuracy of `ours` minus that of `theirs`, or None if each seed diverged in one of them."""
         a, b = ours.accuracy_by_seed, theirs.accuracy_by_seed
         return cls.over([100 * (a[seed] - b[seed]) for seed in a if seed in b])
 
@@ -164,7 +164,7 @@ class Difference:
         mean, count = statistics.fmean(differences), len(differences)
         if count < FEWEST:
             return cls(mean, None, None, count)
-        # The quantile of Student's t; scipy.stats, which has it too, takes a second to import.
+        # The quantile of Student's t; scipy.stats would take a second to import.
         from scipy.special import stdtrit  # type: ignore[import-untyped]
 
         reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(differences) / math.sqrt(count)
@@ -186,9 +186,9 @@ def outcomes(runs: Sequence[Run], settings: Settings, titles: dict[str, str], sa
     """Return the outcome of each choice that has runs, in the grid's order.
 
     Args:
-        runs: Those that ended.
-        settings: What was asked for.
-        titles: What each norm is called in a sentence.
+        runs: The finished runs.
+        settings: The settings of the comparison.
+        titles: The name of each norm in a sentence.
         samples: Number of training samples.
     """
     grid, found = settings.grid, []
@@ -208,9 +208,9 @@ def outcomes(runs: Sequence[Run], settings: Settings, titles: dict[str, str], sa
 
 
 def contestants(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
-    """Return the best learning rate and batch size of each norm, placement and sampling.
+    """Return the outcomes with the best learning rate and batch size for each norm, placement and sampling.
 
-    Where there is only one of these, every choice is a contestant.
+    If there is only one norm, placement and sampling, return every outcome.
     """
     best: dict[tuple[str, str, str], Outcome] = {}
     for outcome in found:
@@ -222,7 +222,7 @@ def contestants(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
 
 
 def reference(found: Sequence[Outcome], grid: Grid) -> Outcome:
-    """Return what the others are compared with: the first norm's first placement, at its best setting."""
+    """Return the baseline of the comparison: the first norm, placement and sampling, at its best setting."""
     rivals = contestants(found, grid)
     first = grid.norm[0], grid.placement[0], grid.sampling[0]
     same = [o for o in rivals if (o.choice.norm, o.choice.placement, o.choice.sampling) == first]
@@ -230,7 +230,7 @@ def reference(found: Sequence[Outcome], grid: Grid) -> Outcome:
 
 
 def shown(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
-    """Return those that are drawn at first: the best contestants, and always the reference; in the grid's order."""
+    """Return the outcomes that charts show initially: the reference and the best contestants, in the grid's order."""
     ranked = sorted(contestants(found, grid), key=lambda outcome: outcome.rank)
     base = reference(found, grid)
     kept = [base, *(outcome for outcome in ranked if outcome is not base)][:SHOWN]

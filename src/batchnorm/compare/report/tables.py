@@ -1,4 +1,4 @@
-"""The records of all runs as tidy tables, one row to a record, in Parquet; needs the package pyarrow."""
+"""The records of all runs as Parquet tables, one row per record; needs the package pyarrow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
-    """Return the rows of each table: choice and seed of the run, then what was recorded."""
+    """Return the rows of each table: choice and seed of the run, then the record."""
     found: dict[str, list[Row]] = {table: [] for table in TABLES}
     for run in runs:
         key = {**asdict(run.choice), "seed": run.seed}

@@ -18,7 +18,7 @@
     return sample.firstChild;
   }
 
-  // What every chart of curves has: lines of the grid, and the x axis's end.
+  // The parts that all charts of curves share: grid lines, axes and their ends.
   function frame(width, chart, x, ends, marks, options) {
     const [low, high] = ends;
     const ticks = chart.log ? logTicks(ends) : d3.ticks(low, high, 6);
@@ -38,7 +38,7 @@
       ({ step, seconds, mid, low, high, seeds, index }))]);
     const points = lines.flatMap(([, of]) => of);
     const inside = points.filter(({ mid }) => mid >= ends[0] && mid <= ends[1]);
-    const above = (value) => (chart.log ? Math.max(value, ends[0]) : value); // a logarithmic axis has no place for 0
+    const above = (value) => (chart.log ? Math.max(value, ends[0]) : value); // a logarithmic axis cannot show 0
     const marks = name === "accuracy" ? [Plot.ruleY([charts.target], { stroke: "var(--soft)", strokeDasharray: "2 4" })] : [];
     lines.forEach(([index, of]) => {
       marks.push(Plot.areaY(of, {
@@ -176,7 +176,7 @@
     legend.append(more);
   });
 
-  // Sorts the rows by the column of a button; what has no value stays at the end.
+  // Sort the rows by the column of a button; rows without a value stay at the end.
   document.querySelectorAll(".sortable").forEach((table) => {
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) => head.querySelector("button").addEventListener("click", ({ currentTarget }) => {
