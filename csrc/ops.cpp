@@ -36,26 +36,36 @@ void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* co
 
 Threads threads() { return {run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
 
-Tensor no_dz(const Frame& frame) { return empty_vector(0, frame.dtype); }
+// The map from x to y. `indexed`: its vectors may have rows, one of which each sample uses.
+Normalization normalization_of(Frame& frame, bool indexed, const MaybeTensor& mean, const MaybeTensor& mean_low,
+                               const MaybeTensor& var, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+                               StringHandle activation, double parameter) {
+  Normalization n;
+  n.activation = activation_of(activation);
+  n.parameter = parameter;
+  n.eps = eps;
+  n.mean = frame.vector("mean", mean, indexed);
+  n.mean_low = frame.vector("mean_low", mean_low, indexed);
+  n.var = frame.vector("var", var, indexed);
+  n.weight = frame.vector("weight", weight, indexed);
+  n.bias = frame.vector("bias", bias, indexed);
+  return n;
+}
 
 // ---- operators -----------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const MaybeTensor& weight,
                                                          const MaybeTensor& bias, const MaybeTensor& residual,
-                                                         double eps, StringHandle activation, double negative_slope) {
+                                                         double eps, StringHandle activation, double parameter) {
   TrainForward args{};
-  args.normalization.activation = activation_of(activation);
-  args.normalization.negative_slope = negative_slope;
-  args.normalization.eps = eps;
   Frame frame(x);
   const DType statistics = statistics_of(frame.dtype);
   Tensor y = frame.result(), mean = empty_vector(frame.shape.c, statistics);
   Tensor mean_low = empty_vector(frame.shape.c, statistics), var = empty_vector(frame.shape.c, statistics);
+  args.normalization = normalization_of(frame, false, {}, {}, {}, weight, bias, eps, activation, parameter);
   args.shape = frame.shape;
   args.x = frame.read("x", x);
   args.residual = frame.read("residual", residual);
-  args.normalization.weight = frame.vector("weight", weight, false);
-  args.normalization.bias = frame.vector("bias", bias, false);
   args.y = y.mutable_data_ptr();
   args.mean = mean.mutable_data_ptr();
   args.mean_low = mean_low.mutable_data_ptr();
@@ -66,23 +76,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const 
 
 Tensor normalize(const Tensor& x, const Tensor& mean, const MaybeTensor& mean_low, const Tensor& var,
                  const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
-                 const MaybeTensor& index, double eps, StringHandle activation, double negative_slope) {
+                 const MaybeTensor& index, double eps, StringHandle activation, double parameter) {
   Normalize args{};
-  args.normalization.activation = activation_of(activation);
-  args.normalization.negative_slope = negative_slope;
-  args.normalization.eps = eps;
   Frame frame(x);
   Tensor y = frame.result();
+  args.normalization = normalization_of(frame, index.has_value(), mean, mean_low, var, weight, bias, eps, activation,
+                                        parameter);
+  args.normalization.index = frame.index(index, kAnyGroups);
   args.shape = frame.shape;
   args.x = frame.read("x", x);
   args.residual = frame.read("residual", residual);
-  const bool indexed = index.has_value();
-  args.normalization.mean = frame.vector("mean", mean, indexed);
-  args.normalization.mean_low = frame.vector("mean_low", mean_low, indexed);
-  args.normalization.var = frame.vector("var", var, indexed);
-  args.normalization.weight = frame.vector("weight", weight, indexed);
-  args.normalization.bias = frame.vector("bias", bias, indexed);
-  args.normalization.index = frame.index(index, kAnyGroups);
   args.y = y.mutable_data_ptr();
   kernels(frame.dtype).normalize(threads(), args);
   return frame.returned(y);
@@ -113,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, const MaybeT
   return {count, mean, mean_low, m2};
 }
 
-// What every operator of the backward pass is given.
+// The arguments that every operator of the backward pass takes.
 struct Kept {
   const Tensor &dy, &x;
   const MaybeTensor &residual, &y;
@@ -123,47 +126,60 @@ struct Kept {
   const MaybeTensor &weight, &bias;
 };
 
-Backward backward_arguments(Frame& frame, const Kept& kept, bool indexed, double eps, StringHandle activation,
-                            double negative_slope) {
+// One call of an operator of the backward pass, with the results that it asks for.
+struct BackwardCall {
+  Frame frame;
+  bool indexed;
   Backward args{};
-  args.normalization.activation = activation_of(activation);
-  args.normalization.negative_slope = negative_slope;
-  args.normalization.eps = eps;
-  args.shape = frame.shape;
-  args.x = frame.read("x", kept.x);
-  args.dy = frame.read("dy", kept.dy);
-  if (args.normalization.activation != Activation::none) {
-    args.y = frame.read("y", kept.y);
-    if (!args.y) args.residual = frame.read("residual", kept.residual);
+  Tensor sum_dz, sum_dz_xhat, dx, dz;
+
+  BackwardCall(const Kept& kept, bool indexed_, double eps, StringHandle activation, double parameter)
+      : frame(kept.x), indexed(indexed_) {
+    args.normalization = normalization_of(frame, indexed, kept.mean, kept.mean_low, kept.var, kept.weight, kept.bias,
+                                          eps, activation, parameter);
+    args.shape = frame.shape;
+    args.x = frame.read("x", kept.x);
+    args.dy = frame.read("dy", kept.dy);
+    if (args.normalization.activation != Activation::none) {
+      args.y = frame.read("y", kept.y);
+      if (!args.y) args.residual = frame.read("residual", kept.residual);
+    }
+    args.groups = 1;
   }
-  args.normalization.mean = frame.vector("mean", kept.mean, indexed);
-  args.normalization.mean_low = frame.vector("mean_low", kept.mean_low, indexed);
-  args.normalization.var = frame.vector("var", kept.var, indexed);
-  args.normalization.weight = frame.vector("weight", kept.weight, indexed);
-  args.normalization.bias = frame.vector("bias", kept.bias, indexed);
-  args.groups = 1;
-  return args;
-}
+  void want_sums(int64_t groups) {
+    const DType statistics = statistics_of(frame.dtype);
+    sum_dz = empty_rows(indexed, groups, frame.shape.c, statistics);
+    sum_dz_xhat = empty_rows(indexed, groups, frame.shape.c, statistics);
+    args.sum_dz = sum_dz.mutable_data_ptr();
+    args.sum_dz_xhat = sum_dz_xhat.mutable_data_ptr();
+    if (indexed) args.groups = groups;
+  }
+  void want_dx(bool need_dz) {
+    dx = frame.result();
+    args.dx = dx.mutable_data_ptr();
+    dz = need_dz ? frame.result() : empty_vector(0, frame.dtype);
+    args.dz = need_dz ? dz.mutable_data_ptr() : nullptr;
+  }
+  void run(const MaybeTensor& index = {}, int64_t groups = kAnyGroups) {
+    args.normalization.index = frame.index(index, groups);
+    kernels(frame.dtype).backward(threads(), args);
+    if (args.dx) dx = frame.returned(dx);
+    if (args.dz) dz = frame.returned(dz);
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(const Tensor& dy, const Tensor& x,
                                                           const MaybeTensor& residual, const MaybeTensor& y,
                                                           const Tensor& mean, const MaybeTensor& mean_low,
                                                           const Tensor& var, const MaybeTensor& weight,
                                                           const MaybeTensor& bias, double eps, StringHandle activation,
-                                                          double negative_slope, bool need_dz) {
-  Frame frame(x);
-  auto args = backward_arguments(frame, {dy, x, residual, y, mean, mean_low, var, weight, bias}, false, eps, activation,
-                                 negative_slope);
-  const DType statistics = statistics_of(frame.dtype);
-  Tensor dx = frame.result(), dz = need_dz ? frame.result() : no_dz(frame);
-  Tensor dweight = empty_vector(frame.shape.c, statistics), dbias = empty_vector(frame.shape.c, statistics);
-  args.dx = dx.mutable_data_ptr();
-  args.dz = need_dz ? dz.mutable_data_ptr() : nullptr;
-  args.sum_dz = dbias.mutable_data_ptr();
-  args.sum_dz_xhat = dweight.mutable_data_ptr();
-  args.through_batch = true;
-  kernels(frame.dtype).backward(threads(), args);
-  return {frame.returned(dx), dweight, dbias, need_dz ? frame.returned(dz) : dz};
+                                                          double parameter, bool need_dz) {
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, false, eps, activation, parameter);
+  call.want_sums(1);
+  call.want_dx(need_dz);
+  call.args.through_batch = true;
+  call.run();
+  return {call.dx, call.sum_dz_xhat, call.sum_dz, call.dz};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy, const Tensor& x,
@@ -172,43 +188,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy, 
                                                               const Tensor& var, const MaybeTensor& weight,
                                                               const MaybeTensor& bias, const MaybeTensor& index,
                                                               int64_t groups, double eps, StringHandle activation,
-                                                              double negative_slope, bool need_dz) {
-  Frame frame(x);
-  const bool indexed = index.has_value();
-  auto args = backward_arguments(frame, {dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, eps,
-                                 activation, negative_slope);
-  const DType statistics = statistics_of(frame.dtype);
-  Tensor dx = frame.result(), dz = need_dz ? frame.result() : no_dz(frame);
-  Tensor sum_dz = empty_rows(indexed, groups, frame.shape.c, statistics);
-  Tensor sum_dz_xhat = empty_rows(indexed, groups, frame.shape.c, statistics);
-  args.normalization.index = frame.index(index, groups);
-  args.groups = indexed ? groups : 1;
-  args.dx = dx.mutable_data_ptr();
-  args.dz = need_dz ? dz.mutable_data_ptr() : nullptr;
-  args.sum_dz = sum_dz.mutable_data_ptr();
-  args.sum_dz_xhat = sum_dz_xhat.mutable_data_ptr();
-  kernels(frame.dtype).backward(threads(), args);
-  return {frame.returned(dx), sum_dz_xhat, sum_dz, need_dz ? frame.returned(dz) : dz};
+                                                              double parameter, bool need_dz) {
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(), eps, activation,
+                    parameter);
+  call.want_sums(groups);
+  call.want_dx(need_dz);
+  call.run(index, groups);
+  return {call.dx, call.sum_dz_xhat, call.sum_dz, call.dz};
 }
 
 std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, const MaybeTensor& residual,
                                            const MaybeTensor& y, const Tensor& mean, const MaybeTensor& mean_low,
                                            const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
                                            const MaybeTensor& index, int64_t groups, double eps,
-                                           StringHandle activation, double negative_slope) {
-  Frame frame(x);
-  const bool indexed = index.has_value();
-  auto args = backward_arguments(frame, {dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, eps,
-                                 activation, negative_slope);
-  const DType statistics = statistics_of(frame.dtype);
-  Tensor sum_dz = empty_rows(indexed, groups, frame.shape.c, statistics);
-  Tensor sum_dz_xhat = empty_rows(indexed, groups, frame.shape.c, statistics);
-  args.normalization.index = frame.index(index, groups);
-  args.groups = indexed ? groups : 1;
-  args.sum_dz = sum_dz.mutable_data_ptr();
-  args.sum_dz_xhat = sum_dz_xhat.mutable_data_ptr();
-  kernels(frame.dtype).backward(threads(), args);
-  return {sum_dz, sum_dz_xhat};
+                                           StringHandle activation, double parameter) {
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(), eps, activation,
+                    parameter);
+  call.want_sums(groups);
+  call.run(index, groups);
+  return {call.sum_dz, call.sum_dz_xhat};
 }
 
 std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, const MaybeTensor& residual,
@@ -216,22 +214,17 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
                                           const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
                                           const MaybeTensor& mean_dxhat, const MaybeTensor& mean_dxhat_xhat,
                                           const MaybeTensor& index, const MaybeTensor& weights, double eps,
-                                          StringHandle activation, double negative_slope, bool need_dz) {
-  Frame frame(x);
+                                          StringHandle activation, double parameter, bool need_dz) {
   const bool indexed = index.has_value();
-  auto args = backward_arguments(frame, {dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, eps,
-                                 activation, negative_slope);
-  Tensor dx = frame.result(), dz = need_dz ? frame.result() : no_dz(frame);
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, eps, activation, parameter);
   if (mean_dxhat && mean_dxhat_xhat) {
-    args.mean_dxhat = frame.vector("mean_dxhat", mean_dxhat, indexed);
-    args.mean_dxhat_xhat = frame.vector("mean_dxhat_xhat", mean_dxhat_xhat, indexed);
-    args.weights = frame.read_weights(weights);
+    call.args.mean_dxhat = call.frame.vector("mean_dxhat", mean_dxhat, indexed);
+    call.args.mean_dxhat_xhat = call.frame.vector("mean_dxhat_xhat", mean_dxhat_xhat, indexed);
+    call.args.weights = call.frame.read_weights(weights);
   }
-  args.normalization.index = frame.index(index, kAnyGroups);
-  args.dx = dx.mutable_data_ptr();
-  args.dz = need_dz ? dz.mutable_data_ptr() : nullptr;
-  kernels(frame.dtype).backward(threads(), args);
-  return {frame.returned(dx), need_dz ? frame.returned(dz) : dz};
+  call.want_dx(need_dz);
+  call.run(index);
+  return {call.dx, call.dz};
 }
 
 // ---- running statistics --------------------------------------------------------------------------------------------
@@ -330,7 +323,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   }
 }
 
-// What Python asks of the library; see batchnorm/ops/backends.py.
+// Called from Python: batchnorm/ops/compiled.py.
 BATCHNORM_EXPORT const char* batchnorm_cpu_capability() { return batchnorm::capability(); }
 BATCHNORM_EXPORT const char* batchnorm_cpu_capabilities() { return batchnorm::capabilities(); }
 BATCHNORM_EXPORT const char* batchnorm_cpu_capability_problem() { return batchnorm::capability_problem(); }

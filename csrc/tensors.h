@@ -59,17 +59,18 @@ inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float6
 
 // Takes ownership of the string, as operators do.
 inline Activation activation_of(StringHandle handle) {
-  static constexpr const char* kNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"};
   const char* name = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
-  int found = -1;
-  for (int i = 0; i < 7; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) found = i;
+  int found = 0;
+  while (found < kActivations && std::strcmp(name, kActivationNames[found]) != 0) ++found;
+  std::string expected, unknown;
+  if (found == kActivations) {
+    unknown = name;
+    for (const char* known : kActivationNames) expected.append(expected.empty() ? "" : ", ").append(known);
   }
-  const std::string unknown = found < 0 ? name : "";
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  STD_TORCH_CHECK(found >= 0, "batchnorm expects activation to be one of none, relu, relu6, leaky_relu, silu, gelu, ",
-                  "hardswish, got '", unknown, "'.");
+  STD_TORCH_CHECK(found < kActivations, "batchnorm expects activation to be one of ", expected, ", got '", unknown,
+                  "'. Choose one of them.");
   return static_cast<Activation>(found);
 }
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish")
+from batchnorm import ops
+
+ACTIVATIONS = tuple(ops.ACTIVATIONS)
 NEGATIVE_SLOPE = 0.2
 EPS = 1e-5
 # Where f′ jumps: gradients are compared away from there.
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+KINKS = {name: row.kinks for name, row in ops.ACTIVATIONS.items()}
+# Those whose f′ must be taken from z. It varies with z, so that an error of z is an error of f′.
+SMOOTH = tuple(name for name, row in ops.ACTIVATIONS.items() if not row.from_output)
+
+
+def torch_activation(name: str, parameter: float) -> Callable[[Tensor], Tensor]:
+    """Return torch's own function of an activation."""
+    function = (lambda z: z) if name == "none" else getattr(F, name)
+    return partial(function, **({} if (p := ops.ACTIVATIONS[name].parameter) is None else {p: parameter}))
 
 
 @dataclass(frozen=True)

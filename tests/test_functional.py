@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.functional import batch_norm
-from tests.cases import ACTIVATIONS, CASES, EPS, Case, ids
+from tests.cases import ACTIVATIONS, CASES, EPS, SMOOTH, Case, ids
 
 SEVERAL = [case for case in CASES if case.m != 1]
 
@@ -159,13 +159,8 @@ def test_autograd_keeps_x_and_vectors_and_with_a_residual_one_tensor_more(activa
     large, vectors = kept_for_backward(activation, False, training)
     assert large == {"x"}
     assert vectors <= 5 * 3
-    with_residual = {
-        "none": {"x"},
-        "silu": {"x", "residual"},
-        "gelu": {"x", "residual"},
-        "hardswish": {"x", "residual"},
-    }
-    assert kept_for_backward(activation, True, training)[0] == with_residual.get(activation, {"x", "y"})
+    one_more = set() if activation == "none" else {"residual"} if activation in SMOOTH else {"y"}
+    assert kept_for_backward(activation, True, training)[0] == {"x"} | one_more
 
 
 def test_a_leaky_slope_that_hides_the_sign_keeps_the_residual() -> None:

@@ -19,18 +19,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from batchnorm import reference as ref
+from tests.cases import KINKS, torch_activation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-KINKS = {"relu": [0], "relu6": [0, 6], "leaky_relu": [0], "hardswish": [-3, 3]}
-TORCH_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "none": lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda z: F.leaky_relu(z, 0.2),
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-}
 INDEX = [1, 0, 1, 0, 1]
 
 
@@ -166,7 +157,7 @@ def test_forward_and_gradients_equal_torch(activation: str, training: bool) -> N
     leaves = [torch.from_numpy(a).clone().requires_grad_() for a in (x, weight, bias, residual)]
     tx, tweight, tbias, tresidual = leaves
     z = F.batch_norm(tx, torch.from_numpy(mean), torch.from_numpy(var), tweight, tbias, training, 0.0, 1e-3)
-    y = TORCH_ACTIVATIONS[activation](z + tresidual)
+    y = torch_activation(activation, 0.2)(z + tresidual)
     expected = torch.autograd.grad(y, leaves, torch.from_numpy(dy))
     assert_allclose(forward.y, y.detach(), atol=1e-12)
     for ours, theirs in zip((found.dx, found.dweight, found.dbias, found.dz), expected, strict=True):
@@ -177,7 +168,7 @@ def test_forward_and_gradients_equal_torch(activation: str, training: bool) -> N
 def test_activation_and_derivative_equal_torch_at_kinks_and_far_out(activation: str) -> None:
     points = [*np.linspace(-8, 8, 161), -3.0, 0.0, 3.0, 6.0, -800.0, 800.0]
     z = torch.tensor(points, dtype=torch.float64, requires_grad=True)
-    y = TORCH_ACTIVATIONS[activation](z)
+    y = torch_activation(activation, 0.2)(z)
     (slope,) = torch.autograd.grad(y.sum(), z)
     f, derivative = ref.ACTIVATIONS[activation]
     at = z.detach().numpy()

@@ -1,4 +1,4 @@
-// Activations y = f(z) and dz = dy·f'(t), with t = z, or y where y tells the derivative as well.
+// Activations y = f(z, parameter) and dz = dy·f'(t, parameter). t is z, or y where y determines the derivative.
 // At kinks and for NaN each does what torch does.
 #pragma once
 
@@ -8,7 +8,6 @@
 namespace BATCHNORM_NAMESPACE {
 
 struct None {
-  static constexpr bool kIdentity = true;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
     return z;
@@ -20,7 +19,6 @@ struct None {
 };
 
 struct Relu {
-  static constexpr bool kIdentity = false;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
     return select(z <= A(0), V{}, z);
@@ -32,7 +30,6 @@ struct Relu {
 };
 
 struct Relu6 {
-  static constexpr bool kIdentity = false;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
     return select(z <= A(0), V{}, select(z >= A(6), broadcast(A(6)), z));
@@ -44,7 +41,6 @@ struct Relu6 {
 };
 
 struct LeakyRelu {
-  static constexpr bool kIdentity = false;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A slope) {
     return select(z > A(0), z, z * slope);
@@ -56,7 +52,6 @@ struct LeakyRelu {
 };
 
 struct Silu {
-  static constexpr bool kIdentity = false;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
     return z / (A(1) + exp(-z));
@@ -69,7 +64,6 @@ struct Silu {
 };
 
 struct Gelu {
-  static constexpr bool kIdentity = false;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
     return z * A(0.5) * (A(1) + erf(z * A(0.70710678118654752440)));
@@ -83,7 +77,6 @@ struct Gelu {
 };
 
 struct Hardswish {
-  static constexpr bool kIdentity = false;
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
     V gate = z + A(3);
@@ -97,24 +90,30 @@ struct Hardswish {
   }
 };
 
+// z·tanh(log(1 + e^z)) = z·w/(w + 2) with w = e^z·(e^z + 2). From z = 20 on the factor of z is 1 in every dtype.
+struct Mish {
+  template <class V, class A>
+  BATCHNORM_INLINE V forward(V z, A) {
+    V e = exp(select(z > A(20), broadcast(A(20)), z)), w = e * (e + A(2));
+    return z * (w / (w + A(2)));
+  }
+  template <class V, class A>
+  BATCHNORM_INLINE V backward(V dy, V t, A) {
+    t = select(t > A(20), broadcast(A(20)), t);
+    V e = exp(t), w = e * (e + A(2)), n = w + A(2);
+    return dy * (w / n + t * (e / (e + A(1))) * (A(4) * (w + A(1)) / (n * n)));
+  }
+};
+
 // Calls body with the activation's type.
 template <class Body>
 BATCHNORM_INLINE void with_activation(Activation activation, const Body& body) {
   switch (activation) {
-    case Activation::none:
-      return body(None{});
-    case Activation::relu:
-      return body(Relu{});
-    case Activation::relu6:
-      return body(Relu6{});
-    case Activation::leaky_relu:
-      return body(LeakyRelu{});
-    case Activation::silu:
-      return body(Silu{});
-    case Activation::gelu:
-      return body(Gelu{});
-    case Activation::hardswish:
-      return body(Hardswish{});
+#define BATCHNORM_CASE(name, type) \
+  case Activation::name:           \
+    return body(type{});
+    BATCHNORM_ACTIVATIONS(BATCHNORM_CASE)
+#undef BATCHNORM_CASE
   }
 }
 

@@ -42,8 +42,7 @@ struct RowBackward final : RowSteps {
   bool finish(double* sum_dz, double* sum_dz_deviation, bool) override {
     fold(lanes.shape, sum_dz), fold(lanes.shape, sum_dz_deviation);
     for (int64_t c = 0; c < lanes.shape.channels; ++c) steps.one(c, sum_dz[c], sum_dz_deviation[c]);
-    lanes.spread_all(&CoefficientArrays<A>::slope);
-    lanes.spread_all(&CoefficientArrays<A>::constant);
+    lanes.spread_slope_constant();
     return false;
   }
 };
@@ -69,7 +68,7 @@ BackwardTerm<T, F> backward_term(const Backward& args, const Coefficients<A>& co
           static_cast<const T*>(args.residual),
           static_cast<const T*>(args.y),
           coefficients,
-          static_cast<A>(args.normalization.negative_slope)};
+          static_cast<A>(args.normalization.parameter)};
 }
 
 template <class F>
@@ -151,11 +150,10 @@ void backward(const Threads& threads, const Backward& args) {
   const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<A>(s, false);
   LaneCoefficients coefficients(r, scratch);
   fill_coefficients(channels, rows, s.c, coefficients.channels);
-  spread_mean_scale_shift(coefficients);
+  coefficients.spread_mean_scale_shift();
   if (args.mean_dxhat.data) {
     fill_given_means(args, channels, rows, s.c, coefficients.channels, scratch);
-    coefficients.spread_all(&CoefficientArrays<A>::slope);
-    coefficients.spread_all(&CoefficientArrays<A>::constant);
+    coefficients.spread_slope_constant();
   }
   const BackwardSteps common{args, channels, coefficients.channels, values};
   with_activation(args.normalization.activation, [&](auto f) {

@@ -27,12 +27,16 @@ struct StoreStatistics {
     coefficients.shift[c] = channels.shift(0, c, coefficients.scale[c]);
   }
   void done() const {
-    if (!lanes) return;
-    lanes->spread_all(&CoefficientArrays<A>::mean);
-    lanes->spread_all(&CoefficientArrays<A>::scale);
-    lanes->spread_all(&CoefficientArrays<A>::shift);
+    if (lanes) lanes->spread_mean_scale_shift();
   }
 };
+
+// The map from x to y, of `TrainForward` and of `Normalize`.
+template <class F, class Args>
+NormalizeMap<T, F> normalize_map(F, const Args& args, const Coefficients<A>& coefficients) {
+  return {static_cast<const T*>(args.x), static_cast<const T*>(args.residual), static_cast<T*>(args.y), coefficients,
+          static_cast<A>(args.normalization.parameter)};
+}
 
 void train_forward(const Threads& threads, const TrainForward& args) {
   const Shape& s = args.shape;
@@ -45,10 +49,6 @@ void train_forward(const Threads& threads, const TrainForward& args) {
   Channels<T> channels(args.normalization, s.c, scratch);
   const T* x = static_cast<const T*>(args.x);
   const double values = static_cast<double>(s.n * s.s);
-  auto map = [&](auto f, const Coefficients<A>& coefficients) {
-    return NormalizeMap<T, decltype(f)>{x, static_cast<const T*>(args.residual), static_cast<T*>(args.y), coefficients,
-                                        static_cast<A>(args.normalization.negative_slope)};
-  };
   if (in_planes(s, false)) {
     CoefficientArrays<A> coefficients(s.c, scratch);
     const MomentTerm<T, false> term{x, coefficients.view(), nullptr};
@@ -56,7 +56,7 @@ void train_forward(const Threads& threads, const TrainForward& args) {
     PlaneMoments<StoreStatistics> steps(sums, x, coefficients.mean, s,
                                         {mean, low, var, values, channels, coefficients});
     with_activation(args.normalization.activation, [&](auto f) {
-      const auto to_y = map(f, coefficients.view());
+      const auto to_y = normalize_map(f, args, coefficients.view());
       reduce_then_map(threads, s, sums, steps, mapper(to_y), streams(s), 1, kValues);
     });
     return;
@@ -68,7 +68,7 @@ void train_forward(const Threads& threads, const TrainForward& args) {
   RowMoments<StoreStatistics> steps(sums, x, coefficients, values,
                                     {mean, low, var, values, channels, coefficients.channels, &coefficients});
   with_activation(args.normalization.activation, [&](auto f) {
-    const auto to_y = map(f, coefficients.lanes.view());
+    const auto to_y = normalize_map(f, args, coefficients.lanes.view());
     reduce_then_map(threads, r, sums, steps, mapper(to_y), streams(s), kValues);
   });
 }
@@ -112,37 +112,26 @@ void fill_coefficients(const Channels<T>& channels, const CoefficientRows& rows,
   }
 }
 
-void spread_mean_scale_shift(LaneCoefficients& coefficients) {
-  for (auto which : {&CoefficientArrays<A>::mean, &CoefficientArrays<A>::scale, &CoefficientArrays<A>::shift}) {
-    coefficients.spread_all(which);
-  }
-}
-
 void normalize(const Threads& threads, const Normalize& args) {
   const Shape& s = args.shape;
   if (s.numel() == 0) return;
   Scratch scratch;
   const Channels<T> channels(args.normalization, s.c, scratch);
   const CoefficientRows rows(args.normalization, {}, s.n, scratch);
-  auto map = [&](auto f, const Coefficients<A>& coefficients) {
-    return NormalizeMap<T, decltype(f)>{static_cast<const T*>(args.x), static_cast<const T*>(args.residual),
-                                        static_cast<T*>(args.y), coefficients,
-                                        static_cast<A>(args.normalization.negative_slope)};
-  };
   const bool planes = in_planes(s, rows.of_sample);
   const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<A>(s, rows.of_sample);
   with_activation(args.normalization.activation, [&](auto f) {
     if (planes || rows.of_sample) {
       CoefficientArrays<A> coefficients(rows.count * s.c, scratch);
       fill_coefficients(channels, rows, s.c, coefficients);
-      const auto to_y = map(f, coefficients.view());
+      const auto to_y = normalize_map(f, args, coefficients.view());
       if (planes) return map_all_planes(threads, s, mapper(to_y), streams(s), rows.of_sample);
       return map_all_rows(threads, r, mapper(to_y), streams(s), kValues, rows.of_sample);
     }
     LaneCoefficients coefficients(r, scratch);
     fill_coefficients(channels, rows, s.c, coefficients.channels);
-    spread_mean_scale_shift(coefficients);
-    const auto to_y = map(f, coefficients.lanes.view());
+    coefficients.spread_mean_scale_shift();
+    const auto to_y = normalize_map(f, args, coefficients.lanes.view());
     map_all_rows(threads, r, mapper(to_y), streams(s), kValues, nullptr);
   });
 }

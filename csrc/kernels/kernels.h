@@ -10,7 +10,24 @@ namespace batchnorm {
 enum class DType : int { float64, float32, bfloat16, float16 };
 inline constexpr int kDTypes = 4;
 
-enum class Activation : int { none, relu, relu6, leaky_relu, silu, gelu, hardswish };
+// The activations: X(name, the struct of activations.h that computes it).
+#define BATCHNORM_ACTIVATIONS(X) \
+  X(none, None)                  \
+  X(relu, Relu)                  \
+  X(relu6, Relu6)                \
+  X(leaky_relu, LeakyRelu)       \
+  X(silu, Silu)                  \
+  X(gelu, Gelu)                  \
+  X(hardswish, Hardswish)        \
+  X(mish, Mish)
+
+#define BATCHNORM_ENUMERATOR(name, type) name,
+#define BATCHNORM_NAME(name, type) #name,
+enum class Activation : int { BATCHNORM_ACTIVATIONS(BATCHNORM_ENUMERATOR) };
+inline constexpr const char* kActivationNames[] = {BATCHNORM_ACTIVATIONS(BATCHNORM_NAME)};
+inline constexpr int kActivations = sizeof kActivationNames / sizeof *kActivationNames;
+#undef BATCHNORM_ENUMERATOR
+#undef BATCHNORM_NAME
 
 // x: n samples of c channels of s positions, dense in memory as [n, c, s], or as [n, s, c] if channels_last.
 struct Shape {
@@ -39,10 +56,10 @@ struct Normalization {
   const int64_t* index = nullptr;  // [n]
   double eps = 0.0;
   Activation activation = Activation::none;
-  double negative_slope = 0.0;
+  double parameter = 0.0;  // negative_slope or alpha, where the activation takes one
 };
 
-// Results named by their operator's schema. Where not said otherwise they have x's dtype; statistics and sums are
+// Results have the names of their operator's schema. Without a comment they have x's dtype; statistics and sums are
 // float64 for float64 x, else float32.
 struct TrainForward {
   Shape shape;
@@ -77,7 +94,7 @@ struct Backward {
   const void* dy;
   const void* x;
   const void* residual;  // may be null
-  const void* y;         // may be null; tells the activation's derivative where it is given
+  const void* y;         // may be null; where it is given, it determines the activation's derivative
   Normalization normalization;
   int64_t groups;                      // rows of the sums
   void *sum_dz, *sum_dz_xhat;          // [groups, c], or both null

@@ -56,9 +56,14 @@ struct LaneCoefficients {
       : shape(r),
         channels(r.channels, scratch),
         lanes(r.one_to_one() ? channels : CoefficientArrays<A>(r.lanes, scratch)) {}
-  void spread_all(A* CoefficientArrays<A>::*which) {
-    if (!shape.one_to_one()) spread(shape, channels.*which, lanes.*which);
+  template <class... Members>
+  void spread_all(Members... which) {
+    if (!shape.one_to_one()) (spread(shape, channels.*which, lanes.*which), ...);
   }
+  void spread_mean_scale_shift() {
+    spread_all(&CoefficientArrays<A>::mean, &CoefficientArrays<A>::scale, &CoefficientArrays<A>::shift);
+  }
+  void spread_slope_constant() { spread_all(&CoefficientArrays<A>::slope, &CoefficientArrays<A>::constant); }
 };
 
 void fill(A* p, int64_t n, A value) {

@@ -5,6 +5,8 @@
 // each lane is a channel of its own. All tensors of a call have one layout, so that one offset serves all.
 #pragma once
 
+#include <type_traits>
+
 #include "activations.h"
 #include "simd.h"
 
@@ -90,6 +92,17 @@ BATCHNORM_INLINE void put(T* p, Vec<Arithmetic<T>> v, int64_t count, bool stream
   }
 }
 
+// The coefficients of z, as vectors.
+template <class A>
+struct ScaleAndShift {
+  Vec<A> mean, scale, shift;
+  template <class Channels>
+  BATCHNORM_INLINE ScaleAndShift of(const Coefficients<A>& coefficients, const Channels& c) {
+    return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
+            Channels::get(coefficients.shift, c)};
+  }
+};
+
 template <class T, class F>
 struct NormalizeMap {
   using Type = T;
@@ -98,16 +111,13 @@ struct NormalizeMap {
   const T* residual;
   T* y;
   Coefficients<A> coefficients;
-  A negative_slope;
+  A parameter;
   static constexpr const A* weights = nullptr;
 
-  struct Loaded {
-    Vec<A> mean, scale, shift;
-  };
+  using Loaded = ScaleAndShift<A>;
   template <class Channels>
   __attribute__((always_inline)) Loaded at(const Channels& c) const {
-    return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
-            Channels::get(coefficients.shift, c)};
+    return Loaded::of(coefficients, c);
   }
   T* first_output() const { return y; }
   template <int cache>
@@ -119,7 +129,7 @@ struct NormalizeMap {
                                             bool streamed) const {
     Vec<A> z = preactivation(load(x + offset, count) - c.mean, c.scale, c.shift);
     if (residual) z = z + load(residual + offset, count);
-    put(y + offset, F::forward(z, negative_slope), count, streamed);
+    put(y + offset, F::forward(z, parameter), count, streamed);
   }
 };
 
@@ -133,16 +143,13 @@ struct BackwardTerm {
   const T* residual;
   const T* y;
   Coefficients<A> coefficients;
-  A negative_slope;
+  A parameter;
   static constexpr const A* weights = nullptr;
 
-  struct Loaded {
-    Vec<A> mean, scale, shift;
-  };
+  using Loaded = ScaleAndShift<A>;
   template <class Channels>
   __attribute__((always_inline)) Loaded at(const Channels& c) const {
-    return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
-            Channels::get(coefficients.shift, c)};
+    return Loaded::of(coefficients, c);
   }
   template <int cache>
   __attribute__((always_inline)) void fetch(int64_t offset) const {
@@ -155,7 +162,7 @@ struct BackwardTerm {
                                            Vec<A>& deviation) const {
     deviation = load(x + offset, count) - c.mean;
     dz = load(dy + offset, count);
-    if constexpr (!F::kIdentity) {
+    if constexpr (!std::is_same_v<F, None>) {
       Vec<A> t;
       if (y) {
         t = load(y + offset, count);
@@ -163,7 +170,7 @@ struct BackwardTerm {
         t = preactivation(deviation, c.scale, c.shift);
         if (residual) t = t + load(residual + offset, count);
       }
-      dz = F::backward(dz, t, negative_slope);
+      dz = F::backward(dz, t, parameter);
     }
   }
 };

@@ -50,7 +50,8 @@ def batch_norm(
         momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
             average, which needs `num_batches_tracked`.
         eps: Added to the variance; positive (in evaluation zero is allowed, as in torch).
-        activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu" or "hardswish", fused.
+        activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish" or
+            "mish". The mathematics page has the formulas under "Activations".
         negative_slope: Slope of "leaky_relu" below zero.
         residual: Of x's shape and dtype; added before the activation.
         mask: Which positions count in the batch's statistics, and so in the running ones: booleans, or finite

@@ -35,6 +35,8 @@ struct Sum {
   double value() const { return high + low; }
 };
 
+inline double softplus(double z) { return std::fmax(z, 0.0) + std::log1p(std::exp(-std::abs(z))); }
+
 inline double activate(Activation activation, double z, double slope) {
   switch (activation) {
     case Activation::none:
@@ -51,6 +53,8 @@ inline double activate(Activation activation, double z, double slope) {
       return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
     case Activation::hardswish:
       return z * std::fmin(std::fmax(z + 3, 0.0), 6.0) / 6;
+    case Activation::mish:
+      return z * std::tanh(softplus(z));
   }
   return NAN;
 }
@@ -73,6 +77,10 @@ inline double derivative(Activation activation, double t, double slope) {
       return 0.5 * std::erfc(-t / std::sqrt(2.0)) + t * std::exp(-0.5 * t * t) / std::sqrt(2 * M_PI);
     case Activation::hardswish:
       return t <= -3 ? 0.0 : t >= 3 ? 1.0 : t / 3 + 0.5;
+    case Activation::mish: {
+      const double tanh = std::tanh(softplus(t));
+      return tanh + t * (1 - tanh * tanh) / (1 + std::exp(-t));
+    }
   }
   return NAN;
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 import batchnorm
 from batchnorm import nn
 from batchnorm.nn.layer import NormLayer
+from tests.cases import torch_activation
 
 SHAPES = {
     "BatchNorm": (4, 3, 2, 3, 2, 2),
@@ -82,15 +83,7 @@ def test_the_fused_layer_is_its_three_parts(name: str, activation: str) -> None:
     fused = getattr(nn, name)(3, activation=activation, negative_slope=0.3)
     plain = getattr(nn, name.replace("Act", ""))(3)
     plain.load_state_dict(fused.state_dict())
-    f = {
-        "none": torch.nn.Identity(),
-        "relu": torch.nn.ReLU(),
-        "relu6": torch.nn.ReLU6(),
-        "leaky_relu": torch.nn.LeakyReLU(0.3),
-        "silu": torch.nn.SiLU(),
-        "gelu": torch.nn.GELU(),
-        "hardswish": torch.nn.Hardswish(),
-    }[activation]
+    f = torch_activation(activation, 0.3)
     for training in (True, False):
         fused.train(training), plain.train(training)
         x, residual = torch.randn(2, *ACT_SHAPES[name]) * 3

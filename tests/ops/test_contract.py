@@ -11,14 +11,13 @@ from torch import Tensor
 
 import batchnorm  # noqa: F401  (defines the operators)
 from batchnorm import reference
-from tests.cases import ACTIVATIONS, CASES, EPS, KINKS, NEGATIVE_SLOPE, Case, ids
+from tests.cases import ACTIVATIONS, CASES, EPS, KINKS, NEGATIVE_SLOPE, SMOOTH, Case, ids
 from tests.ops import implementations
 from tests.ops.implementations import Ops, over
 from tests.tolerance import Array, Terms, assert_within, bound
 
 ALONE_OR_NOT = ["alone", "residual"]
 SEVERAL = [case for case in CASES if case.m != 1]
-SMOOTH = ("silu", "gelu", "hardswish")
 
 
 @pytest.fixture(params=implementations.names())

@@ -44,25 +44,25 @@ class _BatchNormAct(NormLayer):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """`activation(BN(x) + residual)`; the residual has x's shape and dtype, the mask is as in `BatchNorm`."""
+        """Return `activation(BN(x) + residual)`. The residual has x's shape and dtype; for `mask` see `BatchNorm`."""
         return self._normalize(x, residual, mask)
 
     def extra_repr(self) -> str:
-        """The description of the batch normalization, then the activation."""
+        """Return the description of the batch normalization, then the activation."""
         parts = [super().extra_repr(), f"activation={self.activation!r}"]
-        if self.activation == "leaky_relu":
-            parts.append(f"negative_slope={self.negative_slope}")
+        if parameter := ops.ACTIVATIONS[self.activation].parameter:
+            parts.append(f"{parameter}={getattr(self, parameter)}")
         return ", ".join(parts)
 
 
 class BatchNormAct2d(_BatchNormAct):
     """`activation(BN(x) + residual)` for x of shape `[N, C, H, W]`, in one pass fewer and with less memory kept.
 
-    Loads and saves the `state_dict` of `BatchNorm2d`. It is no `_BatchNorm` of torch on purpose: tools that replace or
-    fold batch normalization by `isinstance` would lose the activation silently.
+    The layer loads and saves the `state_dict` of `BatchNorm2d`. It is deliberately no subclass of torch's `_BatchNorm`:
+    tools that find batch normalization by `isinstance` to replace or fold it would lose the activation silently.
 
     Args:
-        num_features: C, and the further arguments up to `on_nonfinite` are those of `BatchNorm`.
+        num_features: As in `BatchNorm`.
         eps: As in `BatchNorm`.
         momentum: As in `BatchNorm`.
         affine: As in `BatchNorm`.
@@ -71,13 +71,14 @@ class BatchNormAct2d(_BatchNormAct):
         dtype: As in `BatchNorm`.
         bias: As in `BatchNorm`.
         on_nonfinite: As in `BatchNorm`.
-        activation: "relu" (default), "none", "relu6", "leaky_relu", "silu", "gelu" or "hardswish" (keyword only).
+        activation: "relu" (default), or another activation of `batchnorm.functional.batch_norm` (keyword only).
         negative_slope: Slope of "leaky_relu" below zero (keyword only).
 
     Raises:
-        ValueError: as `BatchNorm`; an unknown activation; in forward, a residual that has not x's shape.
+        ValueError: as `BatchNorm`; an unknown activation; in forward, a residual of another shape than x.
 
-    Numerics: autograd keeps x and `[C]` vectors; with a residual also y, or for silu, gelu and hardswish the residual.
+    Numerics: autograd keeps x and `[C]` vectors. With a residual it also keeps y, where y determines the derivative
+        of the activation (the ReLUs), and otherwise the residual.
 
     Examples:
         >>> import torch

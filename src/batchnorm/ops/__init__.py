@@ -6,7 +6,7 @@ package calls them or the operators, never an implementation.
 """
 
 from batchnorm.ops import schemas  # noqa: F401  (defines the operators)
-from batchnorm.ops.activations import ACTIVATIONS
+from batchnorm.ops.activations import ACTIVATIONS, called_activation, module_activation, parameter_of
 from batchnorm.ops.compiled import Backends, backends
 from batchnorm.ops.parts import BatchStatistics
 from batchnorm.ops.renorm import renorm_correction
@@ -26,7 +26,10 @@ __all__ = [
     "batch_moments",
     "batch_statistics_norm",
     "batch_statistics_norm_by_parts",
+    "called_activation",
     "fixed_statistics_norm",
+    "module_activation",
+    "parameter_of",
     "renorm_correction",
     "update_running_",
 ]

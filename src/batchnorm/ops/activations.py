@@ -1,13 +1,17 @@
-"""The activations that an operator can apply after normalization, with their derivatives."""
+"""The activations that an operator can apply after normalization.
+
+`ACTIVATIONS` has one row for each: its function, its derivative, and the names under which torch offers it. Graph
+rewriting, the layers and the tests read this table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _aten = torch.ops.aten
 
@@ -16,10 +20,10 @@ _SERIAL = 16_384
 
 
 def _in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """An elementwise function whose bits do not depend on the number of CPU threads.
+    """Apply an elementwise function so that its bits do not depend on the number of CPU threads.
 
-    torch's exp and erf round differently at the end of a thread's share than inside it, so every share is made one of
-    fixed blocks. Functions of +, ×, max and comparison alone need this not.
+    torch's exp and erf round differently at the end of a thread's share than inside it. Fixed blocks make the shares
+    independent of the threads. Functions made of +, ×, max and comparisons round alike everywhere and need no blocks.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return function(*tensors)  # a graph for every size, or for export
@@ -29,38 +33,170 @@ def _in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return torch.cat([function(*block) for block in blocks]).reshape(tensors[0].shape)
 
 
-class Activation(NamedTuple):
-    """`y = forward(z, negative_slope)` and `dz = backward(dy, t, negative_slope)`.
+class Spelling(NamedTuple):
+    """One name under which torch offers an activation.
 
-    `t` is z, or y where `from_output` says that y tells the derivative as well (for a positive slope).
-    The derivative is torch's own, so that gradients agree with it at every kink too.
+    Attributes:
+        name: The name of functions, methods and aten operators, without the underscore of the in-place form.
+        module: The class of modules.
+        arguments: The arguments after the input and without `inplace`, with their defaults, in order.
+        required: The values that some arguments must have. Other values make another function.
+        same_gradient: Whether the derivative is the same at kinks too.
+    """
+
+    name: str
+    module: type[nn.Module] | None = None
+    arguments: Mapping[str, Any] = {}
+    required: Mapping[str, Any] = {}
+    same_gradient: bool = True
+
+
+class Activation(NamedTuple):
+    """One activation: `y = forward(z, parameter)` and `dz = backward(dy, t, parameter)`.
+
+    Attributes:
+        forward: The function.
+        backward: Its derivative times dy: torch's own, so that gradients agree with torch at every kink.
+        spellings: The names under which torch offers it, torch's function of the same name first.
+        kinks: Where the derivative jumps.
+        from_output: Whether t may be y instead of z. The derivative is then constant between kinks.
+        parameter: The keyword argument that it takes: "negative_slope", "alpha" or none.
     """
 
     forward: Callable[[Tensor, float], Tensor]
     backward: Callable[[Tensor, Tensor, float], Tensor]
-    from_output: bool
+    spellings: tuple[Spelling, ...] = ()
+    kinks: tuple[float, ...] = ()
+    from_output: bool = False
+    parameter: str | None = None
+
+    @property
+    def default(self) -> float:
+        """The parameter's default; 0 without one."""
+        return 0.0 if self.parameter is None else float(self.spellings[0].arguments[self.parameter])
+
+
+def _clamp(low: float | None, high: float | None) -> tuple[Spelling, ...]:
+    """Spell a clamp, which passes the gradient at its bounds, where relu and relu6 do not."""
+    bounds = {"min": None, "max": None}
+    return tuple(Spelling(name, None, bounds, {"min": low, "max": high}, False) for name in ("clamp", "clip"))
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "none": Activation(lambda z, _: z, lambda dy, t, _: dy, True),
-    "relu": Activation(lambda z, _: F.relu(z), lambda dy, t, _: _aten.threshold_backward(dy, t, 0.0), True),
-    "relu6": Activation(lambda z, _: F.relu6(z), lambda dy, t, _: _aten.hardtanh_backward(dy, t, 0.0, 6.0), True),
+    "none": Activation(lambda z, _: z, lambda dy, t, _: dy, from_output=True),
+    "relu": Activation(
+        lambda z, _: F.relu(z),
+        lambda dy, t, _: _aten.threshold_backward(dy, t, 0.0),
+        (Spelling("relu", nn.ReLU), *_clamp(0.0, None)),
+        kinks=(0.0,),
+        from_output=True,
+    ),
+    "relu6": Activation(
+        lambda z, _: F.relu6(z),
+        lambda dy, t, _: _aten.hardtanh_backward(dy, t, 0.0, 6.0),
+        (
+            Spelling("relu6", nn.ReLU6),
+            Spelling("hardtanh", nn.Hardtanh, {"min_val": -1.0, "max_val": 1.0}, {"min_val": 0.0, "max_val": 6.0}),
+            *_clamp(0.0, 6.0),
+        ),
+        kinks=(0.0, 6.0),
+        from_output=True,
+    ),
     "leaky_relu": Activation(
         lambda z, slope: F.leaky_relu(z, slope),
-        # False: t stands for z. For slope > 0 y has z's sign, and the two agree.
+        # False: t stands for z. For a positive slope y has z's sign.
         lambda dy, t, slope: _aten.leaky_relu_backward(dy, t, slope, False),
-        True,
+        (Spelling("leaky_relu", nn.LeakyReLU, {"negative_slope": 0.01}),),
+        kinks=(0.0,),
+        from_output=True,
+        parameter="negative_slope",
     ),
     "silu": Activation(
-        lambda z, _: _in_blocks(F.silu, z), lambda dy, t, _: _in_blocks(_aten.silu_backward, dy, t), False
+        lambda z, _: _in_blocks(F.silu, z),
+        lambda dy, t, _: _in_blocks(_aten.silu_backward, dy, t),
+        (Spelling("silu", nn.SiLU),),
     ),
     "gelu": Activation(
-        lambda z, _: _in_blocks(F.gelu, z), lambda dy, t, _: _in_blocks(_aten.gelu_backward, dy, t), False
+        lambda z, _: _in_blocks(F.gelu, z),
+        lambda dy, t, _: _in_blocks(_aten.gelu_backward, dy, t),
+        (Spelling("gelu", nn.GELU, {"approximate": "none"}, {"approximate": "none"}),),
     ),
-    "hardswish": Activation(lambda z, _: F.hardswish(z), lambda dy, t, _: _aten.hardswish_backward(dy, t), False),
+    "hardswish": Activation(
+        lambda z, _: F.hardswish(z),
+        lambda dy, t, _: _aten.hardswish_backward(dy, t),
+        (Spelling("hardswish", nn.Hardswish),),
+        kinks=(-3.0, 3.0),
+    ),
+    "mish": Activation(
+        lambda z, _: _in_blocks(F.mish, z),
+        lambda dy, t, _: _in_blocks(_aten.mish_backward, dy, t),
+        (Spelling("mish", nn.Mish),),
+    ),
 }
 
+_Row = tuple[str, Activation, Spelling]
+_ROWS: list[_Row] = [(name, row, spelling) for name, row in ACTIVATIONS.items() for spelling in row.spellings]
+_BY_NAME: dict[str, list[_Row]] = {}
+_BY_MODULE: dict[type[nn.Module], list[_Row]] = {}
+_NAMES: dict[Any, str] = {}
+for _row in _ROWS:
+    _spelling = _row[2]
+    _BY_NAME.setdefault(_spelling.name, []).append(_row)
+    if _spelling.module is not None:
+        _BY_MODULE.setdefault(_spelling.module, []).append(_row)
+    for _name in (_spelling.name, f"{_spelling.name}_"):
+        _NAMES |= {getattr(source, _name): _spelling.name for source in (torch, F) if hasattr(source, _name)}
 
-def known_from_output(activation: str, negative_slope: float) -> bool:
-    """Whether the derivative can be had from y, so that a residual need not be kept for backward."""
-    return ACTIVATIONS[activation].from_output and (activation != "leaky_relu" or negative_slope > 0.0)
+
+def known_from_output(activation: str, parameter: float) -> bool:
+    """Return whether the derivative can be had from y, so that a residual need not be kept for backward."""
+    return ACTIVATIONS[activation].from_output and (activation != "leaky_relu" or parameter > 0.0)
+
+
+def parameter_of(activation: str, **parameters: float) -> float:
+    """Return the one of the parameters that the activation takes, and 0 where it takes none."""
+    name = ACTIVATIONS[activation].parameter
+    return 0.0 if name is None else parameters[name]
+
+
+def called_activation(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, gradients: bool = True
+) -> tuple[str, float] | None:
+    """Return the name and the parameter of the activation that a call applies, or None for any other call.
+
+    Args:
+        target: A function, the name of a method, or an aten operator.
+        args: The positional arguments after the input.
+        kwargs: The named arguments.
+        gradients: Whether the derivative must be the same at kinks too.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._opname if target.namespace == "aten" else ""
+    else:
+        name = target if isinstance(target, str) else _NAMES.get(target, "")
+    values = [argument for argument in args if not isinstance(argument, bool)]  # True and False are `inplace`
+    options = {key: value for key, value in kwargs.items() if key != "inplace"}
+    for row in _BY_NAME.get(name.removesuffix("_"), ()):
+        arguments = row[2].arguments
+        if len(values) <= len(arguments) and options.keys() <= arguments.keys():
+            given = {**arguments, **dict(zip(arguments, values, strict=False)), **options}
+            if (row[2].same_gradient or not gradients) and (found := _match(row, given)):
+                return found
+    return None
+
+
+def module_activation(module: nn.Module) -> tuple[str, float] | None:
+    """Return the name and the parameter of the activation that a module applies, or None for any other module."""
+    for row in _BY_MODULE.get(type(module), ()):
+        given = {name: getattr(module, name, default) for name, default in row[2].arguments.items()}
+        if found := _match(row, given):
+            return found
+    return None
+
+
+def _match(row: _Row, given: Mapping[str, Any]) -> tuple[str, float] | None:
+    name, activation, spelling = row
+    if any(given[argument] != value for argument, value in spelling.required.items()):
+        return None
+    parameter = given.get(activation.parameter, 0.0)  # type: ignore[arg-type]
+    return (name, float(parameter)) if isinstance(parameter, (int, float)) else None

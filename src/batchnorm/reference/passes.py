@@ -31,6 +31,10 @@ def _sigmoid(z: Array) -> Array:
     return np.asarray(np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z))))  # never overflows
 
 
+def _tanh_of_softplus(z: Array) -> Array:
+    return np.asarray(np.tanh(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))))
+
+
 def _normal_cdf(z: Array) -> Array:
     return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
 
@@ -49,6 +53,10 @@ ACTIVATIONS = {
     "hardswish": (
         lambda z, a: z * np.clip(z + 3, 0.0, 6.0) / 6,
         lambda z, a: np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6)),
+    ),
+    "mish": (
+        lambda z, a: z * _tanh_of_softplus(z),
+        lambda z, a: _tanh_of_softplus(z) + z * _sigmoid(z) * (1 - _tanh_of_softplus(z) ** 2),
     ),
 }
 
@@ -116,7 +124,7 @@ def normalize(
         weight: γ, `[C]` or `[K, C]`, whichever the statistics are. Default 1.
         bias: β, like `weight`. Default 0.
         residual: Like x. Default 0.
-        activation: f: none, relu, relu6, leaky_relu, silu, gelu (the exact one) or hardswish.
+        activation: The name of f in `ACTIVATIONS`.
         negative_slope: Of leaky_relu.
         eps: ε, >= 0.
         index: `[N]`, the row of `[K, C]` that each sample uses.

@@ -23,30 +23,19 @@ from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.layer import NormLayer
 from batchnorm.walk import is_hooked
 
-# An activation by name with its slope, a module that may be one, or nothing.
+# An activation by name with its parameter, a module that may be one, or nothing.
 Activation = tuple[str, float] | nn.Module | None
 
 _FUSABLE = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
-_BY_MODULE: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-}
 
 
 def named_activation(activation: Activation) -> tuple[str, float] | None:
-    """The operator's name of an activation and its slope; None for a module that is none of them, or is hooked."""
+    """Return an activation's name and parameter; None for a module that is no activation we fuse, or that has hooks."""
     if activation is None:
-        return "none", 0.01
+        return "none", 0.0
     if isinstance(activation, tuple):
         return activation
-    name = _BY_MODULE.get(type(activation))
-    if name is None or is_hooked(activation) or (name == "gelu" and activation.approximate != "none"):
-        return None
-    return name, activation.negative_slope if name == "leaky_relu" else 0.01  # type: ignore[return-value]
+    return None if is_hooked(activation) else ops.module_activation(activation)
 
 
 def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from batchnorm import ops
 from batchnorm.models import forward_graph as forward_tracing
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs
@@ -33,20 +33,6 @@ _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE_FUNCTIONS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, setattr,
 )  # fmt: skip
-_ACTIVATIONS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    "relu": "relu",
-    "relu_": "relu",
-    F.relu6: "relu6",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.hardswish: "hardswish",
-}
 
 
 @dataclass(frozen=True)
@@ -212,7 +198,7 @@ class _Site:
             self.replaced.append(user)
             return named
         if self.add is not None:
-            return "none", 0.01
+            return "none", 0.0
         if isinstance(user, str):
             return user
         if user.target is norm_act:
@@ -303,16 +289,9 @@ class _Site:
             named = None if rest or user.kwargs else named_activation(module)
             self.activation = module
             return named
-        name = _ACTIVATIONS.get(user.target) if user.op in ("call_function", "call_method") else None
-        options = {key: option for key, option in user.kwargs.items() if key != "inplace"}
-        slope = 0.01
-        if name == "leaky_relu":
-            slope = options.pop("negative_slope", rest.pop(0) if rest else slope)  # type: ignore[assignment]
-        elif name == "gelu" and options.get("approximate", "none") == "none":
-            options.pop("approximate", None)
-        if name is None or options or any(not isinstance(r, bool) for r in rest) or not isinstance(slope, (int, float)):
+        if user.op not in ("call_function", "call_method"):
             return None
-        self.activation = (name, float(slope))
+        self.activation = ops.called_activation(user.target, rest, user.kwargs)
         return self.activation
 
     def _described(self, user: fx.Node) -> str:

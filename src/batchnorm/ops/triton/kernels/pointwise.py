@@ -74,6 +74,10 @@ def activate(z, negative_slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "hardswish":
         gate = z + 3.0
         y = z * tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate)) / 6.0
+    elif ACTIVATION == "mish":  # tanh(log(1 + e^z)) is w/(w + 2), and 1 from z = 20 on
+        e = tl.exp(tl.where(z > 20.0, 20.0, z))
+        w = e * (e + 2.0)
+        y = z * (w / (w + 2.0))
     else:
         tl.static_assert(ACTIVATION == "none")
     return y
@@ -97,6 +101,12 @@ def derivative(dy, t, negative_slope, ACTIVATION: tl.constexpr):
         dz = dy * (cdf + t * 0.3989422804014327 * tl.exp(-0.5 * t * t))
     elif ACTIVATION == "hardswish":
         dz = tl.where(t <= -3.0, 0.0, tl.where(t >= 3.0, dy, dy * (t / 3.0 + 0.5)))
+    elif ACTIVATION == "mish":
+        z = tl.where(t > 20.0, 20.0, t)
+        e = tl.exp(z)
+        w = e * (e + 2.0)
+        n = w + 2.0
+        dz = dy * (w / n + z * (e / (e + 1.0)) * (4.0 * (w + 1.0) / (n * n)))
     else:
         tl.static_assert(ACTIVATION == "none")
     return dz

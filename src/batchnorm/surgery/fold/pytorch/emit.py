@@ -12,6 +12,7 @@ from torch.fx.node import Node
 from torch.nn import functional as F
 
 import batchnorm.functional
+from batchnorm import ops
 from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of
 from batchnorm.surgery.fold.arithmetic import rounded
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork, operands
@@ -171,10 +172,11 @@ class Emitter:
         options: dict[str, Any] = {} if residual is None else {"residual": residual}
         names = [] if residual is None else ["the addition"]
         if found is not None:
-            options["activation"] = found[0]
-            names.append(found[0])
-            if found[0] == "leaky_relu":
-                options["negative_slope"] = found[1]
+            name, value = found
+            options["activation"] = name
+            names.append(name)
+            if parameter := ops.ACTIVATIONS[name].parameter:
+                options[parameter] = value
         end = last if found is None or reader is None else reader
         with self.graph.inserting_before(end):
             new = self.graph.call_function(batchnorm.functional.batch_norm, node.args, options)

@@ -1,0 +1,101 @@
+"""Calls that change their argument in place, and the same calls out of place."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Node
+from torch.nn import functional as F
+
+from batchnorm.models.lowering.nodes import Function, name_of, replace_call
+
+_VIEWS = {
+    "getitem", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "swapaxes",
+    "squeeze", "unsqueeze", "expand", "expand_as", "chunk", "split", "unbind", "select", "narrow", "slice", "t", "T",
+    "movedim", "contiguous", "detach", "alias", "diagonal", "getattr",
+}  # fmt: skip
+_IN_PLACE_FUNCTIONS: dict[Any, Function] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, torch.relu_: F.relu,
+}  # fmt: skip
+
+
+def _position_of_inplace() -> dict[Any, int]:
+    """The position of the argument `inplace` in each function of `torch.nn.functional` that has it."""
+    positions = {}
+    for function in vars(F).values():
+        if inspect.isfunction(function):
+            parameters = list(inspect.signature(function).parameters)
+            if "inplace" in parameters:
+                positions[function] = parameters.index("inplace")
+    return positions
+
+
+_INPLACE_AT = _position_of_inplace()
+
+
+def mutated(graph: fx.Graph) -> set[Node]:
+    """Return the tensors that calls still change in place, and the tensors that these are views of."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        writes = node.target is operator.setitem or (_in_place(node) and node.op != "call_module")
+        if (writes or (node in found and _is_view(node))) and node.args and isinstance(node.args[0], Node):
+            found.add(node.args[0])
+    return found
+
+
+def _in_place(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if node.op == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    at = _INPLACE_AT.get(target, len(node.args))
+    return target in _IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True or node.args[at : at + 1] == (True,)
+
+
+def _is_view(node: Node) -> bool:
+    """Return whether the result may share its argument's memory."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(
+            result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns
+        )
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _VIEWS
+
+
+def out_of_place(node: Node) -> Node:
+    """Replace a call that changes its argument by one that does not; later readers of the argument read the result."""
+    written = node.args[0] if node.args else None
+    target = node.target
+    if node.kwargs.get("inplace") is False:
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if not _in_place(node) or not isinstance(written, Node) or _is_view(written):
+        return node
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if isinstance(target, torch._ops.OpOverload):
+        packet = getattr(torch.ops.aten, name_of(node), None)
+        function = getattr(packet, target._overloadname, None)
+        if function is None or not str(target._opname).endswith("_"):
+            return node
+        new = function, node.args
+    elif node.op == "call_method":
+        if not hasattr(Tensor, name_of(node)):
+            return node
+        node.target, new = name_of(node), None
+    elif target in _IN_PLACE_FUNCTIONS:
+        new = _IN_PLACE_FUNCTIONS[target], node.args
+    else:
+        new = target, node.args[: _INPLACE_AT.get(target, len(node.args))]
+    later, seen = [], False
+    for other in node.graph.nodes:
+        if seen and written in other.all_input_nodes:
+            later.append(other)
+        seen = seen or other is node
+    for other in later:
+        other.replace_input_with(written, node)
+    return node if new is None else replace_call(node, new[0], *new[1], **kwargs)
