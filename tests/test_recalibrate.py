@@ -288,7 +288,7 @@ def test_data_that_do_not_fit_are_refused(data: Any, message: str) -> None:
         ({"prior": float("inf")}, "prior >= 0 and finite"),
         ({"max_samples": 0}, "max_samples >= 1"),
         ({"cache_bytes": -1}, "cache_bytes >= 0"),
-        ({"only": "head.*"}, "got 'head.\\*', which matches none. There are: 1, 5, 8"),
+        ({"only": "head.*"}, "got 'head.\\*', which matches none of 3. There are: 1, 5, 8"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
 
@@ -51,8 +52,13 @@ def is_batch_norm_class(kind: type) -> bool:
     return issubclass(kind, _NormBase) and not issubclass(kind, _InstanceNorm)
 
 
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, without the subclass that a parametrization makes of it."""
+    return parametrize.type_before_parametrizations(layer)
+
+
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its class's `forward`."""
+    """Whether calling the module runs more than its class's `forward`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""What a verb did to a model, as a table and as attributes."""
+"""The report of a function that changes a model, as a table and as attributes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from batchnorm.walk import class_of
+
 R = TypeVar("R", bound="Report", covariant=True)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One layer of the model: what it was, what became of it, and why.
+    """One layer of the model, before and after.
 
     Attributes:
-        path: Where it is in the model, such as `layer1.0.bn2`.
-        was: What it was, such as `BatchNorm2d(64)`.
-        now: What it is afterwards; what it was, where it was left.
-        reason: Why, where that needs saying; always for what was left.
+        path: The layer's path in the model, such as `layer1.0.bn2`.
+        was: The layer before, such as `BatchNorm2d(64)`.
+        now: The layer after; the same as `was` if it was left.
+        reason: The reason, if one is needed; always given for a layer that was left.
     """
 
     path: str
@@ -27,15 +29,20 @@ class Change:
     now: str
     reason: str = ""
 
+    @classmethod
+    def unchanged(cls, path: str, layer: str, reason: str) -> Change:
+        """Make the entry of a layer that was left."""
+        return cls(path, layer, layer, reason)
+
 
 @dataclass(frozen=True)
 class Report:
-    """What a verb did; prints as a table.
+    """The changes that a function made to a model; prints as a table.
 
     Attributes:
         verb: The function's name.
-        changed: What was changed, in the model's order.
-        left: What was looked at and left alone, each with the reason.
+        changed: The layers that were changed, in the model's order.
+        left: The layers that were considered and left, each with the reason.
     """
 
     verb: str
@@ -51,7 +58,7 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """One line: how many layers were changed and how many left."""
+        """Return one line with the number of layers that were changed and left."""
         return f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left"
 
     @staticmethod
@@ -61,7 +68,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Result(Generic[R]):
-    """The model after a verb, and what the verb did; unpacks as `model, report = verb(model)`."""
+    """The changed model and the report; unpacks as `model, report = convert(model, ...)`."""
 
     model: nn.Module
     report: R
@@ -69,6 +76,13 @@ class Result(Generic[R]):
     def __iter__(self) -> Iterator[Any]:
         yield self.model
         yield self.report
+
+
+def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
+    """Return the layer in a few characters, such as `BatchNorm2d(64)`: of its own class, or of the class `kind`."""
+    name = (kind or class_of(layer)).__name__
+    sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
+    return f"{name}({', '.join(map(str, sizes))})" if sizes else name
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

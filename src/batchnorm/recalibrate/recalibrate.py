@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -27,14 +26,13 @@ from batchnorm.models.observe import (
 )
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import bar
-from batchnorm.models.report import Change, Result
+from batchnorm.models.report import Change, Result, describe
+from batchnorm.models.selection import Choice, select
 from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found, copied, norm_layers, restored, set_mode
-
-Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 _CALLER = "recalibrate"
 
@@ -43,7 +41,7 @@ def recalibrate(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    only: Only | None = None,
+    only: Choice | None = None,
     passes: str = "single",
     prior: float = 0.0,
     forward: Forward | None = None,
@@ -194,19 +192,19 @@ def _separate(model: nn.Module, undo: ExitStack) -> None:
             undo.callback(parent._modules.__setitem__, key, found.module)
 
 
-def _select(model: nn.Module, only: Only | None) -> tuple[list[Found], list[Change]]:
+def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Change]]:
     """The layers to recalibrate, and those left alone with the reason."""
     every = norm_layers(model)
-    chosen = _chooser(only, every, model)
+    chosen = select(_CALLER, every, only)
     selected, left = [], []
     for found in every:
         reason = _why_not(model, found.module, named=only is not None)
-        if not chosen(found):
+        if found not in chosen:
             reason = "not named"
         if reason is None:
             selected.append(found)
         else:
-            left.append(Change(found.path, _described(found.module), _described(found.module), reason))
+            left.append(Change.unchanged(found.path, describe(found.module), reason))
     if not selected:
         raise ValueError(
             f"{_CALLER} expects a model with batch normalization to recalibrate, got {type(model).__name__} "
@@ -214,22 +212,6 @@ def _select(model: nn.Module, only: Only | None) -> tuple[list[Found], list[Chan
             "a network that is scripted or exported has no layers any more, so recalibrate it before."
         )
     return selected, left
-
-
-def _chooser(only: Only | None, every: list[Found], model: nn.Module) -> Callable[[Found], bool]:
-    if only is None:
-        return lambda found: True
-    if callable(only):
-        predicate = only
-        return lambda found: any(predicate(path, found.module) for path in found.paths)
-    patterns = [only] if isinstance(only, str) else list(only)
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for found in every for path in found.paths):
-            raise ValueError(
-                f"{_CALLER} expects only to match batch normalization of the {type(model).__name__}, got {pattern!r}, "
-                f"which matches none. There are: {', '.join(found.path for found in every) or 'none'}."
-            )
-    return lambda found: any(fnmatchcase(path, pattern) for path in found.paths for pattern in patterns)
 
 
 def _why_not(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
@@ -309,15 +291,14 @@ def _report(
         calls = measured.of_layer(number)
         rows = merged(empty_moments(found.module), *calls)
         if not any(moments.count > 0 for moments in rows):
-            description = _described(found.module)
             reason = "all its values are masked" if calls else "not reached by the data"
-            left = [*left, Change(found.path, description, description, reason)]
+            left = [*left, Change.unchanged(found.path, describe(found.module), reason)]
             continue
         now = settle(number, rows, measured.samples)
         shape = running_buffer(found.module, "running_mean").shape
         layer = LayerStatistics(found.paths, rows, calls, *(t.reshape(shape) for t in (*before[number], *now)))
         layers.append(layer)
-        changed.append(Change(found.path, _described(found.module), _moved(layer), _uses(layer)))
+        changed.append(Change(found.path, describe(found.module), _moved(layer), _uses(layer)))
     if not layers:
         raise ValueError(
             f"{_CALLER} expects the data to reach the selected layers, got none that is given values "
@@ -331,10 +312,6 @@ def _report(
 
 def _listed(left: list[Change]) -> str:
     return "; ".join(f"{change.path or '(model)'}: {change.reason}" for change in left)
-
-
-def _described(layer: nn.Module) -> str:
-    return f"{type(layer).__name__}({getattr(layer, 'num_features', '')})"
 
 
 def _moved(layer: LayerStatistics) -> str:

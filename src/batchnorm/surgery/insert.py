@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from batchnorm import _checks, walk
 from batchnorm.models.batches import Forward, check_data, default_forward, device_of, moved
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.report import Change, Report, Result
+from batchnorm.models.selection import Choice, select, some_paths
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-
-After = str | Iterable[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
 
 _FOR_DIMS: dict[int, type[nn.Module]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 _VERB = "insert_batchnorm"
@@ -24,7 +22,7 @@ _VERB = "insert_batchnorm"
 
 def insert_batchnorm(
     model: nn.Module,
-    after: After,
+    after: Choice,
     data: Iterable[Any],
     *,
     forward: Forward | None = None,
@@ -110,21 +108,13 @@ class _Output:
         self.device = torch.device("cpu")
 
 
-def _chosen(model: nn.Module, after: After) -> list[walk.Found]:
+def _chosen(model: nn.Module, after: Choice) -> list[walk.Found]:
     everything = walk.norm_layers(model, nn.Module)
-    if isinstance(after, (type, tuple)):
-        kinds: Any = after
-        found = [f for f in everything if isinstance(f.module, kinds)]
-    elif callable(after):
-        found = [f for f in everything if any(after(path, f.module) for path in f.paths)]
-    else:
-        patterns = [after] if isinstance(after, str) else list(after)
-        found = [f for f in everything if any(fnmatchcase(path, p) for path in f.paths for p in patterns)]
+    found = select(_VERB, everything, after, argument="after")
     if not found:
-        some = ", ".join(f.path for f in everything[1:4]) or "none"
         raise ValueError(
             f"{_VERB} expects `after` to choose a module, got {after!r}, which chooses none of {len(everything)}. "
-            f"Paths are such as {some}."
+            f"There are: {some_paths(everything[1:])}."
         )
     return found
 

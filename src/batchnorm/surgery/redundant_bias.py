@@ -175,14 +175,14 @@ def _pairs(
             producer = _before(model, layer.path, calls)
         except Untraceable as reason:
             name = type(layer.module).__name__
-            left.append(Change(layer.path, name, name, str(reason)))
+            left.append(Change.unchanged(layer.path, name, str(reason)))
             continue
         module = None if producer is None else model.get_submodule(producer)
         if producer is None or module is None:
             continue
         if why := _why_kept(model, producer, module, layer, calls):
             name = f"{type(module).__name__} with bias"
-            left.append(Change(producer, name, name, why))
+            left.append(Change.unchanged(producer, name, why))
         else:
             pairs.append(_Pair(producer, layer.path))
     return pairs, left

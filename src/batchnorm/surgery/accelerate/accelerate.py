@@ -14,7 +14,7 @@ from batchnorm import _checks, walk
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference
 from batchnorm.models.recording import record_calls
-from batchnorm.models.report import Change, Report, Result
+from batchnorm.models.report import Change, Report, Result, describe
 from batchnorm.nn import (
     BatchNorm,
     BatchNorm1d,
@@ -98,7 +98,7 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
     if not inplace:
         model = walk.copied("accelerate", model)
     layers = walk.norm_layers(model)
-    left = [Change(f.path, _name(f.module), _name(f.module), why) for f in layers if (why := _why_left(f.module))]
+    left = [Change.unchanged(f.path, _name(f.module), why) for f in layers if (why := _why_left(f.module))]
     swapped = {f.path: _OURS[type(f.module)] for f in layers if type(f.module) in _OURS and not _why_left(f.module)}
     ours = [f.path for f in layers if f.path in swapped or type(f.module) in _FUSABLE]
 
@@ -116,9 +116,8 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
 
 def _name(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
     """The layer in a few characters, of its own class or of one that it is to have."""
-    kind = kind or type(layer)
-    torchs = "torch.nn." if kind.__module__.startswith("torch.") else ""
-    return f"{torchs}{kind.__name__}({getattr(layer, 'num_features', '')})"
+    namespace = "torch.nn." if (kind or type(layer)).__module__.startswith("torch.") else ""
+    return namespace + describe(layer, kind)
 
 
 def _why_left(layer: nn.Module) -> str:

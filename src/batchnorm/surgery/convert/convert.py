@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,19 +13,20 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import batchnorm.nn
 from batchnorm import walk
-from batchnorm.models.report import Change, Report, Result
+from batchnorm.models.report import Change, Report, Result, describe
+from batchnorm.models.selection import Choice, select
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.convert import replacement
-from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible, class_of, describe, origin_of
+from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible, origin_of
+from batchnorm.walk import class_of
 
 Target = str | type[nn.Module] | ModuleType | Callable[[nn.Module], nn.Module]
-Only = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 _RANKS = ("1d", "2d", "3d")
 
 
 def convert(
-    model: nn.Module, to: Target, *, only: Only = None, inplace: bool = False, **options: Any
+    model: nn.Module, to: Target, *, only: Choice | None = None, inplace: bool = False, **options: Any
 ) -> Result[Report]:
     """Put another normalization in place of the model's batch normalization.
 
@@ -83,11 +83,11 @@ def convert(
 
 
 def replace_layers(
-    verb: str,
+    caller: str,
     model: nn.Module,
     choose: Callable[[walk.Found], Replacement],
     *,
-    only: Only,
+    only: Choice | None,
     inplace: bool,
     kinds: walk.Kinds = walk.is_batch_norm,
     finish: Callable[[nn.Module], object] | None = None,
@@ -98,53 +98,35 @@ def replace_layers(
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            f"{verb} expects a model in Python, got {type(model).__name__}. Convert it before torch.jit.script."
+            f"{caller} expects a model in Python, got {type(model).__name__}. Convert it before torch.jit.script."
         )
     if not inplace:
-        model = walk.copied(verb, model)
+        model = walk.copied(caller, model)
     planned: list[tuple[walk.Found, Replacement, Change]] = []
     left: list[Change] = []
     refused: list[Refused] = []
-    for found in _selected(verb, model, only, kinds):
+    for found in select(caller, walk.norm_layers(model, kinds), only):
         was = describe(found.module)
         try:
             replacement.check_plain(found.module)
             made = choose(found)
         except Unconvertible as reason:
-            left.append(Change(found.path, was, was, str(reason)))
+            left.append(Change.unchanged(found.path, was, str(reason)))
             refused += [reason] if isinstance(reason, Refused) else []
             continue
         reasons = [made.reason] * bool(made.reason) + [f"also at {path}" for path in found.paths[1:]]
         planned.append((found, made, Change(found.path, was, describe(made.new), "; ".join(reasons))))
     if refused and len(refused) == len(left) and not planned:
-        raise ValueError(f"{verb} cannot change any layer; {left[0].path or 'the model'}: {refused[0]}") from refused[0]
-    report = Report(verb, tuple(change for *_, change in planned), tuple(left))
+        raise ValueError(f"{caller} cannot change any layer; {left[0].path or 'the model'}: {refused[0]}") from refused[
+            0
+        ]
+    report = Report(caller, tuple(change for *_, change in planned), tuple(left))
     with replacement.undone_on_failure(model, [(found, made) for found, made, _ in planned]):
         for found, made, _ in planned:
             model = made.commit(model, found)
         if finish is not None:
             finish(model)
         return Result(model, report)
-
-
-def _selected(verb: str, model: nn.Module, only: Only, kinds: walk.Kinds) -> Iterator[walk.Found]:
-    layers = walk.norm_layers(model, kinds)
-    if only is None:
-        yield from layers
-    elif callable(only):
-        yield from (found for found in layers if any(only(path, found.module) for path in found.paths))
-    else:
-        patterns = [only] if isinstance(only, str) else list(only)
-        for pattern in patterns:
-            if not any(fnmatchcase(path, pattern) for found in layers for path in found.paths):
-                some = ", ".join(found.path or "the model itself" for found in layers[:3]) or "none"
-                raise ValueError(
-                    f"{verb} expects `only` to match a layer, got {pattern!r}, which matches none of {len(layers)}. "
-                    f"They are at: {some}{', ...' if len(layers) > 3 else ''}."
-                )
-        for found in layers:
-            if any(fnmatchcase(path, pattern) for path in found.paths for pattern in patterns):
-                yield found
 
 
 def _check_target(to: object) -> None:

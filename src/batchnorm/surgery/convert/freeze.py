@@ -6,15 +6,16 @@ from torch import nn
 
 from batchnorm import walk
 from batchnorm.models.report import Report, Result
+from batchnorm.models.selection import Choice
 from batchnorm.nn import act, batch
 from batchnorm.nn.frozen import FrozenBatchNorm, FrozenLayer
 from batchnorm.surgery.convert import replacement
-from batchnorm.surgery.convert.convert import Only, class_for, rank_of, replace_layers
+from batchnorm.surgery.convert.convert import class_for, rank_of, replace_layers
 from batchnorm.surgery.convert.replacement import Replacement, Unconvertible
 
 
 def freeze(
-    model: nn.Module, *, only: Only = None, trainable_affine: bool = False, inplace: bool = False
+    model: nn.Module, *, only: Choice | None = None, trainable_affine: bool = False, inplace: bool = False
 ) -> Result[Report]:
     """Let the model's batch normalization use its running statistics in training too, and no longer move them.
 
@@ -54,7 +55,7 @@ def freeze(
     return replace_layers("freeze", model, choose, only=only, inplace=inplace)
 
 
-def unfreeze(model: nn.Module, *, only: Only = None, inplace: bool = False) -> Result[Report]:
+def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
     """Give the model's frozen layers back what they were: class, options, momentum, and which parameters are trained.
 
     What was set since is kept: a momentum, `requires_grad`, the mode, values loaded from a checkpoint. A layer that

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm import walk
+from batchnorm.models.report import describe
 from batchnorm.nn.layer import NormLayer
 
 # What has the same meaning in every batch normalization that has it.
@@ -103,17 +104,6 @@ def _own_hooks(layer: nn.Module) -> None:
                 hook.module = weakref.ref(layer)
 
 
-def class_of(layer: nn.Module) -> type[nn.Module]:
-    """The layer's class, without what a parametrization makes of it."""
-    return parametrize.type_before_parametrizations(layer)
-
-
-def describe(layer: nn.Module) -> str:
-    """The layer in a few characters, such as `BatchNorm2d(64)`."""
-    sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
-    return f"{class_of(layer).__name__}({', '.join(map(str, sizes))})" if sizes else class_of(layer).__name__
-
-
 def origin_of(layer: nn.Module) -> Origin | None:
     """What the layer was made from, if it was."""
     return vars(layer).get(_ORIGIN)
@@ -129,7 +119,7 @@ def settings_of(layer: nn.Module) -> dict[str, Any]:
 
 def check_plain(layer: nn.Module) -> None:
     """Raise Unconvertible where the layer does or holds more than its known class: it would be lost."""
-    kind = class_of(layer)
+    kind = walk.class_of(layer)
     for cls in kind.__mro__:
         if _is_known(cls):
             continue
@@ -187,7 +177,7 @@ def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Repl
         # What was set since is kept; what the conversion itself had changed goes back.
         settings = {k: v if settings[k] == origin.made[k] else settings[k] for k, v in origin.before.items()}
         current = origin.layer
-        if wanted(class_of(current)):
+        if wanted(walk.class_of(current)):
             break
     else:
         return None
@@ -280,7 +270,7 @@ def _arguments(
 
 def _construct(old: nn.Module, kind: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
     own = getattr(old, "activation", "none")
-    if "activation" in inspect.signature(class_of(old)).parameters and "activation" not in arguments:
+    if "activation" in inspect.signature(walk.class_of(old)).parameters and "activation" not in arguments:
         raise Unconvertible(f"it also adds a residual and applies {own!r}, which {kind.__name__} cannot")
     try:
         return kind(**arguments)

@@ -94,7 +94,7 @@ def _fold(
             into = ", ".join(dict.fromkeys(place.name for place in search.taken[call]))
             changed.append(Change(call.name, was[call], f"in {into}"))
         elif call.op == NORM:
-            left.append(Change(call.name, was.get(call, NORM), was.get(call, NORM), search.reasons.get(call, "")))
+            left.append(Change.unchanged(call.name, was.get(call, NORM), search.reasons.get(call, "")))
     return changed, left
 
 

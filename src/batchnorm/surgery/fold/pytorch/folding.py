@@ -220,7 +220,7 @@ def _fold_graph(trace: tracing.Trace, limit: float, working: nn.Module, prefix: 
         elif node in emitter.fused:
             found.changed.append(Change(path, was, f"fused with {emitter.fused[node]}", reason))
         else:
-            found.left.append(Change(path, was, was, reason))
+            found.left.append(Change.unchanged(path, was, reason))
     return folded, found
 
 
@@ -268,7 +268,7 @@ def _fold_modules(
             done.add(child)
             if walk.is_batch_norm(child):
                 was = _describe_norm(working, path, getattr(child, "num_features", None))
-                found.left.append(Change(path, was, was, "what calls it cannot be traced"))
+                found.left.append(Change.unchanged(path, was, "what calls it cannot be traced"))
                 continue
             part = _fold_part(working, child, calls.get(child), limit, path, checked, ways)
             if part is None:

@@ -1,0 +1,52 @@
+"""The layers of a model that the user chooses, as with `only=`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from batchnorm.walk import Found
+
+Choice = str | Iterable[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
+
+
+def select(caller: str, layers: list[Found], choice: Choice | None, *, argument: str = "only") -> list[Found]:
+    """Return the layers that the user chose, in their order.
+
+    Args:
+        caller: The function that the user called, for error messages.
+        layers: The layers to choose from.
+        choice: A pattern for paths such as `"backbone.*"`, several patterns, a class, a tuple of classes, or a
+            predicate of path and layer; None chooses all.
+        argument: The name of the argument that `choice` was given as.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
+    if choice is None:
+        return layers
+    if isinstance(choice, type) or (isinstance(choice, tuple) and all(isinstance(kind, type) for kind in choice)):
+        classes: Any = choice
+        return [found for found in layers if isinstance(found.module, classes)]
+    if callable(choice):
+        return [found for found in layers if any(choice(path, found.module) for path in found.paths)]
+    patterns: Any = [choice] if isinstance(choice, str) else list(choice)
+    chosen = set()
+    for pattern in patterns:
+        matched = [found for found in layers if any(fnmatchcase(path, pattern) for path in found.paths)]
+        if not matched:
+            raise ValueError(
+                f"{caller} expects `{argument}` to match a layer, got {pattern!r}, which matches none of "
+                f"{len(layers)}. There are: {some_paths(layers)}."
+            )
+        chosen.update(matched)
+    return [found for found in layers if found in chosen]
+
+
+def some_paths(layers: list[Found]) -> str:
+    """Return the paths of the first layers, for an error message."""
+    paths = ", ".join(found.path or "(model)" for found in layers[:3]) or "none"
+    return paths + ", ..." * (len(layers) > 3)
