@@ -77,7 +77,7 @@ def test_a_failure_in_place_leaves_the_weights_and_their_parts(monkeypatch: pyte
     from batchnorm.surgery.fold import FoldError, gate
     from batchnorm.surgery.fold.pytorch import folding
 
-    monkeypatch.setattr(folding._Checked, "error", lambda *_: gate.Error(1e-7, 0.5))
+    monkeypatch.setattr(folding._Original, "compared", lambda *_: gate.Error(1e-7, 0.5))
     for hook in HOOKS:
         model = network(hook)
         before = Snapshot(model)

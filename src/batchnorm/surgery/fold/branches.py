@@ -8,86 +8,81 @@ import torch
 from torch import Tensor
 
 from batchnorm.surgery.fold.arithmetic import as_kernel, embedded, regrouped
-from batchnorm.surgery.fold.network import C, Kind, Network, V
+from batchnorm.surgery.fold.network import Call, Kind, Network
 from batchnorm.surgery.fold.plan import FoldPlan
-from batchnorm.surgery.fold.states import CannotFold, Linear, Norm
+from batchnorm.surgery.fold.states import CannotFold, Layer, Linear, Norm, Window
 
 
-def merged(network: Network[V, C], call: C) -> FoldPlan[V, C]:
+def merged(network: Network, call: Call) -> FoldPlan:
     """Return the plan that makes an addition, or subtraction, one layer of the input that both terms read.
 
     Raises:
         CannotFold: The terms are not linear branches of one input, or something else reads them too.
     """
-    terms = network.inputs(call)
+    terms = call.inputs
     if len(set(terms)) != 2:
         raise CannotFold("it is no addition of two tensors")
-    branches = [_branch(network, term) for term in terms]
-    for i, other in enumerate(reversed(branches)):
-        if isinstance(other, Linear) and terms[i] == network.resolve(other.source):
+    writers = [network.writer(term) for term in terms]
+    branches = [_branch(network, writer) for writer in writers]
+    for i, j in ((0, 1), (1, 0)):
+        other = writers[j]
+        if isinstance(branches[j], Linear) and other is not None and terms[i] == other.inputs[0]:
             branches[i] = None  # this term is the input itself
+    gone = [writer for writer, branch in zip(writers, branches, strict=True) if branch is not None and writer]
     first = next((branch for branch in branches if isinstance(branch, Linear)), None)
     if first is None:
         raise CannotFold("its terms are not linear branches")
-    source = network.resolve(first.source)
+    sources = {
+        term if branch is None or writer is None else writer.inputs[0]
+        for term, writer, branch in zip(terms, writers, branches, strict=True)
+    }
+    if len(sources) != 1:
+        raise CannotFold("its terms have different inputs")
     for term, branch in zip(terms, branches, strict=True):
-        if (term if branch is None else network.resolve(branch.source)) != source:
-            raise CannotFold("its terms have different inputs")
-        if network.shape(term) != network.shape(network.result(call)) or term in network.pinned:
+        if not network.same_shape(term, call.results[0]) or term in network.pinned:
             raise CannotFold("a term has another shape")
         if branch is not None and network.readers(term) != [call]:
             raise CannotFold("a term is read elsewhere too")
     if None in branches and not _feeds_a_norm(network, call):
         raise CannotFold("there is no batch normalization to remove")
     left, right = (_as_linear(branch, first) for branch in branches)
-    state = _sum(left, right.negated() if network.subtracts(call) else right)
-    gone = [network.writer(term) for term, branch in zip(terms, branches, strict=True) if branch is not None]
+    state = _sum(left, right.negated() if call.kind is Kind.DIFFERENCE else right)
     return FoldPlan(
-        network,
-        states={call: state},
-        gone=[branch for branch in gone if branch is not None],
-        same=[network.result(call)],
-        where=[call],
+        network, {call: state}, gone=gone, sources={call: sources.pop()}, same=[call.results[0]], where=[call]
     )
 
 
-def _feeds_a_norm(network: Network[V, C], call: C) -> bool:
+def _feeds_a_norm(network: Network, call: Call) -> bool:
     """Whether only a batch normalization reads the sum, perhaps after more has been added."""
-    readers = network.readers(network.result(call))
+    readers = network.readers(call.results[0])
     return len(readers) == 1 and (
-        network.kind(readers[0]) is Kind.NORM
-        or (network.subtracts(readers[0]) is False and _feeds_a_norm(network, readers[0]))
+        readers[0].kind is Kind.NORM or (readers[0].kind is Kind.SUM and _feeds_a_norm(network, readers[0]))
     )
 
 
-def _branch(network: Network[V, C], term: V) -> Linear | Norm | None:
-    call = network.writer(term)
-    kind = Kind.OTHER if call is None else network.kind(call)
-    if call is None or kind not in (Kind.LINEAR, Kind.NORM):
+def _branch(network: Network, writer: Call | None) -> Layer | None:
+    if writer is None or writer.kind not in (Kind.LINEAR, Kind.NORM):
         return None
     try:
-        return network.linear(call) if kind is Kind.LINEAR else network.norm(call)
+        return network.layer(writer)
     except CannotFold:
         return None
 
 
-def _as_linear(branch: Linear | Norm | None, other: Linear) -> Linear:
+def _as_linear(branch: Layer | None, other: Linear) -> Linear:
     """Return a batch normalization, or the input itself (None), as a convolution like the other."""
     if isinstance(branch, Linear):
         return branch
     if other.dims == 0 or other.transposed or other.opaque:
         raise CannotFold("the other term is not a convolution")
-    s = None if branch is None else branch.scale_shift
+    s = branch.scale_shift if isinstance(branch, Norm) else None
     scale = torch.ones(other.in_channels, dtype=torch.float64) if s is None else s.scale
     if scale.numel() != other.in_channels or set(other.window.stride) != {1}:
         raise CannotFold("the other term has another shape")
-    return replace(
-        other,
-        weight=as_kernel(scale, groups=other.groups, dims=other.dims),
-        bias=None if s is None else s.shift,
-        border=None,
-        options={other.GROUPS: other.groups},
-    )
+    ones = (1,) * other.dims
+    window = Window(ones, ones, ((0, 0),) * other.dims)
+    weight, bias = as_kernel(scale, groups=other.groups, dims=other.dims), None if s is None else s.shift
+    return replace(other, weight=weight, bias=bias, border=None, window=window, options={})
 
 
 def _sum(first: Linear, second: Linear) -> Linear:
@@ -101,7 +96,7 @@ def _sum(first: Linear, second: Linear) -> Linear:
     if first.dims == 0:
         return replace(first, weight=first.weight + second.weight, bias=bias)
     weight, groups = _joined(first, second)
-    return replace(first, weight=weight, bias=bias, options={**first.options, first.GROUPS: groups})
+    return replace(first, weight=weight, bias=bias, groups=groups)
 
 
 def _joined(first: Linear, second: Linear) -> tuple[Tensor, int]:

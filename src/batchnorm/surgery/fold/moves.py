@@ -6,14 +6,42 @@ flattening and permutation, whichever axis the channels have.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm.surgery.fold.arithmetic import ScaleShift
-from batchnorm.surgery.fold.network import Shape
 from batchnorm.surgery.fold.states import CannotFold
+
+Shape = tuple[tuple[int, ...], ...]  # for each axis, its size in each run
+
+
+class Move(NamedTuple):
+    """A scale and shift at one side of a call.
+
+    Attributes:
+        s: The scale and shift.
+        given: The shape of the tensor that it applies to.
+        wanted: The shape of the tensor at the other side.
+        back: Whether it applies to the call's result.
+    """
+
+    s: ScaleShift
+    given: Shape
+    wanted: Shape
+    back: bool
+
+
+Rule = Callable[[Move], ScaleShift]  # the equivalent at the other side; raises CannotFold where there is none
+
+
+def unchanged(move: Move) -> ScaleShift:
+    """Return the same scale and shift, for a call that keeps the rank."""
+    if len(move.given) != len(move.wanted):
+        raise CannotFold("what is next to it changes the number of dimensions")
+    return move.s
 
 
 def max_pooled(s: ScaleShift, pool: str) -> ScaleShift:

@@ -1,20 +1,19 @@
-"""The graph of calls that the search works on, for any kind of graph."""
+"""A graph of calls, as the search sees it: of a network of PyTorch or of an ONNX model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from batchnorm.surgery.fold.arithmetic import ScaleShift
-from batchnorm.surgery.fold.states import CannotFold, Linear, Norm, State
+from batchnorm.surgery.fold.moves import Rule, Shape
+from batchnorm.surgery.fold.states import CannotFold, Layer, Linear, Norm, State
 
-Shape = tuple[tuple[int, ...], ...]  # for each axis, its size in each run
-V = TypeVar("V", bound=Hashable)  # a tensor of the graph
-C = TypeVar("C", bound=Hashable)  # a call that computes tensors from tensors
+Value = Any  # what stands for a tensor in this kind of graph
 
 
 class Kind(Enum):
@@ -23,209 +22,174 @@ class Kind(Enum):
     LINEAR = auto()  # go into its weight and bias
     NORM = auto()  # become one with its own scale and shift
     SUM = auto()  # go into both terms
+    DIFFERENCE = auto()  # nothing, but its terms can become one layer
     CONCATENATION = auto()  # pass, each part to its own tensor
     SPLIT = auto()  # pass, each part to its own tensor
     TRANSPARENT = auto()  # pass, perhaps along other axes
+    SIZE = auto()  # nothing, but it does not read values
     OUTPUT = auto()  # nothing: it returns the network's results
     OTHER = auto()  # nothing
 
 
-class Split(NamedTuple):
-    """How a call splits a tensor.
+@dataclass(eq=False)
+class Call:
+    """A call that computes tensors from tensors.
 
     Attributes:
-        axis: The axis that it splits.
-        sizes: The sizes of the parts along this axis.
-        parts: The position of every part.
+        node: The call in its own kind of graph.
+        kind: What it lets a scale and shift do.
+        words: The call in words.
+        inputs: The values that it reads, in order, as often as it reads them; what its kind is about comes first.
+        results: The values that it computes; None for a part of a split that nothing reads.
+        captured: Other values that it reads.
+        axis: The axis of a concatenation or split, not negative.
+        sizes: The sizes of a split's parts.
+        rule: How a scale and shift passes a transparent call.
+        state: What it has become.
+        gone: Whether it has been removed.
     """
 
-    axis: int
-    sizes: Sequence[int]
-    parts: Mapping[Any, int]
+    node: Any
+    kind: Kind
+    words: str
+    inputs: list[Value]
+    results: list[Value]
+    captured: Sequence[Value] = ()
+    axis: int = 0
+    sizes: Sequence[int] = ()
+    rule: Rule | None = None
+    state: State | None = None
+    gone: bool = False
 
 
-class Network(ABC, Generic[V, C]):
-    """A graph of calls, with what folding has changed so far.
-
-    A subclass says how its kind of graph is read. It calls `refresh` at the end of its constructor.
+class Network(ABC):
+    """A graph of calls, which folding changes.
 
     Attributes:
         calls: Every call of the original, in order.
-        norms: Every batch normalization that can be read.
+        norms: The batch normalizations that can be read, as they were.
         unfoldable: The other batch normalizations, each with the reason.
         values: The value of every tensor for the example.
+        shapes: The shape of every tensor that always has the same rank.
         pinned: Values that some call changes in place.
-        states: What calls have become.
-        gone: Calls that have been removed.
         alias: Values that have been replaced, each by another.
     """
 
-    def __init__(self, calls: Sequence[C], values: Mapping[V, Any]) -> None:
+    def __init__(self, calls: Sequence[Call], values: Mapping[Value, Any], shapes: Mapping[Value, Shape]) -> None:
         self.calls = calls
-        self.norms: dict[C, Norm] = {}
-        self.unfoldable: dict[C, str] = {}
-        self.values: dict[V, Any] = dict(values)
-        self.pinned: Collection[V] = ()
-        self.states: dict[C, State] = {}
-        self.gone: set[C] = set()
-        self.alias: dict[V, V] = {}
-        self._writers: dict[V, C] = {}
-        self._readers: dict[V, list[C]] = {}
-
-    # How this kind of graph is read --------------------------------------------------------------------------------
+        self.norms: dict[Call, Norm] = {}
+        self.unfoldable: dict[Call, str] = {}
+        self.values = dict(values)
+        self.shapes = shapes
+        self.pinned: set[Value] = set()
+        self.alias: dict[Value, Value] = {}
+        self._find_readers()
 
     @abstractmethod
-    def kind(self, call: C) -> Kind:
-        """Return what the call, as it is now, lets a scale and shift do."""
+    def constant(self, value: Value) -> Tensor | None:
+        """Return the original value of a floating-point constant in float64; None for any other value."""
 
     @abstractmethod
-    def operands(self, call: C) -> Iterable[V]:
-        """Return what the original call reads, in order, as often as it reads it."""
-
-    @abstractmethod
-    def results(self, call: C) -> Sequence[V]:
-        """Return the tensors that the call computes."""
-
-    @abstractmethod
-    def asks_size(self, call: C) -> bool:
-        """Whether the call reads only sizes or types, no values."""
-
-    @abstractmethod
-    def constant(self, value: V) -> Tensor | None:
-        """Return the original value of a floating-point constant in float64; None if it is computed or an input."""
-
-    @abstractmethod
-    def known_shape(self, value: V) -> Shape | None:
-        """Return the value's shape, if it always has the same rank."""
-
-    @abstractmethod
-    def read_linear(self, call: C) -> Linear:
-        """Return the layer that the original call is.
+    def read_linear(self, call: Call) -> Linear:
+        """Return the layer that a call of kind `LINEAR` originally is.
 
         Raises:
             CannotFold: Its weights are not constant.
         """
 
     @abstractmethod
-    def axis(self, call: C) -> int:
-        """Return the axis of a concatenation, not negative.
-
-        Raises:
-            CannotFold: It is computed.
-        """
-
-    @abstractmethod
-    def split(self, call: C) -> Split:
-        """Return how a call of kind `SPLIT` splits its input."""
-
-    @abstractmethod
-    def through(self, call: C, s: ScaleShift, *, back: bool) -> ScaleShift:
-        """Return the equivalent of a scale and shift on the other side of a transparent call.
-
-        Args:
-            call: The call.
-            s: Applied to its result if `back`, else to its input; of that tensor's rank.
-            back: Whether to go from the result to the input.
-
-        Raises:
-            CannotFold: The two do not commute.
-        """
-
-    @abstractmethod
-    def subtracts(self, call: C) -> bool | None:
-        """Return False for an addition of two tensors, True for a subtraction, None for any other call."""
-
-    @abstractmethod
-    def removal(self, source: V, result: V, *, back: bool) -> tuple[V, V]:
-        """Return which of a removed call's two tensors is replaced by which.
+    def replacement(self, source: Value, result: Value, *, back: bool) -> tuple[Value, Value]:
+        """Return which value is replaced by which when the call between them is removed.
 
         Args:
             source: What the call read.
             result: What it computed.
-            back: Whether the source takes the result's values; otherwise the source keeps its own.
+            back: Whether the source gets the result's values, instead of keeping its own.
         """
 
-    @abstractmethod
-    def describe(self, call: C) -> str:
-        """Return the call in words."""
+    def change(
+        self, states: Mapping[Call, State], gone: Iterable[Call], sources: Mapping[Call, Value],
+        alias: Mapping[Value, Value], values: Mapping[Value, Any],
+    ) -> None:  # fmt: skip
+        """Change calls. `FoldPlan` describes the arguments."""
+        for call, state in states.items():
+            call.state = state
+            if isinstance(state, Layer):
+                call.inputs = call.inputs[:1]
+            if isinstance(state, Linear):
+                call.kind = Kind.LINEAR
+        for call in gone:
+            call.gone = True
+        for call, source in sources.items():
+            call.inputs = [source]
+        for call in self.calls:
+            call.inputs = [alias.get(value, value) for value in call.inputs]
+            call.results = [alias.get(value, value) for value in call.results]
+        self.pinned |= {new for old, new in alias.items() if old in self.pinned}
+        self.alias.update(alias)
+        self.values.update(values)
+        self._find_readers()
 
-    # How it is now -------------------------------------------------------------------------------------------------
+    def _find_readers(self) -> None:
+        self._writers: dict[Value, Call] = {}
+        self._readers: dict[Value, list[Call]] = {}
+        for call in self.calls:
+            if not call.gone:
+                self._writers.update(dict.fromkeys(call.results, call))
+                if call.kind is not Kind.SIZE:
+                    for value in dict.fromkeys((*call.inputs, *call.captured)):
+                        self._readers.setdefault(value, []).append(call)
 
-    def alive(self) -> list[C]:
-        """Return the calls that have not been removed."""
-        return [call for call in self.calls if call not in self.gone]
+    def resolve(self, value: Value) -> Value:
+        """Return what stands for a value of the original graph now."""
+        while value in self.alias:
+            value = self.alias[value]
+        return value
 
-    def resolve(self, value: V, more: Mapping[V, V] | None = None) -> V:
-        """Return what stands for this value now; `more` are replacements that are planned."""
-        while True:
-            new = self.alias.get(value, (more or {}).get(value))
-            if new is None:
-                return value
-            value = new
-
-    def refresh(self) -> None:
-        """Find again who computes and who reads each value, after a change."""
-        self._writers = {self.resolve(value): call for call in self.alive() for value in self.results(call)}
-        self._readers = {}
-        for call in self.alive():
-            for value in self.reads(call):
-                self._readers.setdefault(value, []).append(call)
-        self.pinned = {self.resolve(value) for value in self.pinned}
-
-    def reads(self, call: C) -> Iterable[V]:
-        """Return everything that the call reads, each value once."""
-        return dict.fromkeys(self.inputs(call))
-
-    def inputs(self, call: C) -> list[V]:
-        """Return what the call reads, in order, as often as it reads it; of a changed layer only its source."""
-        state = self.states.get(call)
-        operands = [state.source] if isinstance(state, (Linear, Norm)) else self.operands(call)
-        return [self.resolve(value) for value in operands]
-
-    def result(self, call: C) -> V:
-        """Return the only tensor that the call computes."""
-        return self.resolve(self.results(call)[0])
-
-    def writer(self, value: V) -> C | None:
+    def writer(self, value: Value) -> Call | None:
         """Return the call that computes the value; None for inputs and stored constants."""
-        return self._writers.get(self.resolve(value))
+        return self._writers.get(value)
 
-    def readers(self, value: V) -> list[C]:
+    def readers(self, value: Value) -> list[Call]:
         """Return the calls that read the value, and not only its size."""
-        return [call for call in self._readers.get(self.resolve(value), []) if not self.asks_size(call)]
+        return self._readers.get(value, [])
 
-    def linear(self, call: C) -> Linear:
-        """Return the layer, with what was folded into it.
+    def layer(self, call: Call) -> Layer:
+        """Return the layer, with what was folded into it, that a call of kind `LINEAR` or `NORM` is.
 
         Raises:
             CannotFold: Its weights are not constant.
         """
-        state = self.states.get(call)
-        return state if isinstance(state, Linear) else self.read_linear(call)
+        if isinstance(call.state, Layer):
+            return call.state
+        return self.norms[call] if call.kind is Kind.NORM else self.read_linear(call)
 
-    def norm(self, call: C) -> Norm:
+    def norm(self, call: Call) -> Norm:
         """Return the batch normalization, with what was folded into it."""
-        state = self.states.get(call)
-        return state if isinstance(state, Norm) else self.norms[call]
+        return call.state if isinstance(call.state, Norm) else self.norms[call]
 
-    def shape(self, value: V) -> Shape:
+    def shape(self, value: Value) -> Shape:
         """Return the value's size along each axis.
 
         Raises:
             CannotFold: It is no tensor, or not always of the same rank.
         """
-        found = self.known_shape(self.resolve(value)) or self.known_shape(value)
-        if found is None:
+        if value not in self.shapes:
             raise CannotFold("the rank of a tensor next to it is not known")
-        return found
+        return self.shapes[value]
 
-    def size(self, value: V, axis: int) -> int:
+    def same_shape(self, first: Value, second: Value) -> bool:
+        """Whether two values are known to have the same shape."""
+        return first in self.shapes and self.shapes[first] == self.shapes.get(second)
+
+    def size(self, value: Value, axis: int) -> int:
         """Return the value's size along an axis.
 
         Raises:
             CannotFold: The size depends on the network's inputs.
         """
-        sizes = set(self.shape(value)[axis])
+        constant = self.constant(value)
+        sizes = set(self.shape(value)[axis]) if constant is None else {constant.shape[axis]}
         if len(sizes) != 1:
             raise CannotFold("its number of channels is open")
         return sizes.pop()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
+from batchnorm.models.report import Change
 from batchnorm.surgery.fold.arithmetic import NotRepresentable
 from batchnorm.surgery.fold.branches import merged
 from batchnorm.surgery.fold.gate import Error, Results
-from batchnorm.surgery.fold.network import C, Kind, Network, V
+from batchnorm.surgery.fold.network import Call, Kind, Network, Value
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.states import CannotFold
 
 
-class Trial(NamedTuple, Generic[V]):
+class Trial(NamedTuple):
     """What a plan's change does, computed before and after.
 
     Attributes:
@@ -22,10 +23,10 @@ class Trial(NamedTuple, Generic[V]):
     """
 
     runs: Sequence[Results]
-    values: Mapping[V, Any]
+    values: Mapping[Value, Any]
 
 
-class Search(Generic[V, C]):
+class Search:
     """Folds all that can be folded in a network.
 
     Attributes:
@@ -33,9 +34,9 @@ class Search(Generic[V, C]):
         reasons: Why others stay.
     """
 
-    def __init__(self, network: Network[V, C], tolerance: float, run: Callable[[FoldPlan[V, C]], Trial[V]]) -> None:
-        self.taken: dict[C, list[C]] = {}
-        self.reasons: dict[C, str] = dict(network.unfoldable)
+    def __init__(self, network: Network, tolerance: float, run: Callable[[FoldPlan], Trial]) -> None:
+        self.taken: dict[Call, list[Call]] = {}
+        self.reasons: dict[Call, str] = dict(network.unfoldable)
         self._network, self._tolerance, self._run = network, tolerance, run
 
     def fold_all(self) -> None:
@@ -43,44 +44,65 @@ class Search(Generic[V, C]):
         while self._fold_norms() | self._merge_branches():
             pass
 
+    def rows(
+        self, places: Mapping[Call, str], names: Mapping[Call, str], fused: Mapping[Any, str]
+    ) -> tuple[list[Change], list[Change]]:
+        """Return what became of every batch normalization: those that are gone or fused, and those left as they are.
+
+        Args:
+            places: Where each call is.
+            names: The type of each batch normalization.
+            fused: The nodes of batch normalizations that became one operation with others, and these in words.
+        """
+        changed, left = [], []
+        for call in self._network.calls:
+            if call not in self.taken and call not in self.reasons:
+                continue
+            norm = self._network.norms.get(call)
+            was = names[call] if norm is None else f"{names[call]}({norm.in_channels})"
+            if call in self.taken:
+                into = ", ".join(dict.fromkeys(places[taker] for taker in self.taken[call]))
+                changed.append(Change(places[call], was, f"in {into}"))
+            elif call.node in fused:
+                changed.append(Change(places[call], was, f"fused with {fused[call.node]}", self.reasons[call]))
+            else:
+                left.append(Change.unchanged(places[call], was, self.reasons[call]))
+        return changed, left
+
     def _fold_norms(self) -> bool:
         """Try every batch normalization once. Return whether one was folded."""
         before = len(self.taken)
-        for call in list(self._network.norms):
-            if call in self._network.gone:
-                continue
+        for call in (call for call in self._network.norms if not call.gone):
             why = []
             for direction in (FoldPlan.back, FoldPlan.on):
                 try:
-                    plan = direction(self._network, call)
-                    self._carry_out(plan)
+                    self.taken[call] = self._carry_out(direction(self._network, call))
+                    break
                 except (CannotFold, NotRepresentable) as error:
                     why.append(str(error))
-                else:
-                    self.taken[call] = plan.where
-                    break
             else:
                 self.reasons[call] = "; ".join(dict.fromkeys(why))
         return len(self.taken) > before
 
     def _merge_branches(self) -> bool:
         """Try every addition of branches once. Return whether two were merged."""
-        network, before = self._network, len(self._network.gone)
-        for call in network.alive():
-            if network.subtracts(call) is None or network.kind(call) is Kind.LINEAR:
+        found = False
+        for call in self._network.calls:
+            if call.gone or call.kind not in (Kind.SUM, Kind.DIFFERENCE):
                 continue
             try:
-                plan = merged(network, call)
+                plan = merged(self._network, call)
                 self._carry_out(plan)
             except (CannotFold, NotRepresentable):
                 continue
+            found = True
             for norm, where in self.taken.items():
                 self.taken[norm] = [call if place in plan.gone else place for place in where]
-            self.taken.update({branch: [call] for branch in plan.gone if branch in network.norms})
-        return len(network.gone) > before
+            self.taken.update({branch: [call] for branch in plan.gone if branch in self._network.norms})
+        return found
 
-    def _carry_out(self, plan: FoldPlan[V, C]) -> None:
-        """Make the change if it errs little enough.
+    def _carry_out(self, plan: FoldPlan) -> list[Call]:
+        """Make the change if it errs little enough. Return the calls that take the batch normalization up.
 
         Raises:
             CannotFold: It errs by more.
@@ -90,3 +112,4 @@ class Search(Generic[V, C]):
         if not error.allowed(self._tolerance):
             raise CannotFold(f"folding it errs by {error.after:.1e}, and the layer itself by {error.before:.1e}")
         plan.carry_out(trial.values)
+        return plan.where

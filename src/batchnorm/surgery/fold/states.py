@@ -5,9 +5,8 @@ Each kind of graph adds how such a call is read from it and written to it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,51 +38,37 @@ class Window(NamedTuple):
     enlarged: bool = False
 
 
+_NO_WINDOW = Window((), (), ())
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Linear(ABC):
+class Linear:
     """A convolution, transposed convolution, linear layer or product with a constant matrix.
 
     Attributes:
-        source: The value that it reads.
+        kind: The operation. Only layers of the same kind can become one.
         weight: float64, in the layout that `arithmetic` describes.
         bias: `[out]`, float64, or None.
         border: The kernel for a shift that was applied before padding or a transposed convolution, float64, or None.
             The operation with this kernel and one input channel, applied to ones, is added to the result.
+        groups: Groups of channels; 1 for a linear layer.
+        window: The positions that it reads; a linear layer has no dimensions.
         options: The remaining arguments of a convolution, by name.
+        transposed: Whether it is a transposed convolution.
+        takes_bias: Whether the call has an argument for a bias.
+        opaque: Whether it is unknown how the input is used.
     """
 
-    GROUPS: ClassVar[str]  # the name of the option
-
-    source: Any
+    kind: Any
     weight: Tensor
     bias: Tensor | None = None
     border: Tensor | None = None
-    options: dict[str, Any]
-
-    @property
-    @abstractmethod
-    def kind(self) -> object:
-        """The operation. Only layers of the same kind can become one."""
-
-    @property
-    @abstractmethod
-    def transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
-
-    @property
-    @abstractmethod
-    def window(self) -> Window:
-        """The positions that it reads; a linear layer has no dimensions."""
-
-    @property
-    def takes_bias(self) -> bool:
-        """Whether the call has an argument for a bias."""
-        return True
-
-    @property
-    def opaque(self) -> bool:
-        """Whether it is unknown how the input is used."""
-        return False
+    groups: int = 1
+    window: Window = _NO_WINDOW
+    options: dict[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+    takes_bias: bool = True
+    opaque: bool = False
 
     @property
     def dims(self) -> int:
@@ -91,13 +76,8 @@ class Linear(ABC):
         return self.weight.dim() - 2
 
     @property
-    def groups(self) -> int:
-        """Groups of channels; 1 for a linear layer."""
-        return int(self.options.get(self.GROUPS, 1))
-
-    @property
     def out_channels(self) -> int:
-        """Length of the bias."""
+        """Size of the result's channel axis."""
         return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
 
     @property
@@ -105,8 +85,14 @@ class Linear(ABC):
         """Size of the input's channel axis."""
         return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
 
+    def channel_axis(self, rank: int) -> int:
+        """Return the channel axis of an input or result of this rank."""
+        if self.dims and rank != self.dims + 2:
+            raise CannotFold("the convolution next to it has no batch axis")
+        return 1 if self.dims else rank - 1
+
     def after(self, s: ScaleShift) -> Self:
-        """Return the layer followed by this scale and shift `[out]`."""
+        """Return the layer followed by this scale and shift, `[out_channels]`."""
         weight, bias = arithmetic.into_producer(
             self.weight, self.bias, s, groups=self.groups, transposed=self.transposed
         )
@@ -117,7 +103,9 @@ class Linear(ABC):
         return replace(self, weight=weight, bias=bias, border=border)
 
     def before(self, s: ScaleShift) -> Self:
-        """Return the layer preceded by this scale and shift `[in]`."""
+        """Return the layer preceded by this scale and shift, `[in_channels]`."""
+        if self.opaque:
+            raise CannotFold("how the layer next to it uses its input is not known")
         weight, kernel = arithmetic.into_consumer(self.weight, s, groups=self.groups, transposed=self.transposed)
         if not s.shifts:
             return replace(self, weight=weight)
@@ -148,11 +136,9 @@ class Norm:
     """Batch normalization with fixed statistics.
 
     Attributes:
-        source: The value that it reads.
         scale_shift: `[C]`, including what was folded into it.
     """
 
-    source: Any
     scale_shift: ScaleShift
 
     def __post_init__(self) -> None:
@@ -160,9 +146,15 @@ class Norm:
             raise CannotFold("its scale or shift is not finite")
 
     @property
-    def channels(self) -> int:
-        """Length of its statistics."""
+    def in_channels(self) -> int:
+        """Number of channels."""
         return self.scale_shift.scale.numel()
+
+    out_channels = in_channels
+
+    def channel_axis(self, rank: int) -> int:
+        """Return 1."""
+        return 1
 
     def after(self, s: ScaleShift) -> Self:
         """Return the batch normalization followed by this scale and shift."""
@@ -184,4 +176,5 @@ class NewConstants:
     values: dict[Any, Tensor]
 
 
-State = Linear | Norm | NewConstants
+Layer = Linear | Norm
+State = Layer | NewConstants

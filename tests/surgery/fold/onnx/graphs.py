@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -81,3 +82,30 @@ def initializer(model: onnx.ModelProto, name: str) -> Any:
     found = [tensor for tensor in model.graph.initializer if tensor.name == name]
     assert len(found) == 1, [tensor.name for tensor in model.graph.initializer]
     return numpy_helper.to_array(found[0])
+
+
+TOLERANCE = 1e-5  # relative to the largest value, float32
+
+
+def run(model: onnx.ModelProto, **feeds: Any) -> list[Any]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def assert_same(model: onnx.ModelProto, folded: onnx.ModelProto, *shapes: Any, tolerance: float = TOLERANCE) -> None:
+    """Equal results at sizes that folding did not see, by this test's own runs."""
+    onnx.checker.check_model(folded, full_check=True)
+    generator = np.random.default_rng(7)
+    kinds = [helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in model.graph.input]
+    held = {tensor.name for tensor in model.graph.initializer}
+    names = [i.name for i in model.graph.input if i.name not in held]
+    feeds = {
+        name: generator.normal(size=shape).astype(kind) for name, kind, shape in zip(names, kinds, shapes, strict=False)
+    }
+    for found, right in zip(run(folded, **feeds), run(model, **feeds), strict=True):
+        assert found.dtype == right.dtype and found.shape == right.shape
+        largest = np.abs(right.astype(float)).max()
+        assert largest > 0
+        assert np.abs(found.astype(float) - right.astype(float)).max() <= tolerance * largest

@@ -52,7 +52,7 @@ def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.Mon
 def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())).train()
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(folding._Checked, "error", lambda *_: gate.Error(1e-7, 0.5))
+    monkeypatch.setattr(folding._Original, "compared", lambda *_: gate.Error(1e-7, 0.5))
     with pytest.raises(FoldError, match="must give the original's results, but errs by 5.0e-01"):
         fold(model, torch.randn(IMAGE), inplace=True)
     assert type(model) is nn.Sequential
@@ -85,7 +85,7 @@ def test_a_model_that_cannot_be_copied_is_told() -> None:
     ("where", "name"),
     [
         (folding.tracing, "trace"), (folding, "try_plan"),
-        (FoldPlan, "carry_out"), (folding.Emitter, "emit"), (folding._Checked, "error"),
+        (FoldPlan, "carry_out"), (folding.Emitter, "emit"), (folding._Original, "compared"),
         (folding, "count_batch_norms"), (folding.walk, "copied"),
     ],
 )  # fmt: skip

@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from batchnorm.surgery.fold.onnx.graph import Call, every_name, names_in, subgraphs
+from batchnorm.surgery.fold.network import Call, Kind
+from batchnorm.surgery.fold.onnx.graph import every_name, names_in, subgraphs
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, write
+from batchnorm.surgery.fold.states import NewConstants
 
 
 def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
     """Turn the model of this network into the folded one. Names, versions and metadata stay."""
-    graph = model.graph
+    graph, constants = model.graph, network.constants
     taken = set(every_name(graph))
-    before = _read(graph)
+    before = _names(graph.node)
     calls = _needed(network)
-    still = _read_by(network, calls)
-    held = {tensor.name for tensor in graph.initializer}
+    still = _read_by(calls)
+    stored = {tensor.name for tensor in graph.initializer}
     new: dict[str, TensorProto] = {}
-    made: set[str] = set()
 
     def fresh(stem: str) -> str:
         name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}_{i}") not in taken)
         taken.add(name)
-        made.add(name)
+        stored.add(name)
         return name
 
-    def keep(name: str, value: Tensor) -> str:
+    def store(name: str, value: Tensor) -> str:
         """Store a tensor, under its own name unless something else still reads that."""
-        if (
-            name in new
-            or name in still
-            or not (name in made or name in held or network.constants.tensor(name) is not None)
-        ):
+        if name in new or name in still or (name not in stored and constants.tensor(name) is None):
             name = fresh(f"{name}_folded")
         new[name] = as_tensor(name, value)
         return name
 
-    to = Writer(network.resolve, lambda name: network.constants.parameter(name, name), keep, fresh, network.opset)
-    nodes = [node for call in calls for node in write(call, network.states.get(call), to)]
+    to = Writer(
+        name=network.resolve,
+        inputs=lambda call: call.inputs,
+        parameter=lambda name: constants.parameter(name, name),
+        store=store,
+        fresh=fresh,
+        opset=network.opset,
+    )
+    nodes = [node for call in calls if call.kind is not Kind.OUTPUT for node in write(call, call.state, to)]
     read = _names(nodes) | {output.name for output in graph.output}
     kept = [t for t in graph.initializer if t.name not in new and (t.name in read or t.name not in before)]
     dropped = {t.name for t in graph.initializer} - {t.name for t in kept} - set(new)
@@ -57,30 +62,34 @@ def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
     graph.value_info.extend(infos)
 
 
-def _names(nodes: list[onnx.NodeProto]) -> set[str]:
+def _names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Return the names that the nodes and their bodies read."""
     read = {name for node in nodes for name in node.input}
     return read | {name for node in nodes for body in subgraphs(node) for name in names_in(body)}
 
 
-def _read(graph: onnx.GraphProto) -> set[str]:
-    return _names(list(graph.node)) | {output.name for output in graph.output}
-
-
 def _needed(network: OnnxNetwork) -> list[Call]:
     """Return the calls, without those that compute constants which nothing reads any more."""
-    calls = [call for call in network.alive() if call is not network.output]
+    calls = [call for call in network.calls if not call.gone]
     while True:
-        read = _read_by(network, calls)
-        kept = [
-            c for c in calls if read.intersection(c.node.output) or network.constants.tensor(c.node.output[0]) is None
-        ]
+        read = _read_by(calls)
+        kept = [c for c in calls if read.intersection(c.results) or not _is_constant(network, c)]
         if len(kept) == len(calls):
             return calls
         calls = kept
 
 
-def _read_by(network: OnnxNetwork, calls: list[Call]) -> set[str]:
-    return {name for call in calls for name in network.reads(call)} | {out.name for out in network.graph.output}
+def _is_constant(network: OnnxNetwork, call: Call) -> bool:
+    return bool(call.results) and network.constants.tensor(call.results[0]) is not None
+
+
+def _read_by(calls: Iterable[Call]) -> set[str]:
+    """Return the names that the calls read, without constants that they read with new values."""
+    read: set[str] = set()
+    for call in calls:
+        replaced = call.state.values if isinstance(call.state, NewConstants) else ()
+        read |= {*call.inputs, *call.captured} - set(replaced)
+    return read
 
 
 def _replace(graph: onnx.GraphProto, tensors: dict[str, TensorProto]) -> None:

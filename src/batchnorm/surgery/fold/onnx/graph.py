@@ -1,4 +1,4 @@
-"""The calls and constants of an ONNX graph."""
+"""The operators and constants of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ _OF_CONSTANTS = {
 
 
 @dataclass(eq=False)
-class Call:
+class Operator:
     """One node of the graph.
 
     Attributes:
         node: The node.
-        index: Its position in the graph.
     """
 
     node: onnx.NodeProto
-    index: int
 
     @property
     def op(self) -> str:
@@ -101,14 +99,14 @@ class Parameter:
 class Constants:
     """The constants of a model's main graph: initializers, `Constant` nodes, and tensors computed from these."""
 
-    def __init__(self, model: onnx.ModelProto, calls: Sequence[Call], values: Mapping[str, Array]) -> None:
-        """Read the model, whose calls these are; `values` are the values of every tensor in a run."""
+    def __init__(self, model: onnx.ModelProto, operators: Sequence[Operator], values: Mapping[str, Array]) -> None:
+        """Read the model, whose operators these are; `values` are the values of every tensor in a run."""
         self._opset = opset_version(model)
         self._values = values
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         # From this version on the caller may replace an initializer that is listed among the inputs.
         self._replaceable = {i.name for i in model.graph.input} if model.ir_version >= 4 else set()
-        self._writers = {name: call for call in calls for name in call.outputs}
+        self._writers = {name: operator for operator in operators for name in operator.outputs}
         self._found: dict[str, TensorProto | None] = {}
 
     def tensor(self, name: str) -> TensorProto | None:
@@ -129,7 +127,7 @@ class Constants:
             return self.tensor(call.node.input[0])
         return self._computed(call) if call.op in _OF_CONSTANTS else None
 
-    def _computed(self, call: Call) -> TensorProto | None:
+    def _computed(self, call: Operator) -> TensorProto | None:
         arrays: dict[str, Array] = {}
         for i, each in enumerate(call.node.input):
             array = self.array(each)
@@ -166,7 +164,7 @@ class Constants:
         return self._origin(call.node.input[0]) if call is not None and call.op == "Identity" else name
 
 
-def _constant(call: Call) -> TensorProto | None:
+def _constant(call: Operator) -> TensorProto | None:
     for name, value in call.attributes().items():
         if name == "value":
             return value

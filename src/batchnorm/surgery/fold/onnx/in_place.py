@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
 
 from batchnorm.models.report import Change
 from batchnorm.surgery.fold import gate
-from batchnorm.surgery.fold.network import Shape
+from batchnorm.surgery.fold.moves import Shape
 from batchnorm.surgery.fold.onnx.emit import emit
 from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, opset_version, subgraphs
 from batchnorm.surgery.fold.onnx.inputs import feeds_of
@@ -22,14 +23,14 @@ from batchnorm.surgery.fold.onnx.trial import try_plan
 from batchnorm.surgery.fold.report import FoldError, FoldReport
 from batchnorm.surgery.fold.search import Search
 
-OLDEST = 7  # before, batch normalization and addition were written otherwise
+OLDEST = 7  # earlier versions write batch normalization and addition differently
 
 
 def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) -> FoldReport:
     """Turn the model into the folded one.
 
     Raises:
-        ValueError: It cannot be run.
+        ValueError: The model cannot be run.
         FoldError: The folded model's results are not the original's.
     """
     notes = _inline(model)
@@ -45,7 +46,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
         raise ValueError(f"the model must run in ONNX Runtime, which folding is checked with, but: {error}") from error
     if total == 0:
         return FoldReport("fold", how=runner.how, notes=notes)
-    runs, _ = feeds_of(model, inputs, runner)
+    runs = feeds_of(model, inputs, runner)
     plain = False  # with ONNX Runtime's optimizations, as users run it
     try:
         own = runner.run(model, *runs, plain=plain)
@@ -53,13 +54,16 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
         plain = True
         own = runner.run(model, *runs, plain=plain)
     right = exact(model, *runs)
-    if right is None:  # how far ONNX Runtime's optimizations change the result is what it errs by, then
+    if right is None:  # then the original's error is the effect of ONNX Runtime's optimizations
         right = runner.run(model, *runs)
         notes = (*notes, "compared with the original in its own type: there is no float64 for some of its operators")
     values, shapes = _everything(model, runs, runner)
     network = OnnxNetwork(model, values, shapes)
     limit = gate.tolerance_for(tolerance, _dtypes(model))
-    changed, left = _fold(network, limit, runner, model)
+    search = Search(network, limit, partial(try_plan, network, runner, model))
+    search.fold_all()
+    places = {call: call.node.name for call in network.calls if call.results}
+    changed, left = search.rows(places, dict.fromkeys(network.calls, NORM), {})
     emit(network, model)
     try:
         found = runner.run(model, *runs, plain=plain)
@@ -67,7 +71,11 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
         raise FoldError(f"the folded model must run, but: {error}. Please report the model.") from error
     errors = _error(own, found, right)
     gate.check_whole(errors, limit)
-    inner = [_left_inside(where, node) for where, node in _norms(model) if where]
+    inner = [
+        Change(node.name or node.output[0], NORM, NORM, f"it is in {where}, which is not looked into")
+        for where, node in _norms(model)
+        if where
+    ]
     return FoldReport(
         "fold",
         tuple(changed),
@@ -81,28 +89,11 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     )
 
 
-def _fold(
-    network: OnnxNetwork, limit: float, runner: Runner, model: onnx.ModelProto
-) -> tuple[list[Change], list[Change]]:
-    """Fold the network. Return what became of every batch normalization: the folded ones and the others."""
-    search = Search(network, limit, partial(try_plan, network, runner, model))
-    was = {call: f"{NORM}({norm.channels})" for call, norm in network.norms.items()}
-    search.fold_all()
-    changed, left = [], []
-    for call in network.calls:
-        if call in search.taken:
-            into = ", ".join(dict.fromkeys(place.name for place in search.taken[call]))
-            changed.append(Change(call.name, was[call], f"in {into}"))
-        elif call.op == NORM:
-            left.append(Change.unchanged(call.name, was.get(call, NORM), search.reasons.get(call, "")))
-    return changed, left
-
-
 # The whole model ---------------------------------------------------------------------------------------------------
 
 
 def _norms(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """Every batch normalization, and the body or function that it is in; "" for the main graph."""
+    """Yield every batch normalization with the body or function that it is in; "" for the main graph."""
 
     def of(nodes: Any, where: str) -> Iterator[tuple[str, onnx.NodeProto]]:
         for node in nodes:
@@ -116,41 +107,37 @@ def _norms(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
         yield from of(function.node, f"the function {function.name}")
 
 
-def _left_inside(where: str, node: onnx.NodeProto) -> Change:
-    return Change(node.name or node.output[0], NORM, NORM, f"it is in {where}, which is not looked into")
-
-
 def _inline(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Write out functions where one holds batch normalization."""
+    """Inline the model's functions if one contains batch normalization. Return a note if so."""
     if not any(where.startswith("the function") for where, _ in _norms(model)):
         return ()
     from onnx.inliner import inline_local_functions
 
     try:
         model.CopyFrom(inline_local_functions(model))
-    except Exception:  # larger than it takes
+    except Exception:  # the model is too large for it
         return ()
     return ("functions are written out, where they are called",)
 
 
 def _everything(model: onnx.ModelProto, runs: list[Feeds], runner: Runner) -> tuple[dict[str, Array], dict[str, Shape]]:
-    """The value of every tensor of the main graph in the first run, and the shapes in all."""
+    """Return the value of every tensor of the main graph in the first run, and the shapes in all runs."""
     outputs = model.graph.output
-    there, count = {output.name for output in outputs}, len(outputs)
+    count, known = len(outputs), {output.name for output in outputs}
     names = [name for node in model.graph.node if node.op_type != "Constant" for name in node.output if name]
-    outputs.extend([onnx.ValueInfoProto(name=name) for name in names if name not in there])
+    outputs.extend([onnx.ValueInfoProto(name=name) for name in names if name not in known])
     try:
         found = runner.run(model, *runs)
     finally:
         del outputs[count:]
     found = [{**runner.convert(feeds), **results} for feeds, results in zip(runs, found, strict=True)]
+    values = {name: value for name, value in found[0].items() if hasattr(value, "shape")}
     shapes: dict[str, Shape] = {}
-    for name, value in found[0].items():
+    for name in values:
         each = [getattr(results[name], "shape", None) for results in found]
-        if all(shape is not None and len(shape) == len(each[0] or ()) for shape in each):
-            shapes[name] = tuple(zip(*(shape for shape in each if shape is not None), strict=True))
-        del value
-    return {name: value for name, value in found[0].items() if hasattr(value, "shape")}, shapes
+        if all(shape is not None and len(shape) == np.ndim(found[0][name]) for shape in each):
+            shapes[name] = tuple(zip(*each, strict=True))
+    return values, shapes
 
 
 def _dtypes(model: onnx.ModelProto) -> list[torch.dtype]:

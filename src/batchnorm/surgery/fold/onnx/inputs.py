@@ -1,4 +1,4 @@
-"""What a model is run with: given arrays, or random ones of the sizes that it takes."""
+"""Inputs to run a model with: given arrays, or random ones of the sizes that it takes."""
 
 from __future__ import annotations
 
@@ -10,46 +10,58 @@ import onnx
 from onnx import helper
 
 from batchnorm.surgery.fold.onnx.graph import Array
-from batchnorm.surgery.fold.onnx.running import Feeds, Outputs, Runner, is_floating
+from batchnorm.surgery.fold.onnx.running import Feeds, Runner, is_floating
 
 BATCH = 2
-# What open sizes are tried with, in this order: images and sequences, and volumes.
+# Sizes that are tried for open axes, in this order: for images and sequences, and for volumes.
 SIZES = (64, 224, 32, 16, 8, 128, 512, 4, 1)
 SIZES_OF_VOLUMES = (16, 32, 8, 64, 4, 1)
 
 
-def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> tuple[list[Feeds], list[Outputs]]:
-    """Inputs that the model runs with, and the results.
+def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> list[Feeds]:
+    """Return inputs that the model runs with.
 
     The first are the given ones, or random ones. Beside given arrays there are random ones of their sizes, and, where
-    sizes are open, random ones of others.
+    sizes are open, random ones of other sizes, as far as the model runs with them.
 
     Raises:
-        ValueError: The given ones are not what the model takes, or none could be found.
+        ValueError: The model does not take the given inputs, or none were found that it takes.
     """
-    held = {tensor.name for tensor in model.graph.initializer}
-    wanted = [value for value in model.graph.input if value.name not in held]
+    stored = {tensor.name for tensor in model.graph.initializer}
+    wanted = [value for value in model.graph.input if value.name not in stored]
     known = _known(wanted, given)
     generator = np.random.default_rng(0)
     error: Exception | None = None
     for size in (0,) if len(known) == len(wanted) else SIZES_OF_VOLUMES if _has_volumes(wanted) else SIZES:
         sizes: dict[str, int] = {}
+        feeds = {value.name: _drawn(value, known.get(value.name), size, sizes, generator) for value in wanted}
         try:
-            feeds = {value.name: _drawn(value, known.get(value.name), size, sizes, generator) for value in wanted}
-            found = runner.run(model, feeds)
-        except ValueError:
-            raise
-        except Exception as failed:
-            error = failed
+            runner.run(model, feeds)
+        except Exception as failure:
+            error = failure
             continue
-        others = _at_random(model, feeds, known, runner, generator)
-        others += _at_another_size(model, wanted, feeds, runner, generator)
-        return [feeds, *(f for f, _ in others)], [*found, *(o for _, o in others)]
-    told = " ".join(str(error).split())[:300].rstrip(".")
+        arrays = [name for name, value in known.items() if isinstance(value, np.ndarray) and is_floating(feeds[name])]
+        redrawn = feeds | {name: _random(feeds[name].shape, feeds[name].dtype, generator) for name in arrays}
+        resized = [_resized(wanted, feeds, every_axis, generator) for every_axis in (True, False)]
+        others = (_first_that_runs(model, candidates, feeds, runner) for candidates in ([redrawn], resized))
+        return [feeds, *(other for found in others for other in found)]
+    reason = " ".join(str(error).split())[:300].rstrip(".")
     raise ValueError(
-        f"the model must run with its inputs ({', '.join(_described(value) for value in wanted)}), but: {told}. "
+        f"the model must run with its inputs ({', '.join(_described(value) for value in wanted)}), but: {reason}. "
         "Give inputs= that it takes, or their shapes."
     ) from error
+
+
+def _first_that_runs(model: onnx.ModelProto, candidates: list[Feeds], feeds: Feeds, runner: Runner) -> list[Feeds]:
+    for candidate in candidates:
+        if all(candidate[name] is array for name, array in feeds.items()):
+            continue  # nothing was changed
+        try:
+            runner.run(model, candidate)
+        except Exception:  # the model does not take these
+            continue
+        return [candidate]
+    return []
 
 
 def _has_volumes(wanted: Sequence[onnx.ValueInfoProto]) -> bool:
@@ -58,7 +70,7 @@ def _has_volumes(wanted: Sequence[onnx.ValueInfoProto]) -> bool:
 
 
 def _known(wanted: Sequence[onnx.ValueInfoProto], given: Any) -> dict[str, Any]:
-    """The arrays, or shapes, by name."""
+    """Return the given arrays, or shapes, by name."""
     names = [value.name for value in wanted]
     if given is None:
         return {}
@@ -80,14 +92,14 @@ def _known(wanted: Sequence[onnx.ValueInfoProto], given: Any) -> dict[str, Any]:
 def _drawn(
     value: onnx.ValueInfoProto, given: Any, size: int, sizes: dict[str, int], generator: np.random.Generator
 ) -> Array:
-    """An array for the input; open sizes of one name are the same for all."""
+    """Return an array for the input. Open sizes of the same name are equal."""
     kind = value.type.tensor_type
     if isinstance(given, np.ndarray):
         return given.astype(_dtype(kind.elem_type)) if given.dtype.kind == "f" else given
     if isinstance(given, tuple):
         return _random(given, _dtype(kind.elem_type), generator)
     if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
-        raise ValueError(f"inputs must hold {value.name}, whose shape the model does not say. Give it.")
+        raise ValueError(f"inputs must hold {value.name}, whose shape the model leaves open. Give it.")
     shape = []
     for axis, dim in enumerate(kind.shape.dim):
         if not _is_open(dim):
@@ -98,56 +110,24 @@ def _drawn(
     return _random(tuple(shape), _dtype(kind.elem_type), generator)
 
 
-def _at_random(
-    model: onnx.ModelProto, feeds: Feeds, known: dict[str, Any], runner: Runner, generator: np.random.Generator
-) -> list[tuple[Feeds, Outputs]]:
-    """Random inputs in the place of given arrays, and the results; nothing where the model does not take them."""
-    drawn = [name for name, array in feeds.items() if isinstance(known.get(name), np.ndarray) and is_floating(array)]
-    if not drawn:
-        return []
-    other = feeds | {name: _random(feeds[name].shape, feeds[name].dtype, generator) for name in drawn}
-    try:
-        return [(other, runner.run(model, other)[0])]
-    except Exception:
-        return []
-
-
-def _at_another_size(
-    model: onnx.ModelProto, wanted: Sequence[onnx.ValueInfoProto], feeds: Feeds, runner: Runner,
-    generator: np.random.Generator,
-) -> list[tuple[Feeds, Outputs]]:  # fmt: skip
-    """Inputs whose open sizes are others, and the results; nothing where there are none, or no others are taken."""
-
-    def resized(axes_too: bool) -> Feeds:
-        other = {}
-        for value in wanted:
-            array, shape = feeds[value.name], []
-            dims = value.type.tensor_type.shape.dim
-            for axis, n in enumerate(array.shape):
-                is_open = axis < len(dims) and _is_open(dims[axis])
-                more = n + 1 if axis == 0 else n + max(n // 2, 1) if axes_too else n
-                shape.append(more if is_open else n)
-            if tuple(shape) == array.shape:
-                other[value.name] = array
-            elif array.dtype.kind in "iub" and array.size:
-                other[value.name] = np.resize(array, shape)
-            else:
-                other[value.name] = _random(tuple(shape), array.dtype, generator)
-        return other
-
-    for axes_too in (True, False):
-        other = resized(axes_too)
-        if all(other[name].shape == array.shape for name, array in feeds.items()):
-            continue
-        try:
-            return [(other, runner.run(model, other)[0])]
-        except Exception:
-            continue
-    return []
+def _resized(
+    wanted: Sequence[onnx.ValueInfoProto], feeds: Feeds, every_axis: bool, generator: np.random.Generator
+) -> Feeds:
+    """Return inputs with other sizes along open axes: the first axis or every axis."""
+    other = dict(feeds)
+    for value in wanted:
+        array, dims = feeds[value.name], value.type.tensor_type.shape.dim
+        is_open = [axis < len(dims) and _is_open(dims[axis]) for axis in range(array.ndim)]
+        more = [1 if axis == 0 else max(n // 2, 1) if every_axis else 0 for axis, n in enumerate(array.shape)]
+        shape = tuple(n + m if change else n for n, m, change in zip(array.shape, more, is_open, strict=True))
+        if shape != array.shape:
+            keep = array.dtype.kind in "iub" and array.size
+            other[value.name] = np.resize(array, shape) if keep else _random(shape, array.dtype, generator)
+    return other
 
 
 def _is_open(dim: onnx.TensorShapeProto.Dimension) -> bool:
-    """Whether the size is not said; some exporters write -1."""
+    """Whether the size is not fixed; some exporters write -1."""
     return not dim.HasField("dim_value") or dim.dim_value < 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -10,34 +10,33 @@ from onnx import helper
 from torch import Tensor
 
 from batchnorm.surgery.fold.gate import Results, relative
-from batchnorm.surgery.fold.onnx.graph import Array, Call
+from batchnorm.surgery.fold.network import Call
+from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 from batchnorm.surgery.fold.onnx.running import Feeds, Runner, exact, is_floating
 from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, renamed, write
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.search import Trial
-from batchnorm.surgery.fold.states import CannotFold, State
+from batchnorm.surgery.fold.states import CannotFold
 
 # A few operations cannot err by this much: the reference has another definition of one of them.
 IMPLAUSIBLE = 0.1
 
 
-def try_plan(network: OnnxNetwork, runner: Runner, model: onnx.ModelProto, plan: FoldPlan[str, Call]) -> Trial[str]:
+def try_plan(network: OnnxNetwork, runner: Runner, model: onnx.ModelProto, plan: FoldPlan) -> Trial:
     """Run the calls that the plan touches, before and after, on the example's values and on random ones.
 
     Raises:
         arithmetic.NotRepresentable: A weight is not finite in its type.
         CannotFold: They cannot be run.
     """
-    writers = [network.writer(name) for name in plan.same]
-    touched = {*plan.states, *plan.through, *plan.gone, *(call for call in writers if call is not None)}
-    region = sorted(touched, key=lambda call: call.index)
+    writers = {network.writer(name) for name in plan.same}
+    region = [call for call in network.calls if call in {*plan.states, *plan.through, *plan.gone, *writers}]
     remaining = [call for call in region if call not in plan.gone]
-    before, feeds = _part(network, region, network.states, {}, plan.same, model)
-    same = [network.resolve(name, plan.alias) for name in plan.same]
-    results = [network.resolve(name, plan.alias) for call in remaining for name in call.outputs]
-    states = {**network.states, **plan.states}
-    after, more = _part(network, remaining, states, plan.alias, [*same, *results], model)
+    before, feeds = _part(network, region, FoldPlan(network), plan.same, model)
+    same = [plan.now(name) for name in plan.same]
+    results = [plan.now(name) for call in remaining for name in call.results]
+    after, more = _part(network, remaining, plan, [*same, *results], model)
     feeds |= more
     generator = np.random.default_rng(0)
     tried = (feeds, {name: _random(value, generator) for name, value in feeds.items()})
@@ -63,10 +62,9 @@ def _random(value: Array, generator: np.random.Generator) -> Array:
 
 
 def _part(
-    network: OnnxNetwork, calls: list[Call], states: Mapping[Call, State], alias: Mapping[str, str],
-    outputs: Sequence[str], model: onnx.ModelProto,
-) -> tuple[onnx.ModelProto, Feeds]:  # fmt: skip
-    """Return a model of these calls alone, and its inputs."""
+    network: OnnxNetwork, calls: list[Call], plan: FoldPlan, outputs: Sequence[str], model: onnx.ModelProto
+) -> tuple[onnx.ModelProto, Feeds]:
+    """Return a model of these calls alone, as they are after a plan's change, and its inputs."""
     stored: dict[str, onnx.TensorProto] = {}
     count = iter(range(1_000_000))
 
@@ -76,13 +74,14 @@ def _part(
         return kept
 
     to = Writer(
-        name=lambda name: network.resolve(name, alias),
+        name=lambda name: plan.now(network.resolve(name)),
+        inputs=plan.inputs,
         parameter=lambda name: network.constants.parameter(name, name),
         store=keep,
         fresh=lambda stem: f"{stem} {next(count)}",
         opset=network.opset,
     )
-    nodes = [node for call in calls for node in write(call, states.get(call), to)]
+    nodes = [node for call in calls for node in write(call, plan.states.get(call, call.state), to)]
     written = {name for node in nodes for name in node.output}
     feeds: Feeds = {}
     for name in dict.fromkeys(name for node in nodes for name in node.input if name):

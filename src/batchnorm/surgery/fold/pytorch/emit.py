@@ -15,6 +15,7 @@ import batchnorm.functional
 from batchnorm import ops
 from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of
 from batchnorm.surgery.fold.arithmetic import rounded
+from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork, operands
 from batchnorm.surgery.fold.pytorch.states import TorchLinear, TorchNorm, with_parameters
 from batchnorm.surgery.fold.states import NewConstants
@@ -40,16 +41,18 @@ class Emitter:
         """Return the folded network as a graph module whose class has this name."""
         network = self.network
         norms: dict[Node, Node] = {}  # each with the call that it is now
+        calls = {call.node: call for call in network.calls}
         for node in list(self.graph.nodes):
-            state = network.states.get(node)
+            call = calls.get(node)
+            state = None if call is None or call.gone else call.state
             if node in network.alias:
                 self._replace(node, self._now(network.alias[node]))
-            elif isinstance(state, TorchLinear):
-                self._linear(node, state)
+            elif call is not None and isinstance(state, TorchLinear):
+                self._linear(call, state)
             elif isinstance(state, NewConstants):
                 self._constants(node, state)
-            elif node in network.norms and node not in network.gone:
-                norms[node] = self._norm(node, state) if isinstance(state, TorchNorm) else node
+            elif call in network.norms and not call.gone:
+                norms[node] = self._norm(call, state) if isinstance(state, TorchNorm) else node
         for was, node in norms.items():
             self._fuse(node, was)
         self._drop_unused()
@@ -108,7 +111,6 @@ class Emitter:
 
     def _layer(self, node: Node, state: TorchLinear) -> None:
         """A layer with a forward of its own keeps it."""
-        assert state.layer is not None
         weight, bias, _ = (
             None if t is None else nn.Parameter(t, requires_grad=state.like.requires_grad) for t in state.tensors()
         )
@@ -118,11 +120,12 @@ class Emitter:
         else:
             target = str(node.target)
         owner, _, last = target.rpartition(".")
-        self.module.get_submodule(owner).add_module(last, with_parameters(state.layer, weight, bias))
+        self.module.get_submodule(owner).add_module(last, with_parameters(state.kind, weight, bias))
         node.target = target
 
-    def _linear(self, node: Node, state: TorchLinear) -> None:
-        if state.layer is not None:
+    def _linear(self, call: Call, state: TorchLinear) -> None:
+        node: Node = call.node
+        if state.opaque:
             self._layer(node, state)
             return
         weight, bias, border = state.tensors()
@@ -134,18 +137,19 @@ class Emitter:
             self._uses.pop(bias_name, None)
             held[1] = self._attribute(node, self._own(bias_name, bias, state.like))
         with self.graph.inserting_before(node):
-            source = self._now(state.source)
-            new = self.graph.call_function(state.function, (source, *held), state.options)
+            source = self._now(call.inputs[0])
+            new = self.graph.call_function(state.kind, (source, *held), state.arguments())
             new.meta = dict(node.meta)
             if border is not None:
                 kernel = self._attribute(node, self._own(f"{stem}border", border, state.like))
                 first = self.graph.call_function(operator.getitem, (source, (slice(0, 1), slice(0, 1))))
                 ones = self.graph.call_function(torch.ones_like, (first,))
-                more = self.graph.call_function(state.function, (ones, kernel, None), state.at_border())
+                more = self.graph.call_function(state.kind, (ones, kernel, None), state.options)
                 new = self.graph.call_function(operator.add, (new, more))
         self._replace(node, new)
 
-    def _norm(self, node: Node, state: TorchNorm) -> Node:
+    def _norm(self, call: Call, state: TorchNorm) -> Node:
+        node: Node = call.node
         *tensors, eps = state.arguments()
         stem = str(node.args[1].target).removesuffix("running_mean")  # type: ignore[union-attr]
         held = [
@@ -153,7 +157,7 @@ class Emitter:
             for last, value in zip(("running_mean", "running_var", "weight", "bias"), tensors, strict=True)
         ]
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(F.batch_norm, (self._now(state.source), *held, False, 0.0, eps))
+            new = self.graph.call_function(F.batch_norm, (self._now(call.inputs[0]), *held, False, 0.0, eps))
         new.meta = dict(node.meta)
         self._replace(node, new)
         return new

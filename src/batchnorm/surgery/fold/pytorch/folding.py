@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.node import Node
 
 from batchnorm import walk
 from batchnorm.models import lowering
@@ -18,6 +18,7 @@ from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
 from batchnorm.models.report import Change, Result
 from batchnorm.surgery.fold import gate
+from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
 from batchnorm.surgery.fold.pytorch.counting import count_batch_norms
 from batchnorm.surgery.fold.pytorch.emit import Emitter
@@ -100,19 +101,18 @@ def _fold_checked(
     total = counts.batch_norm + counts.fused
     if total == 0:
         return working, FoldReport("fold", how="nothing to fold", notes=notes)
-    checked = _Checked.of(working, inputs)
-    limit = checked.limit(tolerance)
-    folded, found = _folded(working, inputs.first(SAMPLES), limit, checked)
-    errs = checked.error(folded)
-    gate.check_whole(errs, limit)
-    left = count_batch_norms(folded, inputs)
-    return folded, FoldReport(
+    original = _Original.of(working, inputs, tolerance)
+    found = _folded(working, inputs.first(SAMPLES), original)
+    errors = original.compared(found.model)
+    gate.check_whole(errors, original.limit)
+    left = count_batch_norms(found.model, inputs)
+    return found.model, FoldReport(
         "fold",
         tuple(found.changed),
         tuple(found.left),
         how=found.how,
-        error=errs.after,
-        error_before=errs.before,
+        error=errors.after,
+        error_before=errors.before,
         before=total,
         remaining=left.batch_norm,
         fused=left.fused,
@@ -120,10 +120,50 @@ def _fold_checked(
     )
 
 
-def _folded(working: nn.Module, inputs: Inputs, limit: float, checked: _Checked) -> tuple[nn.Module, _Found]:
-    """The way to read the model that leaves least: as a whole, in parts where that does as well, else by export.
+@dataclass
+class _Folded:
+    """A folded model, and what became of each batch normalization."""
 
-    A traced whole, and parts of one that Python goes on to call, take every size. Export may not, and takes long.
+    model: nn.Module
+    how: str
+    changed: list[Change] = field(default_factory=list)
+    left: list[Change] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Original:
+    """The original's results, with which the folded network's are compared, and the error that one fold may make."""
+
+    inputs: tuple[Inputs, ...]
+    own: list[Tensor]
+    exact: list[Tensor]
+    limit: float
+
+    @classmethod
+    def of(cls, working: nn.Module, inputs: Inputs, tolerance: float | None) -> _Original:
+        tried = (inputs, inputs.random())
+        own = _results(working, tried)
+        try:
+            exact = _results(copied(working, share=False).double(), [i.to(torch.float64) for i in tried])
+        except Exception:  # it casts by itself, or has no float64 kernels
+            exact = own
+        limit = gate.tolerance_for(tolerance, [t.dtype for t in own if t.is_floating_point()])
+        return cls(tried, own, exact, limit)
+
+    def compared(self, folded: nn.Module) -> gate.Error:
+        """Return the largest errors of the original and of the folded network."""
+        return gate.Error.of(gate.Results(self.own, _results(folded, self.inputs), self.exact))
+
+
+def _results(model: nn.Module, inputs: Iterable[Inputs]) -> list[Tensor]:
+    return [tensor for each in inputs for tensor in outputs(evaluate(model, each))]
+
+
+def _folded(working: nn.Module, inputs: Inputs, original: _Original) -> _Folded:
+    """Fold the model, read in the way that leaves least: as a whole, in parts if that leaves no more, else by export.
+
+    A traced whole, and traced parts that Python goes on to call, take every size. Export may not, and takes long.
     """
     try:
         trace = tracing.trace(working, inputs, ways=("fx",), prepare=lowering.lower)
@@ -131,123 +171,66 @@ def _folded(working: nn.Module, inputs: Inputs, limit: float, checked: _Checked)
         pass
     else:
         if not trace.refused:
-            return _fold_graph(trace, limit, working)
-    parts = _fold_modules(copied(working, share=True), inputs, limit, checked, ("fx",))
-    if not parts[1].left:
+            return _fold_graph(trace, working, original)
+    parts = _fold_modules(copied(working, share=True), inputs, original, ("fx",))
+    if not parts.left:
         return parts
     try:
         trace = tracing.trace(copied(working, share=True), inputs, prepare=lowering.lower)
     except Untraceable as error:
-        parts = _fold_modules(working, inputs, limit, checked, ("fx", "export"))
-        parts[1].notes = (f"the whole cannot be traced: {error}",)
+        parts = _fold_modules(working, inputs, original, ("fx", "export"))
+        parts.notes = (f"the whole cannot be traced: {error}",)
         return parts
-    whole = _fold_graph(trace, limit, working)
-    if not trace.refused and len(whole[1].left) <= len(parts[1].left):
-        return whole
-    if len(parts[1].left) <= len(whole[1].left):
+    whole = _fold_graph(trace, working, original)
+    if len(parts.left) < len(whole.left) or (trace.refused and len(parts.left) == len(whole.left)):
         return parts
     if trace.refused:
         sizes = ", ".join(str([list(x.shape) for x in refused.tensors()]) for refused in trace.refused)
-        whole[1].how = "fixed"
-        whole[1].notes = (f"only for sizes like the example's: the original takes {sizes} too",)
+        whole.how = "fixed"
+        whole.notes = (f"only for sizes like the example's: the original takes {sizes} too",)
     return whole
 
 
 def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
-    """Every reference to the model is one to the folded network from here on."""
+    """Turn the model into the folded network, for everything that refers to it."""
     model.__class__ = type(folded)
     model.__dict__ = folded.__dict__
     return model
 
 
-@dataclass
-class _Checked:
-    """The original's results, to compare the folded network's with."""
-
-    inputs: tuple[Inputs, ...]
-    exact: list[list[Tensor]]
-    own: list[list[Tensor]]
-
-    @classmethod
-    def of(cls, working: nn.Module, inputs: Inputs) -> _Checked:
-        tried = (inputs, inputs.random())
-        own = [outputs(evaluate(working, i)) for i in tried]
-        try:
-            wide = copied(working, share=False).double()
-            exact = [outputs(evaluate(wide, i.to(torch.float64))) for i in tried]
-        except Exception:  # it casts by itself, or has no float64 kernels: its own results must do
-            exact = own
-        return cls(tried, exact, own)
-
-    def limit(self, tolerance: float | None) -> float:
-        """Return the relative error that a fold may make."""
-        return gate.tolerance_for(tolerance, [t.dtype for t in self.own[0] if t.is_floating_point()])
-
-    def error(self, folded: nn.Module) -> gate.Error:
-        """Return the largest errors of any run."""
-        found = [outputs(evaluate(folded, i)) for i in self.inputs]
-        own, after, exact = ([t for run in runs for t in run] for runs in (self.own, found, self.exact))
-        return gate.Error.of(gate.Results(own, after, exact))
-
-
-@dataclass
-class _Found:
-    """What became of each batch normalization."""
-
-    how: str
-    changed: list[Change] = field(default_factory=list)
-    left: list[Change] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
-
-
-def _fold_graph(trace: tracing.Trace, limit: float, working: nn.Module, prefix: str = "") -> tuple[nn.Module, _Found]:
+def _fold_graph(trace: tracing.Trace, working: nn.Module, original: _Original, prefix: str = "") -> _Folded:
+    """Fold a traced model, or the part of one whose path is `prefix`."""
     network = TorchNetwork(trace)
-    norms = sorted((*network.norms, *network.unfoldable), key=network.order.__getitem__)
-    channels = {node: norm.channels for node, norm in network.norms.items()}
-    search = Search(network, limit, partial(try_plan, network))
+    search = Search(network, original.limit, partial(try_plan, network))
     search.fold_all()
-    places = {node: _place(network, node) for where in search.taken.values() for node in where}
+    paths = {call: _path(network, call) for call in network.calls}
     emitter = Emitter(network)
     folded = emitter.emit(type(working).__name__)
-    found = _Found(trace.how)
-    for node in norms:
-        path = _place(network, node)
-        was, reason = _describe_norm(working, path, channels.get(node)), search.reasons.get(node, "")
-        path = _joined(prefix, path)
-        if node in search.taken:
-            into = ", ".join(dict.fromkeys(_joined(prefix, places[n]) for n in search.taken[node]))
-            found.changed.append(Change(path, was, f"in {into}"))
-        elif node in emitter.fused:
-            found.changed.append(Change(path, was, f"fused with {emitter.fused[node]}", reason))
-        else:
-            found.left.append(Change.unchanged(path, was, reason))
-    return folded, found
+    names = {call: _norm_name(working, path) for call, path in paths.items()}
+    changed, left = search.rows({call: _joined(prefix, path) for call, path in paths.items()}, names, emitter.fused)
+    return _Folded(folded, trace.how, changed, left)
 
 
-def _place(network: TorchNetwork, node: Node) -> str:
+def _path(network: TorchNetwork, call: Call) -> str:
     """Return the path of the module that holds the call's weight, or calls it."""
-    state = network.states.get(node)
-    owner = state.name.rpartition(".")[0] if isinstance(state, TorchLinear) else ""
-    return owner or network.trace.paths.get(node) or node.name
+    owner = call.state.name.rpartition(".")[0] if isinstance(call.state, TorchLinear) else ""
+    return owner or network.trace.paths.get(call.node) or call.node.name
 
 
 def _joined(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix else path
 
 
-def _describe_norm(working: nn.Module, path: str, channels: int | None) -> str:
+def _norm_name(working: nn.Module, path: str) -> str:
     try:
         module = working.get_submodule(path)
     except AttributeError:
-        module = None
-    name = type(module).__name__ if module is not None and walk.is_batch_norm(module) else "batch_norm"
-    return f"{name}({'' if channels is None else channels})"
+        return "batch_norm"
+    return type(module).__name__ if walk.is_batch_norm(module) else "batch_norm"
 
 
-def _fold_modules(
-    working: nn.Module, inputs: Inputs, limit: float, checked: _Checked, ways: tuple[str, ...]
-) -> tuple[nn.Module, _Found]:
-    """Fold the largest parts that can be traced, each with what it is called with in a run of the whole."""
+def _fold_modules(working: nn.Module, inputs: Inputs, original: _Original, ways: tuple[str, ...]) -> _Folded:
+    """Fold the largest parts that can be traced, each with the inputs that it has in a run of the whole."""
     calls: dict[nn.Module, Inputs] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -257,20 +240,20 @@ def _fold_modules(
         for module in working.modules():
             module.register_forward_pre_hook(keep, with_kwargs=True)
         evaluate(working, inputs)
-    found = _Found("modules")
+    found = _Folded(working, "modules")
     done: set[nn.Module] = set()
 
     def visit(parent: nn.Module, prefix: str) -> None:
         for name, child in list(parent.named_children()):
-            path = f"{prefix}.{name}" if prefix else name
+            path = _joined(prefix, name)
             if child in done or not walk.norm_layers(child):
                 continue
             done.add(child)
             if walk.is_batch_norm(child):
-                was = _describe_norm(working, path, getattr(child, "num_features", None))
-                found.left.append(Change.unchanged(path, was, "what calls it cannot be traced"))
+                was = f"{type(child).__name__}({getattr(child, 'num_features', '')})"
+                found.left.append(Change.unchanged(path, was, "the module that calls it cannot be traced"))
                 continue
-            part = _fold_part(working, child, calls.get(child), limit, path, checked, ways)
+            part = _fold_part(working, child, calls.get(child), original, path, ways)
             if part is None:
                 visit(child, path)
             else:
@@ -278,29 +261,28 @@ def _fold_modules(
                 found.left += part.left
 
     visit(working, "")
-    return working, found
+    return found
 
 
 def _fold_part(
-    working: nn.Module, child: nn.Module, given: Inputs | None, limit: float, path: str, checked: _Checked,
-    ways: tuple[str, ...],
-) -> _Found | None:  # fmt: skip
-    """Put the folded part in the place of the part; None, and nothing changed, where that cannot be done."""
+    working: nn.Module, part: nn.Module, given: Inputs | None, original: _Original, path: str, ways: tuple[str, ...]
+) -> _Folded | None:
+    """Replace a part of the model by the folded part; return None, and change nothing, if that is impossible."""
     if given is None:
         return None
     try:
-        trace = tracing.trace(copied(child, share=True), given, ways=ways, prepare=lowering.lower)
+        trace = tracing.trace(copied(part, share=True), given, ways=ways, prepare=lowering.lower)
     except Untraceable:
         return None
     if trace.refused:
         return None
-    folded, found = _fold_graph(trace, limit, child, path)
-    walk.replace(working, child, folded)
+    found = _fold_graph(trace, part, original, path)
+    walk.replace(working, part, found.model)
     try:
-        same = checked.error(working).allowed(limit, gate.AMPLIFICATION)
-    except Exception:  # the rest reaches into the part
+        same = original.compared(working).allowed(original.limit, gate.AMPLIFICATION)
+    except Exception:  # the rest uses the part's inside
         same = False
     if not same:
-        walk.replace(working, folded, child)
+        walk.replace(working, found.model, part)
         return None
     return found

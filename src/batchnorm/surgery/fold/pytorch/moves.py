@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx.node import Node
@@ -11,87 +11,66 @@ from torch.nn import functional as F
 
 from batchnorm.surgery.fold import moves
 from batchnorm.surgery.fold.arithmetic import ScaleShift
-from batchnorm.surgery.fold.network import Shape
+from batchnorm.surgery.fold.moves import Move
 from batchnorm.surgery.fold.states import CannotFold
 
 
-class Move(NamedTuple):
-    """A scale and shift that is to pass a call.
-
-    Attributes:
-        call: The call.
-        s: The scale and shift.
-        given: The shape of the tensor that s applies to.
-        wanted: The shape of the tensor at the other side of the call.
-        back: Whether s applies to the call's result.
-    """
-
-    call: Node
-    s: ScaleShift
-    given: Shape
-    wanted: Shape
-    back: bool
-
-    @property
-    def name(self) -> str:
-        """The name of the function."""
-        return str(getattr(self.call.target, "__name__", self.call.target))
-
-    def argument(self, position: int, name: str, default: Any) -> Any:
-        """Return an argument of the call."""
-        return self.call.args[position] if len(self.call.args) > position else self.call.kwargs.get(name, default)
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _same_rank(move: Move) -> ScaleShift:
-    if len(move.given) != len(move.wanted):
-        raise CannotFold(f"{move.name} changes the number of dimensions")
-    return move.s
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
-def _max_pool(move: Move) -> ScaleShift:
-    moves.max_pooled(move.s, move.name)
-    return _same_rank(move)
+def _unchanged(node: Node, move: Move) -> ScaleShift:
+    return moves.unchanged(move)
 
 
-def _average_pool(move: Move) -> ScaleShift:
-    padding = move.argument(3, "padding", 0)
+def _max_pool(node: Node, move: Move) -> ScaleShift:
+    moves.max_pooled(move.s, _name(node))
+    return moves.unchanged(move)
+
+
+def _average_pool(node: Node, move: Move) -> ScaleShift:
+    padding = _argument(node, 3, "padding", 0)
     is_padded = any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
-    counts_padding = is_padded and bool(move.argument(5, "count_include_pad", True))
-    moves.average_pooled(move.s, move.name, counts_padding=counts_padding)
-    if move.s.shifts and move.argument(6, "divisor_override", None) is not None:
-        raise CannotFold(f"{move.name} next to it has its own divisor")
-    return _same_rank(move)
+    counts_padding = is_padded and bool(_argument(node, 5, "count_include_pad", True))
+    moves.average_pooled(move.s, _name(node), counts_padding=counts_padding)
+    if move.s.shifts and _argument(node, 6, "divisor_override", None) is not None:
+        raise CannotFold(f"{_name(node)} next to it has its own divisor")
+    return moves.unchanged(move)
 
 
-def _pad(move: Move) -> ScaleShift:
-    constant = move.argument(2, "mode", "constant") == "constant"
-    moves.padded(move.s, constant=constant, zero=move.argument(3, "value", None) in (None, 0, 0.0))
-    sizes = move.argument(1, "pad", None)
+def _pad(node: Node, move: Move) -> ScaleShift:
+    constant = _argument(node, 2, "mode", "constant") == "constant"
+    moves.padded(move.s, constant=constant, zero=_argument(node, 3, "value", None) in (None, 0, 0.0))
+    sizes = _argument(node, 1, "pad", None)
     if not isinstance(sizes, (tuple, list)):
         raise CannotFold("padding next to it has computed sizes")
     return moves.positions_only(move.s, [-1 - i for i in range(len(sizes) // 2)], "padding")
 
 
-def _permute(move: Move) -> ScaleShift:
+def _permute(node: Node, move: Move) -> ScaleShift:
     order = list(range(len(move.given)))
-    if move.call.target is torch.transpose:
-        first, second = move.argument(1, "dim0", 0), move.argument(2, "dim1", 1)
+    if node.target is torch.transpose:
+        first, second = _argument(node, 1, "dim0", 0), _argument(node, 2, "dim1", 1)
         order[first], order[second] = order[second], order[first]
     else:
-        order = [int(axis) % len(order) for axis in move.argument(1, "dims", ())]
+        order = [int(axis) % len(order) for axis in _argument(node, 1, "dims", ())]
     return moves.permuted(move.s, order, back=move.back)
 
 
-def _mean(move: Move) -> ScaleShift:
-    axes = move.argument(1, "dim", None)
+def _mean(node: Node, move: Move) -> ScaleShift:
+    axes = _argument(node, 1, "dim", None)
     if axes is None or isinstance(axes, Node):
         raise CannotFold("a mean over everything is next to it")
     rank = len(move.wanted if move.back else move.given)
     axes = sorted(axis % rank for axis in (axes if isinstance(axes, (tuple, list)) else (axes,)))
-    return moves.averaged(move.s, axes, keep=move.argument(2, "keepdim", False), back=move.back)
+    return moves.averaged(move.s, axes, keep=_argument(node, 2, "keepdim", False), back=move.back)
 
 
-def _reshape(move: Move) -> ScaleShift:
+def _reshape(node: Node, move: Move) -> ScaleShift:
     return moves.reshaped(move.s, move.given, move.wanted)
 
 
@@ -110,12 +89,12 @@ def _interpolations() -> set[Any]:
     return {p.vec for p in packets if p is not None and "vec" in p.overloads()} | {F.interpolate}
 
 
-RULES: dict[Any, Callable[[Move], ScaleShift]] = {
+RULES: dict[Any, Callable[[Node, Move], ScaleShift]] = {
     **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), _max_pool),
     **dict.fromkeys((torch.avg_pool1d, F.avg_pool2d, F.avg_pool3d), _average_pool),
-    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), _same_rank),
+    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), _unchanged),
     **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), _max_pool),
-    **dict.fromkeys(_interpolations(), _same_rank),
+    **dict.fromkeys(_interpolations(), _unchanged),
     F.pad: _pad,
     **dict.fromkeys((torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze), _reshape),
     **dict.fromkeys((torch.permute, torch.transpose), _permute),

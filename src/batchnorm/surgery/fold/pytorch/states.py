@@ -24,16 +24,14 @@ Lookup = Callable[[Node], Tensor]  # the value of an attribute of the graph
 class TorchLinear(Linear):
     """A convolution, transposed convolution or linear layer.
 
+    Its kind is a function such as `F.conv2d`; or a layer with a forward method of its own, whose class derives from a
+    convolution or `nn.Linear`. How such a layer uses its input is unknown.
+
     Attributes:
-        function: A function such as `F.conv2d`; or a layer with a forward method of its own, whose class derives from
-            a convolution or `nn.Linear`.
         like: The original weight. The new one gets its dtype, device and memory format.
         name: The path of the weight.
     """
 
-    GROUPS = "groups"
-
-    function: Any
     like: Tensor
     name: str
 
@@ -42,82 +40,37 @@ class TorchLinear(Linear):
         """Return the layer that a call of a function is, where `linear_arguments` finds its arguments."""
         given = linear_arguments(node)
         assert given is not None
-        source, weight, bias = (given.pop(name, None) for name in ("input", "weight", "bias"))
+        _, weight, bias = (given.pop(name, None) for name in ("input", "weight", "bias"))
         like = value(weight)
         return cls(
-            function=node.target,
-            source=source,
+            kind=node.target,
             weight=wide(like),
             bias=None if bias is None else wide(value(bias)),
+            groups=given.pop("groups", 1),
+            window=_window(given, like.shape[2:]),
+            options=given,
+            transposed=node.target in TRANSPOSED,
             like=like,
             name=str(weight.target),
-            options=given,
         )
 
     @classmethod
     def of_layer(cls, node: Node, layer: Any) -> TorchLinear:
         """Return the layer of a call that was not traced, where `is_linear_layer` holds."""
         return cls(
-            function=layer,
-            source=node.args[0],
+            kind=layer,
             weight=wide(layer.weight),
             bias=None if layer.bias is None else wide(layer.bias),
+            groups=getattr(layer, "groups", 1),
+            transposed=isinstance(layer, _ConvTransposeNd),
+            opaque=True,
             like=layer.weight.detach(),
             name=f"{node.target}.weight",
-            options={"groups": layer.groups} if isinstance(layer, _ConvNd) else {},
         )
 
-    @property
-    def layer(self) -> nn.Module | None:
-        """The layer, if it has a forward method of its own."""
-        return self.function if isinstance(self.function, nn.Module) else None
-
-    @property
-    def opaque(self) -> bool:
-        """Whether it is unknown how the input is used."""
-        return self.layer is not None
-
-    @property
-    def kind(self) -> object:
-        """The function."""
-        return self.function
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it is a transposed convolution."""
-        return self.function in TRANSPOSED or isinstance(self.function, _ConvTransposeNd)
-
-    @property
-    def window(self) -> Window:
-        """The positions that it reads."""
-        stride, dilation = self._each("stride", 1), self._each("dilation", 1)
-        given = self.options.get("padding", 0)
-        if given == "same":
-            total = [step * (taps - 1) for step, taps in zip(dilation, self.weight.shape[2:], strict=True)]
-            padding = tuple((n // 2, n - n // 2) for n in total)
-        else:
-            padding = tuple((n, n) for n in self._each("padding", 0)) if given != "valid" else ((0, 0),) * self.dims
-        return Window(stride, dilation, padding, any(self._each("output_padding", 0)))
-
-    def _each(self, name: str, default: int) -> tuple[int, ...]:
-        """Return an option's number for every dimension."""
-        value = self.options.get(name, default)
-        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        return values * self.dims if len(values) == 1 else values
-
-    def before(self, s: ScaleShift) -> TorchLinear:
-        """Return the layer preceded by this scale and shift `[in]`.
-
-        Raises:
-            CannotFold: It is a layer with a forward method of its own.
-        """
-        if self.layer is not None:
-            raise CannotFold(f"how {type(self.layer).__name__} uses its input is not known")
-        return super().before(s)
-
-    def at_border(self) -> dict[str, Any]:
-        """Return the options of the call that applies the border's kernel to ones with one channel."""
-        return {name: value for name, value in self.options.items() if name != "groups"}
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the call after weight and bias."""
+        return self.options | ({} if self.groups == 1 else {"groups": self.groups})
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the weight, bias and border kernel as they are stored.
@@ -132,12 +85,10 @@ class TorchLinear(Linear):
         """Return the result for x: with the weights as they are stored, or for float64 x before rounding."""
         weight, bias, border = (self.weight, self.bias, self.border) if x.dtype == torch.float64 else self.tensors()
         held = [None if t is None else t.to(device=x.device, dtype=x.dtype) for t in (weight, bias, border)]
-        if self.layer is not None:
-            return with_parameters(self.layer, *held[:2])(x)
-        y = self.function(x, held[0], held[1], **self.options)
-        if held[2] is not None:
-            y = y + self.function(torch.ones_like(x[:1, :1]), held[2], None, **self.at_border())
-        return y
+        if self.opaque:
+            return with_parameters(self.kind, *held[:2])(x)
+        y = self.kind(x, held[0], held[1], **self.arguments())
+        return y if held[2] is None else y + self.kind(torch.ones_like(x[:1, :1]), held[2], None, **self.options)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -157,7 +108,7 @@ class TorchNorm(Norm):
         Raises:
             CannotFold: It uses the batch's statistics, or its tensors are computed or not finite.
         """
-        x, running_mean, running_var, weight, bias, training, _, eps = node.args
+        _, running_mean, running_var, weight, bias, training, _, eps = node.args
         if training or running_mean is None:
             raise CannotFold("it uses the batch's statistics in evaluation too")
         held: list[Any] = [running_mean, running_var, weight, bias]
@@ -165,7 +116,7 @@ class TorchNorm(Norm):
             raise CannotFold("its statistics or parameters are computed")
         mean, var, gamma, beta = (None if t is None else value(t) for t in held)
         assert mean is not None
-        return cls(source=x, scale_shift=ScaleShift.of(mean, var, gamma, beta, float(eps)), like=mean)  # type: ignore[arg-type]
+        return cls(scale_shift=ScaleShift.of(mean, var, gamma, beta, float(eps)), like=mean)  # type: ignore[arg-type]
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Return mean, variance, weight, bias and eps as they are stored."""
@@ -181,6 +132,21 @@ class TorchNorm(Norm):
             return x * s.scale.to(x.device).reshape(along) + s.shift.to(x.device).reshape(along)
         mean, var, weight, bias, eps = self.arguments()
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _window(options: dict[str, Any], kernel: torch.Size) -> Window:
+    def each(name: str, default: int) -> tuple[int, ...]:
+        value = options.get(name, default)
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return values * len(kernel) if len(values) == 1 else values
+
+    stride, dilation, given = each("stride", 1), each("dilation", 1), options.get("padding", 0)
+    if given == "same":
+        total = [step * (taps - 1) for step, taps in zip(dilation, kernel, strict=True)]
+        padding = tuple((n // 2, n - n // 2) for n in total)
+    else:
+        padding = tuple((n, n) for n in ((0,) * len(kernel) if given == "valid" else each("padding", 0)))
+    return Window(stride, dilation, padding, any(each("output_padding", 0)))
 
 
 def linear_arguments(node: Node) -> dict[str, Any] | None:

@@ -15,21 +15,22 @@ from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork
 from batchnorm.surgery.fold.pytorch.states import TorchLinear, TorchNorm
 from batchnorm.surgery.fold.search import Trial
-from batchnorm.surgery.fold.states import NewConstants, State
+from batchnorm.surgery.fold.states import Layer, NewConstants, State
 
 
-def try_plan(network: TorchNetwork, plan: FoldPlan[Node, Node]) -> Trial[Node]:
+def try_plan(network: TorchNetwork, plan: FoldPlan) -> Trial:
     """Compute the calls that the plan touches, before and after, on the example's values and on random ones.
 
     Raises:
         arithmetic.NotRepresentable: A weight is not finite in its dtype.
     """
     calls = {*plan.states, *plan.gone, *plan.through}
-    touched = {*calls, *plan.same, *(result for call in calls for result in network.results(call))}
-    region = sorted(touched, key=network.order.__getitem__)
-    before = _Region(network, region, network.states, {})
-    remaining = [node for node in region if node not in plan.gone]
-    after = _Region(network, remaining, {**network.states, **plan.states}, plan.alias)
+    touched = {*plan.same, *(node for call in calls for node in (call.node, *call.results))}
+    region = [node for node in network.trace.graph.nodes if node in touched]
+    gone = {call.node for call in plan.gone}
+    remaining = [node for node in region if node not in gone]
+    before = _Region(network, region, FoldPlan(network))
+    after = _Region(network, remaining, plan)
     example = {node: network.value(node) for node in (*before.boundary(), *after.boundary())}
     generator = torch.Generator().manual_seed(0)
     random = {node: _random(value, generator) for node, value in example.items()}
@@ -43,7 +44,7 @@ def try_plan(network: TorchNetwork, plan: FoldPlan[Node, Node]) -> Trial[Node]:
         runs.append(
             Results(
                 [own[node] for node in same],
-                [folded[network.resolve(node, plan.alias)] for node in same],
+                [folded[plan.now(node)] for node in same],
                 [exact[node] for node in same],
             )
         )
@@ -52,43 +53,53 @@ def try_plan(network: TorchNetwork, plan: FoldPlan[Node, Node]) -> Trial[Node]:
 
 
 class _Region:
-    """Some calls of a network, in order, with the states that they have."""
+    """Some nodes of a network, in order, as they are after a plan's change."""
 
-    def __init__(
-        self, network: TorchNetwork, nodes: list[Node], states: Mapping[Node, State], alias: Mapping[Node, Node]
-    ) -> None:
-        self._network, self._nodes, self._alias = network, nodes, alias
-        self._states = dict(states)
-        for node in nodes:
-            if node.op == "call_module" and node not in states:  # a layer computes in its own dtype only
-                self._states[node] = network.linear(node)
+    def __init__(self, network: TorchNetwork, nodes: list[Node], plan: FoldPlan) -> None:
+        self._network, self._nodes, self._plan = network, nodes, plan
+        self._calls = {call.node: call for call in network.calls}
 
     def boundary(self) -> list[Node]:
-        """Return the values that the calls read and do not compute."""
+        """Return the values that the nodes read and do not compute."""
         inside = set(self._nodes)
-        read: list[Node] = []
-        for node in self._nodes:
-            state = self._states.get(node)
-            read += node.all_input_nodes if state is None or isinstance(state, NewConstants) else [state.source]
-        return [node for node in map(self._resolve, read) if node not in inside and node.op != "get_attr"]
+        read = [value for node in self._nodes for value in self._inputs(node)]
+        return [node for node in read if node not in inside and node.op != "get_attr"]
 
     def run(self, boundary: Mapping[Node, Any], dtype: torch.dtype) -> dict[Node, Any]:
-        """Return the value of every call. In float64 weights are not rounded."""
+        """Return the value of every node. In float64 weights are not rounded."""
         values = {node: _to(value, dtype) for node, value in boundary.items()}
         with torch.no_grad():
             for node in self._nodes:
                 values[node] = self._result(node, values, dtype)
         return values
 
+    def _state(self, node: Node) -> State | None:
+        call = self._calls.get(node)
+        if call is None:
+            return None
+        state = self._plan.states.get(call, call.state)
+        # A layer that was not traced computes in its own dtype only.
+        return self._network.layer(call) if state is None and node.op == "call_module" else state
+
+    def _inputs(self, node: Node) -> list[Node]:
+        call = self._calls.get(node)
+        if call is None or not isinstance(self._state(node), Layer):
+            return [self._now(value) for value in node.all_input_nodes]
+        return self._plan.inputs(call)[:1]
+
+    def _now(self, node: Node) -> Node:
+        now: Node = self._plan.now(self._network.resolve(node))
+        return now
+
     def _result(self, node: Node, values: Mapping[Node, Any], dtype: torch.dtype) -> Any:
-        state = self._states.get(node)
+        state = self._state(node)
         if isinstance(state, (TorchLinear, TorchNorm)):
-            return state(values[self._resolve(state.source)])
+            return state(values[self._inputs(node)[0]])
         constants = state.values if isinstance(state, NewConstants) else {}
 
         def value(argument: Node) -> Any:
             if argument.op != "get_attr":
-                return values[self._resolve(argument)]
+                return values[self._now(argument)]
             stored = self._network.attribute(argument)
             if argument not in constants:
                 return _to(stored, dtype)
@@ -98,9 +109,6 @@ class _Region:
         assert callable(node.target)
         args, kwargs = map_arg((node.args, node.kwargs), value)
         return node.target(*args, **kwargs)
-
-    def _resolve(self, node: Node) -> Node:
-        return self._network.resolve(node, self._alias)
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
