@@ -1,25 +1,26 @@
-"""Small batches, and batches that are no fair sample: batch normalization against its relatives on all of MNIST.
+"""Small and unrepresentative batches: batch normalization against its variants on MNIST.
 
     python experiments/batch_size.py --data-dir FOLDER
 
 Two claims. Ioffe (2017): in small batches, and in batches of few classes, batch renormalization is more accurate than
-batch normalization. Wu & He (2018): in very small batches group normalization is.
+batch normalization. Wu & He (2018): in very small batches, group normalization is more accurate.
 
-Three convolutions of 8, 16 and 32 channels, each normalized and followed by ReLU, and a linear layer train on 12,800
-of the 60,000 images once, with plain SGD, and are tested on all 10,000. Every network sees the same number of images,
-so a batch of 1 takes 128 times as many steps as one of 128. The learning rate is proportional to the batch size (the
-linear scaling rule), and so is, to first order, the momentum of the running statistics: they average over as many
-images. It is 0.1 at 32 samples for every layer, tuned for none. Batch renormalization has the paper's schedule,
-scaled to the length of training: plain batch normalization for an eighth of it, d free to 5 at five eighths, r to 3
-at the end. Networks of one seed have the same initial values and the same batches in the same order.
+The network has three convolutions of 8, 16 and 32 channels, each normalized and followed by ReLU, and a linear layer.
+It trains on 12,800 of the 60,000 images once, by plain SGD, and is tested on all 10,000. Every network sees the same
+number of images, so a batch size of 1 takes 128 times as many steps as a batch size of 128. The learning rate is
+proportional to the batch size (the linear scaling rule): 0.1 at 32 samples for every layer, tuned for none. So is, to
+first order, the momentum of the running statistics, which thus average over the same number of images. Batch
+renormalization uses the paper's schedule, scaled to the length of training: plain batch normalization for the first
+eighth, then d grows to 5 at five eighths and r to 3 at the end. Networks of one seed have the same initial values and
+the same batches in the same order.
 
-A claim is seen where the layer is half a point above batch normalization, about a tenth of the errors there. What
-decides is batch renormalization in batches of 4, the smallest in its paper. (Three of the five seeds had been trained
-when these thresholds were written down.)
+Seen: the layer is half a point above batch normalization, which is about a tenth of its errors. The decisive effect is
+batch renormalization in batches of 4, the smallest in its paper. (Three of the five seeds had been trained when these
+thresholds were written down.)
 
-Synchronized batch normalization trains on two processes, each with half of the batch; at 4 and 8 samples, where that
-takes minutes, only with `--full`. Two processes need two samples; a batch of one sample is of one class whatever the
-sampling; and a batch that is one ghost batch is batch normalization's.
+Synchronized batch normalization trains on two processes, each with half of the batch. At 4 and 8 samples this takes
+minutes and runs only with `--full`. Some cells do not exist: two processes need two samples; a batch of one sample has
+one class, however it is drawn; and a batch that is a single ghost batch is plain batch normalization.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ KINDS = {
     "group": "GroupNorm",
     "sync": f"SyncBatchNorm, {PROCESSES} processes",
 }
-# The colours of Okabe and Ito, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = {
     "none": "#777777",
     "batch": "#0072B2",
@@ -79,8 +80,8 @@ WORTH = 0.5
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Every layer at every batch size and with both samplings, where that is something of its own."""
-    together = PROCESSES if size.full else 2 * SIZES[-1] if size.quick else 32  # the least for several processes
+    """Yield every layer at every batch size and with both samplings, without combinations that equal another one."""
+    together = PROCESSES if size.full else 2 * SIZES[-1] if size.quick else 32  # smallest batch for several processes
     images = IMAGES // 10 if size.quick else IMAGES
     for batch_size in (128,) if size.quick else reversed(SIZES):
         for seed in range(size.seeds):
@@ -144,7 +145,7 @@ def _train_share(
 ) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
-    own = copy.deepcopy(network)  # what is given is shared
+    own = copy.deepcopy(network)  # `network` is in shared memory
     shares = [batch.tensor_split(PROCESSES)[rank] for batch in torch.arange(len(x)).split(size)]
     optimizer = torch.optim.SGD(own.parameters(), lr=rate)
     found = train(DistributedDataParallel(own), optimizer, x, y, shares)
@@ -155,18 +156,18 @@ def _train_share(
 
 
 def accuracies(records: Sequence[Record], sampling: str, kind: str, size: int) -> list[float]:
-    """Return the accuracy in percent, by seed; none where nothing was trained."""
+    """Return the accuracy in percent, by seed; none if the cell was not trained."""
     return [100 * value for value in by_seed(records, "accuracy", sampling=sampling, kind=kind, batch_size=size)]
 
 
 def above(records: Sequence[Record], sampling: str, kind: str, size: int) -> list[float]:
-    """Return how far a layer is above batch normalization in points, by seed."""
+    """Return the accuracy of a layer minus that of batch normalization in points, by seed."""
     pairs = zip(*(accuracies(records, sampling, each, size) for each in (kind, "batch")), strict=True)
     return [a - b for a, b in pairs]
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """How far each layer is above batch normalization where its paper says so, as far as that was trained."""
+    """Return the difference of each layer from batch normalization in the settings of its paper that were trained."""
     claims = (
         ("BatchRenorm above BatchNorm at 4 samples", "iid", "renorm", 4),
         ("BatchRenorm above BatchNorm at one sample", "iid", "renorm", 1),
@@ -181,7 +182,7 @@ def effects(records: Sequence[Record]) -> list[Effect]:
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
 
     def row(sampling: str, size: int) -> str:
         kinds = ("batch", "renorm", "group", "none")
@@ -196,17 +197,18 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     sizes = sorted({record["batch_size"] for record in records})
     small = next(size for size in (4, *sizes) if size in sizes)
     largest = sizes[-1]
-    told = [effect for effect in effects if effect is effects[0] or effect.what.endswith("one sample")]
+    main_effects = [effect for effect in effects if effect is effects[0] or effect.what.endswith("one sample")]
     return (
-        f"Independent batches of {sizes[0]}: {row('iid', sizes[0])}. Of {small}: {row('iid', small)}. Of {largest}: "
-        f"{row('iid', largest)}. Batches of {largest} from two classes each: {row('classes:2', largest)}. "
-        f"Seed by seed, {'; '.join(f'{effect.what} by {effect.figures}' for effect in told)}."
+        f"Test accuracy with independent batches of {sizes[0]}: {row('iid', sizes[0])}. With batches of {small}: "
+        f"{row('iid', small)}. With batches of {largest}: {row('iid', largest)}. With batches of {largest} from two "
+        f"classes each: {row('classes:2', largest)}. "
+        f"Paired by seed: {'; '.join(f'{effect.what}, {effect.figures}' for effect in main_effects)}."
     )
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return, in Markdown, the effects, accuracy, and how much more each layer has than batch normalization."""
-    lines = ["| above batch normalization | mean over seeds, 95 % interval | verdict |", "|---|---|---|"]
+    """Return the effects, the accuracies, and their differences from batch normalization as Markdown."""
+    lines = ["| difference from batch normalization | mean over seeds, 95 % interval | verdict |", "|---|---|---|"]
     lines += [f"| {effect.what} | {effect.figures} | {effect.verdict} |" for effect in effects(records)]
     lines.append("")
     seeds = len({record["seed"] for record in records})
@@ -234,14 +236,14 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Mean and standard deviation over the seeds against batch size."""
+    """Draw mean and standard deviation over the seeds against batch size."""
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, (sampling, title) in zip(panels, SAMPLINGS.items(), strict=True):
         for place, (kind, name) in enumerate(KINDS.items()):
             rows = {size: values for size in SIZES if (values := accuracies(records, sampling, kind, size))}
             panel.errorbar(
-                [size * 1.03 ** (place - 2.5) for size in rows],  # side by side, so that none hides another
+                [size * 1.03 ** (place - 2.5) for size in rows],  # side by side, so that all are visible
                 [100 - mean(values) for values in rows.values()],
                 [stdev(values) for values in rows.values()],
                 label=name,
@@ -255,7 +257,7 @@ def draw(records: Sequence[Record]) -> Figure:
         panel.set_xticks(SIZES, [str(size) for size in SIZES])
         panel.set(title=f"{title[0].upper()}{title[1:]}", xlabel="batch size (samples)")
         panel.grid(alpha=0.3)
-    # Equal distances are equal ratios of errors: what lies between 90 and 97 % would be flat otherwise.
+    # A logarithmic axis of the errors, so that the range from 90 to 97 % is not flat.
     ticks = (97, 95, 90, 80, 60, 20)
     panels[0].set_yscale("log")
     panels[0].set_yticks([100 - tick for tick in ticks], [str(tick) for tick in ticks])
@@ -264,32 +266,26 @@ def draw(records: Sequence[Record]) -> Figure:
     panels[0].legend(loc="lower left", frameon=False)
     for panel in panels:
         panel.minorticks_off()
-    figure.suptitle("Which normalization stands small batches, and batches that are no fair sample?")
+    figure.suptitle("Which normalization works with small and with unrepresentative batches?")
     return figure
 
 
-EXPERIMENT = Experiment(
-    claim=Claim(
+EXPERIMENT = Experiment.of(
+    Claim(
         name="batch_size",
         title="Small batches, and batches of few classes",
         statement=(
             "In small batches, and in batches of few classes, batch renormalization is more accurate than batch "
-            "normalization; in very small ones group normalization is."
+            "normalization; in very small batches, group normalization is more accurate."
         ),
         source="[Ioffe 2017](https://arxiv.org/abs/1702.03275), [Wu & He 2018](https://arxiv.org/abs/1803.08494)",
         setting=(
             f"Three normalized convolutions on MNIST; {IMAGES:,} images once, in batches of 1 to 128, independent or "
-            "of two classes each; plain SGD at a rate proportional to the batch size; five seeds."
+            "from two classes each; plain SGD at a rate proportional to the batch size; five seeds."
         ),
     ),
-    cells=cells,
-    measure=measure,
-    effects=effects,
-    found=found,
-    draw=draw,
-    table=table,
+    globals(),
 )
-
 
 if __name__ == "__main__":
     main(EXPERIMENT)

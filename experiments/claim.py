@@ -1,9 +1,9 @@
-"""What the experiments share: the claim, its cells, what they measured, and the verdict.
+"""The parts that all experiments share: the claim, its cells, their measurements, and the verdict.
 
-An experiment is a file with a `Claim`, the cells to train, and how one of them is measured. `main` trains those cells
-that are not there yet, on two processes with one thread each, and appends a line to `experiments/results/NAME.jsonl`
-for each; then it judges, draws `docs/images/experiments/NAME.png`, and writes what was found to
-`experiments/results/NAME.json`. `page.py` makes the page of the documentation from these.
+An experiment is a file with a `Claim`, the cells to train, and the measurement of one cell. `main` trains the cells
+that have no results yet, in two processes with one thread each, and appends a line for each to
+`experiments/results/NAME.jsonl`. Then it judges the claim, draws `docs/images/experiments/NAME.png`, and writes a
+summary to `experiments/results/NAME.json`. `page.py` makes the page of the documentation from these.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effect:
-    """A measured effect: positive (or, for ratios, above 1) where the claim says so.
+    """A measured effect: positive (or, for ratios, above 1) if it supports the claim.
 
     Attributes:
-        what: What it is, as the beginning of a sentence.
+        what: Its description, as the beginning of a sentence.
         unit: Its unit, such as `points`; `×` for a ratio.
-        worth: The smallest effect that would bear the claim out, in that unit.
+        worth: The smallest effect that would support the claim, in that unit.
         values: One for each seed.
         mean: Their mean; the geometric one for a ratio.
         low: Lower end of the 95 % interval of the mean (Student's t; on logarithms for a ratio).
@@ -65,10 +65,10 @@ class Effect:
         """Return the effect over the seeds.
 
         Args:
-            what: What it is.
+            what: Its description.
             values: One for each seed, at least two.
             unit: Its unit; `×` for a ratio.
-            worth: The smallest effect that would bear the claim out.
+            worth: The smallest effect that would support the claim.
 
         Raises:
             ValueError: If there are fewer than two values, or one is not finite.
@@ -85,6 +85,16 @@ class Effect:
             low, high = stats.ttest_1samp(terms, 0).confidence_interval(CONFIDENCE)
         ends = (math.exp(end) if ratio else float(end) for end in (mean, low, high))
         return cls(what, unit, worth, found, *ends)
+
+    @classmethod
+    def ratio(cls, what: str, above: Iterable[float], below: Iterable[float], *, worth: float) -> Effect:
+        """Return the effect of `above` over `below`, seed by seed."""
+        return cls.over(what, (a / b for a, b in zip(above, below, strict=True)), unit="×", worth=worth)
+
+    @classmethod
+    def difference(cls, what: str, more: Iterable[float], less: Iterable[float], *, worth: float) -> Effect:
+        """Return the effect of `more` minus `less` in points, seed by seed."""
+        return cls.over(what, (a - b for a, b in zip(more, less, strict=True)), unit="points", worth=worth)
 
     @property
     def verdict(self) -> str:
@@ -107,14 +117,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Claim:
-    """What somebody published, and how it is tried here.
+    """A published claim, and how it is tested here.
 
     Attributes:
-        name: Name of the file, without its ending.
-        title: A few words.
-        statement: What is claimed, in one sentence.
-        source: Where, as Markdown with a link.
-        setting: How it is tried here, in one or two sentences: network, data, steps, seeds.
+        name: Name of the experiment's file, without its ending.
+        title: Its title.
+        statement: The claim in one sentence.
+        source: The publication, as Markdown with a link.
+        setting: The setting of the test, in one or two sentences: network, data, steps, seeds.
     """
 
     name: str
@@ -126,12 +136,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done.
+    """The size of an experiment.
 
     Attributes:
-        seeds: How many.
-        full: Whether a larger machine has hours.
-        quick: Whether it is only to be seen that everything runs.
+        seeds: Number of seeds.
+        full: Whether to run the longer form, which takes hours on a larger machine.
+        quick: Whether to run only a short test of the code.
     """
 
     seeds: int = 5
@@ -144,14 +154,14 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        claim: What is tried.
-        cells: Returns the parameters of each training, as JSON has them; each has a `seed`.
-        measure: `measure(cell, data)` trains one, and returns what came out, as JSON has it.
-        effects: Returns what the records say, the decisive effect first.
-        found: Returns two to five sentences for somebody who reads only these: what was seen, with its figures.
+        claim: The claim.
+        cells: Returns the parameters of each training as JSON values; each has a `seed`.
+        measure: `measure(cell, data)` trains one cell, and returns its measurements as JSON values.
+        effects: Returns the effects in the records, the decisive one first.
+        found: Returns the results in two to five sentences that stand alone.
         draw: Draws the picture.
-        data: Names of the data that `measure` gets, as `batchnorm.compare.load` knows them.
-        table: Returns more figures as Markdown, for `experiments/results/NAME.md`.
+        data: Names of the data for `measure`, as in `batchnorm.compare.load`.
+        table: Returns more results as Markdown, for `experiments/results/NAME.md`.
     """
 
     claim: Claim
@@ -163,15 +173,21 @@ class Experiment:
     data: tuple[str, ...] = ("mnist",)
     table: Callable[[Sequence[Record]], str] | None = None
 
+    @classmethod
+    def of(cls, claim: Claim, module: Mapping[str, Any], *, data: tuple[str, ...] = ("mnist",)) -> Experiment:
+        """Return the experiment of a module that defines the functions above; `module` is its `globals()`."""
+        functions = (module[name] for name in ("cells", "measure", "effects", "found", "draw"))
+        return cls(claim, *functions, data=data, table=module.get("table"))
+
 
 def by_seed(records: Iterable[Record], value: str, **where: Any) -> list[float]:
-    """Return one value of the records that are like `where`, in the order of their seeds."""
+    """Return one value of the records that match `where`, in the order of their seeds."""
     found = [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
     return [record[value] for record in sorted(found, key=lambda record: record["seed"])]
 
 
 def best_rate(records: Iterable[Record], norm: str) -> float:
-    """Return the learning rate with the highest mean `accuracy`, of those at which every seed's network is `alive`."""
+    """Return the learning rate with the highest mean `accuracy` among those where every seed's network is `alive`."""
     of_norm = [record for record in records if record["norm"] == norm]
     dead = {record["rate"] for record in of_norm if not record.get("alive", True)}
     rates = sorted({record["rate"] for record in of_norm} - dead)
@@ -179,17 +195,17 @@ def best_rate(records: Iterable[Record], norm: str) -> float:
 
 
 def read(path: Path) -> list[Record]:
-    """Return the records in a file, none where there is no file."""
+    """Return the records in a file; none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def records_of(cells: Sequence[Cell], path: Path) -> list[Record]:
-    """Return the records in a file that are of these cells."""
+    """Return the records of these cells in a file."""
     return [record for record in read(path) if any(cell.items() <= record.items() for cell in cells)]
 
 
 def summary(experiment: Experiment, records: Sequence[Record]) -> dict[str, Any]:
-    """Return what was found, as it stands in the file."""
+    """Return the content of the summary's file."""
     effects = experiment.effects(records)
     return {
         "claim": asdict(experiment.claim),
@@ -202,17 +218,19 @@ def summary(experiment: Experiment, records: Sequence[Record]) -> dict[str, Any]
 
 
 def main(experiment: Experiment) -> None:
-    """Train what is missing, judges, and draws."""
+    """Train the missing cells, judge the claim, and draw the picture."""
     claim = experiment.claim
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--data-dir", type=Path, help="folder with the official files; else they are downloaded once")
+    parser.add_argument("--data-dir", type=Path, help="folder with the official files, instead of downloading them")
     parser.add_argument("--full", action="store_true", help="the longer form, for a larger machine")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the figures mean nothing (needs --out)")
+    parser.add_argument(
+        "--quick", action="store_true", help="test that it runs; the results mean nothing (needs --out)"
+    )
     parser.add_argument("--out", type=Path, help="folder for records, summary and picture, instead of the repository's")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes, of one thread each (default: 2)")
     given = parser.parse_args()
     if given.quick and not given.out:
-        parser.error("--quick needs --out: its figures must not take the place of real ones")
+        parser.error("--quick needs --out: its results must not replace real ones")
     size = Size(seeds=2 if given.quick else 20 if given.full else 5, full=given.full, quick=given.quick)
     results, pictures = given.out or RESULTS, given.out or PICTURES
     results.mkdir(parents=True, exist_ok=True)

@@ -1,23 +1,24 @@
-"""Internal covariate shift itself, by the gradient measure of Santurkar et al., with, without, and with noise added.
+"""Internal covariate shift by the gradient measure of Santurkar et al., without, with, and with noisy normalization.
 
-Claim: batch normalization does not train better because it reduces internal covariate shift: how much a layer's
-gradient changes when the layers below it take their step is as large with it, or larger; and with noise injected after
-it, which moves the distributions at every step, a network still trains better than one without batch normalization
-(Santurkar et al. 2018, section 2).
+Claim: the benefit of batch normalization does not come from less internal covariate shift. When the layers below a
+layer take their step, the layer's gradient changes as much with it, or more. And with noise injected after it, which
+moves the distributions at every step, a network still trains better than one without batch normalization (Santurkar et
+al. 2018, section 2).
 
-Trial: the comparison's small VGG (six convolutions, two linear layers) on Fashion-MNIST at half its size, by plain
-stochastic gradient descent. At 15 steps the shift of layer k is ‖G − G′‖₂: G is the gradient of the loss with respect
-to the weights of layer k, and G′ the same on the same batch after all parameters below layer k took the step that
-training takes; layer k and those above stay (their definition 2.1). Taken together are the second to the last layer
-and all 15 steps, by the geometric mean. Also measured: the shift in lengths of G, and the cosine between G and G′.
-The noise gives each channel at each step a shift from −0.5 to 0.5 and a scale from 1 to 1.25, and each sample one near
-these; as a layer meets other noise at the next step, G′ has other noise than G.
+Test: the comparison's small VGG (six convolutions, two linear layers) trains on Fashion-MNIST at half its size by plain
+stochastic gradient descent. At 15 steps, the shift of layer k is measured as ‖G − G′‖₂ (their definition 2.1). G is the
+gradient of the loss with respect to the weights of layer k. G′ is the same on the same batch, after all parameters
+below layer k have taken their training step; layer k and the layers above it stay as they are. The result is the
+geometric mean over the second to the last layer and all 15 steps. The shift relative to the length of G, and the cosine
+between G and G′, are measured as well. The noise gives each channel at each step a shift from −0.5 to 0.5 and a scale
+from 1 to 1.25, and each sample values close to these. A layer sees new noise at the next step, so the noise of G′
+differs from that of G.
 
-Fair, because all networks have the same weights at the start (He's initialization), see the same batches in the same
-order, and train at the same four rates. As the shift grows with the rate, they are compared at the same one: the one at
-which the network without normalization is most accurate. Then also each at its own best. Accuracy is that in the last
-100 batches, each classified in training mode before the network learns from it: all images are new to it, as it sees
-none twice, and the network with noise is judged under the noise that it learned with.
+Fair, because all networks have the same initial weights (He's initialization), see the same batches in the same order,
+and train at the same four rates. The shift grows with the rate, so the networks are compared at one rate: the rate at
+which the network without normalization is most accurate. They are also compared each at its own best rate. Accuracy is
+measured on the last 100 batches, each classified in training mode before the network learns from it. No image is seen
+twice, so these images are new to the network; the network with noise is tested under the noise that it trained with.
 
 Seen: the shift is larger with batch normalization than without. Not seen: it is smaller.
 """
@@ -45,7 +46,7 @@ RATES = (0.03, 0.1, 0.3, 1.0)
 BATCH = 64
 LOOKS = 15
 LAST = 100  # batches in which accuracy is measured
-# Name and colour (of Okabe and Ito's, which the colour-blind can tell apart).
+# Name and colour (from Okabe and Ito's palette, which colour-blind people can distinguish).
 ARMS = {
     "none": ("without batch normalization", "#D55E00"),
     "batch": ("with batch normalization", "#0072B2"),
@@ -54,10 +55,10 @@ ARMS = {
 
 
 class Noise(nn.Module):
-    """Moves and stretches each channel by random amounts, anew in each batch, and a little otherwise in each sample."""
+    """Random shift and scale of each channel, drawn anew for each batch, with small variations between samples."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x as it is in evaluation mode."""
+        """Return x with noise in training mode, and unchanged in evaluation mode."""
         if not self.training:
             return x
         shift = torch.rand(x.shape[1]) - 0.5 + 0.1 * (2 * torch.rand(x.shape[:2]) - 1)
@@ -67,7 +68,7 @@ class Noise(nn.Module):
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Every network at every rate."""
+    """Yield every network at every rate."""
     for seed in range(size.seeds):
         for rate in RATES[:2] if size.quick else RATES:
             for norm in ARMS:
@@ -75,7 +76,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def build(norm: str, data: Data, seed: int) -> nn.Module:
-    """The network, which has the same weights in all arms."""
+    """Return the network; its initial weights are the same in all arms."""
     network = initialized_alike(vgg, norm.replace("noisy", "batch"), data, seed)
     if norm == "noisy":
         for part in network.children():
@@ -85,10 +86,10 @@ def build(norm: str, data: Data, seed: int) -> nn.Module:
 
 
 def shifts(network: nn.Module, x: Tensor, y: Tensor, rate: float) -> list[tuple[float, float, float]]:
-    """The internal covariate shift of each layer but the first; the network stays as it was.
+    """Return the internal covariate shift of each layer but the first; the network does not change.
 
     Args:
-        network: Whose convolutions and linear layers are registered in the order in which they follow each other.
+        network: The network; its convolutions and linear layers must be registered in the order of their calls.
         x: A batch.
         y: Its labels.
         rate: Learning rate of the step that the layers below take.
@@ -118,7 +119,7 @@ def shifts(network: nn.Module, x: Tensor, y: Tensor, rate: float) -> list[tuple[
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one; what it measured at each look is taken together over the layers."""
+    """Train one network, and return its accuracy and its shift at each measured step, averaged over the layers."""
     images = half_size(*data.values())
     network = build(cell["norm"], images, cell["seed"])
     optimizer = torch.optim.SGD(network.parameters(), lr=cell["rate"])
@@ -148,20 +149,22 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """The shift, and what it does not decide."""
+    """Return the ratios of shift, and the difference in accuracy."""
     best = {norm: best_rate(records, norm) for norm in ARMS}
     same = dict.fromkeys(ARMS, best["none"])
 
     def ratio(what: str, value: str, norm: str, rates: Mapping[str, float]) -> Effect:
         above = by_seed(records, value, norm=norm, rate=rates[norm])
         below = by_seed(records, value, norm="none", rate=rates["none"])
-        return Effect.over(what, [a / b for a, b in zip(above, below, strict=True)], unit="×", worth=1)
+        return Effect.ratio(what, above, below, worth=1)
 
-    noisy = by_seed(records, "accuracy", norm="noisy", rate=best["noisy"])
-    plain = by_seed(records, "accuracy", norm="none", rate=best["none"])
+    noisy, plain = (
+        [100 * value for value in by_seed(records, "accuracy", norm=norm, rate=best[norm])]
+        for norm in ("noisy", "none")
+    )
     return [
         ratio("Shift with batch normalization over shift without, at the same rate", "shift", "batch", same),
-        ratio("The same in lengths of the gradient", "relative", "batch", same),
+        ratio("The same relative to the length of the gradient", "relative", "batch", same),
         ratio("The same, each at its best rate", "shift", "batch", best),
         ratio(
             "Shift with noise after batch normalization over shift without either, at the same rate",
@@ -169,17 +172,17 @@ def effects(records: Sequence[Record]) -> list[Effect]:
             "noisy",
             same,
         ),
-        Effect.over(
-            "Accuracy with batch normalization and noise less that without either, each at its best rate",
-            [100 * (a - b) for a, b in zip(noisy, plain, strict=True)],
-            unit="points",
+        Effect.difference(
+            "Accuracy with batch normalization and noise minus accuracy without either, each at its best rate",
+            noisy,
+            plain,
             worth=0.5,
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """In words."""
+    """Return the results in sentences."""
     shift, relative, own, noisy, _ = effects
     best = {norm: best_rate(records, norm) for norm in ARMS}
     right = {
@@ -189,17 +192,18 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     cosine = {norm: statistics.fmean(map(statistics.fmean, rows)) for norm, rows in cosines.items()}
     return (
         f"When the layers below take their step at the rate {best['none']:g}, a layer's gradient changes "
-        f"{shift.figures} as much with batch normalization as without, and {relative.figures} as much in lengths of "
-        f"the gradient; the cosine between the gradient before and after is {cosine['batch']:.2f} with and "
-        f"{cosine['none']:.2f} without. Each at its best rate ({best['batch']:g} and {best['none']:g}), it changes "
-        f"{own.figures} as much. With noise after batch normalization it changes {noisy.figures} as much as without "
-        f"either. Accuracy at the end of {records[0]['steps']} steps, each at its best rate, is {right['none']:.1f} % "
-        f"without, {right['batch']:.1f} % with batch normalization, and {right['noisy']:.1f} % with the noise besides."
+        f"{shift.figures} as much with batch normalization as without it, and {relative.figures} as much relative to "
+        f"its length. The cosine between the gradients before and after is {cosine['batch']:.2f} with and "
+        f"{cosine['none']:.2f} without batch normalization. Each at its best rate ({best['batch']:g} and "
+        f"{best['none']:g}), the gradient changes {own.figures} as much. With noise after batch normalization, it "
+        f"changes {noisy.figures} as much as without either. After {records[0]['steps']} steps, each at its best rate, "
+        f"accuracy is {right['none']:.1f} % without batch normalization, {right['batch']:.1f} % with it, and "
+        f"{right['noisy']:.1f} % with noise after it."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Shift and cosine through training, and the accuracy."""
+    """Draw shift and cosine during training, and the accuracy."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
     rate = best_rate(records, "none")
@@ -226,20 +230,20 @@ def draw(records: Sequence[Record]) -> Figure:
     right.set_xticks(range(len(ARMS)), ["without", "with", "with, and\nnoise"])
     right.set_xlim(-0.6, len(ARMS) - 0.4)
     right.set(
-        title="And what is learned\n(each at its best rate; line: mean)",
+        title="Accuracy\n(each at its best rate; line: mean)",
         ylabel=f"accuracy, last {LAST} batches (%)",
     )
     right.grid(alpha=0.3, axis="y")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(
-        "Does batch normalization keep a layer's task steadier while the layers below learn?\n"
+        "Does a layer's gradient change less with batch normalization while the layers below learn?\n"
         "(lines: median of the seeds; shaded: their range)",
         fontsize=13,
     )
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="covariate_shift",
         title="Internal covariate shift",
@@ -250,11 +254,7 @@ EXPERIMENT = Experiment(
         f"{BATCH} at the rates {', '.join(f'{rate:g}' for rate in RATES)}; without batch normalization, with it, and "
         "with noise after it; five seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
     data=("fashion-mnist",),
 )
 

@@ -1,21 +1,22 @@
-"""Steadier distributions: what a sigmoid of the last hidden layer gets, while the paper's network learns binary MNIST.
+"""Steadier distributions: the input of a sigmoid in the last hidden layer while the paper's network learns.
 
-Claim: without batch normalization the distribution of the input to a typical sigmoid of the last hidden layer changes
-much in the course of training, in mean and variance; with it, it is much more stable (Ioffe & Szegedy 2015, section 4.1
-and figure 1, which shows its 15th, 50th and 85th percentiles).
+Claim: without batch normalization, the distribution of the input to a typical sigmoid of the last hidden layer changes
+substantially during training, in mean and variance; with it, the distribution is much more stable (Ioffe & Szegedy
+2015, section 4.1 and figure 1, which shows its 15th, 50th and 85th percentiles).
 
-Trial: the paper's network, three hidden layers of 100 sigmoid units on binary images of 28×28 with small Gaussian
-weights, batches of 60. Every 200 steps a fixed set of 1,000 training images is sent through it in training mode, and
-the three percentiles of what each unit of the last hidden layer gets are taken. How far a unit's distribution wanders
-is, on the average over its three percentiles, the highest minus the lowest value in the whole training, in units of the
-sigmoid's input; the typical unit is the one with the median of all 100. As a sigmoid with a wide input may bear larger
-moves, they are also compared with the distribution's own width at the end, from the 15th to the 85th percentile.
+Test: the paper's network, three hidden layers of 100 sigmoid units with small Gaussian weights, on binary images of
+28×28 in batches of 60. Every 200 steps, a fixed set of 1,000 training images passes through it in training mode, and
+the three percentiles of the input of each unit in the last hidden layer are recorded. The drift of a unit is the
+highest minus the lowest value of a percentile over the whole training, averaged over the three percentiles, in units of
+the sigmoid's input. The typical unit is the one with the median drift of all 100. A sigmoid with a wide input may
+tolerate larger changes, so the drift is also measured relative to the distribution's width at the end, from the 15th to
+the 85th percentile.
 
-Fair, because both have the same weights at the start (of deviation 0.1, which is Glorot's for these layers), see the
-same batches in the same order, and train at the same five learning rates, from which each gets the one with the highest
-test accuracy at the end. A faster network may wander farther, so they are compared at the same rate too.
+Fair, because both networks have the same initial weights (with deviation 0.1, which is Glorot's for these layers), see
+the same batches in the same order, and train at the same five learning rates; each is judged at the rate with the
+highest final test accuracy. A faster network may drift farther, so they are also compared at the same rate.
 
-Seen: without batch normalization the typical unit wanders at least twice as far, each network at its best rate.
+Seen: without batch normalization, the typical unit drifts at least twice as far, each network at its best rate.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ BATCH = 60
 EVERY = 200
 WATCHED = 1000
 PERCENTILES = (15, 50, 85)
-# Name and colour (of Okabe and Ito's, which the colour-blind can tell apart).
+# Name and colour (from Okabe and Ito's palette, which colour-blind people can distinguish).
 ARMS = {"none": ("without batch normalization", "#D55E00"), "batch": ("with batch normalization", "#0072B2")}
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Both networks at every rate."""
+    """Yield both networks at every rate."""
     steps = 400 if size.quick else 50_000 if size.full else 7_000
     for seed in range(size.seeds):
         for rate in RATES[1:3] if size.quick else RATES:
@@ -56,13 +57,13 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def binary(data: Data) -> Data:
-    """The images in black and white: 1 where a pixel is brighter than half of the brightest, else 0."""
+    """Return the images in black and white: 1 where a pixel is above half of the range, else 0."""
     half = (data.x_train.min() + data.x_train.max()) / 2
     return replace(data, x_train=(data.x_train > half).float(), x_test=(data.x_test > half).float())
 
 
 def percentiles(network: nn.Module, x: Tensor) -> Tensor:
-    """The percentiles of what each sigmoid of the last hidden layer gets, `[3, units]`; the network stays as it was."""
+    """Return the percentiles of each sigmoid's input in the last hidden layer, `[3, units]`."""
     seen: list[Tensor] = []
     watched = copy.deepcopy(network).train()
     watched.get_submodule("hidden3.activation").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -72,24 +73,24 @@ def percentiles(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def wandering(history: Tensor) -> Tensor:
-    """How far each unit wanders, `[units]`, from the history of its percentiles, `[T, 3, units]`."""
+    """Return the drift of each unit, `[units]`, from the history of its percentiles, `[T, 3, units]`."""
     return (history.amax(0) - history.amin(0)).mean(0)
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one, and return how far its units wandered, and the percentiles of the typical one."""
+    """Train one network, and return the drift of its units, and the percentiles of the typical unit."""
     images = binary(*data.values())
     network = initialized_alike(sigmoid_mlp, cell["norm"], images, cell["seed"])
     x = images.x_train[:WATCHED]
     history = [percentiles(network, x)]
 
-    def look(step: int) -> None:
+    def record(step: int) -> None:
         if step % EVERY == 0:
             history.append(percentiles(network, x))
 
     optimizer = torch.optim.SGD(network.parameters(), lr=cell["rate"])
     batches = islice(IID.batches(images.y_train, BATCH, cell["seed"]), cell["steps"])
-    train(network, optimizer, images.x_train, images.y_train, batches, look)
+    train(network, optimizer, images.x_train, images.y_train, batches, record)
     whole = torch.stack(history)
     far = wandering(whole)
     width = whole[-1, 2] - whole[-1, 0]
@@ -103,34 +104,30 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """How much farther it wanders, and what that is good for."""
+    """Return the ratios of drift, and the difference in accuracy."""
     slow, own = best_rate(records, "none"), best_rate(records, "batch")
 
     def ratio(what: str, value: str, plain: float, normalized: float) -> Effect:
         before = by_seed(records, value, norm="none", rate=plain)
         after = by_seed(records, value, norm="batch", rate=normalized)
-        return Effect.over(what, [a / b for a, b in zip(before, after, strict=True)], unit="×", worth=2)
+        return Effect.ratio(what, before, after, worth=2)
 
-    pairs = zip(
-        by_seed(records, "accuracy", norm="batch", rate=own),
-        by_seed(records, "accuracy", norm="none", rate=slow),
-        strict=True,
+    plain, normalized = (
+        [100 * value for value in by_seed(records, "accuracy", norm=norm, rate=rate)]
+        for norm, rate in (("none", slow), ("batch", own))
     )
     return [
-        ratio("How much farther it wanders without batch normalization, each at its best rate", "wandering", slow, own),
-        ratio("The same, both at the best rate of the network without", "wandering", slow, slow),
-        ratio("The same, each at its best rate, in widths of the unit's own distribution", "widths", slow, own),
-        Effect.over(
-            "Test accuracy with less that without, each at its best rate",
-            [100 * (after - before) for after, before in pairs],
-            unit="points",
-            worth=0.5,
+        ratio("Drift without over drift with batch normalization, each at its best rate", "wandering", slow, own),
+        ratio("The same, both at the best rate of the network without it", "wandering", slow, slow),
+        ratio("The same in widths of the unit's own distribution, each at its best rate", "widths", slow, own),
+        Effect.difference(
+            "Test accuracy with minus without batch normalization, each at its best rate", normalized, plain, worth=0.5
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """In words."""
+    """Return the results in sentences."""
 
     def mean(value: str, norm: str) -> float:
         return statistics.fmean(by_seed(records, value, norm=norm, rate=best_rate(records, norm)))
@@ -138,18 +135,18 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     far, same, widths, _ = effects
     steps, slow, own = records[0]["steps"], best_rate(records, "none"), best_rate(records, "batch")
     return (
-        f"In {steps:,} steps the percentiles of the input to the typical sigmoid ranged over "
-        f"{mean('wandering', 'none'):.1f} units without batch normalization and over {mean('wandering', 'batch'):.1f} "
-        f"with it, each at its best rate ({slow:g} and {own:g}); a sigmoid goes from 0.12 to 0.88 within four. So they "
-        f"wander {far.figures} as far without as with; where both train at the rate {slow:g}, {same.figures} as far; "
-        f"and, each at its best rate, in widths of the unit's own distribution, {widths.figures} as far. The network "
-        f"with batch normalization was right on {100 * mean('accuracy', 'batch'):.1f} % of the test images, the one "
-        f"without on {100 * mean('accuracy', 'none'):.1f} %."
+        f"In {steps:,} steps, the percentiles of the typical sigmoid's input drifted by "
+        f"{mean('wandering', 'none'):.1f} units without batch normalization and by {mean('wandering', 'batch'):.1f} "
+        f"with it, each at its best rate ({slow:g} and {own:g}). For scale, a sigmoid rises from 0.12 to 0.88 over "
+        f"four units. The drift without batch normalization was thus {far.figures} the drift with it. "
+        f"With both at the rate {slow:g}, it was {same.figures}; in widths of the unit's own "
+        f"distribution, each at its best rate, {widths.figures}. The network with batch normalization "
+        f"classified {100 * mean('accuracy', 'batch'):.1f} % of the test images correctly, the network without it {100 * mean('accuracy', 'none'):.1f} %."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """The percentiles of a typical unit in both, and how far the typical unit wanders at each rate."""
+    """Draw the percentiles of a typical unit in both networks, and the drift of the typical unit at each rate."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
     middle.sharey(left)
@@ -180,32 +177,28 @@ def draw(records: Sequence[Record]) -> Figure:
     right.yaxis.set_major_formatter("{x:g}")
     right.minorticks_off()
     right.set(
-        title="How far the typical unit wanders\n(dots: each seed; line: their mean)",
+        title="Drift of the typical unit\n(dots: each seed; line: their mean)",
         xlabel="learning rate",
-        ylabel="highest − lowest value of a percentile\nin the whole training (units of the sigmoid's input)",
+        ylabel="highest − lowest value of a percentile\nover the whole training (units of the sigmoid's input)",
     )
     right.grid(alpha=0.3)
     right.legend(frameon=False, loc="upper left")
-    figure.suptitle("Does what a hidden unit gets stay steadier during training with batch normalization?", fontsize=13)
+    figure.suptitle("Is a hidden unit's input more stable during training with batch normalization?", fontsize=13)
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="distributions",
         title="Steadier distributions",
-        statement="With batch normalization the distribution of what a hidden unit gets is much more stable during "
+        statement="With batch normalization, the distribution of a hidden unit's input is much more stable during "
         "training.",
         source="[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167), section 4.1, figure 1",
         setting="The paper's network (three hidden layers of 100 sigmoid units) on binary MNIST in batches of 60, for "
         f"7,000 steps (50,000 with `--full`), at the learning rates {', '.join(f'{rate:g}' for rate in RATES)}; five "
         "seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
 )
 
 if __name__ == "__main__":

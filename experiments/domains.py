@@ -1,25 +1,27 @@
-"""Another domain: a network from MNIST on changed digits, as trained and with the statistics of the new images.
+"""Another domain: a network trained on MNIST, tested on changed digits with old and with new statistics.
 
     python experiments/domains.py --data-dir FOLDER
 
-The claim is Li et al.'s (2016, "AdaBN"): what a network knows of its domain stands largely in the statistics of its
-batch normalization; replace them by those of another domain's images, without labels, and it classifies these better.
+The claim (Li et al. 2016, "AdaBN"): the statistics of batch normalization hold much of what a network knows about its
+domain. If they are replaced by the statistics of another domain's images, without labels, the network classifies these
+images better.
 
-Three normalized convolutions and a linear layer train on MNIST (20,000 images, two epochs of SGD with momentum 0.9,
-rate 0.05 that falls to zero). The test images then come from other domains, made from MNIST's pixels between 0 and 1:
+Three normalized convolutions and a linear layer train on MNIST (20,000 images, two epochs of SGD with momentum 0.9, at
+a rate that decays from 0.05 to zero). The test images come from other domains, made from MNIST's pixels between 0 and
+1:
 
 - inverted: 1 − x, black on white;
-- noisy: Gaussian noise of deviation 0.4 added, cut off at 0 and 1;
+- noisy: Gaussian noise of deviation 0.4 added, clipped at 0 and 1;
 - low-contrast: 0.35 + 0.3·x, grey on grey;
-- USPS-like: without the margin of 3 pixels, made 16×16 and enlarged again, so that the digits fill the image and are
-  blurred and thick, as those of USPS are.
+- USPS-like: without the margin of 3 pixels, reduced to 16×16 and enlarged again, so that the digits fill the image and
+  are blurred and thick, like those of USPS.
 
-They are scaled as the training images were. The same weights are tested as trained, and after `batchnorm.recalibrate`
-with 2,000 images of the new domain, made from the end of MNIST's training set that training did not see; their labels
-are not used. The original images go through the same as a control, and so does a network with group normalization,
-trained alike, which has no statistics of a domain: it says how hard the new images are for one that never had them.
+They are scaled like the training images. The same weights are tested as trained, and after `batchnorm.recalibrate` with
+2,000 images of the new domain, made from the end of MNIST's training set, which training did not use; their labels are
+not used. As controls, the original images undergo the same procedure, and a network with group normalization is trained
+in the same way. It has no statistics of a domain, and so shows how hard the new images are for such a network.
 
-The claim is seen where accuracy on the four domains gains two points in the mean. What each gains stands beside it.
+Seen: accuracy on the four domains increases by two points on average. The gain on each domain is reported with it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ RATE = 0.05
 UNLABELLED = 2000
 COUNTS = (16, 64, 256, UNLABELLED)
 WORTH = 2.0
-# The colours of Okabe and Ito, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 WAYS = {
     "trained": ("BatchNorm, as trained", "#0072B2"),
     "recalibrated": ("BatchNorm, statistics of the new images", "#D55E00"),
@@ -71,7 +73,7 @@ OTHERS = tuple(DOMAINS)[1:]
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """One network of each normalization at each seed."""
+    """Yield one network with each normalization for each seed."""
     images = 2_000 if size.quick else 58_000 if size.full else IMAGES
     for seed in range(size.seeds):
         for norm in ("batch", "group"):
@@ -117,20 +119,20 @@ def gain(records: Sequence[Record], domain: str, count: int = UNLABELLED) -> lis
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """What recalibration gains, over all new domains and on each."""
+    """Return the gain from recalibration, over all new domains and on each."""
     gains = {domain: gain(records, domain) for domain in OTHERS}
     average = [mean(each) for each in zip(*gains.values(), strict=True)]
     return [
-        Effect.over("Recalibration gains, in the mean of the four domains", average, unit="points", worth=WORTH),
+        Effect.over("Gain from recalibration, mean of the four domains", average, unit="points", worth=WORTH),
         *(
-            Effect.over(f"Recalibration gains, {domain} digits", gains[domain], unit="points", worth=WORTH)
+            Effect.over(f"Gain from recalibration, {domain} digits", gains[domain], unit="points", worth=WORTH)
             for domain in OTHERS
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
 
     def on(domain: str) -> str:
         before, after, group = (mean(accuracy(records, domain, way)) for way in WAYS)
@@ -139,14 +141,15 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     same = [mean(accuracy(records, "as in training", way)) for way in ("trained", "recalibrated")]
     few = mean(mean(gain(records, domain, COUNTS[0])) for domain in OTHERS)
     return (
-        f"The network classifies {'; '.join(on(domain) for domain in OTHERS)}. In the mean of the four, "
+        f"The network classifies {'; '.join(on(domain) for domain in OTHERS)}. On average over the four domains, "
         f"{UNLABELLED:,} images without labels change accuracy by {effects[0].figures}, {COUNTS[0]} images by "
-        f"{few:.1f} points. On digits like those of training it has {same[0]:.1f} % before and {same[1]:.1f} % after."
+        f"{few:.1f} points. On digits like those of training, accuracy is {same[0]:.1f} % before and {same[1]:.1f} % "
+        "after recalibration."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Accuracy on each domain above a digit of it, and against the number of unlabelled images."""
+    """Draw the accuracy on each domain with an example digit, and the gain against the number of unlabelled images."""
     figure = Figure(figsize=(13, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, (way, (label, colour)) in enumerate(WAYS.items()):
@@ -168,7 +171,7 @@ def draw(records: Sequence[Record]) -> Figure:
     for place, domain in enumerate(OTHERS):
         rows = [gain(records, domain, count) for count in COUNTS]
         right.errorbar(
-            [count * 1.05 ** (place - 1.5) for count in COUNTS],  # side by side, so that none hides another
+            [count * 1.05 ** (place - 1.5) for count in COUNTS],  # side by side, so that all are visible
             [mean(row) for row in rows],
             [stdev(row) for row in rows],
             label=domain,
@@ -181,7 +184,7 @@ def draw(records: Sequence[Record]) -> Figure:
     right.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
     right.minorticks_off()
     right.grid(alpha=0.3)
-    right.set(xlabel="unlabelled images of the new domain", ylabel="gain by their statistics (points)")
+    right.set(xlabel="unlabelled images of the new domain", ylabel="gain from their statistics (points)")
     right.set_title("How many images does it take?")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, columnspacing=1.2)
     return figure
@@ -198,13 +201,13 @@ def _show_digits(panel: Axes) -> None:
         inset.set(xticks=[], yticks=[])
 
 
-EXPERIMENT = Experiment(
-    claim=Claim(
+EXPERIMENT = Experiment.of(
+    Claim(
         name="domains",
         title="Another domain",
         statement=(
-            "Statistics of a new domain's images, without labels, put into the batch normalization of a trained "
-            "network, make it more accurate there."
+            "A trained network becomes more accurate on a new domain if its batch normalization gets the statistics of "
+            "that domain's images; labels are not needed."
         ),
         source="[Li et al. 2016](https://arxiv.org/abs/1603.04779)",
         setting=(
@@ -213,13 +216,8 @@ EXPERIMENT = Experiment(
             "images; five seeds."
         ),
     ),
-    cells=cells,
-    measure=measure,
-    effects=effects,
-    found=found,
-    draw=draw,
+    globals(),
 )
-
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -1,22 +1,23 @@
-"""Dropout before batch normalization: does it mislead the running variance, and what does that cost?
+"""Dropout before batch normalization: does it distort the running variance, and at what cost?
 
     python experiments/dropout.py --data-dir FOLDER
 
-The claim (Li, Chen, Hu & Yang 2018): behind dropout, activations vary more in training than in evaluation, where
-nothing is dropped. The running variance of a batch normalization behind it has learned the larger one, so in evaluation
-its output is too small, layer after layer, and the network errs more. Behind the last normalization dropout does no
-such harm. The paper's rule is to put it there.
+The claim (Li, Chen, Hu & Yang 2018): after dropout, activations vary more in training than in evaluation, where nothing
+is dropped. A batch normalization after the dropout learns the larger variance as its running variance. In evaluation
+its output is therefore too small, layer after layer, and the network makes more errors. Dropout after the last
+normalization does no such harm, so the paper recommends this place.
 
-How it is tried: a network of five convolutions, each normalized, is trained with dropout in front of the convolutions
-2 to 5, each followed by its normalization (the paper's case (b)), or once behind the last normalization, at several
-rates. Then the first is evaluated twice with the same weights: with the running statistics that it learned, and with
-those of training images with nothing dropped, layer by layer from the input (`recalibrate(passes="sequential")`).
+Test: a network of five normalized convolutions trains with dropout before the convolutions 2 to 5, each followed by its
+normalization (the paper's case (b)), or once after the last normalization, at several rates. The first kind is then
+evaluated twice with the same weights: with its running statistics, and with the statistics of training images with
+nothing dropped, layer by layer from the input (`recalibrate(passes="sequential")`).
 
-Why this is fair: the decisive effect compares the same weights, so that only the shift itself is in it, and not that
-one arm drops more than the other. All arms of a seed start from the same values and see the same batches in the same
-order. The rate falls to zero, so that running averages do not lag; the network without dropout shows what is left.
+Fair, because the decisive effect compares the same weights, and so measures only the shift itself, not the different
+amounts of dropout. All arms of a seed start from the same values and see the same batches in the same order. The
+learning rate decays to zero, so that running averages do not lag; the network without dropout shows how much lag
+remains.
 
-It counts as seen if the shift costs at least a tenth more errors at a dropout rate of 0.5.
+Seen: the shift costs at least a tenth more errors at a dropout rate of 0.5.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ COLOURS = {0: "#777777", 0.1: "#56B4E9", 0.3: "#0072B2", 0.5: "#D55E00"}
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """No dropout, and each rate in both places."""
+    """Yield no dropout, and each rate in both places."""
     images, steps = (1_000, 30) if size.quick else (50_000, 8_000) if size.full else (8_000, 1_000)
     for seed in range(size.seeds):
         for place, drop in [("nowhere", 0.0), *((place, rate) for rate in RATES for place in ("before", "behind"))]:
@@ -47,7 +48,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def network(place: str, drop: float) -> nn.Sequential:
-    """Five convolutions, each normalized, with dropout in front of all but the first, or behind the last."""
+    """Return five normalized convolutions, with dropout before all but the first, or after the last."""
     layers: list[nn.Module] = []
     before = 1
     for number, after in enumerate(WIDTHS):
@@ -66,7 +67,7 @@ def network(place: str, drop: float) -> nn.Sequential:
 def variance_ratios(model: nn.Module, x: Tensor) -> list[float]:
     """Return, for each batch normalization, its running variance over the variance of its input in evaluation.
 
-    The geometric mean over its channels, without those that are constant in evaluation.
+    Each ratio is the geometric mean over the layer's channels, without channels that are constant in evaluation.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     ratios: dict[nn.Module, float] = {}
@@ -84,7 +85,7 @@ def variance_ratios(model: nn.Module, x: Tensor) -> list[float]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one network, and evaluates it as it is and with statistics of what evaluation meets."""
+    """Train one network, and evaluate it with its running statistics and with statistics without dropout."""
     mnist = data["mnist"]
     generator = torch.Generator().manual_seed(cell["seed"])
     chosen = torch.randperm(len(mnist.x_train), generator=generator)[: cell["images"]]
@@ -101,61 +102,61 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def behind_dropout(record: Record) -> float:
-    """The ratio of variances over the normalizations that stand behind a dropout, as a geometric mean."""
+    """Return the ratio of variances, as a geometric mean over the normalizations after a dropout."""
     return geometric_mean(record["ratios"][1:])
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """What the shift costs, what the place costs, and the shift."""
+    """Return the cost of the shift, the cost of the place, and the shift."""
     half = {"place": "before", "drop": 0.5}
-    shifted, mended = by_seed(records, "wrong", **half), by_seed(records, "recalibrated", **half)
+    shifted, recalibrated = by_seed(records, "wrong", **half), by_seed(records, "recalibrated", **half)
     behind = by_seed(records, "wrong", place="behind", drop=0.5)
     shift = by_seed([record | {"shift": behind_dropout(record)} for record in records], "shift", **half)
     return [
-        Effect.over(
-            "Test errors with dropout of 0.5 before the normalizations, over those of the same weights with statistics "
-            "taken without dropout",
-            [a / b for a, b in zip(shifted, mended, strict=True)],
-            unit="×",
+        Effect.ratio(
+            "Test errors with dropout of 0.5 before the normalizations, over errors of the same weights with "
+            "statistics without dropout",
+            shifted,
+            recalibrated,
+            worth=1.1,
+        ),
+        Effect.ratio(
+            "Test errors with dropout of 0.5 before the normalizations, over errors with it after the last one",
+            shifted,
+            behind,
             worth=1.1,
         ),
         Effect.over(
-            "Test errors with dropout of 0.5 before the normalizations, over those with it behind the last one",
-            [a / b for a, b in zip(shifted, behind, strict=True)],
-            unit="×",
-            worth=1.1,
-        ),
-        Effect.over(
-            "Running variance behind dropout of 0.5, over the variance in evaluation", shift, unit="×", worth=1.1
+            "Running variance after dropout of 0.5, over the variance in evaluation", shift, unit="×", worth=1.1
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
 
     def mean(value: str, place: str, drop: float) -> float:
         return fmean(by_seed(records, value, place=place, drop=drop))
 
     as_trained = mean("wrong", "before", 0.5)
-    mended = mean("recalibrated", "before", 0.5) - as_trained
+    recalibrated = mean("recalibrated", "before", 0.5) - as_trained
     moved = mean("wrong", "behind", 0.5) - as_trained
     without = geometric_mean(behind_dropout(record) for record in records if record["place"] == "nowhere")
     return (
-        f"Behind dropout of 0.5 the running variances were {effects[2].mean:.2f} times the variances that evaluation "
-        f"meets; without dropout, {without:.2f} times. "
-        f"Evaluated like that, {as_trained:.2f} % of the test images were given a wrong label; with "
-        f"the same weights, but statistics taken with nothing dropped, {mean('recalibrated', 'before', 0.5):.2f} %. "
-        f"With dropout of 0.5 behind the last normalization it was {mean('wrong', 'behind', 0.5):.2f} %, and without "
-        f"dropout {mean('wrong', 'nowhere', 0.0):.2f} %. "
-        f"So other statistics changed the errors by {mended:+.2f} points, and another place by {moved:+.2f}.".replace(
+        f"After dropout of 0.5, the running variances were {effects[2].mean:.2f} times the variances in evaluation; "
+        f"without dropout, {without:.2f} times. "
+        f"With these running variances, {as_trained:.2f} % of the test images got a wrong label; with the same weights "
+        f"and statistics without dropout, {mean('recalibrated', 'before', 0.5):.2f} %. "
+        f"With dropout of 0.5 after the last normalization, the errors were {mean('wrong', 'behind', 0.5):.2f} %, and "
+        f"without dropout {mean('wrong', 'nowhere', 0.0):.2f} %. "
+        f"The statistics thus changed the errors by {recalibrated:+.2f} points, and the place by {moved:+.2f}.".replace(
             "-", "−"
         )
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """The shift from layer to layer, and errors against the rate of dropout."""
+    """Draw the shift from layer to layer, and the errors against the dropout rate."""
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, drop in [("nowhere", 0.0), *(("before", rate) for rate in RATES)]:
@@ -167,7 +168,7 @@ def draw(records: Sequence[Record]) -> Figure:
         left.errorbar(numbers, list(map(fmean, layers)), bars, label=label, color=COLOURS[drop], marker="o", capsize=3)
     left.axhline(1, color="#777777", linewidth=0.8, linestyle=":")
     left.set(
-        title="Is the running variance that of evaluation?\n(dropout before normalizations 2 to 5)",
+        title="Does the running variance match evaluation?\n(dropout before normalizations 2 to 5)",
         xlabel="batch normalization, from the input",
         ylabel="running variance ÷ variance in evaluation",
         xticks=numbers,
@@ -175,7 +176,7 @@ def draw(records: Sequence[Record]) -> Figure:
     lines = {
         ("before", "wrong"): ("before the normalizations, as trained", "#D55E00", "o"),
         ("before", "recalibrated"): ("the same weights, statistics without dropout", "#0072B2", "s"),
-        ("behind", "wrong"): ("behind the last normalization", "#009E73", "D"),
+        ("behind", "wrong"): ("after the last normalization", "#009E73", "D"),
     }
     for shift, ((place, value), (label, colour, marker)) in enumerate(lines.items()):
         series = [by_seed(records, value, place="nowhere", drop=0.0)]
@@ -190,36 +191,32 @@ def draw(records: Sequence[Record]) -> Figure:
             capsize=3,
         )
     right.set(
-        title="What does it cost?",
+        title="How many more errors does it cause?",
         xlabel="dropout rate (share of activations that are dropped)",
         ylabel="wrong labels on the test images (%)",
         xticks=(0, *RATES),
     )
     right.set_ylim(bottom=0)
     left.legend(frameon=False, loc="upper left")
-    right.legend(frameon=False, loc="upper left", title="dropout stands", alignment="left")
+    right.legend(frameon=False, loc="upper left", title="dropout", alignment="left")
     for panel in (left, right):
         panel.grid(alpha=0.3)
-    figure.suptitle("Does dropout mislead the batch normalization behind it? (mean and deviation over seeds)")
+    figure.suptitle("Does dropout distort the batch normalization after it? (mean and deviation over seeds)")
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="dropout",
         title="Dropout before batch normalization",
-        statement="Behind dropout, the running variance is too large for evaluation, where nothing is dropped, and "
-        "that costs accuracy; dropout belongs behind the last batch normalization.",
+        statement="After dropout, the running variance is too large for evaluation, where nothing is dropped, which "
+        "costs accuracy; dropout belongs after the last batch normalization.",
         source="[Li, Chen, Hu & Yang 2018](https://arxiv.org/abs/1801.05134)",
         setting="Five 3×3 convolutions (16, 16, 32, 32 and 64 channels, each normalized, ReLU), mean over positions, "
         "one linear layer; 8,000 images of MNIST, 1,000 batches of 64, SGD with momentum 0.9 and a rate from 0.1 "
         "to 0; all 10,000 test images; 5 seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
 )
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Fine-tuning on a small, shifted set: batch normalization live, frozen, or half frozen.
+"""Fine-tuning on a small, shifted data set: batch normalization live, frozen, or half frozen.
 
     python experiments/fine_tuning.py --data-dir FOLDER
 
-The claim (common practice, as in Wu & He 2018, section 4.2): where fine-tuning has room for small batches only, batch
-normalization is better frozen, with the statistics and parameters of the first training, than live.
+The claim (common practice, as in Wu & He 2018, section 4.2): if memory allows only small batches in fine-tuning, frozen
+batch normalization, with the statistics and parameters of pretraining, is better than live batch normalization.
 
-How it is tried: a network learns MNIST. Then it is fine-tuned, all of its other weights included, with 256 images that
-are shifted: turned by 45°, or inverted, in batches of 2 and of 16. Its batch normalization is
+Test: a network learns MNIST. Then all of its other weights are fine-tuned on 256 images that are rotated by 45° or
+inverted, in batches of 2 and of 16. Its batch normalization is
 
-- live: statistics of the batch in training, running ones that move, γ and β trained;
-- frozen: running statistics of the first training also in training, γ and β fixed (`freeze(model)`);
-- half frozen: γ and β trained with fixed statistics (`freeze(model, trainable_affine=True)`);
-- half frozen the other way: γ and β fixed, statistics of the batch, and running ones that move.
+- live: batch statistics in training, running statistics that move, γ and β trained;
+- frozen: running statistics of pretraining also in training, γ and β fixed (`freeze(model)`);
+- half frozen: γ and β trained, statistics fixed (`freeze(model, trainable_affine=True)`);
+- half frozen the other way: γ and β fixed, batch statistics in training, running statistics that move.
 
-Why this is fair: all four start from the same trained network, see the same batches in the same order, and are each
-trained at five learning rates and tested at the one that is best on 1,000 other shifted images. The momentum of the
-running statistics is the default, 0.1; what it costs is measured by recomputing them for the live one at the end.
+Fair, because all four start from the same trained network, and see the same batches in the same order. Each trains at
+five learning rates, and is tested at the rate that is best on 1,000 other shifted images. The momentum of the running
+statistics is the default, 0.1; its cost is measured by recomputing the statistics of the live network at the end.
 
-It counts as seen if at batches of 2, over both shifts, live makes at least a tenth more test errors than frozen.
+Seen: at batches of 2, over both shifts, live makes at least a tenth more test errors than frozen.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ ARMS = {  # name, colour, and marker
     "parameters": ("statistics fixed, γ and β trained", "#56B4E9", "^"),
     "frozen": ("frozen", "#0072B2", "s"),
 }
-SHIFTS = {"turned": "turned by 45°", "inverted": "inverted"}
+SHIFTS = {"turned": "rotated by 45°", "inverted": "inverted"}
 RATES = {2: (0.0003, 0.001, 0.003, 0.01, 0.03), 16: (0.001, 0.003, 0.01, 0.03, 0.1)}  # by batch size
 TUNED, HELD_OUT = 256, 1_000
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Each arm, on each shift, at each batch size; and the network as it is."""
+    """Yield each arm on each shift at each batch size, and the network without fine-tuning."""
     pretrained, epochs = (640, 1) if size.quick else (50_000, 20) if size.full else (8_000, 5)
     for seed in range(size.seeds):
         shared = {"seed": seed, "pretrained": pretrained, "epochs": epochs}
@@ -60,7 +60,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def shifted(x: Tensor, shift: str) -> Tensor:
-    """Images `[N, 1, H, W]`, turned by 45° (new corners are dark) or with dark for light."""
+    """Return images `[N, 1, H, W]`, rotated by 45° (new corners are dark) or inverted."""
     dark, light = x.min(), x.max()
     if shift == "inverted":
         return dark + light - x
@@ -87,7 +87,7 @@ def pretrained(data: Data, order: Tensor, seed: int) -> nn.Module:
 
 
 def prepared(model: nn.Module, arm: str) -> nn.Module:
-    """Return the network with its batch normalization as the arm has it."""
+    """Return the network with the batch normalization of the arm."""
     if arm in ("frozen", "parameters"):
         return freeze(model, trainable_affine=arm == "parameters", inplace=True).model
     if arm == "statistics":
@@ -98,7 +98,7 @@ def prepared(model: nn.Module, arm: str) -> nn.Module:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Fine-tunes one arm at each rate, and tests it at the best."""
+    """Fine-tune one arm at each rate, and test it at the best rate."""
     mnist, arm, seed, count = data["mnist"], cell["arm"], cell["seed"], cell["pretrained"]
     order = torch.randperm(len(mnist.x_train), generator=torch.Generator().manual_seed(seed))
     first, tuned, held_out = order[: count + TUNED + HELD_OUT].split([count, TUNED, HELD_OUT])
@@ -126,13 +126,13 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def times(records: Sequence[Record], batch: int, shift: str, value: str = "wrong", over: str = "frozen") -> list[float]:
-    """Return, for each seed, the errors of the live one over those of another, or of a value of its own."""
+    """Return, for each seed, the errors of live batch normalization over a value of another arm."""
     live = by_seed(records, "wrong", arm="live", shift=shift, batch=batch)
     return [a / b for a, b in zip(live, by_seed(records, value, arm=over, shift=shift, batch=batch), strict=True)]
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """What being live costs: in both shifts together, in each, at larger batches, and through running statistics."""
+    """Return the cost of live normalization: over both shifts, on each, at larger batches, by running statistics."""
     turned, inverted = (times(records, 2, shift) for shift in SHIFTS)
     both = [(a * b) ** 0.5 for a, b in zip(turned, inverted, strict=True)]
     what = "Test errors of live over those of frozen batch normalization"
@@ -156,7 +156,7 @@ def effects(records: Sequence[Record]) -> list[Effect]:
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
 
     def mean(arm: str, shift: str, batch: int, value: str = "wrong") -> str:
         return f"{fmean(by_seed(records, value, arm=arm, shift=shift, batch=batch)):.1f}"
@@ -169,18 +169,20 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
         )
 
     return (
-        f"On images turned by 45°, batches of 2 gave {row('turned', 2)}; as it was, the network gave "
-        f"{mean('as it is', 'turned', 0)} %. "
-        f"On inverted images it was {row('inverted', 2)}; as it was, {mean('as it is', 'inverted', 0)} %. "
+        f"On images rotated by 45°, batches of 2 gave {row('turned', 2)}; before fine-tuning, "
+        f"{mean('as it is', 'turned', 0)} % were wrong. "
+        f"On inverted images, they gave {row('inverted', 2)}; before fine-tuning, "
+        f"{mean('as it is', 'inverted', 0)} %. "
         f"With the running statistics recomputed at the end, live gave {mean('live', 'turned', 2, 'recalibrated')} % "
         f"and {mean('live', 'inverted', 2, 'recalibrated')} %. "
         f"In batches of 16, live and frozen gave {mean('live', 'turned', 16)} % and {mean('frozen', 'turned', 16)} % "
-        f"on turned images, {mean('live', 'inverted', 16)} % and {mean('frozen', 'inverted', 16)} % on inverted ones."
+        f"on rotated images, and {mean('live', 'inverted', 16)} % and {mean('frozen', 'inverted', 16)} % on inverted "
+        "images."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Errors of each arm, by batch size, for each shift."""
+    """Draw the errors of each arm by batch size, for each shift."""
     figure = Figure(figsize=(11, 5.8), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, (shift, title) in zip(panels, SHIFTS.items(), strict=True):
@@ -216,22 +218,19 @@ def draw(records: Sequence[Record]) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="fine_tuning",
         title="Fine-tuning with frozen batch normalization",
-        statement="Fine-tuned in small batches, a network is better with its batch normalization frozen than live.",
+        statement="In fine-tuning with small batches, a network is more accurate with frozen batch normalization than "
+        "with live batch normalization.",
         source="[Wu & He 2018](https://arxiv.org/abs/1803.08494)",
         setting="Three 3×3 convolutions (8, 16 and 32 channels, each normalized, ReLU) and a linear layer learn 8,000 "
-        "images of MNIST in 3 epochs; then all weights are fine-tuned with 256 images that are turned by 45° or "
-        "inverted, 5 epochs, SGD with momentum 0.9, the best of 5 learning rates for each, falling to 0; all 10,000 "
-        "test images, shifted alike; 5 seeds.",
+        "images of MNIST in 3 epochs; then all weights are fine-tuned on 256 images that are rotated by 45° or "
+        "inverted, 5 epochs, SGD with momentum 0.9, the best of 5 learning rates for each, decaying to 0; all 10,000 "
+        "test images, with the same shift; 5 seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
 )
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""A smoother landscape: what loss and gradient do along the gradient, with and without batch normalization.
+"""A smoother landscape: loss and gradient along the gradient's direction, with and without batch normalization.
 
-Claim: batch normalization makes the loss a smoother function of the parameters: along the gradient the loss varies
-less, the gradient changes less (it predicts better where to go next), and the effective β-smoothness, the change of the
+Claim: batch normalization makes the loss a smoother function of the parameters. Along the gradient, the loss varies
+less, the gradient changes less (it predicts the next step better), and the effective β-smoothness, the change of the
 gradient over the distance moved, is lower (Santurkar et al. 2018, section 3.1 and figure 4).
 
-Trial: the comparison's small VGG (six convolutions, two linear layers) on Fashion-MNIST at half its size, by plain
+Test: the comparison's small VGG (six convolutions, two linear layers) trains on Fashion-MNIST at half its size by plain
 stochastic gradient descent. At 20 of its steps, on the batch of that step, the parameters w move against the gradient g
-by a·g, with a from half of the learning rate to four times as much. Over these a, the highest less the lowest loss is
-its range, the largest ‖∇L(w − a·g) − g‖ is the change of the gradient, and the largest ‖∇L(w − a·g) − g‖ / ‖a·g‖ is the
-effective β-smoothness. In training mode the loss has the batch's statistics. Steps are taken together by the geometric
-mean.
+by a·g, with a from half of the learning rate to four times the rate. Over these a, the range of the loss is its highest
+minus its lowest value; the change of the gradient is the largest ‖∇L(w − a·g) − g‖; the effective β-smoothness is the
+largest ‖∇L(w − a·g) − g‖ / ‖a·g‖. The loss uses the batch's statistics, as in training mode. The result is the
+geometric mean over the steps.
 
-Fair, because both networks have the same weights at the start (He's initialization), see the same batches in the same
-order, and train at the same rates. As the distance moved depends on the rate, they are compared at the same one: the
-one at which the network without normalization is most accurate. Then also each at its own best.
+Fair, because both networks have the same initial weights (He's initialization), see the same batches in the same order,
+and train at the same rates. The distance moved depends on the rate, so the networks are compared at one rate: the rate
+at which the network without normalization is most accurate. They are also compared each at its own best rate.
 
-Seen: the effective β-smoothness without batch normalization is at least twice that with it, so that steps of twice the
-length are as safe.
+Seen: the effective β-smoothness without batch normalization is at least twice as large as with it, so that steps of
+twice the length are equally safe with it.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ RATES = (0.03, 0.1, 0.3, 1.0)
 MULTIPLES = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the learning rate
 BATCH = 64
 LOOKS = 20
-# Name and colour (of Okabe and Ito's, which the colour-blind can tell apart).
+# Name and colour (from Okabe and Ito's palette, which colour-blind people can distinguish).
 ARMS = {"none": ("without batch normalization", "#D55E00"), "batch": ("with batch normalization", "#0072B2")}
 
 
 class Along(NamedTuple):
-    """What loss and gradient do along the gradient.
+    """The variation of loss and gradient along the gradient.
 
     Attributes:
-        loss: Highest less lowest loss.
+        loss: Highest minus lowest loss.
         gradient: Largest change of the gradient.
         smoothness: Largest change of the gradient over the distance moved.
     """
@@ -70,7 +70,7 @@ WHAT = {
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Both networks at every rate."""
+    """Yield both networks at every rate."""
     for seed in range(size.seeds):
         for rate in RATES[:2] if size.quick else RATES:
             for norm in ARMS:
@@ -78,32 +78,32 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def along(network: nn.Module, x: Tensor, y: Tensor, distances: Sequence[float]) -> Along:
-    """What loss and gradient do along the gradient on one batch; the network stays as it was.
+    """Return the variation of loss and gradient along the gradient on one batch; the network does not change.
 
     Args:
         network: In training mode.
         x: A batch.
         y: Its labels.
-        distances: How far to go, in lengths of the gradient.
+        distances: Distances to move, as multiples of the gradient's length.
     """
     network = copy.deepcopy(network)
     parameters = list(network.parameters())
     start = [parameter.detach().clone() for parameter in parameters]
 
-    def look() -> tuple[float, list[Tensor]]:
+    def loss_and_gradient() -> tuple[float, list[Tensor]]:
         loss = F.cross_entropy(network(x), y)
         return loss.item(), list(torch.autograd.grad(loss, parameters))
 
     def length(vectors: Sequence[Tensor]) -> float:
         return math.sqrt(sum(vector.double().square().sum().item() for vector in vectors))
 
-    _, gradient = look()
+    _, gradient = loss_and_gradient()
     losses, changes = [], []
     for distance in distances:
         with torch.no_grad():
             for parameter, origin, direction in zip(parameters, start, gradient, strict=True):
                 parameter.copy_(origin - distance * direction)
-        loss, there = look()
+        loss, there = loss_and_gradient()
         losses.append(loss)
         changes.append(length([after - before for after, before in zip(there, gradient, strict=True)]))
     slopes = [change / (distance * length(gradient)) for change, distance in zip(changes, distances, strict=True)]
@@ -111,7 +111,7 @@ def along(network: nn.Module, x: Tensor, y: Tensor, distances: Sequence[float]) 
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one, and looks around it on the way."""
+    """Train one network, and measure the landscape around it during training."""
     images = half_size(*data.values())
     network = initialized_alike(vgg, cell["norm"], images, cell["seed"])
     optimizer = torch.optim.SGD(network.parameters(), lr=cell["rate"])
@@ -138,24 +138,24 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """How much rougher it is without."""
+    """Return the ratios of roughness without over with batch normalization."""
     slow, own = best_rate(records, "none"), best_rate(records, "batch")
 
     def ratio(what: str, value: str, normalized: float) -> Effect:
         without = by_seed(records, value, norm="none", rate=slow)
         with_it = by_seed(records, value, norm="batch", rate=normalized)
-        return Effect.over(what, [a / b for a, b in zip(without, with_it, strict=True)], unit="×", worth=2)
+        return Effect.ratio(what, without, with_it, worth=2)
 
     return [
         ratio("Effective β-smoothness without over with batch normalization, at the same rate", "smoothness", slow),
-        ratio("Change of the gradient, likewise", "gradient", slow),
-        ratio("Range of the loss, likewise", "loss", slow),
-        ratio("Effective β-smoothness, each at its best rate", "smoothness", own),
+        ratio("The same for the change of the gradient", "gradient", slow),
+        ratio("The same for the range of the loss", "loss", slow),
+        ratio("Effective β-smoothness without over with, each at its best rate", "smoothness", own),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """In words."""
+    """Return the results in sentences."""
     smoothness, gradient, loss, own = effects
     slow, fast = best_rate(records, "none"), best_rate(records, "batch")
     right = {
@@ -164,17 +164,17 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     }
     beta = {norm: statistics.geometric_mean(by_seed(records, "smoothness", norm=norm, rate=slow)) for norm in ARMS}
     return (
-        f"At the rate {slow:g}, the best of the network without batch normalization, its effective β-smoothness is "
-        f"{beta['none']:.1f} and that of the network with it {beta['batch']:.1f}: {smoothness.figures}. Along the same "
-        f"steps its gradient changes {gradient.figures} as much, and its loss ranges {loss.figures} as far. Each at "
-        f"its best rate ({slow:g} and {fast:g}), the ratio of β is {own.figures}. Test accuracy after "
-        f"{records[0]['steps']} steps, each at its best rate, is {right['none']:.1f} % without and "
-        f"{right['batch']:.1f} % with batch normalization."
+        f"At the rate {slow:g}, the best rate without batch normalization, the effective β-smoothness is "
+        f"{beta['none']:.1f} without batch normalization and {beta['batch']:.1f} with it, a ratio of "
+        f"{smoothness.figures}. Over the same distances, the gradient changes {gradient.figures} as much without it, "
+        f"and the loss varies {loss.figures} as much. Each at its best rate ({slow:g} and {fast:g}), the ratio of "
+        f"β-smoothness is {own.figures}. After {records[0]['steps']} steps, each at its best rate, test accuracy is "
+        f"{right['none']:.1f} % without and {right['batch']:.1f} % with batch normalization."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """The three measures through training, at the same rate."""
+    """Draw the three measures during training, at the same rate."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     rate, looks = best_rate(records, "none"), records[0]["looks"]
     labels = {
@@ -200,13 +200,13 @@ def draw(records: Sequence[Record]) -> Figure:
     figure.legend(lines, described, loc="outside lower center", ncols=2)
     figure.suptitle(
         "Is the loss a smoother function of the parameters with batch normalization? (lower is smoother)\n"
-        f"Along the gradient, {MULTIPLES[0]:g} to {MULTIPLES[-1]:g} times as far as a step of training at {rate:g}",
+        f"Along the gradient, {MULTIPLES[0]:g} to {MULTIPLES[-1]:g} times as far as a training step at rate {rate:g}",
         fontsize=13,
     )
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="landscape",
         title="A smoother landscape",
@@ -214,13 +214,9 @@ EXPERIMENT = Experiment(
         "and gradient change less.",
         source="[Santurkar et al. 2018](https://arxiv.org/abs/1805.11604), section 3.1, figure 4",
         setting="A small VGG on Fashion-MNIST at half its size, 600 steps of plain gradient descent in batches of "
-        f"{BATCH} at the rates {', '.join(f'{rate:g}' for rate in RATES)}; looked around at {LOOKS} steps; five seeds.",
+        f"{BATCH} at the rates {', '.join(f'{rate:g}' for rate in RATES)}; measured at {LOOKS} steps; five seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
     data=("fashion-mnist",),
 )
 

@@ -1,30 +1,31 @@
-"""Leakage: can a network read from the batch what an image alone does not say, and what is that worth in evaluation?
+"""Leakage: can a network learn labels from the batch statistics, and how accurate is it then in evaluation?
 
     python experiments/leakage.py --data-dir FOLDER
 
-The claim (He, Fan, Wu, Xie & Girshick 2020; Wu & Johnson 2021): where labels depend on how a
-batch is made up, batch statistics carry them from sample to sample. The network learns to read them there instead of
-in the sample, looks good in training mode, and fails in evaluation, where each sample stands alone. Statistics over
-other samples than those that belong together, or over one sample only, take the leak away.
+The claim (He, Fan, Wu, Xie & Girshick 2020; Wu & Johnson 2021): if labels depend on the composition of a batch, batch
+statistics carry them from sample to sample. The network learns to read the labels from the statistics instead of the
+sample, looks accurate in training mode, and fails in evaluation, where each sample is processed alone. Statistics over
+samples that do not belong together, or over a single sample, remove the leak.
 
-How it is tried: "odd one out". A group of 32 images has a digit of its own, drawn anew each time: 16 images show it, 16
-show other digits, and a network is asked of each image whether it is odd. A digit is as often odd as not, so an image
-alone says nothing ("blind": nothing beats 50 % on single images). In a second task the image says something as well:
-its contrast is drawn from 0.6 to 1 where it belongs and from 0.4 to 0.8 where it is odd, which gives 75 % at best
-("cued").
+Test: "odd one out". A group of 32 images has its own digit, drawn anew each time: 16 images show it, 16 show other
+digits, and the network decides for each image whether it is odd. Each digit is odd as often as not, so an image alone
+contains no information ("blind": no method beats 50 % on single images). In a second task, the image contains some
+information: its contrast is drawn from 0.6 to 1 if it belongs to the group and from 0.4 to 0.8 if it is odd, which
+allows at most 75 % ("cued").
+
 Each step has four groups. The arms differ only in whose statistics normalize an image:
 
 - "group": its own group's, as on a device that works on one group (`GhostBatchNorm1d(C, ghost_size=32)`);
-- "shuffled": those of 32 images drawn from all four groups, anew at each step (the remedy of He et al.);
-- "synchronized": those of all four groups, as `SyncBatchNorm` has them on four devices (`BatchNorm1d`);
-- "none of the batch": of groups of its own channels (`torch.nn.GroupNorm`).
+- "shuffled": those of 32 images drawn from all four groups, anew at each step (the solution of He et al.);
+- "synchronized": those of all four groups, as in `SyncBatchNorm` on four devices (`BatchNorm1d`);
+- "none of the batch": those of groups of the image's own channels (`torch.nn.GroupNorm`).
 
-Training mode is tried on groups made from test images; evaluation on the same images with running statistics.
+Training mode is tested on groups made from test images; evaluation on the same images with running statistics.
 
-Why this is fair: all arms of a seed have the same groups in the same order, start from the same values, and learn at
-the same rate. What an image alone can tell is known exactly, so the leak is measured and not guessed.
+Fair, because all arms of a seed have the same groups in the same order, start from the same values, and train at the
+same rate. The information in a single image is known exactly, so the leak is measured and not estimated.
 
-It counts as seen if the blind task is solved at least 10 points better in training mode than in evaluation.
+Seen: accuracy on the blind task is at least 10 points higher in training mode than in evaluation.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from batchnorm.compare import Data
 
 GROUP = 32
 GROUPS = 4  # in a step
-ALONE = {"blind": 50, "cued": 75}  # percent that an image alone can give
+ALONE = {"blind": 50, "cued": 75}  # highest accuracy in percent from an image alone
 ARMS = {
     "group": "its own group\n(BatchNorm)",
     "shuffled": "as many images\nof four groups\n(shuffled)",
@@ -52,14 +53,14 @@ ARMS = {
     "channels": "the image alone\n(GroupNorm)",
 }
 CUED = (0.6, 0.4)  # least contrast of an image that belongs, and of an odd one; the largest is 0.4 more
-MODES = {  # name, colour, marker, and where its seeds stand beside the arm's place
+MODES = {  # name, colour, marker, and offset of its seeds from the arm's place
     "train": ("training mode", "#D55E00", "o", -0.08),
     "eval": ("evaluation", "#0072B2", "D", 0.08),
 }
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Each arm, on both tasks."""
+    """Yield each arm on both tasks."""
     steps, tested = (10, 5) if size.quick else (5_000, 80) if size.full else (1_000, 80)
     for seed in range(size.seeds):
         for task in ("blind", "cued"):
@@ -68,13 +69,13 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 class Groups:
-    """Groups of images with a digit of their own, drawn from some images.
+    """Random groups of images, each with its own digit.
 
     Args:
         x: Images `[N, 1, H, W]`.
         y: Their digits `[N]`.
-        cued: Whether contrast tells something about an image's label.
-        seed: Decides all that is drawn.
+        cued: Whether the contrast contains information on an image's label.
+        seed: Decides all groups.
     """
 
     def __init__(self, x: Tensor, y: Tensor, *, cued: bool, seed: int) -> None:
@@ -102,7 +103,7 @@ class Groups:
 
 
 def network(arm: str, in_features: int) -> nn.Sequential:
-    """A perceptron with three normalized hidden layers, and one output: the log-odds that an image is odd."""
+    """Return a perceptron with three normalized hidden layers, and one output: the log-odds that an image is odd."""
 
     def norm(features: int) -> nn.Module:
         if arm == "channels":
@@ -118,7 +119,7 @@ def network(arm: str, in_features: int) -> nn.Sequential:
 
 
 def scores(model: nn.Module, arm: str, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the log-odds `[N]`; where the arm shuffles, an image is among others than those of its group."""
+    """Return the log-odds `[N]`; the arm "shuffled" mixes the images of all groups."""
     if arm != "shuffled":
         return model(x).squeeze(1)
     order = torch.randperm(len(x), generator=generator)
@@ -126,7 +127,7 @@ def scores(model: nn.Module, arm: str, x: Tensor, generator: torch.Generator) ->
 
 
 def train(model: nn.Module, arm: str, groups: Groups, steps: int, seed: int) -> None:
-    """Train a network by SGD with momentum 0.9 at a rate that falls from 0.1 to zero."""
+    """Train a network by SGD with momentum 0.9 at a rate that decays from 0.1 to zero."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +141,7 @@ def train(model: nn.Module, arm: str, groups: Groups, steps: int, seed: int) -> 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, arm: str, groups: Groups, *, training: bool, steps: int) -> float:
-    """Return the percentage that is answered right, with the statistics of the batch or the running ones."""
+    """Return the accuracy in percent, with the statistics of the batch or the running statistics."""
     model = deepcopy(model).train(training)  # a copy, as its running statistics may move
     generator = torch.Generator().manual_seed(0)
     right = 0
@@ -151,7 +152,7 @@ def accuracy(model: nn.Module, arm: str, groups: Groups, *, training: bool, step
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one arm, and tests it in both modes on the same groups."""
+    """Train one arm, and test it in both modes on the same groups."""
     mnist, arm, seed, cued = data["mnist"], cell["arm"], cell["seed"], cell["task"] == "cued"
     model = network(arm, mnist.x_train[0].numel())
     train(model, arm, Groups(mnist.x_train, mnist.y_train, cued=cued, seed=seed), cell["steps"], seed)
@@ -163,32 +164,31 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """The leak, what it costs, and what takes it away."""
+    """Return the size of the leak, its cost, and how much of it shuffling and synchronizing remove."""
 
-    def difference(first: tuple[str, str, str], second: tuple[str, str, str]) -> list[float]:
-        pair = [by_seed(records, mode, task=task, arm=arm) for task, arm, mode in (first, second)]
-        return [a - b for a, b in zip(*pair, strict=True)]
+    def difference(what: str, task: str, more: tuple[str, str], less: tuple[str, str]) -> Effect:
+        pair = (by_seed(records, mode, task=task, arm=arm) for arm, mode in (more, less))
+        return Effect.difference(what, *pair, worth=10)
 
     return [
-        Effect.over(
-            "Accuracy in training mode over accuracy in evaluation, where an image alone says nothing",
-            difference(("blind", "group", "train"), ("blind", "group", "eval")),
-            unit="points",
-            worth=10,
+        difference(
+            "Accuracy in training mode minus accuracy in evaluation, blind task",
+            "blind",
+            ("group", "train"),
+            ("group", "eval"),
         ),
-        Effect.over(
-            "Accuracy in evaluation with GroupNorm over that with each group's own statistics, where an image alone "
-            "says something",
-            difference(("cued", "channels", "eval"), ("cued", "group", "eval")),
-            unit="points",
-            worth=10,
+        difference(
+            "Accuracy in evaluation with GroupNorm minus accuracy with each group's own statistics, cued task",
+            "cued",
+            ("channels", "eval"),
+            ("group", "eval"),
         ),
         *(
-            Effect.over(
-                f"Accuracy in training mode that {what} take away, where an image alone says nothing",
-                difference(("blind", "group", "train"), ("blind", arm, "train")),
-                unit="points",
-                worth=10,
+            difference(
+                f"Accuracy in training mode with each group's own statistics minus accuracy with {what}, blind task",
+                "blind",
+                ("group", "train"),
+                (arm, "train"),
             )
             for arm, what in (("shuffled", "shuffled groups"), ("synchronized", "statistics of four groups"))
         ),
@@ -196,32 +196,34 @@ def effects(records: Sequence[Record]) -> list[Effect]:
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
 
     def mean(task: str, arm: str, mode: str) -> str:
         return f"{fmean(by_seed(records, mode, task=task, arm=arm)):.1f} %"
 
     return (
-        f"Where an image alone says nothing, a network normalized by each group's own statistics answered "
-        f"{mean('blind', 'group', 'train')} right in training mode and {mean('blind', 'group', 'eval')} in evaluation, "
-        f"where guessing gives 50 %. "
-        f"In training mode it was {mean('blind', 'shuffled', 'train')} where groups were shuffled, "
+        f"On the blind task, where an image alone contains no information and guessing gives 50 %, a network "
+        f"normalized by each group's own statistics was {mean('blind', 'group', 'train')} accurate in training mode "
+        f"and {mean('blind', 'group', 'eval')} in evaluation. "
+        f"In training mode, accuracy was {mean('blind', 'shuffled', 'train')} with shuffled groups, "
         f"{mean('blind', 'synchronized', 'train')} with the statistics of four groups together, and "
         f"{mean('blind', 'channels', 'train')} with GroupNorm. "
-        f"Where an image alone could give 75 %, evaluation gave {mean('cued', 'group', 'eval')} with each group's own "
-        f"statistics, {mean('cued', 'shuffled', 'eval')} where groups were shuffled, "
-        f"{mean('cued', 'synchronized', 'eval')} with four groups together, and "
+        f"On the cued task, where an image alone allows 75 %, accuracy in evaluation was "
+        f"{mean('cued', 'group', 'eval')} with each group's own statistics, {mean('cued', 'shuffled', 'eval')} with "
+        f"shuffled groups, {mean('cued', 'synchronized', 'eval')} with four groups together, and "
         f"{mean('cued', 'channels', 'eval')} with GroupNorm."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Accuracy of each arm in both modes, for both tasks."""
+    """Draw the accuracy of each arm in both modes, for both tasks."""
     figure = Figure(figsize=(11, 5.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    titles = {"blind": "An image alone says nothing", "cued": "An image alone says something"}
+    titles = {"blind": "Blind: an image alone contains no information", "cued": "Cued: an image alone contains some"}
     for panel, (task, title) in zip(panels, titles.items(), strict=True):
-        panel.axhline(ALONE[task], color="#777777", linestyle="--", linewidth=1, label="at best, from one image alone")
+        panel.axhline(
+            ALONE[task], color="#777777", linestyle="--", linewidth=1, label="best possible from one image alone"
+        )
         for place, arm in enumerate(ARMS):
             values = {mode: by_seed(records, mode, task=task, arm=arm) for mode in MODES}
             ends = [fmean(seeds) for seeds in values.values()]
@@ -235,30 +237,26 @@ def draw(records: Sequence[Record]) -> Figure:
         panel.set_xticks(range(len(ARMS)), ARMS.values())
         panel.set_xlabel("whose statistics normalize an image")
         panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("right answers to “is it the odd one out?” (%)")
+    panels[0].set_ylabel("correct answers to “is it the odd one out?” (%)")
     panels[0].set_ylim(40, 101)
     panels[1].legend(frameon=False, loc="upper right")
     figure.suptitle("Does the network read the answer from the batch? (a point for each seed)")
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="leakage",
         title="Leakage through the batch",
-        statement="Batch statistics tell a sample about the others of its batch; where that gives the answer away, the "
-        "network reads it there, and fails in evaluation.",
+        statement="Batch statistics tell a sample about the others in its batch; if that reveals the label, "
+        "the network relies on it, and fails in evaluation.",
         source="[He, Fan, Wu, Xie & Girshick 2020](https://arxiv.org/abs/1911.05722), "
         "[Wu & Johnson 2021](https://arxiv.org/abs/2105.07576)",
-        setting="In groups of 32 images of MNIST, 16 show one digit and 16 others: which are odd? Perceptron with "
+        setting="In groups of 32 images of MNIST, 16 show one digit and 16 show others: which are odd? Perceptron with "
         "hidden layers of 256, 128 and 128 units, each normalized, ReLU; 1,000 steps of four groups, SGD with momentum "
         "0.9 and a rate from 0.1 to 0; tested on 320 groups of test images; 5 seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
 )
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Faster and higher: steps to a given accuracy with and without batch normalization, over a range of learning rates.
 
-Claim: a network with batch normalization takes much higher learning rates and needs far fewer steps (Ioffe & Szegedy
-2015, section 4.2.2: the same accuracy in less than half the steps at the same rate, and in 14 times fewer at 5 times
-the rate, where the network without it no longer trains).
+Claim: a network with batch normalization tolerates much higher learning rates and needs far fewer steps (Ioffe &
+Szegedy 2015, section 4.2.2: the same accuracy in less than half the steps at the same rate, and in 14 times fewer at 5
+times the rate, where the network without it no longer trains).
 
-Trial: a network of five convolutions is trained on MNIST by plain stochastic gradient descent at a constant rate until
-it classifies 95 % of 1,000 test images, at each rate of a grid whose neighbours differ by a factor of two and whose
-ends are beyond what either network can use.
+Test: a network of five convolutions trains on MNIST by plain stochastic gradient descent at a constant rate until it
+classifies 95 % of 1,000 test images correctly. The rates form a grid with a factor of two between neighbours. Its ends
+are beyond the rates that either network can use.
 
-Fair, because both have the same weights at the start (He's initialization, with which a network of this depth trains
-well without normalization too), see the same batches in the same order, and choose from the same rates. A trial with a
-seed that is not among these found the accuracy and the number of steps at which both get there.
+Fair, because both networks have the same initial weights (He's initialization, with which a network of this depth also
+trains well without normalization), see the same batches in the same order, and choose from the same rates. A pilot run
+with another seed fixed an accuracy and a number of steps that both networks can reach.
 
-Seen: at its best rate each, the network without needs at least twice the steps; and, as an effect of its own, the
-largest rate that still trains grows by the paper's factor of five.
+Seen: at its own best rate, the network without batch normalization needs at least twice the steps. As a separate
+effect, the largest rate that still trains grows by the paper's factor of five.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from batchnorm.compare.inputs.sampling import IID
 from batchnorm.nn import BatchNorm2d
 
 RATES = tuple(0.02 * 2**power for power in range(11))
-STEPS = 600  # that each network has to reach the accuracy
-EVERY = 5  # steps from one look at the test images to the next
+STEPS = 600  # limit for reaching the accuracy
+EVERY = 5  # steps from one test to the next
 TEST = 1000
 BATCH = 64
-# Name and colour (of Okabe and Ito's, which the colour-blind can tell apart).
+# Name and colour (from Okabe and Ito's palette, which colour-blind people can distinguish).
 ARMS = {"none": ("without batch normalization", "#D55E00"), "batch": ("with batch normalization", "#0072B2")}
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Every network at every rate."""
+    """Yield every network at every rate."""
     target, steps, rates = (0.3, 20, RATES[2:5]) if size.quick else (0.95, STEPS, RATES)
     for seed in range(size.seeds):
         for rate in rates:
@@ -51,7 +51,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def build(norm: str, num_classes: int, seed: int) -> nn.Sequential:
-    """Five convolutions and a linear layer.
+    """Return five convolutions and a linear layer.
 
     Args:
         norm: `batch`, or `none`.
@@ -76,7 +76,7 @@ def build(norm: str, num_classes: int, seed: int) -> nn.Sequential:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one until it is accurate enough, diverges, or has had its steps."""
+    """Train one network until it is accurate enough, diverges, or reaches the limit of steps."""
     (images,) = data.values()
     model = build(cell["norm"], images.num_classes, cell["seed"])
     optimizer = torch.optim.SGD(model.parameters(), lr=cell["rate"])
@@ -100,7 +100,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def reached(records: Sequence[Record], norm: str) -> dict[float, list[int | None]]:
-    """By rate, after how many steps the network of each seed was accurate enough; None where it never was."""
+    """Return, by rate, the steps that each seed needed to reach the accuracy; None if it never did."""
     found: dict[float, list[int | None]] = {}
     for record in sorted(records, key=lambda record: (record["rate"], record["seed"])):
         if record["norm"] == norm:
@@ -109,51 +109,50 @@ def reached(records: Sequence[Record], norm: str) -> dict[float, list[int | None
 
 
 def best_rate(records: Sequence[Record], norm: str) -> float:
-    """The rate at which all seeds get there, and after the fewest steps."""
+    """Return the rate with the fewest steps, among the rates at which all seeds reach the accuracy."""
     complete = {rate: steps for rate, steps in reached(records, norm).items() if None not in steps}
     if not complete:
-        raise ValueError(f"at no rate did every network with norm {norm!r} get there; give more steps")
+        raise ValueError(f"every network with norm {norm!r} must reach the accuracy at some rate; allow more steps")
     return min(complete, key=lambda rate: statistics.geometric_mean(complete[rate]))
 
 
 def largest(records: Sequence[Record], norm: str) -> list[float]:
-    """For each seed, the largest rate at which it gets there."""
+    """Return, for each seed, the largest rate at which it reaches the accuracy."""
     table = reached(records, norm)
     seeds = range(len(next(iter(table.values()))))
     return [max(rate for rate, steps in table.items() if steps[seed] is not None) for seed in seeds]
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """Faster, higher, and faster without a higher rate."""
+    """Return the ratios of steps and of largest rates."""
     plain, normalized = reached(records, "none"), reached(records, "batch")
     own, slow = best_rate(records, "batch"), best_rate(records, "none")
     limit = records[0]["steps"]
-    # Where the network with it never got there, it gets the steps that it had.
-    same = [(before, after or limit) for before, after in zip(plain[slow], normalized[slow], strict=True)]
+    same = [steps or limit for steps in normalized[slow]]  # the limit, where it never reached the accuracy
     return [
-        Effect.over(
-            "Steps without batch normalization over steps with it, each at its best rate",
-            [before / after for before, after in zip(plain[slow], normalized[own], strict=True)],
-            unit="×",
+        Effect.ratio(
+            "Steps without over steps with batch normalization, each at its best rate",
+            plain[slow],
+            normalized[own],
             worth=2,
         ),
-        Effect.over(
-            "Largest rate that still trains, with over without",
-            [high / low for high, low in zip(largest(records, "batch"), largest(records, "none"), strict=True)],
-            unit="×",
+        Effect.ratio(
+            "Largest rate that still trains, with over without batch normalization",
+            largest(records, "batch"),
+            largest(records, "none"),
             worth=5,
         ),
-        Effect.over(
-            "Steps without over steps with it, both at the best rate of the network without",
-            [before / after for before, after in same],
-            unit="×",
+        Effect.ratio(
+            "Steps without over steps with batch normalization, both at the best rate of the network without it",
+            plain[slow],
+            same,
             worth=2,
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """In words."""
+    """Return the results in sentences."""
     target, limit = records[0]["target"], records[0]["steps"]
     parts = []
     for norm, (name, _) in ARMS.items():
@@ -162,20 +161,20 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
         high = largest(records, norm)
         ends = f"{min(high):g}" if min(high) == max(high) else f"{min(high):g} to {max(high):g}, depending on the seed"
         parts.append(
-            f"The network {name} was quickest at the rate {rate:g}, where it classified {100 * target:.0f} % of the "
-            f"test images after {steps:.0f} steps; the largest rate at which it got there within {limit} steps was "
+            f"The network {name} was fastest at rate {rate:g}: it classified {100 * target:.0f} % of the test images "
+            f"correctly after {steps:.0f} steps. The largest rate at which it reached this within {limit} steps was "
             f"{ends}."
         )
     faster, higher, same = effects
     return (
-        " ".join(parts) + f" Each at its best rate, that is {faster.figures} as many steps without as with; the "
-        f"largest rate with it is {higher.figures} the largest without. Where both train at the best rate of the "
-        f"network without, it needs {same.figures} as many steps as the network with."
+        " ".join(parts) + f" Each at its best rate, the network without batch normalization needed {faster.figures} as "
+        f"many steps as the network with it. The largest rate with it was {higher.figures} the largest rate without. "
+        f"With both at the best rate of the network without it, that network needed {same.figures} as many steps."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Steps against rate; what did not get there stands above the line at the top."""
+    """Draw the steps against the rate; networks that never reached the accuracy are above the line at the top."""
     figure = Figure(figsize=(8.5, 5.8), layout="constrained")
     panel = figure.subplots()
     limit = records[0]["steps"]
@@ -202,7 +201,7 @@ def draw(records: Sequence[Record]) -> Figure:
     panel.set(
         title="Does batch normalization allow higher learning rates, and does training then take fewer steps?",
         xlabel="learning rate (plain stochastic gradient descent, constant)",
-        ylabel=f"steps of {BATCH} images until {100 * target:.0f} % of the test images are right",
+        ylabel=f"steps of {BATCH} images until {100 * target:.0f} % of the test images are correct",
     )
     panel.title.set_fontsize(11)
     panel.grid(alpha=0.3)
@@ -210,22 +209,18 @@ def draw(records: Sequence[Record]) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="learning_rate",
         title="Faster, and at higher rates",
-        statement="With batch normalization a network can be trained at much higher learning rates, and is as accurate "
-        "after a fraction of the steps.",
+        statement="With batch normalization, a network trains at much higher learning rates, and reaches the same "
+        "accuracy in a fraction of the steps.",
         source="[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167), section 4.2",
         setting="Five convolutions with He's initialization, trained on MNIST by plain gradient descent in batches of "
-        f"{BATCH} until 95 % of {TEST:,} test images are right, at most {STEPS} steps; {len(RATES)} rates from "
+        f"{BATCH} until 95 % of {TEST:,} test images are correct, at most {STEPS} steps; {len(RATES)} rates from "
         f"{RATES[0]:g} to {RATES[-1]:g}, five seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several experiments share: a small network for images, and the plain way to train and test one."""
+"""The parts that several experiments share: a small network for images, and plain training and testing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from batchnorm.compare.inputs.sampling import IID
 
 
 def small_cnn(norm: Callable[[int], nn.Module], data: Data, *, bias: bool = False) -> nn.Module:
-    """Three convolutions of 8, 16 and 32 channels, each normalized and followed by ReLU, and a linear layer.
+    """Return three convolutions of 8, 16 and 32 channels, each normalized and followed by ReLU, and a linear layer.
 
     Args:
         norm: `norm(channels)` returns a normalization layer.
-        data: Whose images of 28×28 it takes, and whose classes it tells apart.
-        bias: Whether the convolutions have one; β does its work where there is one.
+        data: The data, whose images are 28×28.
+        bias: Whether the convolutions have a bias; β makes it redundant.
     """
 
     def convolution(before: int, after: int, stride: int) -> list[nn.Module]:
@@ -40,12 +40,12 @@ def small_cnn(norm: Callable[[int], nn.Module], data: Data, *, bias: bool = Fals
 def initialized_alike(
     build: Callable[[Norm, tuple[int, ...], int], nn.Module], norm: str, data: Data, seed: int
 ) -> nn.Module:
-    """Return a network of `batchnorm.compare.networks` whose initial weights do not depend on its normalization.
+    """Return a network of `batchnorm.compare` whose initial weights do not depend on its normalization.
 
     Args:
-        build: As in the comparison.
-        norm: As in the comparison; what it shares with `none` has that network's initial values.
-        data: Whose images it takes, and whose classes it tells apart.
+        build: Builds the network, as in the comparison.
+        norm: The norm, as in the comparison; parameters that the network with `none` has, too, get its values.
+        data: The data.
         seed: Decides the initial values.
     """
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def initialized_alike(
 
 
 def half_size(data: Data) -> Data:
-    """The same images with the mean of 2×2 pixels in the place of each four."""
+    """Return the images at half their size, by averaging 2×2 pixels."""
     return replace(data, x_train=F.avg_pool2d(data.x_train, 2), x_test=F.avg_pool2d(data.x_test, 2))
 
 
@@ -69,7 +69,7 @@ def train(
     batches: Iterable[Tensor],
     after: Callable[[int], None] = lambda step: None,
 ) -> int | None:
-    """Train with cross-entropy, a step for each batch, until a loss is not finite.
+    """Train with cross-entropy, one step per batch, until a loss is not finite.
 
     Args:
         network: Trained in place, in training mode.
@@ -77,7 +77,7 @@ def train(
         x: Inputs.
         y: Their labels.
         batches: Indices of the samples of each batch.
-        after: Called with the number of steps taken, after each.
+        after: Called after each step with the number of steps taken.
 
     Returns:
         The step whose loss was not finite; None if there was none.
@@ -97,19 +97,19 @@ def train(
 def train_to_rest(
     network: nn.Module, x: Tensor, y: Tensor, *, rate: float, batch_size: int, steps: int, seed: int
 ) -> int | None:
-    """Train by SGD with momentum 0.9, at a learning rate that falls from `rate` to zero in a straight line.
+    """Train by SGD with momentum 0.9, at a learning rate that decays linearly from `rate` to zero.
 
     Args:
-        network: Trained in place, in training mode: those of its parameters that require gradients.
+        network: Trained in place, in training mode; parameters that do not require gradients stay as they are.
         x: Inputs.
         y: Their labels.
         rate: Learning rate of the first step.
-        batch_size: Samples in a batch; every sample is in one before one is in another again.
-        steps: How many batches.
+        batch_size: Samples in a batch.
+        steps: Number of batches.
         seed: Decides their order.
 
     Returns:
-        As `train`.
+        The result of `train`.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, rate, momentum=0.9)
@@ -120,7 +120,7 @@ def train_to_rest(
 
 @torch.no_grad()
 def test(network: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return accuracy (0 to 1) and mean cross-entropy in evaluation mode; the network's mode stays as it was."""
+    """Return accuracy (0 to 1) and mean cross-entropy in evaluation mode; the network's mode is restored."""
     training = network.training
     network.eval()
     scores = torch.cat([network(part) for part in x.split(1000)])

@@ -1,26 +1,27 @@
-"""Noise that regularizes: what a batch's statistics do to one sample, and whether that helps where batches are large.
+"""Noise that regularizes: the noise of batch statistics in one sample, and whether it helps large batches.
 
     python experiments/noise.py --data-dir FOLDER
 
-The claim is Hoffer, Hubara & Soudry's (2017): large batches generalize worse than small ones, and part of what they
-lack is the noise that small batches put into the normalization; statistics of parts of the batch ("ghost batches")
-bring it back. It has two halves, tried one after the other.
+The claim (Hoffer, Hubara & Soudry 2017): large batches generalize worse than small ones, in part because they lack the
+noise that small batches add to the normalization. Statistics of parts of the batch ("ghost batches") restore this
+noise. The claim has two parts, tested one after the other.
 
-**How much noise.** A layer at its initial values is given MNIST. A sample stays while the others of its batch are
-drawn anew 400 times; the deviation of its normalized activation is the noise. For m independent Gaussian values
-theory says √((1 + x̂²/2)/m), which is √(1.5/m) over samples with mean x̂² = 1. A batch drawn without replacement from
-N_data images has √(1 − m/N_data) of that. In a convolution m counts pixels, and neighbours are alike: there N images
-weigh less than N·H·W independent values. Seen: the noise falls fourfold from 16 to 256 samples.
+**The amount of noise.** A layer at its initial values receives MNIST. One sample stays while the rest of its batch is
+drawn anew 400 times; the noise is the standard deviation of the sample's normalized activation. For m independent
+Gaussian values, theory predicts √((1 + x̂²/2)/m), which is √(1.5/m) over samples with mean x̂² = 1. A batch drawn
+without replacement from N_data images has √(1 − m/N_data) of that. In a convolution, m counts pixels, and neighbouring
+pixels are similar, so N images carry less weight than N·H·W independent values. Seen: the noise falls fourfold from 16
+to 256 samples.
 
-**What it is good for.** A perceptron (two hidden layers of 128 units, He's initial values) trains on 4,096 images for
-30 epochs with SGD and momentum 0.9: in batches of 32, 128 and 1,024, with and without batch normalization, and at
-1,024 with ghost batches of 16, 32 and 128. Arms of one seed share initial values, and those of one batch size their
-batches. Each arm has the best of the same five learning rates, which grow with the root of the batch size as in the
-paper, chosen by its mean accuracy on 5,000 other images of the training set; what is reported are the 10,000 test
-images. (0.3 joined the rates when the first run had chosen the largest, 0.1, for most arms.) A smaller batch changes
-the noise of the gradient besides that of the statistics; ghost batches change only the latter, and the network
-without normalization has only the former. Hence these decide: with the whole batch of 1,024 there must be at least a
-tenth more errors than with ghost batches of 32.
+**Its benefit.** A perceptron (two hidden layers of 128 units, He's initial values) trains on 4,096 images for 30 epochs
+by SGD with momentum 0.9: in batches of 32, 128 and 1,024, with and without batch normalization, and at 1,024 with ghost
+batches of 16, 32 and 128. All arms of a seed share their initial values, and arms with the same batch size share their
+batches. Each arm uses the best of the same five learning rates, which grow with the square root of the batch size as in
+the paper. The best rate is chosen by mean accuracy on 5,000 other images of the training set; the results are for the
+10,000 test images. (The rate 0.3 was added after the first run had chosen the largest rate, 0.1, for most arms.) A
+smaller batch changes the noise of the gradient as well as that of the statistics. Ghost batches change only the noise
+of the statistics, and the network without normalization has only the noise of the gradient. Ghost batches are therefore
+decisive: the whole batch of 1,024 must give at least a tenth more errors than ghost batches of 32.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ from batchnorm import BatchNorm1d, GhostBatchNorm1d
 from batchnorm.compare import Data
 from batchnorm.compare.inputs.sampling import IID
 
-# How much noise.
+# The amount of noise.
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 WATCHED = 16  # samples whose activations are watched
 POPULATION = 2048  # images that batches are drawn from
 DRAWS = 400
-APART = 37  # of an image's pixels in a row, from one that is watched to the next
+PIXEL_STEP = 37  # every 37th pixel of an image is watched
 WAYS = ("linear", "without replacement", "convolution")
-# What it is good for.
+# Its benefit.
 IMAGES = 4096
 HELD_OUT = 5000
 BATCHES = (32, 128, 1024)
 LARGE = BATCHES[-1]
 GHOSTS = (16, 32, 128)
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)  # at a batch of 32
-GHOST = 32  # the one that decides
-# The colours of Okabe and Ito, which the colour-blind can tell apart.
+GHOST = 32  # the decisive size
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = {"batch": "#0072B2", "none": "#777777", "ghost": "#D55E00"}
 NAMES = {
     "batch": "BatchNorm, batches of 32 to 1,024",
@@ -68,7 +69,7 @@ MARKERS = {"batch": "o", "none": "x", "ghost": "v"}
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """The noise at each seed, and each arm at each rate; `group` is how many samples are normalized together."""
+    """Yield the noise for each seed, and each arm at each rate; `group` samples are normalized together."""
     arms = [(kind, batch, batch) for batch in BATCHES for kind in ("batch", "none")]
     arms += [("ghost", LARGE, ghost) for ghost in GHOSTS]
     epochs = 1 if size.quick else 100 if size.full else 30
@@ -80,27 +81,27 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Measure the noise, or trains one network."""
+    """Measure the noise, or train one network."""
     (images,) = data.values()
     return _noise(images, cell["seed"]) if cell["kind"] == "noise" else _train(cell, images)
 
 
-# ---- how much noise
+# ---- the amount of noise
 
 
 def noise(values: Tensor, size: int, *, watched: int, draws: int, replace: bool, generator: torch.Generator) -> Tensor:
-    """Return the deviation of samples' normalized values over the draws of the rest of their batch.
+    """Return the deviation of samples' normalized values over random draws of the rest of their batch.
 
     Args:
-        values: float64 `[samples, channels, pixels]`, given to the normalization.
-        size: Samples in a batch, the watched one among them.
-        watched: How many samples are watched, the first ones; the rest of the batch is drawn from the others.
-        draws: How often.
+        values: float64 `[samples, channels, pixels]`, the input of the normalization.
+        size: Samples in a batch, including the watched one.
+        watched: Number of watched samples, the first ones; the rest of a batch is drawn from the others.
+        draws: Number of draws.
         replace: Whether a sample can be drawn twice for one batch.
-        generator: Draws them.
+        generator: The random generator.
 
     Returns:
-        `[watched, channels, pixels]`, of every `APART`th pixel.
+        `[watched, channels, pixels]`, of every `PIXEL_STEP`th pixel.
     """
     first, second = values.mean(2), values.square().mean(2)
     others = len(values) - watched
@@ -113,7 +114,7 @@ def noise(values: Tensor, size: int, *, watched: int, draws: int, replace: bool,
     for sample in range(watched):
         mu, square = ((total + part[sample]) / size for total, part in zip(rest, (first, second), strict=True))
         sigma = (square - mu.square()).sqrt()
-        found.append(((values[sample, :, ::APART] - mu[:, :, None]) / sigma[:, :, None]).std(0))
+        found.append(((values[sample, :, ::PIXEL_STEP] - mu[:, :, None]) / sigma[:, :, None]).std(0))
     return torch.stack(found)
 
 
@@ -134,19 +135,19 @@ def _noise(data: Data, seed: int) -> Record:
         ]
         found[way] = [deviations.square().mean().sqrt().item() for deviations in each]
         sigma, mu = torch.std_mean(values, (0, 2), keepdim=True)
-        normal = (values[:WATCHED, :, ::APART] - mu) / sigma
+        normal = (values[:WATCHED, :, ::PIXEL_STEP] - mu) / sigma
         found[f"{way}, x̂²"] = normal.square().mean().item()
     return found
 
 
 def theory(record: Record, way: str, size: int) -> float:
-    """Return the deviation for independent Gaussian values."""
+    """Return the theoretical deviation for independent Gaussian values."""
     values = size * (record["pixels"] if way == "convolution" else 1)
     left = 1 - size / POPULATION if way == "without replacement" else 1.0
     return ((1 + record[f"{way}, x̂²"] / 2) / values * left) ** 0.5
 
 
-# ---- what it is good for
+# ---- its benefit
 
 
 def _train(cell: Cell, data: Data) -> Record:
@@ -188,15 +189,15 @@ def errors(records: Sequence[Record], kind: str, batch: int, group: int) -> list
 
 
 def gaps(records: Sequence[Record], kind: str, batch: int, group: int) -> list[float]:
-    """Return how much more accurate an arm is on the training images than on the test images, in points, by seed."""
+    """Return an arm's training accuracy minus its test accuracy in points, by seed."""
     return [record["train"] - record["test"] for record in best(records, kind, batch, group)]
 
 
-# ---- what they say
+# ---- the results
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """The errors that ghost batches save, the gap, and the noise itself."""
+    """Return the ratio of errors, the differences of the gap, and the ratios of noise."""
     whole, ghost = errors(records, "batch", LARGE, LARGE), errors(records, "ghost", LARGE, GHOST)
     small = BATCHES[0]
     widening = {
@@ -209,41 +210,38 @@ def effects(records: Sequence[Record]) -> list[Effect]:
     noises = [record for record in records if record["kind"] == "noise"]
     at = SIZES.index
     return [
-        Effect.over(
-            f"Test errors of a batch of {LARGE:,} normalized whole over those with ghost batches of {GHOST}",
-            [a / b for a, b in zip(whole, ghost, strict=True)],
-            unit="×",
+        Effect.ratio(
+            f"Test errors of a batch of {LARGE:,} normalized as a whole over those with ghost batches of {GHOST}",
+            whole,
+            ghost,
             worth=1.1,
         ),
         Effect.over(
-            f"Generalization gap at {LARGE:,} samples above that at {small}, with batch normalization",
+            f"Generalization gap at {LARGE:,} samples minus the gap at {small}, with batch normalization",
             widening["batch"],
             unit="points",
             worth=0.5,
         ),
-        Effect.over(
-            "The same, less what it is without normalization",
-            [a - b for a, b in zip(widening["batch"], widening["none"], strict=True)],
-            unit="points",
-            worth=0.5,
+        Effect.difference(
+            "The same, minus this difference without normalization", widening["batch"], widening["none"], worth=0.5
         ),
-        Effect.over(
-            "Noise at 16 samples over that at 256 in a linear layer (theory: 4)",
-            [record["linear"][at(16)] / record["linear"][at(256)] for record in noises],
-            unit="×",
+        Effect.ratio(
+            "Noise at 16 samples over noise at 256 in a linear layer (theory: 4)",
+            (record["linear"][at(16)] for record in noises),
+            (record["linear"][at(256)] for record in noises),
             worth=3.5,
         ),
-        Effect.over(
+        Effect.ratio(
             "Noise in a convolution over that of as many independent values, 256 images",
-            [record["convolution"][at(256)] / theory(record, "convolution", 256) for record in noises],
-            unit="×",
+            (record["convolution"][at(256)] for record in noises),
+            (theory(record, "convolution", 256) for record in noises),
             worth=2,
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
     noises = [record for record in records if record["kind"] == "noise"]
     at = SIZES.index
 
@@ -259,32 +257,32 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     plain = (arm("none", LARGE, LARGE), arm("none", GHOST, GHOST))
 
     return (
-        f"In a linear layer one sample's activation deviates by {mean(r['linear'][at(16)] for r in noises):.2f} in "
+        f"In a linear layer, one sample's activation deviates by {mean(r['linear'][at(16)] for r in noises):.2f} in "
         f"batches of 16 and {mean(r['linear'][at(256)] for r in noises):.3f} in batches of 256, "
-        f"{ratio('linear', 16):.2f} and {ratio('linear', 256):.2f} times what √((1 + x̂²/2)/m) says; drawn without "
-        f"replacement, half of all images leave {without:.2f} of it (theory: {0.5**0.5:.2f}). In a convolution it is "
-        f"{convolution:.1f} times that of as many independent values: an image's {noises[0]['pixels']} pixels weigh "
-        f"like {noises[0]['pixels'] / convolution**2:.0f}. Of the test images {arm('batch', LARGE, LARGE)} are wrong "
-        f"after training in batches of {LARGE:,} normalized whole, {arm('ghost', LARGE, GHOST)} with ghost batches of "
-        f"{GHOST}, and {arm('batch', GHOST, GHOST)} with batches of {GHOST}; without normalization "
-        f"{plain[0]} with {LARGE:,} and {plain[1]} with {GHOST}. From {BATCHES[0]} to {LARGE:,} samples the gap "
-        f"between training and test changes by {effects[1].figures} with batch normalization; that change less the one "
-        f"without normalization is {effects[2].figures}."
+        f"{ratio('linear', 16):.2f} and {ratio('linear', 256):.2f} times the prediction √((1 + x̂²/2)/m). If a batch is "
+        f"half of all images, drawn without replacement, {without:.2f} of the noise remains (theory: {0.5**0.5:.2f}). "
+        f"In a convolution, the noise is {convolution:.1f} times that of as many independent values: an image's "
+        f"{noises[0]['pixels']} pixels have the weight of {noises[0]['pixels'] / convolution**2:.0f}. Test errors are "
+        f"{arm('batch', LARGE, LARGE)} after training in batches of {LARGE:,} normalized as a whole, "
+        f"{arm('ghost', LARGE, GHOST)} with ghost batches of {GHOST}, and {arm('batch', GHOST, GHOST)} with batches of "
+        f"{GHOST}; without normalization, {plain[0]} with {LARGE:,} and {plain[1]} with {GHOST}. From {BATCHES[0]} to "
+        f"{LARGE:,} samples, the gap between training and test accuracy changes by {effects[1].figures} with batch "
+        f"normalization; this change minus the change without normalization is {effects[2].figures}."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Noise against batch size, and generalization gap against the number of samples normalized together."""
+    """Draw noise against batch size, and generalization gap against the number of samples normalized together."""
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_noise(left, [record for record in records if record["kind"] == "noise"])
     for place, kind in enumerate(NAMES):
         arms = [(kind, size, size) for size in BATCHES]
-        if kind == "ghost":  # one ghost batch of all is the whole batch
+        if kind == "ghost":  # one ghost batch of all samples is the whole batch
             arms = [*((kind, LARGE, size) for size in GHOSTS), ("batch", LARGE, LARGE)]
         rows = {group: gaps(records, *where, group) for *where, group in arms}
         right.errorbar(
-            [group * 1.04 ** (place - 1) for group in rows],  # side by side, so that none hides another
+            [group * 1.04 ** (place - 1) for group in rows],  # side by side, so that all are visible
             [mean(row) for row in rows.values()],
             [stdev(row) for row in rows.values()],
             label=NAMES[kind],
@@ -298,9 +296,9 @@ def draw(records: Sequence[Record]) -> Figure:
     right.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     right.grid(alpha=0.3)
     right.set(
-        title="Do noisier statistics do better on unseen images?",
+        title="Do noisier statistics generalize better?",
         xlabel="samples normalized together (without normalization: samples in the batch)",
-        ylabel="generalization gap: errors on test less on training images (points)",
+        ylabel="generalization gap: test minus training errors (points)",
     )
     right.legend(loc="upper left", frameon=False)
     return figure
@@ -314,7 +312,7 @@ def _draw_noise(panel: Axes, noises: Sequence[Record]) -> None:
             "v",
             f"the same, batches drawn without\nreplacement from {POPULATION:,} images",
         ),
-        "convolution": ("#CC79A7", "s", f"convolution, {noises[0]['pixels']} pixels an image"),
+        "convolution": ("#CC79A7", "s", f"convolution, {noises[0]['pixels']} pixels per image"),
     }
     for way, (colour, marker, label) in shown.items():
         rows = [[record[way][place] for record in noises] for place in range(len(SIZES))]
@@ -338,7 +336,7 @@ def _draw_noise(panel: Axes, noises: Sequence[Record]) -> None:
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.set(
-        title="How much does one sample's activation jitter?",
+        title="How noisy is one sample's activation?",
         xlabel="batch size (samples)",
         ylabel="deviation of the normalized activation (in σ)",
     )
@@ -346,25 +344,20 @@ def _draw_noise(panel: Axes, noises: Sequence[Record]) -> None:
     panel.legend(loc="lower left", frameon=False, fontsize=9)
 
 
-EXPERIMENT = Experiment(
-    claim=Claim(
+EXPERIMENT = Experiment.of(
+    Claim(
         name="noise",
         title="Noise that regularizes",
-        statement="Large batches generalize worse, and normalizing them in parts brings back the noise that they lack.",
+        statement="Large batches generalize worse, and normalizing them in parts restores the noise that they lack.",
         source="[Hoffer, Hubara & Soudry 2017](https://arxiv.org/abs/1705.08741)",
         setting=(
-            f"The jitter of one sample's activation over {DRAWS} batches, in layers at their initial values; and a "
+            f"The noise of one sample's activation over {DRAWS} batches, in layers at their initial values; and a "
             f"perceptron (2 × 128 units) on {IMAGES:,} images of MNIST, 30 epochs, batches of {BATCHES[0]} to "
             f"{LARGE:,}, the best of five learning rates for each, five seeds."
         ),
     ),
-    cells=cells,
-    measure=measure,
-    effects=effects,
-    found=found,
-    draw=draw,
+    globals(),
 )
-
 
 if __name__ == "__main__":
     main(EXPERIMENT)

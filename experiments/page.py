@@ -1,10 +1,11 @@
-"""The documentation's page about all experiments, from their results.
+"""Write the documentation's page about all experiments from their results.
 
     python experiments/page.py
     python experiments/page.py --run --data-dir FOLDER --fashion-dir FOLDER
 
-The first writes `docs/experiments.md` from `experiments/results`. The second does what is missing there before, one
-experiment after another. FOLDER holds the four official files; without, they are downloaded once.
+The first command writes `docs/experiments.md` from `experiments/results`. The second first runs all trainings that have
+no results yet, one experiment after another. FOLDER holds the four official files; without it, they are downloaded
+once.
 """
 
 from __future__ import annotations
@@ -39,25 +40,27 @@ PAGE = ROOT / "docs" / "experiments.md"
 VERDICTS = ("seen", "not seen", "not decided here", "not run")
 DATA = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 INTRODUCTION = """\
-Twelve claims about batch normalization, most of them from papers, each tried with real data on small networks, which a
-CPU trains in minutes. What did not show is told as plainly as what did.
+Twelve claims about batch normalization, most of them from papers. Each was tested with real data on small networks,
+which a CPU trains in minutes. Negative results are reported as plainly as positive ones.
 
 {count}
 
-How to read it:
+How to read the results:
 
-- **Effect**: what was measured, with its {percent:.0f} % interval in brackets (Student's t over the seeds; of
-  logarithms where it is a ratio, ×). Above 0, or above 1×, is in the direction of the claim. Both sides of a comparison
-  start from the same values, where they have the same shapes, and see the same batches. The interval covers what a seed
-  changes: initial values, the order of the data, and mostly which part of them; not other networks and other data.
-- **Worth**: the smallest effect that would bear the claim out in practice, chosen before the measurements (where some
-  had been made, the experiment's file says so).
-- **Seen**: the effect is at least its worth, and its interval leaves out no effect at all. **Not seen**: the whole
-  interval is below the worth. **Not decided here**: neither. The verdict on a claim is that on the first of its
-  effects. "Not seen" speaks of the setting that stands beside it, not of what the authors measured in theirs.
+- **Effect**: the measurement, with its {percent:.0f} % interval in parentheses (Student's t over the seeds; on
+  logarithms for a ratio, ×). Values above 0, or above 1×, support the claim. Both sides of a comparison start from the
+  same initial values, where shapes agree, and see the same batches. The interval covers the variation by seed: initial
+  values, the order of the data, and usually the choice of the data. It does not cover other networks and other data
+  sets.
+- **Worth**: the smallest effect that would support the claim in practice, chosen before the measurements (the file of
+  the experiment says so if some measurements came first).
+- **Seen**: the effect is at least its worth, and its interval excludes zero effect. **Not seen**: the whole interval is
+  below the worth. **Not decided here**: neither. The verdict on a claim is the verdict on its first effect. "Not seen"
+  is about the setting given with it, not about the authors' own setting.
 
-Each experiment is one file, which says at its top why the comparison is fair. `make experiments` does all that has no
-results yet and writes this page; the command below each paragraph does one. `--full` takes longer and has more seeds.
+Each experiment is one file, which explains at its top why the comparison is fair. `make experiments` runs all trainings
+that have no results yet and writes this page; the command below each section runs one experiment. `--full` takes longer
+and has more seeds.
 """
 
 
@@ -67,13 +70,13 @@ def experiment(name: str) -> Experiment:
 
 
 def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Return what was found, by the name of the experiment, for those that were run."""
+    """Return the summaries of the experiments that were run, by name."""
     files = {name: folder / f"{name}.json" for name in NAMES}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def effects_of(result: dict[str, Any]) -> list[Effect]:
-    """Return the effects as `claim` makes them, which knows how to write and judge them."""
+    """Return the effects of a summary."""
     return [Effect(**{key: value for key, value in held.items() if key != "verdict"}) for held in result["effects"]]
 
 
@@ -81,16 +84,16 @@ def page(found: dict[str, dict[str, Any]], tables: dict[str, str]) -> str:
     """Return the page.
 
     Args:
-        found: What was found, as `claim.summary` has it, by the name of the experiment; others count as not run.
-        tables: More figures as Markdown, by the name of the experiment.
+        found: The results of `claim.summary` by the name of the experiment; others count as not run.
+        tables: More results as Markdown, by the name of the experiment.
     """
     counts = Counter(found[name]["verdict"] if name in found else "not run" for name in NAMES)
-    said = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
-    count = f"Of the {len(NAMES)}: {', '.join(said)}."
+    verdicts = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
+    count = f"Of the {len(NAMES)}: {', '.join(verdicts)}."
     sections = [_section(number, name, found.get(name), tables.get(name)) for number, name in enumerate(NAMES, 1)]
     return "\n".join(
         [
-            "<!-- Made by experiments/page.py: change that. -->\n\n# What batch normalization does, measured\n",
+            "<!-- Written by experiments/page.py; edit that file. -->\n\n# What batch normalization does, measured\n",
             INTRODUCTION.format(count=count, percent=100 * CONFIDENCE),
             "| | claim | verdict | effect |\n|---|---|---|---|",
             *(_row(number, name, found.get(name)) for number, name in enumerate(NAMES, 1)),
@@ -119,11 +122,11 @@ def _section(number: int, name: str, result: dict[str, Any] | None, table: str |
     else:
         effects = effects_of(result)
         parts += [
-            f"![{claim.title}: what the text below says in figures](images/experiments/{name}.png)",
+            f"![{claim.title}: the results below as a figure](images/experiments/{name}.png)",
             f"**{effects[0].verdict.capitalize()}.** {result['found']}",
             "| effect | measured | worth | verdict |\n|---|---|---|---|\n" + "\n".join(map(_effect_row, effects)),
             *(
-                [f'<details markdown="1"><summary>More figures</summary>\n\n{table.strip()}\n\n</details>']
+                [f'<details markdown="1"><summary>More results</summary>\n\n{table.strip()}\n\n</details>']
                 if table
                 else []
             ),
@@ -141,15 +144,15 @@ def _effect_row(effect: Effect) -> str:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
-    """Return the further figures of the experiments that have some."""
+    """Return the tables of the experiments that have one."""
     files = {name: folder / f"{name}.md" for name in NAMES}
     return {name: file.read_text() for name, file in files.items() if file.exists()}
 
 
 def run(folders: dict[str, Path | None], jobs: int) -> None:
-    """Run each experiment; what has been trained before is not trained again."""
+    """Run each experiment; trainings that have results are not repeated."""
     for name in NAMES:
-        # Those with several sources find them by name in the cache, as files of the same names cannot be in one folder.
+        # One folder cannot hold the files of several data sets, whose names are the same; the cache can.
         sources = experiment(name).data
         folder = folders.get(sources[0]) if len(sources) == 1 else None
         given = ["--data-dir", str(folder)] if folder else []
@@ -157,9 +160,9 @@ def run(folders: dict[str, Path | None], jobs: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page, after running the experiments if that is asked for."""
+    """Write the page; with `--run`, run the experiments first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="run what has no results yet, first")
+    parser.add_argument("--run", action="store_true", help="first run all trainings that have no results yet")
     parser.add_argument("--data-dir", type=Path, help="folder with the four files of MNIST")
     parser.add_argument("--fashion-dir", type=Path, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")

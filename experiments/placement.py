@@ -1,21 +1,22 @@
-"""Batch normalization before the activation or after it; and the bias that β makes redundant.
+"""Batch normalization before or after the activation, and the bias that β makes redundant.
 
     python experiments/placement.py --data-dir FOLDER
 
-The claims (Ioffe & Szegedy 2015, section 3.2): batch normalization belongs immediately before the nonlinearity, as
-Wu + b is more likely to have a symmetric, non-sparse distribution than the output of a nonlinearity; and the bias b can
-be left out there, as the subtraction of the mean cancels it and β does its work.
+The claims (Ioffe & Szegedy 2015, section 3.2): batch normalization belongs immediately before the nonlinearity, because
+Wu + b is more likely to have a symmetric, non-sparse distribution than the output of a nonlinearity. And the bias b can
+be left out there, because the subtraction of the mean cancels it and β replaces it.
 
-How it is tried: five convolutions with batch normalization before or after each activation, with ReLU and with the
-sigmoid. Each is trained at five learning rates, and judged at the one that gives the fewest errors on 5,000 images that
-are neither trained nor tested on. For the bias, both are trained with one in each convolution, at one rate, and the
-gradient of all biases is set against that of all β, step by step.
+Test: five convolutions with batch normalization before or after each activation, with ReLU and with the sigmoid. Each
+network trains at five learning rates, and is judged at the rate with the fewest errors on 5,000 images that are used
+neither for training nor for testing. For the bias, both networks train with a bias in each convolution, at one rate,
+and the gradient of all biases is compared with that of all β at each step.
 
-Why this is fair: both places have the same rates to choose from, as many parameters, the same initial values, and the
-same batches in the same order. The text names the rates that were chosen, so that an end of the grid shows.
+Fair, because both places choose from the same rates, and have the same number of parameters, the same initial values,
+and the same batches in the same order. The results name the chosen rates, which shows whether one is at an end of the
+grid.
 
-It counts as seen if there are at least a tenth more test errors with batch normalization after ReLU than before it. The
-bias is judged besides: it is redundant if its gradient is at least a thousand times smaller than that of β.
+Seen: at least a tenth more test errors with batch normalization after ReLU than before it. The bias is judged
+separately: it is redundant if its gradient is at least a thousand times smaller than that of β.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ PLACES = {"before": ("before the activation", "#0072B2", "o"), "after": ("after 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 RATE_WITH_BIAS = 0.1
-HELD_OUT = 5_000  # images at the end of the training set, on which the rate is chosen
+HELD_OUT = 5_000  # images at the end of the training set, which decide the best rate
 WIDTHS = (16, 16, 32, 32, 64)
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Each place and activation without biases at each rate, and ReLU with them at one."""
+    """Yield each place and activation without biases at each rate, and ReLU with biases at one rate."""
     images, steps = (1_000, 20) if size.quick else (50_000, 6_000) if size.full else (6_000, 400)
     for seed in range(size.seeds):
         shared = {"seed": seed, "images": images, "steps": steps}
@@ -55,9 +56,9 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def network(place: str, activation: str, *, bias: bool, seed: int) -> nn.Sequential:
-    """Five convolutions, each with an activation and a batch normalization, and a linear layer.
+    """Return five convolutions, each with an activation and a batch normalization, and a linear layer.
 
-    Weights have He's initial values, which do not depend on whether there are biases; biases begin with zero.
+    Weights have He's initial values, with or without biases; biases start at zero.
     """
     layers: list[nn.Module] = []
     before = 1
@@ -86,7 +87,7 @@ def bias_over_beta(model: nn.Module) -> float:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one network, and counts its errors on images held out and on test images."""
+    """Train one network, and return its errors on held-out images and on test images."""
     mnist, seed = data["mnist"], cell["seed"]
     chosen = torch.randperm(len(mnist.x_train) - HELD_OUT, generator=torch.Generator().manual_seed(seed))
     chosen = chosen[: cell["images"]]
@@ -109,7 +110,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
 
 
 def best_rate(records: Sequence[Record], place: str, activation: str) -> float:
-    """Return the rate with the fewest errors on the images held out, on average over the seeds."""
+    """Return the rate with the fewest errors on the held-out images, on average over the seeds."""
 
     def errors(rate: float) -> float:
         return fmean(by_seed(records, "held_out", place=place, activation=activation, bias=False, rate=rate))
@@ -124,23 +125,20 @@ def at_best(records: Sequence[Record], place: str, activation: str) -> list[floa
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """What the place costs with either activation, and how little the bias does."""
+    """Return the ratios of errors for both activations, and the ratio of gradients."""
     with_bias = [record for record in records if record["bias"]]
     return [
         *(
-            Effect.over(
-                f"Test errors with batch normalization after {name}, over those with it before",
-                [
-                    after / before
-                    for before, after in zip(*(at_best(records, place, activation) for place in PLACES), strict=True)
-                ],
-                unit="×",
+            Effect.ratio(
+                f"Test errors with batch normalization after {name} over errors with it before {name}",
+                at_best(records, "after", activation),
+                at_best(records, "before", activation),
                 worth=1.1,
             )
             for activation, name in (("relu", "ReLU"), ("sigmoid", "the sigmoid"))
         ),
         Effect.over(
-            "Gradient of β over that of the bias, where batch normalization follows the convolution at once",
+            "Gradient of β over gradient of the bias, with batch normalization right after the convolution",
             [1 / ratio for ratio in by_seed(with_bias, "bias_over_beta", place="before")],
             unit="×",
             worth=1_000,
@@ -149,7 +147,7 @@ def effects(records: Sequence[Record]) -> list[Effect]:
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
 
     def tuned(place: str, activation: str) -> str:
         rate = best_rate(records, place, activation)
@@ -164,16 +162,16 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
     return (
         f"With ReLU, each place at its best learning rate, batch normalization before the activation gave "
         f"{tuned('before', 'relu')}, and after it {tuned('after', 'relu')}. "
-        f"With the sigmoid it was {tuned('before', 'sigmoid')}, against {tuned('after', 'sigmoid')}. "
-        f"Where batch normalization follows the convolution at once, the gradient of β was {1 / ratios['before']:,.0f} "
+        f"With the sigmoid, it gave {tuned('before', 'sigmoid')}, before and {tuned('after', 'sigmoid')}, after it. "
+        f"With batch normalization right after the convolution, the gradient of β was {1 / ratios['before']:,.0f} "
         f"times that of the bias; with the activation between them, {1 / ratios['after']:.1f} times. "
-        f"At the rate {RATE_WITH_BIAS:g} the network with ReLU and biases that batch normalization follows at once "
-        f"gave {at_one_rate(True):.2f} % wrong labels, without these biases {at_one_rate(False):.2f} %."
+        f"At the rate {RATE_WITH_BIAS:g}, with ReLU and batch normalization right after the convolution, the network "
+        f"gave {at_one_rate(True):.2f} % wrong labels with biases and {at_one_rate(False):.2f} % without."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Errors against learning rate for either activation, and the gradient of the bias."""
+    """Draw the errors against the learning rate for both activations, and the gradient of the bias."""
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     *panels, right = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     for panel, (activation, name) in zip(panels, (("relu", "ReLU"), ("sigmoid", "sigmoid")), strict=True):
@@ -202,7 +200,7 @@ def draw(records: Sequence[Record]) -> Figure:
         panel.set_yticks(ticks, [str(tick) for tick in ticks])
         panel.set_ylim(1, 95)
         panel.minorticks_off()
-        panel.set(title=f"Which place errs less? ({name})", xlabel="learning rate at the first step")
+        panel.set(title=f"Which place gives fewer errors? ({name})", xlabel="learning rate at the first step")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("wrong labels on the test images (%)")
     for number, (place, (_, colour, marker)) in enumerate(PLACES.items()):
@@ -214,7 +212,7 @@ def draw(records: Sequence[Record]) -> Figure:
     right.set_xticks(range(len(PLACES)), [label.replace(" the", " the\n") for label, *_ in PLACES.values()])
     right.set_xlim(-0.5, len(PLACES) - 0.5)
     right.set(
-        title="Does a bias still have work? (ReLU)",
+        title="Is the bias redundant? (ReLU)",
         xlabel="place of batch normalization",
         ylabel="gradient of the convolutions' biases ÷ gradient of β",
     )
@@ -226,22 +224,18 @@ def draw(records: Sequence[Record]) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = Experiment.of(
     Claim(
         name="placement",
         title="Before or after the activation",
-        statement="Batch normalization belongs right before the activation; and there the bias before it can be left "
-        "out, as β does its work.",
+        statement="Batch normalization belongs right before the activation; the preceding layer can then omit its "
+        "bias, which β replaces.",
         source="[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167)",
         setting="Five 3×3 convolutions (16, 16, 32, 32 and 64 channels), mean over positions, one linear layer; 6,000 "
-        "images of MNIST, 400 batches of 64, SGD with momentum 0.9, the best of 5 learning rates for each, falling to "
+        "images of MNIST, 400 batches of 64, SGD with momentum 0.9, the best of 5 learning rates for each, decaying to "
         "0; all 10,000 test images; 5 seeds.",
     ),
-    cells,
-    measure,
-    effects,
-    found,
-    draw,
+    globals(),
 )
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Running averages against population statistics: what evaluation is given, and what it should be given.
+"""Running averages against population statistics: which statistics should evaluation use?
 
     python experiments/running_averages.py --data-dir FOLDER
 
-The claim is Wu & Johnson's (2021, section 3): the exponential moving average that training keeps is a poor estimate
-of the population's mean and variance. It lags behind the weights where it averages over many batches, it is noisy
-where it averages over few, and statistics computed anew for the weights as they are ("precise batch normalization",
-`batchnorm.recalibrate`) are more accurate and steadier in evaluation.
+The claim (Wu & Johnson 2021, section 3): the exponential moving average that training keeps is a poor estimate of the
+population's mean and variance. It lags behind the weights if it averages over many batches, and is noisy if it averages
+over few. Statistics recomputed for the current weights ("precise batch normalization", `batchnorm.recalibrate`) are
+more accurate and more stable in evaluation.
 
-Three normalized convolutions and a linear layer train on 12,800 images of MNIST once, with plain SGD at the rate 0.1
-for 32 samples and proportional to the batch size, in batches of 2, 8, 32 and 128. In training the running statistics
-decide nothing, so that one training serves every way to keep them: after each step the averages with momentum 0.01,
-0.1 (torch's default), 0.5 and 0.9 move by that step's statistics. (Momentum is torch's, the weight of the new batch.)
-They begin at mean 0 and variance 1, as in torch. At eight points of the training the same weights are tested on 5,000
-test images with each of these averages, and with population statistics from 5,000 training images in batches of 250,
-whose labels are not needed. Nothing else differs.
+Three normalized convolutions and a linear layer train on 12,800 images of MNIST once, in batches of 2, 8, 32 and 128,
+by plain SGD at a rate of 0.1 for 32 samples and proportional to the batch size. Running statistics do not affect
+training, so one training serves for all kinds of them: after each step, the averages with momentum 0.01, 0.1 (torch's
+default), 0.5 and 0.9 move by that step's statistics. (Momentum is torch's, the weight of the new batch.) They start at
+mean 0 and variance 1, as in torch. At eight points of training, the same weights are tested on 5,000 test images with
+each of these averages, and with population statistics from 5,000 training images in batches of 250, without their
+labels. Nothing else differs.
 
-The claim is seen where population statistics are half a point more accurate at the end of training. What decides is
-torch's default momentum at batches of 2; the other ends, and the steadiness in the second half of training, are
-reported beside it.
+Seen: population statistics are half a point more accurate at the end of training. The decisive effect is torch's
+default momentum at batches of 2; the results for other batch sizes and momenta, and the stability in the second half of
+training, are reported with it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MEASURED = 5000  # images that population statistics are taken from
 WORTH = 0.5
 POPULATION = "population"
 WAYS = (*map(str, MOMENTA), POPULATION)
-# The colours of Okabe and Ito, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = dict(zip(WAYS, ("#009E73", "#0072B2", "#E69F00", "#D55E00", "#000000"), strict=True))
 MARKERS = dict(zip(WAYS, ("v", "o", "s", "^", "D"), strict=True))
 
@@ -54,7 +54,7 @@ MARKERS = dict(zip(WAYS, ("v", "o", "s", "^", "D"), strict=True))
 class Averages:
     """Exponential moving averages of a network's batch statistics, with several momenta.
 
-    The layers' own momentum becomes 1, so that their buffers hold the last batch's mean and unbiased variance.
+    The layers' own momentum is set to 1, so that their buffers hold the last batch's mean and unbiased variance.
     """
 
     def __init__(self, network: nn.Module, momenta: Sequence[float]) -> None:
@@ -71,7 +71,7 @@ class Averages:
                 average.lerp_(value, momentum)
 
     def give(self, momentum: float) -> None:
-        """Give the network the average with this momentum, for evaluation; the next step of training replaces it."""
+        """Copy the average with this momentum to the network for evaluation; the next training step overwrites it."""
         for layer, mean_, var in zip(self._layers, self._kept[momentum][::2], self._kept[momentum][1::2], strict=True):
             layer.running_mean.copy_(mean_)
             layer.running_var.copy_(var)
@@ -81,7 +81,7 @@ class Averages:
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """A training for each batch size."""
+    """Yield a training for each batch size and seed."""
     images = 1_280 if size.quick else 4 * IMAGES if size.full else IMAGES
     for batch_size in (32, 128) if size.quick else SIZES:
         for seed in range(size.seeds):
@@ -89,7 +89,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
-    """Train one network, and tests it with each kind of statistics: accuracy in percent at each look."""
+    """Train one network, and return its accuracy in percent with each kind of statistics at each test."""
     (images,) = data.values()
     size, steps = cell["batch_size"], cell["images"] // cell["batch_size"]
     looks = [steps * (look + 1) // LOOKS for look in range(LOOKS)]
@@ -120,23 +120,22 @@ def at_end(records: Sequence[Record], way: str, batch_size: int) -> list[float]:
     return [record[way][-1] for record in sorted(found, key=lambda record: record["seed"])]
 
 
-def wobble(records: Sequence[Record], way: str, batch_size: int) -> list[float]:
-    """Return the root mean square of the change from look to look in the second half of training, by seed."""
+def fluctuation(records: Sequence[Record], way: str, batch_size: int) -> list[float]:
+    """Return the root mean square of the change between tests in the second half of training, by seed."""
     found = sorted((r for r in records if r["batch_size"] == batch_size), key=lambda record: record["seed"])
     second = [record[way][LOOKS // 2 - 1 :] for record in found]
     return [mean((b - a) ** 2 for a, b in pairwise(row)) ** 0.5 for row in second]
 
 
 def effects(records: Sequence[Record]) -> list[Effect]:
-    """How much more accurate, and steadier, population statistics are."""
+    """Return the differences in accuracy and stability between population statistics and running averages."""
     sizes = sorted({record["batch_size"] for record in records})
 
     def more(momentum: float, size: int) -> Effect:
-        pairs = zip(at_end(records, POPULATION, size), at_end(records, str(momentum), size), strict=True)
         what = f"Population statistics above the running average with momentum {momentum}, batches of {size}"
-        return Effect.over(what, [a - b for a, b in pairs], unit="points", worth=WORTH)
+        accuracies = (at_end(records, way, size) for way in (POPULATION, str(momentum)))
+        return Effect.difference(what, *accuracies, worth=WORTH)
 
-    steadier = zip(wobble(records, "0.1", sizes[-1]), wobble(records, POPULATION, sizes[-1]), strict=True)
     return [
         more(0.1, sizes[0]),
         *(more(0.1, size) for size in sizes[1:]),
@@ -144,17 +143,17 @@ def effects(records: Sequence[Record]) -> list[Effect]:
         more(0.9, sizes[-1]),
         more(0.01, sizes[0]),
         more(0.01, sizes[-1]),
-        Effect.over(
-            f"How much less accuracy moves from look to look in the second half, momentum 0.1, batches of {sizes[-1]}",
-            [a - b for a, b in steadier],
-            unit="points",
+        Effect.difference(
+            f"Change of accuracy between late tests, momentum 0.1 minus population statistics, batches of {sizes[-1]}",
+            fluctuation(records, "0.1", sizes[-1]),
+            fluctuation(records, POPULATION, sizes[-1]),
             worth=WORTH,
         ),
     ]
 
 
 def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
-    """What was seen."""
+    """Return the results in sentences."""
     sizes = sorted({record["batch_size"] for record in records})
 
     def row(size: int) -> str:
@@ -162,17 +161,17 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
         return f"{mean(at_end(records, POPULATION, size)):.1f} % with population statistics, {', '.join(shown)}"
 
     return (
-        f"The same weights, trained in batches of {sizes[0]}, classify {row(sizes[0])}. Trained in batches of "
-        f"{sizes[-1]}: {row(sizes[-1])}. At torch's default momentum of 0.1 population statistics are "
-        f"{effects[0].figures} more accurate at batches of {sizes[0]}, and {effects[len(sizes) - 1].figures} at "
-        f"batches of {sizes[-1]}. From look to look in the second half of training with batches of {sizes[-1]}, "
-        f"accuracy moves by {mean(wobble(records, '0.1', sizes[-1])):.2f} points with momentum 0.1 and by "
-        f"{mean(wobble(records, POPULATION, sizes[-1])):.2f} with population statistics."
+        f"Accuracy of the same weights, trained in batches of {sizes[0]}: {row(sizes[0])}. Trained in batches of "
+        f"{sizes[-1]}: {row(sizes[-1])}. Compared with torch's default momentum of 0.1, population "
+        f"statistics are more accurate by {effects[0].figures} at batches of {sizes[0]}, and by "
+        f"{effects[len(sizes) - 1].figures} at batches of {sizes[-1]}. Between tests in the second half of training "
+        f"with batches of {sizes[-1]}, accuracy changes by {mean(fluctuation(records, '0.1', sizes[-1])):.2f} points "
+        f"with momentum 0.1 and by {mean(fluctuation(records, POPULATION, sizes[-1])):.2f} with population statistics."
     )
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """Accuracy through training, a panel for each batch size."""
+    """Draw the accuracy during training, a panel for each batch size."""
     sizes = sorted({record["batch_size"] for record in records})
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, len(sizes), sharey=True)
@@ -181,9 +180,9 @@ def draw(records: Sequence[Record]) -> Figure:
         for place, way in enumerate(WAYS):
             looks = list(zip(*(record[way] for record in rows), strict=True))
             shown = [size * step for step in rows[0]["steps"]]
-            apart = (place - 2) * shown[-1] / 250  # side by side, so that none hides another
+            offset = (place - 2) * shown[-1] / 250  # side by side, so that all are visible
             panel.errorbar(
-                [(x + apart) / 1000 for x in shown],
+                [(x + offset) / 1000 for x in shown],
                 [max(100 - mean(look), 0.1) for look in looks],
                 [stdev(look) for look in looks],
                 label=f"running average, momentum {way}" if way != POPULATION else "population statistics",
@@ -206,13 +205,13 @@ def draw(records: Sequence[Record]) -> Figure:
     return figure
 
 
-EXPERIMENT = Experiment(
-    claim=Claim(
+EXPERIMENT = Experiment.of(
+    Claim(
         name="running_averages",
         title="Running averages against population statistics",
         statement=(
             "The running averages that training keeps are a poor estimate of the population's statistics; statistics "
-            "computed anew for the trained weights are more accurate and steadier."
+            "recomputed for the trained weights are more accurate and more stable."
         ),
         source="[Wu & Johnson 2021](https://arxiv.org/abs/2105.07576)",
         setting=(
@@ -221,13 +220,8 @@ EXPERIMENT = Experiment(
             "five seeds."
         ),
     ),
-    cells=cells,
-    measure=measure,
-    effects=effects,
-    found=found,
-    draw=draw,
+    globals(),
 )
-
 
 if __name__ == "__main__":
     main(EXPERIMENT)

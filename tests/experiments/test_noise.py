@@ -34,7 +34,7 @@ def test_equal_pixels_count_as_one_and_independent_ones_each():
     once = measured(one, 64)
     assert measured(one.expand(-1, -1, 50), 64) == pytest.approx(once, rel=1e-6)
     many = gaussian(1024, 32, 50)
-    normal = many[:16, :, :: noise.APART].square().mean().item()
+    normal = many[:16, :, :: noise.PIXEL_STEP].square().mean().item()
     assert measured(many, 64) == pytest.approx(((1 + normal / 2) / (64 * 50)) ** 0.5, rel=0.03)
 
 

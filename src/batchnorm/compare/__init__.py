@@ -1,6 +1,6 @@
-"""Train one network with several normalizations on the same data, and shows what each did.
+"""Train one network with several normalizations on the same data, and report the results.
 
-Needs the extra `compare`: `pip install 'batchnorm[compare]'`. Importing this needs none of it.
+Running needs the extra `compare` (`pip install 'batchnorm[compare]'`); importing does not.
 """
 
 from batchnorm.compare.errors import ComparisonError
