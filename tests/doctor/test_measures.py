@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from batchnorm.doctor import diagnose
 from batchnorm.doctor.finding import Severity
-from batchnorm.doctor.measure.between import between_batches
-from batchnorm.doctor.measure.effect import Outcome, effect, student_t
-from batchnorm.doctor.measure.layers import Samples, layers_of, off
+from batchnorm.doctor.measure.distance import distance_of
+from batchnorm.doctor.measure.effect import Outcome, compared, student_t
+from batchnorm.doctor.measure.independence import independence_of
+from batchnorm.doctor.measure.layers import Samples, layers_of
 
 
 @pytest.mark.parametrize(("freedom", "tolerance"), [(2, 0.05), (3, 0.01), (5, 1e-3), (11, 1e-4), (200, 1e-6)])
@@ -24,7 +26,7 @@ def test_student_t(freedom: int, tolerance: float) -> None:
 def test_inflation_is_the_f_statistic() -> None:
     values = torch.randn(60, 3, dtype=torch.float64)
     batch = torch.arange(60) // 13  # the last one is smaller
-    spread = between_batches(values, batch, permutations=1)
+    spread = independence_of(values, batch, permutations=1)
     for channel in range(3):
         f = stats.f_oneway(*(values[batch == k, channel].numpy() for k in range(5))).statistic
         assert spread.inflation[channel].item() == pytest.approx(f)
@@ -32,7 +34,7 @@ def test_inflation_is_the_f_statistic() -> None:
 
 def test_independent_samples_are_rarely_called_dependent() -> None:
     p = [
-        between_batches(torch.randn(96, 40, generator=torch.Generator().manual_seed(seed)).exp(), torch.arange(96) // 8,
+        independence_of(torch.randn(96, 40, generator=torch.Generator().manual_seed(seed)).exp(), torch.arange(96) // 8,
                         permutations=39).p
         for seed in range(100)
     ]  # fmt: skip
@@ -44,12 +46,12 @@ def test_independent_samples_are_rarely_called_dependent() -> None:
 def test_one_channel_that_depends_is_seen_among_many() -> None:
     values = torch.randn(96, 200)
     values[:, 7] += (torch.arange(96) // 8 % 2) * 3
-    assert between_batches(values, torch.arange(96) // 8).p == pytest.approx(1 / 200)
+    assert independence_of(values, torch.arange(96) // 8).p == pytest.approx(1 / 200)
 
 
 def test_constant_channels_and_a_single_batch_say_nothing() -> None:
-    assert between_batches(torch.ones(10, 3), torch.arange(10) // 5).p == 1.0
-    assert between_batches(torch.randn(10, 3), torch.zeros(10)).p == 1.0
+    assert independence_of(torch.ones(10, 3), torch.arange(10) // 5).p == 1.0
+    assert independence_of(torch.randn(10, 3), torch.zeros(10)).p == 1.0
 
 
 def test_noise_is_that_of_simulated_batches() -> None:
@@ -85,15 +87,15 @@ def test_statistics_that_are_right_are_not_off_and_wrong_ones_by_how_much() -> N
     model = nn.Sequential(nn.BatchNorm2d(64, momentum=None))
     model(x)
     (layer,) = layers_of(model)
-    layer.calls = (Moments.of(x),)
-    z = x.double() - layer.before.mean[0][:, None, None]
-    layer.samples = Samples()
-    layer.samples.add(z.mean((2, 3)), z.square().mean((2, 3)), 0)
-    right = off(layer, 512, 64)
+    z = x.double() - layer.running.mean[0][:, None, None]
+    samples = Samples()
+    samples.add(z.mean((2, 3)), z.square().mean((2, 3)), 0)
+    layer = replace(layer, calls=(Moments.of(x),), samples=samples)
+    right = distance_of(layer, 512, 64)
     assert right.shift == 0 and right.scale < 1e-3 and abs(right.divergence) < 1e-3 and not right.matters
-    layer.before.mean[:] += 3
-    layer.before.var[:] *= 4
-    wrong = off(layer, 512, 64)
+    layer.running.mean[:] += 3
+    layer.running.var[:] *= 4
+    wrong = distance_of(layer, 512, 64)
     assert wrong.shift == pytest.approx(1.5, rel=0.01)
     assert math.exp(wrong.scale) == pytest.approx(2, rel=0.01)
     # KL(N(0, 1) || N(1.5, 4)) = (1 + 2.25)/8 - 1/2 + ln 2
@@ -118,21 +120,21 @@ def outcome(losses: list[float], shift: float = 0.0) -> Outcome:
 )
 def test_severity_follows_the_effect(more: float, shift: float, severity: Severity) -> None:
     base = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0, 1.0]
-    found = effect(outcome([loss + more for loss in base], shift), outcome(base))
+    found = compared(outcome([loss + more for loss in base], shift), outcome(base))
     assert found.severity == severity
     assert found.loss == pytest.approx(more, abs=1e-12)
 
 
 def test_a_loss_that_scatters_is_unsure() -> None:
     base = [1.0] * 8
-    found = effect(outcome([1 + 3 * (-1) ** i + 0.6 for i in range(8)], 5.0), outcome(base))
+    found = compared(outcome([1 + 3 * (-1) ** i + 0.6 for i in range(8)], 5.0), outcome(base))
     assert found.confidence == "low"
     assert found.severity == Severity.NOTE
 
 
 def test_without_a_loss_a_large_change_is_a_warning() -> None:
-    assert effect(outcome([], 5.0), outcome([])).severity == Severity.WARNING
-    assert effect(outcome([], 0.1), outcome([])).severity == Severity.NOTE
+    assert compared(outcome([], 5.0), outcome([])).severity == Severity.WARNING
+    assert compared(outcome([], 0.1), outcome([])).severity == Severity.NOTE
 
 
 def test_a_constant_channel_is_not_measured_in_a_deviation_that_it_has_not() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.doctor import Finding, Severity, diagnose
-from batchnorm.doctor.measure.padding import padded
+from batchnorm.doctor.measure.padding import find_padding
 from tests.doctor.networks import Plain, batches, criterion, digits
 
 Images = list[Tensor]
@@ -50,7 +50,7 @@ def of_photographs(value: float = 0.0, multiple: int = 1) -> list[Tensor]:
 @pytest.mark.parametrize(("value", "multiple"), [(0.0, 1), (0.0, 32), (-2.05, 1), (114 / 255, 1)])
 def test_padded_photographs_are_recognised_to_the_pixel(value: float, multiple: int) -> None:
     data = of_photographs(value, multiple)
-    found = padded(data)
+    found = find_padding(data)
     assert found is not None
     number = next(n for n, batch in enumerate(data) if batch is found.batch)
     sizes = [image.shape for image in split(list(photographs()))[number]]
@@ -63,18 +63,18 @@ def test_padded_photographs_are_recognised_to_the_pixel(value: float, multiple: 
 
 def test_only_one_side_may_be_padded() -> None:
     wide = [collated([image[:, :32] for image in images]) for images in split(list(photographs()))]
-    found = padded(wide)
+    found = find_padding(wide)
     assert found is not None and not found.positions[:, :, 0].any()
 
 
 def test_batches_of_two_may_be_padded() -> None:
-    found = padded([collated(images) for images in split(list(photographs()), 2)])
+    found = find_padding([collated(images) for images in split(list(photographs()), 2)])
     assert found is not None and len(found.positions) == 2
 
 
 def test_a_batch_of_a_detector_may_be_a_dict() -> None:
     data = [{"pixel_values": x, "pixel_mask": (x != 0).any(1)} for x in of_photographs()]
-    assert padded(data) is not None
+    assert find_padding(data) is not None
 
 
 # What is no padding -----------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ NOT_PADDED: dict[str, Callable[[torch.Generator], Tensor]] = {
 @pytest.mark.parametrize("size", [4, 32])
 def test_backgrounds_borders_and_shifts_are_no_padding(name: str, size: int) -> None:
     images = NOT_PADDED[name](torch.Generator().manual_seed(0))
-    assert padded(images.split(size)) is None
+    assert find_padding(images.split(size)) is None
 
 
 # What the doctor makes of it --------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from torch import nn
 import batchnorm as bn
 from batchnorm import cli
 from batchnorm.doctor import Diagnosis, Severity, diagnose
-from batchnorm.doctor.measure.layers import counted
 from batchnorm.doctor.report import page
-from batchnorm.doctor.rules import RULES
+from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.wording import counted
 from tests.doctor.networks import Plain, batches, criterion, trained
 
 VOID = {"meta", "br", "link", "img", "input"}
@@ -103,7 +103,7 @@ def test_the_verdict_names_the_worst_and_where_to_start(sick: Diagnosis, html: s
     worst = sick.findings[0]
     assert worst.severity == Severity.ERROR
     assert text.startswith(f"{sick.model} has ") and worst.title in text and worst.summary[1:] in text
-    assert "Start with the repair of BN102" in text and "batchnorm.recalibrate" in text
+    assert "Start with the fix for BN102" in text and "batchnorm.recalibrate" in text
 
 
 def test_every_layer_is_a_box_as_bad_as_its_worst_finding(sick: Diagnosis, html: str) -> None:
@@ -143,7 +143,7 @@ def test_the_keyboard_reaches_strip_and_copy_buttons(sick: Diagnosis, html: str)
 def test_findings_stand_with_evidence_cost_confidence_and_repair(sick: Diagnosis, html: str) -> None:
     articles = [text for _, text in Page(html).all("article", "finding")]
     assert len(articles) == len(sick.findings) > 3
-    why = {rule.code: rule.why for rule in RULES}
+    why = {rule.code: rule.why for rule in load_rules()}
     for finding, text in zip(sick.findings, articles, strict=True):
         expected = [finding.code, finding.title, finding.summary, why[finding.code], f"Confidence{finding.confidence}"]
         expected += [*finding.evidence, *(page.cost(finding) or ["not measured"])]
@@ -360,8 +360,11 @@ def test_the_command_writes_the_page(network: str, tmp_path: Path, capsys: pytes
     ("words", "line"),
     [
         (["--html", "bn.pdf"], "--html must end in .html, got bn.pdf"),
-        (["--html", "none/bn.html"], "none/bn.html must be in a folder that exists"),
-        (["-o", "bn.html"], "--output must end in .json or .txt, got bn.html. Change the name; a page is --html."),
+        (["--html", "none/bn.html"], "none/bn.html must be in an existing folder"),
+        (
+            ["-o", "bn.html"],
+            "--output must end in .json or .txt, got bn.html. Change the name, or use --html for a page.",
+        ),
     ],
 )
 def test_a_mistake_about_files_is_told_before_anything_runs(
@@ -379,7 +382,7 @@ def test_the_command_tells_that_jinja2_is_missing(
     code, _, err = run([network, "--html", "bn.html"], capsys)
     assert code == 2
     assert err == (
-        "batchnorm doctor: jinja2, which makes the page, is not installed. Run pip install 'batchnorm[doctor]'.\n"
+        "batchnorm doctor: jinja2, which renders the page, is not installed. Run pip install 'batchnorm[doctor]'.\n"
     )
     assert run([network], capsys)[0] == 0
 

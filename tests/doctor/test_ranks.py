@@ -12,7 +12,7 @@ import torch.multiprocessing
 from torch import nn
 
 from batchnorm.doctor import Severity, diagnose
-from batchnorm.doctor.measure.ranks import Ranks
+from batchnorm.doctor.measure.processes import ProcessStates
 
 
 def network() -> nn.Module:
@@ -59,6 +59,6 @@ def test_two_processes_are_compared(tmp_path: Path) -> None:
 def test_the_distance_of_statistics_is_in_deviations() -> None:
     one = {"a": {"running_mean": torch.zeros(3), "running_var": torch.full((3,), 4.0)}}
     other = {"a": {"running_mean": torch.full((3,), 1.0), "running_var": torch.full((3,), 4.0)}}
-    assert Ranks((one, other)).apart("a", 0.0) == (0.0, 0.5)
+    assert ProcessStates((one, other)).difference("a", 0.0) == (0.0, 0.5)
     other["a"]["running_mean"][1] = torch.nan
-    assert Ranks((one, other)).apart("a", 0.0) == (0.0, float("inf"))
+    assert ProcessStates((one, other)).difference("a", 0.0) == (0.0, float("inf"))

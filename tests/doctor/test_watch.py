@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.doctor import BatchNormWarning, Severity, Watch, watch
+from batchnorm.doctor.watch import watcher
 from batchnorm.doctor.watch.pace import AFTERMATH, Pace
-from batchnorm.doctor.watch.record import QUANTITIES, Record
+from batchnorm.doctor.watch.records import QUANTITIES, Record
 from tests.doctor.cases import Checkpointed
 from tests.doctor.networks import Plain, criterion, digits, trained
 
@@ -560,7 +561,7 @@ def test_every_goes_by_the_count() -> None:
 
 
 def test_a_long_run_is_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.doctor.watch.watcher._KEPT", 10)
+    monkeypatch.setattr(watcher, "_KEPT", 10)
     layer = nn.BatchNorm1d(2)
     optimizer = torch.optim.SGD(layer.parameters(), 0.01)
     clock = Clock()
@@ -645,7 +646,7 @@ def test_the_picture_shows_every_layer(tmp_path: Path) -> None:
 
 def test_a_picture_of_nothing_or_of_another_kind_is_refused(tmp_path: Path) -> None:
     with watch(trained("plain")) as w:
-        with pytest.raises(ValueError, match="a step of training before it draws"):
+        with pytest.raises(ValueError, match="a training step before it draws"):
             w.plot()
         with pytest.raises(ValueError, match="ends in .png, .svg or .pdf"):
             w.save(tmp_path / "watch.gif")

@@ -1,4 +1,4 @@
-"""The verb `doctor`."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LEVELS = ("note", "warning", "error")
-_PIPED = 120  # columns, where there is no terminal
+_PIPED = 120  # columns without a terminal
 
 
 @click.command(cls=OneLineCommand)
@@ -33,17 +33,22 @@ _PIPED = 120  # columns, where there is no terminal
 @click.option(
     "--data",
     metavar="MODULE.PATH:CALLABLE|FILE.npz",
-    help="Batches as the model is trained on: a callable that returns an iterable of them, or a file with x and, if "
-    "there are targets, y (or x_train and y_train), which is shuffled.",
+    help="Batches as the model is trained on: a callable that returns an iterable of batches, or a file with x, and y "
+    "if there are targets (or x_train and y_train), which is shuffled.",
 )
 @click.option(
     "--loss",
     metavar="cross-entropy|mse|MODULE.PATH:CALLABLE",
-    help="Called with output and target. Without it costs are changes of the output.",
+    help="Loss of output and target. Without it costs are changes of the output.",
 )
 @batch_size_option
 @click.option(
-    "--max-samples", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="Data to read."
+    "--max-samples",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Samples to read.",
 )
 @click.option(
     "--budget",
@@ -51,7 +56,7 @@ _PIPED = 120  # columns, where there is no terminal
     default=5,
     show_default=True,
     metavar="N",
-    help="Passes over the data for single layers, beside the three for all.",
+    help="Number of passes over the data for single layers, in addition to three for all layers.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the diagnosis as JSON.")
 @click.option(
@@ -59,20 +64,20 @@ _PIPED = 120  # columns, where there is no terminal
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.json|FILE.txt",
-    help="Write the diagnosis to a file too.",
+    help="Also write the diagnosis to a file.",
 )
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.html",
-    help="Write the diagnosis as a page with charts, which needs nothing else to be read (needs jinja2).",
+    help="Also write the diagnosis as a self-contained page with charts (needs jinja2).",
 )
 @click.option(
     "--fail-on",
     type=click.Choice(_LEVELS),
     default="error",
     show_default=True,
-    help="Exit with 1 where a finding is at least this.",
+    help="Exit with 1 if a finding is at least this severe.",
 )
 @click.pass_context
 def doctor(
@@ -90,9 +95,9 @@ def doctor(
     html: Path | None,
     fail_on: str,
 ) -> None:
-    r"""Say what is wrong with the batch normalization of a network, with evidence and repair.
+    r"""Find what is wrong with the batch normalization of a network, with evidence and a fix.
 
-    Exits with 0 where it is healthy, with 1 where there are findings (see --fail-on), with 2 after a mistake.
+    The exit code is 0 if the network is healthy, 1 if there are findings (see --fail-on), 2 after a usage error.
 
     \b
     Examples:
@@ -117,13 +122,14 @@ def doctor(
             progress=sys.stderr.isatty() and find_spec("rich") is not None,
         )
     except Exception as error:
-        told = str(error) if str(error).startswith("diagnose ") else None
-        raise (mistake(told) if told else mistake("the model could not be run on the data", error)) from error
+        if str(error).startswith("diagnose "):
+            raise mistake(str(error)) from error
+        raise mistake("the model could not be run on the data", error) from error
     if as_json:
         click.echo(found.to_json())
     else:
         console().print(found)
-    for path in (output, html):  # after it is printed, so that nothing is lost where they cannot be written
+    for path in (output, html):  # after printing, so that nothing is lost if a file cannot be written
         if path is not None:
             try:
                 found.save(path)
@@ -134,31 +140,31 @@ def doctor(
 
 
 def _check_files(output: Path | None, html: Path | None, mistake: Mistake) -> None:
-    """Before the model runs, which may take minutes."""
+    """Check the files before the model runs, which may take minutes."""
     if output is not None and output.suffix not in (".json", ".txt"):
-        raise mistake(f"--output must end in .json or .txt, got {output}. Change the name; a page is --html.")
+        raise mistake(f"--output must end in .json or .txt, got {output}. Change the name, or use --html for a page.")
     if html is not None and html.suffix != ".html":
         raise mistake(f"--html must end in .html, got {html}. Change the name.")
     if html is not None and find_spec("jinja2") is None:
-        raise mistake("jinja2, which makes the page, is not installed. Run pip install 'batchnorm[doctor]'.")
+        raise mistake("jinja2, which renders the page, is not installed. Run pip install 'batchnorm[doctor]'.")
     for path in (output, html):
         if path is not None and not path.parent.is_dir():
-            raise mistake(f"{path} must be in a folder that exists, and {path.parent} is none. Make it first.")
+            raise mistake(f"{path} must be in an existing folder, and {path.parent} does not exist. Create it first.")
 
 
 def console(piped: int = _PIPED) -> Console:
-    """Standard output, with so many columns where it is no terminal."""
+    """Return standard output, with `piped` columns where it is not a terminal."""
     try:
         from rich.console import Console
     except ModuleNotFoundError as error:
         raise OneLineError(
             click.get_current_context().command_path,
-            "rich, which prints it, is not installed. Run pip install 'batchnorm[doctor]', or give --json.",
+            "rich, which prints the report, is not installed. Run pip install 'batchnorm[doctor]', or use --json.",
         ) from error
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=piped)
 
 
-def _loss(words: str, mistake: Mistake) -> Any:
+def _loss(name: str, mistake: Mistake) -> Any:
     from torch.nn import functional as F
 
-    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(words) or import_named(words, "--loss", mistake)
+    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(name) or import_named(name, "--loss", mistake)

@@ -1,4 +1,4 @@
-"""The verb `inspect`."""
+"""The command `inspect`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.doctor import console
 from batchnorm.cli.loading import Mistake, mistakes_of, network, shape_of, weights_option
 
-_PIPED = 240  # columns, where there is no terminal
+_PIPED = 240  # columns without a terminal
 
 
 @click.command(cls=OneLineCommand)
@@ -22,12 +22,12 @@ _PIPED = 240  # columns, where there is no terminal
     "--input",
     "size",
     metavar="N,C,H,W",
-    help="Shape of the input, such as 1,3,224,224, to see where each layer stands. Without it common ones are tried.",
+    help="Shape of the input, such as 1,3,224,224, to find the place of each layer. By default common shapes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 @click.pass_context
 def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str | None, as_json: bool) -> None:
-    r"""Print every layer of batch normalization: where it stands, its settings, and the ranges of what it holds.
+    r"""Print every layer of batch normalization: its place, settings, and ranges of parameters and statistics.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What is wrong with the batch normalization in a model."""
+"""Find what is wrong with the batch normalization of a model."""
 
 from batchnorm.doctor.diagnose import diagnose
 from batchnorm.doctor.finding import Finding, NotChecked, Severity

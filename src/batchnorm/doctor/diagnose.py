@@ -1,4 +1,4 @@
-"""The diagnosis, as a user calls it."""
+"""The diagnosis, as users call it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from batchnorm.doctor.finding import Finding, NotChecked
-from batchnorm.doctor.inspection import check_model, guessed
-from batchnorm.doctor.measure.measures import left_out
-from batchnorm.doctor.measure.passes import Data, Forward, Loss
-from batchnorm.doctor.measure.probe import Probe
-from batchnorm.doctor.measure.ranks import processes_of
+from batchnorm.doctor.inspection import check_model, guessed_inputs
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.doctor.measure.measuring import add_data, add_effects, add_processes, add_trace, measure_model
+from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall
 from batchnorm.doctor.report.diagnosis import Diagnosis
+from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.wording import counted, listed
 from batchnorm.models.batches import Batches, check_data, default_forward, eager
-from batchnorm.models.progress import bar
+from batchnorm.models.progress import Bar, bar
 from batchnorm.walk import restored, set_mode
 
 
@@ -32,36 +34,37 @@ def diagnose(
     process_group: Any = None,
     progress: bool = False,
 ) -> Diagnosis:
-    """Find what is wrong with the batch normalization of a model, with evidence and repair.
+    """Find what is wrong with the batch normalization of a model, with evidence and a fix.
 
-    It only reads: parameters, modes, buffers, gradients, hooks and the random state are as before, bit for bit, also
-    after an exception. With data the model runs three times over them: normalized by the batch's statistics, by the
-    running ones, and by the population's. One batch goes through a training step, backward pass included. Dropout and
-    all else are in evaluation but in that step.
+    The model is only read: parameters, modes, buffers, gradients, hooks and the random state are unchanged, bit for
+    bit, also after an exception. With data the model runs three times over them: normalized by the batches, by the
+    running statistics, and by the population's. One batch goes through a training step with its backward pass. Only in
+    that step are dropout and other modules in training mode.
 
     Args:
-        model: The network. In training it is taken as it is; in evaluation as its `train()` makes it.
+        model: The network. In training mode it is taken as it is; in evaluation mode as its `train()` makes it.
         data: An iterable of batches as the model is trained on: a tensor, a tuple of inputs and targets, or a dict.
-            Without data only what the model itself shows is looked at.
+            Without data only the model itself is examined.
         loss: `loss(output, target)`, with the last part of a tuple as the target, else with the whole batch. Without
-            it, costs are changes of the output, and nothing is an error because of them.
-        optimizer: The one that trains the model.
-        forward: `forward(model, batch)` calls the model and returns its output. By default with the tensor; with as
-            many leading parts of a tuple as the model's `forward` requires arguments; with the keys of a dict that it
-            names.
+            it costs are changes of the output, and no effect is an error.
+        optimizer: The optimizer that trains the model.
+        forward: `forward(model, batch)` calls the model and returns its output. By default a tensor is the argument; of
+            a tuple, as many leading parts as the model's `forward` has required arguments; of a dict, the keys that are
+            its arguments.
         max_samples: Stop after the batch that reaches this many samples; None reads all the data.
-        budget: How many more passes over the data may be made to see what single layers cost.
-        process_group: Compare what the processes of this group hold; each of them has to call this. None speaks to no
-            other process.
-        progress: Whether to show on standard error how long it will take and a bar (needs rich).
+        budget: Number of further passes over the data to measure the cost of single layers.
+        process_group: Compare the processes of this group, each of which has to call this. With None there is no
+            communication.
+        progress: Whether to show the expected time and a bar on standard error (needs rich).
 
     Returns:
-        What was found, worst first, and what could not be checked; prints as a report.
+        The findings, worst first, and what could not be checked; prints as a report.
 
     Raises:
-        TypeError: model is no module, data is no iterable of batches, or a batch does not fit the model's `forward`.
+        TypeError: model is not a module, data is not an iterable of batches, or a batch does not fit the model's
+            `forward`.
         ValueError: the model has no batch normalization, or layers that have not seen their first batch; an argument is
-            out of its range; data end before the first batch.
+            out of range; data are empty.
         ImportError: progress without rich.
 
     Examples:
@@ -74,33 +77,73 @@ def diagnose(
     inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
     kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
     with restored(kept, buffers=True), bar("diagnose", progress) as shown, eager():
-        probe = Probe.of(inner, optimizer, budget, shown)
-        probe.processes = processes_of(process_group)
-        if process_group is not None:
-            probe.compare(process_group)
-        elif probe.processes > 1:
-            probe.missing["ranks"] = "needs the other processes (process_group= on each of them)"
-        measured = Data(forward or default_forward("diagnose"), loss)
-        if data is not None:
-            probe.measure(measured, Batches(data, max_samples))
-        set_mode(inner, training=False)
-        probe.look(measured.example or guessed(inner))
-        findings, not_checked = _apply(probe)
-    return Diagnosis.of(probe, findings, not_checked)
+        measurements = add_processes(measure_model(inner, optimizer), process_group)
+        call = ModelCall(forward or default_forward("diagnose"), loss)
+        batches = None if data is None else Batches(data, max_samples)
+        measurements = _measure(measurements, call, batches, budget, shown)
+        findings, not_checked = _apply_rules(measurements)
+    return Diagnosis.of(measurements, findings, not_checked + _layers_left_out(measurements))
 
 
-def _apply(probe: Probe) -> tuple[list[Finding], list[NotChecked]]:
-    from batchnorm.doctor.rules import RULES  # two dozen modules that `import batchnorm` does without
+def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: int, shown: Bar) -> Measurements:
+    passes = None
+    if batches is not None:
+        m, passes = add_data(m, call, batches, budget, shown)
+    set_mode(m.model, training=False)
+    example = None if passes is None else passes.passes.example
+    m = add_trace(m, example or guessed_inputs(m.model))
+    return m if passes is None else add_effects(m, passes)
 
+
+def _apply_rules(m: Measurements) -> tuple[list[Finding], list[NotChecked]]:
+    findings: list[Finding] = []
     not_checked: list[NotChecked] = []
-    for rule in sorted(RULES, key=lambda rule: rule.last):
-        reason = next((reason for need in rule.needs if (reason := probe.lacks(need)) is not None), None)
+    rules = {rule.code: rule() for rule in load_rules()}
+    for rule in rules.values():
+        reason = next((reason for need in rule.needs if (reason := m.lacks(need)) is not None), None)
         if reason is not None:
             not_checked.append(NotChecked(rule.code, rule.title, reason))
         else:
-            probe.found += rule().check(probe)
-    not_checked.sort(key=lambda rule: rule.code)
-    return sorted(probe.found, key=lambda finding: (-finding.severity, finding.code)), not_checked + left_out(probe)
+            findings += rule.check(m)
+    revised = [rules[finding.code].revise(finding, findings) for finding in findings]
+    return sorted(revised, key=lambda finding: (-finding.severity, finding.code)), not_checked
+
+
+def _layers_left_out(m: Measurements) -> list[NotChecked]:
+    """Return the layers that could not be compared with the population of the data, by reason."""
+    if "data" in m.missing:
+        return []
+    compared = {distance.layer for distance in m.distances}
+    reasons: dict[str, list[str]] = {}
+    for layer in m.layers:
+        if layer not in compared:
+            reasons.setdefault(_reason(layer), []).append(layer.path)
+    return [
+        NotChecked(
+            "BN102",
+            "running statistics against the population",
+            f"leaves out {counted(len(paths), 'layer')} ({listed(paths)}), as do BN103 and BN104: {reason}",
+            tuple(paths),
+        )
+        for reason, paths in reasons.items()
+    ]
+
+
+def _reason(layer: Layer) -> str:
+    kind = type(layer.module).__name__
+    if layer.running is None:
+        if getattr(layer.module, "running_whitening", None) is not None:
+            return f"{kind} whitens, and has a matrix in place of variances"
+        return f"{kind} keeps no running mean and variance here"
+    if len(layer.running.mean) != 1:
+        return f"{kind} keeps statistics of {len(layer.running.mean)} domains, each with a population of its own"
+    if not layer.calls:
+        return "these data did not reach it"
+    if not bool((layer.running.mean + layer.running.var).isfinite().all()):
+        return "the running statistics are not finite"
+    if layer.population is None:
+        return "its input is not finite, or has a single value per channel"
+    return "the first dimension of its input is not the dimension of the samples"
 
 
 def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int) -> None:

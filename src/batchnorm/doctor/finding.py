@@ -1,4 +1,4 @@
-"""What the doctor says: findings, how sure they are, and what could not be looked at."""
+"""Findings, their severity, and rules that could not be applied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Severity(IntEnum):
-    """How much a finding matters, by what it was measured to do."""
+    """How much a finding matters, by its measured effect."""
 
     NOTE = 1
     WARNING = 2
@@ -23,19 +23,19 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with, or worth knowing about, the batch normalization of a model.
+    """One problem of a model's batch normalization, or one fact worth knowing about it.
 
     Attributes:
-        code: Stable name of the rule, such as `BN102`; the documentation has a page for each.
-        title: What is the matter, in a few words.
-        severity: Note, warning or error; above note only by an effect that was measured, or that is certain.
+        code: Stable code of the rule, such as `BN102`; the documentation has a page for each.
+        title: The problem in a few words.
+        severity: Note, warning or error; above note only if the effect was measured, or is certain.
         paths: The layers concerned, in the model's order; worst first where they are ranked.
-        summary: One line with the figures that matter most.
-        evidence: Further lines, each with figures.
+        summary: One line with the most important figures.
+        evidence: Further lines with figures.
         repair: Code to paste.
-        confidence: `certain` for what follows from the model itself; `high`, `medium` or `low` by how much data
-            there were. What is low is never an error.
-        cost: What it costs as measured, such as `{"loss": 0.83}`; empty where that cannot be measured.
+        confidence: `certain` if it follows from the model itself; otherwise `high`, `medium` or `low`, by the amount of
+            data. A finding of low confidence is never an error.
+        cost: The measured cost, such as `{"loss": 0.83}`; empty where it cannot be measured.
         figures: The evidence for programs.
     """
 
@@ -56,10 +56,10 @@ class NotChecked:
     """A rule that could not be applied, or not to all layers.
 
     Attributes:
-        code: Of the rule.
-        title: What it looks for.
-        reason: Why it could not be applied, and what it would need.
-        paths: The layers that it leaves out; empty where it could not be applied at all.
+        code: The code of the rule.
+        title: The title of the rule.
+        reason: Why it could not be applied, and what it needs.
+        paths: The layers that are left out; empty where the rule could not be applied at all.
     """
 
     code: str
@@ -68,19 +68,19 @@ class NotChecked:
     paths: tuple[str, ...] = ()
 
 
-def grouped(rules: Iterable[NotChecked]) -> dict[str, list[NotChecked]]:
-    """What was not checked, by the reason."""
+def by_reason(rules: Iterable[NotChecked]) -> dict[str, list[NotChecked]]:
+    """Group the rules that were not checked by the reason."""
     found: dict[str, list[NotChecked]] = {}
     for rule in rules:
         found.setdefault(rule.reason, []).append(rule)
     return found
 
 
-def left_out_lines(rules: Iterable[NotChecked]) -> list[str]:
-    """A line for each reason: of several rules the codes, of one its title too."""
+def not_checked_lines(rules: Iterable[NotChecked]) -> list[str]:
+    """Return a line for each reason, with the codes of the rules; with the title too if there is one rule."""
     return [
         f"{members[0].code} {members[0].title}: {reason}"
         if len(members) == 1
         else f"{', '.join(rule.code for rule in members)}: {reason}"
-        for reason, members in grouped(rules).items()
+        for reason, members in by_reason(rules).items()
     ]

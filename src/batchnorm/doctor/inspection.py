@@ -1,4 +1,4 @@
-"""The table of a model's layers, without a diagnosis."""
+"""The facts of a model's layers, without a diagnosis."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measuring import add_trace, measure_model
 from batchnorm.models.batches import device_of, eager
 from batchnorm.models.inputs import Inputs
-from batchnorm.models.progress import Bar
 from batchnorm.walk import norm_layers, restored, set_mode
 
 
 def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerFacts, ...]:
-    """The facts of every layer of batch normalization, in the model's order; the model is left as it is.
+    """Return the facts of every layer of batch normalization, in the model's order; the model stays unchanged.
 
     Args:
         model: The network.
-        example_inputs: What it is called with, as a tensor, a tuple or a dict of arguments, to see where each layer
-            stands. Without it common sizes are tried.
+        example_inputs: A tensor, a tuple or a dict of arguments for the model, to find the place of each layer. Without
+            it common sizes are tried.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: it has no batch normalization, or layers that have not seen their first batch, or it fails when
-            called with example_inputs.
+        TypeError: model is not a module.
+        ValueError: the model has no batch normalization, or layers that have not seen their first batch, or it fails
+            when called with example_inputs.
 
     Examples:
         >>> (layer,) = inspect_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -37,15 +36,14 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
     """
     check_model("inspect_layers", model)
     with restored(model, buffers=True), eager():
-        probe = Probe.of(model, None, 0, Bar())
+        measurements = measure_model(model)
         set_mode(model, training=False)
-        probe.look(guessed(model) if example_inputs is None else _tried(model, example_inputs))
-    paths = {} if probe.trace is None else probe.trace.paths
-    return tuple(facts_of(layer, paths) for layer in probe.layers)
+        inputs = guessed_inputs(model) if example_inputs is None else _checked_inputs(model, example_inputs)
+        return facts_of(add_trace(measurements, inputs))
 
 
 @torch.no_grad()
-def _tried(model: nn.Module, example_inputs: Any) -> Inputs:
+def _checked_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     inputs = Inputs.of(example_inputs)
     try:
         inputs.call(model)
@@ -58,13 +56,13 @@ def _tried(model: nn.Module, example_inputs: Any) -> Inputs:
 
 
 def check_model(caller: str, model: Any) -> None:
-    """That it is a model with batch normalization to look at."""
+    """Check that the model is a module with batch normalization that can be examined."""
     _checks.check_module(caller, model)
     layers = norm_layers(model)
     if not layers:
         raise ValueError(
-            f"{caller} expects a model with batch normalization, got {type(model).__name__} without any. A network "
-            "that is scripted or exported has no layers any more: look at it before."
+            f"{caller} expects a model with batch normalization, got {type(model).__name__} without any. Scripted and "
+            "exported models have no layers left: pass the model from before."
         )
     lazy = [f.path for f in layers if any(is_lazy(t) for t in (*f.module.parameters(), *f.module.buffers()))]
     if lazy:
@@ -86,8 +84,8 @@ _SIZES = {
 
 
 @torch.no_grad()
-def guessed(model: nn.Module) -> Inputs | None:
-    """Random input of a size that the model takes, by its first layer."""
+def guessed_inputs(model: nn.Module) -> Inputs | None:
+    """Return random input of a common size that the model accepts; None where it accepts none."""
     for layer in model.modules():
         kind = next((kind for kind in _SIZES if isinstance(layer, kind)), None)
         if kind is None:
@@ -100,7 +98,7 @@ def guessed(model: nn.Module) -> Inputs | None:
             x = x if like is None else x.to(device_of(model), like.dtype)
             try:
                 model(x)
-            except Exception:  # it takes something else
+            except Exception:  # the model expects another size
                 continue
             return Inputs((x,))
         return None

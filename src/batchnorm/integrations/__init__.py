@@ -1,1 +1,1 @@
-"""Callbacks for training frameworks; each module imports its framework, and nothing here does before it is imported."""
+"""Callbacks for training frameworks. Each module imports its framework; this package imports none of them."""

@@ -19,7 +19,7 @@ elif find_spec("pytorch_lightning") is not None:
 else:
     raise ImportError(
         "batchnorm.integrations.lightning expects Lightning to be installed, and it is not. Run pip install lightning, "
-        "or use batchnorm.watch in a loop of your own."
+        "or use batchnorm.watch in your own loop."
     )
 
 __all__ = ["BatchNormWatch"]
@@ -29,11 +29,11 @@ class BatchNormWatch(Callback):
     """Watches every layer of batch normalization during `fit`, logs through the module, and warns.
 
     Args:
-        per_layer: Whether figures of every layer are logged, or of each quantity the largest over the layers.
-        **options: Those of `batchnorm.watch`: `every`, `overhead`, `warn`.
+        per_layer: Whether to log each quantity for every layer, or only its largest value over the layers.
+        **options: Options of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
-        watch: What was seen in the last `fit`; None before.
+        watch: The watch of the last `fit`; None before.
 
     Raises:
         ValueError: in `fit`, the module has no batch normalization.
@@ -44,18 +44,18 @@ class BatchNormWatch(Callback):
         self.per_layer = per_layer
         self.options = options
         self.watch: Watch | None = None
-        self._looks = 0
+        self._logged = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start watching: sanity checks are over, and the module is where it is trained."""
+        """Start watching, after the sanity checks and with the module on its device."""
         self._close()
-        self.watch, self._looks = watch(pl_module, **self.options), 0
+        self.watch, self._logged = watch(pl_module, **self.options), 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *others: Any) -> None:
         """Log a new look."""
         assert self.watch is not None
-        if self.watch.looks > self._looks:
-            self._looks = self.watch.looks
+        if self.watch.looks > self._logged:
+            self._logged = self.watch.looks
             pl_module.log_dict(self.watch.metrics(per_layer=self.per_layer), on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

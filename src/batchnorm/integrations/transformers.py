@@ -14,7 +14,7 @@ else:
     except ImportError as error:
         raise ImportError(
             "batchnorm.integrations.transformers expects transformers to be installed, and it is not. "
-            "Run pip install transformers, or use batchnorm.watch in a loop of your own."
+            "Run pip install transformers, or use batchnorm.watch in your own loop."
         ) from error
 
 __all__ = ["BatchNormWatch"]
@@ -23,20 +23,20 @@ __all__ = ["BatchNormWatch"]
 class BatchNormWatch(TrainerCallback):
     """Watches every layer of batch normalization during `train`, logs through `Trainer.log`, and warns.
 
-    Within `with BatchNormWatch(trainer) as seen: trainer.train()` it is one of the Trainer's callbacks, and leaves
-    nothing behind, also after an exception, of which the Trainer tells its callbacks nothing. The last look is logged
-    where the Trainer logs, every `logging_steps`.
+    In `with BatchNormWatch(trainer) as callback: trainer.train()` it is one of the Trainer's callbacks, and leaves
+    nothing behind, also after an exception, which the Trainer does not report to its callbacks. The last look is logged
+    whenever the Trainer logs, every `logging_steps`.
 
-    Added by hand, `trainer.add_callback(BatchNormWatch(trainer))`, it stays for every `train`, and after an exception
-    goes on watching until `watch.close()` or the next `train`.
+    Added by hand, with `trainer.add_callback(BatchNormWatch(trainer))`, it stays for every `train`. After an exception
+    it continues to watch until `watch.close()` or the next `train`.
 
     Args:
-        trainer: The one whose `log` is used.
-        per_layer: Whether figures of every layer are logged, or of each quantity the largest over the layers.
-        **options: Those of `batchnorm.watch`: `every`, `overhead`, `warn`.
+        trainer: The Trainer, whose `log` is used.
+        per_layer: Whether to log each quantity for every layer, or only its largest value over the layers.
+        **options: Options of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
-        watch: What was seen in the last `train`; None before.
+        watch: The watch of the last `train`; None before.
 
     Raises:
         ValueError: in `train`, the model has no batch normalization.
@@ -47,7 +47,7 @@ class BatchNormWatch(TrainerCallback):
         self.per_layer = per_layer
         self.options = options
         self.watch: Watch | None = None
-        self._looks = 0
+        self._logged = 0
 
     def __enter__(self) -> BatchNormWatch:
         self.trainer.add_callback(self)
@@ -60,13 +60,13 @@ class BatchNormWatch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start watching."""
         self._close()
-        self.watch, self._looks = watch(kwargs["model"], **self.options), 0
+        self.watch, self._logged = watch(kwargs["model"], **self.options), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log a new look, in the steps in which the Trainer logs."""
+        """Log a new look in the steps in which the Trainer logs."""
         assert self.watch is not None
-        if control.should_log and self.watch.looks > self._looks:
-            self._looks = self.watch.looks
+        if control.should_log and self.watch.looks > self._logged:
+            self._logged = self.watch.looks
             self.trainer.log(self.watch.metrics(per_layer=self.per_layer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

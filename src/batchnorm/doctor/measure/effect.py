@@ -1,64 +1,65 @@
-"""What a difference between two ways of normalizing the same batches does to the result."""
+"""The effect of normalizing the same batches in another way, on output and loss."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from batchnorm.doctor.finding import Severity
+from batchnorm.doctor.wording import signed
 
-# Above note only where both the result changes by so much of its spread over the samples, and the loss by so much of
-# itself: a loss near zero grows by large factors that mean nothing, and results change in ways that cost nothing.
+# A finding is above a note only where both the output changes, relative to its spread over the samples, and the loss
+# grows, relative to itself: a loss near zero grows by large factors that mean nothing, and outputs change at no cost.
 OUTPUT_MATTERS, OUTPUT_SEVERE = 0.1, 0.3
 LOSS_MATTERS, LOSS_SEVERE = 0.1, 0.5
-# Without a loss nobody knows what a change costs: it has to be large, and is no error.
+# Without a loss the cost of a change is unknown: the change has to be large, and is never an error.
 OUTPUT_MATTERS_ALONE = 0.4
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pass over the batches gave.
+    """The results of one pass over the batches.
 
     Attributes:
-        outputs: Of each batch, the first floating-point tensor that the model returned: `[N, K]` as it was, all else
+        outputs: Of each batch, the first floating-point tensor that the model returned: `[N, K]` unchanged, any other
             as `[N, features, 1]`.
-        losses: Of each batch; empty without a loss.
+        losses: Loss of each batch; empty without a loss.
     """
 
-    outputs: list[Tensor]
-    losses: list[float]
+    outputs: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def add(self, output: Tensor | None, loss: float | None) -> None:
+        """Add a batch; None is left out."""
+        self.outputs.extend([] if output is None else [output])
+        self.losses.extend([] if loss is None else [loss])
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Of the outputs."""
+        """The shapes of the outputs."""
         return [y.shape for y in self.outputs]
 
     @property
-    def loss(self) -> float | None:
-        """The mean over the batches."""
-        return sum(self.losses) / len(self.losses) if self.losses else None
-
-    @property
     def finite(self) -> bool:
-        """Whether every result is."""
+        """Whether every output and loss is finite."""
         return all(bool(y.isfinite().all()) for y in self.outputs) and all(map(math.isfinite, self.losses))
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What the result of one pass has more than another's, on the same batches.
+    """The difference between the results of two passes over the same batches.
 
     Attributes:
         output: Root mean square change of the output, over its standard deviation over the samples.
-        disagreement: Share of samples whose largest output is another one; None where the output is no `[N, K]`.
-        loss: Loss of the first minus that of the second; None without a loss.
-        loss_interval: 95 % interval of it over the batches; None with fewer than three.
-        base: Loss of the second.
-        samples: How many samples.
-        batches: In how many batches.
+        disagreement: Share of samples whose largest output is another one; None where the output is not `[N, K]`.
+        loss: Loss of the first pass minus loss of the second; None without a loss.
+        loss_interval: Its 95 % interval over the batches; None with fewer than three.
+        base: Loss of the second pass.
+        samples: Number of samples.
+        batches: Number of batches.
     """
 
     output: float
@@ -71,7 +72,7 @@ class Effect:
 
     @property
     def confidence(self) -> str:
-        """High, medium or low."""
+        """`high`, `medium` or `low`, by the amount of data."""
         if self.loss is None:
             return "high" if self.samples >= 256 else "medium" if self.samples >= 64 else "low"
         if self.loss_interval is None or self.loss_interval[0] <= 0 <= self.loss_interval[1]:
@@ -80,10 +81,10 @@ class Effect:
 
     @property
     def severity(self) -> Severity:
-        """By how much worse the first is; a note where it is not worse."""
+        """Severity by how much worse the first pass is; a note where it is not worse."""
         if self.loss is None or self.base is None:
             return Severity.WARNING if self.output > OUTPUT_MATTERS_ALONE else Severity.NOTE
-        # What is sure to be lost counts; where there are too few batches to say, what was seen, and no error.
+        # The lower end of the interval counts. With too few batches for one the mean counts, and is never an error.
         lost = self.loss if self.loss_interval is None else min(self.loss, max(0.0, self.loss_interval[0]))
         relative = lost / max(abs(self.base), 1e-12)
         if relative > LOSS_SEVERE and self.output > OUTPUT_SEVERE and self.confidence != "low":
@@ -92,7 +93,7 @@ class Effect:
 
     @property
     def cost(self) -> dict[str, float]:
-        """In loss, where there is one, and in samples that are classified otherwise."""
+        """Added loss and share of changed predictions, where they are known."""
         found = {} if self.loss is None else {"loss": self.loss}
         return found if self.disagreement is None else {**found, "other_class": self.disagreement}
 
@@ -103,42 +104,45 @@ class Effect:
             if self.loss_interval is not None:
                 interval = " (95 % interval {} to {})".format(*map(signed, self.loss_interval))
             parts.append(f"loss {self.base + self.loss:.3g} against {self.base:.3g}{interval}")
-        parts.append(f"the output changes by {self.output:.2g} of its deviation over the samples")
+        parts.append(f"the output changes by {self.output:.2g} standard deviations")
         if self.disagreement is not None:
-            parts.append(f"{self.disagreement:.1%} of the samples get another class")
+            parts.append(f"{self.disagreement:.1%} of the predictions change")
         return "; ".join(parts)
 
 
-def effect(of: Outcome, against: Outcome) -> Effect:
-    """What `of` has more than `against`."""
-    samples = sum(len(y) for y in of.outputs)
-    if len({y.shape[1:] for y in of.outputs}) == 1:
-        y, other = torch.cat(of.outputs), torch.cat(against.outputs)
-    else:  # results of several sizes
-        y, other = (torch.cat([y.reshape(-1, 1) for y in outcome.outputs]) for outcome in (of, against))
+def effect_of(outcome: Outcome | None, baseline: Outcome | None) -> Effect | None:
+    """Return the effect of the first pass against the second; None where they cannot be compared."""
+    if outcome is None or baseline is None or not outcome.outputs or outcome.shapes != baseline.shapes:
+        return None
+    return compared(outcome, baseline) if outcome.finite and baseline.finite else None
+
+
+def compared(outcome: Outcome, baseline: Outcome) -> Effect:
+    """Return the effect of the first pass against the second, both finite and of the same shapes."""
+    samples = sum(len(y) for y in outcome.outputs)
+    if len({y.shape[1:] for y in outcome.outputs}) == 1:
+        y, other = torch.cat(outcome.outputs), torch.cat(baseline.outputs)
+    else:  # outputs of several sizes
+        y, other = (torch.cat([y.reshape(-1, 1) for y in one.outputs]) for one in (outcome, baseline))
     spread = (other - other.mean(0)).square().mean().sqrt()
     change = ((y - other).square().mean().sqrt() / spread.clamp_min(1e-30)).item()
     disagreement = None
     if y.dim() == 2 and y.shape[1] >= 2:
         disagreement = (y.argmax(1) != other.argmax(1)).double().mean().item()
     loss = base = interval = None
-    if of.losses and against.losses:
-        base = against.loss
-        differences = torch.tensor(of.losses, dtype=torch.float64) - torch.tensor(against.losses, dtype=torch.float64)
+    if outcome.losses and baseline.losses:
+        base = sum(baseline.losses) / len(baseline.losses)
+        ours, theirs = (torch.tensor(one.losses, dtype=torch.float64) for one in (outcome, baseline))
+        differences = ours - theirs
         loss = differences.mean().item()
         if len(differences) >= 3:
             half = student_t(len(differences) - 1) * (differences.std() / math.sqrt(len(differences))).item()
             interval = (loss - half, loss + half)
-    return Effect(change, disagreement, loss, interval, base, samples, len(of.outputs))
-
-
-def signed(value: float) -> str:
-    """A number in three significant digits with its sign, a true minus."""
-    return f"{value:+.3g}".replace("-", "−")
+    return Effect(change, disagreement, loss, interval, base, samples, len(outcome.outputs))
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 5 % for 2 degrees of freedom and 1 % from 3.
+    """Return the 97.5 % quantile of Student's t, to 5 % for 2 degrees of freedom and 1 % from 3.
 
     Source: the Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5.
     """

@@ -1,7 +1,8 @@
-"""The facts of each layer, for tables."""
+"""What a diagnosis reports of each layer, as plain values: its facts, what the data showed, and its channels."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -9,34 +10,35 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
 
-# |γ| below which a channel is as good as its β alone.
-DEAD = 1e-3
+# |γ| below which the output of a channel is its β alone, and the share of such channels that is reported.
+DEAD, DEAD_SHARE = 1e-3, 0.25
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is known of one layer without data, as plain values.
+    """What is known of one layer without data.
 
     Ranges are (smallest, largest), or None where the layer has no such vector.
 
     Attributes:
-        path: Where it is; further places in `also`.
-        also: Its other places.
+        path: Its path; further paths are in `also`.
+        also: Its other paths.
         kind: Its class.
-        channels: How many.
-        after: What computes its input, traced; empty where that is not known.
-        before: What reads its output, traced.
-        training: Its mode.
+        channels: Number of channels.
+        after: What computes its input, from the trace; empty where that is not known.
+        before: What reads its output, from the trace.
+        training: Whether it is in training mode.
         momentum: None for the cumulative average.
         eps: ε.
-        updates: Batches that the running statistics have seen, where it counts them.
+        updates: Number of batches in the running statistics, where the layer counts them.
         weight: Range of γ.
         bias: Range of β.
-        running_mean: Its range.
-        running_var: Its range.
+        running_mean: Range of the running mean.
+        running_var: Range of the running variance.
         dead: Share of channels with |γ| < 0.001; None without γ.
-        foldable: Whether it can go into the layer before it; None where it is not traced.
+        foldable: Whether it can be folded into the layer before it; None where it is not traced.
         parameters: Number of trainable and other parameters.
         buffers: Number of values in buffers.
     """
@@ -61,8 +63,58 @@ class LayerFacts:
     buffers: int
 
 
-def facts_of(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
-    """The facts of a layer, whose neighbours' paths are given."""
+@dataclass(frozen=True)
+class LayerMeasures:
+    """What the data showed of one layer; None where it could not be measured.
+
+    Attributes:
+        path: Its path.
+        order: Its number in the order in which the layers are called, from 0.
+        shift: Root mean square over the channels of (running mean - mean)/σ, less the part that sampling explains. For
+            constant channels σ is the running one.
+        log_scale: Median over the channels of |ln(running σ / σ)|.
+        divergence: Mean over the channels of KL(population ‖ running) for normal distributions, in nats: the distance
+            between the statistics of evaluation and those of training.
+        noise: Standard deviation of a normalized value of the median channel over the choice of the other samples of
+            its batch, in σ, at the batch size of the data; falls as one over its square root.
+    """
+
+    path: str
+    order: int | None = None
+    shift: float | None = None
+    log_scale: float | None = None
+    divergence: float | None = None
+    noise: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels of a layer, as float32 copies on the CPU; None where there is no such vector.
+
+    Attributes:
+        weight: γ.
+        bias: β.
+        running_mean: `[C]`, or `[K, C]` where the layer has several.
+        running_var: The same shape.
+        mean: Mean of the layer's input over all data, `[C]`.
+        var: Biased variance of the same, `[C]`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+def facts_of(m: Measurements) -> tuple[LayerFacts, ...]:
+    """Return the facts of every layer, in the model's order."""
+    paths = {} if m.trace is None else m.trace.paths
+    return tuple(_facts(layer, paths) for layer in m.layers)
+
+
+def _facts(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
     module, place = layer.module, layer.place
     weight = getattr(module, "weight", None)
     return LayerFacts(
@@ -87,6 +139,28 @@ def facts_of(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
     )
 
 
+def measures_of(m: Measurements) -> tuple[LayerMeasures, ...]:
+    """Return what the data showed of every layer, in the model's order."""
+    distances = {distance.layer: distance for distance in m.distances}
+
+    def measures(layer: Layer) -> LayerMeasures:
+        order = None if layer.order == sys.maxsize else layer.order
+        distance, noise = distances.get(layer), m.noise.get(layer.path)
+        if distance is None:
+            return LayerMeasures(layer.path, order, noise=noise)
+        return LayerMeasures(layer.path, order, distance.shift, distance.scale, distance.divergence, noise)
+
+    return tuple(measures(layer) for layer in m.layers)
+
+
+def channels_of(layer: Layer) -> Channels:
+    """Return the channels of a layer."""
+    population = layer.population
+    of_module = (getattr(layer.module, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
+    of_data = (None, None) if population is None else (population.mean, population.var)
+    return Channels(*(_copy(vector) for vector in (*of_module, *of_data)))
+
+
 def _name(node: Node, paths: dict[Node, str]) -> str:
     if node.op == "placeholder":
         return "the input"
@@ -102,3 +176,10 @@ def _range(vector: object) -> tuple[float, float] | None:
     if not isinstance(vector, Tensor) or vector.numel() == 0:
         return None
     return float(vector.min()), float(vector.max())
+
+
+@torch.no_grad()
+def _copy(vector: object) -> Tensor | None:
+    if not isinstance(vector, Tensor) or vector.numel() == 0:
+        return None
+    return vector.detach().to("cpu", torch.float32, copy=True)

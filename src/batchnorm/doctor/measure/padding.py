@@ -1,8 +1,8 @@
-"""Which positions of the data are padding: those that hold one constant at the end of sequences and of images."""
+"""Find padding in the data: positions at the end of sequences and of images that hold one constant."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,24 +10,64 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.passes import Passes
 from batchnorm.models.batches import moved, samples_in
+from batchnorm.moments import Moments
 
-# Share of the positions that is worth a look.
+# Share of the positions from which padding is reported.
 _SHARE = 0.05
-# Of all images how many are padded, of these how many may have the constant at the top or the left, and how many of
-# their edges are sharp, at least.
+# Least share of images that are padded; largest share of these that hold the constant at the top or the left too; least
+# share of their edges that are sharp.
 _PADDED, _ELSEWHERE, _SHARP = 0.25, 0.1, 0.9
-# Images that speak for all.
+# Number of padded images that is enough, whatever their share.
 _ENOUGH = 8
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddingEffect:
+    """The effect of padding on the statistics of each layer, in one batch.
+
+    Attributes:
+        share: Share of the positions that are padding.
+        images: Whether the data are images; otherwise sequences.
+        shifts: Difference of the statistics with and without padding, by the layer's path: root mean square of the
+            means in σ, or of ln σ where that is larger.
+    """
+
+    share: float
+    images: bool
+    shifts: Mapping[str, float]
+
+
+def padding_effect(passes: Passes) -> PaddingEffect | None:
+    """Measure the input of each layer with and without padding; return None where the data have none."""
+    padded = find_padding(passes.kept)
+    if padded is None:
+        return None
+    shifts: dict[str, float] = {}
+
+    def compare(layer: Layer, x: Tensor) -> None:
+        mask = padded.mask_for(x)
+        if mask is None or not layer.by_batch:
+            return
+        everything, real = Moments.of(x), Moments.of(x, mask=mask)
+        if real.count > 1:
+            shift = (everything.mean - real.mean) / (real.var + layer.eps).sqrt()
+            scale = ((everything.var + layer.eps) / (real.var + layer.eps)).log() / 2
+            shifts[layer.path] = max(float(shift.square().mean().sqrt()), float(scale.square().mean().sqrt()))
+
+    passes.show_inputs(padded.batch, compare)
+    return PaddingEffect(padded.share, padded.positions.dim() == 3, shifts)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
     """A batch with padding.
 
     Attributes:
-        batch: As it was given.
-        positions: Those that are padding, booleans `[N, L]` or `[N, H, W]`.
+        batch: The batch, unchanged.
+        positions: The positions that are padding, booleans `[N, L]` or `[N, H, W]`.
     """
 
     batch: object
@@ -35,33 +75,33 @@ class Padded:
 
     @property
     def share(self) -> float:
-        """Of the positions."""
+        """Share of the positions that are padding."""
         return float(self.positions.double().mean())
 
-    def kept(self, x: Tensor) -> Tensor | None:
-        """Which values of a layer's input are no padding, `[N, *S]`; None where it has no such positions."""
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """Return which values of a layer's input are not padding, `[N, *S]`; None where x has other positions."""
         size = len(self.positions)
         if len(x) == size and x.dim() == self.positions.dim() + 1:
             stretched = F.interpolate(self.positions[:, None].float(), size=x.shape[2:], mode="nearest")
             return (stretched[:, 0] < 0.5).to(x.device)
-        if x.dim() == 2 and len(x) == self.positions.numel():  # of sequences, or of images as tokens
+        if x.dim() == 2 and len(x) == self.positions.numel():  # positions of sequences, or images as tokens
             return (~self.positions).flatten().to(x.device)
         return None
 
 
-def padded(batches: Iterable[object]) -> Padded | None:
-    """A batch with padding, if there is one: the first of sequences, the one with the most of images."""
+def find_padding(batches: Iterable[object]) -> PaddedBatch | None:
+    """Return a batch with padding: the first one of sequences, or the one of images with most padding."""
     every = list(batches)
-    for given in every:
-        for x in _tensors(given, 3):
-            positions = _of_sequences(x)
+    for batch in every:
+        for x in _tensors(batch, 3):
+            positions = _in_sequences(x)
             if positions is not None:
-                return Padded(given, positions)
-    return _of_images(every)
+                return PaddedBatch(batch, positions)
+    return _in_images(every)
 
 
 def _tensors(batch: object, dims: int) -> list[Tensor]:
-    """The batch's floating-point tensors of so many dimensions, one row for each sample."""
+    """Return the batch's floating-point tensors with this many dimensions and one row per sample."""
     size = samples_in(batch)
     return [
         leaf
@@ -71,13 +111,13 @@ def _tensors(batch: object, dims: int) -> list[Tensor]:
 
 
 def _run(same: Tensor) -> Tensor:
-    """Of each row `[N, L]` of booleans, how many in a row are true at its end."""
+    """Return the length of the run of true values at the end of each row of `[N, L]`."""
     return same.flip(1).long().cumprod(1).sum(1)
 
 
-def _of_sequences(x: Tensor) -> Tensor | None:
-    """Positions `[N, L]`: a run at the end of one constant vector, the same in all samples, and of several lengths."""
-    for time in (2, 1):  # [N, C, L] as convolutions take it, [N, L, C] as recurrent networks do
+def _in_sequences(x: Tensor) -> Tensor | None:
+    """Return positions `[N, L]`: runs of one constant vector at the end of the samples, of several lengths."""
+    for time in (2, 1):  # [N, C, L] for convolutions, [N, L, C] for recurrent networks
         values = x.movedim(time, 1)
         if values.shape[1] < 4:
             continue
@@ -96,9 +136,9 @@ def _of_sequences(x: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Margins:
-    """Rows and columns of each image of a batch that hold one value in every channel, `[N]` each."""
+    """Number of rows and columns at each side of each image that hold one constant vector, `[N]` each."""
 
-    same: Tensor  # [N, H, W]: where that value is
+    same: Tensor  # [N, H, W]: positions that hold the constant
     top: Tensor
     bottom: Tensor
     left: Tensor
@@ -120,23 +160,23 @@ class _Margins:
 
     @property
     def positions(self) -> Tensor:
-        """`[N, H, W]`: those at the bottom and the right."""
+        """The padding at the bottom and the right, `[N, H, W]`."""
         _, height, width = self.same.shape
         below = torch.arange(height) >= (height - self.bottom)[:, None]
         beside = torch.arange(width) >= (width - self.right)[:, None]
         return below[:, :, None] | beside[:, None]
 
     def sharp(self) -> Tensor:
-        """Of each edge of the padding, whether the image ends there: most of its last line has other values."""
+        """Return for each edge of the padding whether most of the image's last line there has other values."""
         return torch.cat(
             [
-                self._other(self.same, self.bottom, self.right),
-                self._other(self.same.mT, self.right, self.bottom),
+                self._sharp_edges(self.same, self.bottom, self.right),
+                self._sharp_edges(self.same.mT, self.right, self.bottom),
             ]
         )
 
     @staticmethod
-    def _other(same: Tensor, end: Tensor, beside: Tensor) -> Tensor:
+    def _sharp_edges(same: Tensor, end: Tensor, beside: Tensor) -> Tensor:
         size, length, width = same.shape
         line = same[torch.arange(size), (length - end - 1).clamp_min(0)]
         inside = torch.arange(width) < (width - beside)[:, None]
@@ -144,11 +184,12 @@ class _Margins:
         return (share < 0.5)[end > 0]
 
 
-def _of_images(batches: list[object]) -> Padded | None:
-    """Areas at the bottom and the right that hold one constant, as large as differ from image to image.
+def _in_images(batches: list[object]) -> PaddedBatch | None:
+    """Find areas at the bottom and the right that hold one constant and whose sizes differ between images.
 
-    A black background is no padding: it is at the top and the left too, and what stands before it does not end along a
-    line. Neither are margins that all images have, nor what shifting images about leaves on every side.
+    A black background is not padding: it is at the top and the left too, and objects in front of it do not end along a
+    line. Margins that all images share are not padding either, nor are the borders that shifted images have on every
+    side.
     """
     given = [(batch, x) for batch in batches for x in _tensors(batch, 4)[:1] if min(x.shape[2:]) >= 8]
     value = next((found for _, x in given if (found := _filling(x)) is not None), None)
@@ -164,7 +205,7 @@ def _of_images(batches: list[object]) -> Padded | None:
     if float(edges.double().mean()) < _SHARP:
         return None
     uneven = [
-        Padded(batch, margins.positions)
+        PaddedBatch(batch, margins.positions)
         for batch, margins in every
         if len(torch.stack([margins.bottom, margins.right]).unique(dim=1).T) > 1
     ]
@@ -173,7 +214,7 @@ def _of_images(batches: list[object]) -> Padded | None:
 
 
 def _filling(x: Tensor) -> Tensor | None:
-    """The value `[C]` that most images have in the whole of their last row or column; None where none has one."""
+    """Return the value `[C]` that fills the last row or column of most images; None where it fills none."""
     corner = x[:, :, -1:, -1:]
     same = (x == corner).all(1)
     filled = corner[same[:, -1].all(1) | same[:, :, -1].all(1)].flatten(1)

@@ -1,135 +1,76 @@
-"""The diagnosis: prints, and goes to files."""
+"""The diagnosis, as users see it."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.doctor.finding import Finding, NotChecked, Severity, left_out_lines
-from batchnorm.doctor.measure.conditions import Conditions
-from batchnorm.doctor.measure.facts import LayerFacts, facts_of
-from batchnorm.doctor.measure.layers import counted
-from batchnorm.doctor.measure.measures import Channels, LayerMeasures, channels_of, measures_of
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.finding import Finding, NotChecked
+from batchnorm.doctor.measure.facts import channels_of, facts_of, measures_of
+from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.doctor.report.conditions import Conditions
+from batchnorm.doctor.report.plain import as_dict, as_text
+from batchnorm.doctor.report.results import Results
 from batchnorm.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# Grows by one when a field changes its meaning or goes; fields may be added without.
-SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What is wrong with the batch normalization of a model; prints as a report, in colour by rich's `print`.
+class Diagnosis(Results):
+    """What is wrong with the batch normalization of a model; prints as a report, in colour with rich's `print`.
 
     Attributes:
         model: The model's class.
-        findings: Worst first.
+        findings: The findings, worst first.
         not_checked: Rules that could not be applied, with the reason.
         layers: The facts of every layer, in the model's order.
-        samples: How many samples were looked at.
-        batches: In how many batches.
+        samples: Number of samples.
+        batches: Number of batches.
         measures: What the data showed of each layer, in the model's order.
-        conditions: With what it was made.
-        channels: Each layer's channels, by its path; not part of the JSON.
+        conditions: The conditions of the diagnosis.
+        channels: The channels of each layer, by its path; not part of the JSON.
     """
 
-    model: str
-    findings: tuple[Finding, ...]
-    not_checked: tuple[NotChecked, ...]
-    layers: tuple[LayerFacts, ...]
-    samples: int
-    batches: int
-    measures: tuple[LayerMeasures, ...]
-    conditions: Conditions
-    channels: Mapping[str, Channels] = field(compare=False, repr=False)
-
     @classmethod
-    def of(cls, probe: Probe, findings: list[Finding], not_checked: list[NotChecked]) -> Diagnosis:
-        """From what was measured and what the rules made of it."""
-        paths = {} if probe.trace is None else probe.trace.paths
+    def of(cls, m: Measurements, findings: list[Finding], not_checked: list[NotChecked]) -> Diagnosis:
+        """Return the diagnosis of these measurements and findings."""
         return cls(
-            type(probe.model).__name__,
+            type(m.model).__name__,
             tuple(findings),
             tuple(not_checked),
-            tuple(facts_of(layer, paths) for layer in probe.layers),
-            0 if probe.data is None else probe.data.samples,
-            0 if probe.data is None else len(probe.data.sizes),
-            measures_of(probe),
-            Conditions.of(probe),
-            {layer.path: channels_of(layer) for layer in probe.layers},
+            facts_of(m),
+            m.samples,
+            len(m.batch_sizes),
+            measures_of(m),
+            Conditions.of(m),
+            {layer.path: channels_of(layer) for layer in m.layers},
         )
-
-    @property
-    def worst(self) -> Severity | None:
-        """The worst severity found; None where nothing was."""
-        return max((finding.severity for finding in self.findings), default=None)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether nothing above a note was found."""
-        return self.worst is None or self.worst == Severity.NOTE
-
-    def summary(self) -> str:
-        """One line: how many findings of which severity, in what."""
-        number = Counter(finding.severity for finding in self.findings)
-        found = [counted(number[s], s.label) for s in reversed(Severity) if number[s]]
-        data = "without data"
-        if self.batches:
-            data = f"{counted(self.samples, 'sample')} in {counted(self.batches, 'batch')}"
-        return f"{self.model}: {', '.join(found) or 'nothing found'}; {counted(len(self.layers), 'layer')}, {data}"
 
     def __str__(self) -> str:
-        lines = [self.summary()]
-        for finding in self.findings:
-            sure = "" if finding.confidence == "certain" else f" [confidence {finding.confidence}]"
-            lines += ["", f"{finding.severity.label} {finding.code} {finding.title}{sure}", f"    {finding.summary}"]
-            lines += [f"    - {line}" for line in finding.evidence]
-            lines += [f"    > {line}" for line in finding.repair.splitlines()]
-        if self.not_checked:
-            lines += ["", "not checked:"]
-            lines += [f"    {line}" for line in left_out_lines(self.not_checked)]
-        return "\n".join(lines)
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
-        """The same with colours, for rich's `print`."""
-        from batchnorm.doctor.report.terminal import rendered
+        """Return the report in colour, for rich's `print`."""
+        from batchnorm.doctor.report.terminal import as_rich  # rich is optional
 
-        return rendered(self)
+        return as_rich(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in the JSON; what is not finite is None."""
-        found: dict[str, Any] = _plain(
-            {
-                "schema": SCHEMA_VERSION,
-                "model": self.model,
-                "healthy": self.healthy,
-                "samples": self.samples,
-                "batches": self.batches,
-                "findings": [{**_fields(f), "severity": f.severity.label} for f in self.findings],
-                "not_checked": [_fields(rule) for rule in self.not_checked],
-                "layers": [asdict(layer) for layer in self.layers],
-                "measures": [asdict(layer) for layer in self.measures],
-                "conditions": asdict(self.conditions),
-            }
-        )
-        return found
+        """Return plain values, as in the JSON, with None for numbers that are not finite."""
+        return as_dict(self)
 
     def to_json(self) -> str:
-        """The diagnosis as JSON; its schema is in the documentation, its version in `schema`."""
+        """Return the diagnosis as JSON; the documentation has its schema, and `schema` is its version."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_html(self) -> str:
-        """The diagnosis as a page that needs nothing else: charts, figures and repairs; opens without a network.
+        """Return the diagnosis as one HTML page with charts, which needs no other files and no network.
 
         Raises:
             ImportError: jinja2 is missing.
@@ -139,18 +80,18 @@ class Diagnosis:
                 "A diagnosis as HTML expects jinja2 to be installed, and it is not. "
                 "Run pip install 'batchnorm[doctor]', or save it as .json or .txt."
             )
-        from batchnorm.doctor.report.page import rendered
+        from batchnorm.doctor.report.page import as_html  # jinja2 is optional
 
-        return rendered(self)
+        return as_html(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the diagnosis to a file: whole, or not at all.
+        """Write the diagnosis to a file, completely or not at all.
 
         Args:
-            path: Ends in `.html`, in `.json`, or in `.txt` for what it prints as.
+            path: Ends in `.html`, `.json`, or `.txt` for the printed report.
 
         Raises:
-            ValueError: the path ends in something else.
+            ValueError: the path has another ending.
             ImportError: it ends in `.html`, and jinja2 is missing.
         """
         path = Path(path)
@@ -160,17 +101,3 @@ class Diagnosis:
                 f"Diagnosis.save expects a path that ends in .html, .json or .txt, got {str(path)!r}. Change the name."
             )
         write_whole(path, texts[path.suffix]() + "\n")
-
-
-def _fields(held: Finding | NotChecked) -> dict[str, Any]:
-    return {name: getattr(held, name) for name in held.__dataclass_fields__}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

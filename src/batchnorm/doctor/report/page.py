@@ -1,37 +1,33 @@
-"""The diagnosis as a page: verdict, the network as a strip of layers, findings, charts. Needs jinja2."""
+"""Render the results of a diagnosis as an HTML page with a verdict, a strip of layers, findings and charts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm.doctor.finding import Finding, Severity, grouped
-from batchnorm.doctor.measure.effect import signed
-from batchnorm.doctor.measure.facts import LayerFacts
-from batchnorm.doctor.measure.layers import counted
-from batchnorm.doctor.measure.measures import Channels, LayerMeasures
-from batchnorm.doctor.rules import RULES
+from batchnorm.doctor.finding import Finding, Severity, by_reason
+from batchnorm.doctor.measure.facts import Channels, LayerFacts, LayerMeasures
+from batchnorm.doctor.report.results import Results
+from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.wording import counted, named, signed
 from batchnorm.page import number, render
 
-if TYPE_CHECKING:
-    from batchnorm.doctor.report.diagnosis import Diagnosis
-
-# Channels that the page holds whole, those of the worst layers first; about 1 MB.
+# Number of channels that the page shows completely, the worst layers first; about 1 MB.
 _CHANNELS = 32_768
-# Of each further layer those that are farthest off.
+# Number of channels of each further layer: the ones that are farthest off.
 _FARTHEST = 64
 _BINS = 30
-# More than this many parts of a network are not told apart in the strip.
+# Largest number of parts that the strip of layers is divided into.
 _PARTS = 16
-# Every cost that a finding can have, in words.
+# The costs that a finding can have, in words.
 _COSTS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {signed(value)}",
-    "other_class": lambda value: f"{value:.1%} of the samples get another class",
+    "other_class": lambda value: f"{value:.1%} of the predictions change",
     "parameters": lambda value: f"{value:,.0f} parameters",
     "error": lambda value: f"error of {value:.2g}σ",
     "padding": lambda value: f"{value:.0%} of the positions are padding",
@@ -43,11 +39,11 @@ class Row:
     """A layer in the strip and in the table.
 
     Attributes:
-        number: Which of the layers.
-        path: In words.
+        number: Its number in the model's order.
+        path: Its path.
         health: `ok`, or the worst severity of its findings.
-        findings: The findings that name it or what computes its input.
-        facts: Its facts in words, each with its name.
+        findings: The findings that name it or the layer that computes its input.
+        facts: Its facts in words, by name.
     """
 
     number: int
@@ -57,72 +53,78 @@ class Row:
     facts: dict[str, str]
 
 
-def rendered(diagnosis: Diagnosis) -> str:
-    """The page."""
-    rows = rows_of(diagnosis)
-    ranks = ranked(diagnosis, rows)
+def as_html(results: Results) -> str:
+    """Return the page."""
+    rows = rows_of(results)
+    ranks = ranked(results, rows)
     return render(
         "batchnorm.doctor.report",
-        charts(diagnosis, rows, ranks),
-        {"path": _path},
-        diagnosis=diagnosis,
-        conditions=diagnosis.conditions,
-        verdict=verdict(diagnosis),
-        start=next((finding for finding in diagnosis.findings if is_code(finding.repair)), None),
+        charts(results, rows, ranks),
+        {"path": named},
+        diagnosis=results,
+        conditions=results.conditions,
+        verdict=verdict(results),
+        start=next((finding for finding in results.findings if is_code(finding.repair)), None),
         rows=rows,
         parts=parts(rows),
         chosen=ranks[0],
-        why={rule.code: rule.why for rule in RULES},
-        compared=sum(measures.divergence is not None for measures in diagnosis.measures),
-        noisy=sum(measures.noise is not None for measures in diagnosis.measures),
-        measured=diagnosis.batches > 0,
+        why={rule.code: rule.why for rule in load_rules()},
+        compared=sum(measures.divergence is not None for measures in results.measures),
+        noisy=sum(measures.noise is not None for measures in results.measures),
+        measured=results.batches > 0,
         cost=cost,
-        not_checked=grouped(diagnosis.not_checked),
+        not_checked=by_reason(results.not_checked),
         is_code=is_code,
         counted=counted,
     )
 
 
-def verdict(diagnosis: Diagnosis) -> list[str]:
-    """What the diagnosis comes to, in sentences."""
-    layers = f"{counted(len(diagnosis.layers), 'layer')} of batch normalization"
-    number_of = {s: sum(finding.severity == s for finding in diagnosis.findings) for s in Severity}
-    if diagnosis.healthy:
-        notes = f"; {counted(number_of[Severity.NOTE], 'note')}" if diagnosis.findings else ""
-        found = [f"Nothing above a note was found in the {layers} of {diagnosis.model}{notes}."]
+def verdict(results: Results) -> list[str]:
+    """Return the result of the diagnosis in sentences."""
+    layers = f"{counted(len(results.layers), 'layer')} of batch normalization"
+    number_of = {s: sum(finding.severity == s for finding in results.findings) for s in Severity}
+    if results.healthy:
+        notes = f"; {counted(number_of[Severity.NOTE], 'note')}" if results.findings else ""
+        found = [f"Nothing above a note was found in the {layers} of {results.model}{notes}."]
     else:
         counts = [counted(number_of[s], s.label) for s in (Severity.ERROR, Severity.WARNING) if number_of[s]]
-        worst = diagnosis.findings[0]
+        worst = results.findings[0]
         found = [
-            f"{diagnosis.model} has {' and '.join(counts)} in its {layers}. The worst, {worst.code}: {worst.title}.",
+            f"{results.model} has {' and '.join(counts)} in its {layers}. The worst, {worst.code}: {worst.title}.",
             f"{worst.summary[:1].upper()}{worst.summary[1:]}.",
         ]
-    if not diagnosis.batches:
-        found.append("No data were given, so that only what the model itself shows was looked at.")
-    elif not diagnosis.conditions.loss:
-        found.append("No loss was given: costs are changes of the output, and nothing is an error because of them.")
-    whole = sum(not rule.paths for rule in diagnosis.not_checked)
+    if not results.batches:
+        found.append("No data were given, so only the model itself was examined.")
+    elif not results.conditions.loss:
+        found.append("No loss was given: costs are changes of the output, and no effect is an error.")
+    whole = sum(not rule.paths for rule in results.not_checked)
     if whole:
-        found.append(f"{counted(whole, 'rule')} could not be applied; the reasons stand at the end.")
+        found.append(f"{counted(whole, 'rule')} could not be applied; the reasons are at the end.")
     return found
 
 
 def cost(finding: Finding) -> list[str]:
-    """What a finding costs, in words."""
+    """Return the costs of a finding in words."""
     return [_COSTS[name](value) for name, value in finding.cost.items()]
 
 
 # The strip and the table -------------------------------------------------------------------------------------------
 
 
-def rows_of(diagnosis: Diagnosis) -> list[Row]:
-    """The layers, in the model's order."""
+def rows_of(results: Results) -> list[Row]:
+    """Return the layers, in the model's order."""
     rows = []
-    for index, (layer, measures) in enumerate(zip(diagnosis.layers, diagnosis.measures, strict=True)):
-        findings = tuple(finding for finding in diagnosis.findings if _names(finding, layer))
+    for index, (layer, measures) in enumerate(zip(results.layers, results.measures, strict=True)):
+        findings = tuple(finding for finding in results.findings if _names(finding, layer))
         worst = max((finding.severity for finding in findings), default=None)
         rows.append(
-            Row(index, _path(layer.path), "ok" if worst is None else worst.label, findings, words(layer, measures))
+            Row(
+                index,
+                named(layer.path),
+                "ok" if worst is None else worst.label,
+                findings,
+                facts_in_words(layer, measures),
+            )
         )
     return rows
 
@@ -132,8 +134,8 @@ def _names(finding: Finding, layer: LayerFacts) -> bool:
     return any(path in own or (path and layer.after.startswith(f"{path} (")) for path in finding.paths)
 
 
-def words(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
-    """A layer's facts, each under its name."""
+def facts_in_words(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
+    """Return the facts of a layer in words, by name."""
     return {
         "kind": f"{layer.kind}({layer.channels})",
         "after": layer.after or "?",
@@ -155,7 +157,7 @@ def words(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
 
 
 def parts(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """The layers by the part of the network that they are in: the first level of names that tells parts apart."""
+    """Group the layers by the part of the network, at the first level of names that separates parts."""
     deepest = max(row.path.count(".") for row in rows)
     for depth in range(1, deepest + 1):
         found: list[tuple[str, list[Row]]] = []
@@ -172,12 +174,12 @@ def parts(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     return [("", rows)]
 
 
-def ranked(diagnosis: Diagnosis, rows: list[Row]) -> list[int]:
-    """The numbers of the layers, worst first: by severity, then by divergence."""
+def ranked(results: Results, rows: list[Row]) -> list[int]:
+    """Return the numbers of the layers, worst first: by severity, then by divergence."""
     severity = {"ok": 0} | {s.label: int(s) for s in Severity}
 
     def rank(row: Row) -> tuple[float, float]:
-        return -severity[row.health], -(diagnosis.measures[row.number].divergence or 0.0)
+        return -severity[row.health], -(results.measures[row.number].divergence or 0.0)
 
     return [row.number for row in sorted(rows, key=rank)]
 
@@ -185,38 +187,38 @@ def ranked(diagnosis: Diagnosis, rows: list[Row]) -> list[int]:
 # The charts --------------------------------------------------------------------------------------------------------
 
 
-def charts(diagnosis: Diagnosis, rows: list[Row], ranks: Iterable[int]) -> dict[str, Any]:
-    """What the page's script draws."""
+def charts(results: Results, rows: list[Row], ranks: Iterable[int]) -> dict[str, Any]:
+    """Return the data that the page's script draws."""
     most = {}
     left = _CHANNELS
     for index in ranks:
-        channels = diagnosis.layers[index].channels
+        channels = results.layers[index].channels
         whole = channels <= left
         most[index] = channels if whole else _FARTHEST
         left -= channels if whole else 0
 
     def layer(row: Row) -> dict[str, Any]:
-        measures = diagnosis.measures[row.number]
-        held = diagnosis.channels[diagnosis.layers[row.number].path]
+        measures = results.measures[row.number]
+        channels = results.channels[results.layers[row.number].path]
         return {
             "path": row.path,
             "health": row.health,
             **{name: _short(getattr(measures, name)) for name in ("shift", "log_scale", "divergence", "noise")},
             "order": measures.order,
-            "gamma": histogram(held.weight),
-            "beta": histogram(held.bias),
-            "channels": against_population(held, most[row.number]),
+            "gamma": histogram(channels.weight),
+            "beta": histogram(channels.bias),
+            "channels": against_population(channels, most[row.number]),
         }
 
     return {
-        "batch_size": diagnosis.conditions.batch_size,
+        "batch_size": results.conditions.batch_size,
         "chosen": next(iter(most)),
         "layers": [layer(row) for row in rows],
     }
 
 
 def histogram(values: Tensor | None) -> dict[str, Any] | None:
-    """How often which values are there."""
+    """Return a histogram of the values."""
     if values is None:
         return None
     finite = values[values.isfinite()].double().flatten()
@@ -224,7 +226,7 @@ def histogram(values: Tensor | None) -> dict[str, Any] | None:
     if len(finite) == 0:
         return {**found, "low": 0.0, "high": 1.0, "counts": []}
     low, high = float(finite.min()), float(finite.max())
-    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all the same: one bar as wide as can be read
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all equal: one bar of a readable width
         half = 0.05 * max(abs(low), 0.1)
         return {**found, "low": low - half, "high": low + half, "counts": [len(finite)]}
     bins = min(_BINS, max(5, len(finite) // 3))
@@ -232,9 +234,9 @@ def histogram(values: Tensor | None) -> dict[str, Any] | None:
     return {**found, "low": _short(low), "high": _short(high), "counts": [int(count) for count in counts]}
 
 
-def against_population(held: Channels, most: int) -> dict[str, Any] | None:
-    """Running against population statistics of each channel; where there are more, of those farthest off."""
-    vectors = (held.running_mean, held.running_var, held.mean, held.var)
+def against_population(channels: Channels, most: int) -> dict[str, Any] | None:
+    """Return running and population statistics of each channel, or of the `most` channels that are farthest off."""
+    vectors = (channels.running_mean, channels.running_var, channels.mean, channels.var)
     if any(v is None or v.dim() != 1 for v in vectors):
         return None
     running_mean, running_var, mean, var = (v.double() for v in vectors if v is not None)
@@ -242,8 +244,8 @@ def against_population(held: Channels, most: int) -> dict[str, Any] | None:
     index = torch.arange(number)
     if number > most:
         sigma = var.clamp_min(1e-30).sqrt()
-        off = (running_mean - mean).abs() / sigma + (running_var.clamp_min(1e-30).sqrt() / sigma).log().abs()
-        index = off.nan_to_num(torch.inf).argsort(descending=True)[:most].sort().values
+        distance = (running_mean - mean).abs() / sigma + (running_var.clamp_min(1e-30).sqrt() / sigma).log().abs()
+        index = distance.nan_to_num(torch.inf).argsort(descending=True)[:most].sort().values
     return {
         "number": number,
         "index": index.tolist(),
@@ -258,10 +260,6 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def _path(path: str) -> str:
-    return path or "(model)"
-
-
 def _span(pair: tuple[float, float] | None) -> str:
     if pair is None:
         return "–"
@@ -273,5 +271,5 @@ def _with_unit(value: float | None, unit: str) -> str:
 
 
 def is_code(repair: str) -> bool:
-    """Whether there is something to paste besides comments."""
+    """Return whether there is code besides comments."""
     return any(line.strip() and not line.lstrip().startswith("#") for line in repair.splitlines())

@@ -1,8 +1,6 @@
-"""The diagnosis and the table of layers, drawn by rich."""
+"""Render the results of a diagnosis, and the table of layers, with rich."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,23 +9,22 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from batchnorm.doctor.finding import Finding, Severity, left_out_lines
+from batchnorm.doctor.finding import Finding, Severity, not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
-
-if TYPE_CHECKING:
-    from batchnorm.doctor.report.diagnosis import Diagnosis
+from batchnorm.doctor.report.results import Results
+from batchnorm.doctor.wording import named
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "cyan"}
 
 
-def rendered(diagnosis: Diagnosis) -> RenderableType:
-    """Worst first: one line each, evidence beneath, and the repair as code."""
-    parts: list[RenderableType] = [Text(diagnosis.summary(), style="bold")]
-    for finding in diagnosis.findings:
+def as_rich(results: Results) -> RenderableType:
+    """Return the report: findings worst first, each with its evidence, and the fix as code."""
+    parts: list[RenderableType] = [Text(results.summary(), style="bold")]
+    for finding in results.findings:
         parts += _finding(finding)
-    if diagnosis.not_checked:
+    if results.not_checked:
         parts += ["", Text("not checked", style="bold")]
-        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in left_out_lines(diagnosis.not_checked)]
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in not_checked_lines(results.not_checked)]
     return Group(*parts)
 
 
@@ -44,21 +41,20 @@ def _finding(finding: Finding) -> list[RenderableType]:
 
 
 def layer_table(layers: tuple[LayerFacts, ...]) -> Table:
-    """Every layer, one row each."""
+    """Return a table with one row per layer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("layer", "kind", "after", "before"):
         table.add_column(name, overflow="fold")
     for name in ("mode", "momentum", "ε", "updates", "γ", "β", "mean", "variance", "dead", "foldable", "values"):
         table.add_column(name, justify="right", overflow="fold")
     for layer in layers:
-        table.add_row(*map(Text, row_of(layer)))
+        table.add_row(*map(Text, _row(layer)))
     return table
 
 
-def row_of(layer: LayerFacts) -> tuple[str, ...]:
-    """A layer's facts as words."""
+def _row(layer: LayerFacts) -> tuple[str, ...]:
     return (
-        " = ".join((layer.path or "(model)", *layer.also)),
+        " = ".join((named(layer.path), *layer.also)),
         f"{layer.kind}({layer.channels})",
         layer.after or "?",
         layer.before or "?",

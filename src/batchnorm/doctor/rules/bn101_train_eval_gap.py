@@ -1,76 +1,88 @@
-"""BN101: evaluation is worse than training on the same batches."""
-
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.cause import suspects
-from batchnorm.doctor.measure.effect import OUTPUT_MATTERS, Effect
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.effect import Effect
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import named
 
-# What makes training and evaluation differ.
-_CAUSES = ("BN102", "BN103", "BN104", "BN105", "BN109", "BN111", "BN112", "BN201", "BN202", "BN204")
+# Rules that explain a gap between training and evaluation; the first two also by a note.
+_CAUSES = ("BN102", "BN103", "BN104", "BN105", "BN109", "BN111", "BN112", "BN201", "BN202", "BN204", "BN216")
 
 
 class TrainEvaluationGap(Rule):
-    """The same batches and weights, dropout off in both: what differs is the statistics alone."""
-
     code = "BN101"
     title = "evaluation differs from training on the same batches"
-    why = (
-        "Training normalizes by the batch, evaluation by the running statistics. Where the two differ on the same "
-        "data, the network that is evaluated is not the one that was trained."
-    )
+    why = """
+        Training normalizes by the batch, evaluation by the running statistics. Where the two differ on the same data,
+        the network that is evaluated is not the one that was trained.
+    """
+    evidence = """
+        Every batch goes through the network twice: normalized by its own statistics, and by the running ones. Dropout
+        is off both times, so nothing else differs. A third pass, normalized by the population's statistics, splits the
+        gap in two:
+
+        - running statistics against the population's: the running statistics are wrong (BN102, BN103, BN109);
+        - batches' statistics against the population's: what the network gains or loses from the other samples of the
+          batch (BN104, BN105).
+
+        Layers whose running statistics are off are ranked. For the worst of them (`budget=`) one more pass uses the
+        population's statistics in that layer alone, and measures how much of the excess loss goes away. Passes that
+        other rules need come first.
+    """
+    severity = """
+        By the loss in evaluation minus the loss in training: a warning from 10 % more loss and a change of the output
+        by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
+    """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
+    notes = "Where a cause was found, the finding names its code instead: fix that first."
+    source = """
+        Ioffe & Szegedy 2015, *Batch Normalization*, section 3.1; Wu & Johnson 2021, *Rethinking “Batch” in BatchNorm*,
+        section 4.
+    """
     needs = ("data", "output")
-    last = True
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """By the gap in loss; without a loss by that of the output which the running statistics account for."""
-        gap, off_by, batches = probe.gap, probe.off_by, probe.batch_effect
-        if gap is None or off_by is None or batches is None or gap.output <= OUTPUT_MATTERS:
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        gap, whole = m.gap, m.running_effect
+        if gap is None or whole is None or not m.gap_matters:
             return
-        if gap.loss is not None:
-            if gap.loss <= 0 or (gap.loss_interval is not None and gap.loss_interval[0] <= 0):
-                return
-        elif off_by.output < batches.output:
-            return  # what differs are the batches' statistics, not the running ones
-        evidence = [f"running statistics against the population's: {off_by}",
-                    f"batches' statistics against the population's: {batches}"]  # fmt: skip
-        ranked = [
-            (_explained(probe.explained([found.layer]), off_by), found.layer.path) for found in suspects(probe, off_by)
-        ]
-        ranked.sort(key=lambda pair: -pair[0] if pair[0] is not None else 0.0)
-        what = "what the loss has too much" if _in_loss(off_by) else "the change of the output"
-        evidence += [
-            f"{path or '(model)'}: the population's statistics in it alone take away {share:.0%} of {what}"
-            for share, path in ranked
-            if share is not None
-        ]
-        paths = [path for _, path in ranked]
+        removed = {path: _removed(left, whole) for path, left in m.left_by_layer.items()}
+        ranked = sorted(removed, key=lambda path: -removed[path])
+        excess = "the excess loss" if _in_loss(whole) else "the change of the output"
         yield self.finding(
-            gap.severity, paths, f"evaluation against training: {gap}", evidence=evidence, confidence=gap.confidence,
-            cost=gap.cost, repair=self._repair(probe), loss=gap.loss, output=gap.output, samples=gap.samples,
+            gap.severity,
+            [*ranked, *(path for path in (m.misfit.paths if m.misfit else ()) if path not in removed)],
+            f"evaluation against training: {gap}",
+            effect=gap,
+            evidence=[
+                f"running statistics against the population's: {whole}",
+                f"batches' statistics against the population's: {m.batch_effect}",
+                *(
+                    f"{named(path)}: the population's statistics in it alone remove {removed[path]:.0%} of {excess}"
+                    for path in ranked
+                ),
+            ],
+            loss=gap.loss,
+            output=gap.output,
+            samples=gap.samples,
             batches=gap.batches,
-        )  # fmt: skip
+        )
 
-    def _repair(self, probe: Probe) -> str | None:
-        """Where its causes were found, theirs."""
-        told = [f for f in probe.found if f.severity > Severity.NOTE or f.code in ("BN102", "BN103")]
-        causes = sorted({finding.code for finding in told if finding.code in _CAUSES})
-        return f"# see what was found on its causes: {', '.join(causes)}" if causes else None
+    def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
+        found = {f.code for f in findings if f.severity > Severity.NOTE or f.code in _CAUSES[:2]}
+        causes = [code for code in _CAUSES if code in found]
+        return replace(finding, repair=f"# fix these causes first: {', '.join(causes)}") if causes else finding
 
 
 def _in_loss(whole: Effect) -> bool:
     return whole.loss is not None and whole.loss > 0
 
 
-def _explained(left: Effect | None, whole: Effect) -> float | None:
-    """The share of the whole that is gone; None where it was not measured."""
-    if left is None:
-        return None
+def _removed(left: Effect, whole: Effect) -> float:
+    """Return the share of the whole effect that is gone."""
     if _in_loss(whole):
         assert left.loss is not None and whole.loss is not None
         return 1 - left.loss / whole.loss

@@ -1,5 +1,3 @@
-"""BN104: batches so small that their statistics are noise."""
-
 from __future__ import annotations
 
 import math
@@ -7,66 +5,75 @@ from collections.abc import Iterator
 from statistics import median
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.measure.probe import Probe
-from batchnorm.doctor.rules.bn105_non_iid_batches import dependent
+from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
-
-# Deviation of a normalized value by the choice of its neighbours that is worth a word, and the one to aim at.
-NOISY, AIM = 0.25, 0.1
+from batchnorm.doctor.wording import counted, listed, named
 
 
 class SmallBatch(Rule):
-    """Noise from the spread of whole samples; its effect from the same batches normalized by the population."""
-
     code = "BN104"
     title = "the batch is too small for its statistics"
-    why = (
-        "In training a sample's output depends on which others are in its batch, by an amount that falls as 1/√N. "
-        "With few samples that is noise which evaluation does not have; with one value per channel there is nothing "
-        "left."
-    )
-    repair = (
-        "# larger batches, or statistics over several processes or steps\n"
-        "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)  # or batchnorm.BatchRenorm"
-    )
+    why = """
+        In training the output for a sample depends on the other samples of its batch, by an amount that falls as 1/√N.
+        With few samples this is noise that evaluation does not have; with one value per channel nothing is left of the
+        input.
+    """
+    evidence = """
+        The standard deviation of a normalized value over the choice of the other samples of its batch:
+        √((Var(u)/σ² + Var(v)/(4σ⁴))/N), where u is the mean of a sample over its positions, v its mean square
+        deviation, and N the number of samples in a batch. It is measured from whole samples, so similar pixels do not
+        count as independent. It falls as 1/√N; the finding says how many samples bring the noisiest layer down to
+        0.1σ.
+
+        Batches with a single value per channel are counted.
+    """
+    severity = """
+        By what the batches' statistics cost against the population's, on the same batches. One value per channel in
+        every batch is an error, in some batches a warning: torch refuses to train on them. Without a loss noise is a
+        note, because it also regularizes.
+    """
+    repair = """
+        # larger batches, or statistics over several processes or steps
+        model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)  # or batchnorm.BatchRenorm
+    """
+    source = """
+        Wu & He 2018, *Group Normalization*, figure 1; Ioffe 2017, *Batch Renormalization*, section 3; the mathematics
+        page, “Measures”.
+    """
     needs = ("data",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Batches of one value, and noise whose effect is measured."""
-        assert probe.data is not None
-        single = [layer for layer in probe.measured if layer.one_value and layer.by_batch]
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        single = [layer for layer in m.measured if layer.single_value_batches and layer.by_batch]
         if single:
-            most, number = max(layer.one_value for layer in single), len(probe.data.sizes)
+            most, number = max(layer.single_value_batches for layer in single), len(m.batch_sizes)
             yield self.finding(
                 Severity.ERROR if most == number else Severity.WARNING,
                 [layer.path for layer in single],
                 f"one value per channel in {most} of {counted(number, 'batch')} at "
-                f"{listed(layer.path for layer in single)}: "
-                "training raises an error there, or gives β",
+                f"{listed(layer.path for layer in single)}: training raises an error there, or returns β",
                 repair="loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)",
                 batches=most,
             )
             if most == number:
                 return
-        effect = probe.batch_effect
-        if effect is None or dependent(probe):
+        effect = m.batch_effect
+        if effect is None or m.dependent or not m.noise:
             return
-        size = probe.batch_size
-        noise = {layer.path: value for layer, value in probe.noise.items()}
-        worst = sorted(noise, key=lambda path: -noise[path])
-        if not worst or (noise[worst[0]] < NOISY and effect.severity == Severity.NOTE):
+        worst = sorted(m.noise, key=lambda path: -m.noise[path])
+        noise = m.noise[worst[0]]
+        if noise < NOISY and effect.severity == Severity.NOTE:
             return
-        needed = math.ceil(size * (noise[worst[0]] / AIM) ** 2)
+        needed = math.ceil(m.batch_size * (noise / NOISE_AIM) ** 2)
         yield self.finding(
-            effect.severity if effect.loss is not None else Severity.NOTE,  # noise that may do good, as far as is known
+            effect.severity if effect.loss is not None else Severity.NOTE,
             worst,
-            f"at {size:g} samples a normalized value at {worst[0] or '(model)'} moves by {noise[worst[0]]:.2g}σ with "
-            f"the rest of its batch ({median(noise.values()):.2g}σ in the median layer); {AIM}σ takes about {needed}",
-            evidence=[f"by the batches' statistics against the population's: {effect}"],
-            confidence=effect.confidence,
-            cost=effect.cost,
-            batch_size=size,
-            noise=noise,
+            f"with {m.batch_size:g} samples a normalized value at {named(worst[0])} varies by {noise:.2g}σ "
+            f"with the rest of its batch ({median(m.noise.values()):.2g}σ in the median layer); "
+            f"{NOISE_AIM}σ takes about {needed}",
+            effect=effect,
+            evidence=[f"batches' statistics against the population's: {effect}"],
+            batch_size=m.batch_size,
+            noise=m.noise,
             batch_size_needed=needed,
         )

@@ -1,68 +1,63 @@
-"""BN105: the samples of a batch are alike."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.measure.between import Spread
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
-
-_RARE = 0.01
-# Variance between batches over what sampling gives, in the mean over the channels, that is worth a word.
-_INFLATED = 1.5
-
-
-def dependent(probe: Probe) -> Spread | None:
-    """The spread between batches, where it is more than sampling gives."""
-    spread = probe.spread
-    if spread is None or spread.p > _RARE or not len(spread.inflation) or float(spread.inflation.mean()) < _INFLATED:
-        return None
-    return spread
 
 
 class NonIidBatches(Rule):
-    """Batches that differ more than random ones would."""
-
     code = "BN105"
     title = "batches are not independent samples of the data"
-    why = (
-        "Batches sorted by class, drawn for metric learning, or cut from one video have statistics of their own. The "
-        "network learns to use them, and the running statistics, an average over batches, miss the spread between "
-        "them."
-    )
-    repair = (
-        "loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)\n"
-        "# where batches have to be so: exact statistics for evaluation, or none of the batch: batchnorm.convert\n"
-        "model, report = batchnorm.recalibrate(model, training_data)"
-    )
+    why = """
+        Batches that are sorted by class, drawn for metric learning, or cut from one video have statistics of their
+        own. The network learns to use them, and the running statistics, an average over batches, miss the spread
+        between them.
+    """
+    evidence = """
+        An analysis of variance of the samples' means, with batches as groups: how much more the means of batches vary
+        than those of random batches. It is computed in evaluation, where no sample depends on its neighbours. The
+        largest ratio over all channels of all layers is compared with that of 199 random orders of the samples. This
+        assumes no distribution, and thousands of channels cause no false alarm.
+
+        A validation loader that is sorted by class is found too: pass the data as in training.
+    """
+    severity = """
+        By what the batches' statistics cost against the population's, or by the gap to evaluation where the network
+        has learned to use them.
+    """
+    repair = """
+        loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
+        # where batches cannot be shuffled: exact statistics for evaluation, or none of the batch (batchnorm.convert)
+        model, report = batchnorm.recalibrate(model, training_data)
+    """
+    source = """
+        Ioffe 2017, section 1; Westfall & Young 1993, *Resampling-Based Multiple Testing*; Wu & Johnson 2021,
+        section 6.
+    """
     needs = ("data",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """By analysis of variance, corrected over all channels."""
-        spread, effect = dependent(probe), probe.batch_effect
-        paths = [layer.path for layer in probe.measured if layer.by_batch]
-        if spread is None or effect is None or probe.data is None or not paths:
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        test, effect, gap = m.independence, m.batch_effect, m.gap
+        paths = [layer.path for layer in m.measured if layer.by_batch]
+        if test is None or not test.rejected or effect is None or not paths:
             return
-        inflation = float(spread.inflation.mean())
-        gap = probe.gap
-        evidence = [
-            f"of {spread.permutations} random orders of the samples, {round(spread.p * (spread.permutations + 1)) - 1} "
-            "spread as much in their largest channel",
-            f"by the batches' statistics against the population's: {effect}",
-        ]
-        # Better by its own batch is as bad: that knowledge is not there in evaluation.
-        uses = gap is not None and gap.loss is not None and gap.severity > effect.severity
-        worse = gap if uses and gap is not None else effect
+        # A network that is better by its own batch is as bad: evaluation does not have that knowledge.
+        uses_batch = gap is not None and gap.loss is not None and gap.severity > effect.severity
+        worse = gap if uses_batch and gap is not None else effect
+        inflation = float(test.inflation.mean())
         yield self.finding(
             worse.severity,
             paths,
-            f"the means of batches vary {inflation:.3g} times as much as those of random ones would "
-            f"(p = {spread.p:.2g}, {len(probe.data.sizes)} batches of {probe.batch_size:g})",
-            evidence=evidence,
-            confidence=worse.confidence,
-            cost=worse.cost,
+            f"the means of batches vary {inflation:.3g} times as much as those of random batches "
+            f"(p = {test.p:.2g}, {len(m.batch_sizes)} batches of {m.batch_size:g})",
+            effect=worse,
+            evidence=[
+                f"of {test.permutations} random orders of the samples {round(test.p * (test.permutations + 1)) - 1} "
+                "vary as much in their largest channel",
+                f"batches' statistics against the population's: {effect}",
+            ],
             inflation=inflation,
-            p=spread.p,
+            p=test.p,
         )

@@ -1,5 +1,3 @@
-"""BN106: running statistics that move more than once in a training step."""
-
 from __future__ import annotations
 
 import math
@@ -7,75 +5,82 @@ from collections.abc import Iterator
 from statistics import median
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import Layer, counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed
 
-# Error of the running mean, in standard deviations, that the further updates may add before they are more than a note.
+# Error that the additional updates add to the running mean, in standard deviations, from which it is a warning.
 _MATTERS = 0.05
 
 
 class MovedTwice(Rule):
-    """Counted in a training step, which is undone."""
-
     code = "BN106"
-    title = "running statistics move more than once in a training step"
-    why = (
-        "Activation checkpointing runs a layer again in the backward pass, and a loss that calls the model twice runs "
-        "all of them twice. Each time the statistics move, so that the momentum is not the one that was chosen."
-    )
-    repair = "model, report = batchnorm.accelerate(model)  # its layers do not move in a backward pass"
+    title = "running statistics are updated more than once in a training step"
+    why = """
+        Activation checkpointing runs a layer again in the backward pass, and a loss that calls the model twice runs
+        all layers twice. Each run updates the statistics, so the momentum is not the one that was chosen.
+    """
+    evidence = """
+        One training step is made on the first batch, with its backward pass and without its update, and undone. Every
+        call of a layer that changes its running statistics is counted, before and during the backward pass. No step
+        is made where the parameters have hooks that start an update.
+    """
+    severity = """
+        By how much more the running mean scatters, in standard deviations: a warning from 0.05σ. Two updates by the
+        same batch turn a momentum of 0.1 into 0.19, which often does little.
+    """
+    repair = "model, report = batchnorm.accelerate(model)  # its layers are not updated in a backward pass"
+    source = """
+        PyTorch's documentation of `torch.utils.checkpoint`; Chen et al. 2016, *Training Deep Nets with Sublinear
+        Memory Cost*.
+    """
     needs = ("step",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """In the backward pass, or by several calls of the model."""
-        step = probe.step
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        step = m.step
         assert step is not None
-        again = [(layer, step.backward[number]) for number, layer in enumerate(probe.layers) if step.backward[number]]
+        again = [layer for layer in m.layers if step.backward.get(layer.path)]
         if again:
-            layers = [layer for layer, _ in again]
+            updates = {layer.path: 1 + step.backward[layer.path] for layer in again}
             yield self.finding(
-                self._severity(probe, layers, 1 + max(times for _, times in again)),
-                [layer.path for layer in layers],
-                f"the backward pass moves the running statistics of {counted(len(layers), 'layer')} once more: "
-                + listed(layer.path for layer in layers),
-                evidence=[self._momentum(layers[0], 1 + again[0][1])],
-                updates={layer.path: 1 + times for layer, times in again},
+                _severity(m, again, max(updates.values())),
+                updates,
+                f"the backward pass updates the running statistics of {counted(len(again), 'layer')} once more: "
+                f"{listed(updates)}",
+                evidence=[_effective_momentum(again[0], updates[again[0].path])],
+                updates=updates,
             )
-        if step.model_calls > 1:
-            layers = [layer for number, layer in enumerate(probe.layers) if step.forward[number] > 1]
-            if layers:
-                yield self.finding(
-                    self._severity(probe, layers, step.model_calls),
-                    [layer.path for layer in layers],
-                    f"a step calls the model {step.model_calls} times, and "
-                    f"{counted(len(layers), 'layer moves', 'layers move')} each time",
-                    evidence=[self._momentum(layers[0], step.model_calls)],
-                    repair="model, report = batchnorm.accelerate(model)  # to layers that can be told not to count\n"
-                    "with batchnorm.update_running_stats(model, False):  # around the passes that shall not count\n"
-                    "    ...",
-                    calls=step.model_calls,
-                )
+        each = [layer for layer in m.layers if step.forward.get(layer.path, 0) > 1]
+        if step.model_calls > 1 and each:
+            yield self.finding(
+                _severity(m, each, step.model_calls),
+                [layer.path for layer in each],
+                f"a step calls the model {step.model_calls} times, and updates {counted(len(each), 'layer')} each time",
+                evidence=[_effective_momentum(each[0], step.model_calls)],
+                repair="model, report = batchnorm.accelerate(model)  # to layers whose updates can be switched off\n"
+                "with batchnorm.update_running_stats(model, False):  # around the passes that should not count\n"
+                "    ...",
+                calls=step.model_calls,
+            )
 
-    @staticmethod
-    def _momentum(layer: Layer, times: int) -> str:
-        momentum = getattr(layer.module, "momentum", None)
-        if momentum is None:
-            return "with momentum=None each batch counts more than once in the average"
-        return f"momentum {momentum:g} acts as {1 - (1 - momentum) ** times:.3g}"
 
-    @staticmethod
-    def _severity(probe: Probe, layers: list[Layer], times: int) -> Severity:
-        added = [_added_error(layer, times, probe.batch_size) for layer in layers]
-        known = [error for error in added if error is not None]
-        return Severity.WARNING if known and median(known) > _MATTERS else Severity.NOTE
+def _effective_momentum(layer: Layer, times: int) -> str:
+    if layer.momentum is None:
+        return "with momentum=None each batch counts more than once in the average"
+    return f"momentum {layer.momentum:g} acts as {1 - (1 - layer.momentum) ** times:.3g}"
+
+
+def _severity(m: Measurements, layers: list[Layer], times: int) -> Severity:
+    added = [error for layer in layers if (error := _added_error(layer, times, m.batch_size)) is not None]
+    return Severity.WARNING if added and median(added) > _MATTERS else Severity.NOTE
 
 
 def _added_error(layer: Layer, times: int, batch_size: float) -> float | None:
-    """By how much the running mean scatters more, in standard deviations."""
-    momentum = getattr(layer.module, "momentum", None)
-    if momentum is None or layer.samples is None or layer.population is None:
+    """Return by how much more the running mean scatters, in standard deviations."""
+    scatter = layer.scatter(batch_size)
+    if layer.momentum is None or scatter is None:
         return None
-    scatter = (layer.samples.error_of_mean(batch_size) / (layer.population.var + layer.eps)).mean().sqrt()
-    often = 1 - (1 - momentum) ** times
-    return float(scatter) * (math.sqrt(often / (2 - often)) - math.sqrt(momentum / (2 - momentum)))
+    effective = 1 - (1 - layer.momentum) ** times
+    factors = [math.sqrt(momentum / (2 - momentum)) for momentum in (effective, layer.momentum)]
+    return float(scatter.square().mean().sqrt()) * (factors[0] - factors[1])

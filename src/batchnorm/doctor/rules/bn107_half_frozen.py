@@ -1,96 +1,101 @@
-"""BN107: layers of which only half is frozen."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import Layer, counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed
 from batchnorm.nn.frozen import FrozenLayer
+
+_AFTER_TRAINING = "model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training"
 
 
 class HalfFrozen(Rule):
-    """Parameters by whether they are trained, statistics by the mode that training gives the layer."""
-
     code = "BN107"
-    title = "frozen layers whose statistics move"
-    why = (
-        "requires_grad=False stops γ and β; running statistics move with every batch in training mode all the same, "
-        "and the layer normalizes by the batch. What was meant to be frozen drifts."
-    )
-    repair = "model, report = batchnorm.freeze(model, only=[{paths}])"
+    title = "frozen layers still update their running statistics"
+    why = """
+        requires_grad=False stops γ and β. In training mode the running statistics still follow every batch, and the
+        layer normalizes by the batch. A layer that was meant to be frozen drifts.
+    """
+    evidence = """
+        For each layer, whether γ or β is trained (`requires_grad`, and a place in the optimizer if one is given), and
+        whether training updates its statistics. A model in training mode is taken as it is. For a model in evaluation
+        mode `train()` is called and undone, so models that override it to keep layers frozen are understood. Code that
+        calls `.eval()` on layers afterwards is not seen; the confidence is then medium. With data the finding says how
+        far the statistics would move.
+    """
+    severity = """
+        A warning. The reverse, statistics that stay fixed while γ and β are trained, is common in fine-tuning and a
+        note; so are layers without γ and β that stay in evaluation while others train.
+    """
+    repair = 'model, report = batchnorm.freeze(model, only=["layer1.0.bn1", ...])'
+    source = "PyTorch's documentation of `BatchNorm2d`; Wu & Johnson 2021 (frozen batch normalization)."
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """In a model that is trained at all."""
-        if not probe.trains:
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        if not m.trains:
             return
-        held = None
-        if probe.optimizer is not None:
-            held = {id(p) for group in probe.optimizer.param_groups for p in group["params"]}
+        optimized = None
+        if m.optimizer is not None:
+            optimized = {id(p) for group in m.optimizer.param_groups for p in group["params"]}
 
         def trained(layer: Layer) -> bool:
-            return any(p.requires_grad and (held is None or id(p) in held) for p in layer.affine)
+            return any(p.requires_grad and (optimized is None or id(p) in optimized) for p in layer.affine)
 
-        affine = [layer for layer in probe.layers if layer.affine]
-        drifting = [layer for layer in affine if layer.moves and not trained(layer)]
+        drifting = [layer for layer in m.layers if layer.affine and layer.updates_running and not trained(layer)]
         if drifting:
-            yield self._drifting(probe, drifting)
-        fixed = [layer for layer in affine if not layer.by_batch and trained(layer)]
+            yield self._drifting(m, drifting)
+        fixed = [layer.path for layer in m.layers if layer.affine and not layer.by_batch and trained(layer)]
         if fixed:
             yield self.finding(
                 Severity.NOTE,
-                [layer.path for layer in fixed],
+                fixed,
                 f"{counted(len(fixed), 'layer trains γ and β and keeps its', 'layers train γ and β and keep their')} "
-                f"statistics: {listed(layer.path for layer in fixed)}",
+                f"statistics: {listed(fixed)}",
                 evidence=[
-                    "often meant so in fine-tuning; the statistics then go stale as the weights before them move"
+                    "often intended in fine-tuning; the statistics become stale as the weights before them change"
                 ],
-                repair="model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training",
+                repair=_AFTER_TRAINING,
             )
-
-        bare = [layer for layer in probe.layers if not (layer.affine or layer.by_batch or _is_frozen(layer))]
-        if bare and any(layer.by_batch for layer in probe.layers):
+        bare = [
+            layer.path
+            for layer in m.layers
+            if not (layer.affine or layer.by_batch or isinstance(layer.module, FrozenLayer))
+        ]
+        if bare and any(layer.by_batch for layer in m.layers):
             yield self.finding(
                 Severity.NOTE,
-                [layer.path for layer in bare],
-                f"{counted(len(bare), 'layer')} without γ and β stay in evaluation where others train: "
-                f"{listed(layer.path for layer in bare)}",
-                evidence=["nothing else tells whether that is meant so; their statistics go stale as the weights move"],
-                repair="model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training",
+                bare,
+                f"{counted(len(bare), 'layer')} without γ and β stay in evaluation where others train: {listed(bare)}",
+                evidence=["this may be intended; their statistics become stale as the weights change"],
+                repair=_AFTER_TRAINING,
             )
 
-    def _drifting(self, probe: Probe, layers: list[Layer]) -> Finding:
+    def _drifting(self, m: Measurements, layers: list[Layer]) -> Finding:
         paths = [layer.path for layer in layers]
-        evidence, figures = [], {}
-        to_come = [found for found in probe.off if found.layer in layers and found.matters]
-        severity, cost = Severity.WARNING, {}
-        if probe.off:
+        distances = [distance for distance in m.distances if distance.layer in layers]
+        evidence = []
+        if m.distances:
+            far = sum(distance.matters for distance in distances)
             evidence.append(
-                f"on these data the statistics of {len(to_come)} of them move by 0.25σ and more"
-                if to_come
-                else "on these data they hold what they would move to"
+                f"on these data the statistics of {far} of them move by 0.25σ or more"
+                if far
+                else "they have already drifted to these data"
             )
-            figures = {found.layer.path: found.shift for found in probe.off if found.layer in layers}
-        if probe.gap is not None:
-            evidence.append(f"normalized by the running statistics against the batch: {probe.gap}")
-            cost = dict(probe.gap.cost)
-        if not probe.training:
+        if m.gap is not None:
+            evidence.append(f"running statistics against the batch's: {m.gap}")
+        if not m.training:
             evidence.append("as model.train() makes it; code that calls .eval() on these layers afterwards is not seen")
         first = ", ".join(repr(path) for path in paths[:8]) + (", ..." if len(paths) > 8 else "")
         return self.finding(
-            severity,
+            Severity.WARNING,
             paths,
-            f"{counted(len(layers), 'layer has', 'layers have')} γ and β frozen, and statistics that move: "
-            f"{listed(paths)}",
+            f"{counted(len(layers), 'layer has', 'layers have')} γ and β frozen, and running statistics that are "
+            f"updated: {listed(paths)}",
             evidence=evidence,
-            confidence="certain" if probe.training else "medium",
-            cost=cost,
-            repair=self.repair.format(paths=first),
-            shift=figures,
+            confidence="certain" if m.training else "medium",
+            cost={} if m.gap is None else m.gap.cost,
+            repair=f"model, report = batchnorm.freeze(model, only=[{first}])",
+            shift={distance.layer.path: distance.shift for distance in distances},
         )
-
-
-def _is_frozen(layer: Layer) -> bool:
-    return isinstance(layer.module, FrozenLayer)

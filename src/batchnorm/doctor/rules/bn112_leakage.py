@@ -1,50 +1,48 @@
-"""BN112: a network that reads its answer off the batch."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.probe import Probe
-from batchnorm.doctor.rules.bn105_non_iid_batches import dependent
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
 
 
 class Leakage(Rule):
-    """The same samples, normalized in other batches: what changes came from their neighbours."""
-
     code = "BN112"
-    title = "the network reads its answer off the batch"
-    why = (
-        "Batch statistics carry what the samples of a batch have in common: their class, their pair, whether they are "
-        "generated. A network that is trained on such batches learns to use it, as in contrastive learning and GANs; "
-        "in evaluation it is not there."
-    )
-    repair = (
-        "loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)\n"
-        "# where batches have to be so, no statistics of the batch; then train again\n"
-        "model, report = batchnorm.convert(model, torch.nn.GroupNorm, num_groups=8)"
-    )
+    title = "the network has learned to use the other samples of its batch"
+    why = """
+        Batch statistics carry what the samples of a batch have in common: their class, their pair, whether they are
+        generated. A network that is trained on such batches learns to use it, as in contrastive learning and GANs; in
+        evaluation it is not there.
+    """
+    evidence = """
+        The samples are put into new random batches of the same sizes, each normalized by its own statistics. What
+        changes for a sample came from its neighbours. This takes one of the `budget=` passes, and is done only where
+        evaluation is worse than training on the same batches, and stale running statistics do not explain that.
+    """
+    severity = """
+        By what the new neighbours cost in loss, and how far the outputs move. Without a loss it is never an error, and
+        is checked only where batches are not independent ([BN105](bn105.md)): the noise of small batches changes
+        outputs just as much.
+    """
+    repair = """
+        loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
+        # where batches cannot be shuffled, use no statistics of the batch; then train again
+        model, report = batchnorm.convert(model, torch.nn.GroupNorm, num_groups=8)
+    """
+    source = """
+        Hénaff et al. 2020, *Data-Efficient Image Recognition with Contrastive Predictive Coding*; He et al. 2020,
+        *Momentum Contrast for Unsupervised Visual Representation Learning*, section 3.3 (shuffling BN).
+    """
     needs = ("data", "output", "pass")
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Only where evaluation is worse than training, and stale statistics are not why."""
-        paths = [layer.path for layer in probe.measured if layer.by_batch]
-        gap = probe.gap
-        if not paths or gap is None or gap.severity == Severity.NOTE:
-            return
-        # Independent samples change by the noise of other batches too; only a loss tells that from knowledge.
-        stale = probe.off_by is None or probe.off_by.severity > Severity.NOTE
-        if dependent(probe) is None and (stale or gap.loss is None):
-            return
-        effect = probe.neighbours
-        if effect is None or effect.severity == Severity.NOTE:
-            return
-        yield self.finding(
-            effect.severity,
-            paths,
-            f"the same samples in batches drawn anew: {effect}",
-            evidence=[f"evaluation against training: {gap}"],
-            confidence=effect.confidence,
-            cost=effect.cost,
-        )
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        effect = m.reshuffled
+        if effect is not None and effect.severity > Severity.NOTE:
+            yield self.finding(
+                effect.severity,
+                [layer.path for layer in m.measured if layer.by_batch],
+                f"the same samples in new random batches: {effect}",
+                effect=effect,
+                evidence=[f"evaluation against training: {m.gap}"],
+            )

@@ -1,79 +1,82 @@
-"""BN201: running statistics that are still those of a new layer."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.cause import LAGS, initial
-from batchnorm.doctor.measure.layers import Layer, counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.cause import LAGS
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed, named
 
 
 class NeverUpdated(Rule):
-    """A counter at zero alone is a note: many published weights have it, with statistics that are right."""
-
     code = "BN201"
     title = "running statistics were never updated"
-    why = (
-        "A layer that only ever trained in evaluation mode, or whose buffers were not in the checkpoint, has mean 0 "
-        "and variance 1: in evaluation it does not normalize."
-    )
+    why = """
+        A layer that was only trained in evaluation mode, or whose buffers were not in the checkpoint, has mean 0 and
+        variance 1: in evaluation it does not normalize.
+    """
+    evidence = """
+        The values: mean 0 and variance 1 in every channel, in a layer whose γ and β are not 1 and 0. Three cases are
+        notes: a layer that is new in every value; a counter at 0 with other values, as many published weights have it;
+        and, without data, a layer that has seen so few batches that its momentum leaves more than 5 % of the initial
+        values.
+    """
+    severity = "With data by what the running statistics cost against the population's; without data a warning."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
+    source = "PyTorch's documentation of `BatchNorm2d`."
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """By the values first, then by the counters."""
-        new = [layer for layer in probe.measured if layer.is_new()]
-        trained = [layer for layer in new if _is_trained(layer)]
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        new = [layer for layer in m.measured if layer.is_new()]
+        trained = [layer.path for layer in new if _is_trained(layer)]
         if trained:
-            by = probe.off_by
+            effect = m.running_effect
             yield self.finding(
-                Severity.WARNING if by is None else by.severity,
-                [layer.path for layer in trained],
+                Severity.WARNING if effect is None else effect.severity,
+                trained,
                 f"{counted(len(trained), 'trained layer has', 'trained layers have')} mean 0 and variance 1: "
-                f"{listed(layer.path for layer in trained)}",
-                evidence=[] if by is None else [f"with them against the population's statistics: {by}"],
-                confidence="medium" if by is None else by.confidence,
-                cost={} if by is None else by.cost,
+                f"{listed(trained)}",
+                effect=effect,
+                evidence=[] if effect is None else [f"running statistics against the population's: {effect}"],
+                confidence="medium",
             )
-        untrained = [layer for layer in new if not _is_trained(layer)]
+        untrained = [layer.path for layer in new if not _is_trained(layer)]
         if untrained:
-            paths = [layer.path for layer in untrained]
             yield self.finding(
                 Severity.NOTE,
-                paths,
-                f"{counted(len(paths), 'layer is', 'layers are')} as new: mean 0, variance 1, γ 1, β 0: "
-                f"{listed(paths)}",
+                untrained,
+                f"{counted(len(untrained), 'layer is', 'layers are')} new, with mean 0, variance 1, γ 1 and β 0: "
+                f"{listed(untrained)}",
                 repair="# load the trained weights with their buffers, or train the model",
             )
-        uncounted = [layer for layer in probe.measured if layer.updates == 0 and not layer.is_new()]
+        uncounted = [layer.path for layer in m.measured if layer.updates == 0 and not layer.is_new()]
         if uncounted:
             yield self.finding(
                 Severity.NOTE,
-                [layer.path for layer in uncounted],
+                uncounted,
                 f"{counted(len(uncounted), 'layer has statistics and counts', 'layers have statistics and count')} "
                 "no update, as after loading from another framework",
                 repair="",
             )
-        if "data" in probe.missing:  # with data BN102 says what it does
-            early = [
-                (layer, left) for layer in probe.measured if not layer.is_new() and (left := initial(layer)) > LAGS
-            ]
+        if "data" in m.missing:  # with data BN102 measures the effect
+            early = {layer: layer.initial_share() for layer in m.measured if not layer.is_new()}
+            early = {layer: share for layer, share in early.items() if share > LAGS}
             if early:
-                layer, left = max(early, key=lambda pair: pair[1])
+                worst = max(early, key=lambda layer: early[layer])
                 yield self.finding(
                     Severity.NOTE,
-                    [layer.path for layer, _ in early],
-                    f"{counted(len(early), 'layer has', 'layers have')} seen too few batches for their momentum: after "
-                    f"{layer.updates} of them {layer.path or '(model)'} holds {left:.0%} of its initial values",
-                    left={layer.path: left for layer, left in early},
+                    [layer.path for layer in early],
+                    f"{counted(len(early), 'layer has', 'layers have')} seen too few batches for the momentum: after "
+                    f"{counted(worst.updates or 0, 'batch')} {named(worst.path)} holds {early[worst]:.0%} of its "
+                    "initial values",
+                    left={layer.path: share for layer, share in early.items()},
                 )
 
 
 def _is_trained(layer: Layer) -> bool:
     weight, bias = getattr(layer.module, "weight", None), getattr(layer.module, "bias", None)
-    moved = isinstance(weight, torch.Tensor) and bool((weight != 1).any())
-    return moved or (isinstance(bias, torch.Tensor) and bool((bias != 0).any()))
+    changed = isinstance(weight, Tensor) and bool((weight != 1).any())
+    return changed or (isinstance(bias, Tensor) and bool((bias != 0).any()))

@@ -1,5 +1,3 @@
-"""BN202: statistics that no data can have."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,52 +5,52 @@ from collections.abc import Iterator
 import torch
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import Layer, counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed, named
 
 
 class BrokenStatistics(Rule):
-    """NaN, infinity, or a variance below zero."""
-
     code = "BN202"
     title = "statistics or parameters are not finite, or a variance is negative"
-    why = (
-        "One batch with NaN or infinity stays in a running average for ever, as does the overflow of a half type. In "
-        "evaluation the channel is NaN from then on; training goes on and does not show it."
-    )
-    repair = (
-        "for found in batchnorm.walk.norm_layers(model):\n"
-        "    found.module.reset_running_stats()  # NaN in γ or β has to be trained again\n"
-        "model, report = batchnorm.recalibrate(model, training_data)"
-    )
+    why = """
+        One batch with NaN or infinity stays in a running average forever, as does the overflow of a half type. From
+        then on the channel is NaN in evaluation; training continues and does not show it.
+    """
+    evidence = "Every running mean, running variance, γ and β: NaN, infinity, a variance below 0."
+    severity = "An error: the channel's output in evaluation is NaN or meaningless."
+    repair = """
+        for found in batchnorm.walk.norm_layers(model):
+            found.module.reset_running_stats()  # NaN in γ or β has to be trained again
+        model, report = batchnorm.recalibrate(model, training_data)
+    """
+    source = """
+        PyTorch's documentation of `BatchNorm2d`; `on_nonfinite="skip"` of this library's layers prevents it.
+    """
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Of every layer's buffers and parameters."""
-        broken = {layer.path: number for layer in probe.layers if (number := _broken(layer))}
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        broken = {layer.path: number for layer in m.layers if (number := _broken_channels(layer))}
         if broken:
             yield self.finding(
                 Severity.ERROR,
                 broken,
                 f"{counted(sum(broken.values()), 'channel')} of {counted(len(broken), 'layer')}: {listed(broken)}",
-                evidence=[
-                    f"{path or '(model)'}: {counted(number, 'channel')}" for path, number in list(broken.items())[:5]
-                ],
+                evidence=[f"{named(path)}: {counted(number, 'channel')}" for path, number in list(broken.items())[:5]],
                 channels=broken,
             )
 
 
-def _broken(layer: Layer) -> int:
-    """How many channels."""
+def _broken_channels(layer: Layer) -> int:
     vectors = [
         *(parameter.detach() for parameter in layer.affine),
         *(v for n in ("running_mean", "running_var") if isinstance(v := getattr(layer.module, n, None), torch.Tensor)),
     ]
-    bad: torch.Tensor | None = None
+    broken: torch.Tensor | None = None
     for vector in vectors:
         here = ~vector.isfinite()
         if vector is getattr(layer.module, "running_var", None):
             here |= vector < 0
-        rows = here.reshape(-1, here.shape[-1]).any(0).cpu()
-        bad = rows if bad is None or bad.shape != rows.shape else bad | rows
-    return 0 if bad is None else int(bad.sum())
+        channels = here.reshape(-1, here.shape[-1]).any(0).cpu()
+        broken = channels if broken is None or broken.shape != channels.shape else broken | channels
+    return 0 if broken is None else int(broken.sum())

@@ -1,5 +1,3 @@
-"""BN206: channels that say nothing."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,47 +5,47 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.facts import DEAD
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.facts import DEAD, DEAD_SHARE
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
-
-# Share of a layer's channels that is worth a word.
-SHARE = 0.25
+from batchnorm.doctor.wording import counted, listed, named
 
 
 class DeadChannels(Rule):
-    """A note: the network as it is works without them; they cost time and memory."""
-
     code = "BN206"
     title = "many channels have γ = 0"
-    why = (
-        "A channel with γ near 0 puts out its β whatever comes in. Too much weight decay or learning rate leaves many "
-        "of them; pruning makes them on purpose, and γ = 0 throughout a layer is how a residual branch is often "
-        "initialized."
-    )
-    repair = (
-        "groups = batchnorm.parameter_groups(model, weight_decay=1e-4)  # keeps γ out of weight decay; or prune them"
-    )
+    why = """
+        A channel with γ near 0 returns its β, whatever its input is. Too much weight decay or too large a learning
+        rate causes many of them; pruning makes them on purpose. Such channels still cost time and memory.
+    """
+    evidence = """
+        Layers in which at least a quarter of the channels have |γ| < 0.001. Layers whose γ is 0 throughout are left
+        out: residual branches are often initialized that way.
+    """
+    severity = "A note: the network works without these channels."
+    repair = """
+        groups = batchnorm.parameter_groups(model, weight_decay=1e-4)  # keeps γ out of weight decay; or prune them
+    """
+    source = """
+        Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*; Mehta et al. 2019, *On
+        implicit filter level sparsity in convolutional neural networks*.
+    """
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """By |γ|, in layers that are not all zero."""
+    def check(self, m: Measurements) -> Iterator[Finding]:
         dead, share = {}, {}
-        for layer in probe.layers:
+        for layer in m.layers:
             weight = getattr(layer.module, "weight", None)
-            if not isinstance(weight, Tensor):
+            if not isinstance(weight, Tensor) or bool((weight == 0).all()):
                 continue
             small = weight.detach().abs() < DEAD
-            if bool((weight == 0).all()):
-                continue
-            share[layer.path], dead[layer.path] = float(small.double().mean()), int(small.sum())
-        found = sorted((path for path in share if share[path] >= SHARE), key=lambda path: -share[path])
+            if (here := float(small.double().mean())) >= DEAD_SHARE:
+                share[layer.path], dead[layer.path] = here, int(small.sum())
+        found = sorted(share, key=lambda path: -share[path])
         if found:
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"{counted(sum(dead[path] for path in found), 'channel')} of {counted(len(found), 'layer')}: "
-                f"{listed(found)}",
-                evidence=[f"{path or '(model)'}: {share[path]:.0%} of its channels" for path in found[:5]],
-                share={path: share[path] for path in found},
+                f"{counted(sum(dead.values()), 'channel')} of {counted(len(found), 'layer')}: {listed(found)}",
+                evidence=[f"{named(path)}: {share[path]:.0%} of its channels" for path in found[:5]],
+                share=share,
             )

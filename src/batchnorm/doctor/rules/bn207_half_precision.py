@@ -1,5 +1,3 @@
-"""BN207: running statistics in half precision, which cannot be averaged there."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,50 +5,55 @@ from collections.abc import Iterator
 import torch
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import Layer, counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed, named
 from batchnorm.models.observe import running_buffer
 
-# Deviation between running mean and mean, in standard deviations, at which updates stop, that is more than a note.
+# Distance between running mean and mean at which updates stop, in standard deviations, from which it is a warning.
 _MATTERS = 0.05
 
 
 class HalfPrecision(Rule):
-    """An update smaller than half a unit in the last place of the average does nothing."""
-
     code = "BN207"
     title = "running statistics are kept in half precision"
-    why = (
-        "running ← running + momentum·(batch - running) stops where the step is smaller than the last digit: with "
-        "bfloat16 and momentum 0.1 as soon as the two differ by less than 2%. float16 overflows at variances above "
-        "65504."
-    )
-    repair = (
-        "for found in batchnorm.walk.norm_layers(model):  # half inputs and float32 parameters go together\n"
-        "    found.module.float()"
-    )
+    why = """
+        running ← running + momentum·(batch - running) stops where the step is smaller than the last digit: with
+        bfloat16 and momentum 0.1 as soon as the two differ by less than 2%. float16 overflows at variances above
+        65504.
+    """
+    evidence = """
+        The dtype of running statistics that are updated, and the distance from the mean at which their updates stop,
+        in standard deviations: |mean|/σ · unit/momentum.
+    """
+    severity = "A warning where that is more than 0.05σ and the model is in training mode; otherwise a note."
+    repair = """
+        for found in batchnorm.walk.norm_layers(model):  # half-precision inputs and float32 parameters work together
+            found.module.float()
+    """
+    source = "Micikevicius et al. 2018, *Mixed Precision Training*, section 3.1."
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Of layers whose statistics move."""
-        found = {layer.path: stall for layer in probe.measured if layer.moves and (stall := _stall(layer)) is not None}
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        found = {
+            layer.path: stall for layer in m.measured if layer.updates_running and (stall := _stall(layer)) is not None
+        }
         if not found:
             return
         worst = max(found, key=lambda path: found[path])
         yield self.finding(
-            Severity.WARNING if found[worst] > _MATTERS and probe.trains and probe.training else Severity.NOTE,
+            Severity.WARNING if found[worst] > _MATTERS and m.trains and m.training else Severity.NOTE,
             found,
             f"{counted(len(found), 'layer')}: {listed(found)}",
-            evidence=[f"{worst or '(model)'}: updates stop {found[worst]:.2g}σ away from the mean"],
+            evidence=[f"{named(worst)}: updates stop {found[worst]:.2g}σ away from the mean"],
             stall=found,
         )
 
 
 def _stall(layer: Layer) -> float | None:
-    """How far from the mean the running mean stays, in standard deviations; None for single precision and more."""
+    """Return how far from the mean updates stop, in standard deviations; None from single precision on."""
     dtype = running_buffer(layer.module, "running_mean").dtype
-    if dtype not in (torch.float16, torch.bfloat16) or layer.before is None:
+    if dtype not in (torch.float16, torch.bfloat16) or layer.running is None:
         return None
-    momentum = getattr(layer.module, "momentum", None) or 0.1
-    deviation = (layer.before.var + layer.eps).clamp_min(1e-30).sqrt()
-    return float((layer.before.mean.abs() / deviation).max()) * torch.finfo(dtype).eps / 2 / float(momentum)
+    deviation = (layer.running.var + layer.eps).clamp_min(1e-30).sqrt()
+    return float((layer.running.mean.abs() / deviation).max()) * torch.finfo(dtype).eps / 2 / (layer.momentum or 0.1)

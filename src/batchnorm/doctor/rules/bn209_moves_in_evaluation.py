@@ -1,29 +1,27 @@
-"""BN209: running statistics that move in evaluation."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed
 
 
 class MovesInEvaluation(Rule):
-    """Seen in the first batch of the pass in evaluation."""
-
     code = "BN209"
-    title = "running statistics move in evaluation"
-    why = (
-        "A layer of one's own that calls batch_norm with training=True whatever its mode, or code that calls train() "
-        "within forward, changes the network with every evaluation: results depend on what was evaluated before."
-    )
-    repair = "# in that layer's forward: F.batch_norm(..., training=self.training)"
+    title = "evaluation updates the running statistics"
+    why = """
+        A custom layer that calls batch_norm with training=True in every mode, or code that calls train() within
+        forward, changes the network with every evaluation: results depend on what was evaluated before.
+    """
+    evidence = "The running statistics after the first batch in evaluation, against those before it."
+    severity = "A warning: two evaluations give two results."
+    repair = "# in the forward of that layer: F.batch_norm(..., training=self.training)"
+    source = "PyTorch's documentation of `torch.nn.functional.batch_norm`."
     needs = ("data",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Layers whose running statistics are others after an evaluation."""
-        found = [layer.path for layer in probe.measured if layer.moved_in_evaluation]
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        found = [layer.path for layer in m.measured if layer.moved_in_evaluation]
         if found:
             yield self.finding(Severity.WARNING, found, f"{counted(len(found), 'layer')}: {listed(found)}")

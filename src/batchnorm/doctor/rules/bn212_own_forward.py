@@ -1,5 +1,3 @@
-"""BN212: subclasses that do more than batch normalization."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,35 +6,34 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed
 
 
 class OwnForward(Rule):
-    """This library's layers are known to its tools and left out."""
-
     code = "BN212"
     title = "a subclass of batch normalization has a forward of its own"
-    why = (
-        "Tools that replace or fold layers by isinstance take it for plain batch normalization and lose what its "
-        "forward does besides, such as an activation: torch's fuse_conv_bn_eval and convert_sync_batchnorm do."
-    )
+    why = """
+        Tools that replace or fold layers by isinstance take it for plain batch normalization and lose what its forward
+        does besides, such as an activation: torch's fuse_conv_bn_eval and convert_sync_batchnorm do.
+    """
+    evidence = """
+        Layers whose class derives from torch's batch normalization, has a `forward` of its own, and belongs neither to
+        torch nor to this library.
+    """
+    severity = "A note: the network itself is correct."
     repair = "folded, report = batchnorm.fold(model, example_inputs)  # follows calls, not classes"
+    source = "PyTorch's sources of `torch.nn.utils.fusion` and `SyncBatchNorm.convert_sync_batchnorm`."
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Of subclasses of torch's layers from elsewhere."""
-        found = [layer for layer in probe.layers if _own(layer.module)]
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        found = {layer.path: type(layer.module).__name__ for layer in m.layers if _has_own_forward(layer.module)}
         if found:
-            kinds = ", ".join(sorted({type(layer.module).__name__ for layer in found}))
-            yield self.finding(
-                Severity.NOTE,
-                [layer.path for layer in found],
-                f"{kinds} at {counted(len(found), 'place')}: {listed(layer.path for layer in found)}",
-            )
+            kinds = ", ".join(sorted(set(found.values())))
+            yield self.finding(Severity.NOTE, found, f"{kinds} at {counted(len(found), 'place')}: {listed(found)}")
 
 
-def _own(module: nn.Module) -> bool:
+def _has_own_forward(module: nn.Module) -> bool:
     kind = type(module)
     if not isinstance(module, _BatchNorm) or kind.__module__.partition(".")[0] in ("torch", "batchnorm"):
         return False

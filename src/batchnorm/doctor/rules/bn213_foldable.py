@@ -1,35 +1,36 @@
-"""BN213: layers that a model in deployment need not have."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed
 
 
 class Foldable(Rule):
-    """A model in evaluation of which nothing is trained, by its trace."""
-
     code = "BN213"
-    title = "layers could be folded away for inference"
-    why = (
-        "In evaluation batch normalization is a scale and a shift for each channel, which a convolution or linear "
-        "layer beside it can take over: same results, fewer operations and less memory."
-    )
+    title = "layers can be folded for inference"
+    why = """
+        In evaluation batch normalization is a scale and a shift of each channel, which a convolution or linear layer
+        beside it can take over: the same results with fewer operations and less memory.
+    """
+    evidence = """
+        A model in evaluation mode, none of whose parameters requires a gradient, and the layers that other layers in
+        the trace can take over.
+    """
+    severity = "A note: the network is correct as it is."
     repair = "folded, report = batchnorm.fold(model, example_inputs)"
+    source = "The mathematics page, “Folding, at inference”."
     needs = ("trace",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Only for models that nobody trains: in evaluation, without parameters that require a gradient."""
-        if probe.training or probe.trains:
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        if m.training or m.trains:
             return
-        found = [layer.path for layer in probe.layers if layer.place is not None and layer.place.foldable]
+        found = [layer.path for layer in m.layers if layer.place is not None and layer.place.foldable]
         if found:
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"{len(found)} of {counted(len(probe.layers), 'layer')} can be folded: {listed(found)}",
+                f"{len(found)} of {counted(len(m.layers), 'layer')} can be folded: {listed(found)}",
             )

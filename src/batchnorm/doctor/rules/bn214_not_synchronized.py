@@ -1,5 +1,3 @@
-"""BN214: processes that each normalize by a small batch of their own."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,49 +5,51 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import counted
-from batchnorm.doctor.measure.probe import Probe
-from batchnorm.doctor.rules.bn104_small_batch import NOISY
-from batchnorm.doctor.rules.bn105_non_iid_batches import dependent
+from batchnorm.doctor.measure.layers import NOISY
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, named
 
 
 class NotSynchronized(Rule):
-    """BN104's measure at the batch of one process, where there are several."""
-
     code = "BN214"
     title = "statistics of a small local batch are not shared between processes"
-    why = (
-        "DistributedDataParallel averages gradients, and nothing else: each process normalizes by its own part of the "
-        "batch, so that more processes at the same total make every batch smaller."
-    )
+    why = """
+        DistributedDataParallel averages gradients, and nothing else. Each process normalizes by its own part of the
+        batch, so more processes with the same total make every batch smaller.
+    """
+    evidence = """
+        The number of processes of `torch.distributed`, or of `process_group=`; then as for [BN104](bn104.md), at the
+        batch size of this process. `SyncBatchNorm`, of torch or of this library, and `BatchRenorm(sync=True)` are left
+        out. There is no communication with other processes.
+    """
+    severity = "By what the local batches' statistics cost against the population's; a note without a loss."
     repair = "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)"
+    source = "Peng et al. 2018, *MegDet*; the guide to several processes."
     needs = ("data",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """By the measured effect of the local batches' statistics."""
-        effect, processes = probe.batch_effect, probe.processes
-        layers = [layer for layer in probe.measured if layer.by_batch and not _shares(layer.module)]
-        if processes < 2 or effect is None or not layers or dependent(probe):
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        effect = m.batch_effect
+        paths = [layer.path for layer in m.measured if layer.by_batch and not _is_synchronized(layer.module)]
+        if m.processes < 2 or effect is None or not paths or m.dependent:
             return
-        size = probe.batch_size
-        noise = {layer.path: value for layer, value in probe.noise.items() if layer in layers}
+        noise = {path: m.noise[path] for path in paths if path in m.noise}
         worst = max(noise, key=lambda path: noise[path], default=None)
         if worst is None or (noise[worst] < NOISY and effect.severity == Severity.NOTE):
             return
         yield self.finding(
             effect.severity if effect.loss is not None else Severity.NOTE,
-            [layer.path for layer in layers],
-            f"each of {processes} processes normalizes {counted(len(layers), 'layer')} by its own {size:g} samples: "
-            f"noise of {noise[worst]:.2g}σ at {worst or '(model)'}, {noise[worst] / processes**0.5:.2g}σ if shared",
-            evidence=[f"by the batches' statistics against the population's: {effect}"],
-            confidence=effect.confidence,
-            cost=effect.cost,
-            processes=processes,
-            batch_size=size,
+            paths,
+            f"each of {m.processes} processes normalizes {counted(len(paths), 'layer')} by its own "
+            f"{m.batch_size:g} samples: noise of {noise[worst]:.2g}σ at {named(worst)}, "
+            f"{noise[worst] / m.processes**0.5:.2g}σ if shared",
+            effect=effect,
+            evidence=[f"batches' statistics against the population's: {effect}"],
+            processes=m.processes,
+            batch_size=m.batch_size,
             noise=noise,
         )
 
 
-def _shares(module: nn.Module) -> bool:
+def _is_synchronized(module: nn.Module) -> bool:
     return isinstance(module, nn.SyncBatchNorm) or bool(getattr(module, "sync", False))

@@ -1,62 +1,68 @@
-"""BN215: processes that hold different layers."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed, named
 
-# Deviations between the processes' running statistics that their last batches do not explain.
-_APART = 0.25
+# Difference between the processes' running statistics that their last batches do not explain, in σ or ln σ.
+_MATTERS = 0.25
 
 
 class RanksDiffer(Rule):
-    """γ, β and running statistics of every process against the first one's."""
-
     code = "BN215"
     title = "processes hold different parameters or running statistics"
-    why = (
-        "Each process moves its running statistics by its own batches, and saving or evaluating on one of them takes "
-        "that one's. With other parameters they do not even train one network."
-    )
-    repair = (
-        "for tensor in (*model.parameters(), *model.buffers()):  # on every process, before it goes on\n"
-        "    torch.distributed.broadcast(tensor.data, src=0)\n"
-        "# and from then on, DistributedDataParallel with broadcast_buffers=True, or\n"
-        "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)"
-    )
+    why = """
+        Each process updates its running statistics by its own batches; saving or evaluating on one of them uses the
+        statistics of that one. With different parameters the processes do not even train one network.
+    """
+    evidence = """
+        With `process_group=`, on every process of the group: γ, β and running statistics against those of the first
+        process. Means in σ, variances by the logarithm of σ, root mean square over the channels.
+    """
+    severity = """
+        Different parameters, layers or channels: an error. Different running statistics: a warning from 0.25, below
+        that a note, since the last batch of each process moves them.
+    """
+    repair = """
+        for tensor in (*model.parameters(), *model.buffers()):  # on every process, before it continues
+            torch.distributed.broadcast(tensor.data, src=0)
+        # and from then on, DistributedDataParallel with broadcast_buffers=True, or
+        model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)
+    """
+    source = "PyTorch's documentation of `DistributedDataParallel`, `broadcast_buffers`."
     needs = ("ranks",)
 
-    def check(self, probe: Probe) -> Iterator[Finding]:
-        """Other parameters are certain to be wrong; other statistics by how far they are apart."""
-        ranks = probe.ranks
-        if ranks is None:  # one process
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        processes = m.process_states
+        if processes is None:  # a single process
             return
-        if not ranks.alike:
+        if not processes.comparable:
             yield self.finding(
-                Severity.ERROR, [], "the processes have other layers, or layers with other numbers of channels"
+                Severity.ERROR, [], "the processes have different layers, or layers with different numbers of channels"
             )
             return
-        apart = {layer.path: ranks.apart(layer.path, layer.eps) for layer in probe.layers}
-        other = [path for path, (parameters, _) in apart.items() if parameters > 0]
-        if other:
+        number = len(processes.states)
+        differences = {layer.path: processes.difference(layer.path, layer.eps) for layer in m.layers}
+        parameters = {path: difference for path, (difference, _) in differences.items() if difference > 0}
+        if parameters:
             yield self.finding(
                 Severity.ERROR,
-                other,
-                f"γ or β of {counted(len(other), 'layer')} differ between {len(ranks.held)} processes, by up to "
-                f"{max(apart[path][0] for path in other):.2g}: {listed(other)}",
-                layers={path: apart[path][0] for path in other},
+                parameters,
+                f"γ or β of {counted(len(parameters), 'layer')} differ between {number} processes, by up to "
+                f"{max(parameters.values()):.2g}: {listed(parameters)}",
+                layers=parameters,
             )
-        moved = sorted((path for path, (_, far) in apart.items() if far > 0), key=lambda path: -apart[path][1])
-        if moved:
-            far = apart[moved[0]][1]
+        statistics = {path: difference for path, (_, difference) in differences.items() if difference > 0}
+        if statistics:
+            worst = sorted(statistics, key=lambda path: -statistics[path])
+            most = statistics[worst[0]]
             yield self.finding(
-                Severity.WARNING if far > _APART else Severity.NOTE,
-                moved,
-                f"running statistics of {counted(len(moved), 'layer')} differ between {len(ranks.held)} processes, "
-                f"by up to {far:.2g}σ at {moved[0] or '(model)'}",
-                layers={path: apart[path][1] for path in moved},
+                Severity.WARNING if most > _MATTERS else Severity.NOTE,
+                worst,
+                f"running statistics of {counted(len(worst), 'layer')} differ between {number} processes, by up to "
+                f"{most:.2g}σ at {named(worst[0])}",
+                layers={path: statistics[path] for path in worst},
             )

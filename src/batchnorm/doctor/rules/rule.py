@@ -1,34 +1,58 @@
-"""What every rule is."""
+"""The base class of the rules."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.effect import Effect
+from batchnorm.doctor.measure.measurements import Measurements
 
 
 class Rule(ABC):
-    """One thing that can be wrong.
+    """One problem that the doctor looks for.
 
-    Its healthy and its planted case are in the tests, which demand them of every rule: they train networks.
+    A rule documents itself: its page in the documentation is made from the attributes, which are Markdown except for
+    `title`, `why` and `repair`. They may be indented. The tests demand a planted and a healthy case of every rule.
+
+    Attributes:
+        code: `BN1xx` where the effect is measured with data, `BN2xx` for what the model itself shows.
+        title: The problem in a few words.
+        why: Why it matters; the HTML report shows it too.
+        evidence: How it is found.
+        severity: Which severity, when.
+        repair: Code to paste.
+        notes: Limits, or more about the repair.
+        source: Where it is described.
+        needs: Measurements that the rule cannot do without, of "data", "output", "step", "trace", "pass", "optimizer"
+            and "ranks"; "step or trace" where one of them is enough.
     """
 
     code: ClassVar[str]
     title: ClassVar[str]
     why: ClassVar[str]
+    evidence: ClassVar[str]
+    severity: ClassVar[str]
     repair: ClassVar[str]
-    # Of what a probe may lack ("data", "output", "step", "trace", "pass", "optimizer", "ranks"), what the rule cannot
-    # do without; where several will do, with "or" between.
+    notes: ClassVar[str] = ""
+    source: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    # Whether it is applied after the others, and sees what they found.
-    last: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        for name in ("why", "evidence", "severity", "repair", "notes", "source"):
+            setattr(cls, name, inspect.cleandoc(getattr(cls, name)))
+        cls.why = " ".join(cls.why.split())
 
     @abstractmethod
-    def check(self, probe: Probe) -> Iterable[Finding]:
-        """What the rule finds."""
+    def check(self, m: Measurements) -> Iterable[Finding]:
+        """Find the problem in the measurements, whose needs are met."""
+
+    def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
+        """Return a finding of this rule in the light of all findings; unchanged by default."""
+        return finding
 
     def finding(
         self,
@@ -36,13 +60,16 @@ class Rule(ABC):
         paths: Iterable[str],
         summary: str,
         *,
+        effect: Effect | None = None,
         evidence: Iterable[str] = (),
         confidence: str = "certain",
         cost: Mapping[str, float] | None = None,
         repair: str | None = None,
         **figures: Any,
     ) -> Finding:
-        """A finding of this rule; what is unsure is no error."""
+        """Return a finding of this rule, with confidence and cost of its effect; low confidence is never an error."""
+        if effect is not None:
+            confidence, cost = effect.confidence, effect.cost
         if confidence == "low":
             severity = min(severity, Severity.WARNING)
         return Finding(

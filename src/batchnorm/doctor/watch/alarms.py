@@ -1,4 +1,4 @@
-"""Which of the doctor's rules fire while a model trains."""
+"""Apply the doctor's rules to a model while it trains."""
 
 from __future__ import annotations
 
@@ -11,47 +11,45 @@ from statistics import median
 from torch import nn
 
 from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.layers import Layer, Off, counted, listed
-from batchnorm.doctor.measure.passes import Data
-from batchnorm.doctor.measure.probe import Probe
-from batchnorm.doctor.measure.step import Step
-from batchnorm.doctor.watch.record import Held, Look, Record, noise_size
-from batchnorm.models.progress import Bar
+from batchnorm.doctor.measure.distance import Distance
+from batchnorm.doctor.measure.facts import DEAD_SHARE
+from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY, Layer
+from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.doctor.measure.training_step import TrainingStep
+from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.watch.records import LayerState, Observation, Record, samples_sharing_statistics
+from batchnorm.doctor.wording import counted, listed, named
 
-# A running average follows within so many times 1/momentum steps; what it has no horizon for counts as momentum 0.1.
-_HORIZONS, _USUAL = 5, 0.1
-# Looks by which that has to be seen, and those over whose median noise is judged.
+# A running average adapts within this many times 1/momentum steps; without a momentum that of torch is assumed.
+_HORIZONS, _USUAL_MOMENTUM = 5, 0.1
+# Number of looks that an anomaly has to last, and over which the median noise is taken.
 _LASTING = 5
 
 
 class BatchNormWarning(UserWarning):
-    """Something is wrong with a model's batch normalization, seen while it trains."""
+    """Something is wrong with the batch normalization of a model that trains."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """All layers in one step, in the model's order.
+class ObservedLayer:
+    """One layer in an observed step.
 
     Attributes:
-        step: Its number.
-        model_calls: The most calls of the model without a backward pass between them; 0 where that is not known.
-        layers: The layers; their `calls` and `samples` are those of this step.
-        looks: What each was seen to do.
-        held: What each holds after the step.
-        records: What is kept of it.
+        layer: The layer; its `calls` and `samples` are those of this step.
+        observation: What it did in the step.
+        state: Its parameters and statistics after the step.
+        record: The record of the step.
     """
 
-    step: int
-    model_calls: int
-    layers: list[Layer]
-    looks: list[Look]
-    held: list[Held]
-    records: list[Record]
+    layer: Layer
+    observation: Observation
+    state: LayerState
+    record: Record
 
 
 @dataclass
-class _Past:
-    """What a layer has been like."""
+class _History:
+    """What is remembered of a layer."""
 
     off_since: int | None = None
     off_looks: int = 0
@@ -60,146 +58,138 @@ class _Past:
 
 
 class Alarms:
-    """Applies what a rule of the doctor looks for to each step, and lets the rule say it, once for each layer.
+    """Applies rules of the doctor to each observed step, and reports each problem once for each layer.
 
-    What a single step shows for certain is said at once. Whether running statistics are off is judged over several of
-    their horizons: for a while every running average is behind a network that learns.
+    Problems that a single step proves are reported at once. Whether running statistics are off is judged over several
+    of their horizons, because every running average lags behind a network that learns.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Two dozen modules that `import batchnorm` does without.
-        from batchnorm.doctor.rules.bn102_stale_statistics import StaleStatistics
-        from batchnorm.doctor.rules.bn104_small_batch import AIM, NOISY, SmallBatch
-        from batchnorm.doctor.rules.bn106_moved_twice import MovedTwice
-        from batchnorm.doctor.rules.bn202_broken_statistics import BrokenStatistics
-        from batchnorm.doctor.rules.bn206_dead_channels import SHARE, DeadChannels
-
         self._model = model
-        self._twice, self._broken, self._dead = MovedTwice(), BrokenStatistics(), DeadChannels()
-        self._small, self._stale = SmallBatch(), StaleStatistics()
-        self._dead_share, self._noisy, self._aim = SHARE, NOISY, AIM
-        self._past: dict[str, _Past] = defaultdict(_Past)
-        self._said: set[tuple[str, str]] = set()
+        self._rules = {rule.code: rule() for rule in load_rules()}
+        self._history: dict[str, _History] = defaultdict(_History)
+        self._reported: set[tuple[str, str]] = set()
 
-    def findings(self, seen: Seen) -> list[Finding]:
-        """What is found in this step that was not found before."""
-        found = [*self._moved_twice(seen), *self._not_finite(seen), *self._grown_dead(seen)]
-        found += [*self._noisy_batch(seen), *self._off(seen)]
-        self._said |= {(finding.code, path) for finding in found for path in finding.paths}
+    def findings(self, step: int, model_calls: int, observed: list[ObservedLayer]) -> list[Finding]:
+        """Return the new findings of a step.
+
+        Args:
+            step: Its number.
+            model_calls: The most calls of the model without a backward pass between them; 0 where that is not known.
+            observed: All layers, in the model's order.
+        """
+        found = [*self._updated_twice(observed, model_calls), *self._not_finite(observed), *self._dying(observed)]
+        found += [*self._noisy(observed), *self._off(observed, step)]
+        self._reported |= {(finding.code, path) for finding in found for path in finding.paths}
         return found
 
     def _new(self, code: str, layers: Iterable[Layer]) -> list[Layer]:
-        return [layer for layer in layers if (code, layer.path) not in self._said]
+        return [layer for layer in layers if (code, layer.path) not in self._reported]
 
-    def _probe(self, layers: list[Layer], step: Step | None = None, batch_size: int | None = None) -> Probe:
-        probe = Probe(self._model, None, layers, True, True, 0, Bar(), step=step)
-        if batch_size is not None:
-            probe.data = Data(lambda model, batch: None, None, sizes=[batch_size])
-        return probe
+    def _check(self, code: str, layers: list[Layer]) -> Iterator[Finding]:
+        if new := self._new(code, layers):
+            yield from self._rules[code].check(Measurements(self._model, tuple(new)))
 
-    def _moved_twice(self, seen: Seen) -> Iterator[Finding]:
-        step = Step(model_calls=seen.model_calls)
+    def _updated_twice(self, observed: list[ObservedLayer], model_calls: int) -> Iterator[Finding]:
+        forward, backward = Counter[str](), Counter[str]()
         layers: list[Layer] = []
-        for layer, look, record in zip(seen.layers, seen.looks, seen.records, strict=True):
-            again = 0 if record.updates is None else min(look.backward, record.updates - look.forward)
-            calls = 0 if record.updates is None else min(seen.model_calls, record.updates - again)
-            if (again > 0 or calls > 1) and self._new(self._twice.code, [layer]):
-                step.backward[len(layers)], step.forward[len(layers)] = again, calls
-                layers.append(layer)
+        for one in observed:
+            updates = one.record.updates or 0
+            again = min(one.observation.backward, updates - one.observation.forward)
+            calls = min(model_calls, updates - again)
+            if one.record.updates is not None and (again > 0 or calls > 1) and self._new("BN106", [one.layer]):
+                backward[one.layer.path], forward[one.layer.path] = again, calls
+                layers.append(one.layer)
         if layers:
-            size = next((r.batch_size for r in seen.records if r.batch_size is not None), 1)
-            step.backward, step.forward = Counter(+step.backward), Counter(+step.forward)
-            yield from self._twice.check(self._probe(layers, step, size))
+            size = next((one.record.batch_size for one in observed if one.record.batch_size is not None), 1)
+            step = TrainingStep(+forward, +backward, model_calls)
+            yield from self._rules["BN106"].check(
+                Measurements(self._model, tuple(layers), batch_sizes=(size,), step=step)
+            )
 
-    def _not_finite(self, seen: Seen) -> Iterator[Finding]:
-        broken = [layer for layer, held in zip(seen.layers, seen.held, strict=True) if not held.finite]
-        if layers := self._new(self._broken.code, broken):
-            yield from self._broken.check(self._probe(layers))
+    def _not_finite(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
+        yield from self._check("BN202", [one.layer for one in observed if not one.state.finite])
 
-    def _grown_dead(self, seen: Seen) -> Iterator[Finding]:
-        """Not those that are dead from the start: a residual branch often begins with γ = 0."""
-        grown = []
-        for layer, record in zip(seen.layers, seen.records, strict=True):
-            past = self._past[layer.path]
-            if record.dead - past.least_dead >= self._dead_share / 2 and record.dead >= self._dead_share:
-                grown.append(layer)
-            past.least_dead = min(past.least_dead, record.dead)
-        if layers := self._new(self._dead.code, grown):
-            yield from self._dead.check(self._probe(layers))
+    def _dying(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
+        """Find channels that died in this run; a residual branch often begins with γ = 0."""
+        dying = []
+        for one in observed:
+            history, dead = self._history[one.layer.path], one.record.dead
+            if dead - history.least_dead >= DEAD_SHARE / 2 and dead >= DEAD_SHARE:
+                dying.append(one.layer)
+            history.least_dead = min(history.least_dead, dead)
+        yield from self._check("BN206", dying)
 
-    def _noisy_batch(self, seen: Seen) -> Iterator[Finding]:
+    def _noisy(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
         noise: dict[str, float] = {}
         size = 0.0
-        for layer, look, record in zip(seen.layers, seen.looks, seen.records, strict=True):
-            past = self._past[layer.path].noise
-            past.append(record.noise)
-            if not layer.by_batch or look.batch_size is None or not self._new(self._small.code, [layer]):
+        for one in observed:
+            history = self._history[one.layer.path].noise
+            history.append(one.record.noise)
+            samples = one.observation.batch_size
+            if not one.layer.by_batch or samples is None or not self._new("BN104", [one.layer]):
                 continue
-            if len(past) == _LASTING and median(past) >= self._noisy:
-                noise[layer.path] = median(past)
-                size = noise_size(layer.module, look.batch_size)
+            if len(history) == _LASTING and median(history) >= NOISY:
+                noise[one.layer.path] = median(history)
+                size = samples_sharing_statistics(one.layer.module, samples)
         if noise:
             worst = sorted(noise, key=lambda path: -noise[path])
             most = noise[worst[0]]
-            needed = math.ceil(size * (most / self._aim) ** 2)
-            yield self._small.finding(
+            needed = math.ceil(size * (most / NOISE_AIM) ** 2)
+            yield self._rules["BN104"].finding(
                 Severity.NOTE,
                 worst,
-                f"at {size:g} samples a normalized value at {worst[0] or '(model)'} moves by {most:.2g}σ with the rest "
-                f"of its batch; {self._aim}σ takes about {needed}",
-                evidence=[f"{path or '(model)'}: {noise[path]:.2g}σ" for path in worst[1:5]],
+                f"with {size:g} samples a normalized value at {named(worst[0])} varies by {most:.2g}σ with the rest of "
+                f"its batch; {NOISE_AIM}σ takes about {needed}",
+                evidence=[f"{named(path)}: {noise[path]:.2g}σ" for path in worst[1:5]],
                 confidence="medium",
                 batch_size=size,
                 noise=noise,
                 batch_size_needed=needed,
             )
 
-    def _off(self, seen: Seen) -> Iterator[Finding]:
-        offs: dict[Off, int] = {}
-        for layer, record in zip(seen.layers, seen.records, strict=True):
-            past = self._past[layer.path]
-            off = Off(layer, record.mean_distance, abs(record.log_ratio) / 2, math.nan, math.nan)
-            if not off.matters:
-                past.off_since, past.off_looks = None, 0
+    def _off(self, observed: list[ObservedLayer], step: int) -> Iterator[Finding]:
+        steps_off: dict[Distance, int] = {}
+        for one in observed:
+            layer, history = one.layer, self._history[one.layer.path]
+            distance = Distance(layer, one.record.mean_distance, abs(one.record.log_ratio) / 2)
+            if not distance.matters:
+                history.off_since, history.off_looks = None, 0
                 continue
-            past.off_since = seen.step if past.off_since is None else past.off_since
-            past.off_looks += 1
-            since = seen.step - past.off_since
-            momentum = getattr(layer.module, "momentum", None) or _USUAL
-            lasting = past.off_looks >= _LASTING and since >= _HORIZONS / momentum
-            if lasting and layer.by_batch and self._new(self._stale.code, [layer]):
-                offs[off] = since
-        if not offs:
+            history.off_since = step if history.off_since is None else history.off_since
+            history.off_looks += 1
+            since = step - history.off_since
+            horizon = _HORIZONS / (layer.momentum or _USUAL_MOMENTUM)
+            if history.off_looks >= _LASTING and since >= horizon and layer.by_batch and self._new("BN102", [layer]):
+                steps_off[distance] = since
+        if not steps_off:
             return
-        worst = sorted(offs, key=lambda off: -max(off.shift, off.scale))
-        paths = [off.layer.path for off in worst]
-        yield self._stale.finding(
+        rule = self._rules["BN102"]
+        worst = sorted(steps_off, key=lambda distance: -max(distance.shift, distance.scale))
+        paths = [distance.layer.path for distance in worst]
+        yield rule.finding(
             Severity.WARNING,
             paths,
-            f"{counted(len(offs), 'layer is', 'layers are')} off for {counted(max(offs.values()), 'step')}: "
-            + listed(paths),
-            evidence=[_said(off) for off in worst[:5]],
-            repair=_repair(self._stale.repair, worst[0].layer),
+            f"{counted(len(worst), 'layer has', 'layers have')} been off for "
+            f"{counted(max(steps_off.values()), 'step')}: {listed(paths)}",
+            evidence=[f"{distance}, momentum {_momentum(distance.layer)}" for distance in worst[:5]],
+            repair=_repair(rule.repair, worst[0].layer),
             confidence="medium",
-            layers={off.layer.path: {"shift": off.shift, "scale": off.scale} for off in worst},
+            layers={distance.layer.path: {"shift": distance.shift, "scale": distance.scale} for distance in worst},
         )
 
 
-def _said(off: Off) -> str:
-    momentum = getattr(off.layer.module, "momentum", None)
-    return (
-        f"{off.layer.path or '(model)'}: running mean off by {off.shift:.2g}σ, running σ by a factor of "
-        f"{math.exp(off.scale):.2f}, momentum {momentum if momentum is None else f'{momentum:g}'}"
-    )
+def _momentum(layer: Layer) -> str:
+    return "None" if layer.momentum is None else f"{layer.momentum:g}"
 
 
-def _repair(after: str, layer: Layer) -> str:
-    """For training that goes on, besides the doctor's for the weights as they are."""
-    momentum = getattr(layer.module, "momentum", None)
-    if momentum:
-        return after
+def _repair(after_training: str, layer: Layer) -> str:
+    """Return the doctor's fix for the weights as they are, and before it one for training that continues."""
+    if layer.momentum:
+        return after_training
+    problem = "average never forgets" if layer.momentum is None else "average is never updated"
     return (
         "for found in batchnorm.walk.norm_layers(model):\n"
-        f"    found.module.momentum = {_USUAL}  # {'never forgets' if momentum is None else 'never moves'} as it is\n"
-        f"{after}  # when training has ended"
+        f"    found.module.momentum = {_USUAL_MOMENTUM}  # with {_momentum(layer)} the {problem}\n"
+        f"{after_training}  # when training has ended"
     )

@@ -1,4 +1,4 @@
-"""Hooks that leave no trace, and what they have to know of a module."""
+"""Hooks that leave nothing behind, and what they need to know about a module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchnorm.nn.frozen import FrozenLayer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network within what compiles it or runs it on several devices."""
+    """Return the network without the wrappers that compile it or run it on several devices."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
@@ -27,28 +27,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether its calls run compiled code, in which hooks are not seen."""
+    """Return whether its calls run compiled code, which ignores new hooks."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def has_one_batch(module: nn.Module) -> bool:
-    """Whether it normalizes by the batch, and all samples by the same kind of statistics."""
+    """Return whether it normalizes all samples by one set of batch statistics."""
     mean = getattr(module, "running_mean", None)
     return not isinstance(module, FrozenLayer) and not (isinstance(mean, Tensor) and mean.dim() > 1)
 
 
 def vector(held: object) -> Tensor | None:
-    """The parameter or buffer, where there is one with values."""
+    """Return the parameter or buffer; None where there is none with values."""
     return held if isinstance(held, Tensor) and not is_lazy(held) and held.numel() else None
 
 
 def plain(vector: Tensor | None) -> Tensor | None:
-    """None for the rows of layers that hold several vectors."""
+    """Return the vector; None where it has several rows, one for each domain."""
     return vector if vector is not None and vector.dim() == 1 else None
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A hook that does not keep the watch alive, and that compiled code leaves out."""
+    """Return a hook that does not keep the watch alive, and that compiled code leaves out."""
     reference = weakref.WeakMethod(method)
 
     def hook(*args: Any) -> None:
@@ -67,11 +67,11 @@ def remove(*handles: list[Any]) -> None:
         while some:
             handle = some.pop()
             handle.remove()
-            modules._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch leaves there
+            modules._global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch does not remove it
 
 
-def level_of_user() -> int:
-    """For `warnings.warn` in the caller: the first frame that is neither this library's nor torch's."""
+def user_stacklevel() -> int:
+    """Return the `stacklevel` for `warnings.warn` in the caller: the first frame outside this library and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("batchnorm", "torch"):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""How often a step is looked at, so that looking takes no more than its share of the time."""
+"""Decide which steps to look at, so that looks take no more than their share of the time."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# What a look costs in all, over the time that it takes itself: the caches are colder after it. Measured on a ResNet-18.
+# Total cost of a look over its own duration: it leaves cold caches behind. Measured on a ResNet-18.
 AFTERMATH = 1.3
 
 
 class Pace:
-    """Decides from what looking has cost so far.
+    """Decides from the cost of the looks so far.
 
-    Every second of training earns `overhead` seconds for looking; a step is looked at once they pay for what the last
-    looks cost, their aftermath included, and what one costs beyond that is owed. No more than two looks are saved up,
-    so that a long pause (an evaluation, a checkpoint) buys no burst. The first look, at the second step, is on the
-    house: it shows the cost.
+    Every second of training earns a credit of `overhead` seconds. The next look happens once the credit covers the
+    expected cost of a look with its aftermath; a look that costs more leaves a debt. The credit never exceeds two
+    looks, so a long pause (an evaluation, a checkpoint) is not followed by a burst of looks. The first look, at the
+    second step, is free: it shows the cost.
 
     Args:
-        overhead: Share of the training time that looking may take.
-        every: Look at each so manieth step from the second on, whatever it costs; None goes by the time.
-        clock: Seconds.
+        overhead: Share of the training time that looks may take.
+        every: Look at every n-th step from the second on, whatever it costs; None decides by time.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Pace:
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """What is done within is the cost of looking."""
+        """Count the time of the block as the cost of a look."""
         start = self._clock()
         try:
             yield
@@ -47,7 +47,7 @@ class Pace:
             self._spent += self._clock() - start
 
     def step(self) -> bool:
-        """A step is over; returns whether to look at the next one."""
+        """End a step; return whether to look at the next one."""
         now, spent = self._clock(), self._spent
         trained, charged = now - self._last - spent, AFTERMATH * spent
         self._last, self._spent = now, 0.0

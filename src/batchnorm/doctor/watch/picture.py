@@ -1,4 +1,4 @@
-"""Layers through training, as maps."""
+"""Draw the layers through training as maps."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ try:
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError(
-        "A picture of a watch expects matplotlib to be installed, and it is not. Run pip install matplotlib, or read "
+        "A picture of a watch expects matplotlib to be installed, and it is not. Run pip install matplotlib, or use "
         "the history."
     ) from error
 
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.measure.layers import listed
-from batchnorm.doctor.watch.record import QUANTITIES, Record
+from batchnorm.doctor.watch.records import QUANTITIES, Record
+from batchnorm.doctor.wording import listed, named
 from batchnorm.files import write_whole
 
-# Least value at the upper end of each scale, so that what does not matter does not glow.
+# Smallest upper end of each scale, so that harmless values stay pale.
 _ENDS = {"mean_distance": 0.5, "log_ratio": 0.8, "noise": 0.5, "dead": 0.5, "updates": 2.0}
 _LONGEST = 34
 _NONE = "#d9d9d9"
 
 
 def draw(history: Sequence[Sequence[Record]], findings: Sequence[Finding]) -> Figure:
-    """A map for each quantity, layers downwards in the model's order, steps to the right.
+    """Draw a map for each quantity: layers from top to bottom in the model's order, steps to the right.
 
-    How often statistics moved is drawn only where it is not once in every step.
+    The number of updates is drawn only where it is not 1 in every step.
     """
     if not history:
-        raise ValueError("watch expects a step of training before it draws, got none. Call plot after one.")
+        raise ValueError("watch expects a training step before it draws, got none. Call plot after one.")
     steps = np.array([records[0].step for records in history])
-    paths = [_short(record.layer or "(model)") for record in history[0]]
+    paths = [_short(named(record.layer)) for record in history[0]]
     values = {q: _values(history, q) for q in QUANTITIES}
     shown = [q for q in QUANTITIES if q != "updates" or bool((np.nan_to_num(values[q], nan=1.0) != 1).any())]
     height = max(2.4, 0.145 * len(paths) + 1.1)
@@ -59,9 +59,11 @@ def draw(history: Sequence[Sequence[Record]], findings: Sequence[Finding]) -> Fi
 
 
 def save(plot: Callable[[], Figure], path: Path) -> None:
-    """Write the figure to the path: whole, or not at all."""
+    """Write the figure to the path, completely or not at all."""
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"Watch.save expects a path that ends in .png, .svg or .pdf, got {str(path)!r}. Change it.")
+        raise ValueError(
+            f"Watch.save expects a path that ends in .png, .svg or .pdf, got {str(path)!r}. Change the name."
+        )
     drawn = io.BytesIO()
     plot().savefig(drawn, format=path.suffix[1:], dpi=150)
     write_whole(path, drawn.getvalue())
@@ -71,7 +73,7 @@ def _map(axes: Axes, steps: NDArray[Any], values: NDArray[np.float64], quantity:
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     end = max(_ENDS[quantity], largest if math.isfinite(largest) else 0.0)
     low, colours = (-end, "RdBu_r") if quantity == "log_ratio" else (0.0, "magma_r")
-    # A look stands for the steps up to the next one.
+    # A look represents the steps until the next one.
     edges = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)) - 0.5
     rows = np.arange(values.shape[0] + 1) - 0.5
     axes.set_facecolor(_NONE)
@@ -86,7 +88,7 @@ def _map(axes: Axes, steps: NDArray[Any], values: NDArray[np.float64], quantity:
 
 
 def _values(history: Sequence[Sequence[Record]], quantity: str) -> NDArray[np.float64]:
-    """`[layers, looks]`, NaN where nothing is known."""
+    """Return the values `[layers, looks]`, NaN where a value is unknown."""
     rows = [[getattr(record, quantity) for record in records] for records in history]
     return np.array([[math.nan if v is None else float(v) for v in row] for row in rows]).T
 

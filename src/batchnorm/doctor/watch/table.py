@@ -1,4 +1,4 @@
-"""The last look, printed."""
+"""Print the last look as a table."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.measure.layers import counted, listed
-from batchnorm.doctor.watch.record import Record
+from batchnorm.doctor.watch.records import Record
+from batchnorm.doctor.wording import counted, listed, named
 
 _SHOWN = 12
 
 
 def table(history: Sequence[Sequence[Record]], findings: Sequence[Finding], steps: int) -> str:
-    """One line for each layer, at most a dozen, those with the largest distance first; then the findings."""
+    """Return a line for each of the dozen layers with the largest distances, and the findings."""
     looks = f"{counted(steps, 'step')}, {counted(len(history), 'look')}"
     lines = [f"watch: {looks}; {counted(len(findings), 'finding')}"]
     if history:
@@ -39,7 +39,7 @@ def _row(record: Record) -> tuple[str, ...]:
             (record.dead, "{:.0%}"),
         )
     ]
-    return (record.layer or "(model)", *figures, "" if record.updates is None else str(record.updates))
+    return (named(record.layer), *figures, "" if record.updates is None else str(record.updates))
 
 
 def _known(value: float) -> float:

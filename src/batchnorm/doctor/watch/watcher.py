@@ -1,4 +1,4 @@
-"""Every layer of batch normalization of a model, watched from one optimizer step to the next."""
+"""Watch every layer of batch normalization of a model while it trains."""
 
 from __future__ import annotations
 
@@ -20,25 +20,34 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.inspection import check_model
 from batchnorm.doctor.measure.layers import layers_of
-from batchnorm.doctor.watch.alarms import Alarms, BatchNormWarning, Seen
+from batchnorm.doctor.watch.alarms import Alarms, BatchNormWarning, ObservedLayer
 from batchnorm.doctor.watch.hooks import (
     has_one_batch,
     is_compiled,
-    level_of_user,
     plain,
     remove,
     unwrapped,
+    user_stacklevel,
     vector,
     weakly,
 )
 from batchnorm.doctor.watch.pace import Pace
-from batchnorm.doctor.watch.record import QUANTITIES, Held, Look, Pool, Record, fetched, recorded
+from batchnorm.doctor.watch.records import (
+    QUANTITIES,
+    LayerState,
+    Observation,
+    RecentBatches,
+    Record,
+    copied,
+    recorded,
+)
+from batchnorm.doctor.wording import named
 from batchnorm.models.outputs import outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Looks that are kept; then every other one goes, and half as many are taken from there on.
+# Largest number of looks that are kept; then every other one is dropped, and looks become half as frequent.
 _KEPT = 1000
 
 
@@ -53,31 +62,31 @@ def watch(
 ) -> Watch:
     """Watch every layer of batch normalization while the model trains, in any loop.
 
-    A step ends with the step of an optimizer that has parameters of the model. In some steps each layer is looked at:
-    how far running and batch statistics are apart, how noisy the batch's are, which share of the channels is dead, how
-    often the running statistics moved. The first look is at the second step, when all that is made once has been made.
-    Between the looks nothing is hooked but the optimizer. What is computed in
-    training has the same bits as unwatched, and no random number is drawn. Batches in evaluation do not count.
+    A step ends with the step of an optimizer that has parameters of the model. In some steps the watch looks at each
+    layer: the distance between running and batch statistics, the noise of the batch statistics, the share of dead
+    channels, and the number of updates of the running statistics. The first look is at the second step, after
+    everything that is created once. Between looks only the optimizer has a hook. Watched training computes the same
+    bits, and draws no random number. Batches in evaluation do not count.
 
-    Nothing is attached to the model: it can be copied, pickled and saved as ever while it is watched. Within compiled
-    code no batch is seen: there, distances come from how the running statistics moved, and noise is not known. Under
+    Nothing is attached to the model: it can be copied, pickled and saved while it is watched. In compiled code no batch
+    is seen: distances then come from the updates of the running statistics, and noise is not known. Under
     `DistributedDataParallel` each process watches its own batches.
 
     Args:
-        model: The network; a wrapper such as `DistributedDataParallel` or a compiled model will do.
-        optimizer: The one whose step ends a step of training; None: any that has parameters of the model. Name it
+        model: The network, with or without a wrapper such as `DistributedDataParallel` or `torch.compile`.
+        optimizer: The optimizer whose step ends a training step; None for any that has parameters of the model. Pass it
             where several train the model, as in a GAN.
-        every: Look at each so manieth step, from the second on; None: as often as `overhead` allows.
-        overhead: Share of the training time that looking may take, measured as it goes.
-        warn: Whether a rule of the doctor that fires is told as a `BatchNormWarning`, once for each layer; it is in
-            `findings` in any case.
+        every: Look at every n-th step, from the second on; None looks as often as `overhead` allows.
+        overhead: Share of the training time that looks may take, measured during training.
+        warn: Whether a finding of the doctor's rules is a `BatchNormWarning`, once for each layer; it is in `findings`
+            in any case.
         writer: A `torch.utils.tensorboard.SummaryWriter` that each look is written to.
 
     Returns:
-        What was seen; closes at the end of `with`, or by `close()`.
+        The watch, which ends with the `with` block, or by `close()`.
 
     Raises:
-        TypeError: model is no module; every is not an int.
+        TypeError: model is not a module; every is not an int.
         ValueError: the model has no batch normalization, or layers that have not seen their first batch; every or
             overhead is out of range.
 
@@ -95,13 +104,13 @@ def watch(
 
 
 class Watch:
-    """What `watch` sees; prints as a table of the last look.
+    """The watch that `watch` starts; prints as a table of the last look.
 
     Attributes:
         layers: Paths of the layers, in the model's order.
-        steps: Steps of training so far.
-        looks: In how many of them the layers were looked at.
-        findings: What the doctor's rules found, in the order in which it was found.
+        steps: Number of training steps so far.
+        looks: Number of steps in which the layers were looked at.
+        findings: Findings of the doctor's rules, in the order in which they were found.
     """
 
     def __init__(
@@ -129,7 +138,7 @@ class Watch:
         self._number = {layer.module: number for number, layer in enumerate(self._layers)}
         self._signatures = [inspect.signature(layer.module.forward) for layer in self._layers]
         self._compiled = any(is_compiled(module) for module in model.modules())
-        self._pools = [Pool() for _ in self._layers]
+        self._recent = [RecentBatches() for _ in self._layers]
         self._alarms = Alarms(self._root)
         self._warn, self._writer = warn, writer
         self._pace = Pace(overhead, every, clock)
@@ -149,7 +158,7 @@ class Watch:
         self.close()
 
     def close(self) -> None:
-        """Stop watching and remove every hook; what was seen stays. May be called again."""
+        """Stop watching and remove every hook; the history stays. May be called again."""
         self.closed = True
         remove(self._handles, self._handles_of_look)
 
@@ -164,7 +173,7 @@ class Watch:
             self.step()
 
     def step(self) -> None:
-        """Say that a step of training is over, where the optimizer is not one of `torch.optim`'s kind."""
+        """End a training step; to be called where the optimizer does not derive from `torch.optim.Optimizer`."""
         if self.closed:
             return
         found: list[Finding] = []
@@ -181,11 +190,11 @@ class Watch:
             with self._pace.spending():
                 self._begin_look()
         for finding in found:  # last, as it raises where warnings are errors
-            self._tell(finding)
+            self._report(finding)
 
     def _begin_look(self) -> None:
-        self._looks = [Look() for _ in self._layers]
-        self._before = self._held()
+        self._observations = [Observation() for _ in self._layers]
+        self._before = self._states()
         self._calls = self._most_calls = 0
         self._waited = False
         if not self._compiled:
@@ -193,26 +202,25 @@ class Watch:
             self._handles_of_look.append(register_module_forward_hook(weakly(self._leave), with_kwargs=True))
 
     def _nothing_seen(self) -> bool:
-        if any(look.forward or look.backward for look in self._looks):
+        if any(seen.forward or seen.backward for seen in self._observations):
             return False
-        return all(a.updates == b.updates for a, b in zip(self._before, self._held(), strict=True))
+        return all(a.updates == b.updates for a, b in zip(self._before, self._states(), strict=True))
 
     def _end_look(self) -> list[Finding]:
         remove(self._handles_of_look)
-        after = self._held()
-        seen = [look.batch for look in self._looks if look.batch is not None]
-        batches = iter(fetched(seen))
-        records = [
-            recorded(self.steps, layer, look, None if look.batch is None else next(batches), pool, before, held)
-            for layer, look, pool, before, held in zip(
-                self._layers, self._looks, self._pools, self._before, after, strict=True
-            )
-        ]
-        self._history.append(records)
+        batches = iter(copied([seen.batch for seen in self._observations if seen.batch is not None]))
+        observed = []
+        for layer, seen, recent, before, after in zip(
+            self._layers, self._observations, self._recent, self._before, self._states(), strict=True
+        ):
+            batch = None if seen.batch is None else next(batches)
+            record, measured = recorded(self.steps, layer, seen, batch, recent, before, after)
+            observed.append(ObservedLayer(measured, seen, after, record))
+        self._history.append([one.record for one in observed])
         self.looks += 1
-        if any(not look.forward and record.updates for look, record in zip(self._looks, records, strict=True)):
-            self._compiled = True  # code that is compiled anew for each hook that it sees: none from here on
-        found = self._alarms.findings(Seen(self.steps, self._most_calls, self._layers, self._looks, after, records))
+        if any(one.record.updates and not one.observation.forward for one in observed):
+            self._compiled = True  # compiled code compiles again for each hook that it sees: no more hooks
+        found = self._alarms.findings(self.steps, self._most_calls, observed)
         self.findings += found
         if self._writer is not None:
             self.write(self._writer)
@@ -222,14 +230,14 @@ class Watch:
             self._pace.least *= 2
         return found
 
-    def _held(self) -> list[Held]:
+    def _states(self) -> list[LayerState]:
         names = ("running_mean", "running_var", "weight", "num_batches_tracked")
         vectors = [[vector(getattr(layer.module, name, None)) for name in names] for layer in self._layers]
-        copies = iter(fetched([v for row in vectors for v in row if v is not None]))
+        copies = iter(copied([v for row in vectors for v in row if v is not None]))
         rows = [[None if v is None else next(copies) for v in row] for row in vectors]
-        return [Held(plain(m), plain(v), plain(w), None if n is None else int(n.max())) for m, v, w, n in rows]
+        return [LayerState(plain(m), plain(v), plain(w), None if n is None else int(n.max())) for m, v, w, n in rows]
 
-    def _tell(self, finding: Finding) -> None:
+    def _report(self, finding: Finding) -> None:
         if not self._warn:
             return
         rank = ""
@@ -238,8 +246,8 @@ class Watch:
         lines = [f"{rank}{finding.code} {finding.title}: {finding.summary}"]
         lines += [f"  {line}" for line in finding.evidence]
         if finding.repair:
-            lines += ["Repair:", *(f"  {line}" for line in finding.repair.splitlines())]
-        warnings.warn("\n".join(lines), BatchNormWarning, stacklevel=level_of_user())
+            lines += ["Fix:", *(f"  {line}" for line in finding.repair.splitlines())]
+        warnings.warn("\n".join(lines), BatchNormWarning, stacklevel=user_stacklevel())
 
     # Hooks ------------------------------------------------------------------------------------------------------------
 
@@ -254,8 +262,8 @@ class Watch:
             self._calls += 1
             self._most_calls = max(self._most_calls, self._calls)
         if number is not None:
-            look = self._looks[number]
-            look.forward, look.backward = look.forward + (not again), look.backward + again
+            seen = self._observations[number]
+            seen.forward, seen.backward = seen.forward + (not again), seen.backward + again
 
     def _backward(self, *_: Any) -> None:
         self._calls = 0
@@ -272,8 +280,8 @@ class Watch:
                 node.register_prehook(weakly(self._backward))
         if number is None:
             return
-        look = self._looks[number]
-        if look.batch_size is not None or not has_one_batch(module):
+        seen = self._observations[number]
+        if seen.batch_size is not None or not has_one_batch(module):
             return
         x: Any = args[0] if args else kwargs.get("input")
         if type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point() or x.dim() < 2:
@@ -284,49 +292,48 @@ class Watch:
             if len(args) + len(kwargs) > 1:
                 given = self._signatures[number].bind(*args, **kwargs).arguments
                 if given.get("mask") is not None:
-                    look.batch_size = x.shape[0]
+                    seen.batch_size = x.shape[0]
                     return
-            look.take(x, self._before[number].mean)
+            seen.measure(x, self._before[number].mean)
 
-    # What was seen ----------------------------------------------------------------------------------------------------
+    # Results ---------------------------------------------------------------------------------------------------------
 
     @property
     def history(self) -> list[Record]:
-        """Every look that is kept, layer by layer: `pandas.DataFrame(w.history)` makes a table of it.
+        """The records of every look that is kept, layer by layer, as for `pandas.DataFrame(w.history)`.
 
-        With `every=` all are kept; without, up to a thousand, evenly over the run.
+        With `every=` all looks are kept; without it up to a thousand, evenly over the run.
         """
         return [record for records in self._history for record in records]
 
     @property
     def cost(self) -> float | None:
-        """Seconds that the last look took; None before the first."""
+        """Duration of the last look in seconds; None before the first."""
         return self._pace.cost
 
     def metrics(self, *, per_layer: bool = True) -> dict[str, float]:
-        """The last look as figures by name, for loggers; empty before the first.
+        """Return the last look as figures by name, for loggers; empty before the first look.
 
         Args:
-            per_layer: `batchnorm/<quantity>/<layer>` for each layer; otherwise `batchnorm/<quantity>`, of the layer
-                where it is largest in size.
+            per_layer: `batchnorm/<quantity>/<layer>` for each layer; otherwise `batchnorm/<quantity>` of the layer
+                with the largest absolute value.
         """
         found: dict[str, float] = {}
         for quantity in QUANTITIES:
             values = {r.layer: getattr(r, quantity) for r in (self._history[-1] if self._history else ())}
             known = {path: float(v) for path, v in values.items() if v is not None and not math.isnan(v)}
             if per_layer:
-                found |= {f"batchnorm/{quantity}/{path or '(model)'}": value for path, value in known.items()}
+                found |= {f"batchnorm/{quantity}/{named(path)}": value for path, value in known.items()}
             elif known:
                 found[f"batchnorm/{quantity}"] = max(known.values(), key=abs)
         return found
 
     def write(self, writer: Any, step: int | None = None) -> None:
-        """Write what was not written yet.
+        """Write the looks that have not been written yet.
 
         Args:
-            writer: A `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar(name, value, step)`.
-            step: Where on its axis the last look belongs, which is then all that is written; None writes each look at
-                its own step.
+            writer: A `torch.utils.tensorboard.SummaryWriter`, or any object with its `add_scalar(name, value, step)`.
+            step: Write the last look alone, at this step; None writes each look at its own step.
         """
         looks = self._history[-1:] if step is not None else self._history[self._written :]
         for records in looks:
@@ -334,7 +341,7 @@ class Watch:
                 for quantity in QUANTITIES:
                     value = getattr(record, quantity)
                     if value is not None and not math.isnan(value):
-                        name = f"batchnorm/{quantity}/{record.layer or '(model)'}"
+                        name = f"batchnorm/{quantity}/{named(record.layer)}"
                         writer.add_scalar(name, value, record.step if step is None else step)
         self._written = len(self._history)
 
@@ -343,21 +350,21 @@ class Watch:
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: nothing was seen yet.
+            ValueError: there was no look yet.
         """
         from batchnorm.doctor.watch.picture import draw
 
         return draw(self._history, self.findings)
 
     def save(self, path: str | Path) -> None:
-        """Write the picture to a file: whole, or not at all.
+        """Write the picture to a file, completely or not at all.
 
         Args:
             path: Ends in `.png`, `.svg` or `.pdf`.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: the path ends in something else, or nothing was seen yet.
+            ValueError: the path has another ending, or there was no look yet.
         """
         from batchnorm.doctor.watch.picture import save
 
@@ -371,7 +378,9 @@ class Watch:
 
 def _check_pace(every: object, overhead: float) -> None:
     if every is not None and (not isinstance(every, int) or isinstance(every, bool)):
-        raise TypeError(f"watch expects every to be an int, got {every!r} ({type(every).__name__}). It counts steps.")
+        raise TypeError(
+            f"watch expects every to be an int, got {every!r} ({type(every).__name__}). It is a number of steps."
+        )
     if every is not None and every < 1:
         raise ValueError(f"watch expects every >= 1, got {every}. 1 looks at every step.")
     if not 0 < overhead <= 1:

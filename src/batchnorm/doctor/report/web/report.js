@@ -165,17 +165,17 @@
   };
   const drawAgain = page.draw((figure, width) => drawings[figure.dataset.chart](width));
 
-  // The strip: one stop of the tab key, arrows within; what is pointed at or focused is told beneath.
+  // The strip: one tab stop, with arrow keys inside. The facts of the layer under the pointer or the focus are below.
   const boxes = [...document.querySelectorAll(".strip button")];
   const table = document.getElementById("layers");
   const heads = [...table.tHead.rows[0].cells].map((cell) => cell.textContent);
   const facts = document.getElementById("facts");
   const select = document.getElementById("layer");
-  let told = null;
+  let shown = null;
 
   function tell(index) {
-    if (told === index) return;
-    told = index;
+    if (shown === index) return;
+    shown = index;
     const row = table.tBodies[0].rows[index];
     const title = document.createElement("h3");
     title.textContent = row.cells[0].textContent;

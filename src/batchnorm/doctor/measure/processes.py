@@ -1,7 +1,8 @@
-"""What the layers of every process hold, side by side."""
+"""The layers of every process, side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +16,18 @@ _NAMES = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """What each process of a group holds.
+class ProcessStates:
+    """The layers of each process of a group.
 
     Attributes:
-        held: For each process, its layers' γ, β and running statistics, by path and name.
+        states: For each process γ, β and running statistics, by the layer's path and by name.
     """
 
-    held: tuple[dict[str, dict[str, Tensor]], ...]
+    states: tuple[dict[str, dict[str, Tensor]], ...]
 
     @classmethod
-    def gather(cls, layers: list[Layer], group: Any) -> Ranks:
-        """From all processes of the group, each of which has to call this."""
+    def gather(cls, layers: Iterable[Layer], group: Any) -> ProcessStates:
+        """Gather the states of all processes of the group, each of which has to call this."""
         own = {
             layer.path: {
                 name: tensor.detach().cpu().clone()
@@ -35,28 +36,28 @@ class Ranks:
             }
             for layer in layers
         }
-        held: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(held, own, group=group)
-        return cls(tuple(held))
+        states: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(states, own, group=group)
+        return cls(tuple(states))
 
     @property
-    def alike(self) -> bool:
-        """Whether all have the same layers with the same channels."""
+    def comparable(self) -> bool:
+        """Whether all processes have the same layers with the same numbers of channels."""
         shapes = [
-            {(path, name, tensor.shape) for path, of in held.items() for name, tensor in of.items()}
-            for held in self.held
+            {(path, name, tensor.shape) for path, tensors in state.items() for name, tensor in tensors.items()}
+            for state in self.states
         ]
-        return all(of == shapes[0] for of in shapes)
+        return all(found == shapes[0] for found in shapes)
 
-    def apart(self, path: str, eps: float) -> tuple[float, float]:
-        """How far the processes are from the first, at most.
+    def difference(self, path: str, eps: float) -> tuple[float, float]:
+        """Return the largest difference of the other processes from the first.
 
         Returns:
-            For γ and β the largest absolute difference; for the running statistics the root mean square of the
-            difference of the means in σ, or of ln σ where that is larger. Infinite where one is not finite.
+            For γ and β the largest absolute difference. For the running statistics the root mean square difference of
+            the means in σ, or of ln σ where that is larger. Infinite where a value is not finite.
         """
-        first, parameters, statistics = self.held[0][path], 0.0, 0.0
-        for other in self.held[1:]:
+        first, parameters, statistics = self.states[0][path], 0.0, 0.0
+        for other in self.states[1:]:
             for name in ("weight", "bias"):
                 if name in first:
                     parameters = max(parameters, _finite((first[name] - other[path][name]).abs().max()))
@@ -73,6 +74,6 @@ def _finite(value: Tensor) -> float:
     return float(value) if bool(value.isfinite()) else float("inf")
 
 
-def processes_of(group: Any) -> int:
-    """How many processes there are, without speaking to them."""
+def number_of_processes(group: Any) -> int:
+    """Return the number of processes, without communication."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1

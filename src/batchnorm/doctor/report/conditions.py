@@ -1,4 +1,4 @@
-"""With what a diagnosis was made."""
+"""The conditions of a diagnosis."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from datetime import datetime, timezone
 
 import torch
 
-from batchnorm.doctor.measure.probe import Probe
+from batchnorm.doctor.measure.measurements import Measurements
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """With what a diagnosis was made.
+    """The conditions of a diagnosis.
 
     Attributes:
-        batch_size: The median of the data's; None without data.
-        loss: Whether there were a loss and data to apply it to.
+        batch_size: Median of the data's batch sizes; None without data.
+        loss: Whether there were data and a loss.
         optimizer: Whether the optimizer was given.
-        training: The model's mode.
-        device: Of the model; all of them where there are several.
-        dtype: Of its parameters, likewise.
+        training: Whether the model was in training mode.
+        device: The device of the model; all of them where there are several.
+        dtype: The dtype of its parameters and buffers; all of them where there are several.
         batchnorm: Version.
         torch: Version.
         python: Version.
-        time: When, in UTC, as in ISO 8601.
+        time: Time in UTC, in ISO 8601.
     """
 
     batch_size: float | None
@@ -41,15 +41,15 @@ class Conditions:
     time: str
 
     @classmethod
-    def of(cls, probe: Probe) -> Conditions:
-        """Of what was just measured."""
-        tensors = [*probe.model.parameters(), *probe.model.buffers()]
+    def of(cls, m: Measurements) -> Conditions:
+        """Return the conditions of these measurements, now."""
+        tensors = [*m.model.parameters(), *m.model.buffers()]
         dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
         return cls(
-            None if probe.data is None else probe.batch_size,
-            probe.data is not None and probe.data.loss is not None,
-            probe.optimizer is not None,
-            probe.training,
+            m.batch_size if m.batch_sizes else None,
+            m.loss,
+            m.optimizer is not None,
+            m.training,
             ", ".join(sorted({str(t.device) for t in tensors})),
             ", ".join(sorted(dtypes)),
             importlib.metadata.version("batchnorm"),

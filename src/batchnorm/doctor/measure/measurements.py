@@ -1,0 +1,114 @@
+"""The measurements of a model: all that the rules read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import nn
+
+from batchnorm.doctor.measure.cause import Misfit
+from batchnorm.doctor.measure.distance import Distance
+from batchnorm.doctor.measure.effect import OUTPUT_MATTERS, Effect
+from batchnorm.doctor.measure.independence import Independence
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.padding import PaddingEffect
+from batchnorm.doctor.measure.processes import ProcessStates
+from batchnorm.doctor.measure.training_step import TrainingStep
+from batchnorm.models.model_graph import Trace
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of a model; what could not be measured is None or empty, with the reason in `missing`.
+
+    Attributes:
+        model: The user's model, without wrappers.
+        layers: Every layer of batch normalization, in the model's order.
+        training: Whether the model is in training mode.
+        trains: Whether any parameter requires a gradient.
+        optimizer: The user's optimizer.
+        missing: Needs of rules that are not met, with the reason.
+        processes: Number of processes that train the model together.
+        process_states: The layers of each process.
+        samples: Number of samples.
+        batch_sizes: The size of each batch.
+        loss: Whether there are data and a loss.
+        step: A training step on the first batch.
+        trace: The traced model.
+        dropout: The layers with dropout right before them in the trace, and its probability.
+        gap: Effect of the running statistics against the batches': of evaluation against training.
+        running_effect: Effect of the running statistics against the population's.
+        batch_effect: Effect of the batches' statistics against the population's.
+        distances: Distance of the running statistics from the population's, for each layer that can be compared.
+        misfit: The layers that are off, and why; None where none is.
+        noise: Noise of a normalized value of the median channel by the choice of its batch, by the layer's path.
+        dropout_scale: Deviation of a layer's input in training over its deviation without dropout, by the layer's path,
+            where the two differ.
+        independence: Test of whether the batches are independent samples.
+        pooled_calls: Effect of common statistics against statistics for each call, for layers that are called several
+            times, by the layer's path.
+        left_by_layer: Effect that is left of `running_effect` with the population's statistics in one layer, by the
+            layer's path, worst layers first.
+        reshuffled: Effect of normalizing the samples in new random batches.
+        padding: Effect of padding on the statistics.
+    """
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    training: bool = True
+    trains: bool = True
+    optimizer: torch.optim.Optimizer | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
+    process_states: ProcessStates | None = None
+    samples: int = 0
+    batch_sizes: tuple[int, ...] = ()
+    loss: bool = False
+    step: TrainingStep | None = None
+    trace: Trace | None = None
+    dropout: Mapping[nn.Module, float] = field(default_factory=dict)
+    gap: Effect | None = None
+    running_effect: Effect | None = None
+    batch_effect: Effect | None = None
+    distances: tuple[Distance, ...] = ()
+    misfit: Misfit | None = None
+    noise: Mapping[str, float] = field(default_factory=dict)
+    dropout_scale: Mapping[str, float] = field(default_factory=dict)
+    independence: Independence | None = None
+    pooled_calls: Mapping[str, Effect] = field(default_factory=dict)
+    left_by_layer: Mapping[str, Effect] = field(default_factory=dict)
+    reshuffled: Effect | None = None
+    padding: PaddingEffect | None = None
+
+    @property
+    def measured(self) -> list[Layer]:
+        """The layers whose running statistics can be measured."""
+        return [layer for layer in self.layers if layer.running is not None]
+
+    @property
+    def batch_size(self) -> float:
+        """The median size of a batch."""
+        return float(median(self.batch_sizes))
+
+    @property
+    def dependent(self) -> bool:
+        """Whether the batches are not independent samples."""
+        return self.independence is not None and self.independence.rejected
+
+    @property
+    def gap_matters(self) -> bool:
+        """Whether evaluation is worse than training, or without a loss differs because of the running statistics."""
+        gap, running, batches = self.gap, self.running_effect, self.batch_effect
+        if gap is None or running is None or batches is None or gap.output <= OUTPUT_MATTERS:
+            return False
+        if gap.loss is None:
+            return running.output >= batches.output
+        return gap.loss > 0 and (gap.loss_interval is None or gap.loss_interval[0] > 0)
+
+    def lacks(self, need: str) -> str | None:
+        """Return why a need such as "data" or "step or trace" is not met; None where it is."""
+        reasons = [self.missing.get(one) for one in need.split(" or ")]
+        return None if None in reasons else reasons[0]

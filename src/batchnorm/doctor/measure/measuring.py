@@ -1,0 +1,283 @@
+"""Fill in the measurements of a model, from the model itself, its trace, passes over the data, and a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from batchnorm.doctor.finding import Severity
+from batchnorm.doctor.measure.cause import Misfit, cause_of, suspects
+from batchnorm.doctor.measure.distance import distance_of
+from batchnorm.doctor.measure.effect import Effect, Outcome, effect_of
+from batchnorm.doctor.measure.independence import Independence, independence_of
+from batchnorm.doctor.measure.layers import Layer, layers_of
+from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.doctor.measure.padding import padding_effect
+from batchnorm.doctor.measure.passes import ModelCall, Passes
+from batchnorm.doctor.measure.processes import ProcessStates, number_of_processes
+from batchnorm.doctor.measure.traced import dropout_before
+from batchnorm.doctor.measure.training_step import StepError, TrainingStep, training_step
+from batchnorm.models.batches import Batches, device_of, moved
+from batchnorm.models.errors import Untraceable
+from batchnorm.models.inputs import Inputs
+from batchnorm.models.lowering import lower
+from batchnorm.models.model_graph import trace
+from batchnorm.models.neighbours import batch_norm_calls
+from batchnorm.models.observe import Statistics
+from batchnorm.models.progress import Bar
+from batchnorm.walk import set_mode
+
+# Samples for the test of independence: more take time and add nothing.
+_TESTED = 2048
+# Change of a deviation by dropout that rounding and chance do not explain.
+_DROPOUT = 0.1
+# Distance of the means in σ, or ratio of the deviations less 1, from which calls of a layer are different populations.
+DIFFERENT_CALLS = 0.25
+
+
+def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Measurements:
+    """Measure what the model itself shows."""
+    missing = {"data": "needs data (data=)", "step": "needs data (data=)"}
+    if optimizer is None:
+        missing["optimizer"] = "needs the optimizer (optimizer=)"
+    trains = any(p.requires_grad for p in model.parameters())
+    return Measurements(model, layers_of(model), model.training, trains, optimizer, missing)
+
+
+def add_processes(m: Measurements, group: Any) -> Measurements:
+    """Compare the processes of a group, each of which has to call this; None only counts them."""
+    processes = number_of_processes(group)
+    if group is not None:
+        return replace(m, processes=processes, process_states=ProcessStates.gather(m.layers, group))
+    if processes > 1:
+        m = _lacking(m, "ranks", "needs the other processes (process_group= on each of them)")
+    return replace(m, processes=processes)
+
+
+def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
+    """Trace the model, whose modules are all in evaluation, to find the place of each layer."""
+    if example is None:
+        return _lacking(m, "trace", "needs data, to see how the model is called (data=)")
+    dropout: dict[nn.Module, float] = {}
+
+    def prepare(module: fx.GraphModule) -> fx.GraphModule:
+        dropout.update(dropout_before(module, {layer.module for layer in m.layers}))  # lowering removes dropout
+        return lower(module)
+
+    try:
+        traced = trace(m.model, example, prepare=prepare)
+    except Untraceable as error:
+        return replace(_lacking(m, "trace", f"needs to trace the model, which failed: {error}"), dropout=dropout)
+    calls = {call.path: call for call in reversed(batch_norm_calls(traced))}
+    layers = tuple(
+        replace(layer, place=next((calls[path] for path in layer.found.paths if path in calls), None))
+        for layer in m.layers
+    )
+    return replace(m, layers=layers, trace=traced, dropout=dropout)
+
+
+@dataclass
+class DataPasses:
+    """The passes over the data, and those that may still be made.
+
+    Attributes:
+        passes: Runs the model.
+        by_batch: Outcome normalized by the batches.
+        by_running: Outcome normalized by the running statistics.
+        by_population: Outcome normalized by the population; None where outputs cannot be compared.
+        budget: Number of passes left for single layers.
+        bar: Shows the progress.
+    """
+
+    passes: Passes
+    by_batch: Outcome
+    by_running: Outcome
+    by_population: Outcome | None
+    budget: int
+    bar: Bar
+
+    def again(self, statistics: Any, title: str) -> Outcome | None:
+        """Run the data with these statistics; return None where no pass is left, or outputs cannot be compared."""
+        if self.by_population is None or self.budget < 1:
+            return None
+        self.budget -= 1
+        return self.passes.again(statistics, self.bar, title)
+
+
+def add_data(
+    m: Measurements, call: ModelCall, batches: Batches, budget: int, bar: Bar
+) -> tuple[Measurements, DataPasses]:
+    """Send the data through the model in three passes, and make a training step."""
+    passes = Passes(m.model, m.measured, call)
+    training = {module: module.training for module in m.model.modules()}
+    set_mode(m.model, training=False)
+    by_batch, by_running = passes.both(batches, bar, budget)
+    if not passes.sizes:
+        raise ValueError("diagnose expects at least one batch, got data that end at once. Pass more data.")
+    measured = iter(passes.layers)
+    m = replace(
+        m,
+        layers=tuple(layer if layer.running is None else next(measured) for layer in m.layers),
+        samples=sum(passes.sizes),
+        batch_sizes=tuple(passes.sizes),
+        loss=call.loss is not None,
+        missing={need: reason for need, reason in m.missing.items() if need not in ("data", "step")},
+    )
+    by_population = None
+    if not by_running.outputs:
+        m = _lacking(m, "output", "the model returns no floating-point tensor to compare")
+    elif not (by_batch.finite and by_running.finite):
+        m = _lacking(m, "output", "the model's output or loss is not finite on these data")
+    elif by_batch.shapes != by_running.shapes:
+        m = _lacking(m, "output", "the model's output has another shape in each pass")
+    else:
+        by_population = passes.again(_population(passes.layers), bar, "population statistics")
+    if budget < 1:
+        m = _lacking(m, "pass", "needs one more pass over the data (budget=1)")
+    for module, mode in training.items():
+        module.training = mode
+    m = _add_step(m, passes)
+    set_mode(m.model, training=False)
+    return m, DataPasses(passes, by_batch, by_running, by_population, budget, bar)
+
+
+def _add_step(m: Measurements, passes: Passes) -> Measurements:
+    if not m.trains:
+        return _lacking(m, "step", "no parameter requires a gradient, so there is no training step")
+    try:
+        batch = moved(passes.kept[0], device_of(m.model))
+        return replace(m, step=training_step(m.model, m.layers, passes.call, batch))
+    except StepError as error:
+        return _lacking(m, "step", f"needs a training step, and {error}")
+
+
+def add_effects(m: Measurements, data: DataPasses) -> Measurements:
+    """Compare the passes, and make further ones for single layers within the budget.
+
+    The passes that are needed for most rules come first; those that rank the layers of BN101 use what is left.
+    """
+    distances = tuple(d for layer in m.measured if (d := distance_of(layer, m.samples, m.batch_size)) is not None)
+    noise = {
+        layer.path: float(layer.samples.noise(m.batch_size, layer.eps).median())
+        for layer in m.measured
+        if layer.samples is not None and layer.by_batch
+    }
+    m = replace(
+        m,
+        gap=effect_of(data.by_running, data.by_batch),
+        running_effect=effect_of(data.by_running, data.by_population),
+        batch_effect=effect_of(data.by_batch, data.by_population),
+        distances=distances,
+        noise={path: value for path, value in noise.items() if math.isfinite(value)},
+        dropout_scale=_dropout_scale(m.layers, m.step),
+        independence=_independence(m.measured, len(m.batch_sizes)),
+        padding=padding_effect(data.passes),
+    )
+    m = replace(m, misfit=_misfit(m), pooled_calls=_pooled_calls(m, data))
+    m = replace(m, reshuffled=_reshuffled(m, data))
+    return replace(m, left_by_layer=_left_by_layer(m, data))
+
+
+def _dropout_scale(layers: Iterable[Layer], step: TrainingStep | None) -> dict[str, float]:
+    found = {}
+    for layer in layers:
+        with_dropout = None if step is None else step.inputs.get(layer.path)
+        without = layer.first_input
+        if with_dropout is None or without is None or with_dropout.count != without.count:
+            continue
+        ratio = (with_dropout.var.cpu() + layer.eps) / (without.var.cpu() + layer.eps)
+        scale = float(ratio.median().sqrt())
+        if abs(scale - 1) > _DROPOUT:
+            found[layer.path] = scale
+    return found
+
+
+def _independence(layers: list[Layer], batches: int) -> Independence | None:
+    samples = [layer.samples for layer in layers if layer.samples is not None]
+    if batches < 2 or not samples:
+        return None
+    batch = samples[0].batch
+    kept = [values for of in samples if len(values := torch.cat(of.kept)) == len(batch)]
+    values = torch.cat(kept, 1)[:_TESTED]
+    return independence_of(values.double().nan_to_num(0.0, 0.0, 0.0), torch.tensor(batch[:_TESTED]))
+
+
+def _misfit(m: Measurements) -> Misfit | None:
+    effect = m.running_effect
+    off = () if effect is None else suspects(m.distances, effect)
+    if effect is None or not off:
+        return None
+    return Misfit(off, len(m.distances), effect, cause_of(off, m.distances, m.trace, dict(m.dropout_scale)))
+
+
+def _pooled_calls(m: Measurements, data: DataPasses) -> dict[str, Effect]:
+    found = {}
+    model_calls = 1 if m.step is None else m.step.model_calls
+    for number, layer in enumerate(m.measured):
+        if len(layer.calls) <= max(1, model_calls) or not different_calls(layer):
+            continue
+        each: dict[int, Statistics | tuple[Statistics, ...]] = dict(_population(m.measured))
+        each[number] = tuple(Statistics(moments.mean[None], moments.var_unbiased[None]) for moments in layer.calls)
+        effect = effect_of(data.by_population, data.again(each, "statistics for each call"))
+        if effect is not None:
+            found[layer.path] = effect
+    return found
+
+
+def distance_of_calls(layer: Layer) -> tuple[float, float]:
+    """Return the root mean square of the largest distance of the calls' means, and the median largest ratio of σ."""
+    means = torch.stack([moments.mean for moments in layer.calls])
+    deviations = torch.stack([(moments.var + layer.eps).sqrt() for moments in layer.calls])
+    pooled = deviations.square().mean(0).sqrt()
+    shift = ((means.amax(0) - means.amin(0)) / pooled).square().mean().sqrt()
+    return float(shift), float((deviations.amax(0) / deviations.amin(0).clamp_min(1e-30)).median())
+
+
+def different_calls(layer: Layer) -> bool:
+    """Return whether the calls of a layer have inputs from different populations."""
+    shift, scale = distance_of_calls(layer)
+    return shift > DIFFERENT_CALLS or scale > 1 + DIFFERENT_CALLS
+
+
+def _reshuffled(m: Measurements, data: DataPasses) -> Effect | None:
+    """Reshuffle the batches where evaluation is worse than training, and stale statistics do not explain that."""
+    if m.gap is None or m.gap.severity == Severity.NOTE or not any(layer.by_batch for layer in m.measured):
+        return None
+    # The noise of other batches changes independent samples too; only a loss distinguishes it from knowledge.
+    stale = m.running_effect is None or m.running_effect.severity > Severity.NOTE
+    if data.budget < 1 or (not m.dependent and (stale or m.gap.loss is None)):
+        return None
+    data.budget -= 1
+    return effect_of(data.passes.reshuffled(data.bar), data.by_batch)
+
+
+def _left_by_layer(m: Measurements, data: DataPasses) -> dict[str, Effect]:
+    if m.misfit is None or not m.gap_matters:
+        return {}
+    found = {}
+    population = _population(m.measured)
+    for distance in m.misfit.distances:
+        number = m.measured.index(distance.layer)
+        outcome = data.again({number: population[number]}, "one layer's statistics")
+        effect = effect_of(outcome, data.by_population)
+        if effect is not None:
+            found[distance.layer.path] = effect
+    return found
+
+
+def _population(layers: Iterable[Layer]) -> dict[int, Statistics]:
+    found = {}
+    for number, layer in enumerate(layers):
+        population = layer.population
+        if population is not None and layer.running is not None and len(layer.running.mean) == 1:
+            found[number] = Statistics(population.mean[None], population.var_unbiased[None])
+    return found
+
+
+def _lacking(m: Measurements, need: str, reason: str) -> Measurements:
+    return replace(m, missing={**m.missing, need: reason})

@@ -1,0 +1,122 @@
+"""One training step: which running statistics it updates, and when."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.passes import ModelCall, input_of
+from batchnorm.models.outputs import outputs
+from batchnorm.moments import Moments
+from batchnorm.walk import restored
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """The updates of running statistics in the forward and backward pass of one batch.
+
+    Attributes:
+        forward: Updates in the forward pass, by the layer's path.
+        backward: Updates in the backward pass, by the layer's path.
+        model_calls: Number of calls of the model.
+        inputs: Moments of each layer's first input, with the randomness of training, by the layer's path.
+    """
+
+    forward: Mapping[str, int] = field(default_factory=dict)
+    backward: Mapping[str, int] = field(default_factory=dict)
+    model_calls: int = 1
+    inputs: Mapping[str, Moments] = field(default_factory=dict)
+
+
+class StepError(RuntimeError):
+    """A training step is not possible; the message says why."""
+
+
+def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, batch: Any) -> TrainingStep:
+    """Make a training step without its update, and restore everything afterwards.
+
+    Args:
+        model: The model, in the mode to look at.
+        layers: The layers to watch.
+        call: How the model is called.
+        batch: A batch on the model's device.
+
+    Raises:
+        StepError: the model has hooks that act on gradients, or the step failed.
+    """
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()):
+        raise StepError("its parameters have hooks that run when gradients are ready, such as an optimizer's step")
+    forward, backward = Counter[str](), Counter[str]()
+    inputs: dict[str, Moments] = {}
+    phase = forward
+    model_calls = 0
+    losses = [call.loss] if isinstance(call.loss, nn.Module) else []
+    with restored(nn.ModuleList([model, *losses]), buffers=True, gradients=True):
+        if not model.training:
+            model.train()
+
+        def count_update(path: str) -> Callable[[], None]:
+            return lambda: phase.update([path])
+
+        for layer in layers:
+            _on_update(layer.module, count_update(layer.path))
+            layer.module.register_forward_pre_hook(_recorder(layer.path, inputs), with_kwargs=True)
+
+        def count_call(*_: Any) -> None:
+            nonlocal model_calls
+            model_calls += phase is forward
+
+        model.register_forward_pre_hook(count_call)
+        try:
+            with torch.enable_grad():
+                loss = _loss(call, call.forward(model, batch), batch)
+                phase = backward
+                loss.backward()
+        except Exception as error:
+            line = next(iter(str(error).strip().splitlines()), "")
+            raise StepError(f"it failed with {type(error).__name__}: {line}"[:300]) from error
+    return TrainingStep(forward, backward, model_calls, inputs)
+
+
+def _loss(call: ModelCall, returned: Any, batch: Any) -> Tensor:
+    if call.loss is not None:
+        return call.loss_of(returned, batch)
+    results = [y for y in outputs(returned) if y.is_floating_point() and y.requires_grad]
+    if not results:
+        raise StepError("no output of the model depends on parameters that are trained")
+    return torch.stack([y.float().square().mean() for y in results]).sum()
+
+
+def _recorder(path: str, inputs: dict[str, Moments]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        if path not in inputs and x is not None:
+            inputs[path] = Moments.of(x)
+
+    return hook
+
+
+def _on_update(module: nn.Module, updated: Callable[[], None]) -> None:
+    """Call `updated` after every call of the module that changes its running statistics."""
+    before: list[Tensor] = []
+
+    def statistics() -> list[Tensor]:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        held = [getattr(module, name, None) for name in names]
+        return [t.detach().clone() for t in held if isinstance(t, Tensor)]
+
+    def enter(*_: Any) -> None:
+        before[:] = statistics()
+
+    def leave(*_: Any) -> None:
+        if any(not torch.equal(a, b) for a, b in zip(before, statistics(), strict=True)):
+            updated()
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.wording import counted, listed
+
+# What prevents the updates, and the assignment that allows them.
+_SWITCHES = {
+    "track_running_stats=False": "track_running_stats = True",
+    "momentum=0": "momentum = 0.1",
+    "update_running_stats=False": "update_running_stats = True",
+}
+
+
+class TrackingOff(Rule):
+    code = "BN216"
+    title = "training normalizes by the batch and never updates the running statistics"
+    why = """
+        With track_running_stats=False or momentum=0 a layer that has running statistics trains by the batch, and
+        evaluation uses statistics that stay where they are, while the weights before them change. Neither setting
+        freezes a layer: a frozen layer normalizes by its running statistics in training too.
+    """
+    evidence = """
+        Layers with running statistics that normalize by the batch in training, and that training does not update. The
+        finding names the switch that prevents it: `track_running_stats=False`, `momentum=0`, or
+        `update_running_stats=False` on this library's layers. With data it says what the running statistics cost
+        against the population's.
+    """
+    severity = """
+        With data by what the running statistics cost against the population's; without data a warning. A note if no
+        parameter is trained, because then nothing changes the activations.
+    """
+    repair = """
+        for found in batchnorm.walk.norm_layers(model):
+            found.module.track_running_stats = True
+        model, report = batchnorm.recalibrate(model, training_data)
+    """
+    notes = """
+        The finding sets the switch that it found. If the layers were meant to be frozen, use
+        `model, report = batchnorm.freeze(model)` instead.
+    """
+    source = "PyTorch's documentation of `BatchNorm2d`; Lightning issue #15062 (fine-tuning callbacks)."
+
+    def check(self, m: Measurements) -> Iterator[Finding]:
+        switches = {layer.path: _switch(layer) for layer in m.measured if layer.by_batch and not layer.updates_running}
+        if not switches:
+            return
+        used = sorted(set(switches.values()))
+        header, _, recalibrate = self.repair.splitlines()
+        effect = m.running_effect
+        severity = Severity.WARNING if effect is None else effect.severity
+        yield self.finding(
+            severity if m.trains else Severity.NOTE,
+            switches,
+            f"{counted(len(switches), 'layer trains', 'layers train')} by the batch without updates of the running "
+            f"statistics: {listed(switches)}",
+            effect=effect,
+            evidence=[
+                f"because of {', '.join(used)}",
+                *([] if effect is None else [f"running statistics against the population's: {effect}"]),
+            ],
+            repair="\n".join([header, *(f"    found.module.{_SWITCHES[switch]}" for switch in used), recalibrate]),
+            switches=switches,
+        )
+
+
+def _switch(layer: Layer) -> str:
+    if not getattr(layer.module, "track_running_stats", True):
+        return "track_running_stats=False"
+    return "momentum=0" if layer.momentum == 0 else "update_running_stats=False"

@@ -1,0 +1,27 @@
+"""Numbers and layers in words, for findings and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun, such as `1 layer`; with a verb where `plural` is given, as `layers move`."""
+    return f"{number} {singular if number == 1 else plural or singular + ('es' if singular.endswith('ch') else 's')}"
+
+
+def listed(paths: Iterable[str], most: int = 4) -> str:
+    """Return the first paths, and how many more there are."""
+    names = [named(path) for path in paths]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def named(path: str) -> str:
+    """Return the path of a layer, or `(model)` for a model that is itself a layer."""
+    return path or "(model)"
+
+
+def signed(value: float) -> str:
+    """Return a number in three significant digits with its sign, a true minus."""
+    return f"{value:+.3g}".replace("-", "−")
