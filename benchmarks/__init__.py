@@ -1,4 +1,4 @@
-"""How fast, how exact and how frugal batch normalization is here, against its peers and against the memory's speed.
+"""Benchmarks of speed, accuracy and memory, against peers and against the speed of memory.
 
-`python -m benchmarks` measures everything; `python -m benchmarks --help` tells what else there is.
+`python -m benchmarks` measures everything; `python -m benchmarks --help` lists the options.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every section in processes of its own, then tables and pictures."""
+"""`python -m benchmarks`: run each section in its own processes, then write tables and pictures."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from benchmarks import (
 from benchmarks.options import Options
 
 HERE = Path(__file__).parent
-# Environment variables by the name of an allocator setting; None where this machine does not have it.
+# Environment variables by the name of an allocator setting; None if this machine does not have the allocator.
 Settings = dict[str, dict[str, str] | None]
 PICTURES = HERE.parent / "docs" / "images"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A CSV file: how its rows are told apart, what measures them, and under which allocator settings."""
+    """A CSV file: the key of its rows, the function that measures them, and the allocator settings."""
 
     key: tuple[str, ...]
     measure: Callable[[Options, records.Table], None]
@@ -52,7 +52,7 @@ class Section:
 _BOTH: Settings = dict(records.ALLOCATORS)
 _DEFAULT: Settings = {"default": {}}
 
-# What a setting decides is not taken over from the caller.
+# The variables of all settings; they are not inherited from the caller.
 _SET_HERE = {name for setting in (*_BOTH.values(), *page_faults.settings().values()) for name in setting or ()}
 
 SECTIONS = {
@@ -72,20 +72,20 @@ SECTIONS = {
 
 
 def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path, resume: bool) -> None:
-    """Run a section once under each setting: an allocator reads its environment when a process starts."""
+    """Run a section under each setting in a new process, because allocators read their environment at its start."""
     section = SECTIONS[name]
     table = section.table(out, name)
     if not resume:
         table.clear()
     for setting, environment in settings.items():
         if environment is None:
-            print(f"{name}: {setting} is left out: its library is not installed")
+            print(f"{name}: {setting} is skipped: its library is not installed")
             continue
         own = {k: v for k, v in os.environ.items() if k not in _SET_HERE}
         command = [sys.executable, "-m", "benchmarks", name, "--here", setting, *arguments]
         result = subprocess.run(command, env={**own, **environment}, cwd=HERE.parent, check=False)
         if result.returncode:
-            print(f"{name} failed under {setting}; what was measured is in {table.partial}", file=sys.stderr)
+            print(f"{name} failed under {setting}; the finished measurements are in {table.partial}", file=sys.stderr)
             sys.exit(1)
     table.finish()
 
@@ -95,16 +95,16 @@ def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the CSV files and tables.")
 @click.option("--pictures", type=click.Path(path_type=Path), help="Directory of the pictures.")
 @click.option(
-    "--quick", is_flag=True, help="Only see that everything runs: small cases, few repetitions, under a minute."
+    "--quick", is_flag=True, help="Only test that everything runs: small cases, few repetitions, under a minute."
 )
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same commit.")
-@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, help="For all contenders of one case together.")
-@click.option("--rounds", type=click.IntRange(2), default=30, help="Alternations of a network's training step.")
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="That everyone computes with.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same commit.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, help="Time for all contenders of one case.")
+@click.option("--rounds", type=click.IntRange(2), default=30, help="Rounds of a network's training step.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="Threads of every contender.")
 @click.option(
     "--only",
     default="",
-    help="Of single layers, those described by this, such as '32×64×56×56, channels-last'; of networks, one name.",
+    help="Only layers whose description contains this, such as '32×64×56×56, channels-last', or one network by name.",
 )
 @click.option("--here", hidden=True)
 def main(
@@ -121,13 +121,13 @@ def main(
 ) -> None:
     """Measure batch normalization on this machine's CPU, and write tables and pictures.
 
-    Without SECTIONS all are measured, and the report is written; results go to benchmarks/results and docs/images.
-    A GPU is measured by `python -m benchmarks gpu`.
+    Without SECTIONS, measure all of them. Results go to benchmarks/results and docs/images. For a GPU, run
+    `python -m benchmarks gpu`.
     """
     torch.set_num_threads(threads)
     if quick:
         seconds, rounds = 0.05, 2
-    if quick or only:  # does not replace what was measured whole
+    if quick or only:  # partial results must not replace complete ones
         out = out or Path(tempfile.mkdtemp(prefix="batchnorm-benchmarks-"))
         pictures = pictures or out
     out, pictures = (out or HERE / "results").resolve(), (pictures or PICTURES).resolve()

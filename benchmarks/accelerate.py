@@ -1,4 +1,4 @@
-"""Training steps of networks that others wrote, as they are and after `batchnorm.accelerate`, taken in turns."""
+"""Training steps of third-party networks before and after `batchnorm.accelerate`, in alternation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 
 
 def measure_accelerate(options: Options, table: Table) -> None:
-    """Write one row for each alternation."""
+    """Write one row for each round."""
     done = table.measured()
     batch, size, rounds = (4, 64, 2) if options.quick else (BATCH, SIZE, options.rounds)
     built = zoo.timed("resnet18", "mobilenet_v2", "densenet121")

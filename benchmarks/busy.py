@@ -1,4 +1,4 @@
-"""How much of the machine others used while something was measured."""
+"""The load that other processes put on the machine during a measurement."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 class Busy:
-    """A stretch of time that begins when the object is made."""
+    """A period that starts when the object is created."""
 
     def __init__(self) -> None:
         self._begin = self._now()
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Return seconds on the wall, of this process on its cores, and of all on all cores that were not idle."""
+        """Return wall-clock seconds, CPU seconds of this process, and busy CPU seconds of the whole machine."""
         own = sum(os.times()[:4])
         try:
             first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
@@ -26,6 +26,6 @@ class Busy:
         return time.monotonic(), own, ticks / os.sysconf("SC_CLK_TCK")
 
     def others(self) -> float:
-        """Return the share of the machine that others used since then; not a number where that is not told."""
+        """Return the share of the machine that other processes used since the start; NaN if unknown."""
         wall, own, everyone = (now - then for now, then in zip(self._now(), self._begin, strict=True))
         return max(0.0, everyone - own) / max(wall * (os.cpu_count() or 1), 1e-9)

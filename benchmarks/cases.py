@@ -1,4 +1,4 @@
-"""What is measured: shapes, memory layouts, dtypes and tasks, the data of a case, and its float64 reference."""
+"""The cases: shapes, memory layouts, dtypes and tasks, the data of a case, and its float64 reference."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SMALL = ((8, 16, 14, 14), (128, 64))
 LAYOUTS = ("contiguous", "channels-last")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EPS = 1e-5
-STEP = "BN+ReLU forward+backward"  # what most targets are about
+STEP = "BN+ReLU forward+backward"  # the task of most targets
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that a network does with a batch normalization, and the fewest bytes it can move.
+    """A task of batch normalization in a network, and the least memory traffic that it needs.
 
-    Bytes are counted in passes over one tensor of x's size: a copy is two.
+    Traffic is counted in tensors of x's size that are read or written: a copy is two.
     """
 
     training: bool
@@ -40,20 +40,20 @@ class Task:
 
     @property
     def allocations(self) -> int:
-        """Results of x's size."""
+        """Number of results of x's size."""
         return 1 + (1 + self.residual if self.backward else 0)
 
     @property
-    def passes(self) -> int:
-        """With x read once forward, and x and dy once backward."""
+    def traffic(self) -> int:
+        """Traffic if forward reads x once, and backward reads x and dy once."""
         return 2 + self.residual + ((3 + 2 * self.residual) if self.backward else 0)
 
     @property
-    def passes_read_twice(self) -> int:
-        """The same where statistics and normalization cannot share one reading: channels-last beyond the cache."""
+    def traffic_read_twice(self) -> int:
+        """Traffic if statistics and normalization must read x separately: channels-last beyond the cache."""
         if not self.training:
-            return self.passes
-        return self.passes + 1 + ((2 + self.residual) if self.backward else 0)
+            return self.traffic
+        return self.traffic + 1 + ((2 + self.residual) if self.backward else 0)
 
 
 TASKS = {
@@ -69,7 +69,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A shape in a memory layout and dtype, and what is done with it. Parameters and statistics are float32."""
+    """A shape in a memory layout and dtype, and a task. Parameters and statistics are float32."""
 
     shape: tuple[int, ...]
     layout: str
@@ -102,7 +102,7 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
 
 @dataclass
 class Data:
-    """The tensors of a case. dy is zero where z is so near the kink that rounding decides the ReLU's derivative."""
+    """The tensors of a case. dy is zero where z is so close to the kink that rounding decides the ReLU's derivative."""
 
     x: Tensor
     residual: Tensor | None
@@ -184,7 +184,7 @@ def _contiguous_data(shape: tuple[int, ...], dtype: str, task_name: str, offset:
     return data
 
 
-# Of max |reference|: whoever is further off computes something else. torch itself is off by 3e-5 in sums of 400,000.
+# Relative to max |reference|: a larger error means another computation. torch itself has 3e-5 in sums of 400,000.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 

@@ -1,4 +1,4 @@
-"""Copies of a tensor, ordinary and non-temporal: the speed of memory, measured beside every case."""
+"""Copies of a tensor, ordinary and non-temporal: the speed of memory, measured with every case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUILD = Path(__file__).parent.parent / "build" / "benchmarks"
 
 @functools.cache
 def _non_temporal() -> Callable[[int, int, int], None] | None:
-    """The compiled copy, or None, once with the reason printed, where it cannot be built."""
+    """Return the compiled copy, or None if it cannot be built; the reason is then printed once."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         print("no C++ compiler: the floor comes from ordinary copies alone")
@@ -46,7 +46,7 @@ def _non_temporal() -> Callable[[int, int, int], None] | None:
 
 
 def copies_of(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Return what copies x into memory that is there already, and into new memory (`clone`)."""
+    """Return the calls that copy x into existing memory, and into new memory (`clone`)."""
     destination = torch.empty_like(x)
     x = x.detach()
     found: dict[str, Callable[[], object]] = {COPY: lambda: destination.copy_(x), CLONE: x.clone}
@@ -58,6 +58,6 @@ def copies_of(x: Tensor) -> dict[str, Callable[[], object]]:
         whole = bytes_ // 64 * 64 // x.element_size()
         views = [t.as_strided((t.numel(),), (1,))[:whole] for t in (destination, x)]
         if not torch.equal(*views):
-            raise RuntimeError("the non-temporal copy must copy every line, and did not: see benchmarks/copy.cpp")
+            raise RuntimeError("the non-temporal copy must copy every line, but did not: see benchmarks/copy.cpp")
         found[NON_TEMPORAL] = lambda: (function(to, source, bytes_), destination)[1]
     return found

@@ -1,4 +1,4 @@
-"""How far the results are from float64, ours and torch's, with means up to 10⁶ deviations from zero."""
+"""Errors of our results and torch's against float64, with means up to 10⁶ deviations from zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.records import Table
 
 KEY = ("shape", "layout", "dtype", "offset", "contender")
 TASK = "BN forward+backward"
-OFFSETS = {"float32": (0, 1e4, 1e6), "bfloat16": (0,)}  # a bfloat16 has no digits left at 10⁴
+OFFSETS = {"float32": (0, 1e4, 1e6), "bfloat16": (0,)}  # bfloat16 cannot resolve deviations at 10⁴
 
 
 def measure_exactness(options: Options, table: Table) -> None:

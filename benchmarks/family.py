@@ -1,4 +1,4 @@
-"""What each layer of the family costs, against our plain batch normalization; one process, then two."""
+"""The time of each layer of the family relative to our plain batch normalization, in one process and in two."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14))
 QUICK_SHAPES = ((8, 16, 14, 14),)
 PLAIN = "BatchNorm"
 SYNC, COLLECTIVES = "SyncBatchNorm", "its collectives alone"
-APART = "its passes alone, without collectives"
+WITHOUT_COLLECTIVES = "its passes alone, without collectives"
 
 Forward = Callable[[Tensor], Tensor]
 
 
 def _layers(shape: tuple[int, ...]) -> dict[str, Forward]:
-    """Every layer, as it is called in training, by the name that the table shows."""
+    """Return every layer, as it is called in training, by its name in the table."""
     n, c = shape[:2]
     ours = batchnorm.nn
     mask = torch.ones(n, *shape[2:], dtype=torch.bool)
@@ -91,24 +91,26 @@ def _row(processes: int, shape: tuple[int, ...], layer: str, seconds: np.ndarray
 
 
 def _two_processes(shape: tuple[int, ...], rounds: int) -> list[Row]:
-    """Rows of each process's own half of the batch."""
+    """Return the rows for two processes, each with half of the batch."""
     half = (shape[0] // 2, *shape[1:])
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_one_of_two, (folder, half, rounds), nprocs=2)
         found = np.load(Path(folder, "times.npz"))
-        return [_row(2, half, name, found[name], found[PLAIN]) for name in (PLAIN, SYNC, APART, COLLECTIVES)]
+        return [
+            _row(2, half, name, found[name], found[PLAIN]) for name in (PLAIN, SYNC, WITHOUT_COLLECTIVES, COLLECTIVES)
+        ]
 
 
 def _one_of_two(rank: int, folder: str, shape: tuple[int, ...], rounds: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    packet = torch.zeros(4 * shape[1], dtype=torch.float64)  # about what forward and backward send
+    packet = torch.zeros(4 * shape[1], dtype=torch.float64)  # about the size that forward and backward send
     packets = [torch.empty_like(packet) for _ in range(2)]
 
     sync = batchnorm.nn.SyncBatchNorm(shape[1])
 
-    def apart(x: Tensor) -> Tensor:
+    def without_collectives(x: Tensor) -> Tensor:
         statistics = ops.batch_moments(x)
         return ops.batch_statistics_norm_by_parts(x, statistics, sync.weight, sync.bias, None, sync.eps)
 
@@ -119,7 +121,7 @@ def _one_of_two(rank: int, folder: str, shape: tuple[int, ...], rounds: int) -> 
     calls: dict[str, Callable[[], Any]] = {
         PLAIN: _step(batchnorm.nn.BatchNorm2d(shape[1]), x, dy),
         SYNC: _step(sync, x, dy),
-        APART: _step(apart, x, dy),
+        WITHOUT_COLLECTIVES: _step(without_collectives, x, dy),
         COLLECTIVES: collectives,
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -127,7 +129,7 @@ def _one_of_two(rank: int, folder: str, shape: tuple[int, ...], rounds: int) -> 
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            dist.barrier()  # neither waits for the other's earlier turn
+            dist.barrier()  # so that no process waits for the other's previous call
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

@@ -17,19 +17,19 @@ from benchmarks.gpu_report import summary
 from benchmarks.gpu_timing import Clock, Deadline, DeviceClock, HostClock, Watchdog, bandwidth
 
 KEY = ("device", "shape", "layout", "dtype", "task", "contender")
-# Seconds until what is left is left out, and until the process ends where a call does not come back.
+# Seconds after which the remaining cases are skipped, and after which the process ends even if a call hangs.
 LIMIT, LAST = 420.0, 460.0
-# The shares of the time after which no more cases are checked, and no more are timed but by the slowest peer.
+# Shares of the time after which no more cases are checked, and after which only the slowest peer is timed.
 CHECKED, TIMED = 0.4, 0.7
 
 
 class Run:
-    """One run: what it found, what went wrong, what was left out.
+    """One run: its results, its failures, and the cases that it skipped.
 
     Args:
-        clock: The device.
-        table: Where rows go as they are measured.
-        dry: Whether the figures mean nothing.
+        clock: Measures time on the device.
+        table: Receives each row when it is measured.
+        dry: Whether only to test that everything runs.
     """
 
     def __init__(self, clock: Clock, table: records.Table, dry: bool) -> None:
@@ -42,7 +42,7 @@ class Run:
         self.complete = False
 
     def everything(self) -> None:
-        """Check all cases, then time them: the slowest peer last, since it compiles for each."""
+        """Check all cases, then time them, the slowest peer last, because it compiles for each case."""
         speed = bandwidth(self.clock, 1 << (12 if self.dry else 30), self.repeats)
         print(f"copy: {speed / 1e9:.0f} GB/s", flush=True)
         right = self.check(all_cases(self.dry))
@@ -57,7 +57,7 @@ class Run:
         self.complete = True
 
     def check(self, wanted: list[Case]) -> list[Case]:
-        """The cases whose results are right; the others are reported, and the rest goes on."""
+        """Return the cases with correct results; the others are reported."""
         right = []
         for case in wanted:
             if self.deadline.passed(CHECKED):
@@ -67,7 +67,7 @@ class Run:
         return right
 
     def time(self, wanted: Iterable[tuple[Case, str]], speed: float, share: float) -> None:
-        """Measure each of these, as far as that share of the time allows."""
+        """Measure each of these cases until this share of the time is over."""
         for case, contender in wanted:
             what = f"{case}, {contender}"
             if self.deadline.passed(share):
@@ -85,14 +85,14 @@ class Run:
         self.add(measure_network(self.clock, self.dry, self.repeats))
 
     def add(self, found: list[records.Row]) -> None:
-        """Keep rows, the network's with empty columns for what only layers have."""
+        """Keep rows; the network's rows have empty columns for values that only layers have."""
         columns = dict.fromkeys((self.rows or found)[0], "")
         self.rows += found
         implementation = batchnorm.backends()["cuda"]
         self.table.append([{**columns, **row, "implementation": implementation} for row in found])
 
     def attempt(self, what: str, call: Callable[[], object]) -> bool:
-        """Whether a call came through: what fails is reported, but where the device is lost nothing else can follow."""
+        """Return whether a call succeeded; report a failure, and raise if the device is lost."""
         try:
             call()
         except torch.AcceleratorError:
@@ -100,7 +100,7 @@ class Run:
             raise
         except torch.OutOfMemoryError:
             self.left_out.append(f"{what}: the device's memory does not hold it")
-        except Exception as error:  # one contender's, which is no reason to leave out the others
+        except Exception as error:  # of one contender; the others continue
             last = (str(error).strip().splitlines() or ["no message"])[-1]
             self.failures.append(f"{what}: {type(error).__name__}: {last}")
             print(f"FAILED {self.failures[-1]}", flush=True)
@@ -109,11 +109,11 @@ class Run:
         return False
 
     def print_report(self) -> None:
-        """What was found; waits for no device."""
+        """Print the results, without waiting for the device."""
         for text in self.failures:
             print(f"FAILED {text}")
         if self.left_out:
-            print(f"left out for lack of time or memory: {len(self.left_out)}, of them first: {self.left_out[0]}")
+            print(f"skipped for lack of time or memory: {len(self.left_out)}, the first: {self.left_out[0]}")
         print(summary(self.rows))
         where = self.table.path if self.complete else self.table.partial
         print(f"results: {where}; {self.deadline.elapsed:.0f} s", flush=True)
@@ -123,16 +123,16 @@ def _clock(dry: bool) -> Clock:
     if dry:
         return HostClock()
     if not torch.cuda.is_available():
-        raise click.UsageError("torch finds no CUDA device here. With --dry everything runs without one.")
+        raise click.UsageError("torch must find a CUDA device, but there is none. To run without one, use --dry.")
     return DeviceClock(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
     shapes = ((4, 8, 6, 6),) if dry else gpu_tune.SHAPES
     origin = f"Measured on {clock.name()} with torch {torch.__version__}."
-    watchdog = Watchdog(LAST, lambda: print(gpu_tune.text(gpu_tune.TABLE, origin + "\nA call did not come back.")))
+    watchdog = Watchdog(LAST, lambda: print(gpu_tune.text(gpu_tune.TABLE, origin + "\nA call hung.")))
     if not gpu_tune.tune(clock, Deadline(LIMIT), shapes):
-        origin += "\nNot all candidates were tried: the time was over."
+        origin += "\nNot all candidates were tried for lack of time."
     watchdog.cancel()
     text = gpu_tune.text(gpu_tune.TABLE, origin)
     print(text)
@@ -144,14 +144,16 @@ def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results", help="For gpu.csv.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results", help="Directory of gpu.csv."
+)
 @click.option(
     "--tune", "tuning", is_flag=True, help="Find the kernels' fastest settings and write their table instead."
 )
-@click.option("--table", type=click.Path(path_type=Path), help="Where --tune writes; without, the kernels' own table.")
-@click.option("--dry", is_flag=True, help="Without a GPU: only see that everything runs; the figures mean nothing.")
+@click.option("--table", type=click.Path(path_type=Path), help="File for --tune instead of the kernels' own table.")
+@click.option("--dry", is_flag=True, help="Without a GPU, only test that everything runs; the results mean nothing.")
 def main(out: Path, tuning: bool, table: Path | None, dry: bool) -> None:
-    """Measure batch normalization on this machine's GPU: writes gpu.csv, prints a short table, under eight minutes."""
+    """Measure batch normalization on this machine's GPU; write gpu.csv and print a short table in under 8 minutes."""
     clock = _clock(dry)
     print(f"{clock.name()}; torch {torch.__version__}; {batchnorm.backends()['cuda']}", flush=True)
     if tuning:

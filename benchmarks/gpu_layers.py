@@ -1,4 +1,4 @@
-"""What is measured of a layer on a GPU: the cases, the contenders, whether our results are right, and times."""
+"""Layers on a GPU: the cases, the contenders, the check of our results, and the times."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class Case:
         return math.prod(self.shape) * cases.DTYPES[self.dtype].itemsize
 
     @property
-    def least_passes(self) -> int:
-        """Traffic of forward and backward in tensors of x's size where each is read once."""
+    def least_traffic(self) -> int:
+        """Traffic of forward and backward in tensors of x's size, if each is read once."""
         return (2 + self.residual) + (3 + 2 * self.residual)
 
-    def passes(self, registers: int, cache: int) -> int:
-        """The same on a device with so many bytes on the chip.
+    def traffic(self, registers: int, cache: int) -> int:
+        """Return the traffic on a device with this many bytes of registers per multiprocessor and of cache.
 
-        What decides normalization is read once where a channel fits one multiprocessor's registers (contiguous), or
-        where the tensors fit the cache; else twice.
+        The inputs of a reduction are read once if a channel fits one multiprocessor's registers (contiguous), or if the
+        tensors fit the cache; otherwise twice.
         """
-        found = self.least_passes
+        found = self.least_traffic
         for reads in (1, 2 + self.residual):  # x forward; x, dy and y backward
             channel = self.nbytes // self.shape[1] if self.layout == "contiguous" else math.inf
             if reads * channel > registers and (reads + 1) * self.nbytes > cache:
@@ -65,14 +65,14 @@ class Case:
         return found
 
     def data(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-        """x, the residual and dy."""
+        """Return x, the residual and dy."""
         make = lambda: cases.in_layout(torch.randn(self.shape, device=device), self.layout)  # noqa: E731
         kind = cases.DTYPES[self.dtype]
         return make().to(kind), make().to(kind) if self.residual else None, make().to(kind)
 
 
 def all_cases(dry: bool) -> list[Case]:
-    """Every case, the smaller batch first; or one of each kind that is small."""
+    """Return every case, the smaller batch first; with `dry`, one small case of each kind."""
     shapes = [(4, 8, 6, 6)] if dry else [(n, c, s, s) for n in BATCHES for c, s in LAYERS]
     return [Case(*point) for point in itertools.product(shapes, cases.LAYOUTS, cases.DTYPES, (False, True))]
 
@@ -98,14 +98,14 @@ CONTENDERS = {OURS: _ours, TORCH: _torch, NATIVE: _torch, COMPILED: _compiled}
 
 @contextlib.contextmanager
 def settings_of(contender: str) -> Iterator[None]:
-    """With cuDNN or without, and no eager implementation in our kernels' place: its one warning is an error here."""
+    """Enable or disable cuDNN, and turn the warning of our eager fallback into an error."""
     with torch.backends.cudnn.flags(enabled=contender != NATIVE), warnings.catch_warnings():
         warnings.filterwarnings("error", message="batchnorm computes", category=RuntimeWarning)
         yield
 
 
 def step(layer: nn.Module, forward: Forward, x: Tensor, residual: Tensor | None, dy: Tensor) -> Call:
-    """A call that computes y and all gradients once."""
+    """Return a call that computes y and all gradients once."""
     inputs = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
     wanted = [*inputs, *layer.parameters()]
 
@@ -117,12 +117,12 @@ def step(layer: nn.Module, forward: Forward, x: Tensor, residual: Tensor | None,
 
 
 def wrong_by(case: Case, device: torch.device) -> float:
-    """The largest error of our step's results, each as a share of its largest value, against float64 on the device."""
+    """Return the largest error of our step's results against float64, relative to each result's largest value."""
     x, residual, dy = case.data(device)
     reference, forward = _torch(case.shape[1], device)
     reference.double()
     wide = (x.double(), None if residual is None else residual.double())
-    with torch.no_grad():  # where rounding decides the ReLU's derivative, nothing comes from above
+    with torch.no_grad():  # dy is zero where rounding decides the ReLU's derivative
         z = reference(wide[0]) if wide[1] is None else reference(wide[0]) + wide[1]
         dy.masked_fill_(z.abs() < (1e-3 if case.dtype == "float32" else 5e-2), 0.0)
     with settings_of(OURS):
@@ -140,7 +140,7 @@ def check(case: Case, device: torch.device) -> None:
     """Compare our step's results with float64.
 
     Raises:
-        ArithmeticError: they are off by more than a case's tolerance.
+        ArithmeticError: If an error exceeds the tolerance of the dtype.
     """
     error = wrong_by(case, device)
     if not error <= cases.TOLERANCE[case.dtype]:
@@ -148,11 +148,11 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def measure(case: Case, clock: Clock, contender: str, speed: float, repeats: int) -> records.Row:
-    """The row of a contender in a case, over inputs that rotate where they would stay in the cache."""
+    """Return the row of a contender in a case; inputs rotate if they would otherwise stay in the cache."""
     cache, traffic = clock.cache_bytes(), case.nbytes * (3 if case.residual else 2)
     sets = [case.data(clock.device) for _ in range(min(max(1, 2 * cache // traffic + 1), 32))]
-    passes = case.passes(clock.register_bytes(), cache)
-    floor = passes * case.nbytes / speed
+    needed = case.traffic(clock.register_bytes(), cache)
+    floor = needed * case.nbytes / speed
     with settings_of(contender):
         layer, forward = CONTENDERS[contender](case.shape[1], clock.device)
         calls = [step(layer, forward, *data) for data in sets]
@@ -171,8 +171,8 @@ def measure(case: Case, clock: Clock, contender: str, speed: float, repeats: int
         "floor_ms": floor * 1e3,
         "share_of_floor": floor / captured,
         "sets": len(sets),
-        "passes": passes,
-        "read_once": passes == case.least_passes,
+        "passes": needed,
+        "read_once": needed == case.least_traffic,
         "peak_bytes": peak,
         "bytes": case.nbytes,
         "beyond_cache": case.nbytes > cache,

@@ -32,7 +32,7 @@ class _Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """`depths` and `width` make it smaller."""
+    """ResNet-50; `depths` and `width` give smaller versions."""
 
     def __init__(
         self, norm: Norm, classes: int = 1000, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64
@@ -54,7 +54,7 @@ class ResNet50(nn.Module):
 
 
 def measure_network(clock: Clock, dry: bool, repeats: int) -> list[records.Row]:
-    """A training step of ResNet-50, channels-last and under bfloat16 autocast, with our layers and with torch's."""
+    """Measure a training step of ResNet-50, channels-last with bfloat16 autocast, with our layers and torch's."""
     shape, size = ((2, 3, 32, 32), {"depths": (1, 1), "width": 4}) if dry else ((128, 3, 224, 224), {})
     rows: list[records.Row] = []
     for contender, norm in ((OURS, networks.our_norm), (TORCH, networks.torch_norm)):

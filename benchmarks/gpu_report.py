@@ -16,7 +16,7 @@ def _layers(rows: list[Row]) -> list[Row]:
 
 
 def ratios(rows: list[Row], peer: str, *, task: str | None = None, read_once: bool = False) -> list[float]:
-    """The peer's time over ours in every case that has both."""
+    """Return the peer's time over ours in every case with both."""
     ours = {tuple(r[k] for k in _CELL): r for r in _layers(rows) if r["contender"] == OURS}
     return [
         r["ms"] / ours[cell]["ms"]
@@ -33,13 +33,13 @@ def _shares(rows: Iterable[Row]) -> list[float]:
 
 
 def _network(rows: list[Row], column: str) -> list[float]:
-    """torch's figure of a whole network over ours, where both are known."""
+    """Return torch's value for a whole network over ours, if both are known."""
     found = {r["contender"]: r[column] for r in rows if "floor_ms" not in r}
     return [found[TORCH] / found[OURS]] if found.get(OURS) and found.get(TORCH) else []
 
 
 def targets(rows: list[Row]) -> list[tuple[str, float, float]]:
-    """What was aimed at: in words, the least that meets it, and what was measured (NaN: nothing was)."""
+    """Return each target: its description, the smallest value that meets it, and the measurement (NaN if none)."""
     plain, added = ratios(rows, TORCH, task="BN+ReLU"), ratios(rows, TORCH, task="BN+add+ReLU")
     nan = float("nan")
     return [
@@ -59,7 +59,7 @@ def targets(rows: list[Row]) -> list[tuple[str, float, float]]:
 
 
 def summary(rows: list[Row]) -> str:
-    """A short table: our share of the floor, and each peer's time divided by ours (geometric mean and least)."""
+    """Return a short table: our share of the floor, and each peer's time over ours (geometric mean and least)."""
     lines = [f"{'task':12} {'layout':14} {'dtype':9} {'of floor':>8}  peer's time / ours: mean (least)"]
     for task, layout, dtype in sorted({(r["task"], r["layout"], r["dtype"]) for r in _layers(rows)}):
         group = [r for r in _layers(rows) if (r["task"], r["layout"], r["dtype"]) == (task, layout, dtype)]

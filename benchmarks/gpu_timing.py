@@ -1,4 +1,4 @@
-"""Times on a device: of many calls over rotating inputs, between two events; and the time that a run may take."""
+"""Times on a device, between two events around many calls with rotating inputs; and the time limit of a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Call = Callable[[], object]
 
 
 class Deadline:
-    """When a run is to end.
+    """The deadline of a run.
 
     Args:
-        seconds: From now.
+        seconds: Seconds from now.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -29,16 +29,16 @@ class Deadline:
         return time.monotonic() - self._start
 
     def passed(self, share: float = 1.0) -> bool:
-        """Whether this share of the time is over."""
+        """Return whether this share of the time is over."""
         return self.elapsed >= share * self._seconds
 
 
 class Watchdog:
-    """Ends the process where a call never comes back, which no deadline can: a kernel that hangs, a compiler.
+    """A timer that ends the process if a call hangs, such as a kernel or a compiler.
 
     Args:
-        seconds: From now.
-        last_words: Prints what was found until then; must not wait for the device.
+        seconds: Seconds from now.
+        last_words: Prints the results so far; must not wait for the device.
     """
 
     def __init__(self, seconds: float, last_words: Callable[[], None]) -> None:
@@ -48,7 +48,7 @@ class Watchdog:
         self._timer.start()
 
     def cancel(self) -> None:
-        """Let the process be."""
+        """Stop the timer."""
         self._timer.cancel()
 
     def _end(self) -> None:
@@ -59,17 +59,17 @@ class Watchdog:
 
 
 class DeviceClock:
-    """Seconds per call by CUDA events. Calls are captured as one graph, so that no launch is waited for.
+    """Seconds per call by CUDA events. Calls are captured as one graph, which excludes the time of launches.
 
     Args:
-        device: Where the calls compute.
+        device: The device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def seconds(self, calls: Sequence[Call], *, repeats: int, captured: bool) -> float:
-        """Median over `repeats` of the time of all calls together, for one of them."""
+        """Return the median over `repeats` of the mean time of the calls."""
         for call in (*calls, *calls):  # compiles, chooses algorithms, fills the allocator
             call()
         torch.cuda.synchronize(self.device)
@@ -100,7 +100,7 @@ class DeviceClock:
         return graph.replay
 
     def peak_bytes(self, call: Call) -> int:
-        """Most memory that was allocated at once within a call, above what was allocated before."""
+        """Return the peak of the memory allocated within a call, above the memory allocated before it."""
         call()
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -110,25 +110,25 @@ class DeviceClock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def name(self) -> str:
-        """The device's own name."""
+        """Return the device's name."""
         return torch.cuda.get_device_name(self.device)
 
     def cache_bytes(self) -> int:
-        """Its last-level cache."""
+        """Return the size of the last-level cache."""
         return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
     def register_bytes(self) -> int:
-        """The registers of one multiprocessor."""
+        """Return the size of one multiprocessor's registers."""
         return 4 * int(getattr(torch.cuda.get_device_properties(self.device), "regs_per_multiprocessor", 65_536))
 
 
 class HostClock:
-    """The same without a device, by the processor's clock: only to see that everything runs."""
+    """The same without a device, by the processor's clock, to test that everything runs."""
 
     device = torch.device("cpu")
 
     def seconds(self, calls: Sequence[Call], *, repeats: int, captured: bool) -> float:
-        """Median over `repeats` of the time of all calls together, for one of them."""
+        """Return the median over `repeats` of the mean time of the calls."""
         found = []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -138,20 +138,20 @@ class HostClock:
         return statistics.median(found)
 
     def peak_bytes(self, call: Call) -> int:
-        """Not known here."""
+        """Return 0; the peak is unknown here."""
         call()
         return 0
 
     def name(self) -> str:
-        """What stands for the device."""
+        """Return a placeholder."""
         return "no device"
 
     def cache_bytes(self) -> int:
-        """So small that inputs rotate."""
+        """Return a size so small that inputs rotate."""
         return 1 << 12
 
     def register_bytes(self) -> int:
-        """So small that nothing fits."""
+        """Return a size so small that nothing fits."""
         return 1 << 8
 
 
@@ -159,7 +159,7 @@ Clock = DeviceClock | HostClock
 
 
 def bandwidth(clock: Clock, nbytes: int, repeats: int) -> float:
-    """Bytes per second of a copy between two tensors of `nbytes`, read and write counted."""
+    """Return the bytes per second of a copy between two tensors of `nbytes`, counting reads and writes."""
     source = torch.ones(nbytes // 4, device=clock.device)
     target = torch.empty_like(source)
     return 2 * nbytes / clock.seconds([lambda: target.copy_(source)], repeats=repeats, captured=False)

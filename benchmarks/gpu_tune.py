@@ -1,4 +1,4 @@
-"""Which settings are fastest for each class of tensors: writes the kernels' table."""
+"""Find the fastest settings for each class of tensors, and write the kernels' table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from benchmarks.gpu_timing import Clock, Deadline
 from benchmarks.targets import geometric_mean
 
 PATH = Path(table.__file__)
-# Large and streamed, small channels, held by one program, rows of 49 values.
+# Large and streamed; small channels; held by one program; rows of 49 values.
 SHAPES = ((32, 64, 112, 112), (256, 256, 56, 56), (32, 1024, 14, 14), (256, 2048, 7, 7))
-# A candidate must be faster by this much: two runs of the same settings differ by a little less.
+# A candidate must be faster by this factor: two runs of the same settings differ by slightly less.
 _FASTER = 0.99
 
 _TEXT = '''"""The settings of each class of tensors; `python -m benchmarks gpu --tune` measures and writes them.
@@ -33,7 +33,7 @@ TABLE = {{
 
 
 def text(settings: dict[tuple[bool, int], Settings], origin: str) -> str:
-    """The table as a module."""
+    """Return the table as a Python module."""
     lines = []
     for key, chosen in sorted(settings.items()):
         fields = ", ".join(f"{name}={getattr(chosen, name)}" for name in CANDIDATES)
@@ -42,16 +42,16 @@ def text(settings: dict[tuple[bool, int], Settings], origin: str) -> str:
 
 
 def _milliseconds(cases: list[Case], clock: Clock) -> float:
-    """Our mean time with the table as it is; infinite where a kernel does not run."""
+    """Return our mean time with the current table; infinite if a kernel does not run."""
     try:
         return geometric_mean(measure(case, clock, OURS, 1e12, 5)["ms"] for case in cases)
-    except Exception as error:  # too much shared memory, say
+    except Exception as error:  # such as too much shared memory
         print(f"  does not run: {type(error).__name__}: {error}")
         return float("inf")
 
 
 def tune(clock: Clock, deadline: Deadline, shapes: tuple[tuple[int, int, int, int], ...] = SHAPES) -> bool:
-    """Put the fastest candidates into the table, field after field; whether the time was enough to try all."""
+    """Put the fastest candidates into the table, field by field; return whether there was time to try all."""
     for rows, itemsize in TABLE:
         layout, dtype = ("contiguous", "channels-last")[rows], {2: "bfloat16", 4: "float32"}[itemsize]
         cases = [Case(shape, layout, dtype, False) for shape in shapes]

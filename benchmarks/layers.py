@@ -33,7 +33,7 @@ KEY = ("allocator", "threads", "shape", "layout", "dtype", "task")
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Yield every case, those with the same data after one another."""
+    """Yield every case; cases with the same data follow one another."""
     shapes = SMALL[:1] if options.quick else LARGE + SMALL
     for shape in shapes:
         for dtype in DTYPES:
@@ -51,9 +51,9 @@ def size_cases(options: Options) -> Iterator[Case]:
 
 
 def _agreeing(contender: Contender, case: Case, data: Data) -> tuple[Callable[[], Any], dict[str, float]] | None:
-    """Return the contender's call and its errors, or None, with a line that says why, where it is wrong."""
+    """Return the contender's call and its errors, or None if it does not do the case or is wrong (which is printed)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a peer's own
+        warnings.simplefilter("ignore")  # warnings of the peers
         call = contender.build(case, data)
         if call is None:
             return None
@@ -92,8 +92,8 @@ def measure(case: Case, options: Options, names: tuple[str, ...] | None = None) 
 
 def _row(case: Case, options: Options, name: str, own: Times, times: dict[str, Times], found: dict[str, float]) -> Row:
     copy = min(times[n].median for n in (COPY, NON_TEMPORAL) if n in times)
-    fault = max(0.0, times[CLONE].median - times[COPY].median)  # what memory costs that is not there yet
-    floor = copy * case.task.passes / 2
+    fault = max(0.0, times[CLONE].median - times[COPY].median)  # the cost of new memory
+    floor = copy * case.task.traffic / 2
     is_copy = name in (COPY, NON_TEMPORAL, CLONE)
     return {
         "allocator": options.allocator,
@@ -107,7 +107,7 @@ def _row(case: Case, options: Options, name: str, own: Times, times: dict[str, T
         "samples": len(own.seconds),
         **{f"p{p}_ms": own.percentile(p) * 1e3 for p in (20, 50, 80)},
         "floor_ms": floor * 1e3,
-        "floor_read_twice_ms": copy * case.task.passes_read_twice / 2 * 1e3,
+        "floor_read_twice_ms": copy * case.task.traffic_read_twice / 2 * 1e3,
         "floor_new_memory_ms": (floor + fault * case.task.allocations) * 1e3,
         "share_of_floor": "" if is_copy else floor / own.median,
         "error_y": found.get("y", ""),
@@ -133,12 +133,12 @@ def measure_layers(options: Options, table: Table) -> None:
 
 
 def measure_sizes(options: Options, table: Table) -> None:
-    """Measure one training step of BN + ReLU against the tensor's size."""
+    """Measure a training step of BN + ReLU against the tensor's size."""
     _measure_all(size_cases(options), options, table, (OURS, TORCH))
 
 
 def measure_threads(options: Options, table: Table) -> None:
-    """Measure it against the number of threads: up to the cores, and twice as many."""
+    """Measure a training step of BN + ReLU against the number of threads: up to the cores, and twice as many."""
     case = Case(SMALL[0] if options.quick else (32, 256, 56, 56), "contiguous", "float32", STEP)
     cores = os.cpu_count() or 1
     before = torch.get_num_threads()

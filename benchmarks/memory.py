@@ -1,4 +1,4 @@
-"""Memory of a BN + ReLU: what autograd keeps between forward and backward, and the peak of a training step."""
+"""Memory of BN + ReLU: the memory that autograd keeps for backward, and the peak of a training step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _contenders(what: str, channels: int) -> dict[str, Callable[[Tensor, Tensor]
 
 
 def kept(forward: Callable[[], Tensor]) -> int:
-    """Return the bytes of the memory that autograd keeps for backward, each counted once."""
+    """Return the number of bytes that autograd keeps for backward, each storage counted once."""
     storages: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -59,21 +59,21 @@ def _status(field: str) -> int:
 
 
 def peak(call: Callable[[], Any]) -> float:
-    """Return by how many bytes the resident memory grows at most during a call; not a number except on Linux."""
+    """Return the largest growth of resident memory during a call in bytes; NaN except on Linux."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
     call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the peak begins at what is resident now
+    reset.write_text("5")  # resets the peak to the resident memory now
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
 
 
 def measure_memory(options: Options, table: Table) -> None:
-    """Write kept bytes and peak, in tensors of x's size; x and dy are there before and not in the peak."""
+    """Write kept bytes and peak, in tensors of x's size; the peak excludes x and dy, which exist before."""
     shape = QUICK_SHAPE if options.quick else SHAPE
     done = table.measured()
     x, r, dy = (torch.randn(shape) for _ in range(3))

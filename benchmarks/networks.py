@@ -1,7 +1,7 @@
 """ResNet-18 and a depthwise network in the style of MobileNetV2, which take their normalization as an argument.
 
-The normalization brings the activation and the residual addition that follow it, so that a fused layer can do all
-three: `norm(channels, activation)` gives a module that is called with x and, in some places, a residual.
+The normalization includes the activation and the residual addition after it, so that a fused layer can do all three:
+`norm(channels, activation)` returns a module that is called with x and, in some places, a residual.
 
 Sources: He et al. 2016, table 1 (18 layers); Sandler et al. 2018, table 2 (with fewer blocks).
 """
@@ -19,8 +19,8 @@ import batchnorm
 Norm = Callable[[int, str], nn.Module]
 
 
-class _Apart(nn.Module):
-    """A layer, an addition and an activation, one after the other, in place as torchvision writes them."""
+class _Unfused(nn.Module):
+    """A layer, an addition and an activation in sequence, in place like torchvision's."""
 
     def __init__(self, norm: nn.Module, activation: str) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class _Apart(nn.Module):
 
 
 def torch_norm(channels: int, activation: str) -> nn.Module:
-    return _Apart(nn.BatchNorm2d(channels), activation)
+    return _Unfused(nn.BatchNorm2d(channels), activation)
 
 
 def no_norm(channels: int, activation: str) -> nn.Module:
-    return _Apart(nn.Identity(), activation)
+    return _Unfused(nn.Identity(), activation)
 
 
 def our_norm(channels: int, activation: str) -> nn.Module:
@@ -120,7 +120,7 @@ NETWORKS: dict[str, Callable[[Norm], nn.Module]] = {"ResNet-18": ResNet18, "dept
 
 
 def same_weights(model: nn.Module, source: nn.Module) -> None:
-    """Give a network the weights of another of the same kind; both list them in the same order."""
+    """Copy the weights of another network of the same kind; both list them in the same order."""
     with torch.no_grad():
         for own, other in zip(model.parameters(), source.parameters(), strict=True):
             own.copy_(other)

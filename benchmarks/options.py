@@ -1,4 +1,4 @@
-"""What a run was asked for."""
+"""The options of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Options:
 
     Args:
         out: Directory of the results.
-        quick: Whether only to see that everything runs.
-        seconds: For all contenders of a case together.
-        rounds: Alternations of a training step of a network.
-        threads: That torch computes with.
-        only: Of single layers, those cases whose description contains this.
-        allocator: The name of the setting that this process runs in.
+        quick: Whether only to test that everything runs.
+        seconds: Time for all contenders of a case.
+        rounds: Rounds of a network's training step.
+        threads: Number of threads that torch uses.
+        only: Only the cases whose description contains this text.
+        allocator: The name of the allocator setting of this process.
     """
 
     out: Path

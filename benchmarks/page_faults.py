@@ -1,4 +1,4 @@
-"""What fresh memory costs: time and page faults of a ReLU and of BN + ReLU under different allocators."""
+"""The cost of new memory: time and page faults of ReLU and of BN + ReLU under different allocators."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SHAPE, QUICK_SHAPE = (32, 256, 56, 56), (8, 256, 28, 28)
 
 
 def _preload(name: str, **environment: str) -> dict[str, str] | None:
-    """Return an environment that loads an allocator's library first, or None where it is not installed."""
+    """Return an environment that preloads an allocator's library, or None if it is not installed."""
     found = ctypes.util.find_library(name)
     return None if found is None else {"LD_PRELOAD": found, **environment}
 
 
 def settings() -> dict[str, dict[str, str] | None]:
-    """Return the environment of each setting, None for one that this machine does not have."""
+    """Return the environment of each setting; None for a setting that this machine does not have."""
     keep = "oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1"
     return {
         **ALLOCATORS,
@@ -46,12 +46,12 @@ def _faults(call: Callable[[], object], times: int = 3) -> float:
 
 
 def measure_page_faults(options: Options, table: Table) -> None:
-    """Write, for the setting that this process runs in, time and page faults of each call."""
+    """Write time and page faults of each call, for the setting of this process."""
     if any(setting == options.allocator for setting, _ in table.measured()):
         return
     name = {"jemalloc": "jemalloc", "tcmalloc": "tcmalloc"}.get(options.allocator)
     if name is not None and name not in Path("/proc/self/maps").read_text():
-        raise RuntimeError(f"{name} must be loaded for this setting, and is not: run the section without --here")
+        raise RuntimeError(f"{name} must be loaded for this setting, but is not: run the section without --here")
     shape = QUICK_SHAPE if options.quick else SHAPE
     x, dy = torch.randn(shape), torch.randn(shape)
     wide = x.clone().requires_grad_()

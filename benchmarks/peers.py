@@ -1,7 +1,7 @@
-"""The contenders: ours, and what else normalizes batches on a CPU.
+"""The contenders: ours, and other implementations of batch normalization on a CPU.
 
-A contender takes a case and its data and returns a call that computes the task once, or None where it does not do it.
-`as_torch` turns what the call returns into torch tensors by name, to be compared with the reference.
+A contender takes a case and its data and returns a call that computes the task once, or None if it does not support the
+case. `as_torch` converts the result of the call to torch tensors by name, for comparison with the reference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Contender:
 
 
 def compiled() -> bool:
-    """Whether our operators have their compiled implementation."""
+    """Return whether our operators have their compiled implementation."""
     return batchnorm.backends()["cpu"].startswith("compiled")
 
 
@@ -44,7 +44,7 @@ def installed(*modules: str) -> bool:
 
 
 def _is_main(case: Case) -> bool:
-    """Whether even slow contenders are measured: a compilation takes up to a minute."""
+    """Return whether to measure slow contenders, too: a compilation takes up to a minute."""
     return (case.dtype, case.layout, case.task_name) == ("float32", "contiguous", STEP)
 
 
@@ -64,7 +64,7 @@ def _loaded(layer: nn.Module, case: Case, data: Data) -> nn.Module:
 
 
 def _torch_call(case: Case, data: Data, layer: nn.Module, forward: Callable[..., Tensor]) -> Call:
-    """The task in torch: forward, and backward by autograd."""
+    """Return a call that computes the task in torch: forward, and backward by autograd."""
     x, residual, dy = data.x, data.residual, data.dy
     if not case.task.training:
 
@@ -106,7 +106,7 @@ def _ours(case: Case, data: Data) -> Call:
 
 
 def _eager(case: Case, data: Data) -> Call | None:
-    """Our operators' eager implementation, called directly: what runs where the compiled part is not there."""
+    """Return a call of our operators' eager implementation, which runs if the compiled library is missing."""
     if not _is_main(case) or not compiled():
         return None
     attributes = (EPS, "relu", 0.0)
@@ -150,7 +150,7 @@ def _compiled(case: Case, data: Data) -> Call | None:
 
 
 def _jax(case: Case, data: Data) -> Call | None:
-    """What Flax computes (variance by E[x²] − E[x]²), with moving statistics, jitted. Its axes are in memory order."""
+    """Return Flax's computation (variance by E[x²] − E[x]²), with moving statistics, jitted; axes in memory order."""
     if case.dtype != "float32" or torch.get_num_threads() != os.cpu_count() or not installed("jax"):
         return None
     import jax
@@ -239,8 +239,8 @@ def _onnxruntime(case: Case, data: Data) -> Call | None:
     )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would run into the next turn
-    # An earlier IR and opset than the newest: this one's runtime may be older than its onnx.
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads disturb the next contender
+    # An older IR and opset, because the runtime may be older than the onnx package.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     arrays = {n: t.numpy() for n, t in inputs.items()}
@@ -261,14 +261,14 @@ CONTENDERS = (
     Contender(ONNXRUNTIME, _onnxruntime, _onnxruntime_as_torch),
 )
 
-# What each needs that may not be there.
+# The optional packages of each peer.
 NEEDS = {JAX: ("jax",), ONNXRUNTIME: ("onnx", "onnxruntime")}
 
 
 def missing() -> list[str]:
     """Return a line for each peer that is not installed."""
     return [
-        f"{name} is left out: {' and '.join(needs)} must be installed (pip install '.[bench]')"
+        f"{name} is skipped: {' and '.join(needs)} must be installed (pip install '.[bench]')"
         for name, needs in NEEDS.items()
         if not installed(*needs)
     ]

@@ -1,4 +1,4 @@
-"""Bars per case, and time against tensor size and against threads, each with the floor drawn in."""
+"""Pictures: bars for each case, and time against tensor size and against threads, all with the floor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLOOR = "#111111"
 
 
 def _bars(rows: list[Row], title: str, path: Path) -> None:
-    """One panel per shape: the median of each contender as a bar, p20 to p80 as a line, the floor dashed."""
+    """Draw one panel per shape: each contender's median as a bar, p20 to p80 as a line, the floor dashed."""
     panels = targets.by_cell(rows)
     names = [n for n in COLORS if any(n in contenders for contenders in panels.values())]
     columns = min(3, len(panels))
@@ -129,7 +129,7 @@ def _threads(rows: list[Row], path: Path) -> None:
 
 
 def draw(tables: dict[str, list[Row]], out: Path) -> None:
-    """Draw what there are results for."""
+    """Draw the pictures that have results."""
     if layers := tables.get("layers"):
         kept = list(select(layers, allocator="kept", dtype="float32"))
         for layout in cases.LAYOUTS:

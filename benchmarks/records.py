@@ -1,4 +1,4 @@
-"""Results as CSV: which machine and versions, rows as they are measured, and a name only when all are there."""
+"""Results as CSV files, with the machine and the versions; a file gets its name when it is complete."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _version(package: str) -> str:
 
 
 def processor() -> str:
-    """Return the processor's name, with family and model where Linux tells them."""
+    """Return the processor's name, with family and model on Linux."""
     facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -71,7 +71,7 @@ def last_level_cache() -> int:
 
 @functools.cache
 def environment() -> Row:
-    """Return what every row says of where it was measured."""
+    """Return the columns of every row that describe the environment."""
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
     changed = bool(_git("status", "--porcelain", "--", "src", "csrc", "CMakeLists.txt", "benchmarks/*.py"))
     return {
@@ -86,11 +86,11 @@ def environment() -> Row:
 
 
 class Table:
-    """A CSV file that is written row by row beside its place and takes its name when it is complete.
+    """A CSV file that is written row by row under a temporary name, and renamed when it is complete.
 
     Args:
-        path: Where the complete file goes; until then it is `path` + ".partial".
-        key: The columns that tell one measurement from another.
+        path: Path of the complete file; until then it is `path` + ".partial".
+        key: The columns that identify a measurement.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...]) -> None:
@@ -99,7 +99,7 @@ class Table:
         self._busy = Busy()
 
     def clear(self) -> None:
-        """Forget the rows of an earlier run that was not completed."""
+        """Delete the rows of an earlier incomplete run."""
         self.partial.unlink(missing_ok=True)
 
     def rows(self) -> list[Row]:
@@ -107,12 +107,12 @@ class Table:
         return read(self.partial) if self.partial.exists() else []
 
     def measured(self) -> set[tuple[str, ...]]:
-        """Return the keys of the rows that are there from this commit."""
+        """Return the keys of the rows measured at this commit."""
         commit = environment()["commit"]
         return {tuple(r[k] for k in self.key) for r in self.rows() if r["commit"] == commit}
 
     def append(self, rows: list[Row]) -> None:
-        """Write rows, each with the environment in front, and how busy others were since the rows before."""
+        """Write rows, each with the environment and the load of other processes since the previous rows."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         rows = [{"time": now, **environment(), "others": self._busy.others(), **row} for row in rows]
         self._busy = Busy()
@@ -125,7 +125,7 @@ class Table:
             writer.writerows({k: _text(v) for k, v in row.items()} for row in rows)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the complete file to its final name."""
         if self.partial.exists():
             self.partial.replace(self.path)
 

@@ -1,4 +1,4 @@
-"""Tables and pictures from the CSV files: printed, and written where the documentation includes them."""
+"""Tables and pictures from the CSV files: printed, and written for the documentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Cells = Sequence[str]
 
 
 def markdown(head: Cells, body: Iterable[Cells], numbers_from: int = 1) -> str:
-    """Return a table; columns from `numbers_from` on are set to the right."""
+    """Return a table; columns from `numbers_from` on are right-aligned."""
     rule = ["---" if i < numbers_from else "---:" for i in range(len(head))]
     lines = [head, rule, *([c.replace("|", "\\|") for c in row] for row in body)]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
@@ -35,7 +35,7 @@ def _ms(value: str | float) -> str:
 
 
 def machine(rows: list[Row]) -> str:
-    """Return where and when rows were measured."""
+    """Return a description of where and when the rows were measured."""
     r = rows[0]
     days = sorted({row["time"][:10] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
@@ -50,7 +50,7 @@ def machine(rows: list[Row]) -> str:
 
 
 def _cases_table(rows: list[Row], dtype: str, layout: str, task: str) -> str:
-    """One row per shape: medians in ms, the ratio to the faster torch, and the floor."""
+    """Return one row per shape: medians in ms, the ratio to the faster torch, and the floor."""
     cells = targets.by_cell(list(select(rows, dtype=dtype, layout=layout, task=task)))
     names = [n for n in SHOWN if any(n in c for c in cells.values())]
     twice = layout == "channels-last" and TASKS[task].training
@@ -81,7 +81,7 @@ def layers_markdown(rows: list[Row], allocator: str, tasks: Iterable[str]) -> st
 
 
 def verdicts_of(tables: dict[str, list[Row]]) -> list[targets.Verdict]:
-    """Return every target that there are results for, the allocator settings of one beside each other."""
+    """Return every target with results, the allocator settings of one target together."""
     found = []
     for allocator in records.ALLOCATORS:
         if tables.get("layers"):
@@ -106,7 +106,7 @@ def targets_markdown(tables: dict[str, list[Row]]) -> str:
 
 
 def summary_markdown(rows: list[Row]) -> str:
-    """Return the few figures for a first screen: one large case and the geometric means, against torch."""
+    """Return the summary: geometric means of the speed-up over torch on large tensors."""
     body = []
     for dtype in DTYPES:
         for layout in LAYOUTS:
@@ -159,7 +159,7 @@ def steps_markdown(rows: list[Row]) -> str:
 
 
 def accelerate_markdown(rows: list[Row]) -> str:
-    """Return medians of each network's step before and after, and how many times as fast it is."""
+    """Return the median of each network's step before and after acceleration, and the speed-up."""
     body = []
     for where in dict.fromkeys((r["network"], r["layout"]) for r in rows):
         own = [r for r in rows if (r["network"], r["layout"]) == where]
@@ -191,7 +191,7 @@ def threads_markdown(rows: list[Row]) -> str:
 
 
 def family_markdown(rows: list[Row]) -> str:
-    """Return what each layer costs; in two processes, each works on its half of the batch."""
+    """Return the time of each layer; with two processes, each works on half of the batch."""
     columns = list(dict.fromkeys((r["processes"], r["shape"]) for r in rows))
     times = {(r["processes"], r["shape"], r["layer"]): f"{_ms(r['p50_ms'])} ({float(r['ratio']):.2f}×)" for r in rows}
     names = list(dict.fromkeys(r["layer"] for r in rows))
@@ -200,16 +200,16 @@ def family_markdown(rows: list[Row]) -> str:
 
 
 def fold_markdown(rows: list[Row]) -> str:
-    """Return what became of each network's batch normalizations, under how many are within the target."""
+    """Return a summary and, for each network, the batch normalizations left and fused, and the errors."""
     met = sum(r["within_target"] == "True" for r in rows)
     without = sum(r["remaining"] == r["fused"] == "0" for r in rows)
     left = [r["network"] for r in rows if r["remaining"] != "0"]
     beaten = sum(r["fx_failure"] != "" or int(r["fx_remaining"]) > int(r["remaining"]) + int(r["fused"]) for r in rows)
     names = f" ({', '.join(left)})" if left else ""
     text = (
-        f"{len(rows)} networks: {met} err by at most 10⁻⁵ or twice what they err unfolded; {without} run without any "
-        f"batch normalization, {len(rows) - without - len(left)} with some fused with what follows, {len(left)} with "
-        f"some left{names}. `torch.fx`'s fuse leaves more, or fails, in {beaten}.\n\n"
+        f"{len(rows)} networks: in {met}, the error is at most 10⁻⁵ or twice the error of the unfolded network. "
+        f"{without} run without any batch normalization, {len(rows) - without - len(left)} with some fused with the "
+        f"next operation, {len(left)} with some left{names}. `torch.fx`'s fuse leaves more, or fails, in {beaten}.\n\n"
     )
     body = [
         [
@@ -225,7 +225,7 @@ def fold_markdown(rows: list[Row]) -> str:
 
 
 def fold_photographs_markdown(rows: list[Row]) -> str:
-    """Return how many photographs have the same five likeliest classes."""
+    """Return the number of photographs whose five most likely classes stay the same."""
     head = ("network", "BN", "left", "least variance", "error", "unfolded", "same top 5")
     body = [
         [
@@ -239,7 +239,7 @@ def fold_photographs_markdown(rows: list[Row]) -> str:
 
 
 def fold_speed_markdown(rows: list[Row]) -> str:
-    """Return the time of a forward pass by each contender, and how many times as fast as the network it is."""
+    """Return the time of a forward pass of each contender, and its speed-up over the original network."""
     names = list(dict.fromkeys(r["contender"] for r in rows))
     body = []
     for network in dict.fromkeys(r["network"] for r in rows):
@@ -255,7 +255,7 @@ def write(out: Path, pictures_to: Path) -> None:
     """Print the tables, and write them to `out` as Markdown, and the pictures as PNG."""
     tables = {name: records.read(out / f"{name}.csv") for name in FILES if (out / f"{name}.csv").exists()}
     if not tables:
-        print(f"nothing is measured yet in {out}")
+        print(f"there are no measurements in {out} yet")
         return
     texts = {"machine": machine([row for rows in tables.values() for row in rows]), "targets": targets_markdown(tables)}
     if layers := tables.get("layers"):
@@ -264,7 +264,7 @@ def write(out: Path, pictures_to: Path) -> None:
         for allocator in records.ALLOCATORS:
             texts[f"training-{allocator}"] = layers_markdown(layers, allocator, [t for t in TASKS if TASKS[t].training])
             texts[f"inference-{allocator}"] = layers_markdown(layers, allocator, inference)
-    tellers = {
+    writers = {
         "exactness": exactness_markdown,
         "memory": memory_markdown,
         "steps": steps_markdown,
@@ -276,7 +276,7 @@ def write(out: Path, pictures_to: Path) -> None:
         "fold-speed": fold_speed_markdown,
         "family": family_markdown,
     }
-    texts |= {name: teller(tables[name]) for name, teller in tellers.items() if tables.get(name)}
+    texts |= {name: markdown_of(tables[name]) for name, markdown_of in writers.items() if tables.get(name)}
     for name, text in texts.items():
         (out / f"{name}.md").write_text(text, encoding="utf-8")
     pictures.draw(tables, pictures_to)

@@ -1,4 +1,4 @@
-"""Training steps of whole networks with our normalization, torch's and none, taken in turns."""
+"""Training steps of whole networks with our normalization, torch's and none, in alternation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module) -> None:
         torch.manual_seed(0)  # dropout
         F.cross_entropy(model(images), labels).backward()
         gradients.append([p.grad for p in model.parameters()])
-    largest = max(float(g.abs().max()) for g in gradients[0])  # some gradients are rounding: β before another BN
+    largest = max(float(g.abs().max()) for g in gradients[0])  # some gradients are only rounding: β before another BN
     difference = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True)) / largest
     if not difference < 1e-9:
         raise RuntimeError(f"the networks must have the same gradients in float64; they differ by {difference:.1e}")
@@ -44,7 +44,7 @@ def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module) -> None:
 def training_step(
     model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str = "float32"
 ) -> Callable[[], None]:
-    """What takes one step with plain gradient descent, and returns nothing."""
+    """Return a call that takes one step of plain gradient descent."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
 
     def step() -> None:

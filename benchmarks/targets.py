@@ -1,4 +1,4 @@
-"""What was aimed at, what was measured, and whether it was met."""
+"""The targets, the measurements, and whether they meet the targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INFERENCE = ("BN+ReLU inference", "BN+add+ReLU inference")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target under one allocator setting ("" where that does not matter)."""
+    """One target under one allocator setting ("" if the allocator does not matter)."""
 
     what: str
     target: str
@@ -42,7 +42,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def by_cell(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """Return the rows by case, and there by contender."""
+    """Return the rows by case, then by contender."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[k] for k in _CELL), {})[row["contender"]] = row
@@ -50,7 +50,7 @@ def by_cell(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
 
 
 def ratios(rows: list[Row], *peers: str) -> list[Ratio]:
-    """Return the time of the fastest of these peers over ours, for every case that has both."""
+    """Return the time of the fastest of these peers over ours, for every case with both."""
     found = []
     for cell, contenders in by_cell(rows).items():
         times = [float(contenders[p]["p50_ms"]) for p in peers if p in contenders]
@@ -87,7 +87,7 @@ def _least(found: list[Ratio]) -> float:
 
 
 def layer_verdicts(rows: list[Row], allocator: str) -> list[Verdict]:
-    """Judge the times of single layers; against torch the faster of its ReLU and its ReLU in place counts."""
+    """Judge the times of single layers; torch's time is the faster of its ReLU and its in-place ReLU."""
     rows = list(select(rows, allocator=allocator))
     large = [r for r in rows if r["shape"] in LARGE]
     verdicts = [
@@ -152,7 +152,7 @@ def _share_of_floor(large: list[Row], allocator: str, task: str, wanted: float) 
 
 
 def exactness_verdicts(rows: list[Row]) -> list[Verdict]:
-    """Judge errors of y: at every offset at most torch's or float32 rounding; far from zero float32 rounding."""
+    """Judge the errors of y: at most torch's or float32 rounding everywhere; float32 rounding far from zero."""
     pairs: dict[tuple[str, ...], dict[str, float]] = {}
     for r in rows:
         cell = (r["shape"], r["layout"], r["dtype"], r["offset"])
@@ -191,7 +191,7 @@ def exactness_verdicts(rows: list[Row]) -> list[Verdict]:
 
 
 def memory_verdicts(rows: list[Row]) -> list[Verdict]:
-    """Judge what autograd keeps for BN + ReLU: x, and vectors."""
+    """Judge the memory that autograd keeps for BN + ReLU: x and vectors."""
     kept = {r["contender"]: float(r["kept_tensors"]) for r in select(rows, what="BN+ReLU")}
     what, target = "memory that autograd keeps for BN + ReLU", "x and [C] vectors only"
     if OURS not in kept:

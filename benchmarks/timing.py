@@ -1,4 +1,4 @@
-"""Times of contenders that take turns."""
+"""Times of contenders in alternation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SHORT = 0.005  # seconds: shorter calls get an untimed one first, so that no one pays for the caches of another
+_SHORT = 0.005  # seconds: a shorter call is preceded by an untimed one, which refills the caches
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def _many(call: Callable[[], object], times: int) -> float:
 def alternate(
     contenders: dict[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 60
 ) -> dict[str, Times]:
-    """Let the contenders take turns for about `seconds`, in an order that rotates, and return each one's times.
+    """Call the contenders in turns for about `seconds`, in a rotating order, and return the times of each.
 
     Args:
-        contenders: What to call, by name. What a call returns is freed within its time, as in a training loop.
-        seconds: For all contenders together; exceeded where `least` rounds take longer.
+        contenders: Calls by name. The result of a call is freed within its time, as in a training loop.
+        seconds: Time for all contenders; exceeded if `least` rounds take longer.
         least: Fewest rounds.
         most: Most rounds.
     """
@@ -78,11 +78,11 @@ def alternate(
 def in_rounds(
     contenders: dict[str, Callable[[], object]], numbers: Iterable[int]
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Call each contender twice for nothing, then once in every round, in an order that rotates.
+    """Call each contender twice untimed, then once in every round, in a rotating order.
 
     Args:
-        contenders: What to call, by name: whole training steps.
-        numbers: Of the rounds.
+        contenders: Calls by name: whole training steps.
+        numbers: Numbers of the rounds.
 
     Yields:
         The round's number, and milliseconds as `{name}_ms`.
@@ -105,8 +105,8 @@ def with_interval(
 
     Args:
         rounds: One entry per round.
-        statistic: Of rounds `[n, ...]`, or of many samples of them `[resamples, n, ...]`.
-        resamples: How many samples.
+        statistic: Computes it for rounds `[n, ...]`, or for many samples of them `[resamples, n, ...]`.
+        resamples: Number of samples.
     """
     picks = np.random.default_rng(0).integers(0, len(rounds), (resamples, len(rounds)))
     low, high = np.percentile(statistic(rounds[picks]), [2.5, 97.5])

@@ -141,7 +141,8 @@ def found(records: Sequence[Record], effects: Sequence[Effect]) -> str:
         f"four units. The drift without batch normalization was thus {far.figures} the drift with it. "
         f"With both at the rate {slow:g}, it was {same.figures}; in widths of the unit's own "
         f"distribution, each at its best rate, {widths.figures}. The network with batch normalization "
-        f"classified {100 * mean('accuracy', 'batch'):.1f} % of the test images correctly, the network without it {100 * mean('accuracy', 'none'):.1f} %."
+        f"classified {100 * mean('accuracy', 'batch'):.1f} % of the test images correctly, the network "
+        f"without it {100 * mean('accuracy', 'none'):.1f} %."
     )
 
 

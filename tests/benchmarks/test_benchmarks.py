@@ -22,9 +22,9 @@ def options(tmp_path):
 
 
 def test_floor_of_a_training_step_is_two_and_a_half_copies():
-    assert TASKS[STEP].passes == 5
-    assert TASKS["BN+ReLU forward"].passes == 2
-    assert TASKS["BN+add+ReLU inference"].passes == 3
+    assert TASKS[STEP].traffic == 5
+    assert TASKS["BN+ReLU forward"].traffic == 2
+    assert TASKS["BN+add+ReLU inference"].traffic == 3
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=cases.shape_text)

@@ -26,7 +26,7 @@ def test_a_network_is_one_row_and_is_not_folded_again(small, tmp_path) -> None:
     assert row["within_target"] == "True"
     assert float(row["error"]) < 1e-6
     text = report.fold_markdown([row])
-    assert text.startswith("1 networks: 1 err by at most")
+    assert text.startswith("1 networks: in 1, the error is at most")
     assert "| small | fx | 1 | 0 | 0 |" in text
 
 

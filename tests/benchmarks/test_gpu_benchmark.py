@@ -54,23 +54,23 @@ def test_a_dry_run_measures_every_case_and_prints_one_table(tmp_path: Path) -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    with pytest.raises(click.UsageError, match="no CUDA device here. With --dry"):
+    with pytest.raises(click.UsageError, match="must find a CUDA device.* use --dry"):
         gpu.main([], standalone_mode=False)
 
 
 def test_the_floor_counts_what_must_be_moved() -> None:
     registers, cache = 256 << 10, 50 << 20
     large = Case((256, 64, 112, 112), "contiguous", "float32", False)
-    assert large.passes(registers, cache) == 8  # x, x, y; x, dy, x, dy, dx
-    assert dataclasses.replace(large, residual=True).passes(registers, cache) == 12  # and the residual; y, y and dz
+    assert large.traffic(registers, cache) == 8  # x, x, y; x, dy, x, dy, dx
+    assert dataclasses.replace(large, residual=True).traffic(registers, cache) == 12  # and the residual; y, y and dz
     channel = Case((32, 2048, 14, 14), "contiguous", "float32", False)
-    assert channel.passes(registers, cache) == channel.least_passes == 5  # x, y; x, dy, dx
-    assert dataclasses.replace(channel, residual=True).passes(registers, cache) == 8
-    assert dataclasses.replace(channel, layout="channels-last").passes(registers, cache) == 8
-    assert dataclasses.replace(channel, layout="channels-last").passes(registers, 4 * channel.nbytes) == 5
-    assert Case((32, 512, 28, 28), "contiguous", "float32", False).passes(registers, cache) == 5
+    assert channel.traffic(registers, cache) == channel.least_traffic == 5  # x, y; x, dy, dx
+    assert dataclasses.replace(channel, residual=True).traffic(registers, cache) == 8
+    assert dataclasses.replace(channel, layout="channels-last").traffic(registers, cache) == 8
+    assert dataclasses.replace(channel, layout="channels-last").traffic(registers, 4 * channel.nbytes) == 5
+    assert Case((32, 512, 28, 28), "contiguous", "float32", False).traffic(registers, cache) == 5
     twice = Case((64, 512, 28, 28), "contiguous", "float32", False)
-    assert twice.passes(registers, cache) == 7  # x alone fits, x and dy do not
+    assert twice.traffic(registers, cache) == 7  # x alone fits, x and dy do not
 
 
 def test_inputs_rotate_until_they_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyP
     assert result.exit_code == 1
     assert result.output.count("off by nan of the largest value") == 4  # as it comes, and at the end
     assert result.output.count("RuntimeError: ptxas gave up") == 4
-    assert "left out for lack of time or memory: 4" in result.output
+    assert "skipped for lack of time or memory: 4" in result.output
     assert {(r["dtype"], r["contender"]) for r in records.read(tmp_path / "gpu.csv") if r["floor_ms"]} == {
         ("float32", gpu.OURS),
         ("float32", gpu.TORCH),
@@ -160,12 +160,12 @@ def test_when_the_time_is_over_the_table_is_printed_all_the_same(
     monkeypatch.setattr(gpu.Run, "network", lambda self: None)
     result = dry_run(tmp_path)
     assert result.exit_code == 0
-    assert "left out for lack of time or memory: 24" in result.output
+    assert "skipped for lack of time or memory: 24" in result.output
     assert "torch.compile / ours, mean" in result.output
     monkeypatch.setattr(gpu, "LIMIT", 0.0)
     result = dry_run(tmp_path)
     assert "0 cases checked" in result.output
-    assert "left out for lack of time or memory: 8" in result.output
+    assert "skipped for lack of time or memory: 8" in result.output
     assert gpu.LIMIT < gpu.LAST < 480
 
 
