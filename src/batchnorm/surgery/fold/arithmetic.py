@@ -1,6 +1,6 @@
-"""What folding computes: weights in float64, rounded once at the end (the mathematics page, "Folding, at inference").
+"""The arithmetic of folding, in float64 (the mathematics page, "Folding, at inference").
 
-Weights come as tensors or arrays and leave as float64 tensors on the CPU. A convolution's weight is
+Weights are given as tensors or arrays and returned as float64 tensors on the CPU. A convolution's weight is
 `[out, in / groups, *kernel]`, a transposed one's `[in, out / groups, *kernel]`, a linear layer's `[out, in]` (a kernel
 of no dimensions, one group). Scale and shift are `[C]`.
 """
@@ -17,23 +17,23 @@ from torch.nn import functional as F
 
 
 class NotRepresentable(ValueError):
-    """A folded weight is not finite in the dtype that it is to be stored in."""
+    """A folded weight is not finite in the dtype in which it is stored."""
 
 
 class Weights(NamedTuple):
-    """A linear operation's weight and bias `[out]`, float64."""
+    """The weight and the bias `[out]` of a linear operation, float64."""
 
     weight: Tensor
     bias: Tensor
 
 
 def wide(values: Any) -> Tensor:
-    """The values in float64 on the CPU, detached; from a tensor, an array or a sequence."""
+    """Return a tensor, array or sequence as a detached float64 tensor on the CPU."""
     return torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64)
 
 
 def rounded(values: Tensor, like: Tensor) -> Tensor:
-    """The values in the dtype, on the device and (where the rank is the same) in the memory format of `like`.
+    """Return the values with the dtype, the device and, if the rank is the same, the memory format of `like`.
 
     Raises:
         NotRepresentable: A finite value would become infinite.
@@ -51,10 +51,10 @@ def rounded(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ScaleShift:
-    """`y = scale·x + shift`, per channel: what batch normalization is in evaluation.
+    """`y = scale·x + shift`, per channel: batch normalization in evaluation.
 
     Attributes:
-        scale: s, float64; `[C]`, or of any shape that broadcasts against x.
+        scale: s, float64, `[C]` or of any shape that broadcasts against x.
         shift: t, of the same shape.
     """
 
@@ -65,18 +65,18 @@ class ScaleShift:
     def of(
         cls, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
     ) -> ScaleShift:
-        """`s = γ/√(running_var + eps)`, `t = β - running_mean·s`; None stands for γ = 1 and β = 0."""
+        """Return `s = γ/√(running_var + eps)` and `t = β - running_mean·s`; None means γ = 1 or β = 0."""
         variance = wide(running_var)
         scale = (torch.ones_like(variance) if weight is None else wide(weight)) / torch.sqrt(variance + eps)
         shift = (torch.zeros_like(variance) if bias is None else wide(bias)) - wide(running_mean) * scale
         return cls(scale, shift)
 
     def then(self, outer: ScaleShift) -> ScaleShift:
-        """This one, and `outer` after it."""
+        """Return this scale and shift followed by `outer`."""
         return ScaleShift(outer.scale * self.scale, outer.scale * self.shift + outer.shift)
 
     def split(self, sizes: Sequence[int], axis: int = 0) -> list[ScaleShift]:
-        """The parts that belong to the inputs of a concatenation along `axis`."""
+        """Return the parts that belong to the inputs of a concatenation along `axis`."""
         parts = zip(self.scale.split(list(sizes), axis), self.shift.split(list(sizes), axis), strict=True)
         return [ScaleShift(*part) for part in parts]
 
@@ -89,7 +89,7 @@ class ScaleShift:
 def into_producer(
     weight: Any, bias: Any, scale_shift: ScaleShift, *, groups: int = 1, transposed: bool = False
 ) -> Weights:
-    """The operation, and the scale and shift after it: `W′ = s·W` along the output channels, `b′ = s·b + t`."""
+    """Return the operation followed by the scale and shift: `W′ = s·W` along the output channels, `b′ = s·b + t`."""
     w, s = wide(weight), scale_shift.scale
     if transposed:  # [in, out / groups, *kernel]: the inputs of each group have their own outputs
         per_input = s.reshape(groups, 1, -1).expand(groups, w.shape[0] // groups, -1).reshape(w.shape[0], -1)
@@ -102,15 +102,15 @@ def into_producer(
 def into_consumer(
     weight: Any, scale_shift: ScaleShift, *, groups: int = 1, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The weight with the scale and shift before it, and the kernel that makes of a plane of ones what the shift adds.
+    """Return the weight of the operation preceded by the scale and shift, and the kernel of the shift.
 
     `W′ = W·s` along the input channels. Where every output sees the whole kernel, the shift adds the kernel's sum to
-    the bias. Where zeros are padded *after* the shift, and in a transposed convolution, it adds what the operation with
-    this kernel, one input channel, `groups = 1` and the same stride, padding and dilation makes of ones: less at the
-    border.
+    the bias. Where zeros are padded *after* the shift, and in a transposed convolution, it adds less near the border:
+    the result of the operation with this kernel, one input channel, `groups = 1` and the same stride, padding and
+    dilation, applied to ones.
 
     Returns:
-        W′ of the weight's shape; the kernel `[out, 1, *kernel]`, for a transposed convolution `[1, out, *kernel]`.
+        W′ in the weight's shape; the kernel `[out, 1, *kernel]`, or `[1, out, *kernel]` if transposed.
     """
     w, (s, t) = wide(weight), (scale_shift.scale, scale_shift.shift)
     ones = (1,) * (w.dim() - 2)
@@ -128,12 +128,12 @@ def into_consumer(
 
 
 def interior(kernel: Tensor) -> Tensor:
-    """What the shift adds to the bias `[out]` where every output sees the whole of `into_consumer`'s kernel."""
+    """Return the shift's contribution to the bias `[out]`, where every output sees the whole kernel of the shift."""
     return kernel.flatten(1).sum(1)
 
 
 def as_kernel(scale: Tensor, *, groups: int, dims: int) -> Tensor:
-    """The scale as the weight `[C, C / groups, 1, ...]` of a convolution with `dims` spatial dimensions."""
+    """Return the scale as the weight `[C, C / groups, 1, ...]` of a convolution with `dims` spatial dimensions."""
     channels = scale.numel()
     weight = torch.zeros(channels, channels // groups, dtype=torch.float64)
     each = torch.arange(channels)
@@ -142,7 +142,7 @@ def as_kernel(scale: Tensor, *, groups: int, dims: int) -> Tensor:
 
 
 def embedded(weight: Any, kernel: Sequence[int], offset: Sequence[int], step: Sequence[int]) -> Tensor:
-    """The weight in a larger kernel: its tap j at `offset + step·j` along each dimension, zeros elsewhere."""
+    """Return the weight in a larger kernel: its tap j at `offset + step·j` along each dimension, zeros elsewhere."""
     w = wide(weight)
     result = torch.zeros(*w.shape[:2], *kernel, dtype=torch.float64)
     taps = [
@@ -154,7 +154,7 @@ def embedded(weight: Any, kernel: Sequence[int], offset: Sequence[int], step: Se
 
 
 def regrouped(weight: Any, *, groups: int, into: int) -> Tensor:
-    """The weight of `groups` groups as one of fewer, larger groups, zeros where nothing was connected."""
+    """Return a weight of `groups` groups as one of fewer, larger groups, zero where nothing was connected."""
     w = wide(weight)
     if groups == into:
         return w

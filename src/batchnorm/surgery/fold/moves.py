@@ -1,7 +1,8 @@
 """How a scale and shift moves past an operation, for any kind of graph.
 
 A scale and shift is held as tensors that broadcast against the value it applies to, so that one rule serves reshaping,
-flattening and permutation, whichever axis the channels have.
+flattening and permutation, whichever axis the channels have. Every function raises `CannotFold` if the operation and
+the scale and shift do not commute.
 """
 
 from __future__ import annotations
@@ -45,49 +46,28 @@ def unchanged(move: Move) -> ScaleShift:
 
 
 def max_pooled(s: ScaleShift, pool: str) -> ScaleShift:
-    """Return the other side of max-pooling.
-
-    Raises:
-        CannotFold: A scale is negative.
-    """
+    """Return the other side of max-pooling."""
     if bool((s.scale < 0).any()):
         raise CannotFold(f"{pool} next to it does not commute with a negative scale")
     return s
 
 
 def average_pooled(s: ScaleShift, pool: str, *, counts_padding: bool) -> ScaleShift:
-    """Return the other side of average-pooling.
-
-    Raises:
-        CannotFold: It averages over padded zeros, which have no shift.
-    """
+    """Return the other side of average-pooling."""
     if s.shifts and counts_padding:
         raise CannotFold(f"{pool} next to it counts padded zeros")
     return s
 
 
 def padded(s: ScaleShift, *, constant: bool, zero: bool) -> ScaleShift:
-    """Return the other side of padding.
-
-    Args:
-        s: The scale and shift.
-        constant: Whether it pads with a constant, rather than with values of the tensor.
-        zero: Whether this constant is 0.
-
-    Raises:
-        CannotFold: The constant would change.
-    """
+    """Return the other side of padding: with a constant, which may be zero, or with values of the tensor."""
     if constant and (s.shifts or not zero):
         raise CannotFold("padding with a constant is between it and the next layer")
     return s
 
 
 def positions_only(s: ScaleShift, axes: Collection[int], name: str) -> ScaleShift:
-    """Return `s` unless it varies along one of these axes, which the operation `name` changes.
-
-    Raises:
-        CannotFold: It does.
-    """
+    """Return the other side of an operation, with this name, that changes only these axes."""
     if any(s.scale.shape[axis] != 1 for axis in axes):
         raise CannotFold(f"{name} next to it changes its channels")
     return s
@@ -100,11 +80,7 @@ def permuted(s: ScaleShift, order: Sequence[int], *, back: bool) -> ScaleShift:
 
 
 def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> ScaleShift:
-    """Return the other side of a mean over these axes, in ascending order.
-
-    Raises:
-        CannotFold: The mean includes the channels.
-    """
+    """Return the other side of a mean over these axes, in ascending order."""
     scale, shift = s.scale, s.shift
     if back and not keep:
         for axis in axes:
@@ -145,11 +121,7 @@ def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
 
 
 def reshaped(s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    """Return the other side of a reshape from one shape to another.
-
-    Raises:
-        CannotFold: It mixes channels with positions.
-    """
+    """Return the other side of a reshape from one shape to another."""
     expanded: list[int] = []
     result: list[int] = []
     for from_axes, to_axes in _groups(given, wanted):
@@ -180,11 +152,7 @@ def _collapsed(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def channel_vector(s: ScaleShift, axis: int, size: int) -> ScaleShift:
-    """Return the scale and shift as vectors `[size]` along one axis.
-
-    Raises:
-        CannotFold: It varies along another axis.
-    """
+    """Return the scale and shift as vectors `[size]` along one axis."""
 
     def vector(values: Tensor) -> Tensor:
         if values.shape[axis] != values.numel() or values.numel() not in (1, size):

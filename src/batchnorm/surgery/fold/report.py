@@ -1,4 +1,4 @@
-"""What folding did, and how far its result is from the original."""
+"""The report of folding."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from batchnorm.models.report import Report
 
 
 class FoldError(RuntimeError):
-    """The folded network did not give the original's results; nothing was changed."""
+    """The folded network's results are not the original's. Nothing was changed."""
 
 
 @dataclass(frozen=True)
 class FoldReport(Report):
-    """What became of every batch normalization, one row for each time that the network calls one.
+    """The fate of every batch normalization, one row for each call.
 
     Attributes:
-        how: "fx" or "export": the graph holds for every size that the model takes; "modules": the model could not be
-            traced as a whole, and its parts were folded, for every size; "fixed": for the example's size only. For an
-            ONNX graph, what it was checked with: "onnxruntime", "onnxruntime, in float32" or "onnx.reference".
+        how: "fx" or "export": the result takes every size that the model takes; "modules": the model could not be
+            traced as a whole, and its parts were folded, for every size; "fixed": the result takes the example's size
+            only. For an ONNX graph, what ran it: "onnxruntime", "onnxruntime, in float32" or "onnx.reference".
         error: Largest relative error of the folded network against the original in float64, over the example and a
             random input.
-        error_before: The original's own, in its dtype.
+        error_before: The same error of the original in its own dtype.
         remaining: Batch normalizations that one forward pass still runs on their own, counted at the dispatcher.
-        before: What one forward pass of the original runs.
-        fused: Batch normalizations that had to stay, in one operation with the addition or activation that follows.
-        notes: What else to know.
+        before: Batch normalizations that one forward pass of the original runs.
+        fused: Batch normalizations that became one operation with the addition or activation that follows them.
+        notes: Remarks, one sentence each.
     """
 
     how: str = ""
@@ -37,7 +37,7 @@ class FoldReport(Report):
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """Counts and errors, in two lines and one for each note."""
+        """Return the counts, the errors and the notes, a line each."""
         kept = f"{self.remaining} left"
         if self.fused:
             kept += f", {self.fused} fused with what follows"

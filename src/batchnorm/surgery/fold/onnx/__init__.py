@@ -1,4 +1,4 @@
-"""Inference without batch normalization, for ONNX graphs."""
+"""Removes batch normalization from an ONNX model, for inference."""
 
 from batchnorm.surgery.fold.onnx.folding import OnnxResult, fold_onnx
 

@@ -1,60 +1,37 @@
-"""ONNX files: read whole, written whole or not at all."""
+"""ONNX files, which are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from batchnorm.files import whole_file
-from batchnorm.surgery.fold.onnx.graph import subgraphs
+from batchnorm.surgery.fold.onnx.graph import tensors
 
-LARGE = 2**31 - 2**22  # what one file can hold, with room for all that is not weights
-
-
-def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every constant of the model."""
-
-    def of_nodes(nodes: object) -> Iterator[TensorProto]:
-        for node in nodes:  # type: ignore[attr-defined]
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-            for graph in subgraphs(node):
-                yield from of_graph(graph)
-
-    def of_graph(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-        yield from graph.initializer
-        yield from of_nodes(graph.node)
-
-    yield from of_graph(model.graph)
-    for function in model.functions:
-        yield from of_nodes(function.node)
+LARGE = 2**31 - 2**22  # the bytes of weights that fit into one file, beside everything else
 
 
 def is_large(model: onnx.ModelProto) -> bool:
-    """Whether it does not fit into one file."""
+    """Whether the model does not fit into one file."""
     return sum(len(tensor.raw_data) for tensor in tensors(model)) > LARGE
 
 
 def data_files(model: onnx.ModelProto) -> set[str]:
-    """The files that hold its weights, relative to its own; from a model that was read without them."""
+    """Return the files that hold the weights of a model that was read without them, relative to its own file."""
     held = [entry for t in tensors(model) if uses_external_data(t) for entry in t.external_data]
     return {entry.value for entry in held if entry.key == "location"}
 
 
 def read(path: Path) -> tuple[onnx.ModelProto, bool]:
-    """The model with all its weights, and whether they were in files of their own.
+    """Return the model with all its weights, and whether they were in separate files.
 
     Raises:
-        Exception: It is none, or incomplete.
+        Exception: The file is no model, or weights are missing.
     """
     model = onnx.load_model(path, load_external_data=False)
     if not model.HasField("graph"):
@@ -66,7 +43,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, bool]:
 
 
 def store(model: onnx.ModelProto, path: Path, *, external: bool, data: str = "model.onnx.data") -> None:
-    """Write the model, and its weights into a file beside it if `external`; the model itself keeps them."""
+    """Write the model, with its weights in a file beside it if `external`. The given model keeps its weights."""
     if external:
         onnx.save_model(model, path, save_as_external_data=True, location=data)
         load_external_data_for_model(model, str(path.parent))
@@ -75,13 +52,12 @@ def store(model: onnx.ModelProto, path: Path, *, external: bool, data: str = "mo
 
 
 def write(model: onnx.ModelProto, output: Path, *, external: bool) -> None:
-    """Write the model in the place of what is there, if anything, which stays whole until the new one is.
+    """Write the model. An earlier file stays whole until the new one takes its place.
 
-    Weights in a file of their own get a name that nothing has yet, so that the old model keeps its own until the new
-    one takes its place in one step.
+    Separate weights get a name that no file has yet, so that the earlier model keeps its own until then.
 
     Raises:
-        OSError: It cannot be written; then everything is as it was.
+        OSError: It cannot be written. Then everything is as it was.
     """
     external = external or is_large(model)
     data = _free_name(output) if external else ""
@@ -106,10 +82,10 @@ def _free_name(output: Path) -> str:
 
 
 def _own_data(output: Path) -> set[str]:
-    """The files beside an earlier result that hold its weights, and that have the names `write` gives."""
+    """Return the files with the weights of an earlier result, if they have names that `write` gives."""
     try:
         held = data_files(onnx.load_model(output, load_external_data=False))
-    except Exception:  # there is none, or it is something else
+    except Exception:  # there is no earlier result, or it is no model
         return set()
     own = re.compile(re.escape(output.name) + r"(\.\d+)?\.data")
     return {name for name in held if own.fullmatch(name)}

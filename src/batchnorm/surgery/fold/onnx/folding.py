@@ -1,4 +1,4 @@
-"""The verb: from an ONNX model to the same without batch normalization."""
+"""Removes batch normalization from an ONNX model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PACKAGES = ("onnx", "onnxruntime")
 
 
 class OnnxResult(NamedTuple):
-    """The model after folding, and what folding did.
+    """A folded model and its report.
 
     Attributes:
-        model: The folded model, with all its weights in it.
+        model: The folded model, including all its weights.
         report: What became of every batch normalization.
     """
 
@@ -35,35 +35,36 @@ def fold_onnx(
     inputs: Mapping[str, Any] | Sequence[Any] | Any | None = None,
     tolerance: float | None = None,
 ) -> OnnxResult:
-    """Return the ONNX model without batch normalization, for inference, and a report of what went where.
+    """Return the ONNX model without batch normalization, for inference, and a report of what became of each.
 
-    What `batchnorm.fold` does to a network of PyTorch: each batch normalization moves back into the Conv,
-    ConvTranspose, Gemm or MatMul that computes its input, or on into all that read its result, through
-    concatenation, addition, pooling, reshaping and another batch normalization; branches that are added become one
+    It does what `batchnorm.fold` does to a network of PyTorch. Each batch normalization moves back into the Conv,
+    ConvTranspose, Gemm or MatMul that computes its input, or on into all that read its result, through concatenation,
+    splitting, addition, pooling, reshaping and another batch normalization. Branches that are added become one
     convolution. It needs the packages onnx and onnxruntime: `pip install "batchnorm[onnx]"`.
 
     Args:
-        model: A model, or its file; weights in files beside it are read too. It stays as it is.
-        output: Where to write the folded model. What is there is replaced when the new file is whole. Weights are
-            written into a file beside it (`.data`) where the original has such files, or one file cannot hold them.
-        inputs: What to check with: arrays, or their shapes, by name or in the model's order. Where none are given,
-            random ones of the sizes that the model says; open sizes are tried out.
-        tolerance: As in `batchnorm.fold`.
+        model: A model, or the path of its file and of weights in files beside it. It is not changed.
+        output: The path for the folded model. An earlier file is replaced when the new one is complete. Weights are
+            written into a file beside it (`.data`) if the original has such files, or if one file cannot hold them.
+        inputs: Arrays to check with, or their shapes, by name or in the model's order. By default they are random, of
+            the sizes that the model gives; for open sizes, several are tried.
+        tolerance: The relative error that one fold may make, as in `batchnorm.fold`.
 
     Returns:
-        The folded model, with the versions, names and metadata of the original; and the report, whose `how` says
-        what it was run with.
+        The folded model, with the versions, names and metadata of the original; and the report, whose `how` says what
+        ran the model.
 
     Raises:
         ModuleNotFoundError: onnx or onnxruntime is not installed.
-        TypeError: The model is of no known kind.
-        ValueError: The file holds no model, the model cannot be run, or output cannot be written there.
+        TypeError: The model is neither a ModelProto nor a path.
+        ValueError: The file is no model, the model cannot be run, or output cannot be written there.
         FoldError: The folded model's results are not the original's.
-        OSError: output could not be written; what was there is as it was.
+        OSError: output could not be written. An earlier file is as it was.
 
-    Numerics: in float64, rounded once to each weight's type. Each fold is run before and after by ONNX Runtime, on
-        the inputs' values and on random ones, and compared with float64; one that errs by more than the tolerance and
-        more than twice the original's own error is not made, and reported. So is the whole.
+    Numerics: Weights are computed in float64 and rounded once to each weight's type. ONNX Runtime runs the nodes of
+        each fold before and after, on the inputs' values and on random ones, and the results are compared with float64.
+        A fold that errs by more than the tolerance and by more than twice the original's own error is not made, and
+        reported. The whole model is compared in the same way.
 
     Source: the mathematics page, "Folding, at inference".
 
@@ -95,16 +96,16 @@ def fold_onnx(
     from batchnorm.surgery.fold.onnx import files
     from batchnorm.surgery.fold.onnx.in_place import fold_in_place
 
-    working, external = _taken(model)
-    target = None if output is None else _target(Path(output), model)
+    working, external = _working_copy(model)
+    target = None if output is None else _checked_path(Path(output), model)
     report = fold_in_place(working, inputs, tolerance)
     if target is not None:
         files.write(working, target, external=external)
     return OnnxResult(working, report)
 
 
-def _taken(model: Any) -> tuple[onnx.ModelProto, bool]:
-    """A copy of the model that may be changed, and whether its weights are in files of their own."""
+def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:
+    """Return a copy of the model that may be changed, and whether its weights are in separate files."""
     import onnx
 
     from batchnorm.surgery.fold.onnx import files
@@ -130,9 +131,9 @@ def _taken(model: Any) -> tuple[onnx.ModelProto, bool]:
         ) from error
 
 
-def _target(output: Path, model: Any) -> Path:
+def _checked_path(output: Path, model: Any) -> Path:
     if not output.parent.is_dir():
-        raise ValueError(f"output must be in a directory that exists, but {output.parent} is none. Make it first.")
+        raise ValueError(f"output must be in a directory that exists, but {output.parent} is none. Create it first.")
     if output.is_dir():
         raise ValueError(f"output must be a file, but {output} is a directory. Choose another name.")
     if isinstance(model, (str, os.PathLike)) and output.exists() and output.samefile(model):

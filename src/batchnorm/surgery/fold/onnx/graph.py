@@ -192,6 +192,26 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
+def every_node(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yield every node of the graph, of its bodies and of the model's functions."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    for node in nodes:
+        nodes += (inner for body in subgraphs(node) for inner in body.node)
+        yield node
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Yield every constant of the graph, of its bodies and of the model's functions."""
+    yield from model.graph.initializer
+    for node in every_node(model):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+        for body in subgraphs(node):
+            yield from body.initializer
+
+
 def names_in(graph: onnx.GraphProto) -> Iterator[str]:
     """Yield the names that a body reads or returns. Names of the graph around it keep their meaning there."""
     for node in graph.node:

@@ -1,4 +1,4 @@
-"""Kernels for ONNX's reference implementation, whose own are too slow for a whole network, or wrong."""
+"""Kernels for ONNX's reference implementation. Its own are too slow for a whole network, or wrong."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.surgery.fold.onnx.graph import Array, subgraphs
+from batchnorm.surgery.fold.onnx.graph import Array, every_node
 
-# Loops over every number, in Python.
+# Operators that the reference computes by loops over every number, in Python.
 _SLOW = {
     "Resize", "Upsample", "GridSample", "RoiAlign", "DeformConv", "LpPool", "MaxUnpool", "Col2Im", "NonMaxSuppression",
     "MaxRoiPool", "TfIdfVectorizer", "STFT", "DFT",
@@ -30,11 +30,7 @@ _AVERAGE_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_poo
 
 def fast(model: onnx.ModelProto) -> bool:
     """Whether the reference runs the model in reasonable time."""
-
-    def quick(nodes: Any) -> bool:
-        return all(node.op_type not in _SLOW and all(quick(graph.node) for graph in subgraphs(node)) for node in nodes)
-
-    return quick(model.graph.node) and all(quick(function.node) for function in model.functions)
+    return all(node.op_type not in _SLOW for node in every_node(model))
 
 
 def _tensor(array: Array) -> Tensor:
@@ -42,7 +38,7 @@ def _tensor(array: Array) -> Tensor:
 
 
 def _padding(size: torch.Size, kernel: list[int], steps: list[int], strides: list[int], upper: bool) -> list[int]:
-    """The `pads` of SAME_UPPER and SAME_LOWER."""
+    """Return the `pads` of SAME_UPPER and SAME_LOWER."""
     firsts, lasts = [], []
     for n, taps, step, stride in zip(size, kernel, steps, strides, strict=True):
         total = max((-(-n // stride) - 1) * stride + step * (taps - 1) + 1 - n, 0)
@@ -53,13 +49,13 @@ def _padding(size: torch.Size, kernel: list[int], steps: list[int], strides: lis
 
 
 def _for_pad(pads: list[int]) -> list[int]:
-    """ONNX's order of paddings as `F.pad` takes it."""
+    """Return paddings in ONNX's order in the order of `F.pad`."""
     dims = len(pads) // 2
     return [pads[axis + end * dims] for axis in reversed(range(dims)) for end in (0, 1)]
 
 
 class Conv(OpRun):
-    """Convolution by torch."""
+    """Convolution by PyTorch."""
 
     op_domain = ""
 
@@ -80,7 +76,7 @@ class Conv(OpRun):
 
 
 class ConvTranspose(SlowConvTranspose):
-    """Transposed convolution by torch, where the padding is given."""
+    """Transposed convolution by PyTorch, if the padding is given."""
 
     op_domain = ""
 
@@ -96,14 +92,14 @@ class ConvTranspose(SlowConvTranspose):
             )
         pads, more = list(pads or [0] * 2 * dims), output_padding or [0] * dims
         y = _TRANSPOSED[dims](_tensor(X), _tensor(W), None, strides or 1, 0, 0, group or 1, dilations or 1)
-        # Cropped here: torch pads both ends alike.
+        # Crop here: PyTorch pads both ends by the same amount.
         last = [m - p for m, p in zip(more, pads[dims:], strict=True)]
         y = F.pad(y, _for_pad([*(-p for p in pads[:dims]), *last]))
         return ((y if B is None else y + _tensor(B).reshape(-1, *(1,) * dims)).numpy(),)
 
 
 def _simple(kernel_shape: Any, auto_pad: Any, ceil_mode: Any, pads: Any, dilations: Any) -> bool:
-    """Whether torch's pooling means the same."""
+    """Whether PyTorch's pooling computes the same."""
     dims = len(kernel_shape)
     pads = list(pads or [0] * 2 * dims)
     return (
@@ -117,7 +113,7 @@ def _simple(kernel_shape: Any, auto_pad: Any, ceil_mode: Any, pads: Any, dilatio
 
 
 class MaxPool(SlowMaxPool):
-    """Max-pooling by torch, where it means the same."""
+    """Max-pooling by PyTorch, if it computes the same."""
 
     op_domain = ""
 
@@ -133,7 +129,7 @@ class MaxPool(SlowMaxPool):
 
 
 class AveragePool(SlowAveragePool):
-    """Average-pooling by torch, where it means the same."""
+    """Average-pooling by PyTorch, if it computes the same."""
 
     op_domain = ""
 
@@ -152,7 +148,7 @@ class AveragePool(SlowAveragePool):
 
 
 class BatchNormalization(BatchNormalization_14):
-    """In evaluation of every version: of the older ones, the reference takes some to be training."""
+    """Batch normalization in evaluation. The reference takes some older versions of it for training."""
 
     op_domain = ""
 

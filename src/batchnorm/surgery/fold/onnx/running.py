@@ -1,9 +1,8 @@
-"""Running ONNX models: by ONNX Runtime in their own type, and in float64 to compare with."""
+"""Runs ONNX models, in their own type by ONNX Runtime, and in float64 for comparison."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,35 @@ from onnx.reference import ReferenceEvaluator
 
 from batchnorm.surgery.fold.onnx import reference_kernels
 from batchnorm.surgery.fold.onnx.files import is_large, store
-from batchnorm.surgery.fold.onnx.graph import DTYPES, Array
+from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, every_node, subgraphs, tensors
 
 Feeds = dict[str, Array]
 Outputs = dict[str, Array]
-_FLOATS = set(DTYPES)
-_TYPE_ATTRIBUTES = {"to", "dtype"}
-_VALUES = {"value_float": "value", "value_floats": "value"}
 
 
 class CannotRun(RuntimeError):
-    """Nothing here can run the model."""
+    """Neither ONNX Runtime nor the reference can run the model."""
 
 
 class Runner:
-    """Runs models of one kind: by ONNX Runtime where it has the kernels, else by ONNX's reference.
+    """Runs models like a given one: by ONNX Runtime if it has the kernels, else by ONNX's reference implementation.
 
     Attributes:
-        how: "onnxruntime"; "onnxruntime, in float32" where it lacks kernels for bfloat16; else "onnx.reference".
+        how: "onnxruntime"; "onnxruntime, in float32" if it has no kernels for bfloat16; else "onnx.reference".
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """Finds out how models like this one can be run.
+        """Find out how models like this one can be run.
 
         Raises:
-            CannotRun: ONNX Runtime lacks operators or kernels, and the reference does too.
+            CannotRun: Both ONNX Runtime and the reference lack operators or kernels.
         """
         self.how = "onnxruntime"
         try:
             _session(model)
             return
         except Exception as error:
-            why = _told(error)
+            why = " ".join(str(error).split())[:300]
         try:
             if TensorProto.BFLOAT16 in _types(model):
                 self.how = "onnxruntime, in float32"
@@ -61,19 +57,21 @@ class Runner:
         raise CannotRun(why)
 
     def convert(self, feeds: Feeds) -> Feeds:
-        """The inputs in the type that models are run in."""
-        return in_float32(feeds) if self.how.endswith("float32") else feeds
+        """Return the inputs in the type in which models are run."""
+        if not self.how.endswith("float32"):
+            return feeds
+        return {name: _cast(value, np.float32) for name, value in feeds.items()}
 
     def run(self, model: onnx.ModelProto, *runs: Feeds, plain: bool = True) -> list[Outputs]:
-        """The results for each of the inputs.
+        """Return the results of a run for each of the inputs.
 
         Args:
             model: A model.
             runs: Inputs by name.
-            plain: Without ONNX Runtime's own optimizations, which fold batch normalization too.
+            plain: Whether to turn off ONNX Runtime's optimizations, which fold batch normalization too.
 
         Raises:
-            Exception: Whatever running it raises.
+            Exception: Anything that running the model raises.
         """
         if self.how == "onnx.reference":
             return [in_reference(model, feeds) for feeds in runs]
@@ -85,7 +83,7 @@ class Runner:
 
 
 def in_reference(model: onnx.ModelProto, feeds: Feeds) -> Outputs:
-    """The results by ONNX's reference implementation."""
+    """Return the results of ONNX's reference implementation."""
     evaluator = ReferenceEvaluator(model, new_ops=reference_kernels.FAST)
     with np.errstate(all="ignore"):
         found: Any = evaluator.run(None, feeds)
@@ -93,23 +91,18 @@ def in_reference(model: onnx.ModelProto, feeds: Feeds) -> Outputs:
 
 
 def exact(model: onnx.ModelProto, *runs: Feeds) -> list[Outputs] | None:
-    """The results in float64; None where the reference has no fast way to them, or fails."""
+    """Return the results in float64; None if the reference is slow or fails."""
     if is_large(model) or not reference_kernels.fast(model):
         return None
     try:
         wide = in_type(model, TensorProto.DOUBLE)
         return [in_reference(wide, {k: _cast(v, np.float64) for k, v in feeds.items()}) for feeds in runs]
-    except Exception:  # not every operator is in the reference, nor takes float64
+    except Exception:  # the reference lacks operators, and some do not take float64
         return None
 
 
-def in_float32(feeds: Mapping[str, Array]) -> Feeds:
-    """Floating-point arrays in float32."""
-    return {name: _cast(value, np.float32) for name, value in feeds.items()}
-
-
 def is_floating(array: Any) -> bool:
-    """Whether it holds floating-point numbers, bfloat16 among them."""
+    """Whether it is an array of floating-point numbers, including bfloat16."""
     return isinstance(array, np.ndarray) and (array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
@@ -119,7 +112,7 @@ def _cast(array: Array, dtype: Any) -> Array:
 
 def _session(model: onnx.ModelProto, plain: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised too
+    options.log_severity_level = 4  # errors are raised, too
     if plain:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = 1
@@ -132,58 +125,31 @@ def _session(model: onnx.ModelProto, plain: bool = True) -> onnxruntime.Inferenc
         return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
-def _told(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-# Types -------------------------------------------------------------------------------------------------------------
-
-
 def _types(model: onnx.ModelProto) -> set[int]:
-    held = {tensor.data_type for tensor in model.graph.initializer}
-    held |= {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
-    for node in model.graph.node:
-        held |= {a.t.data_type for a in node.attribute if a.HasField("t")}
-        held |= {a.i for a in node.attribute if a.name == "to"}
-    return held
+    values = (value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output))
+    casts = (a.i for node in every_node(model) for a in node.attribute if a.name == "to")
+    return {*(tensor.data_type for tensor in tensors(model)), *values, *casts}
 
 
 def in_type(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
-    """A copy whose floating-point numbers are all of one type."""
+    """Return a copy whose floating-point numbers are all of one type."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    _convert_graph(copy.graph, kind)
-    for function in copy.functions:
-        _convert_nodes(function.node, kind)
-    return copy
-
-
-def _convert_graph(graph: onnx.GraphProto, kind: int) -> None:
-    for tensor in graph.initializer:
-        _convert(tensor, kind)
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type in _FLOATS:
-            value.type.tensor_type.elem_type = kind
-    del graph.value_info[:]
-    _convert_nodes(graph.node, kind)
-
-
-def _convert_nodes(nodes: Sequence[onnx.NodeProto], kind: int) -> None:
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    for tensor in tensors(copy):
+        if tensor.data_type in DTYPES and tensor.data_type != kind:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+    nodes = list(every_node(copy))
+    for graph in (copy.graph, *(body for node in nodes for body in subgraphs(node))):
+        for value in (*graph.input, *graph.output):
+            if value.type.tensor_type.elem_type in DTYPES:
+                value.type.tensor_type.elem_type = kind
+        del graph.value_info[:]
     for node in nodes:
         for attribute in node.attribute:
-            if attribute.HasField("t"):
-                _convert(attribute.t, kind)
-            elif attribute.HasField("g"):
-                _convert_graph(attribute.g, kind)
-            elif attribute.name in _TYPE_ATTRIBUTES and attribute.i in _FLOATS:
+            if attribute.name in ("to", "dtype") and attribute.i in DTYPES:
                 attribute.i = kind
-            elif node.op_type == "Constant" and attribute.name in _VALUES:
-                value = np.asarray(helper.get_attribute_value(attribute))
-                tensor = numpy_helper.from_array(value.astype(helper.tensor_dtype_to_np_dtype(kind)))
-                attribute.CopyFrom(helper.make_attribute("value", tensor))
-
-
-def _convert(tensor: TensorProto, kind: int) -> None:
-    if tensor.data_type in _FLOATS and tensor.data_type != kind:
-        value = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
-        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+            elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                value = np.asarray(helper.get_attribute_value(attribute)).astype(dtype)
+                attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(value)))
+    return copy

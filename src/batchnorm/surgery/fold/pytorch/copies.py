@@ -1,4 +1,4 @@
-"""The copy of a model that is folded: without hooks, its weights plain parameters."""
+"""The copy of a model that is folded: it has no hooks, and its weights are plain parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm import walk
 
 
 def working_copy(model: nn.Module, *, share: bool) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy in evaluation mode, without hooks and parametrizations; with the model's own parameters, if shared."""
+    """Return a copy in evaluation mode, and notes on it; `share` keeps the model's own parameters."""
     working = copied(model, share=share).eval()
     removed = 0
     for module in list(working.modules()):
@@ -32,7 +32,7 @@ def working_copy(model: nn.Module, *, share: bool) -> tuple[nn.Module, tuple[str
 
 
 def _make_plain(module: nn.Module) -> None:
-    """Parameters in the place of parametrized ones; torch's own function changes the class, which a copy shares."""
+    """Replace parametrized weights by parameters. Torch's own function would change the class, which a copy shares."""
     values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
     del module.parametrizations
     module.__class__ = type(module).__mro__[1]
@@ -41,7 +41,7 @@ def _make_plain(module: nn.Module) -> None:
 
 
 def _keep_computed(module: nn.Module, hook: Any) -> None:
-    """A parameter in the place of what a hook computes: the old weight and spectral normalization, and pruning."""
+    """Replace a weight that a hook computes (the old weight and spectral normalization, pruning) by a parameter."""
     name = getattr(hook, "name", None) or hook._tensor_name
     with torch.no_grad():
         hook(module, None)
@@ -54,7 +54,7 @@ def _keep_computed(module: nn.Module, hook: Any) -> None:
 
 
 def copied(model: nn.Module, *, share: bool) -> nn.Module:
-    """With buffers of its own, and parameters of its own unless they are to be shared and can be."""
+    """Return a copy of the model, which shares the parameters that can be shared if `share`."""
     named = model.named_parameters() if share else ()
     shared = [p for name, p in named if "parametrizations." not in name]
     return walk.copied("fold", model, share=shared, instead="Take out what cannot be copied.")

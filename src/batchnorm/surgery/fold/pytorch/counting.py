@@ -1,4 +1,4 @@
-"""How many batch normalizations a network runs, as the dispatcher sees them."""
+"""The number of batch normalizations that a network runs, counted where PyTorch dispatches operations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _OURS = {"normalize", "train_forward"}
 
 @dataclass
 class Counts:
-    """Operations that one forward pass ran.
+    """Batch normalizations that one forward pass ran.
 
     Attributes:
-        batch_norm: Batch normalizations on their own.
-        fused: Those that add a residual or apply an activation in the same pass, as this library's operations do.
+        batch_norm: The ones on their own.
+        fused: The ones that also add a residual or apply an activation, as this library's operations do.
     """
 
     batch_norm: int = 0
@@ -49,7 +49,7 @@ class _Counter(TorchDispatchMode):
 
 
 def count_batch_norms(model: nn.Module, example_inputs: Any) -> Counts:
-    """What one forward pass of the model runs, counted where operations are dispatched.
+    """Count the batch normalizations that one forward pass of the model runs.
 
     Args:
         model: Any module; it is called once, without gradients.

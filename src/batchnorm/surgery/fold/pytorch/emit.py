@@ -6,7 +6,6 @@ import itertools
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 from torch.nn import functional as F
@@ -71,7 +70,7 @@ class Emitter:
     # Parameters ----------------------------------------------------------------------------------------------------
 
     def _own(self, name: str, value: Tensor, like: Tensor) -> str:
-        """Make a parameter, under the name of what it replaces if nothing else uses that."""
+        """Make a parameter. Return its name: the one of what it replaces, if nothing else uses that."""
         if self._uses.get(name, 0) > 1:
             self._uses[name] -= 1
             stem, _, last = name.rpartition(".")
@@ -110,12 +109,12 @@ class Emitter:
         self.graph.erase_node(node)
 
     def _layer(self, node: Node, state: TorchLinear) -> None:
-        """A layer with a forward of its own keeps it."""
+        """Give a layer with a forward method of its own new parameters."""
         weight, bias, _ = (
             None if t is None else nn.Parameter(t, requires_grad=state.like.requires_grad) for t in state.tensors()
         )
         calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target == node.target]
-        if len(calls) > 1:  # the others keep the layer as it is, or get their own
+        if len(calls) > 1:  # the other calls keep the original
             target = next(n for i in itertools.count(2) if not hasattr(self.module, n := f"{node.target}_{i}"))
         else:
             target = str(node.target)
@@ -131,21 +130,15 @@ class Emitter:
         weight, bias, border = state.tensors()
         name = self._own(state.name, weight, state.like)
         stem = name.removesuffix("weight") if name.endswith("weight") else f"{name}_"
-        held: list[Node | None] = [self._attribute(node, name), None]
+        held: list[Node | None] = [self._attribute(node, name), None, None]
         if bias is not None:
-            bias_name = f"{stem}bias"
-            self._uses.pop(bias_name, None)
-            held[1] = self._attribute(node, self._own(bias_name, bias, state.like))
+            self._uses.pop(f"{stem}bias", None)  # this layer's other calls have been given their own
+            held[1] = self._attribute(node, self._own(f"{stem}bias", bias, state.like))
+        if border is not None:
+            held[2] = self._attribute(node, self._own(f"{stem}border", border, state.like))
         with self.graph.inserting_before(node):
-            source = self._now(call.inputs[0])
-            new = self.graph.call_function(state.kind, (source, *held), state.arguments())
-            new.meta = dict(node.meta)
-            if border is not None:
-                kernel = self._attribute(node, self._own(f"{stem}border", border, state.like))
-                first = self.graph.call_function(operator.getitem, (source, (slice(0, 1), slice(0, 1))))
-                ones = self.graph.call_function(torch.ones_like, (first,))
-                more = self.graph.call_function(state.kind, (ones, kernel, None), state.options)
-                new = self.graph.call_function(operator.add, (new, more))
+            new = state.calls(self.graph.call_function, self._now(call.inputs[0]), *held)
+        new.meta = dict(node.meta)
         self._replace(node, new)
 
     def _norm(self, call: Call, state: TorchNorm) -> Node:
@@ -163,12 +156,12 @@ class Emitter:
         return new
 
     def _fuse(self, node: Node, was: Node) -> None:
-        """Batch normalization, an addition if one follows, and the activation, in one pass."""
+        """Make one operation of batch normalization and the addition and activation that follow it, if they do."""
         last, residual = node, None
         reader = _only_reader(last)
         if reader is not None and reader.target is operator.add:
             others = [term for term in reader.args if term is not node]
-            if len(others) == 1 and isinstance(others[0], Node) and self._same_shape(others[0], was):
+            if len(others) == 1 and isinstance(others[0], Node) and self.network.same_shape(others[0], was):
                 last, residual, reader = reader, others[0], _only_reader(reader)
         found = None if reader is None or reader.all_input_nodes != [last] else activation_of(reader)
         if found is None and residual is None:
@@ -191,18 +184,13 @@ class Emitter:
                 self.graph.erase_node(gone)
         self.fused[was] = " and ".join(names)
 
-    def _same_shape(self, node: Node, other: Node) -> bool:
-        shapes = self.network.trace.shapes
-        return node in shapes and shapes[node] == shapes.get(other)
-
     def _drop_unused(self) -> None:
         for node in reversed(list(self.graph.nodes)):
-            dead = node.op in ("get_attr", "call_function") and not node.users and not node.is_impure()
-            if dead:
+            if node.op in ("get_attr", "call_function") and not node.users and not node.is_impure():
                 self.graph.erase_node(node)
 
     def _in_place(self) -> None:
-        """Activations overwrite what only they read, where a call has just made it."""
+        """Let activations overwrite new tensors that nothing else reads."""
         fresh = {*CONVOLUTIONS, *TRANSPOSED, F.linear, operator.add, batchnorm.functional.batch_norm, F.batch_norm}
         for node in self.graph.nodes:
             source = node.args[0] if node.args else None

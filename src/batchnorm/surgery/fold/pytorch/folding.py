@@ -1,4 +1,4 @@
-"""`fold`: removes batch normalization from a network of PyTorch."""
+"""Removes batch normalization from a network of PyTorch."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ SAMPLES = 2  # samples of the example that every fold is tried on
 def fold(
     model: nn.Module, example_inputs: Any, *, inplace: bool = False, tolerance: float | None = None
 ) -> Result[FoldReport]:
-    """Return the network without batch normalization, for inference, and a report of what went where.
+    """Return the network without batch normalization, for inference, and a report of what became of each.
 
-    Every batch normalization is a scale and a shift in evaluation. It moves back into the convolution or linear layer
-    that computes its input, or on into those that read its result, through concatenation, addition, pooling, reshaping
-    and another batch normalization, where that is exact for every reader; its border is kept where the next
-    convolution pads zeros. Parallel linear branches that are added become one. What must stay and has an activation
-    after it becomes one operation with it.
+    In evaluation, batch normalization is a scale and a shift. They move back into the convolution or linear layer that
+    computes the input, or on into the layers that read the result, through concatenation, splitting, addition, pooling,
+    reshaping and another batch normalization, if that is exact for every reader. The border stays exact where the next
+    convolution pads zeros. Parallel linear branches that are added become one. A batch normalization that must stay
+    becomes one operation with the activation after it.
 
     Args:
-        model: Any module, in any mode; it is folded as it computes in evaluation.
-        example_inputs: What it is called with: a tensor, a tuple of arguments or a dict of keyword arguments, on the
-            model's device. The result takes every batch and image size that the model takes, where the report's
-            `how` is "fx" or "export".
-        inplace: Turn the model itself into the folded network, which then shares the weights that stay, instead of
-            leaving it untouched.
-        tolerance: The relative error that a fold may make, where the model's own is less than half of it; by
-            default 1e-5 for float32, 1e-12, 1e-2 and 5e-2 for float64, float16 and bfloat16.
+        model: Any module, in any mode. `fold` folds what it computes in evaluation.
+        example_inputs: An example of its inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on the
+            model's device. If the report's `how` is not "fixed", the result takes every batch and image size that the
+            model takes.
+        inplace: Turn the model itself into the folded network, which keeps the weights that did not change. Otherwise
+            the model is left unchanged.
+        tolerance: The relative error that one fold may make, even if the model's own error is smaller than half of it;
+            by default 1e-12 for float64, 1e-5 for float32, 1e-2 for float16 and 5e-2 for bfloat16.
 
     Returns:
-        A graph module in evaluation mode, with parameters under the model's names, which can be copied, pickled,
-        saved, exported, and moved between devices and dtypes; and the report. Its forward takes the arguments that
-        the example has; others keep their defaults. Hooks are not carried over; nor does it follow `train()`. Where
-        the model cannot be traced as a whole, it is a copy of the model with such graph modules for its parts.
+        A graph module in evaluation mode, and the report. Its parameters have the model's names; it can be copied,
+        pickled, saved, exported, and moved between devices and dtypes. Its forward takes the arguments that the example
+        has; others keep their defaults. It has no hooks and ignores `train()`. If the model cannot be traced as a
+        whole, the result is a copy of it with such graph modules as parts.
 
     Raises:
         TypeError: The model is no module.
-        ValueError: The model cannot be called with the inputs, or not copied.
-        FoldError: The folded network's results are not the original's. The model is as it was, here as always.
+        ValueError: The model cannot be called with the inputs, or cannot be copied.
+        FoldError: The folded network's results are not the original's. After every error the model is as it was.
 
-    Numerics: in float64, rounded once to each parameter's dtype. Each fold is computed before and after, on the
-        example's values and on random ones; one that errs by more than the tolerance and more than twice the
-        model's own error is not made, and reported.
+    Numerics: Weights are computed in float64 and rounded once to each parameter's dtype. Each fold is computed before
+        and after, on the example's values and on random ones. A fold that errs by more than the tolerance and by more
+        than twice the model's own error is not made, and reported.
 
     Source: the mathematics page, "Folding, at inference"; Ding et al. 2021 (RepVGG), section 3.3, for the branches.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,10 +69,6 @@ class TorchLinear(Linear):
             name=f"{node.target}.weight",
         )
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of the call after weight and bias."""
-        return self.options | ({} if self.groups == 1 else {"groups": self.groups})
-
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the weight, bias and border kernel as they are stored.
 
@@ -87,8 +84,16 @@ class TorchLinear(Linear):
         held = [None if t is None else t.to(device=x.device, dtype=x.dtype) for t in (weight, bias, border)]
         if self.opaque:
             return with_parameters(self.kind, *held[:2])(x)
-        y = self.kind(x, held[0], held[1], **self.arguments())
-        return y if held[2] is None else y + self.kind(torch.ones_like(x[:1, :1]), held[2], None, **self.options)
+        result: Tensor = self.calls(lambda function, args, kwargs=None: function(*args, **(kwargs or {})), x, *held)
+        return result
+
+    def calls(self, call: Callable[..., Any], x: Any, weight: Any, bias: Any, border: Any) -> Any:
+        """Return the result of the calls that compute the layer, each made by `call(function, args, kwargs)`."""
+        y = call(self.kind, (x, weight, bias), self.options | ({} if self.groups == 1 else {"groups": self.groups}))
+        if border is None:
+            return y
+        ones = call(torch.ones_like, (call(operator.getitem, (x, (slice(0, 1), slice(0, 1)))),))
+        return call(operator.add, (y, call(self.kind, (ones, border, None), self.options)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
