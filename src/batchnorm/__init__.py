@@ -7,52 +7,7 @@ from typing import Any as _Any
 
 from batchnorm import functional, nn
 from batchnorm.moments import Moments
-from batchnorm.nn import (
-    BatchNorm,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BatchNormAct1d,
-    BatchNormAct2d,
-    BatchNormAct3d,
-    BatchRenorm,
-    BatchRenorm1d,
-    BatchRenorm2d,
-    BatchRenorm3d,
-    ConditionalBatchNorm,
-    ConditionalBatchNorm1d,
-    ConditionalBatchNorm2d,
-    ConditionalBatchNorm3d,
-    DecorrelatedBatchNorm,
-    DecorrelatedBatchNorm1d,
-    DecorrelatedBatchNorm2d,
-    DecorrelatedBatchNorm3d,
-    DomainBatchNorm,
-    DomainBatchNorm1d,
-    DomainBatchNorm2d,
-    DomainBatchNorm3d,
-    FrozenBatchNorm,
-    FrozenBatchNorm1d,
-    FrozenBatchNorm2d,
-    FrozenBatchNorm3d,
-    FrozenBatchNormAct1d,
-    FrozenBatchNormAct2d,
-    FrozenBatchNormAct3d,
-    GhostBatchNorm,
-    GhostBatchNorm1d,
-    GhostBatchNorm2d,
-    GhostBatchNorm3d,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-    PaperSchedule,
-    SyncBatchNorm,
-    keep_domain,
-    microbatch_momentum,
-    momentum_per_microbatch,
-    update_running_stats,
-    use_domain,
-)
+from batchnorm.nn import *  # noqa: F403  (the names in nn.__all__, which are added to ours below)
 from batchnorm.ops import backends
 from batchnorm.recalibrate import recalibrate
 from batchnorm.standardize import Standardizer
@@ -62,11 +17,11 @@ from batchnorm.surgery import (
     drop_redundant_bias,
     fold,
     fold_onnx,
+    freeze,
     insert_batchnorm,
     parameter_groups,
     unfreeze,
 )
-from batchnorm.surgery.convert import freeze
 
 if _TYPE_CHECKING:
     from batchnorm.doctor import diagnose, watch
@@ -74,47 +29,8 @@ if _TYPE_CHECKING:
 __version__ = _version("batchnorm")
 
 __all__ = [
-    "BatchNorm",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormAct1d",
-    "BatchNormAct2d",
-    "BatchNormAct3d",
-    "BatchRenorm",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "ConditionalBatchNorm",
-    "ConditionalBatchNorm1d",
-    "ConditionalBatchNorm2d",
-    "ConditionalBatchNorm3d",
-    "DecorrelatedBatchNorm",
-    "DecorrelatedBatchNorm1d",
-    "DecorrelatedBatchNorm2d",
-    "DecorrelatedBatchNorm3d",
-    "DomainBatchNorm",
-    "DomainBatchNorm1d",
-    "DomainBatchNorm2d",
-    "DomainBatchNorm3d",
-    "FrozenBatchNorm",
-    "FrozenBatchNorm1d",
-    "FrozenBatchNorm2d",
-    "FrozenBatchNorm3d",
-    "FrozenBatchNormAct1d",
-    "FrozenBatchNormAct2d",
-    "FrozenBatchNormAct3d",
-    "GhostBatchNorm",
-    "GhostBatchNorm1d",
-    "GhostBatchNorm2d",
-    "GhostBatchNorm3d",
-    "LazyBatchNorm1d",
-    "LazyBatchNorm2d",
-    "LazyBatchNorm3d",
     "Moments",
-    "PaperSchedule",
     "Standardizer",
-    "SyncBatchNorm",
     "__version__",
     "accelerate",
     "backends",
@@ -126,17 +42,13 @@ __all__ = [
     "freeze",
     "functional",
     "insert_batchnorm",
-    "keep_domain",
-    "microbatch_momentum",
-    "momentum_per_microbatch",
     "nn",
     "parameter_groups",
     "recalibrate",
     "unfreeze",
-    "update_running_stats",
-    "use_domain",
     "watch",
 ]
+__all__ += nn.__all__
 
 
 def __getattr__(name: str) -> _Any:

@@ -1,10 +1,10 @@
-"""One pass over the data for all layers, or one layer after the other."""
+"""Measure the moments of all layers in one pass over the data, or layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ from batchnorm.recalibrate.paused import Paused, Stopped
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found
 
-# Each kept pass has a thread, and each thread of the CPU's own pool has as many again.
+# Each kept pass has a thread, which starts a pool of as many threads as torch computes with.
 _MOST_THREADS = 1024
+
+StatisticsFor = Callable[[LayerCall, Rows], Statistics]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What all ranks measured together."""
+    """The moments of layer inputs, and the data that they come from: of this process, or of all together."""
 
     calls: dict[LayerCall, Rows]
     batches: int
@@ -35,13 +37,13 @@ class Measured:
     kept: int = 0
 
     def of_layer(self, number: int) -> tuple[Rows, ...]:
-        """The moments of the layer's first call, its second, and so on."""
+        """Return the moments of the layer's first call, its second, and so on."""
         return tuple(rows for call, rows in sorted(self.calls.items()) if call.layer == number)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one batch needs to go through the model."""
+    """A model, its data, and how batches are passed to it."""
 
     model: nn.Module
     observer: Observer
@@ -52,21 +54,21 @@ class Run:
     ambient: Ambient
     bar: Bar
 
-    def start(self, batch: Any, meet: Callable[[LayerCall, Rows], Statistics]) -> tuple[Pass, Callable[[], None]]:
-        """The pass of a batch, and what is to be called to do it."""
+    def start(self, batch: Any, statistics_for: StatisticsFor) -> tuple[Pass, Callable[[], None]]:
+        """Return the forward pass of a batch, and the function that runs it."""
         batch = moved(batch, self.device)
-        going = Pass(meet, None if self.mask_of is None else self.mask_of(batch))
-        _, domain = keep_domain()  # of this thread, in whichever the work is done
+        forward_pass = Pass(statistics_for, None if self.mask_of is None else self.mask_of(batch))
+        _, domain = keep_domain()  # the domain of this thread, for the thread that does the work
 
         def work() -> None:
             with self.ambient.entered(), domain:
                 self.forward(self.model, batch)
 
-        return going, work
+        return forward_pass, work
 
-    def do(self, batch: Any, meet: Callable[[LayerCall, Rows], Statistics]) -> None:
-        """Send a batch through the model."""
-        self.observer.current, work = self.start(batch, meet)
+    def do(self, batch: Any, statistics_for: StatisticsFor) -> None:
+        """Run the forward pass of a batch."""
+        self.observer.current, work = self.start(batch, statistics_for)
         try:
             work()
         finally:
@@ -79,7 +81,7 @@ def _one_value(moments: Moments) -> bool:
 
 
 def _of_batch(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
-    """What training would normalize by: the batch's own statistics."""
+    """Return the batch's own statistics, by which training would normalize."""
     statistics = running_statistics(found.module)
     for row, moments in enumerate(rows):
         if moments.count == 0:
@@ -97,56 +99,57 @@ def _of_batch(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
 
 
 def single(run: Run, processes: Processes) -> Measured:
-    """All layers in one pass, each batch normalized by its own statistics, as in training."""
+    """Measure all layers in one pass; each batch is normalized by its own statistics, as in training."""
     layers = run.observer.layers
 
-    def measure() -> tuple[dict[LayerCall, Rows], int, int]:
+    def measure() -> Measured:
         calls: dict[LayerCall, Rows] = {}
 
-        def meet(call: LayerCall, rows: Rows) -> Statistics:
+        def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
             calls[call] = merged(calls[call], rows) if call in calls else rows
             return _of_batch(layers[call.layer], rows)
 
         for batch in run.bar.over(run.batches, "recalibrate", run.batches.length):
-            run.do(batch, meet)
-        return _on_cpu(calls), run.batches.count, run.batches.samples
+            run.do(batch, statistics_for)
+        return _of_this_process(run, calls)
 
-    parts = processes.gather(measure)
-    return Measured(_over_ranks([p[0] for p in parts]), sum(p[1] for p in parts), sum(p[2] for p in parts))
+    return _over_ranks(processes.gather(measure))
 
 
-def _on_cpu(calls: dict[LayerCall, Rows]) -> dict[LayerCall, Rows]:
-    """The same where every rank can have it: a rank's GPU is not the others'."""
-    return {
+def _of_this_process(run: Run, calls: dict[LayerCall, Rows]) -> Measured:
+    """Return the moments on the CPU, where the other processes can use them, and how much data was read."""
+    on_cpu = {
         call: tuple(Moments.empty(len(moments.mean), device="cpu").merge(moments) for moments in rows)
         for call, rows in calls.items()
     }
+    return Measured(on_cpu, run.batches.count, run.batches.samples)
 
 
-def _over_ranks(parts: list[dict[LayerCall, Rows]]) -> dict[LayerCall, Rows]:
-    calls = dict.fromkeys(call for part in parts for call in part)
-    return {call: merged(*(part[call] for part in parts if call in part)) for call in calls}
+def _over_ranks(parts: list[Measured]) -> Measured:
+    order = dict.fromkeys(call for part in parts for call in part.calls)
+    calls = {call: merged(*(part.calls[call] for part in parts if call in part.calls)) for call in order}
+    return Measured(calls, sum(part.batches for part in parts), sum(part.samples for part in parts))
 
 
-class _Kept:
-    """A pass that waits where the next layer's statistics are not known yet."""
+class _WaitingPass:
+    """A forward pass that waits at the first layer whose statistics are not known yet."""
 
     def __init__(self, run: Run, batch: Any, statistics: dict[LayerCall, Statistics]) -> None:
         self._observer = run.observer
         self._statistics = statistics
         self.at: tuple[LayerCall, Rows] | None = None
-        self._pass, work = run.start(batch, self._meet)
+        self._pass, work = run.start(batch, self._statistics_for)
         self._paused = Paused(work)
         self.stop = self._paused.stop
 
-    def _meet(self, call: LayerCall, rows: Rows) -> Statistics:
+    def _statistics_for(self, call: LayerCall, rows: Rows) -> Statistics:
         if call not in self._statistics:
             self.at = call, rows
             self._paused.pause()
             self.at = None
         return self._statistics[call]
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Run until the next such layer, or the end."""
         self._observer.current = self._pass
         try:
@@ -156,127 +159,125 @@ class _Kept:
 
 
 class _Sequence:
-    """The passes of one process: those kept, and those that start anew for every layer."""
+    """The forward passes of one process; some wait between layers, the others start again for every layer."""
 
     def __init__(self, run: Run, cache_bytes: int) -> None:
         self._run = run
         self._free = cache_bytes
         workers = torch.get_num_threads() if run.device is None or run.device.type == "cpu" else 1
         self._places = max(1, _MOST_THREADS // workers)
-        self.kept: list[_Kept] = []
+        self.kept: list[_WaitingPass] = []
         self.statistics: dict[LayerCall, Statistics] = {}
 
-    def first(self) -> tuple[dict[LayerCall, Rows], int, int]:
-        """Read the data, keep what there is room for, and return what the first layer is given, of how much data."""
+    def first(self) -> Measured:
+        """Read the data, keep as many passes as there is room for, and measure the input of the first layer."""
         reached: list[tuple[LayerCall, Rows]] = []
-        needed = _Need(self._run)
+        estimate = _MemoryEstimate(self._run)
         for batch in self._run.bar.over(
             self._run.batches, f"layer 1 of {len(self._run.observer.layers)}", self._run.batches.length
         ):
-            need = needed.by(batch)
+            need = estimate.bytes_for(batch)
             if need <= self._free and len(self.kept) < self._places:
                 self._free -= need
-                self.kept.append(_Kept(self._run, batch, self.statistics))
-                self.kept[-1].go_on()
+                self.kept.append(_WaitingPass(self._run, batch, self.statistics))
+                self.kept[-1].resume()
             else:
-                self._free = -1  # the kept ones are the first
+                self._free = -1  # the passes that are kept belong to the first batches
                 reached += self._reach(batch)
         return self._joined(reached)
 
-    def next(self) -> tuple[dict[LayerCall, Rows], int, int]:
-        """Go on to the layers whose statistics are not known, and return the same of them."""
+    def next(self) -> Measured:
+        """Continue to the next layers whose statistics are not known, and measure their inputs."""
         reached: list[tuple[LayerCall, Rows]] = []
         known, layers = len({call.layer for call in self.statistics}), len(self._run.observer.layers)
         title = f"layer {min(known + 1, layers)} of {layers}"
         anew = self._run.batches.count - len(self.kept)
         for kept in self._run.bar.over(self.kept, title, len(self.kept) + anew):
             if kept.at is not None and kept.at[0] in self.statistics:
-                kept.go_on()
+                kept.resume()
         if anew > 0:
             for batch in self._run.bar.over(self._run.batches.again(len(self.kept)), title, anew):
                 reached += self._reach(batch)
         return self._joined(reached)
 
     def stop(self) -> None:
-        """End what still waits."""
+        """End the passes that still wait."""
         for kept in self.kept:
             kept.stop()
 
     def _reach(self, batch: Any) -> list[tuple[LayerCall, Rows]]:
         reached: list[tuple[LayerCall, Rows]] = []
 
-        def meet(call: LayerCall, rows: Rows) -> Statistics:
+        def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
             if call in self.statistics:
                 return self.statistics[call]
             reached.append((call, rows))
             raise Stopped
 
         with suppress(Stopped):
-            self._run.do(batch, meet)
+            self._run.do(batch, statistics_for)
         return reached
 
-    def _joined(self, reached: list[tuple[LayerCall, Rows]]) -> tuple[dict[LayerCall, Rows], int, int]:
+    def _joined(self, reached: list[tuple[LayerCall, Rows]]) -> Measured:
         calls: dict[LayerCall, Rows] = {}
         for call, rows in (*(kept.at for kept in self.kept if kept.at is not None), *reached):
             calls[call] = merged(calls[call], rows) if call in calls else rows
-        return _on_cpu(calls), self._run.batches.count, self._run.batches.samples
+        return _of_this_process(self._run, calls)
 
 
-class _Need:
-    """Estimates what keeping a batch costs, from what the first one was seen to keep."""
+class _MemoryEstimate:
+    """Estimates the memory of a waiting pass from a measurement of the first one."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._first: tuple[int, int] | None = None
 
-    def by(self, batch: Any) -> int:
-        """Bytes: of the batch itself, and the most that its pass holds on to at a layer."""
+    def bytes_for(self, batch: Any) -> int:
+        """Return the bytes of the batch itself, and the most that its pass holds at a layer."""
         if self._first is None:
-            self._first = size_of(batch), self._seen(batch)
-        size, seen = self._first
-        return size_of(batch) + (seen * size_of(batch) // size if size else seen)
+            self._first = size_of(batch), self._measured_peak(batch)
+        size, peak = self._first
+        return size_of(batch) + (peak * size_of(batch) // size if size else peak)
 
-    def _seen(self, batch: Any) -> int:
+    def _measured_peak(self, batch: Any) -> int:
         layers = self._run.observer.layers
         batch = moved(batch, self._run.device)
         model = self._run.model
         alive = Alive((*model.parameters(), *model.buffers(), *tensors_in(batch)))
 
-        def meet(call: LayerCall, rows: Rows) -> Statistics:
+        def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
             alive.update_peak()
             return _of_batch(layers[call.layer], rows, strict=False)
 
         with alive:
-            self._run.do(batch, meet)
+            self._run.do(batch, statistics_for)
         return alive.peak
 
 
 def sequential(
     run: Run, processes: Processes, settle: Callable[[int, Rows, int], Statistics], cache_bytes: int
 ) -> Measured:
-    """One layer after the other, each given what the calibrated layers before it put out.
+    """Measure one layer after the other; each gets the output of the recalibrated layers before it.
 
     Args:
-        run: How batches go through the model.
+        run: The model and its data.
         processes: The processes that recalibrate together.
-        settle: The statistics that a layer is to have after these moments of so many samples.
-        cache_bytes: How much memory the passes that wait may take.
+        settle: Returns a layer's new statistics, from its number, its moments and the number of samples.
+        cache_bytes: How much memory the waiting passes may take.
     """
     here = _Sequence(run, cache_bytes)
     calls: dict[LayerCall, Rows] = {}
     work = here.first
     try:
         while True:
-            parts = processes.gather(work)
-            reached = [part[0] for part in parts]
-            batches, samples = sum(part[1] for part in parts), sum(part[2] for part in parts)
-            # Where the data choose the way through the model, one call after the other has its turn.
-            call = next((call for part in reached for call in part), None)
+            reached = _over_ranks(processes.gather(work))
+            # Batches may take different paths through the model, and reach different calls: settle one at a time.
+            call = next(iter(reached.calls), None)
             if call is None:
-                return Measured(calls, batches, samples, len(here.kept))
-            calls[call] = _over_ranks(reached)[call]
+                return replace(reached, calls=calls, kept=len(here.kept))
+            calls[call] = reached.calls[call]
             so_far = [rows for earlier, rows in calls.items() if earlier.layer == call.layer]
-            here.statistics[call] = settle(call.layer, merged(*so_far), samples)
+            here.statistics[call] = settle(call.layer, merged(*so_far), reached.samples)
             work = here.next
     finally:
         here.stop()

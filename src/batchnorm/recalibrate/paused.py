@@ -1,4 +1,4 @@
-"""Forward passes that stop in the middle and go on later."""
+"""Forward passes that pause in the middle and continue later."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 
 class Stopped(BaseException):
-    """Ends a forward pass that is not needed further; no `except Exception` of a model holds it up."""
+    """Ends a forward pass early; no `except Exception` in a model catches it."""
 
 
 class Paused:
-    """Work in a thread of its own that runs only while `resume` waits for it: never two at a time.
+    """Work in a thread of its own, which runs only while `resume` waits for it: never two at a time.
 
-    What is kept between layers is the thread's own stack, that is, the tensors that the rest of the forward pass
-    still needs and no others.
+    While the work is paused, the thread's stack holds exactly the tensors that the rest of the forward pass needs.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -40,21 +39,21 @@ class Paused:
             self._rest.release()
 
     def pause(self) -> None:
-        """Wait, in the work's own thread, for the next `resume`."""
+        """Wait for the next `resume`; called in the work's own thread."""
         self._rest.release()
         self._turn.acquire()
         if self._stopping:
             raise Stopped
 
     def resume(self) -> None:
-        """Go on until the next pause or the end; raises what the work raised."""
+        """Continue until the next pause or the end, and raise any exception of the work."""
         self._turn.release()
         self._rest.acquire()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """End the work where it is."""
+        """End the work at the current pause."""
         self._stopping = True
         self._turn.release()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Recalibration, as a user calls it."""
+"""The function `recalibrate`."""
 
 from __future__ import annotations
 
@@ -58,55 +58,56 @@ def recalibrate(
 ) -> Result[Recalibration]:
     """Give the batch normalization of a trained model the population statistics of `data`.
 
-    `running_mean` becomes the mean of all values that a layer is given, `running_var` their unbiased variance,
-    M2/(m - 1), whatever the sizes of the batches: deviations within and between batches both count. For weights that
+    `running_mean` becomes the mean of all values that reach a layer, and `running_var` their unbiased variance,
+    M2/(m - 1). Batch sizes do not matter: deviations within and between batches both count. Use it for weights that
     were averaged (EMA, SWA), fine-tuned, pruned or quantized, for running averages that lag, and for data of another
     domain (AdaBN).
 
-    Nothing else of the model changes: dropout and all else stay in evaluation meanwhile; modes, hooks, momentum,
-    other buffers and the random state are put back whatever happens. `num_batches_tracked` is the number of
-    batches afterwards where `momentum=None`, whose average goes on from it, and is left alone otherwise.
+    Nothing else of the model changes. All other layers, such as dropout, are in evaluation meanwhile; modes, hooks,
+    momentum, other buffers and the random state are restored, also after an exception. With `momentum=None`,
+    `num_batches_tracked` becomes the number of batches, from which the average continues; otherwise it is unchanged.
 
     Args:
-        model: Any module. Statistics of `DistributedDataParallel` are those of the module within.
-        data: An iterable of batches: tensors, tuples, lists, dicts, or what `forward` takes. Over several ranks, this
-            rank's share: lengths may differ, and be zero. `passes="sequential"` may read it more than once.
-        only: Which layers: a pattern for their paths such as `"backbone.*"`, several, or a predicate of path and
-            layer. By default all with running statistics but those that are frozen: `FrozenBatchNorm`, and layers in
-            evaluation within a model in training.
-        passes: "single": one pass, where each batch is normalized by its own statistics, as in training.
-            "sequential": layer by layer from the input, each given what the calibrated layers before it put out,
-            which is what it will be given in evaluation.
-        prior: How many samples the former statistics count for: `running ← (prior·former + n·measured)/(prior + n)`
-            with n samples of data, mean and variance alike. 0 replaces them.
-        forward: `forward(model, batch)` calls the model. By default with the tensor; with as many leading parts of a
-            tuple as the model's `forward` requires arguments, so that labels stay out; with the keys of a dict that
-            it names.
-        mask: `mask(batch)` says which values count: booleans, or weights, of shape `[N]`, `[N, *S]` or flattened as
-            the layer's input is, or a dict of such by layer path. Layers that the model calls with `mask=` use that.
-        shared: "pool" gives a module that stands in several places the statistics of all. "separate" puts one for
-            each place, which share weight and bias.
+        model: Any module. For `DistributedDataParallel`, the wrapped module is recalibrated.
+        data: An iterable of batches: tensors, tuples, lists, dicts, or whatever `forward` takes. Over several ranks,
+            this rank's share; lengths may differ, and may be zero. `passes="sequential"` may read it more than once.
+        only: The layers to recalibrate: a pattern for paths such as `"backbone.*"`, several patterns, a class, or a
+            predicate of path and layer. By default all with running statistics except frozen ones: `FrozenBatchNorm`,
+            and layers in evaluation within a model in training.
+        passes: "single" makes one pass, and normalizes each batch by its own statistics, as in training.
+            "sequential" goes layer by layer from the input. Each layer gets the output of the recalibrated layers
+            before it, as it will in evaluation.
+        prior: The number of samples that the former statistics count for, for mean and variance alike:
+            `running ← (prior·former + n·measured)/(prior + n)` with n samples of data. 0 replaces them.
+        forward: `forward(model, batch)` calls the model. By default, the model gets a tensor as it is; of a tuple, as
+            many leading parts as its `forward` requires arguments, so that labels are left out; of a dict, the keys
+            that its `forward` names.
+        mask: `mask(batch)` returns the values that count, as booleans or weights: of shape `[N]`, `[N, *S]` or
+            flattened like the layer's input, or a dict of these by layer path. Layers that the model calls with
+            `mask=` use that one.
+        shared: "pool" gives a module that is used in several places the statistics of all places. "separate" makes a
+            module for each place; they share weight and bias.
         max_samples: Stop after the batch that reaches this many samples (of this rank).
-        device: Where tensors of the batches go; by default to the model's device, if it is on one.
-        autocast: bfloat16 or float16 for `torch.autocast`; by default that which is active.
-        cache_bytes: With "sequential": how many bytes of tensors the forward passes that wait between layers may
-            keep; batches beyond it are computed anew for every layer. 0 keeps none. On the CPU the process can grow by
-            two to three times that, as each waiting pass is a thread, and a thread's freed memory stays with it.
-        process_group: Whose ranks pool their statistics; None for all, where `torch.distributed` is initialized.
-        synchronize: False leaves this process to itself.
+        device: The device that batches are moved to; by default the model's, if it is on one device.
+        autocast: bfloat16 or float16 for `torch.autocast`; by default the active setting.
+        cache_bytes: With "sequential", how many bytes of tensors may be kept by forward passes that wait between
+            layers. Other batches are computed again for every layer. 0 keeps none. On the CPU, the process can grow by
+            two to three times this size: each waiting pass is a thread, which keeps the memory that it freed.
+        process_group: The ranks that pool their statistics; None for all, if `torch.distributed` is initialized.
+        synchronize: Whether to communicate with other ranks at all.
         progress: Whether to show a bar on standard error (needs rich).
-        inplace: Whether to change the model given, instead of a copy. If anything fails it stays as it was.
+        inplace: Whether to change the model itself instead of a copy. It is unchanged if anything fails.
 
     Returns:
         The model, and a `Recalibration`: how far each layer was off, and the moments of every layer and call.
 
     Raises:
         TypeError: data is no iterable of batches, or a batch does not fit the model's `forward`.
-        ValueError: an argument is out of its range; no layer is selected or reached; a layer is given values that are
-            not finite, or just one per channel; data end before the first batch.
-        RuntimeError: another rank failed; every rank's model is as it was.
+        ValueError: an argument is out of range; no layer is selected or reached; a layer gets values that are not
+            finite, or just one per channel; data end before the first batch.
+        RuntimeError: another rank failed; every rank's model is unchanged.
 
-    Numerics: moments are float64; the statistics are those of two-pass float64 rounded once to the buffers' dtype.
+    Numerics: moments are float64. The statistics equal two-pass float64, rounded once to the buffers' dtype.
 
     Source: Wu & Johnson 2021, Rethinking "Batch" in BatchNorm (population statistics); Li et al. 2016, Revisiting
         Batch Normalization for Practical Domain Adaptation (AdaBN); Schneider et al. 2020, Improving robustness
@@ -124,8 +125,8 @@ def recalibrate(
     _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
     check_data(_CALLER, data)
     if not inplace:
-        _select(model, only)  # what is wrong with the arguments, before anything is copied
-        with torch.inference_mode(False):  # whose tensors could not be trained any more
+        _select(model, only)  # fail before anything is copied
+        with torch.inference_mode(False):  # a copy made in inference mode could not be trained
             model = copied(_CALLER, model)
     with ExitStack() as undo:
         if shared == "separate":
@@ -170,8 +171,8 @@ def _check_arguments(
     _checks.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
     if not 0 <= prior < math.inf:
         raise ValueError(
-            f"{_CALLER} expects prior >= 0 and finite, got {prior}. It is how many samples the former statistics count "
-            "for; 0 replaces them."
+            f"{_CALLER} expects prior >= 0 and finite, got {prior}. It is the number of samples that the former "
+            "statistics count for; 0 replaces them."
         )
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"{_CALLER} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
@@ -180,7 +181,7 @@ def _check_arguments(
 
 
 def _separate(model: nn.Module, undo: ExitStack) -> None:
-    """One module for each place of a shared one, with the same parameters and statistics of its own."""
+    """Give each place of a shared module a module of its own, with the same parameters and separate statistics."""
     for found in norm_layers(model):
         for parent, key in found.slots[1:]:
             own = copy.copy(found.module)
@@ -193,12 +194,12 @@ def _separate(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Change]]:
-    """The layers to recalibrate, and those left alone with the reason."""
+    """Return the layers to recalibrate, and the others with the reason."""
     every = norm_layers(model)
     chosen = select(_CALLER, every, only)
     selected, left = [], []
     for found in every:
-        reason = _why_not(model, found.module, named=only is not None)
+        reason = _exclusion(model, found.module, named=only is not None)
         if found not in chosen:
             reason = "not named"
         if reason is None:
@@ -208,13 +209,13 @@ def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Ch
     if not selected:
         raise ValueError(
             f"{_CALLER} expects a model with batch normalization to recalibrate, got {type(model).__name__} "
-            f"where none is ({_listed(left) or 'it has none at all'}). Name frozen layers in only= to include them; "
-            "a network that is scripted or exported has no layers any more, so recalibrate it before."
+            f"where none is ({_listed(left) or 'it has none at all'}). Name frozen layers in only= to include them. "
+            "A scripted or exported network has no layers any more: recalibrate it before that."
         )
     return selected, left
 
 
-def _why_not(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
+def _exclusion(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
     mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
     if mean is None or var is None:
         return "no running mean and variance"
@@ -232,12 +233,12 @@ def _check_same(paths: list[tuple[str, ...]], processes: Processes) -> None:
         if others != paths:
             raise ValueError(
                 f"{_CALLER} expects the same model and layers on every rank, got {len(paths)} layers here and "
-                f"{len(others)} on rank {rank}, or other paths. Build and select alike, or pass synchronize=False."
+                f"{len(others)} on rank {rank}, or other paths. Make them the same, or pass synchronize=False."
             )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    # Their forward speaks to the other ranks, which may have fewer batches, or copies the hooks to replicas.
+    # The forward of these talks to other ranks, which may have fewer batches, or copies the hooks to replicas.
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inner: nn.Module = model.module
         return inner
@@ -245,7 +246,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _settle(found: Found, before: Statistics, rows: Rows, samples: int, prior: float) -> Statistics:
-    """The statistics a layer is to have; a row of which there were no data keeps its own."""
+    """Return the new statistics of a layer; a row without data keeps its own."""
     mean, var = before.mean.clone(), before.var.clone()
     total = sum(moments.count.item() for moments in rows)
     for row, moments in enumerate(rows):
@@ -270,7 +271,7 @@ def _settle(found: Found, before: Statistics, rows: Rows, samples: int, prior: f
         if not values.to(dtype).isfinite().all():
             raise ValueError(
                 f"{_CALLER} expects finite values at every layer, got a {what} that is not finite in {dtype} at "
-                f"{found.path!r}. Look for NaN or overflow in the data or in the layers before it."
+                f"{found.path!r}. Check the data and the layers before it for NaN and overflow."
             )
     return Statistics(mean, var)
 
@@ -298,11 +299,11 @@ def _report(
         shape = running_buffer(found.module, "running_mean").shape
         layer = LayerStatistics(found.paths, rows, calls, *(t.reshape(shape) for t in (*before[number], *now)))
         layers.append(layer)
-        changed.append(Change(found.path, describe(found.module), _moved(layer), _uses(layer)))
+        changed.append(Change(found.path, describe(found.module), _change(layer), _remarks(layer)))
     if not layers:
         raise ValueError(
             f"{_CALLER} expects the data to reach the selected layers, got none that is given values "
-            f"({_listed(left)}). Pass forward= to call the model so that it does, and a mask= that leaves something."
+            f"({_listed(left)}). Pass a forward= that calls them, and a mask= that keeps some values."
         )
     return Recalibration(
         _CALLER, tuple(changed), tuple(left), tuple(layers), passes, measured.batches, measured.samples, ranks,
@@ -314,7 +315,7 @@ def _listed(left: list[Change]) -> str:
     return "; ".join(f"{change.path or '(model)'}: {change.reason}" for change in left)
 
 
-def _moved(layer: LayerStatistics) -> str:
+def _change(layer: LayerStatistics) -> str:
     shift, ratio = layer.shift, layer.ratio
     usable = (layer.var > 0) & (layer.var_before > 0)
     if not usable.any():
@@ -325,7 +326,7 @@ def _moved(layer: LayerStatistics) -> str:
     )
 
 
-def _uses(layer: LayerStatistics) -> str:
+def _remarks(layer: LayerStatistics) -> str:
     parts = []
     if len(layer.paths) > 1:
         parts.append(f"also {', '.join(layer.paths[1:])}")

@@ -1,4 +1,4 @@
-"""What recalibration measured, and how far the statistics were from it."""
+"""The measured statistics of each layer, and how far the former ones were off."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from batchnorm.moments import Moments
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one layer was given, and its statistics before and after.
+    """The measured input of one layer, and its running statistics before and after.
 
     Vectors are float64 `[C]`; `[K, C]` for a layer that keeps statistics of K domains.
 
     Attributes:
         paths: Every place of the layer in the model.
-        moments: Of all the values that the layer was given, over all ranks; one `Moments` for each domain.
-        calls: The same for its first call in a forward pass, its second, and so on: more than one where the layer is
-            used again, and then its statistics are those of all calls together.
-        mean_before: The running mean that was replaced.
-        var_before: The running variance that was replaced.
-        mean: The running mean now: measured, or blended with the former by `prior`.
-        var: The running variance now, unbiased.
+        moments: The moments of all values that reached the layer, over all ranks; one `Moments` for each domain.
+        calls: The same for its first call in a forward pass, its second, and so on. A layer that is called several
+            times gets the statistics of all calls together.
+        mean_before: The former running mean.
+        var_before: The former running variance.
+        mean: The new running mean: measured, or blended with the former one by `prior`.
+        var: The new running variance, unbiased.
     """
 
     paths: tuple[str, ...]
@@ -42,27 +42,27 @@ class LayerStatistics:
 
     @property
     def shift(self) -> Tensor:
-        """How far the mean moved, in standard deviations of now."""
+        """How far the mean moved, in new standard deviations."""
         return (self.mean - self.mean_before).abs() / self.var.sqrt()
 
     @property
     def ratio(self) -> Tensor:
-        """Standard deviation now over that before."""
+        """The new standard deviation over the former one."""
         return (self.var / self.var_before).sqrt()
 
 
 @dataclass(frozen=True)
 class Recalibration(Report):
-    """What `recalibrate` did; prints as a table of the layers, with how far each had been off.
+    """The report of `recalibrate`; prints as a table of the layers, with how far each was off.
 
     Attributes:
-        layers: What each layer that was reached was given, in the model's order.
+        layers: The statistics of each layer that the data reached, in the model's order.
         passes: "single" or "sequential".
-        batches: How many batches were seen, over all ranks.
-        samples: How many samples those held.
-        ranks: How many processes took part.
-        kept: With sequential passes: how many of this process's batches were kept between layers; the others were
-            computed anew for every layer.
+        batches: The number of batches, over all ranks.
+        samples: The number of samples in them.
+        ranks: The number of processes.
+        kept: With sequential passes, how many of this process's forward passes waited between layers; the others
+            started again for every layer.
     """
 
     layers: tuple[LayerStatistics, ...] = ()
@@ -73,14 +73,14 @@ class Recalibration(Report):
     kept: int = 0
 
     def __getitem__(self, path: str) -> LayerStatistics:
-        """The statistics of the layer at this path."""
+        """Return the statistics of the layer at this path."""
         for layer in self.layers:
             if path in layer.paths:
                 return layer
         raise KeyError(path)
 
     def summary(self) -> str:
-        """One line: how many layers, from how much data."""
+        """Return one line with the number of layers and the amount of data."""
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
         passes = "single pass" if self.passes == "single" else "sequential passes"

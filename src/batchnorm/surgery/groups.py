@@ -1,4 +1,4 @@
-"""Which parameters an optimizer decays."""
+"""Parameter groups for an optimizer, with and without weight decay."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the model's parameters in two groups for an optimizer: with weight decay, and without.
 
-    Decay of γ and β of batch normalization makes no network smaller: it pulls activations towards zero instead. On the
-    weights before it decay sets the effective learning rate, as their scale does not matter.
+    Decay of γ and β of batch normalization does not regularize a network: it pulls activations towards zero. Decay of
+    the weights before it sets the effective learning rate, because their scale does not matter.
 
     Args:
-        model: Any module. A parameter that several modules share comes once, without decay where one of them says so.
-        weight_decay: Of the first group; at least 0.
+        model: Any module. A parameter that several modules share is listed once, without decay if one of them is of
+            `kinds`.
+        weight_decay: The weight decay of the first group; at least 0.
         kinds: The modules without decay: a class, a tuple of classes or a predicate. By default batch normalization;
             `(torch.nn.LayerNorm, ...)` or `lambda m: ...` for others.
-        biases: Whether every parameter named `bias` goes without decay too.
+        biases: Whether every parameter named `bias` is excluded from decay too.
 
     Returns:
         `[{"params": ..., "weight_decay": weight_decay}, {"params": ..., "weight_decay": 0.0}]`, in the model's order;
@@ -54,7 +55,7 @@ def parameter_groups(
     if not decayed and not undecayed:
         raise ValueError(
             f"parameter_groups expects a model with parameters, got {type(model).__name__} with none. "
-            "Make the model before the groups."
+            "Create the model's parameters before the groups."
         )
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""Batch normalization in a network that has none, which starts by changing nothing."""
+"""Insert batch normalization into a trained network without changing its output."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ def insert_batchnorm(
     momentum: float | None = 0.1,
     inplace: bool = False,
 ) -> Result[Report]:
-    """Put batch normalization after modules of a trained network, which then computes what it did.
+    """Insert batch normalization after modules of a trained network, without changing what it computes.
 
-    One pass over the data measures the mean μ and the unbiased variance σ² of each module's output; they become the
-    running statistics, with γ = √(σ² + eps) and β = μ. In evaluation the new layer is the identity, to rounding; in
-    training it is it up to how far a batch's statistics are from the data's. A module becomes
+    One pass over the data measures the mean μ and the unbiased variance σ² of each module's output. They become the
+    running statistics, with γ = √(σ² + eps) and β = μ. In evaluation the new layer is the identity up to rounding. In
+    training it differs from the identity as far as a batch's statistics differ from those of the data. A module becomes
     `Sequential(module, BatchNorm)`, and its keys in the `state_dict` begin with `0.`.
 
     Args:
         model: Any module, trained or not.
-        after: Where: a pattern for paths such as `"features.*"`, several, module classes such as `torch.nn.Conv2d`, or
-            a predicate of path and module. What is chosen returns one tensor `[N, C, *S]`.
-        data: An iterable of batches, read once: tensors, tuples (as many leading parts as the model's `forward`
-            requires, so that labels stay out), or dicts; the same data that training goes on with.
-        forward: `forward(model, batch)` calls the model, where that is not enough.
+        after: The modules: a pattern for paths such as `"features.*"`, several patterns, module classes such as
+            `torch.nn.Conv2d`, or a predicate of path and module. Each returns one tensor `[N, C, *S]`.
+        data: An iterable of batches, read once: tensors, tuples (the model gets as many leading parts as its `forward`
+            requires, so that labels are left out), or dicts. Use the data that training continues with.
+        forward: `forward(model, batch)` calls the model in another way.
         eps: As in `BatchNorm`.
         momentum: As in `BatchNorm`.
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model (the new `Sequential`, where the model itself was chosen), and the report.
+        The model (the new `Sequential`, if the model itself was chosen), and the report.
 
     Raises:
         TypeError: model is no module; data are no batches, or do not fit the model's `forward`.
-        ValueError: nothing is chosen, or is not reached by the data; an output is no `[N, C, *S]`, not finite, or of
-            one value per channel; the model does not work, or not the same, with the layers. It is then as it was.
+        ValueError: a pattern matches no module, or no module is chosen; the data do not reach one; an output is not
+            `[N, C, *S]`, not finite, or has one value per channel; the model fails or computes something else with the
+            layers. The model is then unchanged.
 
-    Numerics: moments are float64. γ and β are computed from the statistics as they are stored.
+    Numerics: moments are float64. γ and β are computed from the stored statistics.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -99,7 +100,7 @@ def insert_batchnorm(
 
 
 class _Output:
-    """What a module put out over all the data."""
+    """The moments of a module's output over all the data."""
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
@@ -122,7 +123,7 @@ def _chosen(model: nn.Module, after: Choice) -> list[walk.Found]:
 def _measure(
     model: nn.Module, chosen: list[walk.Found], data: Iterable[Any], forward: Forward | None
 ) -> tuple[dict[nn.Module, _Output], Any, object]:
-    """The output of each chosen module over the data; the first batch, and the model's output for it."""
+    """Return the outputs of the chosen modules over the data, the first batch, and the model's output for it."""
     outputs = {found.module: _Output() for found in chosen}
     paths = {found.module: found.path for found in chosen}
 
@@ -146,7 +147,7 @@ def _measure(
         for handle in handles:
             handle.remove()
     if count == 0:
-        raise ValueError(f"{_VERB} expects data with at least one batch, got none. Make the iterator anew.")
+        raise ValueError(f"{_VERB} expects data with at least one batch, got none. Create the iterator again.")
     return outputs, first, before
 
 
@@ -155,7 +156,7 @@ def _check_output(path: str, module: nn.Module, y: Any) -> None:
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() not in _FOR_DIMS:
         came = f"a tensor {list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(
-            f"{_VERB} expects what is chosen to return one tensor [N, C, *S] with at most three spatial dimensions, "
+            f"{_VERB} expects chosen modules to return one tensor [N, C, *S] with at most three spatial dimensions, "
             f"got {came} from {name}. Choose other modules."
         )
     if isinstance(module, nn.Linear) and y.dim() > 2:
@@ -166,12 +167,12 @@ def _check_output(path: str, module: nn.Module, y: Any) -> None:
 
 
 def _layer(found: walk.Found, output: _Output, eps: float, momentum: float | None) -> nn.Module:
-    """Batch normalization that is the identity for these statistics."""
+    """Return batch normalization that is the identity for these statistics."""
     moments, name = output.moments, f"{found.path or 'the model'} ({type(found.module).__name__})"
     if moments is None:
         raise ValueError(
-            f"{_VERB} expects data that reach what is chosen, got data that do not reach {name}. "
-            "Choose what the model calls, or pass forward= to call it otherwise."
+            f"{_VERB} expects data that reach every chosen module, got data that do not reach {name}. "
+            "Choose modules that the model calls, or pass forward= to call it in another way."
         )
     if moments.count < 2:
         raise ValueError(
@@ -179,8 +180,8 @@ def _layer(found: walk.Found, output: _Output, eps: float, momentum: float | Non
             "more data."
         )
     if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
-        raise ValueError(f"{_VERB} expects finite outputs, got NaN or infinity from {name}. Look at the data first.")
-    # As half precision is trained: its own vectors would round the identity to three digits.
+        raise ValueError(f"{_VERB} expects finite outputs, got NaN or infinity from {name}. Check the data first.")
+    # float32 for half precision too: half-precision vectors would round the identity to three digits.
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     kind: Any = _FOR_DIMS[output.dims]
     layer: nn.Module = kind(len(moments.mean), eps, momentum, device=output.device, dtype=dtype)
@@ -202,7 +203,7 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
             after = (forward or default_forward(_VERB))(model, moved(batch, device_of(model)))
         except Exception as error:
             raise ValueError(
-                f"{_VERB} expects a model that calls what is chosen and takes nothing else of it, got "
+                f"{_VERB} expects a model that only calls the chosen modules, got "
                 f"{type(model).__name__}, which then raised {_checks.in_one_line(error)}. Choose other modules."
             ) from error
     check_unchanged(_VERB, before, after, "Something in it reads a module that was chosen without calling it")

@@ -1,9 +1,8 @@
-"""Biases that batch normalization subtracts again."""
+"""Remove biases that batch normalization subtracts again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +23,7 @@ _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 _VERB = "drop_redundant_bias"
-_DEEPEST = 16  # modules on the way from a layer to what comes before it
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A layer and the module whose bias it subtracts."""
-
-    producer: str
-    norm: str
+_DEEPEST = 16  # modules between a layer and the one before it
 
 
 def drop_redundant_bias(
@@ -41,26 +32,26 @@ def drop_redundant_bias(
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> Result[Report]:
-    """The model without the biases that batch normalization subtracts again.
+    """Remove the biases that batch normalization subtracts again.
 
-    A bias of a convolution or linear layer whose result goes to batch normalization alone moves the batch's mean and
-    nothing else. It is taken out, and the running mean lowered by it, so that the output is the same in both modes.
-    Modules lose the parameter: `bias` is None and no key of the `state_dict`.
+    A bias of a convolution or linear layer whose output only goes to batch normalization has one effect: it moves the
+    batch's mean. It is removed, and the running mean is lowered by it, so that the output is the same in both modes.
+    The module's `bias` becomes None, and is no longer a key of the `state_dict`.
 
     Args:
         model: Any module, not yet in `DistributedDataParallel`.
-        optimizer: Its parameter groups and its state lose the biases too. Needs `inplace=True`.
-        example_inputs: As in `accelerate`. With them linear layers are considered too (batch normalization takes
+        optimizer: The model's optimizer; the biases are removed from its groups and state too. Needs `inplace=True`.
+        example_inputs: As in `accelerate`. With them, linear layers are considered too (batch normalization treats
             `[N, C]` and `[N, L, C]` differently), and the output is compared.
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and the report: which biases were dropped, and which were left and why.
+        The model, and the report: the biases that were removed, and the others with the reason.
 
     Raises:
         TypeError: model is no module.
         ValueError: an optimizer without inplace=True, or for other parameters; the model does not take the example
-            inputs, or its output on them would change; it is in DistributedDataParallel. It is then as it was.
+            inputs, or its output on them would change; it is in DistributedDataParallel. The model is then unchanged.
 
     Numerics: the running mean is computed in float64 and rounded once.
 
@@ -88,10 +79,10 @@ def drop_redundant_bias(
             before, calls = record_calls(_VERB, trial, [f.path for f in layers], inputs)
         pairs, left = _pairs(trial, layers, calls)
 
-    dropped = [_Drop(model.get_submodule(pair.producer), model.get_submodule(pair.norm)) for pair in pairs]
+    dropped = [_Drop(model.get_submodule(producer), model.get_submodule(norm)) for producer, norm in pairs]
     changes = [
-        Change(pair.producer, f"{type(drop.producer).__name__} with bias", "without bias", f"before {pair.norm}")
-        for pair, drop in zip(pairs, dropped, strict=True)
+        Change(producer, f"{type(model.get_submodule(producer)).__name__} with bias", "without bias", f"before {norm}")
+        for producer, norm in pairs
     ]
     report = Report(_VERB, tuple(changes), tuple(left))
     groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
@@ -118,7 +109,7 @@ def drop_redundant_bias(
 
 
 class _Drop:
-    """One bias out of its module, and the running mean lowered by it."""
+    """The removal of one bias from its module, with the running mean lowered by it."""
 
     def __init__(self, producer: nn.Module, norm: nn.Module) -> None:
         self.producer = producer
@@ -147,7 +138,7 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{_VERB} expects a model that is not yet in DistributedDataParallel, got one that is. "
-            "It waits for the gradient of every parameter: drop the biases first, and wrap the model then."
+            "It waits for the gradient of every parameter: drop the biases first, then wrap the model."
         )
     if optimizer is None:
         return
@@ -166,13 +157,13 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
 
 def _pairs(
     model: nn.Module, layers: list[walk.Found], calls: dict[str, Inputs] | None
-) -> tuple[list[_Pair], list[Change]]:
-    """Every bias that does nothing, and those of which it cannot be said."""
-    pairs: list[_Pair] = []
+) -> tuple[list[tuple[str, str]], list[Change]]:
+    """Return the paths of each module with a redundant bias and of the layer after it, and the undecided ones."""
+    pairs: list[tuple[str, str]] = []
     left: list[Change] = []
     for layer in layers:
         try:
-            producer = _before(model, layer.path, calls)
+            producer = _producer_of(model, layer.path, calls)
         except Untraceable as reason:
             name = type(layer.module).__name__
             left.append(Change.unchanged(layer.path, name, str(reason)))
@@ -184,14 +175,14 @@ def _pairs(
             name = f"{type(module).__name__} with bias"
             left.append(Change.unchanged(producer, name, why))
         else:
-            pairs.append(_Pair(producer, layer.path))
+            pairs.append((producer, layer.path))
     return pairs, left
 
 
 def _why_kept(
     model: nn.Module, producer: str, module: nn.Module, layer: walk.Found, calls: dict[str, Inputs] | None
 ) -> str:
-    """Why a bias before a layer stays; empty where it does nothing."""
+    """Return the reason to keep a bias before a layer; empty if the bias is redundant."""
     bias = module._parameters.get("bias")
     if bias is None:
         return "its bias is computed from other parameters"
@@ -205,20 +196,20 @@ def _why_kept(
         return "the layer after it has other channels"
     if isinstance(module, nn.Linear):
         if calls is None:
-            return "whether its output is [N, C] or [N, L, C] shows with example_inputs only"
+            return "only example_inputs show whether its output is [N, C] or [N, L, C]"
         call = calls.get(layer.path)
         if call is None or not call.args or call.args[0].dim() != 2:
-            return "its output is not seen to be [N, C], where its features are the layer's channels"
+            return "its output is not [N, C] in the example, where its features would be the layer's channels"
     return ""
 
 
-def _before(model: nn.Module, norm: str, calls: dict[str, Inputs] | None) -> str | None:
-    """The path of the convolution or linear layer whose result goes to a layer alone; None where there is none."""
+def _producer_of(model: nn.Module, norm: str, calls: dict[str, Inputs] | None) -> str | None:
+    """Return the path of the convolution or linear layer whose output only goes to this layer, or None."""
     layer = model.get_submodule(norm)
     holder, inner = caller_of(model, norm), list[str]()
     for _ in range(_DEEPEST):
         if holder is None:
-            return None  # the model's own input comes before
+            return None  # the layer gets the model's input
         root = model.get_submodule(holder)
         try:
             graph = _graph(model, holder, inner, calls)
@@ -237,8 +228,8 @@ def _before(model: nn.Module, norm: str, calls: dict[str, Inputs] | None) -> str
             if _is_plain(module):
                 if getattr(module, "bias", None) is None:
                     return None
-                if not _alone(graph, root, value):
-                    raise Untraceable(f"the bias of {path} goes to more places than it")
+                if not _has_one_use(graph, root, value):
+                    raise Untraceable(f"the bias of {path} has other uses too")
                 return path
             if next(module.children(), None) is None:
                 return None  # an activation, a pooling
@@ -254,7 +245,7 @@ def _graph(model: nn.Module, holder: str, inner: list[str], calls: dict[str, Inp
 
 
 def _input_of(call: fx.Node, root: nn.Module) -> fx.Node:
-    """Whose result a layer is given, but for identities."""
+    """Return the node whose output the layer gets, without identities in between."""
     node = call
     while node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -273,8 +264,8 @@ def _is_plain(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and own is kind.forward for kind in kinds)
 
 
-def _alone(graph: fx.Graph, root: nn.Module, call: fx.Node) -> bool:
-    """Whether the module is called once, its result has one user, and its parameters are not used otherwise."""
+def _has_one_use(graph: fx.Graph, root: nn.Module, call: fx.Node) -> bool:
+    """Whether the module is called once, its output has one user, and its parameters have no other use."""
     module = root.get_submodule(call.target)  # type: ignore[arg-type]
     others = [n for n in graph.nodes if n.op == "call_module" and root.get_submodule(n.target) is module]
     read = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{call.target}.")]
@@ -289,7 +280,7 @@ def _joined(holder: str, path: Any) -> str:
 
 
 def _forget(optimizer: torch.optim.Optimizer, biases: list[nn.Parameter]) -> None:
-    """Take parameters out of an optimizer's groups and state; the groups stay, as schedulers count them."""
+    """Remove parameters from an optimizer's groups and state; empty groups stay, because schedulers count them."""
     gone = {id(bias) for bias in biases}
     for group in optimizer.param_groups:
         kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]

@@ -434,7 +434,7 @@ def test_a_function_makes_what_it_likes() -> None:
     assert torch.equal(new[1].weight, model[1].weight)
     assert not new[1].training
     kept = convert(model, to=lambda layer: layer).report
-    assert [c.reason for c in kept.left] == ["the function gave it back"] * 2
+    assert [c.reason for c in kept.left] == ["the function returned it"] * 2
     with pytest.raises(TypeError, match=r"the function given as `to` to return a torch.nn.Module, got int"):
         convert(model, to=lambda layer: 3)
 

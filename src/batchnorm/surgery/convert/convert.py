@@ -1,4 +1,4 @@
-"""Another normalization in place of batch normalization, throughout a model that already exists."""
+"""Replace the batch normalization of an existing model by another normalization."""
 
 from __future__ import annotations
 
@@ -28,38 +28,39 @@ _RANKS = ("1d", "2d", "3d")
 def convert(
     model: nn.Module, to: Target, *, only: Choice | None = None, inplace: bool = False, **options: Any
 ) -> Result[Report]:
-    """Put another normalization in place of the model's batch normalization.
+    """Replace the model's batch normalization by another normalization.
 
-    Parameters and buffers that mean the same are carried over, the parameters being the same objects, so that an
-    optimizer goes on with them. So are modes, hooks (and their handles), parametrizations, devices, dtypes,
-    `requires_grad`, and absent weights, biases and running statistics. A layer that is in several places stays one
-    layer. What is made of a layer remembers it: converting back gives the layer as it was, with the state as it is.
+    Parameters and buffers with the same meaning are kept; the parameters are the same objects, so that an optimizer
+    can continue with them. Modes, hooks and their handles, parametrizations, devices, dtypes and `requires_grad` are
+    kept as well, as are absent weights, biases and running statistics. A layer that is used in several places stays
+    one layer. A new layer remembers the one that it replaced: converting back restores it, with the current state.
 
-    A layer of which something would be lost is left as it is, and the report says why: a subclass with a `forward` of
-    its own (such as one that holds an activation), other parameters, or statistics that the other class cannot hold.
+    A layer that would lose something is left unchanged, and the report says why: a subclass with its own `forward`
+    (such as one with an activation), other parameters, or statistics that the new class cannot hold.
 
     Args:
         model: Any module; it may itself be such a layer.
-        to: What to put there: a class of this library or of torch (`BatchRenorm` and `BatchRenorm2d` mean the same
-            for a `BatchNorm2d`; `torch.nn.GroupNorm`, `LayerNorm`, `InstanceNorm2d`, `Identity` too), its name, a
-            module (`torch.nn` or `batchnorm.nn`: the class of that name there, so `torch.nn` leads back), or a function
-            that is given the layer and makes another.
-        only: Which layers: a pattern for their paths such as `"layer4.*"`, several, or a predicate of path and layer.
-        inplace: Change the model itself, instead of a copy.
-        **options: Arguments of the class, such as `ghost_size=16` or `momentum=0.01`; those of the layer otherwise.
+        to: The replacement: a class of this library or of torch, its name, a module, or a function that gets the layer
+            and returns another. `BatchRenorm` and `BatchRenorm2d` mean the same for a `BatchNorm2d`;
+            `torch.nn.GroupNorm`, `LayerNorm`, `InstanceNorm2d` and `Identity` work too. A module, `torch.nn` or
+            `batchnorm.nn`, stands for its class of the same name, so that `torch.nn` converts back.
+        only: The layers to replace: a pattern for paths such as `"layer4.*"`, several patterns, a class, or a
+            predicate of path and layer.
+        inplace: Whether to change the model itself instead of a copy.
+        **options: Arguments of the class, such as `ghost_size=16` or `momentum=0.01`. Others are taken from the layer.
 
     Returns:
-        The model (the new layer, where the model is a layer itself), and what was changed and left.
+        The model (the new layer, if the model is a layer itself), and the report.
 
     Raises:
-        TypeError: `to` is nothing of these; an option that the class does not have, or one that it needs is missing.
-        ValueError: a pattern that matches no layer; options that the class refuses for every layer; a scripted model.
-            The model is then as it was.
+        TypeError: `to` is none of these; the class does not have an option, or requires one that is missing.
+        ValueError: a pattern matches no layer; the class rejects the options for every layer; the model is scripted.
+            The model is then unchanged.
 
-    `LayerNorm` becomes `GroupNorm(1, C)`, which is layer normalization over channels and positions with weight and
-    bias for each channel. `GroupNorm` takes the largest number of groups up to 32 that divides C, unless
-    `num_groups` is given. `InstanceNorm1d` takes `[N, C, L]` only. These, and `Identity`, keep no running statistics,
-    and do not lead back.
+    `LayerNorm` becomes `GroupNorm(1, C)`: layer normalization over channels and positions, with weight and bias for
+    each channel. `GroupNorm` uses the largest number of groups up to 32 that divides C, unless `num_groups` is given.
+    `InstanceNorm1d` takes `[N, C, L]` only. These classes and `Identity` keep no running statistics, and cannot be
+    converted back.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -92,7 +93,7 @@ def replace_layers(
     kinds: walk.Kinds = walk.is_batch_norm,
     finish: Callable[[nn.Module], object] | None = None,
 ) -> Result[Report]:
-    """Replace each chosen layer by what `choose` makes for it: all of them, or by an exception none.
+    """Replace each chosen layer by the result of `choose`: all layers, or none if an exception is raised.
 
     `finish` is called with the model afterwards, and may change the classes of its modules.
     """
@@ -103,24 +104,21 @@ def replace_layers(
     if not inplace:
         model = walk.copied(caller, model)
     planned: list[tuple[walk.Found, Replacement, Change]] = []
-    left: list[Change] = []
-    refused: list[Refused] = []
+    excluded: list[tuple[Change, Unconvertible]] = []
     for found in select(caller, walk.norm_layers(model, kinds), only):
         was = describe(found.module)
         try:
             replacement.check_plain(found.module)
             made = choose(found)
         except Unconvertible as reason:
-            left.append(Change.unchanged(found.path, was, str(reason)))
-            refused += [reason] if isinstance(reason, Refused) else []
+            excluded.append((Change.unchanged(found.path, was, str(reason)), reason))
             continue
         reasons = [made.reason] * bool(made.reason) + [f"also at {path}" for path in found.paths[1:]]
         planned.append((found, made, Change(found.path, was, describe(made.new), "; ".join(reasons))))
-    if refused and len(refused) == len(left) and not planned:
-        raise ValueError(f"{caller} cannot change any layer; {left[0].path or 'the model'}: {refused[0]}") from refused[
-            0
-        ]
-    report = Report(caller, tuple(change for *_, change in planned), tuple(left))
+    if excluded and not planned and all(isinstance(reason, Refused) for _, reason in excluded):
+        first, cause = excluded[0]
+        raise ValueError(f"{caller} cannot change any layer; {first.path or 'the model'}: {cause}") from cause
+    report = Report(caller, tuple(change for *_, change in planned), tuple(change for change, _ in excluded))
     with replacement.undone_on_failure(model, [(found, made) for found, made, _ in planned]):
         for found, made, _ in planned:
             model = made.commit(model, found)
@@ -134,7 +132,7 @@ def _check_target(to: object) -> None:
     if not known and (isinstance(to, type) or not callable(to)):
         raise TypeError(
             f"convert expects `to` to be a class of normalization, its name, torch.nn or batchnorm.nn, or a function "
-            f"that is given the layer, got {to!r}. For a class of your own pass lambda layer: Mine(layer.num_features)."
+            f"of the layer, got {to!r}. For a class of your own pass lambda layer: Mine(layer.num_features)."
         )
     named = (getattr(place, f"{to}{rank}", None) for place in (batchnorm.nn, nn) for rank in ("", *_RANKS))
     if isinstance(to, str) and not any(isinstance(found, type) for found in named):
@@ -168,7 +166,7 @@ def _is_of(kind: type, namespace: ModuleType) -> bool:
 
 
 def rank_of(layer: nn.Module) -> str:
-    """The rank that the layer takes, "1d", "2d" or "3d"; "" where it takes any, and came from none that did not."""
+    """Return the rank that the layer takes, "1d", "2d" or "3d", or that of the layer it replaced; "" for any rank."""
     for cls in class_of(layer).__mro__:
         name = vars(cls).get("layer_name", cls.__name__)
         if cls.__module__.startswith(("torch.", "batchnorm.")) and issubclass(cls, _NormBase) and name[-2:] in _RANKS:
@@ -178,7 +176,7 @@ def rank_of(layer: nn.Module) -> str:
 
 
 def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType) -> type[nn.Module]:
-    """The class that is meant for this layer: of its rank, lazy if it is."""
+    """Return the class that `to` means for this layer: of the layer's rank, and lazy if the layer is."""
     rank = rank_of(old)
     lazy = isinstance(old, nn.modules.lazy.LazyModuleMixin)
     if isinstance(to, ModuleType):

@@ -1,4 +1,4 @@
-"""Batch normalization that stops moving, and moves again."""
+"""Freeze the statistics of batch normalization, and unfreeze them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from batchnorm.surgery.convert.replacement import Replacement, Unconvertible
 def freeze(
     model: nn.Module, *, only: Choice | None = None, trainable_affine: bool = False, inplace: bool = False
 ) -> Result[Report]:
-    """Let the model's batch normalization use its running statistics in training too, and no longer move them.
+    """Make the model's batch normalization use its running statistics in training too, without updating them.
 
-    Each layer, torch's own or of this library, becomes a `FrozenBatchNorm` of its rank, as by `convert`:
-    `model.train()` does not wake it. `unfreeze` gives the same layers back.
+    Each layer, of torch or of this library, becomes a `FrozenBatchNorm` of its rank, as `convert` would make it.
+    `model.train()` does not change that. `unfreeze` restores the same layers.
 
     Args:
         model: Any module.
-        only: Which layers, as in `convert`.
-        trainable_affine: Whether γ and β are trained on, those that were.
-        inplace: Change the model itself, instead of a copy.
+        only: The layers to freeze, as in `convert`.
+        trainable_affine: Whether γ and β continue to train, where they did.
+        inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and what was changed and left: without running statistics, or with more in them than a frozen layer
-        can do.
+        The model, and the report. Layers are left that have no running statistics, or do more than a frozen layer can.
 
     Raises:
-        ValueError: a pattern that matches no layer; no layer can be frozen. The model is then as it was.
+        ValueError: a pattern matches no layer; no layer can be frozen. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -47,8 +46,8 @@ def freeze(
     def choose(found: walk.Found) -> Replacement:
         layer = found.module
         if isinstance(layer, FrozenLayer):
-            with_affine = f", with trainable_affine={layer.trainable_affine}: unfreeze it first to change that"
-            raise Unconvertible("it is frozen already" + with_affine * (layer.trainable_affine != trainable_affine))
+            affine = f", with trainable_affine={layer.trainable_affine}: unfreeze it first to change that"
+            raise Unconvertible("it is frozen already" + affine * (layer.trainable_affine != trainable_affine))
         options = {"trainable_affine": trainable_affine}
         return replacement.make(layer, class_for(layer, FrozenBatchNorm), options, found.path)
 
@@ -56,21 +55,21 @@ def freeze(
 
 
 def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
-    """Give the model's frozen layers back what they were: class, options, momentum, and which parameters are trained.
+    """Restore the model's frozen layers: class, options, momentum, and which parameters are trained.
 
-    What was set since is kept: a momentum, `requires_grad`, the mode, values loaded from a checkpoint. A layer that
-    was made as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β.
+    Changes since then are kept: momentum, `requires_grad`, mode, values loaded from a checkpoint. A layer that was
+    created as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β.
 
     Args:
         model: Any module.
-        only: Which layers, as in `convert`.
-        inplace: Change the model itself, instead of a copy.
+        only: The layers to restore, as in `convert`.
+        inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and what was changed and left.
+        The model, and the report.
 
     Raises:
-        ValueError: a pattern that matches no frozen layer. The model is then as it was.
+        ValueError: a pattern matches no frozen layer. The model is then unchanged.
 
     Examples:
         >>> from batchnorm.nn import FrozenBatchNorm2d

@@ -1,4 +1,4 @@
-"""One layer in place of another: made like it, with everything carried over, and able to go back."""
+"""Make a layer that replaces another, with its state, settings and hooks, and with a way back."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from batchnorm import walk
 from batchnorm.models.report import describe
 from batchnorm.nn.layer import NormLayer
 
-# What has the same meaning in every batch normalization that has it.
+# Parameters and buffers with the same meaning in every batch normalization that has them.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 SETTINGS = ("momentum", "eps", "track_running_stats", "update_running_stats", "on_nonfinite")
 
 _ORIGIN = "_converted_from"
 _MISSING: Any = object()
-# What a subclass may have of its own without doing anything else in a call.
+# Members that a subclass may define without changing its `forward`.
 _HARMLESS = {"_check_input_dim", "extra_repr", "reset_parameters", "layer_name", "cls_to_become"}
 _MATTERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 
 
 class Unconvertible(Exception):
-    """Why a layer is left as it is, said about the layer."""
+    """A layer cannot be replaced; the message is the reason, as a clause about the layer."""
 
 
 class Refused(Unconvertible):
-    """The same, where a constructor refused the options that it was given."""
+    """The new class rejected the options that it was given."""
 
 
 @dataclass
 class Origin:
-    """The layer that another was made from, with the settings of both at that time."""
+    """The layer that was replaced, with the settings of both layers at that time."""
 
     layer: nn.Module
     before: dict[str, Any]
@@ -49,7 +49,7 @@ class Origin:
 
 @dataclass
 class Replacement:
-    """What takes a layer's place. Until `commit` nothing of the model is changed."""
+    """A new layer for the place of another. Nothing in the model changes before `commit`."""
 
     new: nn.Module
     settings: dict[str, Any]
@@ -57,7 +57,7 @@ class Replacement:
     reason: str = ""
 
     def commit(self, model: nn.Module, found: walk.Found) -> nn.Module:
-        """Put it in every place of the layer, and return the model."""
+        """Put the new layer in every place of the old one, and return the model."""
         for name, value in self.settings.items():
             if name in STATE:
                 for parameter, trains in zip(_parameters_of(self.new, name), value, strict=True):
@@ -73,7 +73,7 @@ class Replacement:
         return walk.replace(model, found, self.new)
 
     def withdraw(self, found: walk.Found) -> None:
-        """Put the layer back into its places, committed or not."""
+        """Put the old layer back into its places, whether committed or not."""
         for parent, key in found.slots:
             parent._modules[key] = found.module
         _own_hooks(found.module)
@@ -81,7 +81,7 @@ class Replacement:
 
 @contextmanager
 def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Replacement]]) -> Iterator[None]:
-    """Withdraw the replacements where an exception ends the block; classes and required gradients are as before too."""
+    """Withdraw the replacements if the block raises, and restore classes and which parameters require gradients."""
     required = [(p, p.requires_grad) for p in model.parameters()]
     classes = [(module, type(module)) for module in model.modules()]
     try:
@@ -97,7 +97,7 @@ def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Repl
 
 
 def _own_hooks(layer: nn.Module) -> None:
-    """Hooks that hold the module that they were registered at hold this one, which took its place."""
+    """Let hooks that refer to the module they were registered at refer to this one, which replaced it."""
     for hooks in (h for n, h in vars(layer).items() if "_hooks" in n and isinstance(h, dict)):
         for hook in hooks.values():
             if getattr(hook, "with_module", False):
@@ -105,12 +105,12 @@ def _own_hooks(layer: nn.Module) -> None:
 
 
 def origin_of(layer: nn.Module) -> Origin | None:
-    """What the layer was made from, if it was."""
+    """Return the layer that this one replaced, if any."""
     return vars(layer).get(_ORIGIN)
 
 
 def settings_of(layer: nn.Module) -> dict[str, Any]:
-    """What a user may set on a layer, and which parameters require gradients."""
+    """Return the settings that a user can change on a layer, and which of its parameters require gradients."""
     held = {name: getattr(layer, name, getattr(NormLayer, name, None)) for name in SETTINGS}
     for name in ("weight", "bias"):
         held[name] = [p.requires_grad for p in _parameters_of(layer, name)]
@@ -118,7 +118,7 @@ def settings_of(layer: nn.Module) -> dict[str, Any]:
 
 
 def check_plain(layer: nn.Module) -> None:
-    """Raise Unconvertible where the layer does or holds more than its known class: it would be lost."""
+    """Raise Unconvertible if the layer does or holds more than its known class: that would be lost."""
     kind = walk.class_of(layer)
     for cls in kind.__mro__:
         if _is_known(cls):
@@ -140,11 +140,11 @@ def check_plain(layer: nn.Module) -> None:
 
 
 def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: str) -> Replacement:
-    """Return a new layer of this class in place of `old`.
+    """Return a new layer of this class for the place of `old`.
 
     Raises:
-        Unconvertible: something of the layer would be lost, or the class refuses it.
-        TypeError: an option that the class does not have, or one that it needs is missing.
+        Unconvertible: something of the layer would be lost, or the class rejects its settings.
+        TypeError: the class does not have an option, or requires one that is missing.
     """
     lazy = any(is_lazy(t) for t in (*old.parameters(), *old.buffers()))
     batch_norm = walk.is_batch_norm_class(kind)
@@ -164,17 +164,17 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
         if not batch_norm or name in options:
             del settings[name]
     for name in ("weight", "bias"):
-        # What is made not to train (as frozen) does not train; what did not train before does not either.
+        # A parameter trains only if it did before and the new class trains it.
         settings[name] = [trains and all(made[name]) for trains in settings[name]]
     ours = kind.__module__.startswith("batchnorm.")
     return Replacement(new, settings, Origin(old, settings_of(old), {}) if ours and batch_norm and not lazy else None)
 
 
 def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Replacement | None:
-    """Return the layer of a wanted class that this one was made from, with this one's state; None, if there is none."""
+    """Return the layer of a wanted class that this one replaced, with this one's state; None if there is none."""
     settings, current = settings_of(layer), layer
     while (origin := origin_of(current)) is not None:
-        # What was set since is kept; what the conversion itself had changed goes back.
+        # Keep what was set since; undo what the conversion itself changed.
         settings = {k: v if settings[k] == origin.made[k] else settings[k] for k, v in origin.before.items()}
         current = origin.layer
         if wanted(walk.class_of(current)):
@@ -193,7 +193,7 @@ def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Repl
 
 
 def from_function(old: nn.Module, function: Callable[[nn.Module], nn.Module]) -> Replacement:
-    """Return what a user's function makes in place of `old`; weight and bias of the same shape are carried over."""
+    """Return the layer that a user's function makes in place of `old`, with its weight and bias where shapes agree."""
     new = function(old)
     if not isinstance(new, nn.Module):
         raise TypeError(
@@ -201,7 +201,7 @@ def from_function(old: nn.Module, function: Callable[[nn.Module], nn.Module]) ->
             "It is called with the layer to replace."
         )
     if new is old:
-        raise Unconvertible("the function gave it back")
+        raise Unconvertible("the function returned it")
     for name in ("weight", "bias"):
         theirs, ours = old._parameters.get(name), new._parameters.get(name)
         if theirs is not None and ours is not None and theirs.shape == ours.shape:
@@ -219,7 +219,7 @@ def _parametrized(layer: nn.Module) -> set[str]:
 
 
 def _parameters_of(layer: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameter of this name, or those that its parametrization makes it from."""
+    """Return the parameter of this name, or the parameters that its parametrization computes it from."""
     if name in _parametrized(layer):
         return list(layer.parametrizations[name].parameters())  # type: ignore[index,union-attr]
     parameter = layer._parameters.get(name)
@@ -229,7 +229,7 @@ def _parameters_of(layer: nn.Module, name: str) -> list[nn.Parameter]:
 def _arguments(
     old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: str, *, batch_norm: bool
 ) -> dict[str, Any]:
-    """What the class is constructed with: the layer's own arguments, what else both have, and the options."""
+    """Return the constructor's arguments: the layer's settings, other attributes that both have, and the options."""
     signature = inspect.signature(kind)
     unknown = [name for name in options if name not in signature.parameters]
     if unknown:
@@ -257,7 +257,7 @@ def _arguments(
         given["num_groups"] = max((n for n in range(1, 33) if size % n == 0), default=1)
     for name in signature.parameters:
         if batch_norm and name not in given and name != "bias":
-            # A layer without the attribute is one with the default of all layers: no activation, above all.
+            # A layer without the attribute has the default of all layers: above all, no activation.
             value = getattr(old, name, getattr(NormLayer, name, _MISSING))
             if value is not _MISSING and not isinstance(value, Tensor) and not inspect.ismethod(value):
                 given[name] = value
@@ -279,7 +279,7 @@ def _construct(old: nn.Module, kind: type[nn.Module], arguments: dict[str, Any])
 
 
 def _carry_state(old: nn.Module, new: nn.Module, names: tuple[str, ...]) -> None:
-    """Give `new` the very parameters and buffers of `old`; where its shapes differ, their values."""
+    """Give `new` the parameters and buffers of `old` themselves, or their values where its shapes differ."""
     values: dict[str, Tensor] = {}
     parametrized = _parametrized(old)
     for name in names:
@@ -290,7 +290,7 @@ def _carry_state(old: nn.Module, new: nn.Module, names: tuple[str, ...]) -> None
             if name in new._parameters:
                 new._parameters[name] = None
         elif ours is not None and (is_lazy(theirs) or theirs.shape == ours.shape):
-            if name in parametrized:  # transferred below, over a tensor like it
+            if name in parametrized:  # transferred below, onto a tensor of the same shape
                 if name in new._parameters:
                     new._parameters[name] = nn.Parameter(theirs.detach().clone())
                 continue
@@ -316,7 +316,7 @@ def _common_row(name: str, rows: Tensor) -> Tensor:
 
 
 def _load(new: nn.Module, values: dict[str, Tensor]) -> None:
-    """Load values through the class's own reading of a checkpoint, with their dtypes and devices."""
+    """Load values as from a checkpoint, with their dtypes and devices."""
     for name, value in values.items():
         tensor = getattr(new, name, None)
         if tensor is None or (tensor.dtype, tensor.device) == (value.dtype, value.device):
@@ -332,7 +332,7 @@ def _load(new: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks of `old`: the same dictionaries, so that handles go on removing them."""
+    """Give `new` the hooks of `old`: the same dictionaries, so that the handles still remove them."""
     for name, theirs in vars(old).items():
         ours = vars(new).get(name)
         if "_hooks" not in name or not isinstance(theirs, dict) or ours is None or ours is theirs:
@@ -346,7 +346,7 @@ def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def _move_rest(layer: nn.Module) -> None:
-    """Buffers that only this class has, to where the others are by now."""
+    """Move the buffers that only this class has to the current device of the others."""
     devices = [t.device for name in STATE if (t := getattr(layer, name, None)) is not None]
     for name, buffer in layer._buffers.items():
         if buffer is not None and name not in STATE and devices and buffer.device != devices[0]:
@@ -356,5 +356,5 @@ def _move_rest(layer: nn.Module) -> None:
 
 
 def is_norm_class(kind: object) -> bool:
-    """Whether it is a class that `make` can construct."""
+    """Whether `make` can construct this class."""
     return isinstance(kind, type) and issubclass(kind, (_NormBase, nn.GroupNorm, nn.Identity))
