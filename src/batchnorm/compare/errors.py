@@ -1,6 +1,8 @@
-"""The exception that `batchnorm.compare` raises for a user's mistake."""
+"""The exception for a user's mistake, and the check that raises it most often."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class ComparisonError(ValueError):
@@ -13,3 +15,13 @@ class ComparisonError(ValueError):
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+def check_among(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Check that an argument is one of the allowed values.
+
+    Raises:
+        ComparisonError: If it is not.
+    """
+    if value not in allowed:
+        raise ComparisonError(f"{name} must be among {', '.join(allowed)}, got {value!r}. Choose from these.")

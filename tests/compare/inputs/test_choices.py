@@ -57,7 +57,7 @@ def test_files_are_named_after_the_whole_choice():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"placement": ("over",)}, r"placement must be among before, after \(the activation\), got 'over'"),
+        ({"placement": ("over",)}, r"placement must be among before, after, got 'over'"),
         ({"norm": ("batch:x", "batch x")}, "choices must differ in letters and digits"),
         ({"lr": (0.1, 0.1 + 1e-12)}, "choices must differ in letters and digits"),
     ],

@@ -149,7 +149,7 @@ def test_the_placement_decides_the_order():
 
 
 def test_an_unknown_placement_is_refused():
-    with pytest.raises(ComparisonError, match=r"placement must be before or after \(the activation\), got 'behind'"):
+    with pytest.raises(ComparisonError, match=r"placement must be among before, after, got 'behind'"):
         norms.parse("batch", "behind")
 
 

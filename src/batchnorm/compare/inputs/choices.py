@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.errors import ComparisonError, check_among
 from batchnorm.compare.inputs.norms import PLACEMENTS
 
 
@@ -52,11 +52,7 @@ class Grid:
     def __post_init__(self) -> None:
         """Check the placements, and that the names of the runs' files differ."""
         for placement in self.placement:
-            if placement not in PLACEMENTS:
-                raise ComparisonError(
-                    f"placement must be among {', '.join(PLACEMENTS)} (the activation), got {placement!r}. Choose from "
-                    "these."
-                )
+            check_among("placement", placement, PLACEMENTS)
         stems = [choice.file_stem.lower() for choice in self.choices]
         for choice, stem in zip(self.choices, stems, strict=True):
             if stems.count(stem) > 1:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.errors import ComparisonError, check_among
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.decorrelated import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 from batchnorm.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
@@ -31,7 +31,6 @@ PLACEMENTS = ("before", "after")
 class Kind:
     """One entry of the registry."""
 
-    name: str
     build: Build
     title: str
     replaces_bias: bool
@@ -79,7 +78,7 @@ def register(
     """
     if name in _REGISTRY or not name or any(mark in name for mark in ",: "):
         raise ValueError(f"a norm needs a free name without commas, colons and spaces, got {name!r}. Choose another.")
-    _REGISTRY[name] = Kind(name, build, title, replaces_bias, trial, target, positional)
+    _REGISTRY[name] = Kind(build, title, replaces_bias, trial, target, positional)
 
 
 def names() -> tuple[str, ...]:
@@ -120,10 +119,7 @@ class Norm:
 
     def __post_init__(self) -> None:
         """Check the placement."""
-        if self.placement not in PLACEMENTS:
-            raise ComparisonError(
-                f"placement must be before or after (the activation), got {self.placement!r}. Choose one of them."
-            )
+        check_among("placement", self.placement, PLACEMENTS)
 
     @property
     def replaces_bias(self) -> bool:

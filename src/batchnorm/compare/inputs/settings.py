@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.errors import ComparisonError, check_among
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 
@@ -58,7 +58,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the target accuracy; the other arguments are checked where they are used."""
-        check_target(self.target_accuracy)
+        if not 0 < self.target_accuracy <= 1:
+            raise ComparisonError(
+                f"target_accuracy must be above 0 and at most 1, got {self.target_accuracy!r}. Write 0.95 for 95 %."
+            )
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Settings:
@@ -146,24 +149,13 @@ def check_length(samples: int, batch_sizes: Iterable[int], epochs: int | None, s
             )
 
 
-def check_target(accuracy: float) -> None:
-    """Check the test accuracy to reach.
-
-    Raises:
-        ComparisonError: If it is not above 0 and at most 1.
-    """
-    if not 0 < accuracy <= 1:
-        raise ComparisonError(f"target_accuracy must be above 0 and at most 1, got {accuracy!r}. Write 0.95 for 95 %.")
-
-
 def learning_rates(optimizer: str, lr: float | Iterable[float] | None) -> tuple[float, ...]:
     """Return the learning rates, or the optimizer's default if none is given.
 
     Raises:
         ComparisonError: If there is no such optimizer, or a rate is not positive.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ComparisonError(f"optimizer must be among {', '.join(OPTIMIZERS)}, got {optimizer!r}. Choose from these.")
+    check_among("optimizer", optimizer, OPTIMIZERS)
     default = OPTIMIZERS[optimizer].lr
     if lr is None:
         return (default,)

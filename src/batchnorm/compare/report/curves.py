@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.compare.records import Histogram, Run
+from batchnorm.compare.records import Evaluation, Histogram, Run
 from batchnorm.compare.report.summary import Outcome
 
 VALUE_BINS = 64
@@ -42,14 +42,14 @@ class Point:
 Values = Callable[[Run], dict[int, tuple[float, float | None]]]  # seconds and value of a quantity, by step
 
 
-def test_accuracy(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and test accuracy by step."""
-    return {e.step: (e.train_seconds, e.test_accuracy) for e in run.evaluations}
+def evaluated(value: Callable[[Evaluation], float | None]) -> Values:
+    """Return a function that gives seconds and a value of each evaluation by step."""
+    return lambda run: {e.step: (e.train_seconds, value(e)) for e in run.evaluations}
 
 
-def test_loss(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and test loss by step."""
-    return {e.step: (e.train_seconds, e.test_loss) for e in run.evaluations}
+test_accuracy = evaluated(lambda e: e.test_accuracy)
+test_loss = evaluated(lambda e: e.test_loss)
+gap = evaluated(lambda e: None if e.train_accuracy is None else e.train_accuracy - e.test_accuracy)
 
 
 def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
@@ -62,14 +62,6 @@ def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
             found[evaluation.step] = (evaluation.train_seconds, statistics.fmean(losses))
         begin = evaluation.step
     return found
-
-
-def gap(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and training accuracy minus test accuracy, by step."""
-    return {
-        e.step: (e.train_seconds, None if e.train_accuracy is None else e.train_accuracy - e.test_accuracy)
-        for e in run.evaluations
-    }
 
 
 def gradient_norm(run: Run) -> dict[int, tuple[float, float | None]]:

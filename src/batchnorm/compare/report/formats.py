@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from batchnorm.compare.errors import ComparisonError
+from batchnorm.compare.errors import check_among
 
 EXTRAS = ("jinja2", "matplotlib", "rich", "scipy")
 RECORDS = ("jsonl", "parquet")
@@ -18,8 +18,7 @@ def check_formats(records: str, tensorboard: bool) -> None:
         ModuleNotFoundError: If a package is missing.
     """
     _require(EXTRAS, "a comparison", "compare")
-    if records not in RECORDS:
-        raise ComparisonError(f"records must be among {', '.join(RECORDS)}, got {records!r}. Choose from these.")
+    check_among("records", records, RECORDS)
     if records == "parquet":
         _require(("pyarrow",), "records='parquet' (--records parquet)", "parquet")
     if tensorboard:

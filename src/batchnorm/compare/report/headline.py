@@ -21,10 +21,10 @@ def headline(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> li
         target_accuracy: The accuracy to reach, 0 to 1.
     """
     if len(found) == 1:
-        return [_final_of_one(found[0]), _arrival_of_one(found[0], target_accuracy), _cost_of_one(found[0])]
+        return [_final(found), _arrival_of_one(found[0], target_accuracy), _cost_of_one(found[0])]
     if len(found) == 2:
         base, other = found
-        return [_final_of_two(other, base), _arrival(other, base, target_accuracy), _cost(other, base)]
+        return [_final([other, base]), _arrival(other, base, target_accuracy), _cost(other, base)]
     return _many(found, grid, target_accuracy)
 
 
@@ -131,25 +131,17 @@ def _seeds(ended: Sequence[Outcome]) -> str:
     return f"mean ± standard deviation of {which} seeds"
 
 
-def _final_of_one(outcome: Outcome) -> str:
-    parts = _diverged([outcome])
-    if outcome.final_accuracy:
-        reached = accuracy(outcome.final_accuracy)
-        end = f"{_after([outcome])}, test accuracy was {reached} with {outcome.title} ({_seeds([outcome])})"
-        parts.insert(0, end)
-    return _sentence("; ".join(parts))
-
-
-def _final_of_two(other: Outcome, base: Outcome) -> str:
-    both = [other, base]
-    ended = [outcome for outcome in both if outcome.final_accuracy]
+def _final(found: Sequence[Outcome]) -> str:
+    """Return the final accuracies of one outcome, or of two with their difference."""
+    ended = [outcome for outcome in found if outcome.final_accuracy]
     parts = []
     if ended:
-        found = " and ".join(f"{accuracy(o.final_accuracy)} with {o.title}" for o in ended if o.final_accuracy)
-        parts.append(f"{_after(both)}, test accuracy was {found} ({_seeds(ended)})")
-    if len(ended) == 2 and not (other.diverged or base.diverged):
-        parts[0] += f": {_difference(other, base)}"
-    return _sentence("; ".join([*parts, *_diverged(both)]))
+        reached = " and ".join(f"{accuracy(o.final_accuracy)} with {o.title}" for o in ended if o.final_accuracy)
+        parts.append(f"{_after(found)}, test accuracy was {reached} ({_seeds(ended)})")
+    diverged = _diverged(found)
+    if len(ended) == 2 and not diverged:
+        parts[0] += f": {_difference(*found)}"
+    return _sentence("; ".join([*parts, *diverged]))
 
 
 def _difference(other: Outcome, base: Outcome) -> str:

@@ -61,7 +61,7 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
         schedule=LearningRate.parse(settings.schedule),
         samplings=[Sampling.parse(sampling).title for sampling in settings.grid.sampling],
         watched=_watched(runs),
-        not_shared=_own(runs),
+        not_shared={run.norm: run.own for run in reversed(runs)},  # of each norm's first run
         standard_error=_standard_error(found, summary["data"]["test_samples"]),
         finished=len(runs),
         duration=duration,
@@ -208,14 +208,6 @@ def _watched(runs: Sequence[Run]) -> dict[str, str]:
         if descriptions:
             found[where] = " or ".join(descriptions)
     return found
-
-
-def _own(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return, for each norm, the parameters that do not share the initial values of the first choice."""
-    names: dict[str, list[str]] = {}
-    for run in runs:
-        names.setdefault(run.norm, run.own)
-    return names
 
 
 def _extent(values: Sequence[list[float | None] | None]) -> tuple[float, float, float] | None:

@@ -15,7 +15,7 @@ from batchnorm.compare.directory import (
     write_json,
 )
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.inputs.settings import Settings, check_target
+from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Run
 from batchnorm.compare.report import tables
 from batchnorm.compare.report.formats import check_formats
@@ -84,7 +84,6 @@ def rebuild(
             f"report must name the directory of a comparison, but {directory} has no settings.json. Check the path."
         )
     if target_accuracy is not None:
-        check_target(target_accuracy)
         facts["settings"]["target_accuracy"] = target_accuracy
     return conclude(directory, facts, finished_runs(directory), records=records, tensorboard=tensorboard)
 

@@ -26,12 +26,11 @@ def rows(runs: Sequence[Run]) -> dict[str, list[Row]]:
     return found
 
 
-def write(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """Write each table that has rows, and return the paths."""
+def write(runs: Sequence[Run], directory: Path) -> None:
+    """Write each table that has rows; delete an earlier file of a table that has none."""
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
-    written = []
     for table, content in rows(runs).items():
         path = directory / table_name(table)
         if not content:
@@ -39,5 +38,3 @@ def write(runs: Sequence[Run], directory: Path) -> list[Path]:
             continue
         with whole_file(path) as temporary:
             parquet.write_table(pyarrow.Table.from_pylist(content), temporary)
-        written.append(path)
-    return written

@@ -58,24 +58,22 @@ class Processes:
             ComparisonError: The failure of the lowest rank, on every process.
             OSError: Likewise.
         """
+        if self.size == 1:
+            return call()
         value: T | None = None
         error: Exception | None = None
         try:
             value = call()
         except (ComparisonError, OSError) as raised:
-            if self.size == 1:
-                raise
             error = raised
-        if self.size > 1:
-            errors: list[Exception | None] = [None] * self.size
-            dist.all_gather_object(errors, error)
-            failed = [rank for rank, each in enumerate(errors) if each is not None]
-            if failed:
-                first = errors[failed[0]]
-                assert first is not None
-                if isinstance(first, ComparisonError) and len(failed) < self.size:
-                    first.rank = failed[0]
-                raise first
+        errors: list[Exception | None] = [None] * self.size
+        dist.all_gather_object(errors, error)
+        failed = {rank: each for rank, each in enumerate(errors) if each is not None}
+        if failed:
+            rank, first = next(iter(failed.items()))
+            if isinstance(first, ComparisonError) and len(failed) < self.size:
+                first.rank = rank
+            raise first
         return cast(T, value)
 
     def on_first(self, call: Callable[[], None]) -> None:
