@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from batchnorm.doctor import Diagnosis, Severity, diagnose
+from batchnorm.doctor.inspection import inspect_layers
+from batchnorm.doctor.measure.measuring import measure_model
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import signed
 from batchnorm.models.batches import Batches
@@ -308,6 +311,20 @@ def test_the_facts_say_where_a_layer_stands(found: Diagnosis) -> None:
     assert second.momentum is None
     assert first.updates == 2
     assert (first.parameters, first.buffers) == (12, 13)
+
+
+def test_the_facts_say_the_mode_of_each_layer() -> None:
+    model = net()
+    assert [layer.training for layer in inspect_layers(model)] == [False, True]
+    assert [layer.training for layer in inspect_layers(model.eval())] == [False, False]
+
+
+def test_measurements_cannot_be_changed() -> None:
+    measurements = measure_model(net())
+    for item in (measurements, measurements.layers[0]):
+        for field in fields(item):
+            with pytest.raises(FrozenInstanceError):
+                setattr(item, field.name, None)
 
 
 def test_the_schema_names_every_field(found: Diagnosis) -> None:

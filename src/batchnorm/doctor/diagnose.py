@@ -13,7 +13,7 @@ from batchnorm.doctor.inspection import check_model, guessed_inputs
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.measuring import add_data, add_effects, add_processes, add_trace, measure_model
-from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall
+from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, listed
@@ -86,13 +86,12 @@ def diagnose(
 
 
 def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: int, shown: Bar) -> Measurements:
-    passes = None
+    passes = Passes(m.model, m.measured, call, budget, shown)
     if batches is not None:
-        m, passes = add_data(m, call, batches, budget, shown)
+        m = add_data(m, passes, batches)
     set_mode(m.model, training=False)
-    example = None if passes is None else passes.passes.example
-    m = add_trace(m, example or guessed_inputs(m.model))
-    return m if passes is None else add_effects(m, passes)
+    m = add_trace(m, passes.example or guessed_inputs(m.model))
+    return m if batches is None else add_effects(m, passes)
 
 
 def _apply_rules(m: Measurements) -> tuple[list[Finding], list[NotChecked]]:

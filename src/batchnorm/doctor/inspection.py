@@ -39,7 +39,8 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
         measurements = measure_model(model)
         set_mode(model, training=False)
         inputs = guessed_inputs(model) if example_inputs is None else _checked_inputs(model, example_inputs)
-        return facts_of(add_trace(measurements, inputs))
+        measurements = add_trace(measurements, inputs)
+    return facts_of(measurements)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -15,6 +15,11 @@ def listed(paths: Iterable[str], most: int = 4) -> str:
     names = [named(path) for path in paths]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def layers_listed(paths: Collection[str]) -> str:
+    """Return the number of layers and the first paths, such as `2 layers: a, b`."""
+    return f"{counted(len(paths), 'layer')}: {listed(paths)}"
 
 
 def named(path: str) -> str:

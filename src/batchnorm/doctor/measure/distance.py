@@ -1,4 +1,4 @@
-"""The distance of a layer's running statistics from the population's."""
+"""The distance of a layer's running statistics from the population's, and between its calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.wording import named
+
+# Distance of the means in σ, or ratio of the deviations less 1, from which calls of a layer are different populations.
+_DIFFERENT = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,18 @@ def distance_of(layer: Layer, samples: int, batch_size: float) -> Distance | Non
     divergence = 0.5 * (ratio.exp() + (running_mean - mean).square() / running_var.clamp_min(1e-30) - 1 - ratio)
     unevenness = (ratio - ratio.median()).abs().median() / 2 if len(ratio) >= 8 else math.inf
     return Distance(layer, shift, float(ratio.abs().median() / 2), float(divergence.mean()), float(unevenness))
+
+
+def distance_of_calls(layer: Layer) -> tuple[float, float]:
+    """Return the root mean square of the largest distance of the calls' means, and the median largest ratio of σ."""
+    means = torch.stack([moments.mean for moments in layer.calls])
+    deviations = torch.stack([(moments.var + layer.eps).sqrt() for moments in layer.calls])
+    pooled = deviations.square().mean(0).sqrt()
+    shift = ((means.amax(0) - means.amin(0)) / pooled).square().mean().sqrt()
+    return float(shift), float((deviations.amax(0) / deviations.amin(0).clamp_min(1e-30)).median())
+
+
+def different_calls(layer: Layer) -> bool:
+    """Return whether the calls of a layer have inputs from different populations."""
+    shift, scale = distance_of_calls(layer)
+    return shift > _DIFFERENT or scale > 1 + _DIFFERENT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import fx, nn
 
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.measure.cause import Misfit, cause_of, suspects
-from batchnorm.doctor.measure.distance import distance_of
-from batchnorm.doctor.measure.effect import Effect, Outcome, effect_of
+from batchnorm.doctor.measure.distance import different_calls, distance_of
+from batchnorm.doctor.measure.effect import Effect, effect_of
 from batchnorm.doctor.measure.independence import Independence, independence_of
 from batchnorm.doctor.measure.layers import Layer, layers_of
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.padding import padding_effect
-from batchnorm.doctor.measure.passes import ModelCall, Passes
+from batchnorm.doctor.measure.passes import Passes
 from batchnorm.doctor.measure.processes import ProcessStates, number_of_processes
 from batchnorm.doctor.measure.traced import dropout_before
 from batchnorm.doctor.measure.training_step import StepError, TrainingStep, training_step
@@ -29,15 +29,12 @@ from batchnorm.models.lowering import lower
 from batchnorm.models.model_graph import trace
 from batchnorm.models.neighbours import batch_norm_calls
 from batchnorm.models.observe import Statistics
-from batchnorm.models.progress import Bar
 from batchnorm.walk import set_mode
 
 # Samples for the test of independence: more take time and add nothing.
 _TESTED = 2048
 # Change of a deviation by dropout that rounding and chance do not explain.
 _DROPOUT = 0.1
-# Distance of the means in σ, or ratio of the deviations less 1, from which calls of a layer are different populations.
-DIFFERENT_CALLS = 0.25
 
 
 def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Measurements:
@@ -81,43 +78,12 @@ def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
     return replace(m, layers=layers, trace=traced, dropout=dropout)
 
 
-@dataclass
-class DataPasses:
-    """The passes over the data, and those that may still be made.
-
-    Attributes:
-        passes: Runs the model.
-        by_batch: Outcome normalized by the batches.
-        by_running: Outcome normalized by the running statistics.
-        by_population: Outcome normalized by the population; None where outputs cannot be compared.
-        budget: Number of passes left for single layers.
-        bar: Shows the progress.
-    """
-
-    passes: Passes
-    by_batch: Outcome
-    by_running: Outcome
-    by_population: Outcome | None
-    budget: int
-    bar: Bar
-
-    def again(self, statistics: Any, title: str) -> Outcome | None:
-        """Run the data with these statistics; return None where no pass is left, or outputs cannot be compared."""
-        if self.by_population is None or self.budget < 1:
-            return None
-        self.budget -= 1
-        return self.passes.again(statistics, self.bar, title)
-
-
-def add_data(
-    m: Measurements, call: ModelCall, batches: Batches, budget: int, bar: Bar
-) -> tuple[Measurements, DataPasses]:
+def add_data(m: Measurements, passes: Passes, batches: Batches) -> Measurements:
     """Send the data through the model in three passes, and make a training step."""
-    passes = Passes(m.model, m.measured, call)
     training = {module: module.training for module in m.model.modules()}
     set_mode(m.model, training=False)
-    by_batch, by_running = passes.both(batches, bar, budget)
-    if not passes.sizes:
+    passes.first(batches)
+    if not sum(passes.sizes):
         raise ValueError("diagnose expects at least one batch, got data that end at once. Pass more data.")
     measured = iter(passes.layers)
     m = replace(
@@ -125,25 +91,24 @@ def add_data(
         layers=tuple(layer if layer.running is None else next(measured) for layer in m.layers),
         samples=sum(passes.sizes),
         batch_sizes=tuple(passes.sizes),
-        loss=call.loss is not None,
+        loss=passes.call.loss is not None,
         missing={need: reason for need, reason in m.missing.items() if need not in ("data", "step")},
     )
-    by_population = None
-    if not by_running.outputs:
+    if not passes.by_running.outputs:
         m = _lacking(m, "output", "the model returns no floating-point tensor to compare")
-    elif not (by_batch.finite and by_running.finite):
+    elif not (passes.by_batch.finite and passes.by_running.finite):
         m = _lacking(m, "output", "the model's output or loss is not finite on these data")
-    elif by_batch.shapes != by_running.shapes:
+    elif passes.by_batch.shapes != passes.by_running.shapes:
         m = _lacking(m, "output", "the model's output has another shape in each pass")
     else:
-        by_population = passes.again(_population(passes.layers), bar, "population statistics")
-    if budget < 1:
+        passes.by_population = passes.again(_population(passes.layers), "population statistics")
+    if passes.budget < 1:
         m = _lacking(m, "pass", "needs one more pass over the data (budget=1)")
     for module, mode in training.items():
         module.training = mode
     m = _add_step(m, passes)
     set_mode(m.model, training=False)
-    return m, DataPasses(passes, by_batch, by_running, by_population, budget, bar)
+    return m
 
 
 def _add_step(m: Measurements, passes: Passes) -> Measurements:
@@ -156,7 +121,7 @@ def _add_step(m: Measurements, passes: Passes) -> Measurements:
         return _lacking(m, "step", f"needs a training step, and {error}")
 
 
-def add_effects(m: Measurements, data: DataPasses) -> Measurements:
+def add_effects(m: Measurements, passes: Passes) -> Measurements:
     """Compare the passes, and make further ones for single layers within the budget.
 
     The passes that are needed for most rules come first; those that rank the layers of BN101 use what is left.
@@ -169,18 +134,18 @@ def add_effects(m: Measurements, data: DataPasses) -> Measurements:
     }
     m = replace(
         m,
-        gap=effect_of(data.by_running, data.by_batch),
-        running_effect=effect_of(data.by_running, data.by_population),
-        batch_effect=effect_of(data.by_batch, data.by_population),
+        gap=effect_of(passes.by_running, passes.by_batch),
+        running_effect=effect_of(passes.by_running, passes.by_population),
+        batch_effect=effect_of(passes.by_batch, passes.by_population),
         distances=distances,
         noise={path: value for path, value in noise.items() if math.isfinite(value)},
         dropout_scale=_dropout_scale(m.layers, m.step),
         independence=_independence(m.measured, len(m.batch_sizes)),
-        padding=padding_effect(data.passes),
+        padding=padding_effect(passes),
     )
-    m = replace(m, misfit=_misfit(m), pooled_calls=_pooled_calls(m, data))
-    m = replace(m, reshuffled=_reshuffled(m, data))
-    return replace(m, left_by_layer=_left_by_layer(m, data))
+    m = replace(m, misfit=_misfit(m), pooled_calls=_pooled_calls(m, passes))
+    m = replace(m, reshuffled=_reshuffled(m, passes))
+    return replace(m, left_by_layer=_left_by_layer(m, passes))
 
 
 def _dropout_scale(layers: Iterable[Layer], step: TrainingStep | None) -> dict[str, float]:
@@ -215,7 +180,7 @@ def _misfit(m: Measurements) -> Misfit | None:
     return Misfit(off, len(m.distances), effect, cause_of(off, m.distances, m.trace, dict(m.dropout_scale)))
 
 
-def _pooled_calls(m: Measurements, data: DataPasses) -> dict[str, Effect]:
+def _pooled_calls(m: Measurements, passes: Passes) -> dict[str, Effect]:
     found = {}
     model_calls = 1 if m.step is None else m.step.model_calls
     for number, layer in enumerate(m.measured):
@@ -223,51 +188,33 @@ def _pooled_calls(m: Measurements, data: DataPasses) -> dict[str, Effect]:
             continue
         each: dict[int, Statistics | tuple[Statistics, ...]] = dict(_population(m.measured))
         each[number] = tuple(Statistics(moments.mean[None], moments.var_unbiased[None]) for moments in layer.calls)
-        effect = effect_of(data.by_population, data.again(each, "statistics for each call"))
-        if effect is not None:
-            found[layer.path] = effect
-    return found
+        if passes.by_population is not None and passes.spend():
+            found[layer.path] = effect_of(passes.by_population, passes.again(each, "statistics for each call"))
+    return {path: effect for path, effect in found.items() if effect is not None}
 
 
-def distance_of_calls(layer: Layer) -> tuple[float, float]:
-    """Return the root mean square of the largest distance of the calls' means, and the median largest ratio of σ."""
-    means = torch.stack([moments.mean for moments in layer.calls])
-    deviations = torch.stack([(moments.var + layer.eps).sqrt() for moments in layer.calls])
-    pooled = deviations.square().mean(0).sqrt()
-    shift = ((means.amax(0) - means.amin(0)) / pooled).square().mean().sqrt()
-    return float(shift), float((deviations.amax(0) / deviations.amin(0).clamp_min(1e-30)).median())
-
-
-def different_calls(layer: Layer) -> bool:
-    """Return whether the calls of a layer have inputs from different populations."""
-    shift, scale = distance_of_calls(layer)
-    return shift > DIFFERENT_CALLS or scale > 1 + DIFFERENT_CALLS
-
-
-def _reshuffled(m: Measurements, data: DataPasses) -> Effect | None:
+def _reshuffled(m: Measurements, passes: Passes) -> Effect | None:
     """Reshuffle the batches where evaluation is worse than training, and stale statistics do not explain that."""
     if m.gap is None or m.gap.severity == Severity.NOTE or not any(layer.by_batch for layer in m.measured):
         return None
     # The noise of other batches changes independent samples too; only a loss distinguishes it from knowledge.
     stale = m.running_effect is None or m.running_effect.severity > Severity.NOTE
-    if data.budget < 1 or (not m.dependent and (stale or m.gap.loss is None)):
+    if (not m.dependent and (stale or m.gap.loss is None)) or not passes.spend():
         return None
-    data.budget -= 1
-    return effect_of(data.passes.reshuffled(data.bar), data.by_batch)
+    return effect_of(passes.reshuffled(), passes.by_batch)
 
 
-def _left_by_layer(m: Measurements, data: DataPasses) -> dict[str, Effect]:
+def _left_by_layer(m: Measurements, passes: Passes) -> dict[str, Effect]:
     if m.misfit is None or not m.gap_matters:
         return {}
-    found = {}
     population = _population(m.measured)
-    for distance in m.misfit.distances:
-        number = m.measured.index(distance.layer)
-        outcome = data.again({number: population[number]}, "one layer's statistics")
-        effect = effect_of(outcome, data.by_population)
-        if effect is not None:
-            found[distance.layer.path] = effect
-    return found
+    found = {}
+    for layer in (distance.layer for distance in m.misfit.distances):
+        if passes.spend():
+            number = m.measured.index(layer)
+            outcome = passes.again({number: population[number]}, "one layer's statistics")
+            found[layer.path] = effect_of(outcome, passes.by_population)
+    return {path: effect for path, effect in found.items() if effect is not None}
 
 
 def _population(layers: Iterable[Layer]) -> dict[int, Statistics]:

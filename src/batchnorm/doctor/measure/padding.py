@@ -151,14 +151,6 @@ class _Margins:
         return cls(same, _run(rows.flip(1)), _run(rows), _run(columns.flip(1)), _run(columns))
 
     @property
-    def padded(self) -> Tensor:
-        return (self.bottom > 0) | (self.right > 0)
-
-    @property
-    def elsewhere(self) -> Tensor:
-        return (self.top > 0) | (self.left > 0)
-
-    @property
     def positions(self) -> Tensor:
         """The padding at the bottom and the right, `[N, H, W]`."""
         _, height, width = self.same.shape
@@ -197,8 +189,8 @@ def _in_images(batches: list[object]) -> PaddedBatch | None:
         return None
     every = [(batch, _Margins.of(x, value)) for batch, x in given if x.shape[1] == len(value)]
     samples = sum(len(margins.same) for _, margins in every)
-    some = sum(int(margins.padded.sum()) for _, margins in every)
-    elsewhere = sum(int(margins.elsewhere.sum()) for _, margins in every)
+    some = sum(int(((margins.bottom > 0) | (margins.right > 0)).sum()) for _, margins in every)
+    elsewhere = sum(int(((margins.top > 0) | (margins.left > 0)).sum()) for _, margins in every)
     edges = torch.cat([margins.sharp() for _, margins in every])
     if some < max(_PADDED * samples, min(_ENOUGH, samples / 2)) or elsewhere > _ELSEWHERE * some:
         return None
@@ -221,5 +213,4 @@ def _filling(x: Tensor) -> Tensor | None:
     if not len(filled):
         return None
     values, counts = filled.unique(dim=0, return_counts=True)
-    found: Tensor = values[counts.argmax()]
-    return found
+    return values[counts.argmax()]

@@ -58,18 +58,6 @@ class ModelCall:
         return loss
 
 
-@dataclass
-class _Inputs:
-    """What the first passes collect of a layer; `Layer` has the same fields."""
-
-    first_input: Moments | None = None
-    single_value_batches: int = 0
-    moved_in_evaluation: bool = False
-    samples: Samples | None = None
-    precision: Precision | None = None
-    largest_input: Tensor | None = None
-
-
 class Passes:
     """Sends batches through a model in evaluation, and decides what each layer normalizes by.
 
@@ -77,32 +65,42 @@ class Passes:
         model: The model, in evaluation. The caller restores its running statistics.
         layers: The layers with running statistics.
         call: How the model is called.
+        budget: Number of further passes for single layers.
+        bar: Shows the progress.
 
     Attributes:
-        layers: The layers; after `both`, with what was measured of them.
+        layers: The layers; after `first`, with what was measured of them.
         sizes: The size of each batch.
         kept: The batches that are kept for the later passes.
         example: Two samples, as the model is called with them.
+        by_batch: Outcome normalized by the batches, of the batches that are kept.
+        by_running: Outcome normalized by the running statistics.
+        by_population: Outcome normalized by the population; None where outputs cannot be compared.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], call: ModelCall) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], call: ModelCall, budget: int, bar: Bar) -> None:
         self.model = model
         self.layers = layers
         self.call = call
+        self.budget = budget
+        self.bar = bar
+        self.by_batch, self.by_running = Outcome(), Outcome()
+        self.by_population: Outcome | None = None
         self.sizes: list[int] = []
         self.kept: list[Any] = []
         self.example: Inputs | None = None
         self.observer = Observer("diagnose", [layer.found for layer in layers])
-        self._inputs = [_Inputs() for _ in layers]
         self._batch: tuple[int, int] | None = None  # number and size of the batch, while its samples are measured
         self._done: set[int] = set()  # layers that were measured in this batch
         self._ambient = Ambient(None, device_of(model))
 
     @contextmanager
-    def _hooked(self) -> Iterator[None]:
+    def _hooked(self, hook_of: Callable[[int], Callable[..., None]] | None = None) -> Iterator[None]:
+        """Observe the layers, with a hook on each, by default the one that measures its input."""
         handles = self.observer.install()
         for number, layer in enumerate(self.layers):
-            handles.append(layer.module.register_forward_pre_hook(self._measure_input(number), with_kwargs=True))
+            hook = (hook_of or self._measure_input)(number)
+            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         handles.append(self.model.register_forward_pre_hook(self._take_example, with_kwargs=True))
         try:
             yield
@@ -119,74 +117,69 @@ class Passes:
             loss = None if self.call.loss is None else float(self.call.loss_of(returned, batch))
         return _output_of(returned), loss
 
-    def both(self, batches: Batches, bar: Bar, budget: int) -> tuple[Outcome, Outcome]:
+    def first(self, batches: Batches) -> None:
         """Run each batch by its own statistics, as in training, then by the running ones; measure the layers.
 
-        The outcomes are those of the batches that are kept, so that later passes can be compared with them. After the
-        first batch the bar says how long all will take, including up to `budget` further passes.
+        After the first batch the bar says how long all will take, including the budget.
         """
-        by_batch, by_running = Outcome(), Outcome()
         calls: dict[LayerCall, Moments] = {}
         device, room = device_of(self.model), _KEPT_BYTES
 
         def record(call: LayerCall, rows: Rows) -> Statistics:
-            found = self._inputs[call.layer]
             for moments in rows:
                 if moments.count:
-                    found.first_input = found.first_input or moments
+                    layer = self.layers[call.layer]
+                    single = layer.single_value_batches + int(moments.count == 1)
+                    self._set(call.layer, first_input=layer.first_input or moments, single_value_batches=single)
                     calls[call] = calls.get(call, Moments.empty(len(moments.mean), device="cpu")).merge(moments)
-                    found.single_value_batches += int(moments.count == 1)
             return self._training_statistics(call, rows)
 
-        for number, given in enumerate(bar.over(batches, "training and evaluation", batches.length)):
+        for number, given in enumerate(self.bar.over(batches, "training and evaluation", batches.length)):
             batch = moved(given, device)
             size = samples_in(batch)
             self.sizes.append(size)
             with self._hooked():
                 times = [time.perf_counter()]
                 self.observer.current = Pass(record)
-                first = self._run(batch)
+                by_batch = self._run(batch)
                 self.observer.current = None
                 self._put({})
                 self._batch, self._done = (number, size), set()
                 times.append(time.perf_counter())
-                second = self._run(batch)
+                by_running = self._run(batch)
                 times.append(time.perf_counter())
                 self._batch = None
             if number == 0:
                 self._find_moved()
                 # The first run warms the model up, and the second one measures what is measured once.
                 seconds = min(times[1] - times[0], times[2] - times[1])
-                self._announce(bar, batches.expected(size), seconds, budget)
+                self._announce(batches.expected(size), seconds)
             if room >= size_of(given) or not self.kept:
                 room -= size_of(given)
                 self.kept.append(given)
-                by_batch.add(*first)
-                by_running.add(*second)
+                self.by_batch.add(*by_batch)
+                self.by_running.add(*by_running)
             else:
                 room = -1  # the batches that are kept are the first ones
         order = list(dict.fromkeys(call.layer for call in calls))
-        self.layers = [
-            replace(
-                layer,
-                order=order.index(number) if number in order else layer.order,
-                calls=tuple(moments for call, moments in sorted(calls.items()) if call.layer == number),
-                **vars(self._inputs[number]),
-            )
-            for number, layer in enumerate(self.layers)
-        ]
-        return by_batch, by_running
+        for position, number in enumerate(order):
+            own = tuple(moments for call, moments in sorted(calls.items()) if call.layer == number)
+            self._set(number, order=position, calls=own)
 
-    @staticmethod
-    def _announce(bar: Bar, number: int | None, seconds: float, budget: int) -> None:
+    def _announce(self, number: int | None, seconds: float) -> None:
         """Say how long all will take, from the time of one batch."""
         if number is not None:
-            least, most = (timedelta(seconds=round(number * seconds * passes)) for passes in (3, 3 + budget))
+            least, most = (timedelta(seconds=round(number * seconds * passes)) for passes in (3, 3 + self.budget))
             text = f"{counted(number, 'batch')}: about {least}"
-            single = counted(budget, "pass for a single layer", "passes for single layers")
-            bar.expect(number, f"{text}, with {single} {most}" if budget else text)
+            single = counted(self.budget, "pass for a single layer", "passes for single layers")
+            self.bar.expect(number, f"{text}, with {single} {most}" if self.budget else text)
 
-    def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], bar: Bar, title: str) -> Outcome:
+    def spend(self) -> bool:
+        """Take one pass from the budget; return whether there was one."""
+        self.budget -= 1
+        return self.budget >= 0
+
+    def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:
         """Run the kept batches with other statistics in some layers; a tuple has one for each call of the layer."""
         outcome = Outcome()
         device = device_of(self.model)
@@ -202,13 +195,13 @@ class Passes:
             return chosen
 
         with self._hooked() if by_call else nullcontext():
-            for given in bar.over(self.kept, title, len(self.kept)):
+            for given in self.bar.over(self.kept, title, len(self.kept)):
                 self.observer.current = Pass(choose)
                 outcome.add(*self._run(moved(given, device)))
         self._put({})
         return outcome
 
-    def reshuffled(self, bar: Bar) -> Outcome | None:
+    def reshuffled(self) -> Outcome | None:
         """Run the samples of the kept batches in new random batches, each normalized by its own statistics.
 
         The outputs are in the order of the other passes. Returns None where a batch does not consist of tensors with
@@ -226,7 +219,7 @@ class Passes:
         order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
         device, outcome = device_of(self.model), Outcome()
         with self._hooked():
-            for chosen in bar.over(order.split(sizes), "the same samples in other batches", len(sizes)):
+            for chosen in self.bar.over(order.split(sizes), "the same samples in other batches", len(sizes)):
                 self.observer.current = Pass(self._training_statistics)
                 batch = pytree.tree_unflatten([leaf[chosen.to(leaf.device)] for leaf in joined], specs[0])
                 outcome.add(*self._run(moved(batch, device)))
@@ -249,17 +242,9 @@ class Passes:
 
             return hook
 
-        with self._hooked():
-            handles = [
-                layer.module.register_forward_pre_hook(hook_of(number), with_kwargs=True)
-                for number, layer in enumerate(self.layers)
-            ]
-            try:
-                self.observer.current = Pass(self._training_statistics)
-                self._run(moved(batch, device_of(self.model)))
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with self._hooked(hook_of):
+            self.observer.current = Pass(self._training_statistics)
+            self._run(moved(batch, device_of(self.model)))
         self._put({})
 
     def _training_statistics(self, call: LayerCall, rows: Rows) -> Statistics:
@@ -279,38 +264,37 @@ class Passes:
             set_running_statistics(layer.module, statistics.get(number, layer.running))
 
     def _find_moved(self) -> None:
-        for layer, found in zip(self.layers, self._inputs, strict=True):
+        for number, layer in enumerate(self.layers):
             pairs = zip(running_statistics(layer.module), layer.running or (), strict=True)
-            found.moved_in_evaluation = any(not torch.equal(now.cpu().nan_to_num(), t.nan_to_num()) for now, t in pairs)
+            moved = any(not torch.equal(now.cpu().nan_to_num(), t.nan_to_num()) for now, t in pairs)
+            self._set(number, moved_in_evaluation=moved)
+
+    def _set(self, number: int, **changes: Any) -> None:
+        self.layers[number] = replace(self.layers[number], **changes)
 
     def _take_example(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.example is None:
             self.example = Inputs(args, kwargs).first(2).map(torch.clone)
 
     def _measure_input(self, number: int) -> Callable[..., None]:
-        layer, found = self.layers[number], self._inputs[number]
-
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs)
+            layer, x = self.layers[number], input_of(args, kwargs)
             if self._batch is None or number in self._done or x is None or layer.running is None:
                 return
             self._done.add(number)
             batch, size = self._batch
             if x.numel():
-                largest = x.detach().abs().max()
-                found.largest_input = (
-                    largest if found.largest_input is None else torch.maximum(found.largest_input, largest)
-                )
+                largest, before = x.detach().abs().max(), layer.largest_input
+                self._set(number, largest_input=largest if before is None else torch.maximum(before, largest))
             if x.shape[0] % size or x.numel() == 0 or len(layer.running.mean) != 1:
                 return
             pivot = layer.running.mean[0].nan_to_num().to(x.device)
             z = x.detach().double().reshape(size, x.shape[0] // size, x.shape[1], -1) - pivot[:, None]
             u, v = z.mean((1, 3)), z.square().mean((1, 3))
-            found.samples = found.samples or Samples()
-            found.samples.add(u, v, batch)
-            if found.precision is None:
-                found.precision = _precision(x.detach(), layer.eps)
+            samples = layer.samples or Samples()
+            samples.add(u, v, batch)
+            self._set(number, samples=samples, precision=layer.precision or _precision(x.detach(), layer.eps))
 
         return hook
 

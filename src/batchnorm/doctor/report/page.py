@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity, by_reason
 from batchnorm.doctor.measure.facts import Channels, LayerFacts, LayerMeasures
+from batchnorm.doctor.report.plain import facts_in_words
 from batchnorm.doctor.report.results import Results
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, named, signed
@@ -123,7 +123,7 @@ def rows_of(results: Results) -> list[Row]:
                 named(layer.path),
                 "ok" if worst is None else worst.label,
                 findings,
-                facts_in_words(layer, measures),
+                _in_words(layer, measures),
             )
         )
     return rows
@@ -134,22 +134,9 @@ def _names(finding: Finding, layer: LayerFacts) -> bool:
     return any(path in own or (path and layer.after.startswith(f"{path} (")) for path in finding.paths)
 
 
-def facts_in_words(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
-    """Return the facts of a layer in words, by name."""
+def _in_words(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
     return {
-        "kind": f"{layer.kind}({layer.channels})",
-        "after": layer.after or "?",
-        "before": layer.before or "?",
-        "mode": "training" if layer.training else "evaluation",
-        "momentum": "cumulative average" if layer.momentum is None else f"{layer.momentum:g}",
-        "ε": f"{layer.eps:g}",
-        "updates seen": "–" if layer.updates is None else f"{layer.updates:,}",
-        "γ": _span(layer.weight),
-        "β": _span(layer.bias),
-        "running mean": _span(layer.running_mean),
-        "running variance": _span(layer.running_var),
-        "channels with γ ≈ 0": "–" if layer.dead is None else f"{layer.dead:.0%}",
-        "foldable": "?" if layer.foldable is None else "yes" if layer.foldable else "no",
+        **facts_in_words(layer),
         "running mean off": _with_unit(measures.shift, "σ"),
         "divergence": _with_unit(measures.divergence, " nats"),
         "batch noise": _with_unit(measures.noise, "σ"),
@@ -258,12 +245,6 @@ def against_population(channels: Channels, most: int) -> dict[str, Any] | None:
 
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
-
-
-def _span(pair: tuple[float, float] | None) -> str:
-    if pair is None:
-        return "–"
-    return f"{number(pair[0])} … {number(pair[1])}" if all(map(math.isfinite, pair)) else "not finite"
 
 
 def _with_unit(value: float | None, unit: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
-from batchnorm.doctor.finding import Finding, NotChecked, not_checked_lines
+from batchnorm.doctor.finding import not_checked_lines
+from batchnorm.doctor.measure.facts import LayerFacts
 from batchnorm.doctor.report.results import Results
 
 # Grows by one when a field is removed or changes its meaning; new fields leave it as it is.
@@ -37,8 +38,8 @@ def as_dict(results: Results) -> dict[str, Any]:
             "healthy": results.healthy,
             "samples": results.samples,
             "batches": results.batches,
-            "findings": [{**_fields(f), "severity": f.severity.label} for f in results.findings],
-            "not_checked": [_fields(rule) for rule in results.not_checked],
+            "findings": [{**vars(f), "severity": f.severity.label} for f in results.findings],
+            "not_checked": [vars(rule) for rule in results.not_checked],
             "layers": [asdict(layer) for layer in results.layers],
             "measures": [asdict(layer) for layer in results.measures],
             "conditions": asdict(results.conditions),
@@ -47,8 +48,30 @@ def as_dict(results: Results) -> dict[str, Any]:
     return found
 
 
-def _fields(item: Finding | NotChecked) -> dict[str, Any]:
-    return {field.name: getattr(item, field.name) for field in fields(item)}
+def facts_in_words(layer: LayerFacts) -> dict[str, str]:
+    """Return the facts of a layer in words, by name."""
+    return {
+        "kind": f"{layer.kind}({layer.channels})",
+        "after": layer.after or "?",
+        "before": layer.before or "?",
+        "mode": "training" if layer.training else "evaluation",
+        "momentum": "average" if layer.momentum is None else f"{layer.momentum:g}",
+        "ε": f"{layer.eps:g}",
+        "updates": "–" if layer.updates is None else f"{layer.updates:,}",
+        "γ": _range(layer.weight),
+        "β": _range(layer.bias),
+        "running mean": _range(layer.running_mean),
+        "running variance": _range(layer.running_var),
+        "dead channels": "–" if layer.dead is None else f"{layer.dead:.0%}",
+        "foldable": "?" if layer.foldable is None else "yes" if layer.foldable else "no",
+        "parameters, buffers": f"{layer.parameters:,}, {layer.buffers:,}",
+    }
+
+
+def _range(pair: tuple[float, float] | None) -> str:
+    if pair is None:
+        return "–"
+    return f"{pair[0]:.3g} … {pair[1]:.3g}".replace("-", "−") if all(map(math.isfinite, pair)) else "not finite"
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from batchnorm.doctor.finding import Finding, Severity, not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
+from batchnorm.doctor.report.plain import facts_in_words
 from batchnorm.doctor.report.results import Results
 from batchnorm.doctor.wording import named
 
@@ -43,31 +44,10 @@ def _finding(finding: Finding) -> list[RenderableType]:
 def layer_table(layers: tuple[LayerFacts, ...]) -> Table:
     """Return a table with one row per layer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layer", "kind", "after", "before"):
-        table.add_column(name, overflow="fold")
-    for name in ("mode", "momentum", "ε", "updates", "γ", "β", "mean", "variance", "dead", "foldable", "values"):
-        table.add_column(name, justify="right", overflow="fold")
-    for layer in layers:
-        table.add_row(*map(Text, _row(layer)))
+    rows = [{"layer": " = ".join((named(layer.path), *layer.also)), **facts_in_words(layer)} for layer in layers]
+    for name in rows[0]:
+        text = name in ("layer", "kind", "after", "before")
+        table.add_column(name, justify="left" if text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     return table
-
-
-def _row(layer: LayerFacts) -> tuple[str, ...]:
-    return (
-        " = ".join((named(layer.path), *layer.also)),
-        f"{layer.kind}({layer.channels})",
-        layer.after or "?",
-        layer.before or "?",
-        "train" if layer.training else "eval",
-        "average" if layer.momentum is None else f"{layer.momentum:g}",
-        f"{layer.eps:g}",
-        "–" if layer.updates is None else str(layer.updates),
-        *(_span(pair) for pair in (layer.weight, layer.bias, layer.running_mean, layer.running_var)),
-        "–" if layer.dead is None else f"{layer.dead:.0%}",
-        "?" if layer.foldable is None else "yes" if layer.foldable else "no",
-        f"{layer.parameters}+{layer.buffers}",
-    )
-
-
-def _span(pair: tuple[float, float] | None) -> str:
-    return "–" if pair is None else f"{pair[0]:.3g} … {pair[1]:.3g}".replace("-", "−")

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.effect import Effect
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
 # Rules that explain a gap between training and evaluation; the first two also by a note.
@@ -45,7 +43,7 @@ class TrainEvaluationGap(Rule):
     """
     needs = ("data", "output")
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         gap, whole = m.gap, m.running_effect
         if gap is None or whole is None or not m.gap_matters:
             return

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule
 
 
 class DomainShift(Rule):
@@ -30,6 +26,6 @@ class DomainShift(Rule):
     """
     needs = ("data", "output")
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         if m.misfit is not None and m.misfit.cause.kind == "shift":
             yield self.finding(**m.misfit.finding)

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from statistics import median
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
 
 
@@ -43,7 +40,7 @@ class SmallBatch(Rule):
     """
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         single = [layer for layer in m.measured if layer.single_value_batches and layer.by_batch]
         if single:
             most, number = max(layer.single_value_batches for layer in single), len(m.batch_sizes)

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule
 
 
 class NonIidBatches(Rule):
@@ -38,7 +34,7 @@ class NonIidBatches(Rule):
     """
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         test, effect, gap = m.independence, m.batch_effect, m.gap
         paths = [layer.path for layer in m.measured if layer.by_batch]
         if test is None or not test.rejected or effect is None or not paths:

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from statistics import median
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
 # Error that the additional updates add to the running mean, in standard deviations, from which it is a warning.
@@ -37,7 +34,7 @@ class MovedTwice(Rule):
     """
     needs = ("step",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         step = m.step
         assert step is not None
         again = [layer for layer in m.layers if step.backward.get(layer.path)]

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 from batchnorm.nn.frozen import FrozenLayer
 
@@ -33,7 +29,7 @@ class HalfFrozen(Rule):
     repair = 'model, report = batchnorm.freeze(model, only=["layer1.0.bn1", ...])'
     source = "PyTorch's documentation of `BatchNorm2d`; Wu & Johnson 2021 (frozen batch normalization)."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         if not m.trains:
             return
         optimized = None

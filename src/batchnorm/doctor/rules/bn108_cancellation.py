@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
 # Error of a normalized value, in standard deviations.
@@ -34,7 +30,7 @@ class Cancellation(Rule):
     source = "The mathematics page, “Forward, training”; Chan, Golub & LeVeque 1979."
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         known = [(layer.path, layer.precision) for layer in m.measured if layer.precision is not None]
         found = sorted((pair for pair in known if pair[1].error > _NOTE), key=lambda pair: -pair[1].error)
         if not found:

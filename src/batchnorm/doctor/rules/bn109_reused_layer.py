@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.measure.measuring import different_calls, distance_of_calls
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.measure.distance import different_calls, distance_of_calls
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
 
@@ -30,7 +27,7 @@ class ReusedLayer(Rule):
     """
     source = "Cooijmans et al. 2017, *Recurrent Batch Normalization* (statistics for each time step)."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         model_calls = 1 if m.step is None else m.step.model_calls
         for layer in m.layers:
             calls = len(layer.calls) or (layer.place.calls if layer.place is not None else len(layer.found.paths))

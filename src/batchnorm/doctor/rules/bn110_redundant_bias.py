@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.traced import tensor_of
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
 
 
@@ -29,7 +25,7 @@ class RedundantBias(Rule):
     source = "Ioffe & Szegedy 2015, section 3.2."
     needs = ("trace",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = {layer.path: bias for layer in m.layers if (bias := _bias(m, layer)) is not None}
         if not found:
             return

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import counted, layers_listed, listed
 
 
 class DropoutBefore(Rule):
@@ -33,7 +30,7 @@ class DropoutBefore(Rule):
     """
     needs = ("step or trace",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         if m.step is None:
             yield from self._from_trace(m)
             return
@@ -53,13 +50,13 @@ class DropoutBefore(Rule):
             scale={path: found[path] for path in worst},
         )
 
-    def _from_trace(self, m: Measurements) -> Iterator[Finding]:
+    def _from_trace(self, m: Measurements) -> Findings:
         found = {layer.path: m.dropout[layer.module] for layer in m.measured if layer.module in m.dropout}
         if m.trains and found:
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"dropout of up to {max(found.values()):.0%} is before {counted(len(found), 'layer')}: {listed(found)}",
+                f"dropout of up to {max(found.values()):.0%} is before {layers_listed(found)}",
                 evidence=["data and a training step show its effect on the variance"],
                 dropout=found,
             )

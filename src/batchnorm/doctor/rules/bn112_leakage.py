@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 
 
 class Leakage(Rule):
@@ -36,7 +32,7 @@ class Leakage(Rule):
     """
     needs = ("data", "output", "pass")
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         effect = m.reshuffled
         if effect is not None and effect.severity > Severity.NOTE:
             yield self.finding(

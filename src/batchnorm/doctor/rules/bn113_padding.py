@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
 # Shift of the statistics, in σ or ln σ, from which padding is a warning.
@@ -46,7 +43,7 @@ class Padding(Rule):
     """
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         if m.padding is None or not m.padding.shifts:
             return
         shifts = m.padding.shifts

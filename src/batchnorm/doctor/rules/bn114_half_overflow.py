@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
 # Share of the largest number of the type from which the next batch may overflow.
@@ -33,7 +29,7 @@ class HalfOverflow(Rule):
     source = "Micikevicius et al. 2018, *Mixed Precision Training*; IEEE 754."
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         near: list[tuple[str, float, float, torch.finfo]] = []
         for layer in m.measured:
             if layer.largest_input is not None and layer.largest_input.dtype in (torch.float16, torch.bfloat16):

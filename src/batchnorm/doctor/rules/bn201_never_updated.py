@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.cause import LAGS
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
 
 
@@ -29,7 +25,7 @@ class NeverUpdated(Rule):
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     source = "PyTorch's documentation of `BatchNorm2d`."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         new = [layer for layer in m.measured if layer.is_new()]
         trained = [layer.path for layer in new if _is_trained(layer)]
         if trained:
@@ -77,6 +73,5 @@ class NeverUpdated(Rule):
 
 
 def _is_trained(layer: Layer) -> bool:
-    weight, bias = getattr(layer.module, "weight", None), getattr(layer.module, "bias", None)
-    changed = isinstance(weight, Tensor) and bool((weight != 1).any())
-    return changed or (isinstance(bias, Tensor) and bool((bias != 0).any()))
+    parameters = (getattr(layer.module, "weight", None), 1), (getattr(layer.module, "bias", None), 0)
+    return any(isinstance(tensor, Tensor) and bool((tensor != initial).any()) for tensor, initial in parameters)

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import counted, layers_listed, named
 
 
 class BrokenStatistics(Rule):
@@ -29,13 +25,13 @@ class BrokenStatistics(Rule):
         PyTorch's documentation of `BatchNorm2d`; `on_nonfinite="skip"` of this library's layers prevents it.
     """
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         broken = {layer.path: number for layer in m.layers if (number := _broken_channels(layer))}
         if broken:
             yield self.finding(
                 Severity.ERROR,
                 broken,
-                f"{counted(sum(broken.values()), 'channel')} of {counted(len(broken), 'layer')}: {listed(broken)}",
+                f"{counted(sum(broken.values()), 'channel')} of {layers_listed(broken)}",
                 evidence=[f"{named(path)}: {counted(number, 'channel')}" for path, number in list(broken.items())[:5]],
                 channels=broken,
             )

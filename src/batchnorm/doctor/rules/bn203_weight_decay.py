@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import torch
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import layers_listed
 
 
 class WeightDecay(Rule):
@@ -27,7 +24,7 @@ class WeightDecay(Rule):
     """
     needs = ("optimizer",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         assert m.optimizer is not None
         decay = {
             id(p): float(group.get("weight_decay", 0.0)) for group in m.optimizer.param_groups for p in group["params"]
@@ -39,8 +36,7 @@ class WeightDecay(Rule):
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"weight_decay={', '.join(f'{rate:g}' for rate in rates)} on {counted(len(found), 'layer')}: "
-                f"{listed(found)}",
+                f"weight_decay={', '.join(f'{rate:g}' for rate in rates)} on {layers_listed(found)}",
                 repair=_repair(m.optimizer, rates[-1]),
                 weight_decay=found,
             )

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import layers_listed
 
 _LARGE = 0.9
 # Error of the running mean, in standard deviations, from which it is a warning.
@@ -37,7 +34,7 @@ class MomentumConvention(Rule):
         `BatchNorm`.
     """
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = {
             layer: momentum
             for layer in m.layers
@@ -51,7 +48,7 @@ class MomentumConvention(Rule):
         yield self.finding(
             Severity.WARNING if worst is not None and worst > _MATTERS else Severity.NOTE,
             paths,
-            f"momentum {next(iter(found.values())):g} at {counted(len(paths), 'layer')}: {listed(paths)}",
+            f"momentum {next(iter(found.values())):g} at {layers_listed(paths)}",
             evidence=[]
             if worst is None
             else [f"the running mean scatters by up to {worst:.2g}σ (median over the channels) from step to step"],

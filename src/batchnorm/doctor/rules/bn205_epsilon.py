@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import listed
 
 _LEAST, _MOST = 1e-8, 1e-2
@@ -26,7 +23,7 @@ class OddEpsilon(Rule):
     """
     source = "The mathematics page, “Running statistics”."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         usual, _ = Counter(layer.eps for layer in m.layers).most_common(1)[0]
         odd = {layer.path: layer.eps for layer in m.layers if layer.eps != usual or not _LEAST <= layer.eps <= _MOST}
         if odd:

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.facts import DEAD, DEAD_SHARE
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import counted, layers_listed, named
 
 
 class DeadChannels(Rule):
@@ -31,7 +27,7 @@ class DeadChannels(Rule):
         implicit filter level sparsity in convolutional neural networks*.
     """
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         dead, share = {}, {}
         for layer in m.layers:
             weight = getattr(layer.module, "weight", None)
@@ -45,7 +41,7 @@ class DeadChannels(Rule):
             yield self.finding(
                 Severity.NOTE,
                 found,
-                f"{counted(sum(dead.values()), 'channel')} of {counted(len(found), 'layer')}: {listed(found)}",
+                f"{counted(sum(dead.values()), 'channel')} of {layers_listed(found)}",
                 evidence=[f"{named(path)}: {share[path]:.0%} of its channels" for path in found[:5]],
                 share=share,
             )

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import layers_listed, named
 from batchnorm.models.observe import running_buffer
 
 # Distance between running mean and mean at which updates stop, in standard deviations, from which it is a warning.
@@ -34,7 +30,7 @@ class HalfPrecision(Rule):
     """
     source = "Micikevicius et al. 2018, *Mixed Precision Training*, section 3.1."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = {
             layer.path: stall for layer in m.measured if layer.updates_running and (stall := _stall(layer)) is not None
         }
@@ -44,7 +40,7 @@ class HalfPrecision(Rule):
         yield self.finding(
             Severity.WARNING if found[worst] > _MATTERS and m.trains and m.training else Severity.NOTE,
             found,
-            f"{counted(len(found), 'layer')}: {listed(found)}",
+            f"{layers_listed(found)}",
             evidence=[f"{named(worst)}: updates stop {found[worst]:.2g}σ away from the mean"],
             stall=found,
         )

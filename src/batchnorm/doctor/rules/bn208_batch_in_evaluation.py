@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
 
@@ -29,7 +25,7 @@ class BatchInEvaluation(Rule):
     """
     source = "PyTorch's documentation of `BatchNorm2d`."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = [layer.path for layer in m.layers if getattr(layer.module, "running_mean", None) is None]
         if found:
             yield self.finding(

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import layers_listed
 
 
 class MovesInEvaluation(Rule):
@@ -21,7 +17,7 @@ class MovesInEvaluation(Rule):
     source = "PyTorch's documentation of `torch.nn.functional.batch_norm`."
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = [layer.path for layer in m.measured if layer.moved_in_evaluation]
         if found:
-            yield self.finding(Severity.WARNING, found, f"{counted(len(found), 'layer')}: {listed(found)}")
+            yield self.finding(Severity.WARNING, found, f"{layers_listed(found)}")

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import counted, layers_listed
 
 
 class ConstantChannels(Rule):
@@ -21,7 +17,7 @@ class ConstantChannels(Rule):
     source = "Ioffe & Szegedy 2015, algorithm 1 (ε)."
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         populations = {layer.path: layer.population for layer in m.measured}
         found = {
             path: number
@@ -33,6 +29,6 @@ class ConstantChannels(Rule):
             yield self.finding(
                 Severity.NOTE,
                 worst,
-                f"{counted(sum(found.values()), 'channel')} of {counted(len(found), 'layer')}: {listed(worst)}",
+                f"{counted(sum(found.values()), 'channel')} of {layers_listed(worst)}",
                 channels=found,
             )

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import layers_listed, named
 
 _LARGE = 1e3
 
@@ -25,14 +21,14 @@ class Amplified(Rule):
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # if the variances are too small"
     source = "Ioffe & Szegedy 2015, algorithm 2."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = {layer.path: factor for layer in m.measured if (factor := _factor(layer)) > _LARGE}
         if found:
             worst = sorted(found, key=lambda path: -found[path])
             yield self.finding(
                 Severity.NOTE,
                 worst,
-                f"{named(worst[0])} by up to {found[worst[0]]:.3g}; {counted(len(found), 'layer')}: {listed(worst)}",
+                f"{named(worst[0])} by up to {found[worst[0]]:.3g}; {layers_listed(worst)}",
                 factor=found,
             )
 

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
 
@@ -26,7 +22,7 @@ class OwnForward(Rule):
     repair = "folded, report = batchnorm.fold(model, example_inputs)  # follows calls, not classes"
     source = "PyTorch's sources of `torch.nn.utils.fusion` and `SyncBatchNorm.convert_sync_batchnorm`."
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         found = {layer.path: type(layer.module).__name__ for layer in m.layers if _has_own_forward(layer.module)}
         if found:
             kinds = ", ".join(sorted(set(found.values())))

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
 
@@ -24,7 +20,7 @@ class Foldable(Rule):
     source = "The mathematics page, “Folding, at inference”."
     needs = ("trace",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         if m.training or m.trains:
             return
         found = [layer.path for layer in m.layers if layer.place is not None and layer.place.foldable]

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
-from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.layers import NOISY
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, named
 
 
@@ -28,7 +24,7 @@ class NotSynchronized(Rule):
     source = "Peng et al. 2018, *MegDet*; the guide to several processes."
     needs = ("data",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         effect = m.batch_effect
         paths = [layer.path for layer in m.measured if layer.by_batch and not _is_synchronized(layer.module)]
         if m.processes < 2 or effect is None or not paths or m.dependent:

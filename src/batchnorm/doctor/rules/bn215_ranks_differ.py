@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from batchnorm.doctor.finding import Finding, Severity
-from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.rules.rule import Rule
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
 
 # Difference between the processes' running statistics that their last batches do not explain, in σ or ln σ.
@@ -35,7 +31,7 @@ class RanksDiffer(Rule):
     source = "PyTorch's documentation of `DistributedDataParallel`, `broadcast_buffers`."
     needs = ("ranks",)
 
-    def check(self, m: Measurements) -> Iterator[Finding]:
+    def check(self, m: Measurements) -> Findings:
         processes = m.process_states
         if processes is None:  # a single process
             return

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.measure.measurements import Measurements
+
+# All that most rules import.
+__all__ = ["Finding", "Findings", "Measurements", "Rule", "Severity"]
+
+Findings = Iterator[Finding]
 
 
 class Rule(ABC):
@@ -47,7 +52,7 @@ class Rule(ABC):
         cls.why = " ".join(cls.why.split())
 
     @abstractmethod
-    def check(self, m: Measurements) -> Iterable[Finding]:
+    def check(self, m: Measurements) -> Findings:
         """Find the problem in the measurements, whose needs are met."""
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:

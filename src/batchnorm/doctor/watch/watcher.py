@@ -41,6 +41,7 @@ from batchnorm.doctor.watch.records import (
     copied,
     recorded,
 )
+from batchnorm.doctor.watch.table import table
 from batchnorm.doctor.wording import named
 from batchnorm.models.outputs import outputs
 
@@ -371,8 +372,6 @@ class Watch:
         save(self.plot, Path(path))
 
     def __str__(self) -> str:
-        from batchnorm.doctor.watch.table import table
-
         return table(self._history, self.findings, self.steps)
 
 
