@@ -262,9 +262,9 @@ MISTAKES = {
         r"expects a residual of x's dtype and device .*residual.to\(x\)",
     ),
     "activation": (
-        {"activation": "mish"},
+        {"activation": "swish"},
         ValueError,
-        r"expects activation to be one of 'none', 'relu', .* got 'mish'. Choose",
+        r"expects activation to be one of 'none', 'relu', .* got 'swish'. Choose",
     ),
     "on_nonfinite": (
         {"on_nonfinite": "ignore"},

@@ -185,7 +185,7 @@ def test_all_masked_is_nothing() -> None:
 def test_one_value_has_no_unbiased_variance() -> None:
     single = Moments.of(torch.ones(1, 3))
     assert (single.var == 0).all()
-    with pytest.raises(ValueError, match=r"more than one value per channel, got a count of 1\. .* or take var"):
+    with pytest.raises(ValueError, match=r"more than one value per channel, got a count of 1\. .* or use var"):
         _ = single.var_unbiased
     weighted = Moments.of(torch.ones(2, 3), weights=torch.tensor([0.3, 0.0]))
     with pytest.raises(ValueError, match=r"got a count of 0\.3"):

@@ -40,16 +40,12 @@ def check_module(caller: str, model: object) -> None:
         raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
 
 
-def check_num_features(layer: str, num_features: int) -> None:
-    if not isinstance(num_features, int) or isinstance(num_features, bool):
-        raise TypeError(
-            f"{layer} expects num_features to be an int, got {num_features!r} ({type(num_features).__name__}). "
-            "Pass the number of channels C of its input."
-        )
-    if num_features < 0:
-        raise ValueError(
-            f"{layer} expects num_features >= 0, got {num_features}. Pass the number of channels C of its input."
-        )
+def check_integer(caller: str, name: str, value: object, least: int, hint: str) -> None:
+    """Check that an argument is an int and not below `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{caller} expects {name} to be an int, got {value!r} ({type(value).__name__}). {hint}")
+    if value < least:
+        raise ValueError(f"{caller} expects {name} >= {least}, got {value}. {hint}")
 
 
 def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
@@ -172,16 +168,18 @@ def check_joint_count(caller: str, count: float) -> None:
         )
 
 
-def check_running(caller: str, running_mean: Tensor | None, running_var: Tensor | None, *, needed: bool) -> None:
-    if (running_mean is None) != (running_var is None):
-        given, missing = ("running_var", "running_mean") if running_mean is None else ("running_mean", "running_var")
+def check_running(
+    caller: str, mean: Tensor | None, second: Tensor | None, *, needed: bool, second_name: str = "running_var"
+) -> None:
+    if (mean is None) != (second is None):
+        given, missing = (second_name, "running_mean") if mean is None else ("running_mean", second_name)
         raise ValueError(
-            f"{caller} expects running_mean and running_var both or neither, got {given} without {missing}. "
+            f"{caller} expects running_mean and {second_name} both or neither, got {given} without {missing}. "
             "Pass the missing one, or None for both."
         )
-    if needed and running_mean is None:
+    if needed and mean is None:
         raise ValueError(
-            f"{caller} expects running_mean and running_var in evaluation, got None. "
+            f"{caller} expects running_mean and {second_name} in evaluation, got None. "
             "Pass them, or training=True for the batch's own statistics."
         )
 
@@ -210,7 +208,7 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
             f"{caller} expects a mask of shape [N, *S] = {list(positions)} (or broadcastable to it) for x of shape "
             f"{list(x.shape)}, got {list(mask.shape)}. It has no channel dimension: one value per position."
         ) from None
-    if mask.dtype != torch.bool and _can_be_read(mask) and mask.numel() > 0:
+    if mask.dtype != torch.bool and can_be_read(mask) and mask.numel() > 0:
         least, most = mask.min().item(), mask.max().item()
         if not (least >= 0 and most < math.inf):  # NaN too
             raise ValueError(
@@ -220,7 +218,7 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
     return weights.contiguous()
 
 
-def _can_be_read(t: Tensor) -> bool:
+def can_be_read(t: Tensor) -> bool:
     """Whether t's values can be read without waiting for a device or breaking a graph."""
     return (
         type(t) is Tensor

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import _checks, ops
+from batchnorm.ops.eager import values_per_channel
 
 __all__ = ["batch_norm"]
 
@@ -55,11 +54,11 @@ def batch_norm(
         negative_slope: Slope of "leaky_relu" below zero.
         residual: Of x's shape and dtype; added before the activation.
         mask: Which positions count in the batch's statistics, and so in the running ones: booleans, or finite
-            weights w >= 0, of shape `[N, *S]` or broadcastable to it. What does not count (padding) may hold
-            anything, NaN too (taken as 0), and is normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and
-            the unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw, V₂ = Σw². Where nothing counts, the running
-            statistics stay; a single counted value gives β there, and moves the running mean alone. In evaluation a
-            mask changes nothing.
+            weights w >= 0, of shape `[N, *S]` or broadcastable to it. Positions that do not count (padding) may hold
+            any value, even NaN (treated as 0), and are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw,
+            and the unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw, V₂ = Σw². Where no position counts, the
+            running statistics stay; a single counted value becomes β, and moves the running mean alone. In evaluation
+            a mask changes nothing.
         num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
         on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
             mean or variance is not finite, as after an overflow in float16.
@@ -70,17 +69,17 @@ def batch_norm(
 
     Raises:
         TypeError: x is not a floating-point tensor, or weight, bias, a running statistic or the residual is in a
-            dtype that does not go with x's (half x takes float32 or its own).
+            dtype that does not fit x's (half x takes float32 or its own).
         ValueError: x has the wrong rank or one value per channel in training; a vector is not `[C]`; the residual's
-            shape is not x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (weights are looked at
-            on the CPU, not on other devices nor in a compiled graph); eps, activation or on_nonfinite is out of its
-            range; a needed statistic is missing.
+            shape is not x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (checked on the CPU, but
+            not on other devices or in a compiled graph); eps, activation or on_nonfinite is out of its range; a
+            required statistic is missing.
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
 
     Numerics:
         Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean, which is held as
         a pair, so that a mean of 1e6 deviations costs no accuracy. The result has the same bits for every number of
-        CPU threads. With ReLU, autograd keeps x and `[C]` vectors; with a residual, y besides.
+        CPU threads. With ReLU, autograd keeps x and `[C]` vectors, and with a residual also y.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; the equations are in the mathematics page, "Forward".
 
@@ -90,27 +89,14 @@ def batch_norm(
         tensor([[0.0000, 0.0000],
                 [1.0000, 1.0000]])
     """
-    # This also makes one node of an fx graph; fx.wrap would put its wrapper there, which does not pickle.
+    # This also makes one node of an fx graph; fx.wrap would put its own wrapper there, which does not pickle.
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask):
         return handle_torch_function(
-            batch_norm,
-            (input, running_mean, running_var, weight, bias, residual, mask),
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            activation=activation,
-            negative_slope=negative_slope,
-            residual=residual,
-            mask=mask,
-            num_batches_tracked=num_batches_tracked,
-            on_nonfinite=on_nonfinite,
-            caller=caller,
-        )
+            batch_norm, (input, running_mean, running_var, weight, bias, residual, mask),
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            activation=activation, negative_slope=negative_slope, residual=residual, mask=mask,
+            num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
+        )  # fmt: skip
     _checks.check_input(caller, input)
     if input.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
         return input.clone()
@@ -121,7 +107,7 @@ def batch_norm(
     if training and running_mean is not None:
         _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if not tracing:  # sizes are tensors there, and torch warns of what is decided by them
+    if not tracing:  # sizes are tensors while tracing, and torch warns where a branch depends on them
         _checks.check_channel_vectors(
             caller, input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
         )
@@ -154,7 +140,7 @@ def batch_norm(
         _, mean, mean_low, var, count = (t.detach() for t in statistics)
     if running_mean is not None:
         assert running_var is not None
-        m = math.prod((input.shape[0], *input.shape[2:]))
+        m = values_per_channel(input)
         ops.update_running_(
             running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, count, momentum,
             on_nonfinite == "skip",
@@ -179,22 +165,22 @@ def _portable_batch_norm(
     on_nonfinite: str,
     caller: str,
 ) -> Tensor:
-    """The same in torch's own operations: an exported program loads where this library is not installed."""
+    """Compute the same in torch's own operations, so that an exported program loads without this library."""
     if training and weights is not None:
         raise ValueError(
-            f"{caller} expects no mask in an exported training graph, got one. torch's own batch_norm, which is "
-            "exported, has none: leave it out, or export in evaluation mode."
+            f"{caller} expects no mask in an exported training graph, got one. The graph uses torch's own batch_norm, "
+            "which takes none: leave it out, or export in evaluation mode."
         )
     if training and on_nonfinite == "skip":
         raise ValueError(
-            f"{caller} expects on_nonfinite='propagate' in an exported training graph, got 'skip'. torch's own "
-            "batch_norm, which is exported, cannot skip: set it to 'propagate', or export in evaluation mode."
+            f"{caller} expects on_nonfinite='propagate' in an exported training graph, got 'skip'. The graph uses "
+            "torch's own batch_norm, which cannot skip: set it to 'propagate', or export in evaluation mode."
         )
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if not training or running_mean is None or momentum is not None:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
-    else:  # a momentum that is a tensor, in two steps
+    else:  # the cumulative average: its momentum is a tensor, which takes two steps
         assert running_var is not None
         assert num_batches_tracked is not None
         mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)

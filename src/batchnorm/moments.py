@@ -1,4 +1,4 @@
-"""Count, mean and squared deviations per channel: from data, and merged."""
+"""Count, mean and squared deviations per channel: computed from data, and merged."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 
 Data = Tensor | NDArray[Any]
 
-# Values that are held in float64 at a time: an array is never copied whole, and what is stays in the cache.
+# Values that are converted to float64 at a time: no array is copied whole, and each part stays in the cache.
 _PART = 2**18
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What determines mean and variance of each channel, and can be merged; immutable, float64.
+    """Count, mean and sum of squared deviations of each channel, which can be merged; immutable, float64.
 
     `mean = Σ w·x / Σ w` and `m2 = Σ w·(x - mean)²`, with `w = 1` unless there are weights.
 
     Args:
         count: Σ w, a scalar: without weights m, the number of values per channel.
-        mean: μ, `[C]`; of any value where nothing was counted, as it is then never read.
+        mean: μ, `[C]`; it may have any value where nothing was counted, as nothing reads it then.
         m2: Σ w·(x - μ)², `[C]`.
-        count_squares: Σ w², a scalar, which the unbiased variance of weighted values needs; None for values that
-            count 0 or 1 each.
+        count_squares: Σ w², a scalar, needed for the unbiased variance of weighted values; None where each value has
+            weight 0 or 1.
 
     Raises:
         ValueError: shapes do not agree.
@@ -65,7 +65,7 @@ class Moments:
 
     @classmethod
     def empty(cls, num_channels: int, *, device: torch.device | str | None = None) -> Moments:
-        """Moments of nothing: where a merge starts."""
+        """Return the moments of no data, from which a merge starts."""
         zeros = torch.zeros(num_channels, dtype=torch.float64, device=device)
         return cls(torch.zeros((), dtype=torch.float64, device=device), zeros, zeros)
 
@@ -75,17 +75,17 @@ class Moments:
 
         Args:
             x: Tensor or NumPy array `[N, C, *S]` of any real dtype, integers such as images in uint8 included.
-            mask: Booleans of shape `[N, *S]` or broadcastable to it; what is False does not count and may be NaN.
+            mask: Booleans of shape `[N, *S]` or broadcastable to it; False positions do not count and may be NaN.
             weights: Numbers >= 0 of shape `[N, *S]` or broadcastable to it: how much each value counts. With a mask
-                too, both hold.
+                too, both apply.
             axis: The channel axis of x; -1 for channels last.
 
         Raises:
-            TypeError: x is no tensor or array of real numbers, or the mask is not boolean.
+            TypeError: x is not a tensor or array of real numbers, or the mask is not boolean.
             ValueError: x has no channel axis, mask or weights do not fit x, or a weight is negative or not finite.
 
-        Numerics: deviations are taken from the mean in float64, in two passes over each part of x; a mean of 1e8
-            deviations costs 1e-8 of the deviation, as much as float64 data lose themselves.
+        Numerics: deviations are computed from the mean in float64, in two passes over each part of x. A mean of 1e8
+            deviations costs 1e-8 of the deviation, no more than the rounding of float64 data.
 
         Examples:
             >>> Moments.of(np.array([[1.0, 2.0, 9.0]]), mask=np.array([True]), axis=1).mean
@@ -100,11 +100,11 @@ class Moments:
         return cls.empty(x.shape[1], device=device).merge(*parts)
 
     def update(self, x: Data, mask: Data | None = None, weights: Data | None = None, *, axis: int = 1) -> Moments:
-        """Return the moments of what was counted so far and of x; arguments are those of `of`."""
+        """Return the moments of the data so far and of x; arguments are those of `of`."""
         return self.merge(Moments.of(x, mask, weights, axis=axis))
 
     def merge(self, *others: Moments) -> Moments:
-        """Return the moments of all the data together, on this one's device; no order or grouping matters.
+        """Return the moments of all the data together, on this object's device, in any order and grouping.
 
             n = Σ nₖ    μ = Σ nₖ·μₖ / n    M2 = Σ M2ₖ + Σ nₖ·(μₖ - μ)²
 
@@ -120,7 +120,7 @@ class Moments:
                     f"Moments.merge expects parts with {len(self.mean)} channels, got one with {len(other.mean)}. "
                     "Merge moments of the same layer or data only."
                 )
-        # Looked at one by one: 0·NaN would be NaN.
+        # Empty parts are left out, not multiplied by 0: 0·NaN would be NaN.
         parts = [part for part in (self, *others) if part.count > 0]
         if not parts:
             return self
@@ -138,12 +138,12 @@ class Moments:
 
     @property
     def var(self) -> Tensor:
-        """Biased variance `[C]`, M2/Σw, which normalizes; NaN where nothing was counted."""
+        """Biased variance `[C]`, M2/Σw, used to normalize; NaN where nothing was counted."""
         return self.m2 / self.count
 
     @property
     def var_unbiased(self) -> Tensor:
-        """Unbiased variance `[C]`, which running_var holds: M2/(m - 1), with weights M2·V₁/(V₁² - V₂).
+        """Unbiased variance `[C]`, as in running_var: M2/(m - 1), with weights M2·V₁/(V₁² - V₂).
 
         Raises:
             ValueError: fewer than two values were counted.
@@ -153,7 +153,7 @@ class Moments:
         if not freedom > 1e-12 * self.count**2:
             raise ValueError(
                 f"Moments.var_unbiased expects more than one value per channel, got a count of {self.count.item():g}. "
-                "One value has no spread: count more data, or take var."
+                "One value has no variance: count more data, or use var."
             )
         return self.m2 * (self.count / freedom)
 
@@ -165,7 +165,7 @@ class Moments:
 
 def _float64(part: Data) -> Tensor:
     if isinstance(part, Tensor):
-        device = "cpu" if part.device.type == "mps" else part.device  # which has no float64
+        device = "cpu" if part.device.type == "mps" else part.device  # mps has no float64
         return part.detach().to(device=device, dtype=torch.float64)
     return torch.from_numpy(np.array(part, dtype=np.float64))
 
@@ -202,7 +202,7 @@ def _of_part(x: Data, mask: Data | None, weights: Data | None, part: slice, shap
 
     mean = weighted.sum(dims) / count
     centered = values - spread(mean)
-    # Once more from there takes out the first sum's rounding: a constant channel deviates by exactly 0.
+    # A second sum removes the first one's rounding error: a constant channel deviates by exactly 0.
     correction = (centered if w is None else w * centered).sum(dims) / count
     centered = values - spread(mean + correction)
     m2 = (centered.square() if w is None else w * centered.square()).sum(dims)
@@ -224,13 +224,13 @@ def _check_data(x: Data, axis: int) -> None:
         raise TypeError(f"Moments.of expects x to hold real numbers, got {x.dtype}. Convert it first.")
     if x.ndim < 2:
         raise ValueError(
-            f"Moments.of expects x of shape [N, C, *S], got {list(x.shape)} ({x.ndim} dims). Add the dimension that "
-            "is missing, for example x[:, None] for a single channel."
+            f"Moments.of expects x of shape [N, C, *S], got {list(x.shape)} ({x.ndim} dims). Add the missing "
+            "dimension, for example x[:, None] for a single channel."
         )
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"Moments.of expects axis in [{-x.ndim}, {x.ndim}) for x of shape {list(x.shape)}, got {axis}. "
-            "It is where x has its channels."
+            "It is x's channel axis."
         )
 
 
@@ -242,7 +242,7 @@ def _check_fits(name: str, given: Data, shape: tuple[int, ...]) -> None:
     if not fits:
         raise ValueError(
             f"Moments.of expects {name} of shape [N, *S] = {list(shape)} or broadcastable to it, got "
-            f"{list(given.shape)}. It has no channel axis: every channel of a position counts alike."
+            f"{list(given.shape)}. It has no channel axis: it applies to all channels of a position."
         )
 
 
@@ -263,6 +263,7 @@ def _check_weights(weights: Data | None, shape: tuple[int, ...]) -> Data | None:
     _check_fits("weights", weights, shape)
     if not bool(((weights >= 0) & (weights < float("inf"))).all()):
         raise ValueError(
-            "Moments.of expects weights that are finite and >= 0, got some that are not. Give 0 to what does not count."
+            "Moments.of expects weights that are finite and >= 0, got some that are not. Give values that do not count "
+            "the weight 0."
         )
     return weights

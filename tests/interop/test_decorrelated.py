@@ -142,7 +142,7 @@ def test_transforms_of_torch_func(training: bool) -> None:
 
 def test_captured_buffers_under_torch_func_are_refused_and_stay() -> None:
     layer, x = DecorrelatedBatchNorm1d(5), torch.randn(8, 5)
-    with pytest.raises(RuntimeError, match=r"running statistics can be moved only .* update_running_stats=False"):
+    with pytest.raises(RuntimeError, match=r"running statistics can be updated only .* update_running_stats=False"):
         torch.func.grad(lambda x: layer(x).sum())(x)
     assert layer.num_batches_tracked == 0
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())

@@ -86,7 +86,7 @@ def test_checkpointing_keeps_the_domain_of_the_first_pass_or_refuses() -> None:
 
     with pytest.raises(RuntimeError, match="expects the domain of its first pass .*context_fn=batchnorm"):
         step_results(layer, lost, x)
-    with use_domain(2), pytest.raises(RuntimeError, match="`use_domain` of the forward pass is over, or another's"):
+    with use_domain(2), pytest.raises(RuntimeError, match="forward pass has ended, or another is active"):
         step_results(layer, lost, x)
 
 

@@ -12,32 +12,15 @@ from batchnorm.nn.layer import NormLayer
 
 class _BatchNormAct(NormLayer):
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        activation: str = "relu",
-        negative_slope: float = 0.01,
-    ) -> None:
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", activation: str = "relu", negative_slope: float = 0.01,
+    ) -> None:  # fmt: skip
         _checks.check_choice(self.layer_name, "activation", activation, tuple(ops.ACTIVATIONS))
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            on_nonfinite=on_nonfinite,
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         self.activation = activation
         self.negative_slope = negative_slope
 
@@ -48,7 +31,7 @@ class _BatchNormAct(NormLayer):
         return self._normalize(x, residual, mask)
 
     def extra_repr(self) -> str:
-        """Return the description of the batch normalization, then the activation."""
+        """Describe the batch normalization, then the activation."""
         parts = [super().extra_repr(), f"activation={self.activation!r}"]
         if parameter := ops.ACTIVATIONS[self.activation].parameter:
             parts.append(f"{parameter}={getattr(self, parameter)}")
@@ -58,19 +41,11 @@ class _BatchNormAct(NormLayer):
 class BatchNormAct2d(_BatchNormAct):
     """`activation(BN(x) + residual)` for x of shape `[N, C, H, W]`, in one pass fewer and with less memory kept.
 
-    The layer loads and saves the `state_dict` of `BatchNorm2d`. It is deliberately no subclass of torch's `_BatchNorm`:
-    tools that find batch normalization by `isinstance` to replace or fold it would lose the activation silently.
+    The layer loads and saves the `state_dict` of `BatchNorm2d`. It deliberately does not derive from torch's
+    `_BatchNorm`: tools that replace or fold batch normalization by `isinstance` would silently lose the activation.
 
     Args:
-        num_features: As in `BatchNorm`.
-        eps: As in `BatchNorm`.
-        momentum: As in `BatchNorm`.
-        affine: As in `BatchNorm`.
-        track_running_stats: As in `BatchNorm`.
-        device: As in `BatchNorm`.
-        dtype: As in `BatchNorm`.
-        bias: As in `BatchNorm`.
-        on_nonfinite: As in `BatchNorm`.
+        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
         activation: "relu" (default), or another activation of `batchnorm.functional.batch_norm` (keyword only).
         negative_slope: Slope of "leaky_relu" below zero (keyword only).
 

@@ -20,23 +20,23 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         momentum: Weight of the new batch, in [0, 1], as in torch (Keras and Flax: 1 minus theirs). None: the
             cumulative average of all batches.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
-        track_running_stats: Whether there are running statistics; without, evaluation uses the batch's too.
+        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's too.
         device: Of parameters and buffers.
         dtype: Of parameters and buffers.
         bias: Whether there is β (keyword only).
-        on_nonfinite: "propagate", or "skip" to leave the running statistics as they were when a batch's are not
-            finite (keyword only).
+        on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
+            (keyword only).
 
     Attributes:
-        update_running_stats: False leaves the running statistics where they are in training too, independently of
-            train() and eval(); `batchnorm.update_running_stats` sets it for a whole model.
+        update_running_stats: False keeps the running statistics unchanged in training too, independently of train()
+            and eval(); `batchnorm.update_running_stats` sets it for a whole model.
 
     Shape:
         x and y: `[N, C, *S]`; an empty batch gives an empty y and moves nothing.
 
     Raises:
-        TypeError: num_features is not an int; in forward, x is not a floating-point tensor, or not in a dtype that
-            goes with the parameters'.
+        TypeError: num_features is not an int; in forward, x is not a floating-point tensor, or in a dtype that does
+            not fit the parameters'.
         ValueError: eps, momentum or on_nonfinite out of range; in forward, a wrong rank or number of channels, or one
             value per channel in training.
 

@@ -8,43 +8,35 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from batchnorm.nn import batch
-from batchnorm.nn.rows import RowsLayer, batch_norm_by_rows, check_row
+from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, check_number_of_rows, check_row
 
 
 class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization with γ and β of each sample, for `[N, C, *S]` with any number of spatial dimensions.
 
-    `y = (x - μ)/√(σ² + eps)·γₙ + βₙ`. Statistics are the whole batch's, as in `BatchNorm`, and so are the running
-    ones. γₙ and βₙ are the rows of a sample's class, learned here (`layer(x, label)`), or computed elsewhere from
-    whatever the sample depends on (`layer(x, weight=γ, bias=β)`).
+    `y = (x - μ)/√(σ² + eps)·γₙ + βₙ`. Statistics and running statistics are those of the whole batch, as in
+    `BatchNorm`. γₙ and βₙ are the rows of a sample's class, which the layer learns (`layer(x, label)`), or are computed
+    elsewhere (`layer(x, weight=γ, bias=β)`).
 
     Args:
-        num_features: C; it and the arguments up to `on_nonfinite` are those of `BatchNorm`.
-        eps: As in `BatchNorm`.
-        momentum: As in `BatchNorm`.
-        affine: As in `BatchNorm`; without `num_classes` there are no parameters in any case.
-        track_running_stats: As in `BatchNorm`.
-        device: As in `BatchNorm`.
-        dtype: As in `BatchNorm`.
-        bias: As in `BatchNorm`.
-        on_nonfinite: As in `BatchNorm`.
+        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
+        affine: Whether there are weight and bias; without `num_classes` there are none in any case.
         num_classes: K, the rows of weight (γ, initially 1) and bias (β, initially 0), each `[K, C]`; None: every call
-            brings them (keyword only).
+            passes them (keyword only).
 
     Shape:
         x and y: `[N, C, *S]`; label: an int for all samples, or int64 `[N]`; weight and bias in the call: `[N, C]`.
 
     The state of plain batch normalization loads, strictly, into every class (without `num_classes`, if it has no
-    parameters); `select` gives the plain layer of one class.
+    parameters); `select` returns the plain layer of one class.
 
     Raises:
         TypeError: as `BatchNorm`; the label is neither an int nor an int64 tensor.
         ValueError: as `BatchNorm`; neither a label nor weight and bias are given, or both; the label is out of range
             (of a tensor on the CPU) or not of shape `[N]`; weight or bias is not `[N, C]`.
 
-    Numerics: as `batchnorm.functional.batch_norm`. The gradients of weight and bias are dense. As a `_BatchNorm` it is
-    found by tools that look for one, but it is no `BatchNorm2d`, whose vectors are `[C]`.
+    Numerics: as `batchnorm.functional.batch_norm`. The gradients of weight and bias are dense. Tools
+    that look for torch's `_BatchNorm` find it, but it is not a `BatchNorm2d`, whose vectors are `[C]`.
 
     Source: de Vries et al. 2017, Modulating early visual processing by language; Dumoulin et al. 2017, A Learned
     Representation For Artistic Style (the rows of a class); the derivative is in the mathematics page, "Backward".
@@ -64,42 +56,22 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     layer_name = "ConditionalBatchNorm"
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        num_classes: int | None = None,
-    ) -> None:
-        if num_classes is not None and (
-            not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1
-        ):
-            raise ValueError(
-                f"{self.layer_name} expects num_classes to be an int >= 1 or None, got {num_classes!r}. "
-                "Pass how many classes there are, or None to pass weight and bias in each call."
-            )
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", num_classes: int | None = None,
+    ) -> None:  # fmt: skip
+        if num_classes is not None:
+            hint = "Pass how many classes there are, or None to pass weight and bias in each call."
+            check_number_of_rows(f"{self.layer_name} expects num_classes to be an int >= 1 or None", num_classes, hint)
         if num_classes is not None and not affine:
             raise ValueError(
                 f"{self.layer_name} expects affine=True with num_classes, got affine=False and num_classes="
                 f"{num_classes}. Leave out num_classes to pass weight and bias in each call."
             )
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine and num_classes is not None,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            on_nonfinite=on_nonfinite,
-        )
+            num_features, eps, momentum, affine and num_classes is not None, track_running_stats, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         self.num_classes = num_classes
         if num_classes is not None:
             self._make_rows(num_classes, ("weight", "bias"))
@@ -113,7 +85,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Return y for x of the shape that the layer names, with the affine of a label or the one given here.
+        """Return y for x of the shape that the layer names, with weight and bias of a label or those passed here.
 
         Args:
             input: x, `[N, C, *S]`.
@@ -125,31 +97,14 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         rows, choice = self._rows(input, label, weight, bias)
         if label is not None:
             weight, bias = self.weight, self.bias
-        moves = self.training and self.track_running_stats and self.update_running_stats
-        tracked = moves or not self.training
-        return batch_norm_by_rows(
-            input,
-            choice,
-            rows,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.num_batches_tracked if moves else None,
-            weight,
-            bias,
-            mask,
-            own_statistics=False,
-            training=self.training or self.running_mean is None,
-            momentum=self.momentum,
-            eps=self.eps,
-            on_nonfinite=self.on_nonfinite,
-            caller=self.layer_name,
-            name="label",
+        return self._normalize_by_rows(
+            input, choice, rows, weight, bias, mask, own_statistics=False, choice_name="label"
         )
 
     def _rows(
         self, x: Tensor, label: int | Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[int, int | Tensor]:
-        """How many rows there are, and which one each sample takes."""
+        """Return the number of rows, and the row of each sample."""
         given = weight is not None or bias is not None
         if given == (label is not None):
             what = "both" if given else "neither"
@@ -172,7 +127,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
                 )
         return x.shape[0], torch.arange(x.shape[0], device=x.device)
 
-    def select(self, label: int) -> batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch.BatchNorm3d:
+    def select(self, label: int) -> PlainBatchNorm:
         """Return plain batch normalization with the statistics, and copies of one class's weight and bias.
 
         Raises:
@@ -181,13 +136,13 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         if self.num_classes is None:
             raise ValueError(
                 f"{self.layer_name} expects num_classes to select one of them, got None. "
-                "Its weight and bias are whatever each call brings."
+                "Each call passes weight and bias: make the layer with num_classes= to have rows to select."
             )
         check_row(self.layer_name, "label", label, self.num_classes)
         return self._plain(label)
 
     def extra_repr(self) -> str:
-        """The description of batch normalization, then the classes."""
+        """Describe the batch normalization, then the classes."""
         return f"{super().extra_repr()}, num_classes={self.num_classes}"
 
 

@@ -41,20 +41,20 @@ def decorrelated_batch_norm(
         input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16; any
             memory layout. An empty batch gives an empty result and moves nothing.
         running_mean: `[C]`, moved in place in training; None moves nothing.
-        running_whitening: `[C, min(group_size, C)]`, likewise: row c is what channel c takes of each channel of its
-            group; the rows of a smaller last group end in zeros.
+        running_whitening: `[C, min(group_size, C)]`, likewise: row c holds the coefficients by which channel c combines
+            the channels of its group; the rows of a smaller last group end in zeros.
         weight: γ of shape `[C]`, or None for 1.
         bias: β of shape `[C]`, or None for 0.
         training: Normalize by the batch's statistics instead of the running ones.
         momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
             average, which needs `num_batches_tracked`.
         eps: Added to the diagonal of the covariance; positive.
-        group_size: Channels that are whitened together, at least 1; the last group has what is left.
+        group_size: Channels that are whitened together, at least 1; the last group has the remaining ones.
         iterations: T, at least 1.
         mask: Which positions count in the batch's statistics: booleans, or weights w >= 0, of shape `[N, *S]` or
-            broadcastable to it. What does not count (padding) is whitened like the rest; NaN and infinity there are
-            taken as 0. Where nothing counts, the running statistics stay; a single counted value moves the mean
-            alone. In evaluation a mask changes nothing.
+            broadcastable to it. Positions that do not count (padding) are whitened like the rest; NaN and infinity
+            there are treated as 0. Where no position counts, the running statistics stay; a single counted value moves
+            the mean alone. In evaluation a mask changes nothing.
         num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
         on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
             are not finite.
@@ -71,37 +71,24 @@ def decorrelated_batch_norm(
 
     Numerics:
         Everything is computed in float32 (float64 for float64 x), under autocast too. Deviations are measured from
-        the mean, held in two parts, so that a large mean costs no accuracy. The iteration is the published one in
-        a form that is stable: it stays where it converged, instead of diverging after some ten steps.
+        the mean, held in two parts, so that a large mean costs no accuracy. The iteration is a stable form of the
+        published one: it stays converged, instead of diverging after some ten steps.
     """
-    # One node of an fx graph, too.
+    # Also makes this one node of an fx graph.
     if has_torch_function_variadic(input, running_mean, running_whitening, weight, bias, mask):
         return handle_torch_function(
-            decorrelated_batch_norm,
-            (input, running_mean, running_whitening, weight, bias, mask),
-            input,
-            running_mean,
-            running_whitening,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            group_size=group_size,
-            iterations=iterations,
-            mask=mask,
-            num_batches_tracked=num_batches_tracked,
-            on_nonfinite=on_nonfinite,
-            caller=caller,
-        )
+            decorrelated_batch_norm, (input, running_mean, running_whitening, weight, bias, mask), input, running_mean,
+            running_whitening, weight, bias, training, momentum, eps, group_size=group_size, iterations=iterations,
+            mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
+        )  # fmt: skip
     x = input
     _checks.check_input(caller, x)
     if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
         return x.clone()
     _checks.check_eps(caller, eps)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
-    _check_at_least_one(caller, group_size=group_size, iterations=iterations)
-    _check_running(caller, running_mean, running_whitening, needed=not training)
+    _check_options(caller, group_size, iterations)
+    _checks.check_running(caller, running_mean, running_whitening, needed=not training, second_name="running_whitening")
     if training and running_mean is not None:
         _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
@@ -130,26 +117,22 @@ def decorrelated_batch_norm(
         assert running_whitening is not None
         wide = eager.wide_dtype(x)
         whitening.update_whitening_(
-            running_mean,
-            running_whitening,
-            num_batches_tracked,
-            (found.origin.to(wide) + found.low.to(wide)).squeeze(1),
-            whitening.pack_matrices(found.matrices),
-            found.effective_count,
-            momentum,
-            on_nonfinite == "skip",
-        )
+            running_mean, running_whitening, num_batches_tracked,
+            (found.origin.to(wide) + found.low.to(wide)).squeeze(1).detach(),
+            whitening.pack_matrices(found.matrices).detach(),
+            found.effective_count, momentum, on_nonfinite == "skip",
+        )  # fmt: skip
     return y
 
 
 def _without_autocast(x: Tensor) -> Any:
-    """Autocast would take the products in half precision."""
+    """Return a context without autocast, which would compute the products in half precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _held(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
-    """The running statistics without gradient, safe from what is written to them before backward."""
+    """Return the running statistics without gradient, unaffected by writes to them before backward."""
     mean, matrices = running_mean.detach(), running_whitening.detach()
     if not torch.is_grad_enabled():
         return mean.to(eager.statistics_dtype(mean)), matrices.to(eager.statistics_dtype(matrices))
@@ -159,40 +142,16 @@ def _held(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tens
 
 
 def _placed_as(x: Tensor, y: Tensor) -> Tensor:
-    """`y` in x's dtype and memory format."""
+    """Return `y` in x's dtype and memory format."""
     if torch._C._are_functorch_transforms_active():  # y may be batched where x is not
         return y.to(x.dtype)
     return torch.empty_like(x).copy_(y)
 
 
-def _check_at_least_one(caller: str, **values: int) -> None:
-    hints = {
-        "group_size": "It is the number of channels that are whitened together; 64 is usual.",
-        "iterations": "It is the number of Newton steps; 5 is usual.",
-    }
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(
-                f"{caller} expects {name} to be an int, got {value!r} ({type(value).__name__}). {hints[name]}"
-            )
-        if value < 1:
-            raise ValueError(f"{caller} expects {name} >= 1, got {value}. {hints[name]}")
-
-
-def _check_running(caller: str, mean: Tensor | None, matrices: Tensor | None, *, needed: bool) -> None:
-    if (mean is None) != (matrices is None):
-        given, missing = "running_mean", "running_whitening"
-        if mean is None:
-            given, missing = missing, given
-        raise ValueError(
-            f"{caller} expects running_mean and running_whitening both or neither, got {given} without {missing}. "
-            "Pass the missing one, or None for both."
-        )
-    if needed and mean is None:
-        raise ValueError(
-            f"{caller} expects running_mean and running_whitening in evaluation, got None. "
-            "Pass them, or training=True for the batch's own statistics."
-        )
+def _check_options(caller: str, group_size: int, iterations: int) -> None:
+    hint = "It is the number of channels that are whitened together; 64 is usual."
+    _checks.check_integer(caller, "group_size", group_size, 1, hint)
+    _checks.check_integer(caller, "iterations", iterations, 1, "It is the number of Newton steps; 5 is usual.")
 
 
 def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, group_size: int) -> None:
@@ -207,39 +166,22 @@ def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, grou
 class _Decorrelated(NormLayer):
     running_whitening: Tensor | None
 
-    # On the class, as the other options of a layer are.
+    # On the class, like the other options of a layer.
     group_size: int = 64
     iterations: int = 5
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        group_size: int = 64,
-        iterations: int = 5,
-    ) -> None:
-        _check_at_least_one(self.layer_name, group_size=group_size, iterations=iterations)
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", group_size: int = 64, iterations: int = 5,
+    ) -> None:  # fmt: skip
+        _check_options(self.layer_name, group_size, iterations)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            on_nonfinite=on_nonfinite,
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         self.group_size, self.iterations = group_size, iterations
-        # Absent, not None: a tool that would fold the layer, or make another of it, fails instead of losing W.
+        # Absent, not None: a tool that folds or replaces the layer fails instead of losing W.
         del self.running_var
         shape = (num_features, min(group_size, num_features))
         matrices = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
@@ -247,9 +189,9 @@ class _Decorrelated(NormLayer):
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, running whitening matrices I, and no batch counted."""
+        """Set the running mean to 0, the running whitening matrices to I, and the number of batches to 0."""
         matrices = self._buffers.get("running_whitening")
-        if matrices is None:  # not tracked, or torch's constructor, which comes here before there are any
+        if matrices is None:  # not tracked, or called by torch's constructor, before the matrices exist
             return
         assert self.running_mean is not None
         assert self.num_batches_tracked is not None
@@ -258,7 +200,7 @@ class _Decorrelated(NormLayer):
         matrices.copy_(self._diagonal(torch.ones_like(self.running_mean)))
 
     def _diagonal(self, values: Tensor) -> Tensor:
-        """Whitening matrices, packed, that scale each channel of `values [C]` and mix none."""
+        """Return packed whitening matrices that scale each channel by its entry of `values [C]` and mix none."""
         size = min(self.group_size, max(self.num_features, 1))
         return whitening.pack_matrices([torch.diag_embed(group) for group in whitening.in_groups(values, size)])
 
@@ -274,30 +216,19 @@ class _Decorrelated(NormLayer):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
-        running_mean, running_whitening = self.running_mean, self.running_whitening
+        running_mean, running_whitening, moves = self.running_mean, self.running_whitening, self._moves
         training = self.training or running_mean is None
-        moves = self.training and self.track_running_stats and self.update_running_stats
-        if self.training and not moves:
+        if running_mean is None or (self.training and not moves):
             running_mean = running_whitening = None
         return decorrelated_batch_norm(
-            input,
-            running_mean,
-            running_whitening if running_mean is not None else None,
-            self.weight,
-            self.bias,
-            training,
-            self.momentum,
-            self.eps,
-            group_size=self.group_size,
-            iterations=self.iterations,
-            mask=mask,
+            input, running_mean, running_whitening, self.weight, self.bias, training, self.momentum, self.eps,
+            group_size=self.group_size, iterations=self.iterations, mask=mask,
             num_batches_tracked=self.num_batches_tracked if moves else None,
-            on_nonfinite=self.on_nonfinite,
-            caller=self.layer_name,
-        )
+            on_nonfinite=self.on_nonfinite, caller=self.layer_name,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """The description of the batch normalization, then groups and iterations."""
+        """Describe the batch normalization, then groups and iterations."""
         return f"{super().extra_repr()}, group_size={self.group_size}, iterations={self.iterations}"
 
 
@@ -310,30 +241,23 @@ class DecorrelatedBatchNorm(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm
     in evaluation they are the running ones. With `group_size=1` it is batch normalization.
 
     The covariance of y / γ is the identity where the iteration has converged. After 5 iterations a direction with 1/16
-    of the group's total variance comes out with variance 0.97, one with 1/64 with 0.59, one with 1/1000 with 0.06: each
-    iteration amplifies by 1.5 at most. That is wanted, as the smallest directions of a batch are noise; more
-    iterations whiten more (10 iterations: 1.00, 1.00 and 0.95), and make training noisier. Groups should be well
-    smaller than the number m = N·H·W of values per channel: with m <= d, the covariance of d channels has directions
-    in which nothing was seen.
+    of the group's total variance comes out with variance 0.97, a direction with 1/64 with 0.59, and with 1/1000 with
+    0.06: each iteration amplifies by at most 1.5. This is intended, as the smallest directions of a batch are noise;
+    more iterations whiten more (10 iterations: 1.00, 1.00 and 0.95), and make training noisier. Groups should be much
+    smaller than the number m = N·H·W of values per channel: with m <= d, the covariance of d channels is singular.
 
     Args:
-        num_features: C, and the further arguments up to `on_nonfinite` are those of `BatchNorm`.
+        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
         eps: Added to the diagonal of the covariance; positive.
-        momentum: As in `BatchNorm`, for the mean and W.
-        affine: As in `BatchNorm`.
-        track_running_stats: As in `BatchNorm`.
-        device: As in `BatchNorm`.
-        dtype: As in `BatchNorm`.
-        bias: As in `BatchNorm`.
-        on_nonfinite: As in `BatchNorm`.
-        group_size: Channels that are whitened together; the last group has what is left (keyword only). The paper has
-            64 in ResNet-50.
+        momentum: Weight of the new batch, for the mean and W.
+        group_size: Channels that are whitened together; the last group has the remaining ones (keyword only). The
+            paper uses 64 in ResNet-50.
         iterations: Steps of Newton's method, T in the paper (keyword only).
 
     Attributes:
-        running_whitening: Buffer `[C, min(group_size, C)]`: row c is what channel c takes of each channel of its
-            group. There is no `running_var`. A checkpoint of batch normalization loads: its variances become
-            diagonal matrices, so that in evaluation the layer does just what the one that it came from did.
+        running_whitening: Buffer `[C, min(group_size, C)]`: row c holds the coefficients by which channel c combines
+            the channels of its group. There is no `running_var`. A checkpoint of batch normalization loads: its
+            variances become diagonal matrices, so that in evaluation the layer computes the same as the original.
         update_running_stats: As in `BatchNorm`.
 
     Shape:

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.nn import batch
-from batchnorm.nn.rows import RowsLayer, batch_norm_by_rows, check_row
+from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, check_number_of_rows, check_row
 
 
 class _Current(threading.local):
-    """What the innermost `use_domain` of this thread says; a context variable would not compile."""
+    """The domain of this thread's innermost `use_domain`; a context variable would not compile."""
 
     domain: int | Tensor | None = None
-    backward: int = -1  # the pass of autograd in which it was entered; -1: none
+    backward: int = -1  # the backward pass in which it was entered; -1: none
 
 
 _current = _Current()
@@ -30,18 +29,18 @@ def _backward_pass() -> int:
 
 @contextmanager
 def use_domain(domain: int | Tensor) -> Iterator[None]:
-    """Choose the domain of every `DomainBatchNorm` that is called within, for models that do not pass it on.
+    """Choose the domain of every `DomainBatchNorm` called within the block, for models that do not pass it on.
 
-    Also a decorator. The innermost one counts, and an argument to the layer counts more. It holds in the thread that
-    entered it; the replicas that `DataParallel` makes within take it along where it is an int. Activation
-    checkpointing runs layers again inside backward, where the `with` of the forward pass is over, or another's: there
-    it is refused, unless `context_fn=keep_domain` brings it back.
+    It is also a decorator. The innermost one applies, and an argument to the layer overrides it. It applies to the
+    thread that entered it; the replicas that `DataParallel` makes within the block inherit a domain that is an int.
+    Activation checkpointing runs layers again inside backward, where the block of the forward pass has ended or another
+    is active: the layers refuse the domain there, unless `context_fn=keep_domain` restores it.
 
     Args:
         domain: An int for all samples, or an int64 tensor `[N]`, one for each.
 
     Raises:
-        TypeError: domain is neither. (Whether it is in range is for each layer to say.)
+        TypeError: domain is neither. (Each layer checks whether it is in range.)
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), DomainBatchNorm1d(4, num_domains=2), torch.nn.ReLU())
@@ -67,7 +66,7 @@ def keep_domain() -> tuple[AbstractContextManager[None], AbstractContextManager[
     """Carry the domain of `use_domain` into recomputation: `context_fn` of `torch.utils.checkpoint.checkpoint`.
 
     Returns:
-        The contexts of the first pass and of the second, which chooses the domain chosen now.
+        The contexts of the first pass and of the recomputation, which chooses the domain that is active now.
 
     Examples:
         >>> from torch.utils.checkpoint import checkpoint
@@ -83,22 +82,16 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization with statistics of each domain, for `[N, C, *S]` with any number of spatial dimensions.
 
     A batch, or each sample, belongs to one of `num_domains`: real and generated images, source and target, clean and
-    adversarial, teacher's and student's. Samples of a domain are normalized by their own statistics and move their
+    adversarial, teacher's and student's. Each domain's samples are normalized by their own statistics and move their
     own running statistics: outputs, gradients and buffers are those of one `BatchNorm` for each domain, called with
-    its part of the batch. All are computed in one pass.
+    its part of the batch. All domains are computed in one pass.
 
     The domain is an argument of the call, or comes from a `use_domain` around the model.
 
     Args:
-        num_features: C; it and the arguments up to `on_nonfinite` are those of `BatchNorm`.
-        eps: As in `BatchNorm`.
-        momentum: As in `BatchNorm`; None averages over a domain's own batches.
-        affine: As in `BatchNorm`.
-        track_running_stats: As in `BatchNorm`.
-        device: As in `BatchNorm`.
-        dtype: As in `BatchNorm`.
-        bias: As in `BatchNorm`.
-        on_nonfinite: As in `BatchNorm`, for each domain.
+        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
+        momentum: Weight of the new batch; None averages over a domain's own batches.
+        on_nonfinite: "propagate" or "skip", for each domain by itself.
         num_domains: K (keyword only).
         affine_per_domain: Whether weight and bias are `[K, C]`, one row for each domain, or `[C]` for all (keyword
             only).
@@ -111,18 +104,18 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     Shape:
         x and y: `[N, C, *S]`; domain: an int, or int64 `[N]`.
 
-    A domain that no sample belongs to stays as it is. One with a single value in a mixed batch has no variance: that
-    value becomes β, and moves the running mean alone. The state of plain batch normalization loads, strictly, into
-    every domain; `select` gives one back.
+    A domain without samples stays unchanged. A domain with a single value in a mixed batch has no variance: that value
+    becomes β, and moves the running mean alone. The state of plain batch normalization loads, strictly, into every
+    domain; `select` returns the plain layer of one.
 
     Raises:
         TypeError: as `BatchNorm`; the domain is neither an int nor an int64 tensor.
         ValueError: as `BatchNorm`; there is no domain, or it is out of range (of a tensor on the CPU), or not of
             shape `[N]`.
-        RuntimeError: the domain comes from a `use_domain` that a recomputation inside backward must not trust.
+        RuntimeError: the domain comes from a `use_domain`, in a recomputation inside backward without `keep_domain`.
 
-    Numerics: as `batchnorm.functional.batch_norm`. As a `_BatchNorm` it is found by tools that look for one, but it is
-    no `BatchNorm2d`, whose vectors are `[C]`.
+    Numerics: as `batchnorm.functional.batch_norm`. Tools that look for torch's `_BatchNorm` find it, but it is
+    not a `BatchNorm2d`, whose vectors are `[C]`.
 
     Source: Chang et al. 2019, Domain-Specific Batch Normalization (with `affine_per_domain`); Xie et al. 2020,
     Adversarial Examples Improve Image Recognition; Li et al. 2017, Revisiting Batch Normalization for Practical Domain
@@ -146,36 +139,16 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     _replica_domain: int | None = None
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        num_domains: int,
-        affine_per_domain: bool = False,
-    ) -> None:
-        if not isinstance(num_domains, int) or isinstance(num_domains, bool) or num_domains < 1:
-            raise ValueError(
-                f"{self.layer_name} expects num_domains to be an int >= 1, got {num_domains!r}. "
-                "Pass how many domains there are."
-            )
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", num_domains: int, affine_per_domain: bool = False,
+    ) -> None:  # fmt: skip
+        requirement = f"{self.layer_name} expects num_domains to be an int >= 1"
+        check_number_of_rows(requirement, num_domains, "Pass how many domains there are.")
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            on_nonfinite=on_nonfinite,
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         self.num_domains = num_domains
         self.affine_per_domain = affine_per_domain
         self._make_rows(num_domains, ("running_mean", "running_var", "num_batches_tracked"))
@@ -189,28 +162,12 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
 
         Args:
             input: x, `[N, C, *S]`.
-            domain: The domain of all samples, or int64 `[N]`; None: that of `use_domain`.
+            domain: The domain of all samples, or int64 `[N]`; None: the domain of `use_domain`.
             mask: Which positions count, as in `batchnorm.functional.batch_norm`.
         """
-        moves = self.training and self.track_running_stats and self.update_running_stats
-        tracked = moves or not self.training
-        return batch_norm_by_rows(
-            input,
-            self._current_domain() if domain is None else domain,
-            self.num_domains,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.num_batches_tracked if moves else None,
-            self.weight,
-            self.bias,
-            mask,
-            own_statistics=True,
-            training=self.training or self.running_mean is None,
-            momentum=self.momentum,
-            eps=self.eps,
-            on_nonfinite=self.on_nonfinite,
-            caller=self.layer_name,
-            name="domain",
+        domain = self._current_domain() if domain is None else domain
+        return self._normalize_by_rows(
+            input, domain, self.num_domains, self.weight, self.bias, mask, own_statistics=True, choice_name="domain"
         )
 
     def _current_domain(self) -> int | Tensor:
@@ -218,7 +175,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         if _backward_pass() not in (-1, _current.backward):
             raise RuntimeError(
                 f"{self.layer_name} expects the domain of its first pass where activation checkpointing runs it again, "
-                "got none that is sure: `use_domain` of the forward pass is over, or another's. Pass "
+                "got none that is certain: `use_domain` of the forward pass has ended, or another is active. Pass "
                 "context_fn=batchnorm.nn.keep_domain to checkpoint (use_reentrant=False), or domain to the layer."
             )
         if domain is None:
@@ -230,11 +187,11 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
 
     def _replicate_for_data_parallel(self) -> DomainBatchNorm:
         replica: DomainBatchNorm = super()._replicate_for_data_parallel()
-        if isinstance(_current.domain, int):  # replicas run in threads that do not see it
+        if isinstance(_current.domain, int):  # replicas run in other threads
             replica._replica_domain = _current.domain
         return replica
 
-    def select(self, domain: int) -> batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch.BatchNorm3d:
+    def select(self, domain: int) -> PlainBatchNorm:
         """Return plain batch normalization with copies of one domain's parameters and buffers.
 
         Raises:
@@ -244,7 +201,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         return self._plain(domain)
 
     def extra_repr(self) -> str:
-        """The description of batch normalization, then the domains."""
+        """Describe the batch normalization, then the domains."""
         parts = [super().extra_repr(), f"num_domains={self.num_domains}"]
         if self.affine_per_domain:
             parts.append("affine_per_domain=True")

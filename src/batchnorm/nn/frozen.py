@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import _checks, functional
 from batchnorm.nn.act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 from batchnorm.nn.layer import NormLayer
 
 
 class FrozenLayer(NormLayer):
-    """Mixed in before a class whose running statistics are then all that it normalizes by."""
+    """A mixin before another layer class: the layer normalizes by its running statistics alone."""
+
+    _frozen = True
 
     def _check_tracks(self, track_running_stats: bool) -> None:
         if not track_running_stats:
             raise ValueError(
-                f"{self.layer_name} expects track_running_stats=True, got False. The running statistics are what it "
-                "normalizes by: use BatchNorm for the batch's own."
+                f"{self.layer_name} expects track_running_stats=True, got False. It normalizes by the running "
+                "statistics alone: use BatchNorm for the batch's own."
             )
 
     @property
@@ -31,31 +32,13 @@ class FrozenLayer(NormLayer):
     def trainable_affine(self, trainable: bool) -> None:
         self.requires_grad_(trainable)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if mask is not None:  # there is nothing to leave out
-            _checks.mask_as_weights(self.layer_name, x, mask)
-        return functional.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            False,
-            self.momentum,
-            self.eps,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            residual=residual,
-            caller=self.layer_name,
-        )
-
     def extra_repr(self) -> str:
-        """Torch's description, and whether γ and β are trained."""
+        """Describe the layer: torch's description, and whether γ and β are trained."""
         return f"{super().extra_repr()}, trainable_affine={self.trainable_affine}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if prefix + "running_mean" in state_dict and prefix + "running_var" in state_dict:
-            # What any batch normalization has; what is not there beside it was none, and is not left as it was.
+            # A checkpoint of batch normalization without γ or β: the layer had none, so they become 1 and 0.
             tracked = self.num_batches_tracked
             absent = {
                 "weight": None if self.weight is None else torch.ones_like(self.weight, device=_real(self.weight)),
@@ -75,36 +58,36 @@ def _real(tensor: Tensor) -> torch.device:
 class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of `[N, C, *S]` by its running statistics alone, in training as in evaluation.
 
-    `y = (x - running_mean)/√(running_var + eps)·weight + bias`. Nothing moves, whatever `train()` says: for
-    fine-tuning with batches too small for statistics of their own (detection, segmentation), and for layers whose
-    data have not changed. `batchnorm.surgery.freeze` puts it into a model, `unfreeze` takes it out again.
+    `y = (x - running_mean)/√(running_var + eps)·weight + bias`. Nothing moves, in either mode. Meant for fine-tuning
+    with batches too small for statistics of their own (detection, segmentation), and for layers whose data have not
+    changed. `batchnorm.surgery.freeze` puts it into a model, and `unfreeze` removes it.
 
     Args:
         num_features: C, the size of x's second dimension.
         eps: Added to the variance; positive.
-        momentum: Not used; kept for the layer that this one is turned back into.
+        momentum: Not used; kept for the layer that `unfreeze` restores.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
-        track_running_stats: Must be True; in its place among torch's arguments.
+        track_running_stats: Must be True; here so that positional arguments agree with torch's.
         device: Of parameters and buffers.
         dtype: Of parameters and buffers.
         bias: Whether there is β (keyword only).
-        on_nonfinite: Not used, as momentum (keyword only).
-        trainable_affine: Whether γ and β are trained, that is, require gradients (keyword only). They are parameters
-            either way.
+        on_nonfinite: Not used, like momentum (keyword only).
+        trainable_affine: Whether γ and β are trained, which means that they require gradients (keyword only). They
+            are parameters either way.
 
     Shape:
         x and y: `[N, C, *S]`; one value per channel is enough.
 
     Raises:
         TypeError: as `BatchNorm`.
-        ValueError: track_running_stats is False; otherwise as `BatchNorm`, but any batch will do.
+        ValueError: track_running_stats is False; otherwise as `BatchNorm`, except that any batch is accepted.
 
     Numerics: as `batchnorm.functional.batch_norm` with `training=False`.
 
-    Loads the `state_dict` of any batch normalization, also one without `num_batches_tracked` (which then stays) or
+    It loads the `state_dict` of any batch normalization, also without `num_batches_tracked` (which then stays) or
     without γ and β (which become 1 and 0).
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` unfreezes it, as it replaces every batch normalization.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` replaces every batch normalization, and so unfreezes it.
 
     Examples:
         >>> layer = FrozenBatchNorm(2)
@@ -116,19 +99,10 @@ class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
     layer_name = "FrozenBatchNorm"
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        trainable_affine: bool = False,
-    ) -> None:
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", trainable_affine: bool = False,
+    ) -> None:  # fmt: skip
         self._check_tracks(track_running_stats)
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite)
         self.trainable_affine = trainable_affine
@@ -169,21 +143,11 @@ class FrozenBatchNorm3d(FrozenBatchNorm):
 
 class _FrozenAct(FrozenLayer, _BatchNormAct):
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        activation: str = "relu",
-        negative_slope: float = 0.01,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", activation: str = "relu", negative_slope: float = 0.01,
         trainable_affine: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._check_tracks(track_running_stats)
         super().__init__(
             num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm import _checks
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
 
@@ -16,44 +17,20 @@ class _GhostBatchNorm(PartsLayer):
     ghost_size: int
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        ghost_size: int = 32,
-    ) -> None:
-        if not isinstance(ghost_size, int) or isinstance(ghost_size, bool):
-            raise TypeError(
-                f"{self.layer_name} expects ghost_size to be an int, got {ghost_size!r} ({type(ghost_size).__name__}). "
-                "Pass the number of samples that are normalized together."
-            )
-        if ghost_size < 1:
-            raise ValueError(
-                f"{self.layer_name} expects ghost_size >= 1, got {ghost_size}. It is the number of samples that are "
-                "normalized together."
-            )
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", ghost_size: int = 32,
+    ) -> None:  # fmt: skip
+        hint = "Pass the number of samples that are normalized together."
+        _checks.check_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            on_nonfinite=on_nonfinite,
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         self.ghost_size = ghost_size
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
-        """Parts of `ghost_size` samples in order; a last one of a single value joins its neighbour."""
+        """Return parts of `ghost_size` consecutive samples; a last part with a single value joins its neighbour."""
         n, size, positions = x.shape[0], self.ghost_size, math.prod(x.shape[2:])
         if n <= size:
             return None, 1
@@ -70,7 +47,7 @@ class _GhostBatchNorm(PartsLayer):
         return (torch.arange(n, device=x.device) // size).clamp(max=parts - 1), parts
 
     def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
-        """Move the running statistics once: by the mean of all, and the parts' variances without the spread between.
+        """Move the running statistics once: by the mean of all values, and the parts' variances.
 
         The divisor of the unbiased variance, Σ(mₖ - 1), is that of a batch with the count n/K. Section "Ghost batches".
         """
@@ -80,7 +57,7 @@ class _GhostBatchNorm(PartsLayer):
             return
         total = count.sum()
         divisor = torch.where(total > 0, total, 1.0)
-        # A part without a counted value has no share, whatever its mean.
+        # A part without a counted value has weight zero, whatever its mean.
         share = (count / divisor).unsqueeze(1)
         parts = torch.where(effective_count > 0, count / effective_count, 0.0).sum()
         pooled = (share * (mean.to(count.dtype) + mean_low)).sum(0)
@@ -89,33 +66,27 @@ class _GhostBatchNorm(PartsLayer):
         self._move_by(high, low, (share * var).sum(0).to(var.dtype), x, total / torch.where(parts > 0, parts, 1.0))
 
     def extra_repr(self) -> str:
-        """The description of the batch normalization, then the size of a part."""
+        """Describe the batch normalization, then the size of a part."""
         return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
 
 
 class GhostBatchNorm(_GhostBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
     """Ghost batch normalization of `[N, C, *S]`: statistics of parts of the batch, for large batches.
 
-    In training the batch is cut, in its order, into parts of `ghost_size` samples, and each is normalized by its own
-    statistics, which keeps the noise of small batches. The last part is smaller where ghost_size does not divide N;
-    one with a single value per channel joins its neighbour. All parts are computed in one pass.
+    In training the batch is split, in its order, into parts of `ghost_size` samples. Each part is normalized by its own
+    statistics, which keeps the noise of small batches. The last part is smaller where ghost_size does not divide N; a
+    last part with a single value per channel joins its neighbour. All parts are computed in one pass.
 
-    The running statistics move once per batch: the mean by the mean of all values, the variance by
-    ΣM2ₖ/Σ(mₖ - 1), the mean of the parts' unbiased variances where they are equal, without the spread between parts,
-    which training never sees. (The paper moves them once per part, which decays like momentum 1 - (1 - a)^K.)
-    Evaluation, parameters, buffers and `state_dict` are those of `BatchNorm`.
+    The running statistics move once per batch: the mean by the mean of all values, the variance by ΣM2ₖ/Σ(mₖ - 1). For
+    parts of equal size this is the mean of their unbiased variances; it leaves out the variance between parts, which
+    training never sees. (The paper moves them once per part, which decays like momentum 1 - (1 - a)^K.) Evaluation,
+    parameters, buffers and `state_dict` are those of `BatchNorm`.
 
     Args:
-        num_features: C; it and the arguments up to `on_nonfinite` are those of `BatchNorm`.
-        eps: As in `BatchNorm`.
-        momentum: As in `BatchNorm`, for the whole batch.
-        affine: As in `BatchNorm`.
-        track_running_stats: As in `BatchNorm`; without, evaluation uses ghost batches too.
-        device: As in `BatchNorm`.
-        dtype: As in `BatchNorm`.
-        bias: As in `BatchNorm`.
-        on_nonfinite: As in `BatchNorm`.
-        ghost_size: Samples in a part (keyword only). A batch of no more is normalized as by `BatchNorm`.
+        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
+        momentum: Weight of the whole batch, which moves the running statistics once.
+        track_running_stats: Whether there are running statistics; without them evaluation uses ghost batches too.
+        ghost_size: Samples in a part (keyword only). A batch that is not larger is normalized as by `BatchNorm`.
 
     Shape:
         x and y: `[N, C, *S]`.

@@ -1,4 +1,4 @@
-"""What every layer of the family shares: its arguments, its buffers, and the call that normalizes."""
+"""The base of every layer of the family: arguments, buffers, and the call that normalizes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from batchnorm import _checks, functional
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
     """Mixed in before one of torch's classes, whose parameters, buffers and `state_dict` it keeps."""
 
-    # The name in error messages; its ending fixes the rank of x. Subclasses of a layer inherit it.
+    # The name in error messages; its ending determines the rank of x. Subclasses of a layer inherit it.
     layer_name: ClassVar[str]
+
+    # Whether training too normalizes by the running statistics.
+    _frozen: ClassVar[bool] = False
 
     # On the class, so that layers pickled before an attribute existed, or given this class later, have it.
     on_nonfinite: str = "propagate"
@@ -24,19 +27,12 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     negative_slope: float = 0.01
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-    ) -> None:
-        _checks.check_num_features(self.layer_name, num_features)
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate",
+    ) -> None:  # fmt: skip
+        hint = "Pass the number of channels C of its input."
+        _checks.check_integer(self.layer_name, "num_features", num_features, 0, hint)
         self._check_options(eps, momentum, on_nonfinite)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # set here: older torch has no such argument
@@ -49,7 +45,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         _checks.check_choice(self.layer_name, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
 
     def reset_parameters(self) -> None:
-        """γ = 1, β = 0, and running statistics as new."""
+        """Set γ to 1, β to 0, and the running statistics to their initial values."""
         self.reset_running_stats()
         if self.weight is not None:
             init.ones_(self.weight)
@@ -63,36 +59,38 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
         return self._normalize(input, mask=mask)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        moves = self.training and self.track_running_stats and self.update_running_stats
-        # Module.__getattr__ takes half a microsecond; its dictionaries hold all but parametrized tensors.
+    @property
+    def _moves(self) -> bool:
+        """Whether this call moves the running statistics."""
+        return self.training and self.track_running_stats and self.update_running_stats and not self._frozen
+
+    def _normalize(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: tuple[str, float] | None = None,
+    ) -> Tensor:
+        """Normalize, then add the residual and apply an activation, given with its slope; by default the layer's."""
+        moves = self._moves
+        # Module.__getattr__ takes half a microsecond; its dictionaries hold all tensors except parametrized ones.
         held = {**self._parameters, **self._buffers}
-        weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401  (not looked up in vain)
+        weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401  (avoids a needless lookup)
         bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
         running_mean, running_var = held["running_mean"], held["running_var"]
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not moves:
+        training = not self._frozen and (self.training or (running_mean is None and running_var is None))
+        if training and not moves:
             running_mean = running_var = None
+        name, negative_slope = activation or (self.activation, self.negative_slope)
         return functional.batch_norm(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            self.momentum,
-            self.eps,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            residual=residual,
-            mask=mask,
+            x, running_mean, running_var, weight, bias, training, self.momentum, self.eps,
+            activation=name, negative_slope=negative_slope, residual=residual, mask=mask,
             num_batches_tracked=held["num_batches_tracked"] if moves else None,
-            on_nonfinite=self.on_nonfinite,
-            caller=self.layer_name,
-        )
+            on_nonfinite=self.on_nonfinite, caller=self.layer_name,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """Torch's description, and what differs from its defaults."""
+        """Describe the layer: torch's description, and the options that differ from their defaults."""
         parts = [super().extra_repr()]
         if self.on_nonfinite != "propagate":
             parts.append(f"on_nonfinite={self.on_nonfinite!r}")
@@ -105,17 +103,9 @@ class LazyNormLayer(NormLayer):
     """Mixed in before one of torch's lazy classes: `num_features` comes from the first batch."""
 
     def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-    ) -> None:
+        self, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
+        device: Any = None, dtype: Any = None, *, bias: bool = True, on_nonfinite: str = "propagate",
+    ) -> None:  # fmt: skip
         self._check_options(eps, momentum, on_nonfinite)
         torch_lazy: Any = super(NormLayer, self)  # its constructor has no num_features
         torch_lazy.__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
@@ -124,11 +114,11 @@ class LazyNormLayer(NormLayer):
         self.on_nonfinite = on_nonfinite
 
     def reset_parameters(self) -> None:
-        """Nothing while the number of channels is unknown."""
+        """Reset, once the number of channels is known."""
         if self.num_features != 0 and not self.has_uninitialized_params():  # type: ignore[operator]
             super().reset_parameters()
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
-        """Make parameters and buffers for x's channels."""
-        self._check_input_dim(input)  # before anything is made from a wrong shape
+        """Create parameters and buffers for x's channels."""
+        self._check_input_dim(input)  # before anything is created from a wrong shape
         super().initialize_parameters(input)  # type: ignore[misc]

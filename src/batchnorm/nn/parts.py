@@ -1,8 +1,7 @@
-"""The layers whose statistics are found apart: over processes, groups of samples, or some of the positions."""
+"""The base of layers with other statistics: over processes, groups of samples, or some of the positions."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,12 +11,13 @@ from torch.fx import Proxy
 from batchnorm import _checks, distributed, ops
 from batchnorm.nn.layer import NormLayer
 from batchnorm.ops import BatchStatistics
+from batchnorm.ops.eager import values_per_channel
 
 
 class PartsLayer(NormLayer):
-    """`forward` in steps that an algorithm overrides: statistics, affine, running statistics."""
+    """A `forward` in steps that an algorithm overrides: groups of samples, affine, running statistics."""
 
-    # Whether training joins the statistics of all processes of `process_group`.
+    # Whether training merges the statistics of all processes of `process_group`.
     sync: bool = False
     # The layer's path in its model, for errors; `convert` sets it.
     name: str = ""
@@ -26,7 +26,7 @@ class PartsLayer(NormLayer):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
-        if isinstance(input, Proxy):  # one node of an fx graph: the layer itself, as what it needs is no tensor
+        if isinstance(input, Proxy):  # one node of an fx graph, the layer itself: it needs more than tensors
             tracer: Any = input.tracer
             kwargs = {} if mask is None else {"mask": mask}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), kwargs)
@@ -34,7 +34,7 @@ class PartsLayer(NormLayer):
 
     @property
     def process_group(self) -> Any:
-        """The process group whose statistics are joined; None: all processes."""
+        """The process group whose statistics are merged; None: all processes."""
         return None if self._group_name is None else distributed.resolve(self._group_name)
 
     @process_group.setter
@@ -42,10 +42,10 @@ class PartsLayer(NormLayer):
         self._group_name = distributed.group_name(group)
 
     def _peers(self) -> distributed.Peers | None:
-        """The processes whose values count in this call too; None: there are no others."""
+        """Return the processes whose values count in this call; None: this process alone."""
         if not (self.sync and self.training):
             return None
-        # Not told while compiling, where every name would be a graph of its own.
+        # Left out while compiling: every name would need a graph of its own.
         name = "" if torch.compiler.is_compiling() else self.name
         return distributed.peers(self._group_name, f"{self.layer_name}({self.num_features})", name)
 
@@ -61,16 +61,12 @@ class PartsLayer(NormLayer):
         if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
             return x.clone()
         _checks.check_channel_vectors(
-            self.layer_name,
-            x,
-            weight=self.weight,
-            bias=self.bias,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-        )
+            self.layer_name, x, weight=self.weight, bias=self.bias,
+            running_mean=self.running_mean, running_var=self.running_var,
+        )  # fmt: skip
         weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask)
         peers = self._peers()
-        if peers is None:  # else they may have more
+        if peers is None:  # otherwise other processes may have more values
             _checks.check_batch(self.layer_name, x)
         index, groups = self._index(x)
         statistics = ops.batch_moments(x, index, weights, groups, peers)
@@ -80,20 +76,20 @@ class PartsLayer(NormLayer):
         y = ops.batch_statistics_norm_by_parts(
             x, statistics, weight, bias, None, self.eps, "none", 0.0, index, weights, groups, peers
         )
-        if self.training and self.track_running_stats and self.update_running_stats:
+        if self._moves:
             self._move(x, statistics)
         return y
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
-        """Which group of samples `[N]` each belongs to, and how many there are; None: all are one."""
+        """Return the group of each sample `[N]`, and the number of groups; None: all samples are one group."""
         return None, 1
 
     def _has_at_most_one(self, x: Tensor) -> bool:
-        """Whether the values that others have decide whether there is a variance; a compiler cannot look."""
-        return math.prod((x.shape[0], *x.shape[2:])) <= 1 and not torch.compiler.is_compiling()
+        """Whether other processes' values decide if there is a variance; False while compiling, which cannot tell."""
+        return values_per_channel(x) <= 1 and not torch.compiler.is_compiling()
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
-        """γ and β of this batch."""
+        """Return γ and β of this batch."""
         return self.weight, self.bias
 
     def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
@@ -103,16 +99,8 @@ class PartsLayer(NormLayer):
     def _move_by(self, mean: Tensor, mean_low: Tensor, var: Tensor, x: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        m = math.prod((x.shape[0], *x.shape[2:]))
+        m = values_per_channel(x)
         ops.update_running_(
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            mean.detach(),
-            mean_low.detach(),
-            var.detach(),
-            m,
-            count.detach(),
-            self.momentum,
-            self.on_nonfinite == "skip",
-        )
+            self.running_mean, self.running_var, self.num_batches_tracked, mean.detach(), mean_low.detach(),
+            var.detach(), m, count.detach(), self.momentum, self.on_nonfinite == "skip",
+        )  # fmt: skip

@@ -13,17 +13,17 @@ from batchnorm import ops
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
 
-# A limit for every batch, or its value after so many batches (int64 scalar, on the layer's device).
+# A constant limit, or a function of the number of batches so far (int64 scalar, on the layer's device).
 Limit = float | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class PaperSchedule:
-    """The paper's schedule of both limits: batch normalization first, then gradually freer.
+    """The paper's schedule of both limits: batch normalization first, then gradually larger limits.
 
     `rmax` is 1 and `dmax` 0 up to batch `start`; then they grow linearly to `rmax_limit` at batch `rmax_end` and
-    `dmax_limit` at `dmax_end`. Batches are counted by the layer's `num_batches_tracked`, which its `state_dict` holds,
-    so that a resumed run continues where it was.
+    `dmax_limit` at `dmax_end`. The layer's `num_batches_tracked` counts the batches; its `state_dict` holds it, so that
+    a resumed run continues the schedule.
 
     Args:
         start: Batches of plain batch normalization.
@@ -60,11 +60,11 @@ class PaperSchedule:
         _check_limit("PaperSchedule", "dmax_limit", self.dmax_limit, 0.0)
 
     def rmax(self, batches: Tensor) -> Tensor:
-        """The limit of r after so many batches."""
+        """Return the limit of r after a number of batches."""
         return 1.0 + (self.rmax_limit - 1.0) * self._progress(batches, self.rmax_end)
 
     def dmax(self, batches: Tensor) -> Tensor:
-        """The limit of d after so many batches."""
+        """Return the limit of d after a number of batches."""
         return self.dmax_limit * self._progress(batches, self.dmax_end)
 
     def _progress(self, batches: Tensor, end: int) -> Tensor:
@@ -89,22 +89,11 @@ class _BatchRenorm(PartsLayer):
     dmax: Limit
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        rmax: Limit = 3.0,
-        dmax: Limit = 5.0,
-        sync: bool = False,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", rmax: Limit = 3.0, dmax: Limit = 5.0, sync: bool = False,
         process_group: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name, limit, least in (("rmax", rmax, 1.0), ("dmax", dmax, 0.0)):
             value: object = limit(torch.zeros((), dtype=torch.int64)) if callable(limit) else limit
             _check_limit(self.layer_name, name, value.item() if isinstance(value, Tensor) else value, least)
@@ -121,11 +110,11 @@ class _BatchRenorm(PartsLayer):
 
     def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if (self.rmax, self.dmax) == (1, 0) and self._peers() is None:
-            return self._normalize(x, mask=mask)  # the same, and of the same bits
+            return self._normalize(x, mask=mask)  # the same, bit for bit
         return super()._normalize_by_parts(x, mask)
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
-        """γ·r and γ·d + β: with them normalization by the batch is renormalization."""
+        """Return γ·r and γ·d + β, with which normalization by the batch is renormalization."""
         running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
         if running_mean is None or running_var is None or batches is None:
             raise ValueError(
@@ -135,23 +124,16 @@ class _BatchRenorm(PartsLayer):
         rmax = self.rmax(batches) if callable(self.rmax) else self.rmax
         dmax = self.dmax(batches) if callable(self.dmax) else self.dmax
         r, d = ops.renorm_correction(
-            statistics.mean,
-            statistics.mean_low,
-            statistics.var,
-            running_mean,
-            running_var,
-            rmax,
-            dmax,
-            self.eps,
+            statistics.mean, statistics.mean_low, statistics.var, running_mean, running_var, rmax, dmax, self.eps,
             self.layer_name,
-        )
+        )  # fmt: skip
         if self.weight is not None:
             gamma = self.weight.to(r.dtype)  # once, so that the two gradients of a half γ are added before rounding
             r, d = gamma * r, gamma * d
         return r, d if self.bias is None else d + self.bias
 
     def extra_repr(self) -> str:
-        """The description of the batch normalization, then the limits."""
+        """Describe the batch normalization, then the limits."""
         limits = (f"{name}={getattr(limit, '__qualname__', limit)}" for name, limit in self._limits())
         return ", ".join([super().extra_repr(), *limits, *(["sync=True"] if self.sync else [])])
 
@@ -175,29 +157,23 @@ class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
     r is about √((m - 1)/m) on average, or less.
 
     Args:
-        num_features: C; it and the arguments up to `on_nonfinite` are those of `BatchNorm`.
-        eps: As in `BatchNorm`.
-        momentum: As in `BatchNorm`; the paper's is 0.01.
-        affine: As in `BatchNorm`.
-        track_running_stats: True; without running statistics there is nothing to correct toward.
-        device: As in `BatchNorm`.
-        dtype: As in `BatchNorm`.
-        bias: As in `BatchNorm`.
-        on_nonfinite: As in `BatchNorm`.
+        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
+        momentum: Weight of the new batch; the paper uses 0.01.
+        track_running_stats: Must be True: the correction is toward the running statistics.
         rmax: A number >= 1, or a function that maps the number of batches so far (int64 scalar tensor, the layer's
             `num_batches_tracked`) to a scalar tensor, such as `PaperSchedule().rmax` (keyword only).
         dmax: A number >= 0, or such a function (keyword only).
         sync: Whether the batch's statistics are those of all processes of a group together (keyword only).
-        process_group: That group; None: all processes (keyword only).
+        process_group: The group for `sync`; None: all processes (keyword only).
 
     Shape:
         x and y: `[N, C, *S]`; N = 1 trains where there are spatial positions.
 
     Raises:
-        TypeError: as `BatchNorm`; a limit is neither a number nor a function that gives one.
+        TypeError: as `BatchNorm`; a limit is neither a number nor a function that returns one.
         ValueError: as `BatchNorm`; rmax < 1, dmax < 0, or track_running_stats=False.
-        RuntimeError: in a forward pass inside a backward (activation checkpointing) that repeats none of the last 64;
-            it needs the r and d of the first pass.
+        RuntimeError: a forward pass inside backward (activation checkpointing), which needs r and d of the first pass,
+            repeats none of the last 64 calls.
 
     Numerics: as `batchnorm.functional.batch_norm`; r and d are computed in float64. The mean, variance, r and d of the
         last 64 calls are kept for activation checkpointing: 1 KiB for each channel in float32.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from batchnorm import _checks, functional, ops
 from batchnorm.nn import batch
 from batchnorm.nn.layer import NormLayer
+from batchnorm.ops.eager import values_per_channel
+
+PlainBatchNorm = batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch.BatchNorm3d
 
 
 class RowsLayer(NormLayer):
@@ -29,26 +31,20 @@ class RowsLayer(NormLayer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Take what a checkpoint of plain batch normalization holds into every row."""
+        """Load the tensors of a plain batch normalization's checkpoint into every row."""
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(prefix + name)
             if own is not None and isinstance(given, Tensor) and own.dim() > 0 and given.shape == own.shape[1:]:
                 state_dict[prefix + name] = _repeated(given, own.shape[0])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def _plain(self, row: int) -> batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch.BatchNorm3d:
-        """Batch normalization of this rank with copies of one row."""
+    def _plain(self, row: int) -> PlainBatchNorm:
+        """Return batch normalization of this rank with copies of one row."""
         kind = getattr(batch, f"BatchNorm{suffix}" if (suffix := self.layer_name[-2:]) in _RANKS else "BatchNorm")
         layer = kind(
-            self.num_features,
-            self.eps,
-            self.momentum,
-            self.weight is not None,
-            self.track_running_stats,
-            device="meta",
-            bias=self.bias is not None,
-            on_nonfinite=self.on_nonfinite,
-        )
+            self.num_features, self.eps, self.momentum, self.weight is not None, self.track_running_stats,
+            device="meta", bias=self.bias is not None, on_nonfinite=self.on_nonfinite,
+        )  # fmt: skip
         for name, blank in (*layer.named_parameters(), *layer.named_buffers()):
             own = getattr(self, name)
             tensor = (own[row] if own.dim() > blank.dim() else own).detach().clone()
@@ -57,6 +53,28 @@ class RowsLayer(NormLayer):
             setattr(layer, name, tensor)
         layer.update_running_stats = self.update_running_stats
         return layer.train(self.training)
+
+    def _normalize_by_rows(
+        self,
+        x: Tensor,
+        choice: int | Tensor,
+        rows: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        *,
+        own_statistics: bool,
+        choice_name: str,
+    ) -> Tensor:
+        """Return y where each sample uses the row that it chooses."""
+        moves = self._moves
+        held = moves or not self.training
+        return batch_norm_by_rows(
+            x, choice, rows, self.running_mean if held else None, self.running_var if held else None,
+            self.num_batches_tracked if moves else None, weight, bias, mask, own_statistics=own_statistics,
+            training=self.training or self.running_mean is None, momentum=self.momentum, eps=self.eps,
+            on_nonfinite=self.on_nonfinite, caller=self.layer_name, name=choice_name,
+        )  # fmt: skip
 
 
 _RANKS = ("1d", "2d", "3d")
@@ -85,11 +103,11 @@ def batch_norm_by_rows(
     caller: str,
     name: str,
 ) -> Tensor:
-    """Batch normalization where each sample chooses its row.
+    """Normalize each sample with the row of statistics, of weight and bias, or of both that it chooses.
 
     Args:
         x: `[N, C, *S]`.
-        choice: The row of every sample, or int64 `[N]`, one for each.
+        choice: The row of every sample, or int64 `[N]`, one row for each.
         rows: K.
         running_mean: `[C]`, or `[K, C]` with `own_statistics`; None moves nothing.
         running_var: Likewise.
@@ -97,18 +115,18 @@ def batch_norm_by_rows(
         weight: γ, `[C]` or `[K, C]`.
         bias: β, `[C]` or `[K, C]`.
         mask: As in `batch_norm`.
-        own_statistics: Whether samples of a row are normalized by themselves, or all of the batch together.
+        own_statistics: Whether the samples of each row have their own statistics, instead of the whole batch's.
         training: Whether to normalize by the batch's statistics.
         momentum: Weight of the new batch.
         eps: Added to the variance.
         on_nonfinite: As in `batch_norm`.
-        caller: The layer, in messages.
-        name: What the layer calls `choice`, in messages.
+        caller: The layer's name in messages.
+        name: The layer's name for `choice` in messages.
 
     Returns:
         y of x's shape and dtype.
     """
-    # One node of an fx graph, as `functional.batch_norm` is.
+    # Makes this one node of an fx graph, as `functional.batch_norm` is.
     tensors = (x, choice, running_mean, running_var, num_batches_tracked, weight, bias, mask)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(
@@ -130,14 +148,8 @@ def batch_norm_by_rows(
             mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
         )  # fmt: skip
 
-    _checks.check_channel_vectors(
-        caller,
-        x,
-        weight=_one_row(weight),
-        bias=_one_row(bias),
-        running_mean=_one_row(running_mean),
-        running_var=_one_row(running_var),
-    )
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _checks.check_channel_vectors(caller, x, **{name: _one_row(vector) for name, vector in vectors.items()})
     weights = None if mask is None else _checks.mask_as_weights(caller, x, mask)
     index = choice.expand(x.shape[0])
     if not training:
@@ -155,7 +167,7 @@ def batch_norm_by_rows(
         assert running_var is not None
         buffers = (running_mean, running_var, num_batches_tracked)
         _, mean, mean_low, var, count = (t.detach() for t in statistics)
-        m, skip = math.prod((x.shape[0], *x.shape[2:])), on_nonfinite == "skip"
+        m, skip = values_per_channel(x), on_nonfinite == "skip"
         if not own_statistics:
             ops.update_running_(*buffers, mean, mean_low, var, m, count, momentum, skip)
             return y
@@ -170,14 +182,20 @@ def _row(t: Tensor | None, k: int) -> Tensor | None:
 
 
 def _one_row(t: Tensor | None) -> Tensor | None:
-    """What `check_channel_vectors` takes of `[K, C]`."""
+    """Return one row of `[K, C]`, for the checks of `[C]`."""
     if t is None or t.dim() == 1:
         return t
     return t[0] if t.shape[0] else None
 
 
+def check_number_of_rows(requirement: str, rows: object, hint: str) -> None:
+    """Check that a number of rows is an int >= 1."""
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ValueError(f"{requirement}, got {rows!r}. {hint}")
+
+
 def check_row(caller: str, name: str, row: object, rows: int) -> None:
-    """One row, as an int."""
+    """Check one row, given as an int."""
     if not isinstance(row, int) or isinstance(row, bool):
         raise TypeError(
             f"{caller} expects {name} to be an int or an int64 tensor [N], got {row!r} ({type(row).__name__}). "
@@ -205,10 +223,8 @@ def _check_choice(caller: str, name: str, choice: object, rows: int, x: Tensor) 
             f"{caller} expects {name} on x's device, got {name} on {choice.device} and x on {x.device}. "
             f"Move it with {name}.to(x.device)."
         )
-    # Values are looked at where that costs no synchronization and they are there; elsewhere the operators refuse.
-    if type(choice) is not Tensor or choice.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or not choice.numel():  # type: ignore[attr-defined]
+    # Values are checked where they can be read without waiting for a device; elsewhere the operators check them.
+    if not _checks.can_be_read(choice) or not choice.numel():
         return
     low, high = (int(t) for t in choice.aminmax())
     if low < 0 or high >= rows:

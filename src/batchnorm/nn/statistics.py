@@ -1,20 +1,41 @@
-"""Whether running statistics move, for a whole model and apart from its mode."""
+"""Settings of all layers of a model: whether running statistics move, independently of the mode."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from batchnorm.nn.layer import NormLayer
 
 
-class update_running_stats:
-    """Let the running statistics of `model` move in training, or leave them where they are.
+class LayerSetting:
+    """An attribute of several layers, set at once; the end of a `with` block restores it."""
 
-    Batch statistics are used in training either way. For passes that must not count: the second forward of a GAN or
-    of sharpness-aware minimization, an evaluation of averaged weights (EMA, SWA), a schedule-free optimizer's.
-    Takes effect at once; used with `with`, the former settings come back at the end.
+    def __init__(self, attribute: str, values: Sequence[tuple[torch.nn.Module, Any]]) -> None:
+        self._attribute = attribute
+        self._former = [(layer, getattr(layer, attribute)) for layer, _ in values]
+        for layer, value in values:
+            setattr(layer, attribute, value)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer, former in self._former:
+            setattr(layer, self._attribute, former)
+
+
+class update_running_stats(LayerSetting):
+    """Let the running statistics of `model` move in training, or keep them from moving.
+
+    Training uses batch statistics either way. Meant for passes that must not count: the second forward of a GAN or of
+    sharpness-aware minimization, an evaluation of averaged weights (EMA, SWA), a schedule-free optimizer's. It takes
+    effect at once; at the end of a `with` block the former settings are restored.
 
     Args:
         model: Any module; its layers of this library are set, at every depth.
@@ -22,7 +43,7 @@ class update_running_stats:
 
     Raises:
         ValueError: the model has no layer of this library, or has batch normalization of torch's own, which has no
-            such switch and would go on moving.
+            such switch.
 
     Examples:
         >>> from batchnorm import BatchNorm1d
@@ -49,15 +70,4 @@ class update_running_stats:
                 f"update_running_stats expects a model with layers of this library, got {type(model).__name__} "
                 "with none. Build it with batchnorm.nn's layers."
             )
-        self._former = [(layer, layer.update_running_stats) for layer in layers]
-        for layer in layers:
-            layer.update_running_stats = enabled
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for layer, enabled in self._former:
-            layer.update_running_stats = enabled
+        super().__init__("update_running_stats", [(layer, enabled) for layer in layers])

@@ -13,16 +13,16 @@ from batchnorm.nn.parts import PartsLayer
 class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of `[N, C, *S]` by the statistics of all processes' batches together.
 
-    In training, mean, variance, running statistics and the gradient of x are those of one process that holds the
-    processes' batches joined, however many samples each has (none, too). The equations are those of `BatchNorm`.
-    Forward is one collective (count, mean and sum of squared deviations), backward another (two sums per channel).
-    In evaluation, without `torch.distributed`, and where a process is alone in its group, it is `BatchNorm`, and
-    nothing is communicated.
+    In training, mean, variance, running statistics and the gradient of x are those of one process with all processes'
+    batches joined, whatever number of samples each has (even none). The equations are those of `BatchNorm`. Forward is
+    one collective (count, mean and sum of squared deviations), backward another (two sums per channel). In evaluation,
+    without `torch.distributed`, and where a process is alone in its group, the layer is `BatchNorm`, and communicates
+    nothing.
 
-    The gradient of x is that of the sum of all processes' losses; those of weight and bias are this process's part of
-    it. `DistributedDataParallel` averages over the processes: for equal batches its gradients are those of the mean
-    loss of the joined batch; otherwise weight each process's mean loss by `n·W/Σn`, where n is its number of samples
-    and W the number of processes.
+    The gradient of x is the gradient of the sum of all processes' losses; the gradients of weight and bias are this
+    process's part of it. `DistributedDataParallel` averages over the processes: for batches of equal size its gradients
+    are those of the joined batch's mean loss; otherwise multiply each process's mean loss by `n·W/Σn`, where n is its
+    number of samples and W the number of processes.
 
     Every process must call the same synchronized layers in the same order, forward and backward.
 
@@ -38,11 +38,11 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: Whether there is β (keyword only).
         on_nonfinite: "propagate", or "skip" to leave the running statistics as they were when a batch's are not
             finite (keyword only).
-        name: What errors call the layer, usually its path in the model; the same on every process (keyword only).
+        name: The layer's name in errors, usually its path in the model; the same on every process (keyword only).
 
     Attributes:
-        process_group: As given; may be set later. A copy of the layer has the same; a saved one finds its group by the
-            group's name where it is loaded.
+        process_group: As given; may be set later. A copy of the layer has the same; a loaded layer finds its group by
+            the group's name.
         name: As given.
 
     Shape:
@@ -54,11 +54,11 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
             floating-point tensor, or not in a dtype that goes with the parameters'.
         ValueError: eps, momentum or on_nonfinite out of range; this process is not in process_group; in forward, a
             wrong rank or number of channels, or one value per channel over all processes in training.
-        RuntimeError: In forward and backward, a process died, has another number of channels or is in another layer;
-            on every process that is left, within the group's timeout. The text names layer and ranks.
+        RuntimeError: In forward and backward, a process died, has another number of channels or is in another layer.
+            Every remaining process raises it within the group's timeout, and names the layer and the ranks.
 
-    Numerics: What is exchanged is float64, whatever the dtypes; all processes merge in the order of ranks, so that
-    their running statistics have the same bits.
+    Numerics: The processes exchange float64, whatever the dtypes, and merge in the order of ranks, so that their
+    running statistics have the same bits.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, over the joined batch; moments merged after Chan, Golub & LeVeque 1979.
 
@@ -72,31 +72,14 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     sync = True
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any = None,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        on_nonfinite: str = "propagate",
-        name: str = "",
-    ) -> None:
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", name: str = "",
+    ) -> None:  # fmt: skip
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            on_nonfinite=on_nonfinite,
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         self.process_group = process_group
         self.name = name
 
@@ -107,7 +90,7 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         return super().forward(input, mask)
 
     def extra_repr(self) -> str:
-        """Torch's description, and what differs from its defaults."""
+        """Describe the layer: torch's description, and the options that differ from their defaults."""
         parts = [super().extra_repr()]
         parts += [f"process_group={self._group_name!r}"] * (self._group_name is not None)
         parts += [f"name={self.name!r}"] * bool(self.name)

@@ -1,11 +1,11 @@
 """The operators of batch normalization: schemas, shapes, derivatives, and the eager implementation.
 
 Every operator is `torch.ops.batchnorm.<name>`. `batch_statistics_norm`, its two halves `batch_moments` and
-`batch_statistics_norm_by_parts`, and `fixed_statistics_norm` choose the route to a derivative; everything above this
-package calls them or the operators, never an implementation.
+`batch_statistics_norm_by_parts`, and `fixed_statistics_norm` choose the route to a derivative. Everything above this
+package calls these functions or the operators, never an implementation.
 """
 
-from batchnorm.ops import schemas  # noqa: F401  (defines the operators)
+from batchnorm.ops import registration  # noqa: F401  (defines the operators)
 from batchnorm.ops.activations import ACTIVATIONS, called_activation, module_activation, parameter_of
 from batchnorm.ops.compiled import Backends, backends
 from batchnorm.ops.parts import BatchStatistics

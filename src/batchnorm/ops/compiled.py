@@ -1,7 +1,7 @@
-"""Loading of the compiled operators, and what each device computes with.
+"""The compiled operators' loading, and the implementation that each device uses.
 
-A call never falls back silently: where the compiled operators are missing, `backends()` says why, and where they are
-there but do not load, a warning says so once.
+No call falls back silently: where the compiled operators are missing, `backends()` says why, and where they exist but
+do not load, one warning says why.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _NAMES = ("libbatchnorm_cpu.so", "libbatchnorm_cpu.dylib", "batchnorm_cpu.dll")
 
 
 class _Compiled:
-    """The compiled operators, or why there are none."""
+    """The compiled operators, or the reason why there are none."""
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
         self.reason = "no compiler at build time"
 
     def load(self, directory: Path) -> None:
-        """Register what `directory` holds, if anything."""
+        """Load the library in `directory`, which registers the operators."""
         if os.environ.get(CAPABILITY) == "eager":
             self.reason = f"{CAPABILITY}=eager"
             return
@@ -64,23 +64,23 @@ _compiled.load(Path(__file__).parents[1])
 
 
 def cpu_capabilities() -> tuple[str, ...]:
-    """Instruction sets that build and processor have, best first; none without the compiled operators."""
+    """Return the instruction sets of build and processor, best first; none without the compiled operators."""
     return tuple(_compiled.text("batchnorm_cpu_capabilities").split()) if _compiled.library else ()
 
 
 def cpu_capability() -> str:
-    """Return what the CPU computes with: an instruction set of `cpu_capabilities`, or "eager"."""
+    """Return the CPU's implementation: an instruction set of `cpu_capabilities`, or "eager"."""
     return _compiled.text("batchnorm_cpu_capability") if _compiled.library else "eager"
 
 
 def set_cpu_capability(name: str) -> None:
-    """Compute with another instruction set from now on; `BATCHNORM_CPU_CAPABILITY` does so from the start.
+    """Use another instruction set from now on; `BATCHNORM_CPU_CAPABILITY` sets it from the start.
 
     Args:
         name: One of `cpu_capabilities()`.
 
     Raises:
-        ValueError: this build or this processor does not have it.
+        ValueError: this build or this processor lacks it.
     """
     if not _compiled.library or not _compiled.library.batchnorm_set_cpu_capability(name.encode()):
         available = ", ".join(cpu_capabilities()) or f"none, {_compiled.reason}"
@@ -88,7 +88,7 @@ def set_cpu_capability(name: str) -> None:
 
 
 class Backends(dict[str, str]):
-    """What each type of device computes with, and `hints` on what would be faster; prints as a table."""
+    """The implementation that each type of device uses, and `hints` for more speed; prints as a table."""
 
     def __init__(self, backends: dict[str, str], hints: tuple[str, ...]) -> None:
         super().__init__(backends)
@@ -101,7 +101,7 @@ class Backends(dict[str, str]):
 
 
 def backends() -> Backends:
-    """Return what batch normalization is computed with on each type of device, and why not with more.
+    """Return the implementation of batch normalization on each type of device, and why it is not a faster one.
 
     Examples:
         >>> sorted(backends())
@@ -119,7 +119,7 @@ _ALLOCATOR_HINT = (
 
 
 def _maps_large_tensors_afresh() -> bool:
-    """Whether this is glibc's allocator as it is set by default; others keep large blocks."""
+    """Whether this is glibc's allocator with its default settings; others keep large blocks."""
     return (
         sys.platform == "linux"
         and "MALLOC_MMAP_THRESHOLD_" not in os.environ

@@ -1,7 +1,7 @@
 """Derivatives of the operators: `autograd.Function`s for eager mode, and the same registered for compilation.
 
-Kept for backward: x, vectors, and at most one more tensor, y or the residual, where there is a residual and f′(z)
-cannot be had without. The second derivative differentiates the plain torch operations of `eager`.
+Forward keeps x and vectors for backward, and where there is a residual at most one more tensor: y or the residual,
+whichever f′(z) depends on. The second derivative differentiates the plain torch operations of `eager`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchnorm.ops import eager
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
+from batchnorm.ops.schemas import Attributes, Kept, Vectors
 
 _train_forward = torch.ops.batchnorm.train_forward.default
 _train_backward = torch.ops.batchnorm.train_backward.default
@@ -21,24 +22,38 @@ _normalize = torch.ops.batchnorm.normalize.default
 _normalize_backward = torch.ops.batchnorm.normalize_backward.default
 _backward_reduce = torch.ops.batchnorm.backward_reduce.default
 
-# Inside a Function the operators' own registered derivative has nothing to do but cost time.
+# A NamedTuple's own constructor takes twice as long, which a tiny layer's step notices: 1 % for each of two.
+named = tuple.__new__
+
+# Inside a Function the operators' own registered derivative is not needed, and costs time.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # dx, dγ, dβ and dr of one call, None where not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def keep_for_activation(
-    residual: Tensor | None, y: Tensor, activation: str, negative_slope: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """`(residual, y)` with at most one of them: what f′(z) cannot be had without."""
-    if residual is None or activation == "none":
-        return None, None
-    return (None, y) if known_from_output(activation, negative_slope) else (residual, None)
+def keep(
+    ctx: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    attributes: Attributes,
+    *others: Tensor | None,
+) -> None:
+    """Save for backward a `Kept`, with at most one of residual and y, whichever f′(z) depends on, and `others`."""
+    if residual is None or attributes.activation == "none":
+        ctx.save_for_backward(x, None, None, *vectors, *others)
+    elif known_from_output(attributes.activation, attributes.negative_slope):
+        ctx.save_for_backward(x, None, y, *vectors, *others)
+    else:
+        ctx.save_for_backward(x, residual, None, *vectors, *others)
+    ctx.attributes = attributes
+    ctx.set_materialize_grads(False)
 
 
-def like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """A per-row sum as the gradient of a parameter of `[C]` or `[K, C]`, in its dtype."""
+def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Return a per-row sum as the gradient of a parameter of `[C]` or `[K, C]`, in its dtype."""
     if parameter is None:
         return None
     if gradient.dim() > parameter.dim():
@@ -46,34 +61,49 @@ def like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
+def needed_gradients(
+    needs: tuple[bool, ...],
+    kept: Kept,
+    attributes: Attributes,
+    dy: Tensor,
+    dx: Tensor | None,
+    sum_dz_xhat: Tensor,
+    sum_dz: Tensor,
+    dz: Tensor | None,
+) -> Gradients:
+    """Return those of dx, dγ, dβ and dr that are needed; dz is dy where there is no activation."""
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    return (
+        dx if needs_x else None,
+        _like(sum_dz_xhat, kept.weight) if needs_weight else None,
+        _like(sum_dz, kept.bias) if needs_bias else None,
+        (dy if attributes.activation == "none" else dz) if needs_residual else None,
+    )
+
+
 def differentiable_gradients(
     dy: Tensor,
-    kept: tuple[Tensor | None, ...],
+    kept: Kept,
     needs: tuple[bool, ...],
-    attributes: tuple[float, str, float],
+    attributes: Attributes,
     statistics: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     index: Tensor | None = None,
 ) -> Gradients:
-    """The gradients as functions of dy and of what was kept, to be differentiated again.
+    """Return the gradients as functions of dy and of what was kept, to be differentiated again.
 
     `statistics` computes mean, mean_low and var from x; without it they are held.
     """
-    x, residual, y, mean, mean_low, var, weight, bias = kept
-    assert x is not None
-    assert mean is not None
-    assert var is not None
     eps, activation, negative_slope = attributes
     # Views, so that the first derivative stops here even where two arguments are one tensor.
-    x, weight, bias = (None if t is None else t.view_as(t) for t in (x, weight, bias))
+    x, weight, bias = (None if t is None else t.view_as(t) for t in (kept.x, kept.weight, kept.bias))
     assert x is not None
-    if statistics is not None:
-        mean, mean_low, var = statistics(x)
-    z = eager.preactivation(x, mean, mean_low, var, weight, bias, None, index, eps)
+    mean, mean_low, var = kept.vectors[:3] if statistics is None else statistics(x)
+    z = eager.preactivation(x, Vectors(mean, mean_low, var, weight, bias), None, index, eps)
     upstream = dy.to(z.dtype)
-    if y is not None:  # f′ is constant between its kinks: y's own derivative adds nothing
-        dz = ACTIVATIONS[activation].backward(upstream, y.detach().to(z.dtype), negative_slope)
+    if kept.y is not None:  # f′ is constant between its kinks: y's own derivative adds nothing
+        dz = ACTIVATIONS[activation].backward(upstream, kept.y.detach().to(z.dtype), negative_slope)
     else:  # torch's formulas of f′ have no derivative of their own; its f has
-        t = z if residual is None else z + residual.to(z.dtype)
+        t = z if kept.residual is None else z + kept.residual.to(z.dtype)
         (dz,) = torch.autograd.grad(ACTIVATIONS[activation].forward(t, negative_slope), t, upstream, create_graph=True)
     wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need and t is not None]
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True) if wanted else ())
@@ -86,46 +116,35 @@ def differentiable_gradients(
 # Batch statistics: train_forward(x, weight, bias, residual, eps, activation, negative_slope)
 
 
-def train_gradients(
-    dy: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...], attributes: tuple[float, str, float]
-) -> Gradients:
-    """The gradients of `train_forward`, by the operators."""
-    weight, bias = kept[6:]
-    needs_x, needs_weight, needs_bias, needs_residual = needs
-    need_dz = needs_residual and attributes[1] != "none"
+def train_gradients(dy: Tensor, kept: Kept, needs: tuple[bool, ...], attributes: Attributes) -> Gradients:
+    """Return the gradients of `train_forward`, by the operators."""
+    need_dz = needs[3] and attributes.activation != "none"
     dx = dz = None
-    if needs_x or need_dz:
+    if needs[0] or need_dz:
         dx, dweight, dbias, dz = _train_backward(dy, *kept, *attributes, need_dz)
     else:
         dbias, dweight = _backward_reduce(dy, *kept, None, 1, *attributes)
-    return (
-        dx if needs_x else None,
-        like(dweight, weight) if needs_weight else None,
-        like(dbias, bias) if needs_bias else None,
-        (dz if need_dz else dy) if needs_residual else None,
-    )
+    return needed_gradients(needs, kept, attributes, dy, dx, dweight, dbias, dz)
 
 
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, *attributes = inputs
-    y, mean, mean_low, var = output
-    kept = keep_for_activation(residual, y, *attributes[1:])
-    ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias)
-    ctx.attributes = tuple(attributes)
-    ctx.mark_non_differentiable(mean, mean_low, var)
-    ctx.set_materialize_grads(False)
+    y, *statistics = output
+    keep(ctx, x, residual, y, (*statistics, weight, bias), Attributes(*attributes))
+    ctx.mark_non_differentiable(*statistics)
 
 
 def _registered_backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    return *train_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], ctx.attributes), None, None, None
+    gradients = train_gradients(dy, Kept(*ctx.saved_tensors), ctx.needs_input_grad[:4], ctx.attributes)
+    return *gradients, None, None, None
 
 
 class TrainFunction(torch.autograd.Function):
     """y of `train_forward` under autograd; mean, mean_low and var are appended to the list `statistics`.
 
-    They are not results, so that autograd has one to look after: it is the larger part of a small layer's time.
+    They are not results, so that autograd tracks a single one: that is the larger part of a small layer's time.
     """
 
     @staticmethod
@@ -135,25 +154,22 @@ class TrainFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        attributes: tuple[float, str, float],
+        attributes: Attributes,
         statistics: list[Tensor],
     ) -> Tensor:
         """Compute y, and keep what backward needs."""
         with below_autograd():
             y, mean, mean_low, var = _train_forward(x, weight, bias, residual, *attributes)
         statistics += (mean, mean_low, var)
-        kept = keep_for_activation(residual, y, attributes[1], attributes[2])
-        ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias)
-        ctx.attributes = attributes
-        ctx.set_materialize_grads(False)
+        keep(ctx, x, residual, y, (mean, mean_low, var, weight, bias), attributes)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        """First derivative by the operators, higher ones through plain torch operations."""
+        """Compute the first derivative by the operators, higher ones through plain torch operations."""
         if dy is None:
             return (None,) * 6
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        kept, needs = named(Kept, ctx.saved_tensors), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, eager.batch_statistics)
         else:
@@ -166,53 +182,38 @@ class TrainFunction(torch.autograd.Function):
 
 
 def _normalize_gradients(
-    dy: Tensor,
-    kept: tuple[Tensor | None, ...],
-    index: Tensor | None,
-    needs: tuple[bool, ...],
-    attributes: tuple[float, str, float],
+    dy: Tensor, kept: Kept, index: Tensor | None, needs: tuple[bool, ...], attributes: Attributes
 ) -> tuple[Gradients, Tensor, Tensor]:
-    """dx, dγ, dβ, dr; and the sums Σ dz·x̂ and Σ dz."""
-    mean, weight, bias = kept[3], *kept[6:]
-    needs_x, needs_weight, needs_bias, needs_residual = needs
-    need_dz = needs_residual and attributes[1] != "none"
-    rows = next((t.shape[0] for t in (mean, weight, bias) if t is not None and t.dim() == 2), 1)
+    """Return dx, dγ, dβ, dr; and the sums Σ dz·x̂ and Σ dz."""
+    need_dz = needs[3] and attributes.activation != "none"
+    rows = next((t.shape[0] for t in (kept.mean, kept.weight, kept.bias) if t is not None and t.dim() == 2), 1)
     dx = dz = None
-    if needs_x or need_dz:
+    if needs[0] or need_dz:
         dx, sum_dz_xhat, sum_dz, dz = _normalize_backward(dy, *kept, index, rows, *attributes, need_dz)
     else:
         sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, rows, *attributes)
-    gradients = (
-        dx if needs_x else None,
-        like(sum_dz_xhat, weight) if needs_weight else None,
-        like(sum_dz, bias) if needs_bias else None,
-        (dz if need_dz else dy) if needs_residual else None,
-    )
-    return gradients, sum_dz_xhat, sum_dz
+    return needed_gradients(needs, kept, attributes, dy, dx, sum_dz_xhat, sum_dz, dz), sum_dz_xhat, sum_dz
 
 
 def _setup_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, mean_low, var, weight, bias, residual, index, *attributes = inputs
-    kept = keep_for_activation(residual, output, *attributes[1:])
-    ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias, index)
-    ctx.attributes = tuple(attributes)
-    ctx.set_materialize_grads(False)
+    keep(ctx, x, residual, output, (mean, mean_low, var, weight, bias), Attributes(*attributes), index)
 
 
 def _registered_backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
-    *kept, index = ctx.saved_tensors
-    mean, _, var, weight = kept[3:7]
+    *tensors, index = ctx.saved_tensors
+    kept = Kept(*tensors)
     needs_x, needs_mean, needs_low, needs_var, *needs = ctx.needs_input_grad[:7]
-    gradients, sum_dz_xhat, sum_dz = _normalize_gradients(dy, tuple(kept), index, (needs_x, *needs), ctx.attributes)
+    gradients, sum_dz_xhat, sum_dz = _normalize_gradients(dy, kept, index, (needs_x, *needs), ctx.attributes)
     dmean = dlow = dvar = None
     if needs_mean or needs_low or needs_var:
-        invstd = (var + ctx.attributes[0]).rsqrt()
-        scale = invstd if weight is None else invstd * weight
-        shift = like(-scale * sum_dz, mean)
+        invstd = (kept.var + ctx.attributes.eps).rsqrt()
+        scale = invstd if kept.weight is None else invstd * kept.weight
+        shift = _like(-scale * sum_dz, kept.mean)
         dmean, dlow = shift if needs_mean else None, shift if needs_low else None
-        dvar = like(-0.5 * scale * invstd * sum_dz_xhat, var) if needs_var else None
+        dvar = _like(-0.5 * scale * invstd * sum_dz_xhat, kept.var) if needs_var else None
     dx, dweight, dbias, dresidual = gradients
     return dx, dmean, dlow, dvar, dweight, dbias, dresidual, None, None, None, None
 
@@ -230,29 +231,26 @@ class NormalizeFunction(torch.autograd.Function):
         mean: Tensor,
         var: Tensor,
         index: Tensor | None,
-        attributes: tuple[float, str, float],
+        attributes: Attributes,
     ) -> Tensor:
         """Compute y, and keep what backward needs."""
         with below_autograd():
             y: Tensor = _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
-        kept = keep_for_activation(residual, y, attributes[1], attributes[2])
-        ctx.save_for_backward(x, *kept, mean, None, var, weight, bias, index)
-        ctx.attributes = attributes
-        ctx.set_materialize_grads(False)
+        keep(ctx, x, residual, y, (mean, None, var, weight, bias), attributes, index)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        """First derivative by the operators, higher ones through plain torch operations."""
+        """Compute the first derivative by the operators, higher ones through plain torch operations."""
         if dy is None:
             return (None,) * 8
-        *kept, index = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+        *tensors, index = ctx.saved_tensors
+        kept, needs = Kept(*tensors), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            gradients = differentiable_gradients(dy, tuple(kept), needs, ctx.attributes, index=index)
+            gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, index=index)
         else:
             with below_autograd():
-                gradients, _, _ = _normalize_gradients(dy, tuple(kept), index, needs, ctx.attributes)
+                gradients, _, _ = _normalize_gradients(dy, kept, index, needs, ctx.attributes)
         return *gradients, None, None, None, None
 
 

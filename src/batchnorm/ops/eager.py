@@ -1,10 +1,10 @@
 """The operators in plain torch operations: for every device and layout, without a compiler.
 
-Each function is also the composition that other derivatives go through (`torch.func`, forward mode, second
-derivatives): all are differentiable in their tensor arguments. Equations are named as in the mathematics page.
+Other derivatives (`torch.func`, forward mode, second derivatives) differentiate these functions, so all are
+differentiable in their tensor arguments. Equations are named as in the mathematics page.
 
-Statistics of half and float32 x are float32, of float64 x float64. The mean is a pair, `mean + mean_low`:
-`mean` is rounded to x's dtype so that `x - mean` is exact near it, `mean_low` is what the rounding lost.
+Statistics of half and float32 x are float32, of float64 x float64. The mean is a pair, `mean + mean_low`: `mean` is
+rounded to x's dtype so that `x - mean` is exact near it, and `mean_low` is the rounding error.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops.activations import ACTIVATIONS
-from batchnorm.ops.reduce import fold, sum_positions
+from batchnorm.ops.reduce import sum_pairwise, sum_positions
+from batchnorm.ops.schemas import Attributes, Kept, Vectors, grouped
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x's statistics are accumulated and returned."""
+    """Return the dtype in which x's statistics are accumulated and returned."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of arithmetic on [C] vectors: float64 where the device has it."""
+    """Return the dtype of arithmetic on [C] vectors: float64 where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _spread(t: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """`[C]`, or `[K, C]` picked by `index [N]`, shaped to broadcast against `x [N, C, *S]`."""
+    """Reshape `[C]`, or the rows of `[K, C]` that `index [N]` selects, to broadcast against `x [N, C, *S]`."""
     if t.dim() == 2 and index is not None:
         t = t[index]
     return t.reshape(*t.shape, *(1,) * (x.dim() - 2))
 
 
 def _spread_weights(weights: Tensor, x: Tensor) -> Tensor:
-    """`weights [N, *S]` as `[N, 1, *S]` in the statistics' dtype."""
+    """Return `weights [N, *S]` as `[N, 1, *S]` in the statistics' dtype."""
     return weights.to(statistics_dtype(x)).unsqueeze(1)
 
 
@@ -44,15 +45,15 @@ def _sum(t: Tensor, index: Tensor | None, groups: int) -> Tensor:
     """Sum `t [N, C, *S]` per channel: `[C]`, or `[groups, C]` by `index`."""
     per_sample = sum_positions(t)
     if index is None:
-        return fold(per_sample, 0)
+        return sum_pairwise(per_sample, 0)
     wide = per_sample.to(wide_dtype(t))  # index_add has no blocks: its error would grow with N
     return wide.new_zeros(groups, t.shape[1]).index_add(0, index, wide).to(per_sample.dtype)
 
 
 def _first_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
-    """One counted value per channel and group, from which deviations are measured.
+    """Return one counted value per channel and group, from which deviations are measured.
 
-    With it a constant channel deviates by exactly zero, so that it normalizes to exactly β.
+    A constant channel then deviates by exactly zero, and normalizes to exactly β.
     """
     n = x.shape[0]
     if index is None and weights is None:
@@ -71,12 +72,12 @@ def _first_values(x: Tensor, index: Tensor | None, weights: Tensor | None, group
 
 
 def values_per_channel(x: Tensor) -> int:
-    """m: every size of x but the channels', multiplied."""
+    """Return m: the product of all sizes of x except the number of channels."""
     return math.prod((x.shape[0], *x.shape[2:]))
 
 
 def count_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
-    """Values (or their weights) per channel: a scalar, or `[groups]` by `index`."""
+    """Count the values (or sum their weights) per channel: a scalar, or `[groups]` by `index`."""
     if weights is None:
         per_sample = x.new_full((x.shape[0],), math.prod(x.shape[2:]), dtype=wide_dtype(x))
     else:
@@ -85,18 +86,18 @@ def count_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups
 
 
 def positive(count: Tensor) -> Tensor:
-    """A divisor that leaves sums as they are where nothing was counted."""
+    """Return a divisor: the count, or 1 where nothing was counted."""
     return torch.where(count > 0, count, 1.0)
 
 
 def _deviations(
     x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int, divisor: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, mean_low and the sum of squared deviations, each `[C]` or `[groups, C]`."""
+    """Return mean, mean_low and the sum of squared deviations, each `[C]` or `[groups, C]`."""
     dtype = statistics_dtype(x)
     values = x.to(dtype)
     w = None if weights is None else _spread_weights(weights, x)
-    if w is not None:  # what does not count may be anything, NaN too
+    if w is not None:  # a value that does not count may be NaN
         values = torch.where(w != 0, values, 0.0)
 
     def total(t: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ def _deviations(
 def moments(
     x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count, mean (as a pair) and sum of squared deviations. Section "Merging moments".
+    """Return count, mean (as a pair) and sum of squared deviations. Section "Merging moments".
 
-    The derivative runs through mean_low alone; mean is a constant that mean_low completes.
+    The derivative runs through mean_low alone; mean is a constant.
     """
     count = count_values(x, index, weights, groups)
     if x.numel() == 0:
@@ -129,7 +130,7 @@ def moments(
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (as a pair) and biased variance of the whole batch, each `[C]`; zeros for an empty one."""
+    """Return mean (as a pair) and biased variance of the whole batch, each `[C]`; zeros for an empty one."""
     if x.numel() == 0:
         mean, mean_low, var = (x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) for _ in range(3))
         return mean, mean_low, var
@@ -148,7 +149,7 @@ def moments_backward(
     dmean: Tensor | None,
     dm2: Tensor | None,
 ) -> Tensor:
-    """Dx of `moments`: `w·(dmean/count + 2·dm2·(x - mean))`."""
+    """Return dx of `moments`: `w·(dmean/count + 2·dm2·(x - mean))`."""
     dx = torch.zeros_like(x, dtype=statistics_dtype(x))
     if dmean is not None:
         per_value = dmean / positive(count).unsqueeze(-1)
@@ -162,7 +163,7 @@ def moments_backward(
 
 
 def _deviation(x: Tensor, mean: Tensor, mean_low: Tensor | None, index: Tensor | None) -> Tensor:
-    """`(x - mean) - mean_low`, in the statistics' dtype."""
+    """Return `(x - mean) - mean_low`, in the statistics' dtype."""
     deviation = x.to(statistics_dtype(x)) - _spread(mean, x, index)
     return deviation if mean_low is None else deviation - _spread(mean_low, x, index)
 
@@ -172,84 +173,47 @@ def _invstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
 
 
 def _scale(x: Tensor, var: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> Tensor:
-    """γ·invstd, shaped to broadcast against x; rounded once."""
+    """Return γ·invstd, shaped to broadcast against x; rounded once."""
     scale = _spread(_invstd(x, var, eps), x, index)
     if weight is not None:
         scale = scale * _spread(weight, x, index)
     return scale.to(statistics_dtype(x))
 
 
+@grouped
 def normalize(
-    x: Tensor,
-    mean: Tensor,
-    mean_low: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    index: Tensor | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
+    x: Tensor, vectors: Vectors, residual: Tensor | None, index: Tensor | None, attributes: Attributes
 ) -> Tensor:
-    """`f(((x - mean) - mean_low)·γ·invstd + β + residual)` in x's dtype. Section "Forward"."""
-    z = preactivation(x, mean, mean_low, var, weight, bias, residual, index, eps)
-    return ACTIVATIONS[activation].forward(z, negative_slope).to(x.dtype)
+    """Return `f(((x - mean) - mean_low)·γ·invstd + β + residual)` in x's dtype. Section "Forward"."""
+    z = preactivation(x, vectors, residual, index, attributes.eps)
+    return ACTIVATIONS[attributes.activation].forward(z, attributes.negative_slope).to(x.dtype)
 
 
-def preactivation(
-    x: Tensor,
-    mean: Tensor,
-    mean_low: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    index: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """z, the activation's argument. Backward recomputes it by this same function, so that both see one kink."""
+def preactivation(x: Tensor, vectors: Vectors, residual: Tensor | None, index: Tensor | None, eps: float) -> Tensor:
+    """Return z, the activation's argument. Backward recomputes it by this same function, so that both see one kink."""
+    mean, mean_low, var, weight, bias = vectors
     z = _deviation(x, mean, mean_low, index) * _scale(x, var, weight, eps, index)
     if bias is not None:
         z = z + _spread(bias.to(z.dtype), x, index)
     return z if residual is None else z + residual.to(z.dtype)
 
 
+@grouped
 def train_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, attributes: Attributes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalize by the batch's own statistics: y, mean, mean_low, biased var. Section "Forward"."""
-    mean, mean_low, var = batch_statistics(x)
-    y = normalize(x, mean, mean_low, var, weight, bias, residual, None, eps, activation, negative_slope)
-    return y, mean, mean_low, var
+    statistics = batch_statistics(x)
+    return normalize(x, *statistics, weight, bias, residual, None, *attributes), *statistics
 
 
-def _dz(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    index: Tensor | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    """`dy·f'(z)`: from y where it was kept, else from z, recomputed."""
-    dtype = statistics_dtype(x)
+def _dz(dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) -> Tensor:
+    """Return `dy·f'(z)`: from y where it was kept, else from z, recomputed."""
+    dtype = statistics_dtype(kept.x)
+    eps, activation, negative_slope = attributes
     if activation == "none":
         return dy.to(dtype)
-    t = y.to(dtype) if y is not None else preactivation(x, mean, mean_low, var, weight, bias, residual, index, eps)
+    t = preactivation(kept.x, kept.vectors, kept.residual, index, eps) if kept.y is None else kept.y.to(dtype)
     return ACTIVATIONS[activation].backward(dy.to(dtype), t, negative_slope)
 
 
@@ -259,111 +223,83 @@ def _returned_dz(dz: Tensor, dy: Tensor, x: Tensor, need_dz: bool) -> Tensor:
     return dz.clone() if dz is dy else dz.to(x.dtype)  # an operator's result is never its argument
 
 
-def backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    index: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor]:
-    """`Σ dz` and `Σ dz·x̂` per channel (and group): dβ and dγ of those rows. Section "Backward"."""
-    dz = _dz(dy, x, residual, y, mean, mean_low, var, weight, bias, index, eps, activation, negative_slope)
-    invstd = _spread(_invstd(x, var, eps).to(dz.dtype), x, index)
-    x_hat = _deviation(x, mean, mean_low, index) * invstd
+def _sums(dz: Tensor, kept: Kept, index: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `Σ dz` and `Σ dz·x̂`."""
+    x, vectors = kept.x, kept.vectors
+    invstd = _spread(_invstd(x, vectors.var, eps).to(dz.dtype), x, index)
+    x_hat = _deviation(x, vectors.mean, vectors.mean_low, index) * invstd
     return _sum(dz, index, groups), _sum(dz * x_hat, index, groups)
 
 
-def backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean_dxhat: Tensor | None,
-    mean_dxhat_xhat: Tensor | None,
+def _dx(
+    dz: Tensor,
+    kept: Kept,
+    means: tuple[Tensor, Tensor] | None,
     index: Tensor | None,
     weights: Tensor | None,
     eps: float,
-    activation: str,
-    negative_slope: float,
-    need_dz: bool,
-) -> tuple[Tensor, Tensor]:
-    """`dx = invstd·(γ·dz - w·(mean_dxhat + x̂·mean_dxhat_xhat))`, and dz if asked for. Section "Backward"."""
-    dz = _dz(dy, x, residual, y, mean, mean_low, var, weight, bias, index, eps, activation, negative_slope)
+) -> Tensor:
+    """Return dx from dz and the means of dx̂ and dx̂·x̂, or with the statistics held."""
+    x, (mean, mean_low, var, weight, _) = kept.x, kept.vectors
     dx = dz * _scale(x, var, weight, eps, index)
-    if mean_dxhat is not None and mean_dxhat_xhat is not None:
+    if means is not None:
         invstd = _invstd(x, var, eps)
-        constant = _spread((invstd * mean_dxhat).to(dz.dtype), x, index)
-        slope = _spread((invstd.square() * mean_dxhat_xhat).to(dz.dtype), x, index)
+        constant = _spread((invstd * means[0]).to(dz.dtype), x, index)
+        slope = _spread((invstd.square() * means[1]).to(dz.dtype), x, index)
         through_statistics = constant + _deviation(x, mean, mean_low, index) * slope
         if weights is not None:
             through_statistics = through_statistics * _spread_weights(weights, x)
         dx = dx - through_statistics
-    return dx.to(x.dtype), _returned_dz(dz, dy, x, need_dz)
+    return dx.to(x.dtype)
 
 
-def train_backward(
+@grouped
+def backward_reduce(
+    dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes
+) -> tuple[Tensor, Tensor]:
+    """Return `Σ dz` and `Σ dz·x̂` per channel (and group): dβ and dγ of those rows. Section "Backward"."""
+    return _sums(_dz(dy, kept, index, attributes), kept, index, groups, attributes.eps)
+
+
+@grouped
+def backward_apply(
     dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    need_dz: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `train_forward`: dx, dγ, dβ, and dz (which is dr) if asked for. Section "Backward"."""
-    dz = _dz(dy, x, residual, y, mean, mean_low, var, weight, bias, None, eps, activation, negative_slope)
-    kept = (x, None, None, mean, mean_low, var, weight, bias)
-    dbias, dweight = backward_reduce(dz, *kept, None, 1, eps, "none", 0.0)
-    m = max(values_per_channel(x), 1)
-    gamma = 1.0 if weight is None else weight.to(dz.dtype)
-    means = (gamma * dbias / m, gamma * dweight / m)
-    dx, _ = backward_apply(dz, *kept, *means, None, None, eps, "none", 0.0, False)
-    return dx, dweight, dbias, _returned_dz(dz, dy, x, need_dz)
-
-
-def normalize_backward(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor | None,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    kept: Kept,
+    mean_dxhat: Tensor | None,
+    mean_dxhat_xhat: Tensor | None,
     index: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: str,
-    negative_slope: float,
+    weights: Tensor | None,
+    attributes: Attributes,
     need_dz: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `dx = invstd·(γ·dz - w·(mean_dxhat + x̂·mean_dxhat_xhat))`, and dz if asked for. Section "Backward"."""
+    dz = _dz(dy, kept, index, attributes)
+    means = None if mean_dxhat is None or mean_dxhat_xhat is None else (mean_dxhat, mean_dxhat_xhat)
+    return _dx(dz, kept, means, index, weights, attributes.eps), _returned_dz(dz, dy, kept.x, need_dz)
+
+
+@grouped
+def train_backward(
+    dy: Tensor, kept: Kept, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `normalize` with its statistics held: dx, `Σ dz·x̂`, `Σ dz`, and dz if asked for."""
-    dz = _dz(dy, x, residual, y, mean, mean_low, var, weight, bias, index, eps, activation, negative_slope)
-    kept = (x, None, None, mean, mean_low, var, weight, bias)
-    sum_dz, sum_dz_xhat = backward_reduce(dz, *kept, index, groups, eps, "none", 0.0)
-    dx, _ = backward_apply(dz, *kept, None, None, index, None, eps, "none", 0.0, False)
-    return dx, sum_dz_xhat, sum_dz, _returned_dz(dz, dy, x, need_dz)
+    """Return the gradients of `train_forward`: dx, dγ, dβ, and dz (which is dr) if asked for. Section "Backward"."""
+    dz = _dz(dy, kept, None, attributes)
+    dbias, dweight = _sums(dz, kept, None, 1, attributes.eps)
+    m = max(values_per_channel(kept.x), 1)
+    gamma = 1.0 if kept.weight is None else kept.weight.to(dz.dtype)
+    dx = _dx(dz, kept, (gamma * dbias / m, gamma * dweight / m), None, None, attributes.eps)
+    return dx, dweight, dbias, _returned_dz(dz, dy, kept.x, need_dz)
+
+
+@grouped
+def normalize_backward(
+    dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes, need_dz: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `normalize` with its statistics held: dx, `Σ dz·x̂`, `Σ dz`, and dz if asked for."""
+    dz = _dz(dy, kept, index, attributes)
+    sum_dz, sum_dz_xhat = _sums(dz, kept, index, groups, attributes.eps)
+    dx = _dx(dz, kept, None, index, None, attributes.eps)
+    return dx, sum_dz_xhat, sum_dz, _returned_dz(dz, dy, kept.x, need_dz)
 
 
 def update_running_(
@@ -380,7 +316,7 @@ def update_running_(
 ) -> None:
     """Move the running statistics toward one batch's. Section "Running statistics".
 
-    `m` is the number of values per channel; `count` replaces it where that is known as a tensor alone (masks, other
+    `m` is the number of values per channel; `count` replaces it where it is known as a tensor alone (masks, other
     processes), and may be fractional. Nothing moves inside a backward pass (activation checkpointing runs forward again
     there), nor for a batch without values, nor, with `skip_nonfinite`, for one whose statistics are not finite. A
     single value moves only the mean: its unbiased variance is undefined.
@@ -389,11 +325,29 @@ def update_running_(
         return
     wide = wide_dtype(mean)
     n = mean.new_full((), m, dtype=wide) if count is None else count.to(wide)
+    batch = (mean.to(wide) + mean_low.to(wide), var.to(wide) * (n / positive(n - 1.0)))
+    checked = (mean, mean_low, var) if skip_nonfinite else ()
+    move_toward_(batch, (running_mean, running_var), num_batches_tracked, n, checked, momentum)
+
+
+def move_toward_(
+    batch: tuple[Tensor, Tensor],
+    running: tuple[Tensor, Tensor],
+    num_batches_tracked: Tensor | None,
+    n: Tensor,
+    checked: tuple[Tensor, ...],
+    momentum: float | None,
+) -> None:
+    """Move running statistics: the first where n > 0 values were counted, the second where n > 1.
+
+    Nothing moves where one of the `checked` is not finite.
+    """
     moves = n > 0
-    if skip_nonfinite:
-        moves = moves & mean.isfinite().all() & mean_low.isfinite().all() & var.isfinite().all()
+    for statistic in checked:
+        moves = moves & statistic.isfinite().all()
     if num_batches_tracked is not None:
         num_batches_tracked.add_(moves)
+    wide = wide_dtype(n)
     rate: Tensor | float
     if momentum is not None:
         rate = momentum
@@ -401,14 +355,12 @@ def update_running_(
         rate = 1.0 / num_batches_tracked.clamp_min(1).to(wide)
     else:
         raise RuntimeError("update_running_ expects num_batches_tracked where momentum is None, got None for both.")
-    new_mean = mean.to(wide) + mean_low.to(wide)
-    new_var = var.to(wide) * (n / positive(n - 1.0))
-    for running, new, moving in ((running_mean, new_mean, moves), (running_var, new_var, moves & (n > 1.0))):
-        old = running.to(wide)
-        running.copy_(torch.where(moving, old * (1.0 - rate) + new * rate, old))
+    for moved, new, moving in zip(running, batch, (moves, moves & (n > 1)), strict=True):
+        old = moved.to(wide)
+        moved.copy_(torch.where(moving, old * (1.0 - rate) + new.to(wide) * rate, old))
 
 
 def copy_running(running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies, in the statistics' dtype, of running statistics that may be written to before backward."""
+    """Return copies, in the statistics' dtype, of running statistics that may be written to before backward."""
     mean, var = (t.to(statistics_dtype(t), copy=True) for t in (running_mean, running_var))
     return mean, var

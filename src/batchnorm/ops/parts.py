@@ -1,7 +1,7 @@
-"""The batch's statistics by parts: moments, what a layer does with them, then normalize.
+"""Normalization by the batch's statistics in two halves: moments, then normalize.
 
-Between the halves stands what the fused operator has no place for: other processes' moments, groups of samples,
-weights, a correction of γ and β.
+Algorithms that the fused operator does not cover act between the halves: they merge other processes' moments, form
+groups of samples, weight values, or correct γ and β.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from batchnorm.ops.derivatives import (
     Gradients,
     below_autograd,
     differentiable_gradients,
-    keep_for_activation,
-    like,
+    keep,
+    needed_gradients,
     train_gradients,
 )
+from batchnorm.ops.schemas import Attributes, Kept, Vectors
 
 _normalize = torch.ops.batchnorm.normalize.default
 _backward_reduce = torch.ops.batchnorm.backward_reduce.default
@@ -29,10 +30,11 @@ _backward_apply = torch.ops.batchnorm.backward_apply.default
 
 
 class BatchStatistics(NamedTuple):
-    """What `moments` found, over all processes where there are several.
+    """A batch's statistics, over all processes where there are several.
 
-    count and effective_count are scalars (or `[K]`); mean, mean_low and the biased var are `[C]` (or `[K, C]`). With
-    weights, count is their sum V₁, and effective_count is V₁²/V₂, whose n/(n - 1) makes var unbiased; else both are m.
+    count and effective_count are scalars (or `[K]`); mean, mean_low and the biased var are `[C]` (or `[K, C]`). Without
+    weights both counts are m. With weights count is their sum V₁, and effective_count n is V₁²/V₂: var·n/(n - 1) is
+    unbiased.
     """
 
     count: Tensor  # type: ignore[assignment]  # a tuple's method of this name is not needed
@@ -50,24 +52,25 @@ def statistics_by_parts(
     peers: distributed.Peers | None,
     moments: Callable[..., Any],
 ) -> BatchStatistics:
-    """Statistics of x from an implementation of `moments`, joined over the processes where there are several."""
+    """Return the statistics of x from an implementation of `moments`, merged over processes where there are several."""
     count, mean, mean_low, m2 = moments(x, index, weights, groups)
     squares = count if weights is None else eager.count_values(x, index, weights.to(count.dtype).square(), groups)
     if peers is not None:
-        if x.numel() == 0:  # a process without values takes part in backward too
+        if x.numel() == 0:  # so that a process without values takes part in backward too
             mean_low = mean_low + x.sum().to(mean_low.dtype)
-        count, mean, mean_low, m2, squares = distributed.merge_moments(count, mean, mean_low, m2, squares, peers)
+        own = distributed.PairMoments(count, mean, mean_low, m2, squares)
+        count, mean, mean_low, m2, squares = distributed.merge_moments(own, peers)
     var = (m2 / eager.positive(count).unsqueeze(-1)).to(m2.dtype)
     effective_count = count if weights is None else count.square() / eager.positive(squares)
     return BatchStatistics(count, mean, mean_low, var, effective_count)
 
 
 class FiniteFunction(torch.autograd.Function):
-    """x with zeros for NaN and infinity, whose gradient passes as it is: nothing is kept."""
+    """x with zeros for NaN and infinity; its gradient passes unchanged, and nothing is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Replace what is not finite."""
+        """Replace NaN and infinity."""
         return finite(x)
 
     @staticmethod
@@ -77,19 +80,19 @@ class FiniteFunction(torch.autograd.Function):
 
 
 def finite(x: Tensor) -> Tensor:
-    """x as it is normalized where some positions do not count, which may hold anything.
+    """Return x with zeros for NaN and infinity, which positions that do not count may hold.
 
-    Sums in backward take in every position, and 0·NaN is NaN. A position that does count and is not finite has made
-    the statistics NaN, and with them y.
+    Sums in backward run over every position, and 0·NaN is NaN. A non-finite value at a position that counts has already
+    made the statistics NaN, and with them y.
     """
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 class PartsFunction(torch.autograd.Function):
-    """y of `normalize` under autograd, with statistics that are x's own.
+    """y of `normalize` under autograd, where the statistics depend on x.
 
-    Backward is the two halves, with one collective between them where there are several processes. It gives the
-    gradient of the sum of all processes' losses for x; those for weight and bias stay local.
+    Backward is the two halves, with one collective between them where there are several processes. It computes the
+    gradient of the sum of all processes' losses for x; the gradients of weight and bias stay local.
     """
 
     @staticmethod
@@ -104,78 +107,59 @@ class PartsFunction(torch.autograd.Function):
         weights: Tensor | None,
         groups: int,
         peers: distributed.Peers | None,
-        attributes: tuple[float, str, float],
+        attributes: Attributes,
     ) -> Tensor:
         """Compute y, and keep what backward needs."""
         count, mean, mean_low, var, _ = statistics
+        vectors = Vectors(mean, mean_low, var, weight, bias)
         with below_autograd():
-            y: Tensor = _normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
-        kept = keep_for_activation(residual, y, attributes[1], attributes[2])
-        ctx.save_for_backward(x, *kept, mean, mean_low, var, weight, bias, index, weights, count)
-        ctx.groups, ctx.peers, ctx.attributes = groups, peers, attributes
-        ctx.set_materialize_grads(False)
+            y: Tensor = _normalize(x, *vectors, residual, index, *attributes)
+        keep(ctx, x, residual, y, vectors, attributes, index, weights, count)
+        ctx.groups, ctx.peers = groups, peers
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        """First derivative by the operators, higher ones through plain torch operations."""
-        *kept, index, weights, count = ctx.saved_tensors
-        groups, peers, needs = ctx.groups, ctx.peers, ctx.needs_input_grad[:4]
+        """Compute the first derivative by the operators, higher ones through plain torch operations."""
+        *tensors, index, weights, count = ctx.saved_tensors
+        kept, groups, peers, needs = Kept(*tensors), ctx.groups, ctx.peers, ctx.needs_input_grad[:4]
         if dy is None:
             if peers is None:
                 return (None,) * 10
-            dy = torch.zeros_like(kept[0])  # the others wait for this process's sums
+            dy = torch.zeros_like(kept.x)  # the others wait for this process's sums
         if torch.is_grad_enabled():
-            assert kept[3] is not None
-            by_row = kept[3].dim() == 2  # else index picks rows of weight and bias alone
+            by_row = kept.mean.dim() == 2  # else index picks rows of weight and bias alone
 
             def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 rows, number = (index, groups) if by_row else (None, 1)
                 return statistics_by_parts(x, rows, weights, number, peers, eager.moments)[1:4]
 
-            gradients = differentiable_gradients(dy, tuple(kept), needs, ctx.attributes, statistics, index)
+            gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, statistics, index)
         else:
             with below_autograd():
                 if index is None and weights is None and peers is None:
-                    gradients = train_gradients(dy, tuple(kept), needs, ctx.attributes)
+                    gradients = train_gradients(dy, kept, needs, ctx.attributes)
                 else:
-                    gradients = _gradients_by_parts(
-                        dy, tuple(kept), index, weights, count, groups, peers, needs, ctx.attributes
-                    )
+                    gradients = _gradients_by_parts(ctx, dy, kept, index, weights, count)
         return *gradients, None, None, None, None, None, None
 
 
 def _gradients_by_parts(
-    dy: Tensor,
-    kept: tuple[Tensor | None, ...],
-    index: Tensor | None,
-    weights: Tensor | None,
-    count: Tensor,
-    groups: int,
-    peers: distributed.Peers | None,
-    needs: tuple[bool, ...],
-    attributes: tuple[float, str, float],
+    ctx: Any, dy: Tensor, kept: Kept, index: Tensor | None, weights: Tensor | None, count: Tensor
 ) -> Gradients:
-    mean, weight, bias = kept[3], *kept[6:]
-    needs_x, needs_weight, needs_bias, needs_residual = needs
-    need_dz = needs_residual and attributes[1] != "none"
-    assert mean is not None
-    sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, groups, *attributes)
+    peers, attributes, needs = ctx.peers, ctx.attributes, ctx.needs_input_grad[:4]
+    need_dz = needs[3] and attributes.activation != "none"
+    sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, ctx.groups, *attributes)
     dx = dz = None
-    if needs_x or need_dz:
+    if needs[0] or need_dz:
         # Σ dx̂ and Σ dx̂·x̂, over all rows that share a statistic
         sums = torch.stack([sum_dz, sum_dz_xhat]).to(count.dtype)
-        if weight is not None:
-            sums = sums * weight
-        if mean.dim() < sum_dz.dim():
+        if kept.weight is not None:
+            sums = sums * kept.weight
+        if kept.mean.dim() < sum_dz.dim():
             sums = sums.sum(1)
         if peers is not None:
             sums = distributed.sum_over(sums, peers)
         means = (sums / eager.positive(count).unsqueeze(-1)).to(sum_dz.dtype).unbind()
         dx, dz = _backward_apply(dy, *kept, *means, index, weights, *attributes, need_dz)
-    return (
-        dx if needs_x else None,
-        like(sum_dz_xhat, weight) if needs_weight else None,
-        like(sum_dz, bias) if needs_bias else None,
-        (dz if need_dz else dy) if needs_residual else None,
-    )
+    return needed_gradients(needs, kept, attributes, dy, dx, sum_dz_xhat, sum_dz, dz)

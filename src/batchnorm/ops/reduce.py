@@ -1,8 +1,8 @@
 """Sums whose bits do not depend on the number of threads.
 
-`torch.sum` splits one output's values among threads when it is alone, and picks its order of summation by where
-an output falls in a thread's share. Both are avoided by giving it only rows that one thread sums in one order, or
-so little that it uses one thread; what is larger is halved by elementwise additions first.
+`torch.sum` splits the values of a single output among threads, and otherwise its order of summation depends on where
+an output falls in a thread's share. These functions avoid both: they give it only rows that one thread sums in one
+order, or so few values that it uses one thread, and first halve larger tensors by elementwise additions.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# torch parallelizes from 32,768 elements on; below, one thread sums in a fixed order.
+# torch uses several threads from 32,768 elements on; below, one thread sums in a fixed order.
 _SERIAL = 16_384
 
 
-def fold(t: Tensor, dim: int) -> Tensor:
-    """Sum over `dim`, pairwise until what is left is summed by one thread."""
+def sum_pairwise(t: Tensor, dim: int) -> Tensor:
+    """Sum over `dim`, pairwise until one thread can sum the rest."""
     while t.numel() > _SERIAL and t.shape[dim] > 1:
         half = t.shape[dim] // 2
         low, high, odd = (
@@ -35,7 +35,7 @@ def sum_positions(t: Tensor) -> Tensor:
         return t
     t = t.flatten(2)
     if t.stride(2) != 1:  # channels innermost: a sum of rows, not within rows
-        return fold(t, 2)
+        return sum_pairwise(t, 2)
     while t.shape[2] > _SERIAL:
         blocks = t.shape[2] // _SERIAL
         whole, rest = t.narrow(2, 0, blocks * _SERIAL), t.narrow(2, blocks * _SERIAL, t.shape[2] % _SERIAL)

@@ -1,16 +1,16 @@
 """The correction of batch renormalization, r and d, which a recomputation takes over from the first pass.
 
-Activation checkpointing runs forward again inside backward, when the running statistics have moved on. So each call
-notes its r and d beside the batch's statistics, and a call inside backward looks for the one whose statistics were the
-same: the operators reproduce them bit for bit. What is noted are references to small vectors; nothing waits for a
-device, but for the comparison inside backward.
+Activation checkpointing runs forward again inside backward, when the running statistics have already moved. So each
+call remembers its r and d with the batch's statistics, and a call inside backward looks up the one with the same
+statistics: the operators reproduce them bit for bit. Only references to small vectors are kept, and nothing waits for
+a device except the comparison inside backward.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +18,45 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.ops import eager
 
-# How many calls of one layer may lie between a call and its recomputation.
+# The number of a layer's calls that are remembered for their recomputation.
 REMEMBERED = 64
 
 
+class Renormalization(NamedTuple):
+    """The arguments of the correction; `renorm_correction` documents them."""
+
+    mean: Tensor
+    mean_low: Tensor
+    var: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    rmax: float | Tensor
+    dmax: float | Tensor
+    eps: float
+
+    def correction(self) -> tuple[Tensor, Tensor]:
+        """Return `r = clip(σ_B/σ, 1/rmax, rmax)` and `d = clip((μ_B - μ)/σ, -dmax, dmax)`, `[C]`.
+
+        Section "Renormalization".
+        """
+        rmax: Any = self.rmax  # torch.clamp is typed for two numbers or two tensors, not for either
+        dmax: Any = self.dmax
+        wide = eager.wide_dtype(self.mean)
+        invstd = (self.running_var.to(wide) + self.eps).rsqrt()
+        r = ((self.var.to(wide) + self.eps).sqrt() * invstd).clamp(1.0 / rmax, rmax)
+        d = ((self.mean.to(wide) - self.running_mean + self.mean_low) * invstd).clamp(-dmax, dmax)
+        return r.to(self.mean.dtype), d.to(self.mean.dtype)
+
+
 @dataclass
-class _Call:
+class _RememberedCall:
     mean: Tensor
     var: Tensor
-    r: Tensor
-    d: Tensor
+    correction: tuple[Tensor, Tensor]
     used: bool = False
 
-    def saw(self, mean: Tensor, var: Tensor) -> bool:
-        """Whether this call's batch had these statistics; NaN equals NaN, as after an overflow."""
+    def has_statistics(self, mean: Tensor, var: Tensor) -> bool:
+        """Return whether this call's batch had these statistics; NaN equals NaN, as after an overflow."""
         here, there = torch.stack([self.mean, self.var]), torch.stack([mean, var])
         return bool(((here == there) | (here.isnan() & there.isnan())).all())
 
@@ -40,61 +65,26 @@ class _Call:
 _calls: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def compute_correction(
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rmax: float | Tensor,
-    dmax: float | Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`r = clip(σ_B/σ, 1/rmax, rmax)` and `d = clip((μ_B - μ)/σ, -dmax, dmax)`, `[C]`. Section "Renormalization"."""
-    most: Any = rmax  # torch.clamp is typed for two numbers or two tensors, not for either
-    furthest: Any = dmax
-    wide = eager.wide_dtype(mean)
-    invstd = (running_var.to(wide) + eps).rsqrt()
-    r = ((var.to(wide) + eps).sqrt() * invstd).clamp(1.0 / most, most)
-    d = ((mean.to(wide) - running_mean + mean_low) * invstd).clamp(-furthest, furthest)
-    return r.to(mean.dtype), d.to(mean.dtype)
-
-
-def _noted_correction(
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rmax: float | Tensor,
-    dmax: float | Tensor,
-    eps: float,
-    caller: str,
-) -> tuple[Tensor, Tensor]:
-    """r and d of this batch, or inside backward those of its first pass."""
-    if torch._C._current_graph_task_id() != -1:
-        return _of_first_pass(mean, var, running_mean, caller)
-    r, d = compute_correction(mean, mean_low, var, running_mean, running_var, rmax, dmax, eps)
-    _calls.setdefault(running_mean, deque(maxlen=REMEMBERED)).append(_Call(mean, var, r, d))
-    return r, d
-
-
-def _of_first_pass(mean: Tensor, var: Tensor, running_mean: Tensor, caller: str) -> tuple[Tensor, Tensor]:
-    # Backward goes from the last call to the first: of several with the same batch the latest that had none of its own
-    # yet; where all had one (nested checkpoints, a second backward), the latest.
-    calls = _calls.get(running_mean, ())
-    same = [call for call in reversed(calls) if call.saw(mean, var)]
+def _remembered_correction(given: Renormalization, caller: str) -> tuple[Tensor, Tensor]:
+    """Return r and d of this batch; inside backward, those of its first pass."""
+    calls = _calls.setdefault(given.running_mean, deque(maxlen=REMEMBERED))
+    if torch._C._current_graph_task_id() == -1:
+        calls.append(_RememberedCall(given.mean, given.var, given.correction()))
+        return calls[-1].correction
+    # Backward goes from the last call to the first: of several calls with the same batch, take the latest that has not
+    # been recomputed yet; where all have (nested checkpoints, a second backward), the latest.
+    same = [call for call in reversed(calls) if call.has_statistics(given.mean, given.var)]
     if not same:
         raise RuntimeError(
             f"{caller} expects a call inside backward to repeat one of its last {REMEMBERED} calls (activation "
-            f"checkpointing), got a batch whose statistics are those of none of the {len(calls)} remembered. The "
-            "running statistics have moved, so that r and d of the first pass cannot be computed again, and others "
-            "would give a wrong gradient. Make what comes before it deterministic, recompute sooner, or leave the "
-            "layer out of the checkpointed part."
+            f"checkpointing), got a batch whose statistics match none of the {len(calls)} remembered calls. The "
+            "running statistics have moved since, so r and d of the first pass cannot be computed again, and others "
+            "would give a wrong gradient. Make the computation before the layer deterministic, recompute sooner, or "
+            "leave the layer out of the checkpointed part."
         )
     call = next((call for call in same if not call.used), same[0])
     call.used = True
-    return call.r, call.d
+    return call.correction
 
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
@@ -104,9 +94,10 @@ _LIBRARY.define(
 )
 
 
-def _compiled_correction(mean: Tensor, mean_low: Tensor, var: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """As a compiled graph runs it, which writes over the memory of its tensors once they have served."""
-    r, d = _noted_correction(mean.clone(), mean_low, var.clone(), *rest)
+def _compiled_correction(mean: Tensor, mean_low: Tensor, var: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Return copies, and remember copies: a compiled graph reuses the memory of its tensors."""
+    given = Renormalization(mean.clone(), mean_low, var.clone(), *others[:-1])
+    r, d = _remembered_correction(given, caller=others[-1])
     return r.clone(), d.clone()
 
 
@@ -132,26 +123,25 @@ def renorm_correction(
     """Return r and d, `[C]` and without gradient, from the running statistics before they move.
 
     Args:
-        mean: μ_B `[C]`, with what its rounding lost in mean_low.
-        mean_low: `[C]`.
+        mean: μ_B `[C]`, rounded.
+        mean_low: What that rounding lost, `[C]`.
         var: σ_B² `[C]`, biased.
-        running_mean: `[C]`; also tells one layer from another.
+        running_mean: `[C]`; also distinguishes one layer from another.
         running_var: `[C]`.
         rmax: >= 1, a number or a scalar tensor.
         dmax: >= 0, likewise.
         eps: Added to both variances.
-        caller: The layer, in messages.
+        caller: The layer's name in messages.
 
     Raises:
         RuntimeError: inside a backward, where no call with these statistics is remembered.
     """
-    mean, mean_low, var = mean.detach(), mean_low.detach(), var.detach()
+    statistics = (mean.detach(), mean_low.detach(), var.detach(), running_mean, running_var)
+    given = Renormalization(*statistics, rmax, dmax, eps)
     if torch._C._are_functorch_transforms_active():
-        return compute_correction(mean, mean_low, var, running_mean, running_var, rmax, dmax, eps)
+        return given.correction()
     if torch.compiler.is_compiling():
         limits = (t if isinstance(t, Tensor) else mean.new_full((), t) for t in (rmax, dmax))
-        r, d = torch.ops.batchnorm.renorm_correction(
-            mean, mean_low, var, running_mean, running_var, *limits, eps, caller
-        )
+        r, d = torch.ops.batchnorm.renorm_correction(*statistics, *limits, eps, caller)
         return r, d
-    return _noted_correction(mean, mean_low, var, running_mean, running_var, rmax, dmax, eps, caller)
+    return _remembered_correction(given, caller)

@@ -1,11 +1,15 @@
 """The one place that chooses the route to a derivative.
 
-No single registration serves all: a registered formula makes `torch.func.grad` raise and drops forward-mode tangents
-silently; a Function with a forward-mode rule does not compile. So: while compiling, the registered operator; under
-`torch.func` or forward mode, plain torch operations; otherwise an `autograd.Function` over the operators.
+No single registration covers every case: with a registered formula `torch.func.grad` raises and forward-mode tangents
+are dropped silently, and a Function with a forward-mode rule does not compile. So compiled code uses the registered
+operator, `torch.func` and forward mode use plain torch operations, and everything else uses an `autograd.Function`
+over the operators.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +18,13 @@ from torch.autograd import forward_ad
 from batchnorm import _checks
 from batchnorm.distributed import Peers
 from batchnorm.ops import eager
-from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd
+from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd, named
 from batchnorm.ops.parts import BatchStatistics, FiniteFunction, PartsFunction, finite, statistics_by_parts
+from batchnorm.ops.schemas import Attributes
 
 _ops = torch.ops.batchnorm
 
-# Without what Function.apply does for functorch, which is not active where these are called: a tenth of a tiny layer.
+# These skip the handling of functorch in Function.apply, a tenth of a tiny layer's time; it is not active here.
 _apply_train = super(torch.autograd.Function, TrainFunction).apply
 _apply_normalize = super(torch.autograd.Function, NormalizeFunction).apply
 _apply_parts = super(torch.autograd.Function, PartsFunction).apply
@@ -43,7 +48,7 @@ def batch_statistics_norm(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and the batch's mean, mean_low and biased variance (these without gradient)."""
-    attributes = (eps, activation, negative_slope)
+    attributes = named(Attributes, (eps, activation, negative_slope))
     if _transforms_active():
         y, *found = eager.train_forward(x, weight, bias, residual, *attributes)
         mean, mean_low, var = (t.detach() for t in found)
@@ -70,11 +75,11 @@ def fixed_statistics_norm(
     negative_slope: float,
     index: Tensor | None = None,
 ) -> Tensor:
-    """Return y from running statistics, which get no gradient and may be written to before backward.
+    """Return y from running statistics, which receive no gradient and may be written to before backward.
 
     Statistics, weight and bias are `[C]`, or `[K, C]` with `index`.
     """
-    attributes = (eps, activation, negative_slope)
+    attributes = named(Attributes, (eps, activation, negative_slope))
     needs_gradient, compiling = _needs_gradient(x, weight, bias, residual), torch.compiler.is_compiling()
     mean, var = mean.detach(), var.detach()
     if index is not None and (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
@@ -86,14 +91,19 @@ def fixed_statistics_norm(
         mean, var = _ops.copy_running(mean, var)
     else:
         mean, var = eager.copy_running(mean, var)
+    if needs_gradient and not compiling and not _transforms_active():
+        return _apply_normalize(x, weight, bias, residual, mean, var, index, attributes)
+    return _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
+
+
+def _normalize(*arguments: Any) -> Tensor:
+    """Return the operator `normalize`'s y where no `autograd.Function` is needed."""
     if _transforms_active():
-        return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
-    if compiling:
-        return _ops.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
-    if not needs_gradient:
-        with below_autograd():
-            return _ops.normalize.default(x, mean, None, var, weight, bias, residual, index, *attributes)
-    return _apply_normalize(x, weight, bias, residual, mean, var, index, attributes)
+        return eager.normalize(*arguments)
+    if torch.compiler.is_compiling():
+        return _ops.normalize(*arguments)
+    with below_autograd():
+        return _ops.normalize.default(*arguments)
 
 
 def batch_moments(
@@ -105,7 +115,7 @@ def batch_moments(
 ) -> BatchStatistics:
     """Return the statistics of x (by index, weighted, over several processes) for `batch_statistics_norm_by_parts`.
 
-    What is computed from them must use detached values: their gradient is the business of that function alone.
+    Compute anything else from detached values only: that function alone handles the gradient.
     """
     if _transforms_active():
         return statistics_by_parts(x, index, weights, groups, peers, eager.moments)
@@ -129,24 +139,19 @@ def batch_statistics_norm_by_parts(
     groups: int = 1,
     peers: Peers | None = None,
 ) -> Tensor:
-    """Return y from what `batch_moments` found with the same index, weights, groups and peers.
+    """Return y from the statistics that `batch_moments` returned for the same index, weights, groups and peers.
 
-    weight and bias are `[C]`, or `[groups, C]` with `index`, which may also come with statistics found without it: it
-    then picks the rows of weight and bias alone. The derivative runs through x's statistics too.
+    weight and bias are `[C]`, or `[groups, C]` with `index`. Statistics computed without an index may be used with one,
+    which then selects only the rows of weight and bias. The derivative runs through x's statistics too.
     """
-    attributes = (eps, activation, negative_slope)
+    attributes = named(Attributes, (eps, activation, negative_slope))
     _, mean, mean_low, var, _ = statistics
+    plain = torch.compiler.is_compiling() or _transforms_active()
     if weights is not None:
-        plain = torch.compiler.is_compiling() or _transforms_active()
         x = finite(x) if plain else FiniteFunction.apply(x)
-    if _transforms_active():
-        return eager.normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
-    if torch.compiler.is_compiling():
-        return _ops.normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
-    if not _needs_gradient(x, weight, bias, residual):
-        with below_autograd():
-            return _ops.normalize.default(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
-    return _apply_parts(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
+    if not plain and _needs_gradient(x, weight, bias, residual):
+        return _apply_parts(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
+    return _normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
 
 
 def update_running_(
@@ -161,23 +166,17 @@ def update_running_(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
-    """Move the running statistics once, wherever that is possible."""
-    arguments = (
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        mean,
-        mean_low,
-        var,
-        m,
-        count,
-        momentum,
-        skip_nonfinite,
-    )
+    """Move the running statistics once."""
+    statistics = (running_mean, running_var, num_batches_tracked, mean, mean_low, var)
+    move_once(_ops.update_running_, eager.update_running_, (*statistics, m, count, momentum, skip_nonfinite))
+
+
+def move_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Move running statistics by the operator, or under `torch.func` by plain torch operations where that can be."""
     if not torch._C._are_functorch_transforms_active():
-        _ops.update_running_(*arguments)
+        operator(*arguments)
         return
     try:
-        eager.update_running_(*arguments)
+        plain(*arguments)
     except RuntimeError as error:
         raise RuntimeError(_checks.CAPTURED_STATISTICS) from error

@@ -1,27 +1,27 @@
-"""Whitening by groups of channels (IterNorm), in plain torch operations that can be differentiated at will.
+"""Whitening by groups of channels (IterNorm), in plain torch operations that can be differentiated to any order.
 
-Rows are `[C, m]`: every value of each channel. A group is `size` channels in a row that are whitened together; the
-last group has what is left. Equations are named as in the mathematics page, section "Whitening".
+Rows are `[C, m]`: every value of each channel. A group is `size` consecutive channels that are whitened together; the
+last group has the remaining ones. Equations are named as in the mathematics page, section "Whitening".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm import _checks
-from batchnorm.ops.eager import wide_dtype
+from batchnorm.ops import eager
+from batchnorm.ops.routes import move_once
 
-# Values that a product sums in one go: matrix products of long rows sum them one after the other.
+# Values that one product sums: matrix products of long rows add them one after the other, which loses accuracy.
 _BLOCK = 4096
 
 
 def in_groups(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Views of `rows [C, *]` as `[groups, size, *]`, and as `[1, C % size, *]` where channels are left."""
+    """Yield views of `rows [C, *]` as `[groups, size, *]`, and as `[1, C % size, *]` for remaining channels."""
     whole = rows.shape[0] // size * size
     if whole or not rows.shape[0]:
         yield rows[:whole].unflatten(0, (whole // size, size))
@@ -30,13 +30,13 @@ def in_groups(rows: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def join_groups(groups: Sequence[Tensor]) -> Tensor:
-    """What `in_groups` cut, as one tensor `[C, *]`."""
+    """Undo `in_groups`: return one tensor `[C, *]`."""
     parts = [group.flatten(0, 1) for group in groups]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def pack_matrices(matrices: Sequence[Tensor]) -> Tensor:
-    """The groups' matrices `[groups, d, d]` as `[C, size]`; the rows of a smaller last group end in zeros."""
+    """Return the groups' matrices `[groups, d, d]` as `[C, size]`; the rows of a smaller last group end in zeros."""
     size = matrices[0].shape[-1]
     return join_groups([F.pad(matrix, (0, size - matrix.shape[-1])) for matrix in matrices])
 
@@ -47,11 +47,11 @@ def unpack_matrices(packed: Tensor, size: int) -> list[Tensor]:
 
 
 def inverse_square_root(covariance: Tensor, iterations: int) -> Tensor:
-    """`P_T/√trΣ`, which tends to `Σ^(-1/2)` with the number of iterations T; for `[groups, d, d]`.
+    """Return `P_T/√trΣ`, which tends to `Σ^(-1/2)` with the number of iterations T; for `[groups, d, d]`.
 
-    The published iteration, `P ← ½(3P - P³Σ_N)`, multiplies its rounding errors and diverges after some ten steps. Here
-    `Y = PΣ_N` is carried along (the coupled Newton-Schulz iteration; Higham 2008, Functions of Matrices, chapter 6):
-    the same P in exact arithmetic and as many products, and it stays where it converged.
+    The published iteration, `P ← ½(3P - P³Σ_N)`, amplifies its rounding errors and diverges after some ten steps. This
+    one carries `Y = PΣ_N` along (the coupled Newton-Schulz iteration; Higham 2008, Functions of Matrices, chapter 6).
+    It computes the same P in exact arithmetic with as many products, and stays converged.
     """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     trace = (covariance * identity).sum((-2, -1), keepdim=True)
@@ -65,7 +65,7 @@ def inverse_square_root(covariance: Tensor, iterations: int) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ rightᵀ` of `[groups, d, m]`, summed in blocks."""
+    """Return `left @ rightᵀ` of `[groups, d, m]`, summed in blocks."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return left @ right.mT  # a graph for every size, or for export
     blocks = zip(left.split(_BLOCK, dim=-1), right.split(_BLOCK, dim=-1), strict=True)
@@ -73,12 +73,12 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return sum(others, start=first)
 
 
-class Moments(NamedTuple):
-    """Deviations `[C, m]` from `origin [C, 1]`, their mean `low [C, 1]`, and the groups' `matrices`.
+class BatchWhitening(NamedTuple):
+    """Deviations `[C, m]` from `origin [C, 1]`, their mean `low [C, 1]`, and the groups' whitening `matrices`.
 
-    The mean is `origin + low`: deviations are measured from a rounded mean, a constant, and what it lost is `low`,
-    which enters vectors and small matrices alone. So a large mean costs no accuracy, and there is one tensor of x's
-    size. Derivatives run through `low`. `effective_count`, with weights, is V₁²/V₂: how many values they stand for.
+    The mean is `origin + low`: `origin` is a rounded mean, a constant, and `low` what the rounding lost, which enters
+    only vectors and small matrices. So a large mean costs no accuracy, and there is one tensor of x's size. Derivatives
+    run through `low`. `effective_count`, with weights, is V₁²/V₂: the number of equally weighted values.
     """
 
     deviations: Tensor
@@ -88,12 +88,12 @@ class Moments(NamedTuple):
     effective_count: Tensor | None
 
 
-def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> Moments:
-    """What whitens `rows [C, m]` by their own statistics; `weights [m]` say how much each position counts."""
+def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> BatchWhitening:
+    """Return what whitens `rows [C, m]` by their own statistics, where each position counts by `weights [m]`."""
     count: Tensor | None = None
     divisor: Tensor | int = rows.shape[1]
     if weights is not None:
-        # What does not count may be anything; 0·NaN would be NaN, here and in backward.
+        # A position that does not count may hold anything; 0·NaN would be NaN, here and in backward.
         rows = torch.where((weights != 0) | rows.isfinite(), rows, 0.0)
         tiny = torch.finfo(weights.dtype).tiny
         divisor = weights.sum().clamp_min(tiny)
@@ -114,7 +114,7 @@ def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float,
         noise = eps * torch.eye(group.shape[1], dtype=rows.dtype, device=rows.device)
         covariance = _product(counted, group) / divisor - group_low @ group_low.mT + noise
         matrices.append(inverse_square_root(covariance, iterations))
-    return Moments(deviations, origin, low, matrices, count)
+    return BatchWhitening(deviations, origin, low, matrices, count)
 
 
 def apply_whitening(
@@ -125,7 +125,7 @@ def apply_whitening(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """`γ·W·(deviations - low) + β`, `[C, m]`: one product, since γ, low and β go into the small matrices."""
+    """Return `γ·W·(deviations - low) + β`, `[C, m]`, by one product: γ, low and β go into the small matrices."""
 
     def columns(vector: Tensor | None) -> Sequence[Tensor | None]:
         if vector is None:
@@ -154,80 +154,34 @@ def _move(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
-    wide = wide_dtype(mean)
     n = mean.new_full((), 2.0) if count is None else count
-    moves = n > 0
-    if skip_nonfinite:
-        moves = moves & mean.isfinite().all() & whitening.isfinite().all()
-    rate: Tensor | float | None = momentum
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(moves)
-        if momentum is None:
-            rate = 1.0 / num_batches_tracked.clamp_min(1).to(wide)
-    assert rate is not None
-    for running, new, moving in ((running_mean, mean, moves), (running_whitening, whitening, moves & (n > 1))):
-        old = running.to(wide)
-        running.copy_(torch.where(moving, old * (1.0 - rate) + new.to(wide) * rate, old))
+    checked = (mean, whitening) if skip_nonfinite else ()
+    eager.move_toward_((mean, whitening), (running_mean, running_whitening), num_batches_tracked, n, checked, momentum)
 
 
-@torch.library.custom_op(
-    "batchnorm::update_whitening_",
-    mutates_args=("running_mean", "running_whitening", "num_batches_tracked"),
-    schema="(Tensor(a!) running_mean, Tensor(b!) running_whitening, Tensor(c!)? num_batches_tracked, Tensor mean, "
-    "Tensor whitening, Tensor? count, float? momentum, bool skip_nonfinite) -> ()",
-)
-def _update_whitening_(
-    running_mean: Tensor,
-    running_whitening: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    whitening: Tensor,
-    count: Tensor | None,
-    momentum: float | None,
-    skip_nonfinite: bool,
-) -> None:
-    # Asked when it runs, not when it is traced: activation checkpointing runs forward again inside a backward.
+def _move_outside_backward(*arguments: Any) -> None:
+    # Checked when the operator runs, not when it is traced: activation checkpointing repeats forward inside backward.
     if torch._C._current_graph_task_id() == -1:
-        _move(running_mean, running_whitening, num_batches_tracked, mean, whitening, count, momentum, skip_nonfinite)
+        _move(*arguments)
 
 
-@_update_whitening_.register_fake
-def _(*_: object) -> None:
-    pass
+_LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
+_LIBRARY.define(
+    "update_whitening_(Tensor(a!) running_mean, Tensor(b!) running_whitening, Tensor(c!)? num_batches_tracked, "
+    "Tensor mean, Tensor whitening, Tensor? count, float? momentum, bool skip_nonfinite) -> ()"
+)
+_LIBRARY.impl("update_whitening_", _move_outside_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("batchnorm::update_whitening_", lambda *_: None, lib=_LIBRARY)
 
 
-def update_whitening_(
-    running_mean: Tensor,
-    running_whitening: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    whitening: Tensor,
-    count: Tensor | None,
-    momentum: float | None,
-    skip_nonfinite: bool,
-) -> None:
+def update_whitening_(*arguments: Any) -> None:
     """Move the running mean `[C]` and whitening matrices `[C, size]` toward one batch's, once.
 
-    `running ← (1 - momentum)·running + momentum·batch`. `count` is the number of values per
-    channel where that is not known to be more than one: none moves nothing, one moves the mean alone. Nothing moves
-    inside a backward pass, nor, with `skip_nonfinite`, for a batch whose statistics are not finite.
+    The arguments are the operator's, without gradient. `running ← (1 - momentum)·running + momentum·batch`. `count` is
+    the number of values per channel where it may be below two, else None: zero moves nothing, one moves the mean alone.
+    Nothing moves inside a backward pass, nor, with `skip_nonfinite`, for a batch whose statistics are not finite.
     """
-    arguments = (
-        running_mean,
-        running_whitening,
-        num_batches_tracked,
-        mean.detach(),
-        whitening.detach(),
-        count,
-        momentum,
-        skip_nonfinite,
-    )
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         _move(*arguments)  # torch's own operations alone: the program loads where this library is not installed
-    elif not torch._C._are_functorch_transforms_active():
-        _update_whitening_(*arguments)
     else:
-        try:
-            _move(*arguments)
-        except RuntimeError as error:
-            raise RuntimeError(_checks.CAPTURED_STATISTICS) from error
+        move_once(torch.ops.batchnorm.update_whitening_, _move, arguments)

@@ -1,13 +1,13 @@
 """Batch normalization in NumPy and float64, step by step: the executable specification.
 
-Read it with the paper in hand: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by
-Reducing Internal Covariate Shift", 2015 (arXiv:1502.03167). Sections cited without a paper are those of the
-mathematics page, which also says where published texts err. The library's layers and operators are tested
-against this package; it is written to be read, not to be fast.
+Read it beside the paper: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+Internal Covariate Shift", 2015 (arXiv:1502.03167). Sections cited without a paper are sections of the mathematics
+page, which also lists errors in published texts. The library's layers and operators are tested against this package;
+it is written to be read, not to be fast.
 
-`x` is `[N, C, *S]`: samples first, channels second; `axis` says where else the channels are. A value per
-channel is `[C]`, or `[K, C]` where `index [N]` tells which of the K rows each sample uses: statistics by group
-(ghost batches, domains) or γ and β by class (conditional normalization). Inputs are converted to float64.
+`x` is `[N, C, *S]`: samples first, channels second; `axis` gives another channel axis. A value per channel is `[C]`,
+or `[K, C]` where `index [N]` gives the row that each sample uses: statistics by group (ghost batches, domains) or γ
+and β by class (conditional normalization). Inputs are converted to float64.
 
 Examples:
     >>> import numpy as np

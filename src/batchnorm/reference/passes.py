@@ -39,7 +39,7 @@ def _normal_cdf(z: Array) -> Array:
     return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
 
 
-# name: f(z) and f′(z), given the negative slope a too. At a kink f′ is what torch takes.
+# name: f(z) and f′(z), where a is the negative slope. At a kink f′ is torch's.
 ACTIVATIONS = {
     "none": (lambda z, a: z, lambda z, a: np.ones_like(z)),
     "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.where(z <= 0, 0.0, 1.0)),
@@ -66,7 +66,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Forward:
-    """Every intermediate of a forward pass, in the order of computation, and what backward needs.
+    """All intermediate values of a forward pass, in the order of computation, and the data for backward.
 
     Attributes:
         mean: μ, `[C]` or `[K, C]`.
@@ -78,8 +78,8 @@ class Forward:
         y: f(z), like x: the output.
         weight: γ, `[C]` or `[K, C]`.
         slope: f′(z), like x.
-        layout: Where channels and samples are.
-        share: The share of each value in its statistics: 1/m, or w/V₁; 0 where they were given, as at inference.
+        layout: The axes of channels and samples.
+        share: The weight of each value in its statistics: 1/m, or w/V₁; 0 where they were given, as at inference.
         batch: The batch's moments; None where the statistics were given.
     """
 
@@ -111,7 +111,7 @@ def normalize(
     index: ArrayLike | None = None,
     axis: int = 1,
 ) -> Forward:
-    """Return y and its intermediates, normalized by statistics that are given and do not depend on x.
+    """Return y and its intermediates, normalized by given statistics that do not depend on x.
 
         x̂ = (x − μ)/√(σ² + ε)    z = γ·x̂ + β + residual    y = f(z)
 
@@ -174,9 +174,9 @@ def forward_training(
         weight: γ, `[C]`, or `[K, C]` with index.
         bias: β, like `weight`.
         weights: `[N, *S]`, how much each value counts in the statistics; all values are normalized.
-        index: `[N]`, the row of each sample in whatever is `[K, C]`.
-        groups: K, for statistics in each group of samples that index makes. Without it they are of the whole
-            batch, and index picks γ and β only.
+        index: `[N]`, the row of each sample in arguments that are `[K, C]`.
+        groups: K, for separate statistics of each group of samples with the same index. Without it the statistics are
+            those of the whole batch, and index selects only γ and β.
         axis: The channel axis of x.
         **options: residual, activation, negative_slope and eps, as in `normalize`.
 
@@ -211,7 +211,7 @@ def forward_inference(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of a scalar loss, with the intermediates on the way.
+    """Gradients of a scalar loss, with intermediate values.
 
     Attributes:
         dz: dy·f′(z), like x; also the gradient of the residual.
@@ -230,7 +230,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class GradientsByParts(Gradients):
-    """`Gradients`, with those of the statistics: dvar (dσ²) and dmean (dμ), `[C]` or `[K, C]`."""
+    """`Gradients`, and the gradients of the statistics: dvar (dσ²) and dmean (dμ), `[C]` or `[K, C]`."""
 
     dvar: Array
     dmean: Array
@@ -242,7 +242,7 @@ def backward(dy: ArrayLike, forward: Forward) -> Gradients:
         dz = dy·f′(z)    dβ = Σ dz    dγ = Σ dz·x̂    dx̂ = γ·dz
         dx = invstd·(dx̂ − Σ dx̂/m − x̂·Σ(dx̂·x̂)/m)
 
-    With weights w/V₁ stands for 1/m; at inference 0 does. Source: `backward_by_parts`, simplified. Section 3.
+    With weights, w/V₁ replaces 1/m; at inference, 0 replaces it. Source: `backward_by_parts`, simplified. Section 3.
 
     Args:
         dy: Gradient of y, like x.
@@ -277,7 +277,7 @@ def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
 
 
 def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Array, Array]:
-    """dz, dγ, dβ, dx̂: back through y = f(γ·x̂ + β + residual)."""
+    """Return dz, dγ, dβ and dx̂: back through y = f(γ·x̂ + β + residual)."""
     layout, weight = forward.layout, forward.weight
     dz = shaped("dy", dy, layout.shape) * forward.slope
     dweight, dbias = layout.total(dz * forward.x_hat, like=weight), layout.total(dz, like=weight)
@@ -285,7 +285,7 @@ def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Arr
 
 
 class DoubleGradients(NamedTuple):
-    """Gradients of Σ v·dx + Σ v_γ·dγ + Σ v_β·dβ: dz and dx like x, dweight like γ. That of β is 0."""
+    """Gradients of Σ v·dx + Σ v_γ·dγ + Σ v_β·dβ: dz and dx like x, dweight like γ. The gradient of β is 0."""
 
     dz: Array
     dx: Array
@@ -297,20 +297,20 @@ def double_backward(
 ) -> DoubleGradients:
     """Return the gradients of the gradients: back through dx, dγ and dβ as functions of dz, x and γ.
 
-    Mean and invstd are functions of x here too: taken as constants they give right first derivatives, but wrong
+    Mean and invstd are functions of x here too: treating them as constants gives correct first derivatives, but wrong
     second ones. With P(t) = t − mean t − x̂·mean(t·x̂) and u = γ·dz:
 
         to dz:  γ·invstd·P(v) + x̂·v_γ + v_β
         to γ:   Σ invstd·dz·P(v)
         to x:   −invstd²·[x̂·mean(v·P(u)) + mean(u·x̂)·P(v) + mean(v·x̂)·P(u)] + invstd·P(v_γ·dz)
 
-    With weights P has a transpose Q, which takes its place where it is applied to u and v_γ·dz. Section 3.
+    With weights, P's transpose Q replaces P where P is applied to u and v_γ·dz. Section 3.
 
     Args:
         v: Gradient that arrives at dx, like x.
         v_weight: v_γ, gradient that arrives at dγ, like γ.
         v_bias: v_β, gradient that arrives at dβ, like γ.
-        dz: What `backward` found or, without activation, was given; like x.
+        dz: `Gradients.dz` of `backward`, like x; without activation it is dy.
         forward: The forward pass, of any kind.
     """
     layout, weight, x_hat, share = forward.layout, forward.weight, forward.x_hat, forward.share

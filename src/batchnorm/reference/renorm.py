@@ -14,7 +14,7 @@ from batchnorm.reference.statistics import Array, require, shaped
 
 @dataclass(frozen=True)
 class RenormForward:
-    """Every intermediate of a forward pass, and what backward needs.
+    """All intermediate values of a forward pass, and the data for backward.
 
     Attributes:
         forward: The pass with the batch's statistics, whose γ and β are γ·r and γ·d + β.
@@ -88,7 +88,7 @@ def forward_renorm(
 
 
 def backward_renorm(dy: ArrayLike, renorm: RenormForward) -> RenormGradients:
-    """Return the gradients; none flows through r and d.
+    """Return the gradients; r and d are treated as constants.
 
         dx = γ·r/σ_B·(dy − Σ dy/m − x̂_B·Σ(dy·x̂_B)/m)
         dγ = r·Σ(dy·x̂_B) + d·Σ dy    dβ = Σ dy

@@ -1,4 +1,4 @@
-"""Statistics per channel: how they are counted, merged, and averaged over batches."""
+"""Statistics per channel: computed, merged, and averaged over batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require(holds: bool | np.bool_, must: str, came: object, do: str) -> None:
 
 
 def shaped(name: str, a: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """Return `a` in float64, which must have this shape."""
+    """Return `a` in float64, and check its shape."""
     a = float64(a)
     require(a.shape == shape, f"{name} must have shape {list(shape)}", list(a.shape), "Reshape or expand it.")
     return a
@@ -32,7 +32,7 @@ def shaped(name: str, a: ArrayLike, shape: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Layout:
-    """How values per channel spread over x, and how values of x add up per channel.
+    """The mapping between values per channel and values of x.
 
     Attributes:
         shape: Shape of x.
@@ -45,12 +45,12 @@ class Layout:
     index: NDArray[np.intp] | None
 
     def spread(self, v: Array) -> Array:
-        """`[C]` or `[K, C]` values, shaped to broadcast against x."""
+        """Reshape `[C]` or `[K, C]` values to broadcast against x."""
         rows = v[None] if v.ndim == 1 else v[self.index]  # [1, C] or [N, C]
         return np.moveaxis(rows.reshape(*rows.shape, *[1] * (len(self.shape) - 2)), 1, self.axis)
 
     def total(self, t: Array, like: Array) -> Array:
-        """Sum of t over all that shares an entry of `like`, in its shape: the transpose of `spread`."""
+        """Sum t over all values of x that share an entry of `like`, in its shape: the transpose of `spread`."""
         per_sample = np.moveaxis(t, self.axis, 1).sum(axis=tuple(range(2, t.ndim)))  # [N, C]
         if like.ndim == 1:
             return np.asarray(per_sample.sum(axis=0))
@@ -60,7 +60,7 @@ class Layout:
         return total
 
     def per_channel(self, name: str, v: ArrayLike) -> Array:
-        """The argument called `name`, checked to be `[C]`, or `[K, C]` with every row that index names."""
+        """Return an argument, checked to be `[C]`, or `[K, C]` with every row that index names."""
         v, channels = float64(v), self.shape[self.axis]
         rows = 0 if self.index is None else self.index.max(initial=-1) + 1
         require(
@@ -73,7 +73,7 @@ class Layout:
 
 
 def layout_of(x: Array, axis: int, index: ArrayLike | None) -> Layout:
-    """Return where x has its channels and samples."""
+    """Return the layout of x: its channels and samples."""
     require(x.ndim >= 2, "x must have a sample and a channel axis", list(x.shape), "Reshape it to [N, C].")
     require(-x.ndim <= axis < x.ndim, f"axis must be in [{-x.ndim}, {x.ndim})", axis, "The default is 1.")
     axis %= x.ndim
@@ -86,7 +86,7 @@ def layout_of(x: Array, axis: int, index: ArrayLike | None) -> Layout:
 
 
 def weights_of(weights: ArrayLike | None, layout: Layout) -> Array:
-    """`weights [N, *S]`, or ones, with a channel axis of size 1."""
+    """Return `weights [N, *S]`, or ones, with a channel axis of size 1."""
     shape = layout.shape[: layout.axis] + layout.shape[layout.axis + 1 :]
     w = np.ones(shape) if weights is None else shaped("weights", weights, shape)
     bad = w[~((w >= 0) & (w < np.inf))]
@@ -95,13 +95,13 @@ def weights_of(weights: ArrayLike | None, layout: Layout) -> Array:
 
 
 def divisor(n: Array) -> Array:
-    """n, and 1 for 0: what is divided there is 0 too."""
+    """Return n, and 1 for 0: the dividend is 0 there too."""
     return np.where(n > 0, n, 1.0)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What determines mean and variance, and can be merged.
+    """Count, mean and sum of squared deviations, which determine mean and variance and can be merged.
 
     Attributes:
         count: V₁ = Σw, `[]` or `[K]`: without weights m, the number of values per channel.
@@ -117,7 +117,7 @@ class Moments:
 
     @property
     def var(self) -> Array:
-        """σ² = M2/V₁, the biased variance, which normalizes."""
+        """σ² = M2/V₁, the biased variance, used to normalize."""
         return np.asarray(self.m2 / divisor(self.count)[..., None])
 
     @property
@@ -127,7 +127,7 @@ class Moments:
         return np.asarray(self.var * (self.count**2 / divisor(self.count**2 - self.count_squares))[..., None])
 
     def require_several(self) -> None:
-        """Raise ValueError where a single value was counted: it has no spread."""
+        """Raise ValueError where a single value was counted: it has no variance."""
         single = (self.count > 0) & (self.count**2 - self.count_squares <= 1e-12 * self.count**2)
         require(
             not single.any(),
@@ -153,7 +153,7 @@ def moments(
 
     Args:
         x: `[N, C, *S]`.
-        weights: `[N, *S]`, >= 0, default 1: how much each value counts. What counts 0 may be NaN.
+        weights: `[N, *S]`, >= 0, default 1: how much each value counts. Values with weight 0 may be NaN.
         index: `[N]`, the group of each sample, in [0, groups).
         groups: K. Default: one group, and results `[C]`.
         axis: The channel axis of x.
@@ -170,7 +170,7 @@ def moments(
 
     count, count_squares = layout.total(w, like=one), layout.total(w * w, like=one)
     mean = layout.total(w * x, like=channels) / divisor(count)
-    # Once more from there takes out the first sum's rounding: a constant channel deviates by exactly 0.
+    # A second sum removes the first one's rounding error: a constant channel deviates by exactly 0.
     mean = mean + layout.total(w * (x - layout.spread(mean)), like=channels) / divisor(count)
     m2 = layout.total(w * (x - layout.spread(mean)) ** 2, like=channels)
     return Moments(count[..., 0], mean, m2, count_squares[..., 0])
@@ -213,12 +213,12 @@ def pool(parts: Moments) -> Moments:
 
         mean = Σ mₖ·μₖ / Σ mₖ    unbiased variance = Σ M2ₖ / Σ(mₖ − 1)
 
-    without the spread between parts, which training does not see: that of a batch of n/K values, where n = Σ mₖ; with
-    weights V₁ₖ·V₁ₖ/V₂ₖ takes the place of each mₖ that counts. Source: section 6.
+    The variance between parts is left out, as training does not see it. The count is that of a batch of n/K values,
+    where n = Σ mₖ; with weights, V₁ₖ·V₁ₖ/V₂ₖ replaces each mₖ. Source: section 6.
     """
     n, n_squares = parts.count.sum(), parts.count_squares
     share = (parts.count / divisor(n))[:, None]
-    # V₁/V₂·V₁ values count effectively in a part; for whole values that is m, and each part loses one.
+    # The effective number of values in a part is V₁·V₁/V₂; without weights it is m, and each part loses one.
     lost = np.asarray(np.sum(n_squares / divisor(parts.count)))
     count = n / divisor(lost)
     mean, var = (share * parts.mean).sum(0), (share * parts.var).sum(0)
@@ -264,11 +264,11 @@ def update_running(
         running_var: Like `running_mean`.
         batch: `Forward.batch`.
         momentum: In [0, 1], or None.
-        convention: torch, keras, flax or keras2_fused. No default, as 0.1 in one is 0.9 in another.
+        convention: torch, keras, flax or keras2_fused. There is no default, as 0.1 in one is 0.9 in another.
         num_batches_tracked: `[]` or `[K]`, the batches before this one.
 
     Raises:
-        ValueError: Where the unbiased variance of a single value is asked for.
+        ValueError: Where the update needs the unbiased variance of a single value.
 
     Examples:
         >>> batch = moments([[1.0], [3.0]])  # mean 2; variance 1 biased, 2 unbiased

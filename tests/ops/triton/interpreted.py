@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from batchnorm.ops import eager, triton
-from batchnorm.ops.triton import launch, plan
+from batchnorm.ops.triton import launch, tiling
 from benchmarks import gpu, gpu_layers
 from benchmarks.gpu_timing import HostClock
 from tests.cases import Case
@@ -69,7 +69,7 @@ def test_in_triton_offsets_of_32_and_of_64_bits_give_the_same_bits(
         ]  # fmt: skip
 
     narrow = everything()
-    monkeypatch.setattr(plan, "_WIDE", 0)
+    monkeypatch.setattr(tiling, "_WIDE", 0)
     for a, b in zip(narrow, everything(), strict=True):
         assert torch.equal(a, b)
 

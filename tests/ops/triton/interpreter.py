@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.ops import schemas
-from batchnorm.ops.triton import implementation, plan, support
+from batchnorm.ops import registration
+from batchnorm.ops.triton import implementation, support, tiling
 from batchnorm.ops.triton.frame import Frame
 from batchnorm.ops.triton.settings import Settings
 
@@ -24,7 +24,7 @@ from batchnorm.ops.triton.settings import Settings
 def operator(name: str) -> Callable[..., Any]:
     """The operator as it is registered for CUDA tensors."""
     _use_interpreter()
-    return implementation(name, schemas._implementation(name))
+    return implementation(name, registration.eager_implementation(name))
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def _use_interpreter() -> None:
     """Prepare this process, which was started for these tests, for good."""
     np.seterr(invalid="ignore", over="ignore")
     small = Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024)
-    plan.TABLE.update(dict.fromkeys(plan.TABLE, small))
+    tiling.TABLE.update(dict.fromkeys(tiling.TABLE, small))
     support.problem = lambda device: None  # type: ignore[assignment]
     Frame.result = _poisoned(Frame.result)  # type: ignore[method-assign]
     Frame.vectors = _poisoned(Frame.vectors)  # type: ignore[method-assign]

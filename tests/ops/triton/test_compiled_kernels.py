@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from batchnorm.ops.triton import launch, plan
+from batchnorm.ops.triton import launch, tiling
 
 ATTRIBUTES = (1e-5, "relu", 0.0)
 Compiled = list[tuple[str, Any]]
@@ -61,7 +61,7 @@ def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(plan, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tiling, "multiprocessors", lambda device: 132)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", _Device(architecture))
     return found
@@ -156,7 +156,7 @@ def test_every_launch_is_made_while_the_tensors_device_is_current(monkeypatch: p
         inside.pop()
 
     launched: list[int] = []
-    monkeypatch.setattr(plan, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(tiling, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "on_device", on_device)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: launched.append(len(inside)))
     _train((8, 16, 14, 14), torch.float32, torch.Tensor.contiguous)
@@ -197,3 +197,13 @@ def test_the_halves_compile_with_an_index_and_weights(compiled: Compiled, layout
         "normalize_kernel",
         "update_running_kernel",
     ]
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True)
+def test_absent_vectors_compile(compiled: Compiled) -> None:
+    x = torch.empty(6, 8, 5, 5)
+    mean, var = x.new_empty(2, 8).unbind()
+    launch.train_forward(x, None, None, None, *ATTRIBUTES)
+    launch.normalize(x, mean, None, var, None, None, None, None, *ATTRIBUTES)
+    launch.normalize_backward(x, x, None, None, mean, None, var, None, None, None, 1, *ATTRIBUTES, True)
+    assert _names(compiled) == ["backward_reduce_kernel", "forward_once_kernel", "normalize_kernel"]

@@ -1,7 +1,7 @@
 """The operators on CUDA devices by Triton kernels, which are imported when the first CUDA tensor arrives.
 
-What they leave to the eager implementation: float64, tensors without values, running statistics that are not
-contiguous, and devices where a kernel was found not to compile or start.
+The eager implementation serves float64, tensors without values, running statistics that are not contiguous, and devices
+where a kernel was found not to compile or start.
 """
 
 from __future__ import annotations
@@ -14,28 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.ops.schemas import SIGNATURES
 from batchnorm.ops.triton import support
 
-# Which argument decides: x, or the running mean.
-_DECIDES = {
-    "train_forward": 0,
-    "train_backward": 1,
-    "moments": 0,
-    "normalize": 0,
-    "normalize_backward": 1,
-    "backward_reduce": 1,
-    "backward_apply": 1,
-    "update_running_": 0,
-}
-
-OPERATORS = tuple(_DECIDES)
+OPERATORS = tuple(name for name in SIGNATURES if name != "copy_running")
 
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator `name` for CUDA tensors: our kernels, or `eager` where they do not serve."""
-    at = _DECIDES[name]
+    """Return the operator `name` for CUDA tensors: our kernels, or `eager` where they do not serve."""
+    arguments = SIGNATURES[name].arguments
+    at = arguments.index("x") if "x" in arguments else 0  # x decides, or the running mean
 
     def on_cuda(*args: Any) -> Any:
         decides = args[at]

@@ -1,4 +1,4 @@
-"""What can be tuned of how a tensor is cut into programs."""
+"""The tunable settings by which a tensor is cut into tiles and programs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class Settings:
 
     Args:
         tile: Values of one tile, where a program goes over several.
-        warps: Of such a program.
-        stages: Tiles that it has under way: what is loaded ahead waits in shared memory.
+        warps: Warps of such a program.
+        stages: Tiles in flight; those loaded ahead wait in shared memory.
         programs: Such programs per multiprocessor.
-        row_bytes: The widest piece of a row of channels that one program takes (channels-last).
+        row_bytes: Bytes of the widest piece of a row of channels that one program takes (channels-last).
         once: Largest tile, padding included, that a program holds to read x once; half of it in backward, which holds
             two tensors, and half for channels-last.
-        deepest: Most tiles that one lane adds up in sequence, which bounds its rounding; not tuned.
+        deepest: Largest number of tiles that one lane adds in sequence, which bounds its rounding error; not tuned.
     """
 
     tile: int = 2048
@@ -29,7 +29,7 @@ class Settings:
     deepest: int = 64
 
 
-# What tuning tries, one field after the other.
+# The values that tuning tries, one field after the other.
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "tile": (1024, 2048, 4096),
     "warps": (4, 8),

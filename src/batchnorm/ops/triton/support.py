@@ -1,4 +1,4 @@
-"""Whether the kernels can serve, and what is said where they cannot."""
+"""Whether the kernels can serve a device, and the warning where they cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 KERNELS = "BATCHNORM_GPU_KERNELS"
 _NAMES = ("triton", "eager")
 
-# The oldest architecture that Triton compiles for, and the Triton that came with the oldest torch that we support.
+# The oldest architecture that Triton compiles for, and the Triton of the oldest torch that this library supports.
 _LEAST = (7, 0)
 _LEAST_TRITON = (3, 6)
 
@@ -32,7 +32,7 @@ def _warn_once(text: str) -> None:
 
 
 def build_problem() -> str | None:
-    """Why this build of torch has no use for the kernels, or None."""
+    """Return why this build of torch cannot use the kernels, or None."""
     if torch.version.hip is not None:
         return "the kernels have not been tested on AMD GPUs"
     if torch.version.cuda is None:
@@ -52,12 +52,12 @@ def _import_problem() -> str | None:
 
 
 def _launch_problem(device: torch.device) -> str | None:
-    """Whether a small kernel compiles and starts: Triton also needs a C compiler, once."""
+    """Return why a small kernel does not compile or start, or None; compiling also needs a C compiler."""
     from batchnorm.ops.triton import launch
 
     try:
         launch.start_one_kernel(device)
-    except Exception as error:  # the compiler's, the driver's, the operating system's
+    except Exception as error:  # from the compiler, the driver or the operating system
         return _does_not_start(error)
     return None
 
@@ -68,15 +68,15 @@ def _does_not_start(error: Exception) -> str:
 
 
 def problem(device: torch.device) -> str | None:
-    """Why the eager implementation serves on this device, or None; warned of once, unless it was chosen."""
+    """Return why the eager implementation serves this device, or None; warn once, unless eager was chosen."""
     if device not in _known:
-        if _capturing():  # nothing that is found while a graph is captured holds afterwards
+        if _capturing():  # a result found during graph capture is not valid afterwards
             return None
         _known[device] = _find_problem(device)
     return _known[device]
 
 
-# What was found on the devices that have been asked for.
+# The problem of each device that has been checked; None where the kernels serve.
 _known: dict[torch.device, str | None] = {}
 
 
@@ -85,9 +85,9 @@ def _capturing() -> bool:
 
 
 def gives_up(device: torch.device, error: Exception) -> bool:
-    """Whether `error` says that a kernel cannot be compiled or started here: eager serves from now on, with a warning.
+    """Whether `error` means that a kernel cannot compile or start here; then warn, and let eager serve from now on.
 
-    No result was computed then. Every other error is the caller's: it is out of memory, or the device is lost.
+    In that case nothing was computed. Every other error is the caller's: out of memory, or a lost device.
     """
     from triton.errors import TritonError
 
@@ -121,7 +121,7 @@ def _warn(found: str) -> None:
 
 
 def description() -> str:
-    """What CUDA tensors are computed with, for `batchnorm.backends()`; starts nothing."""
+    """Return the implementation for CUDA tensors, for `batchnorm.backends()`; start no kernel."""
     for found in _known.values():
         if found is not None:
             return f"eager: {found}"

@@ -17,10 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from batchnorm import functional, ops
+from batchnorm import ops
 from batchnorm.models.arguments import ABSENT, Expected
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.layer import NormLayer
 from batchnorm.walk import is_hooked
 
 # An activation by name with its parameter, a module that may be one, or nothing.
@@ -42,37 +41,13 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activat
     """`activation(norm(x) + residual)`: one operation where layer, activation and residual allow it, else three."""
     named = named_activation(activation)
     if named is not None and type(norm) in _FUSABLE and not is_hooked(norm) and _same_kind(x, residual):
-        return _normalize(norm, x, residual, *named)  # type: ignore[arg-type]
+        return norm._normalize(x, residual, activation=named)  # type: ignore[operator]
     y: Tensor = norm(x)
     if residual is not None:
         y = y + residual
     if isinstance(activation, nn.Module):
         return activation(y)
     return y if activation is None else ops.ACTIVATIONS[activation[0]].forward(y, activation[1])
-
-
-def _normalize(norm: NormLayer, x: Tensor, residual: Tensor | None, activation: str, negative_slope: float) -> Tensor:
-    moves = norm.training and norm.track_running_stats and norm.update_running_stats
-    running_mean, running_var = norm.running_mean, norm.running_var
-    training = norm.training or (running_mean is None and running_var is None)
-    if norm.training and not moves:
-        running_mean = running_var = None
-    return functional.batch_norm(
-        x,
-        running_mean,
-        running_var,
-        norm.weight,
-        norm.bias,
-        training,
-        norm.momentum,
-        norm.eps,
-        activation=activation,
-        negative_slope=negative_slope,
-        residual=residual,
-        num_batches_tracked=norm.num_batches_tracked if moves else None,
-        on_nonfinite=norm.on_nonfinite,
-        caller=norm.layer_name,
-    )
 
 
 def _same_kind(x: Tensor, residual: Any) -> bool:

@@ -1,20 +1,21 @@
 """Mean, as a pair, and sum of squared deviations.
 
-Each lane of a tile sums deviations from its own first value, its *pivot*, which is near the mean whatever the mean is;
-what the lanes of all programs found is merged after Chan, Golub and LeVeque.
+Each lane of a tile sums deviations from its own first value, its *pivot*, which is near the mean whatever the mean is.
+The sums of all programs' lanes are merged after Chan, Golub and LeVeque.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import channels_of, largest, program, span, tile, total
+from .tiles import SIZES, channels_of, group_of_splits, largest, load, load_weights, program, span, tile, total
 
 
 @triton.jit
 def join(count, pivot, first, second, ROWS: tl.constexpr):
-    """Merge lanes that know Σw, their pivot, Σw·d and Σw·d², where d = x − pivot: count, mean, mean_low, m2.
+    """Merge lanes, each with Σw, its pivot, Σw·d and Σw·d², where d = x − pivot, into count, mean, mean_low and m2.
 
-    The mean is approached twice, so that one far pivot costs nothing; a constant channel deviates by exactly zero.
+    The mean is computed in two steps, so that one far pivot costs no accuracy. A constant channel deviates by exactly
+    zero.
     """
     own = first / tl.where(count > 0.0, count, 1.0)
     second -= first * own
@@ -32,26 +33,16 @@ def join(count, pivot, first, second, ROWS: tl.constexpr):
 
 @triton.jit
 def rounded_pair(mean, mean_low, dtype: tl.constexpr):
-    """The pair with its first part rounded to x's dtype, which makes x − mean exact near it."""
+    """Return the pair with its first part rounded to x's dtype, which makes x − mean exact near it."""
     high = (mean + mean_low).to(dtype).to(tl.float32)
     return high, (mean - high) + mean_low
 
 
 @triton.jit
 def store_moments(
-    mean_ptr,
-    mean_low_ptr,
-    m2_ptr,
-    at,
-    valid,
-    n,
-    mean,
-    mean_low,
-    m2,
-    dtype: tl.constexpr,
-    VARIANCE: tl.constexpr,
+    mean_ptr, mean_low_ptr, m2_ptr, at, valid, n, mean, mean_low, m2, dtype: tl.constexpr, VARIANCE: tl.constexpr
 ):
-    """Write an operator's results: m2, or the biased variance."""
+    """Write an operator's results: the mean as a pair, and m2 or the biased variance."""
     mean, mean_low = rounded_pair(mean, mean_low, dtype)
     if VARIANCE:
         m2 = tl.div_rn(m2, tl.where(n > 0.0, n, 1.0))
@@ -60,30 +51,14 @@ def store_moments(
     tl.store(m2_ptr + at, m2, valid)
 
 
-@triton.jit(do_not_specialize=["size0", "size1", "stride0", "channels", "per", "splits", "blocks"])
+@triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
-    x_ptr,
-    weights_ptr,
-    parts_ptr,
-    mean_ptr,
-    mean_low_ptr,
-    m2_ptr,
-    size0,
-    size1,
-    stride0,
-    channels,
-    per,
-    splits,
-    blocks,
-    VARIANCE: tl.constexpr,
-    ROWS: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Moments of a block's split into `parts [4, splits, C]`, or, with no parts, of the whole block as results."""
+    x_ptr, weights_ptr, parts_ptr, mean_ptr, mean_low_ptr, m2_ptr,
+    size0, size1, stride0, channels, per, splits, blocks,
+    VARIANCE: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute moments of a block's split into `parts [4, splits, C]`, or, with no parts, of the whole block."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
     begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
@@ -93,24 +68,22 @@ def moments_kernel(
     second = tl.zeros([B0, B1], tl.float32)
     for t in tl.range(tiles, num_stages=STAGES):
         i, j, offset, counted = tile(begin, end, t, block, size1, stride0, ROWS, B0, B1, VEC)
-        x = tl.load(x_ptr + offset, counted, 0.0).to(tl.float32)
+        x = load(x_ptr, offset, counted)
         if weights_ptr is None:
             w = counted.to(tl.float32)
         else:
-            place = i if ROWS else i * size1 + j
-            w = tl.load(weights_ptr + tl.broadcast_to(place, [B0, B1]), counted, 0.0)
+            w = load_weights(weights_ptr, i, j, size1, counted, ROWS, B0, B1)
             counted = w != 0.0
         pivot = tl.where(counted & (count == 0.0), x, pivot)
-        deviation = tl.where(counted, x - pivot, 0.0)  # what does not count may be NaN
+        deviation = tl.where(counted, x - pivot, 0.0)  # a value that does not count may be NaN
         count += w
         weighted = deviation if weights_ptr is None else w * deviation
         first += weighted
         second += weighted * deviation
     n, mean, mean_low, m2 = join(count, pivot, first, second, ROWS)
     if parts_ptr is None:
-        store_moments(
-            mean_ptr, mean_low_ptr, m2_ptr, channel, valid, n, mean, mean_low, m2, x_ptr.dtype.element_ty, VARIANCE
-        )
+        dtype = x_ptr.dtype.element_ty
+        store_moments(mean_ptr, mean_low_ptr, m2_ptr, channel, valid, n, mean, mean_low, m2, dtype, VARIANCE)
     else:
         stride = splits.to(tl.int64) * channels
         at = parts_ptr + split.to(tl.int64) * channels + channel
@@ -120,24 +93,12 @@ def moments_kernel(
         tl.store(at + 3 * stride, m2, valid)
 
 
-@triton.jit(do_not_specialize=["channels", "splits", "blocks"])
+@triton.jit(do_not_specialize=SIZES)
 def merge_moments_kernel(
-    parts_ptr,
-    index_ptr,
-    sample_counts_ptr,
-    count_ptr,
-    mean_ptr,
-    mean_low_ptr,
-    m2_ptr,
-    channels,
-    splits,
-    blocks,
-    dtype: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-):
-    """Moments of `parts [4, splits, C]` together; with index, of each group of splits, and its count in float64."""
+    parts_ptr, index_ptr, sample_counts_ptr, count_ptr, mean_ptr, mean_low_ptr, m2_ptr, channels, splits, blocks,
+    dtype: tl.constexpr, VARIANCE: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+):  # fmt: skip
+    """Merge `parts [4, splits, C]`; with an index, those of each group of splits, and count it in float64."""
     block, group = program(blocks, False)
     channel, valid = channels_of(block, channels, True, B1, 1)
     stride = splits.to(tl.int64) * channels
@@ -147,10 +108,8 @@ def merge_moments_kernel(
     second = tl.zeros([B0, B1], tl.float32)
     exact = tl.zeros([B0, 1], tl.float64)
     for start in range(0, splits, B0):
-        split = start + tl.arange(0, B0)[:, None]
-        there = split < splits
+        split, there = group_of_splits(start, splits, index_ptr, group, B0)
         if index_ptr is not None:
-            there = there & (tl.load(index_ptr + split, there, -1) == group)
             exact += tl.load(sample_counts_ptr + split, there, 0.0)
         there = there & valid
         at = parts_ptr + split.to(tl.int64) * channels + channel

@@ -1,44 +1,34 @@
 """From x to z and y, and from dy to dz: expressions that forward and backward share.
 
-The ReLU's mask is recomputed in backward. It has forward's bits because both call these functions, in which every
-product that a compiler might fuse with a sum is fused in the source.
+Backward recomputes the ReLU's mask. It has forward's bits because both call these functions, in which the source fuses
+every product that a compiler might fuse with a sum.
 """
 
 import triton
 import triton.language as tl
 
+from .tiles import load
+
 
 @triton.jit
 def vector(ptr, at, valid, default, like):
-    """A vector in float32, or `default` where there is none."""
-    if ptr is None:
-        return tl.zeros_like(like) + default
-    return tl.load(ptr + at, valid, float("nan")).to(tl.float32)
+    """Return a vector in float32, or `default` where there is none."""
+    # One expression: Triton compiles what follows a return in an `if`, and an absent pointer does not compile.
+    return tl.zeros_like(like) + default if ptr is None else tl.load(ptr + at, valid, float("nan")).to(tl.float32)
 
 
 @triton.jit
 def scale_and_shift(mean_low, var, weight, bias, eps):
-    """1/√(var + ε), and z's coefficients: z = (x − mean)·scale + shift."""
+    """Return 1/√(var + ε), and z's coefficients: z = (x − mean)·scale + shift."""
     deviation = tl.sqrt_rn(var + eps)
     scale = tl.div_rn(weight, deviation)
     return tl.div_rn(tl.zeros_like(var) + 1.0, deviation), scale, tl.fma(-mean_low, scale, bias)
 
 
 @triton.jit
-def coefficients(
-    mean_ptr,
-    mean_low_ptr,
-    var_ptr,
-    weight_ptr,
-    bias_ptr,
-    row,
-    channel,
-    valid,
-    stride_statistic,
-    stride_affine,
-    eps,
-):
-    """mean, mean_low, 1/√(var + ε), scale and shift of a row's channels; NaN where `valid` says there are none."""
+def coefficients(vectors, row, channel, valid, stride_statistic, stride_affine, eps):
+    """Return mean, mean_low, 1/√(var + ε), scale and shift of a row's channels; NaN where `valid` is false."""
+    mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr = vectors
     statistic = row * stride_statistic + channel
     affine = row * stride_affine + channel
     mean = tl.load(mean_ptr + statistic, valid, float("nan")).to(tl.float32)
@@ -51,10 +41,13 @@ def coefficients(
 
 
 @triton.jit
-def preactivation(x, mean, scale, shift):
-    """z without a residual."""
+def preactivation(x, mean, scale, shift, residual_ptr, offset, mask):
+    """Return z of a tile."""
     z = x - mean
-    return tl.fma(z, tl.zeros_like(z) + scale, tl.zeros_like(z) + shift)
+    z = tl.fma(z, tl.zeros_like(z) + scale, tl.zeros_like(z) + shift)
+    if residual_ptr is not None:
+        z += load(residual_ptr, offset, mask)
+    return z
 
 
 @triton.jit
@@ -114,26 +107,14 @@ def derivative(dy, t, negative_slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def upstream(
-    dy_ptr,
-    x,
-    residual_ptr,
-    y_ptr,
-    offset,
-    mask,
-    mean,
-    scale,
-    shift,
-    negative_slope,
-    ACTIVATION: tl.constexpr,
+    dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, negative_slope, ACTIVATION: tl.constexpr
 ):
-    """dz of a tile: from y where it was kept, else from z, recomputed; zero outside the mask."""
-    dz = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
+    """Return dz of a tile: from y where it was kept, else from z, recomputed; zero outside the mask."""
+    dz = load(dy_ptr, offset, mask)
     if ACTIVATION != "none":
         if y_ptr is not None:
-            t = tl.load(y_ptr + offset, mask, 0.0).to(tl.float32)
+            t = load(y_ptr, offset, mask)
         else:
-            t = preactivation(x, mean, scale, shift)
-            if residual_ptr is not None:
-                t += tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
+            t = preactivation(x, mean, scale, shift, residual_ptr, offset, mask)
         dz = tl.where(mask, derivative(dz, t, negative_slope, ACTIVATION), 0.0)
     return dz

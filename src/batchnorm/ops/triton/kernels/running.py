@@ -1,4 +1,4 @@
-"""Moves the running statistics."""
+"""The update of the running statistics."""
 
 import triton
 import triton.language as tl
@@ -6,21 +6,10 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["m", "momentum", "channels"])
 def update_running_kernel(
-    running_mean_ptr,
-    running_var_ptr,
-    tracked_ptr,
-    mean_ptr,
-    mean_low_ptr,
-    var_ptr,
-    count_ptr,
-    m,
-    momentum,
-    channels,
-    SKIP: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: whether a non-finite value stops the update is decided over all channels. In float64."""
+    running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, mean_low_ptr, var_ptr, count_ptr, m, momentum, channels,
+    SKIP: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move the running statistics in float64; one program, as a non-finite value in any channel stops the update."""
     n = m.to(tl.float64)
     if count_ptr is not None:
         n = tl.load(count_ptr).to(tl.float64)
@@ -46,7 +35,7 @@ def update_running_kernel(
             rate = 1.0 / tl.maximum(tracked, 1).to(tl.float64)
     if moves:
         unbiased = n / tl.where(n > 1.0, n - 1.0, 1.0)
-        spread = tl.where(n > 1.0, channels, 0)  # one value has none
+        spread = tl.where(n > 1.0, channels, 0)  # a single value has no variance
         for start in range(0, channels, BLOCK):
             at = start + tl.arange(0, BLOCK)
             there = at < channels

@@ -1,14 +1,20 @@
-"""Where a program's values are, and sums over them."""
+"""A program's values: where they are, how they are read and written, and sums over them."""
 
 import triton
 import triton.language as tl
 
+# Arguments of kernels whose values select no other compiled kernel.
+SIZES = (
+    "values", "size0", "size1", "stride0", "channels", "positions", "rows", "stride_statistic", "stride_affine", "per",
+    "splits", "blocks",
+)  # fmt: skip
+
 
 @triton.jit
 def program(blocks, REVERSED: tl.constexpr):
-    """Block of channels and split of this program, on the one axis of the grid that may be longer than 65,535.
+    """Return this program's block of channels and its split, from the only grid axis that may be longer than 65,535.
 
-    Reversed, what an earlier kernel read last comes first: it may still be in the cache.
+    Reversed, a kernel starts with the values that the one before it read last: they may still be in the cache.
     """
     pid = tl.program_id(0)
     if REVERSED:
@@ -18,7 +24,7 @@ def program(blocks, REVERSED: tl.constexpr):
 
 @triton.jit
 def channels_of(block, channels, ROWS: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr):
-    """The block's channels, and which of them there are."""
+    """Return the block's channels, and which of them exist."""
     channel = block
     if ROWS:
         channel = block * B1 + tl.arange(0, B1)[None, :]
@@ -28,9 +34,9 @@ def channels_of(block, channels, ROWS: tl.constexpr, B1: tl.constexpr, VEC: tl.c
 
 @triton.jit
 def span(split, per, size0, size1, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, WIDE: tl.constexpr):
-    """Where the split begins (a row, or a tile), where axis 0 ends for it, and its number of tiles.
+    """Return where the split begins (a row, or a tile), where axis 0 ends for it, and its number of tiles.
 
-    In 64 bits where `WIDE`, and with them every place and offset of `tile`; else in 32, in half the registers.
+    They and all offsets of `tile` have 64 bits where `WIDE`, else 32, which take half the registers.
     """
     integer: tl.constexpr = tl.int64 if WIDE else tl.int32
     begin = split.to(integer) * per
@@ -45,20 +51,11 @@ def span(split, per, size0, size1, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.
 
 @triton.jit
 def tile(
-    begin,
-    end,
-    t,
-    block,
-    size1,
-    stride0,
-    ROWS: tl.constexpr,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    VEC: tl.constexpr,
+    begin, end, t, block, size1, stride0, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr
 ):
-    """Places on axis 0 and axis 1, offsets and mask of the split's tile t.
+    """Return the positions on axis 0 and axis 1, the offsets and the mask of the split's tile t.
 
-    Sizes along axis 1 are multiples of VEC; said here, it makes one access of VEC values.
+    Sizes along axis 1 are multiples of VEC: the compiler learns it here, and makes accesses of VEC values.
     """
     size1 = size1 // VEC * VEC
     stride0 = stride0 // VEC * VEC
@@ -79,11 +76,48 @@ def tile(
 
 @triton.jit
 def total(t, ROWS: tl.constexpr):
-    """Sum of a tile for each channel."""
+    """Return the sum of a tile for each channel."""
     return tl.sum(t, 0, keep_dims=True) if ROWS else tl.sum(tl.sum(t, 1), 0)
 
 
 @triton.jit
 def largest(t, ROWS: tl.constexpr):
-    """Maximum of a tile for each channel."""
+    """Return the maximum of a tile for each channel."""
     return tl.max(t, 0, keep_dims=True) if ROWS else tl.max(tl.max(t, 1), 0)
+
+
+@triton.jit
+def load(ptr, offset, mask):
+    """Return a tile in float32, zero outside the mask."""
+    return tl.load(ptr + offset, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, offset, values, mask):
+    """Write a tile in the tensor's dtype; write nothing where there is no tensor."""
+    if ptr is not None:
+        tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_weights(ptr, i, j, size1, mask, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr):
+    """Return the weights of a tile's values."""
+    place = i if ROWS else i * size1 + j
+    return tl.load(ptr + tl.broadcast_to(place, [B0, B1]), mask, 0.0)
+
+
+@triton.jit
+def load_rows(index_ptr, i, end, positions, rows, valid, ROWS: tl.constexpr):
+    """Return the row of the statistics for each sample of a tile, and which channels of it exist."""
+    row = tl.load(index_ptr + (i // positions if ROWS else i), i < end, 0)
+    return row, valid & (row >= 0) & (row < rows)
+
+
+@triton.jit
+def group_of_splits(start, splits, index_ptr, group, B0: tl.constexpr):
+    """Return the B0 splits from `start` on, and which of them exist; with an index, only those of the group."""
+    split = start + tl.arange(0, B0)[:, None]
+    there = split < splits
+    if index_ptr is not None:
+        there = there & (tl.load(index_ptr + split, there, -1) == group)
+    return split, there

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from batchnorm.ops.triton.plan import TABLE, Plan, at_once, power_of_two, settings_of, streamed
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
+from batchnorm.ops.triton.tiling import TABLE, Tiling, at_once, power_of_two, settings_of, streamed
 
 SETTINGS = Settings()
 SHAPES = [
@@ -17,8 +17,8 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def covered(p: Plan) -> int:
-    """Values that the plan's splits go over, padding left out."""
+def covered(p: Tiling) -> int:
+    """Values that the splits go over, padding left out."""
     if p.rows:
         assert p.blocks * p.b1 >= p.channels
         assert (p.splits - 1) * p.per < p.size0 <= p.splits * p.per

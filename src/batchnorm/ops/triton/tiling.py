@@ -1,4 +1,4 @@
-"""How a tensor is cut into programs: chosen from its sizes by one table, the same for every run.
+"""How a tensor is cut into tiles and programs: chosen from its sizes by one table, the same for every run.
 
 Nothing is timed while a network trains: another choice sums in another order, and the bits would depend on the moment.
 """
@@ -27,7 +27,7 @@ _SECTOR = 32
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """Arguments of a launch, named as the kernels do. The grid is `blocks * splits`."""
 
     rows: bool
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int]:
-        """Number of programs.
+        """Return the number of programs.
 
         Raises:
             ValueError: a grid cannot hold them, which takes an index and 2³¹ pairs of a sample and a channel.
@@ -62,12 +62,17 @@ class Plan:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Sizes of both axes, and the stride of the first."""
+        """Return the sizes of both axes, and the stride of the first."""
         return self.size0, self.size1, self.stride0
 
     @property
+    def merge_blocks(self) -> int:
+        """Return the number of blocks of channels in a merge of splits."""
+        return -(-self.channels // MERGE_CHANNELS)
+
+    @property
     def constants(self) -> dict[str, int | bool]:
-        """What a kernel is compiled for."""
+        """Return the arguments that a kernel is compiled for."""
         wide = self.channels * self.size0 * (1 if self.rows else self.size1) >= _WIDE
         found = {
             "ROWS": self.rows, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "WIDE": wide, "num_warps": self.warps,
@@ -76,17 +81,17 @@ class Plan:
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
+    """Return the least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _vec(*sizes: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides all."""
+    """Return the largest of 8, 4, 2, 1 that divides all sizes."""
     return next(v for v in (8, 4, 2, 1) if all(size % v == 0 for size in sizes))
 
 
 def _widths(size: int) -> int:
-    """B1 for `size` positions: the widest with at most a tenth more padding than the best has."""
+    """Return B1 for `size` positions: the widest with at most a tenth more padding than the best."""
     padded = {b: -(-size // b) * b for b in (1024, 512, 256, 128, 64, 32)}
     least = min(padded.values())
     return min(next(b for b, n in padded.items() if n <= 1.1 * least), power_of_two(size))
@@ -94,14 +99,14 @@ def _widths(size: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; on the CPU, under the interpreter, few."""
+    """Return how many programs run side by side; on the CPU, under the interpreter, few."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def settings_of(s: int, channels_last: bool, itemsize: int) -> Settings:
-    """The settings of x's class: whether its channels are innermost, and its dtype's size."""
+    """Return the settings of x's class, which depends on whether channels are innermost and on the dtype's size."""
     return TABLE[channels_last or s == 1, itemsize]
 
 
@@ -116,22 +121,22 @@ def streamed(
     by_sample: bool,
     processors: int,
     settings: Settings,
-) -> Plan:
-    """Programs that go over tiles of x `[n, c, s]`.
+) -> Tiling:
+    """Return the tiling of programs that go over tiles of x `[n, c, s]`.
 
     Args:
         n: Samples.
         c: Channels.
         s: Positions.
-        channels_last: Whether positions are outside of channels.
+        channels_last: Whether channels are innermost.
         itemsize: Bytes of a value.
-        indexed: Whether samples are told apart.
+        indexed: Whether samples may use different rows of the statistics.
         by_sample: Whether every sample is a split of its own.
         processors: Multiprocessors to fill.
-        settings: Of the tensor's class.
+        settings: The settings of the tensor's class.
     """
     rows = channels_last or s == 1
-    if c == 1 and not indexed:  # its values lie together
+    if c == 1 and not indexed:  # its values are contiguous
         rows, n, s = False, 1, n * s
     if rows:
         size0, size1, stride0 = n * s, c, c
@@ -159,7 +164,7 @@ def streamed(
     ahead = 0 if indexed else _SHARED // (_TENSORS * b0 * b1 * itemsize)  # vectors by row would take too much of it
     stages = min(settings.stages, 1 + ahead)
     vec = _vec(size1, stride0)
-    return Plan(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, stages, blocks, splits, per)
+    return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, stages, blocks, splits, per)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -172,10 +177,11 @@ def at_once(
     tensors: int,
     processors: int,
     settings: Settings,
-) -> Plan | None:
-    """One program per block that holds all its values of `tensors` tensors; None where they do not fit.
+) -> Tiling | None:
+    """Return the tiling of one program per block, which holds all the block's values of `tensors` tensors.
 
-    Nor where that would leave most of the device idle, but for a tensor so small that this does not matter.
+    Return None where they do not fit, or where most of the device would be idle, unless the tensor is too small for
+    that to matter.
     """
     rows = (channels_last or s == 1) and c > 1
     limit = settings.once // tensors
@@ -198,6 +204,6 @@ def at_once(
     if b0 * b1 > limit or (2 * blocks < processors and n * c * s > _SMALL):
         return None
     vec = _vec(size1, stride0)
-    per_warp = 512 if vec == 1 else 1024  # every value has an offset of its own where accesses are not wide
+    per_warp = 512 if vec == 1 else 1024  # each value needs its own offset where accesses are not wide
     warps = min(max(power_of_two(b0 * b1 // per_warp), 4), 32)
-    return Plan(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, None, blocks, 1, size0)
+    return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, None, blocks, 1, size0)

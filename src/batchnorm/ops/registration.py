@@ -1,0 +1,77 @@
+"""The operators' registration with torch: schemas, eager and Triton implementations, and shapes for compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops import eager, triton
+from batchnorm.ops.schemas import SCHEMAS, SIGNATURES
+
+_LIBRARY = torch.library.Library("batchnorm", "DEF")
+
+# The results that have x's shape and strides; the others are vectors, and count.
+_LIKE_X = ("y", "dx", "dz")
+
+
+def _with_strides_of(x: Tensor, value: Tensor) -> Tensor:
+    """Return `value` laid out in memory as `torch.empty_like(x)`; it is never one of the operator's arguments."""
+    if value.shape != x.shape:  # a dz that was not asked for
+        return value
+    out = torch.empty_like(x)
+    return value if value.stride() == out.stride() else out.copy_(value)
+
+
+def eager_implementation(name: str) -> Callable[..., Any]:
+    """Return the eager operator, with its results laid out as the contract says."""
+    function = getattr(eager, name)
+    arguments, results = SIGNATURES[name]
+    if not set(results) & set(_LIKE_X):
+        return function
+    x_at = arguments.index("x")
+
+    def implementation(*args: Any) -> Any:
+        x, found = args[x_at], function(*args)
+        if isinstance(found, Tensor):
+            return _with_strides_of(x, found)
+        named = zip(results, found, strict=True)
+        return tuple(_with_strides_of(x, value) if result in _LIKE_X else value for result, value in named)
+
+    return implementation
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    """Return the function that gives the operator's results without values."""
+    arguments, results = SIGNATURES[name]
+
+    def empty(result: str, given: dict[str, Any]) -> Tensor:
+        x: Tensor = given["x"]
+        if result in _LIKE_X:
+            return torch.empty_like(x) if result != "dz" or given["need_dz"] else x.new_empty(0)
+        rows = () if given.get("index") is None else (given["groups"],)
+        if result == "count":
+            return x.new_empty(rows, dtype=eager.wide_dtype(x))
+        return x.new_empty((*rows, x.shape[1]), dtype=eager.statistics_dtype(x))
+
+    def fake(*args: Any) -> Any:
+        given = dict(zip(arguments, args, strict=True))
+        found = tuple(empty(result, given) for result in results)
+        return found[0] if len(found) == 1 else found or None
+
+    return fake
+
+
+def _fake_copy_running(*running: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, dtype=eager.statistics_dtype(t)) for t in running)
+
+
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, eager_implementation(_name), "CompositeExplicitAutograd")
+    _shapes = _fake_copy_running if _name == "copy_running" else _fake(_name)
+    torch.library.register_fake(f"batchnorm::{_name}", _shapes, lib=_LIBRARY)
+for _name in triton.OPERATORS:
+    _LIBRARY.impl(_name, triton.implementation(_name, eager_implementation(_name)), "CUDA")
