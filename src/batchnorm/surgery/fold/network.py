@@ -13,11 +13,11 @@ from torch import Tensor
 from batchnorm.surgery.fold.moves import Rule, Shape
 from batchnorm.surgery.fold.states import CannotFold, Layer, Linear, Norm, State
 
-Value = Any  # what stands for a tensor in this kind of graph
+Value = Any  # a tensor of the graph: a node of torch.fx, or a name in ONNX
 
 
 class Kind(Enum):
-    """What a call lets a scale and shift do."""
+    """The kinds of calls, by the things that a scale and shift can do there."""
 
     LINEAR = auto()  # go into its weight and bias
     NORM = auto()  # become one with its own scale and shift
@@ -37,15 +37,15 @@ class Call:
 
     Attributes:
         node: The call in its own kind of graph.
-        kind: What it lets a scale and shift do.
-        words: The call in words.
-        inputs: The values that it reads, in order, as often as it reads them; what its kind is about comes first.
+        kind: Its kind.
+        words: A description for messages.
+        inputs: The values that it reads, in order, as often as it reads them; of a layer its input first.
         results: The values that it computes; None for a part of a split that nothing reads.
-        captured: Other values that it reads.
+        captured: The values that its bodies read.
         axis: The axis of a concatenation or split, not negative.
         sizes: The sizes of a split's parts.
         rule: How a scale and shift passes a transparent call.
-        state: What it has become.
+        state: Its new weights or constants, if it has changed.
         gone: Whether it has been removed.
     """
 
@@ -102,9 +102,9 @@ class Network(ABC):
         """Return which value is replaced by which when the call between them is removed.
 
         Args:
-            source: What the call read.
-            result: What it computed.
-            back: Whether the source gets the result's values, instead of keeping its own.
+            source: The call's input.
+            result: The call's result.
+            back: Whether the source gets the result's values instead of keeping its own.
         """
 
     def change(
@@ -141,7 +141,7 @@ class Network(ABC):
                         self._readers.setdefault(value, []).append(call)
 
     def resolve(self, value: Value) -> Value:
-        """Return what stands for a value of the original graph now."""
+        """Return the value that stands for a value of the original graph now."""
         while value in self.alias:
             value = self.alias[value]
         return value

@@ -1,4 +1,4 @@
-"""The changes that move one batch normalization back into what computes its input, or on into what reads its result."""
+"""The plan of one fold: back into the layer that computes the input, or on into the layers that read the result."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class FoldPlan:
 
     Attributes:
         network: The network before the change.
-        states: What calls become.
-        gone: Calls that are removed.
-        sources: Calls that read only this value from now on.
-        alias: Values that are replaced, each by another.
-        through: Other calls whose results change.
-        same: Values that must not change.
+        states: The new states of calls.
+        gone: The calls that are removed.
+        sources: The only inputs of calls that read something else from now on.
+        alias: The values that are replaced, each by another.
+        through: The other calls whose results change.
+        same: The values that must not change.
         where: The calls that take the batch normalization up, for the report.
     """
 
@@ -39,16 +39,16 @@ class FoldPlan:
     where: list[Call] = field(default_factory=list)
 
     def carry_out(self, values: Mapping[Value, Any]) -> None:
-        """Make the change; `values` are the new values of tensors."""
+        """Make the change; `values` holds the new values of tensors."""
         self.network.change(self.states, self.gone, self.sources, self.alias, values)
 
     def inputs(self, call: Call) -> list[Value]:
-        """Return what the call reads after the change."""
+        """Return the inputs of a call after the change."""
         inputs = [self.sources[call]] if call in self.sources else call.inputs
         return [self.now(value) for value in inputs]
 
     def now(self, value: Value) -> Value:
-        """Return what stands for one of the network's values after the change."""
+        """Return the value that replaces one of the network's values, or the same value."""
         new: Value = self.alias.get(value, value)
         return new
 

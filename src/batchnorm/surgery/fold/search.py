@@ -1,4 +1,4 @@
-"""The search for a place for each batch normalization: back in the graph, else on, in any kind of graph."""
+"""The search for layers that take up each batch normalization, in any kind of graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchnorm.surgery.fold.states import CannotFold
 
 
 class Trial(NamedTuple):
-    """What a plan's change does, computed before and after.
+    """The effect of a plan's change, computed before and after.
 
     Attributes:
         runs: The values that must not change, for the example and for random inputs.
@@ -27,11 +27,11 @@ class Trial(NamedTuple):
 
 
 class Search:
-    """Folds all that can be folded in a network.
+    """Folds as much as possible in a network.
 
     Attributes:
-        taken: The batch normalizations that are gone, each with the calls that took it up.
-        reasons: Why others stay.
+        taken: The batch normalizations that were removed, each with the calls that took it up.
+        reasons: The reason why each other batch normalization stays.
     """
 
     def __init__(self, network: Network, tolerance: float, run: Callable[[FoldPlan], Trial]) -> None:
@@ -47,12 +47,12 @@ class Search:
     def rows(
         self, places: Mapping[Call, str], names: Mapping[Call, str], fused: Mapping[Any, str]
     ) -> tuple[list[Change], list[Change]]:
-        """Return what became of every batch normalization: those that are gone or fused, and those left as they are.
+        """Return a row for each batch normalization: first the removed and fused ones, then the ones that stay.
 
         Args:
-            places: Where each call is.
+            places: The name of each call for the report.
             names: The type of each batch normalization.
-            fused: The nodes of batch normalizations that became one operation with others, and these in words.
+            fused: The nodes that became one operation with others, and a description of these.
         """
         changed, left = [], []
         for call in self._network.calls:
@@ -70,7 +70,7 @@ class Search:
         return changed, left
 
     def _fold_norms(self) -> bool:
-        """Try every batch normalization once. Return whether one was folded."""
+        """Try to fold every batch normalization once, back and then on. Return whether one was folded."""
         before = len(self.taken)
         for call in (call for call in self._network.norms if not call.gone):
             why = []
@@ -85,7 +85,7 @@ class Search:
         return len(self.taken) > before
 
     def _merge_branches(self) -> bool:
-        """Try every addition of branches once. Return whether two were merged."""
+        """Try to merge the terms of every addition once. Return whether some were merged."""
         found = False
         for call in self._network.calls:
             if call.gone or call.kind not in (Kind.SUM, Kind.DIFFERENCE):

@@ -1,6 +1,6 @@
-"""The calls that folding changes, with their weights in float64, for any kind of graph.
+"""The layers that folding changes, with their weights in float64, for any kind of graph.
 
-Each kind of graph adds how such a call is read from it and written to it.
+Each kind of graph has subclasses that say how such a layer is read and written.
 """
 
 from __future__ import annotations

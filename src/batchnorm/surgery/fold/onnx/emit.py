@@ -12,14 +12,15 @@ from torch import Tensor
 from batchnorm.surgery.fold.network import Call, Kind
 from batchnorm.surgery.fold.onnx.graph import every_name, names_in, subgraphs
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
-from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, write
+from batchnorm.surgery.fold.onnx.nodes import Writer, as_tensor
+from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.states import NewConstants
 
 
 def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
     """Turn the model of this network into the folded one. Names, versions and metadata stay."""
     graph, constants = model.graph, network.constants
-    taken = set(every_name(graph))
+    taken = set(every_name(model))
     before = _names(graph.node)
     calls = _needed(network)
     still = _read_by(calls)
@@ -39,15 +40,8 @@ def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
         new[name] = as_tensor(name, value)
         return name
 
-    to = Writer(
-        name=network.resolve,
-        inputs=lambda call: call.inputs,
-        parameter=lambda name: constants.parameter(name, name),
-        store=store,
-        fresh=fresh,
-        opset=network.opset,
-    )
-    nodes = [node for call in calls if call.kind is not Kind.OUTPUT for node in write(call, call.state, to)]
+    writer = Writer(network, FoldPlan(network), store, fresh)
+    nodes = [node for call in calls if call.kind is not Kind.OUTPUT for node in writer.nodes(call)]
     read = _names(nodes) | {output.name for output in graph.output}
     kept = [t for t in graph.initializer if t.name not in new and (t.name in read or t.name not in before)]
     dropped = {t.name for t in graph.initializer} - {t.name for t in kept} - set(new)

@@ -44,13 +44,13 @@ class Operator:
 
     @property
     def op(self) -> str:
-        """Its type, preceded by the domain if that is not ONNX's own."""
+        """The type, preceded by the domain if that is not ONNX's own."""
         domain = self.node.domain
         return self.node.op_type if domain in ("", "ai.onnx") else f"{domain}.{self.node.op_type}"
 
     @property
     def name(self) -> str:
-        """Its name; if it has none, its result's."""
+        """The name, or the first result's name if it has none."""
         return self.node.name or self.node.output[0]
 
     @property
@@ -118,26 +118,26 @@ class Constants:
     def _find_constant(self, name: str) -> TensorProto | None:
         if name in self._initializers:
             return None if name in self._replaceable else self._initializers[name]
-        call = self._writers.get(name)
-        if call is None:
+        operator = self._writers.get(name)
+        if operator is None:
             return None
-        if call.op == "Constant":
-            return _constant(call)
-        if call.op == "Identity":
-            return self.tensor(call.node.input[0])
-        return self._computed(call) if call.op in _OF_CONSTANTS else None
+        if operator.op == "Constant":
+            return _constant(operator)
+        if operator.op == "Identity":
+            return self.tensor(operator.node.input[0])
+        return self._computed(operator) if operator.op in _OF_CONSTANTS else None
 
-    def _computed(self, call: Operator) -> TensorProto | None:
+    def _computed(self, operator: Operator) -> TensorProto | None:
         arrays: dict[str, Array] = {}
-        for i, each in enumerate(call.node.input):
+        for i, each in enumerate(operator.node.input):
             array = self.array(each)
-            if array is None and i == 1 and call.op == "CastLike":  # its type is all that matters
+            if array is None and i == 1 and operator.op == "CastLike":  # its type is all that matters
                 array = self._values.get(each)
             if array is None:
                 return None
             arrays[each] = array
-        found: Any = ReferenceEvaluator(call.node, opsets={"": self._opset}).run(None, arrays)
-        return numpy_helper.from_array(np.ascontiguousarray(found[0]), call.node.output[0])
+        found: Any = ReferenceEvaluator(operator.node, opsets={"": self._opset}).run(None, arrays)
+        return numpy_helper.from_array(np.ascontiguousarray(found[0]), operator.node.output[0])
 
     def array(self, name: str) -> Array | None:
         """Return the constant of this name as an array; None if it is no constant."""
@@ -160,12 +160,12 @@ class Constants:
         return Parameter(value, DTYPES[int(tensor.data_type)], self._origin(name))
 
     def _origin(self, name: str) -> str:
-        call = self._writers.get(name)
-        return self._origin(call.node.input[0]) if call is not None and call.op == "Identity" else name
+        operator = self._writers.get(name)
+        return self._origin(operator.node.input[0]) if operator is not None and operator.op == "Identity" else name
 
 
-def _constant(call: Operator) -> TensorProto | None:
-    for name, value in call.attributes().items():
+def _constant(operator: Operator) -> TensorProto | None:
+    for name, value in operator.attributes().items():
         if name == "value":
             return value
         if name in ("value_float", "value_floats"):
@@ -174,7 +174,7 @@ def _constant(call: Operator) -> TensorProto | None:
             array = np.asarray(value, np.int64)
         else:
             continue
-        return numpy_helper.from_array(array, call.node.output[0])
+        return numpy_helper.from_array(array, operator.node.output[0])
     return None
 
 
@@ -200,16 +200,22 @@ def every_node(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield node
 
 
+def every_graph(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graph and its bodies, and the bodies in the model's functions."""
+    yield model.graph
+    for node in every_node(model):
+        yield from subgraphs(node)
+
+
 def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """Yield every constant of the graph, of its bodies and of the model's functions."""
-    yield from model.graph.initializer
+    for graph in every_graph(model):
+        yield from graph.initializer
     for node in every_node(model):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-        for body in subgraphs(node):
-            yield from body.initializer
 
 
 def names_in(graph: onnx.GraphProto) -> Iterator[str]:
@@ -222,15 +228,11 @@ def names_in(graph: onnx.GraphProto) -> Iterator[str]:
         yield output.name
 
 
-def every_name(graph: onnx.GraphProto) -> Iterator[str]:
+def every_name(model: onnx.ModelProto) -> Iterator[str]:
     """Yield every name of a tensor in the graph and its bodies."""
-    for held in (graph.input, graph.output, graph.initializer, graph.value_info):
-        for one in held:
-            yield one.name
-    for sparse in graph.sparse_initializer:
-        yield sparse.values.name
-    for node in graph.node:
-        yield from node.input
-        yield from node.output
-        for inner in subgraphs(node):
-            yield from every_name(inner)
+    for graph in every_graph(model):
+        for named in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+            yield named.name
+        yield from (sparse.values.name for sparse in graph.sparse_initializer)
+    for node in every_node(model):
+        yield from (*node.input, *node.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array).astype(array.dtype, copy=True))
 
 
-def _padding(size: torch.Size, kernel: list[int], steps: list[int], strides: list[int], upper: bool) -> list[int]:
+def _padding(
+    size: Sequence[int], kernel: Sequence[int], steps: list[int], strides: list[int], upper: bool
+) -> list[int]:
     """Return the `pads` of SAME_UPPER and SAME_LOWER."""
     firsts, lasts = [], []
     for n, taps, step, stride in zip(size, kernel, steps, strides, strict=True):
@@ -59,20 +62,17 @@ class Conv(OpRun):
 
     op_domain = ""
 
-    def _run(
-        self, X: Array, W: Array, B: Array | None = None, auto_pad: Any = None, dilations: Any = None,
-        group: Any = None, kernel_shape: Any = None, pads: Any = None, strides: Any = None,
-    ) -> tuple[Array]:  # fmt: skip
-        x, w = _tensor(X), _tensor(W)
-        dims = w.dim() - 2
-        steps, strides = list(dilations or [1] * dims), list(strides or [1] * dims)
-        pads = list(pads or [0] * 2 * dims)
-        if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            pads = _padding(x.shape[2:], list(w.shape[2:]), steps, strides, auto_pad == "SAME_UPPER")
-        elif auto_pad == "VALID":
+    def _run(self, x: Array, w: Array, b: Array | None = None, **given: Any) -> tuple[Array]:
+        dims = w.ndim - 2
+        steps, strides = list(given["dilations"] or [1] * dims), list(given["strides"] or [1] * dims)
+        pads, auto = list(given["pads"] or [0] * 2 * dims), given["auto_pad"]
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            pads = _padding(x.shape[2:], w.shape[2:], steps, strides, auto == "SAME_UPPER")
+        elif auto == "VALID":
             pads = [0] * 2 * dims
-        bias = None if B is None else _tensor(B)
-        return (_CONVOLUTIONS[dims](F.pad(x, _for_pad(pads)), w, bias, strides, 0, steps, group or 1).numpy(),)
+        bias = None if b is None else _tensor(b)
+        padded = F.pad(_tensor(x), _for_pad(pads))
+        return (_CONVOLUTIONS[dims](padded, _tensor(w), bias, strides, 0, steps, given["group"] or 1).numpy(),)
 
 
 class ConvTranspose(SlowConvTranspose):
@@ -80,36 +80,33 @@ class ConvTranspose(SlowConvTranspose):
 
     op_domain = ""
 
-    def _run(
-        self, X: Array, W: Array, B: Array | None = None, auto_pad: Any = None, dilations: Any = None,
-        group: Any = None, kernel_shape: Any = None, output_padding: Any = None, output_shape: Any = None,
-        pads: Any = None, strides: Any = None,
-    ) -> tuple[Array]:  # fmt: skip
-        dims = W.ndim - 2
-        if output_shape or auto_pad not in (None, "NOTSET"):
-            return super()._run(
-                X, W, B, auto_pad, dilations, group, kernel_shape, output_padding, output_shape, pads, strides
-            )
-        pads, more = list(pads or [0] * 2 * dims), output_padding or [0] * dims
-        y = _TRANSPOSED[dims](_tensor(X), _tensor(W), None, strides or 1, 0, 0, group or 1, dilations or 1)
+    def _run(self, x: Array, w: Array, b: Array | None = None, **given: Any) -> tuple[Array]:  # type: ignore[override]
+        dims = w.ndim - 2
+        if given["output_shape"] or given["auto_pad"] not in (None, "NOTSET"):
+            return super()._run(x, w, b, **given)
+        pads, more = list(given["pads"] or [0] * 2 * dims), given["output_padding"] or [0] * dims
+        strides, steps, groups = given["strides"] or 1, given["dilations"] or 1, given["group"] or 1
+        y = _TRANSPOSED[dims](_tensor(x), _tensor(w), None, strides, 0, 0, groups, steps)
         # Crop here: PyTorch pads both ends by the same amount.
         last = [m - p for m, p in zip(more, pads[dims:], strict=True)]
         y = F.pad(y, _for_pad([*(-p for p in pads[:dims]), *last]))
-        return ((y if B is None else y + _tensor(B).reshape(-1, *(1,) * dims)).numpy(),)
+        return ((y if b is None else y + _tensor(b).reshape(-1, *(1,) * dims)).numpy(),)
 
 
-def _simple(kernel_shape: Any, auto_pad: Any, ceil_mode: Any, pads: Any, dilations: Any) -> bool:
-    """Whether PyTorch's pooling computes the same."""
-    dims = len(kernel_shape)
-    pads = list(pads or [0] * 2 * dims)
-    return (
+def _pooling(given: dict[str, Any]) -> tuple[list[int], list[int], list[int]] | None:
+    """Return kernel, stride and padding for PyTorch's pooling; None if that computes something else."""
+    kernel = list(given["kernel_shape"])
+    dims = len(kernel)
+    pads = list(given["pads"] or [0] * 2 * dims)
+    same = (
         dims in _MAX_POOLS
-        and auto_pad in (None, "NOTSET", "VALID")
-        and not ceil_mode
+        and given["auto_pad"] in (None, "NOTSET", "VALID")
+        and not given["ceil_mode"]
         and pads[:dims] == pads[dims:]
-        and all(p <= k // 2 for p, k in zip(pads, kernel_shape, strict=False))
-        and set(dilations or [1]) == {1}
+        and all(p <= k // 2 for p, k in zip(pads, kernel, strict=False))
+        and set(given["dilations"] or [1]) == {1}
     )
+    return (kernel, list(given["strides"] or [1] * dims), pads[:dims]) if same else None
 
 
 class MaxPool(SlowMaxPool):
@@ -117,15 +114,11 @@ class MaxPool(SlowMaxPool):
 
     op_domain = ""
 
-    def _run(  # type: ignore[override]
-        self, x: Array, auto_pad: Any = None, ceil_mode: Any = None, dilations: Any = None, kernel_shape: Any = None,
-        pads: Any = None, storage_order: Any = None, strides: Any = None,
-    ) -> tuple[Array, ...]:  # fmt: skip
-        dims = len(kernel_shape)
-        if len(self.output) > 1 or not _simple(kernel_shape, auto_pad, ceil_mode, pads, dilations):
-            return super()._run(x, auto_pad, ceil_mode, dilations, kernel_shape, pads, storage_order, strides)
-        padding = list(pads or [0] * dims)[:dims]
-        return (_MAX_POOLS[dims](_tensor(x), list(kernel_shape), list(strides or [1] * dims), padding).numpy(),)
+    def _run(self, x: Array, **given: Any) -> tuple[Array, ...]:  # type: ignore[override]
+        window = None if len(self.output) > 1 else _pooling(given)
+        if window is None:
+            return super()._run(x, **given)
+        return (_MAX_POOLS[x.ndim - 2](_tensor(x), *window).numpy(),)
 
 
 class AveragePool(SlowAveragePool):
@@ -133,18 +126,11 @@ class AveragePool(SlowAveragePool):
 
     op_domain = ""
 
-    def _run(  # type: ignore[override]
-        self, x: Array, auto_pad: Any = None, ceil_mode: Any = None, dilations: Any = None, kernel_shape: Any = None,
-        pads: Any = None, strides: Any = None, count_include_pad: Any = None,
-    ) -> tuple[Array, ...]:  # fmt: skip
-        dims = len(kernel_shape)
-        if not _simple(kernel_shape, auto_pad, ceil_mode, pads, dilations):
-            return super()._run(x, auto_pad, ceil_mode, dilations, kernel_shape, pads, strides, count_include_pad)
-        padding = list(pads or [0] * dims)[:dims]
-        y = _AVERAGE_POOLS[dims](
-            _tensor(x), list(kernel_shape), list(strides or [1] * dims), padding, False, bool(count_include_pad)
-        )
-        return (y.numpy(),)
+    def _run(self, x: Array, **given: Any) -> tuple[Array, ...]:  # type: ignore[override]
+        window = _pooling(given)
+        if window is None:
+            return super()._run(x, **given)
+        return (_AVERAGE_POOLS[x.ndim - 2](_tensor(x), *window, False, bool(given["count_include_pad"])).numpy(),)
 
 
 class BatchNormalization(BatchNormalization_14):
@@ -152,15 +138,11 @@ class BatchNormalization(BatchNormalization_14):
 
     op_domain = ""
 
-    def _run(
-        self, x: Array, scale: Array, bias: Array, mean: Array, var: Array, epsilon: Any = None, momentum: Any = None,
-        training_mode: Any = None,
-    ) -> tuple[Array, ...]:  # fmt: skip
-        if training_mode:
-            return super()._run(x, scale, bias, mean, var, epsilon, momentum, training_mode)
-        along = (-1, *(1,) * (x.ndim - 2))
-        s, b, m, v = (t.reshape(along) for t in (scale, bias, mean, var))
-        return ((s * (x - m) / np.sqrt(v + epsilon) + b).astype(x.dtype),)
+    def _run(self, x: Array, *tensors: Array, **given: Any) -> tuple[Array, ...]:
+        if given.get("training_mode"):
+            return super()._run(x, *tensors, **given)
+        scale, bias, mean, var = (tensor.reshape(-1, *(1,) * (x.ndim - 2)) for tensor in tensors)
+        return ((scale * (x - mean) / np.sqrt(var + given["epsilon"]) + bias).astype(x.dtype),)
 
 
 FAST = [BatchNormalization, Conv, ConvTranspose, MaxPool, AveragePool]

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from batchnorm.surgery.fold.onnx import reference_kernels
 from batchnorm.surgery.fold.onnx.files import is_large, store
-from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, every_node, subgraphs, tensors
+from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, every_graph, every_node, tensors
 
 Feeds = dict[str, Array]
 Outputs = dict[str, Array]
@@ -139,13 +139,12 @@ def in_type(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
     for tensor in tensors(copy):
         if tensor.data_type in DTYPES and tensor.data_type != kind:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
-    nodes = list(every_node(copy))
-    for graph in (copy.graph, *(body for node in nodes for body in subgraphs(node))):
+    for graph in every_graph(copy):
         for value in (*graph.input, *graph.output):
             if value.type.tensor_type.elem_type in DTYPES:
                 value.type.tensor_type.elem_type = kind
         del graph.value_info[:]
-    for node in nodes:
+    for node in every_node(copy):
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i in DTYPES:
                 attribute.i = kind

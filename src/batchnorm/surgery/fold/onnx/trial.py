@@ -13,8 +13,8 @@ from batchnorm.surgery.fold.gate import Results, relative
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
+from batchnorm.surgery.fold.onnx.nodes import Writer, as_tensor, renamed
 from batchnorm.surgery.fold.onnx.running import Feeds, Runner, exact, is_floating
-from batchnorm.surgery.fold.onnx.states import Writer, as_tensor, renamed, write
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.search import Trial
 from batchnorm.surgery.fold.states import CannotFold
@@ -47,13 +47,11 @@ def try_plan(network: OnnxNetwork, runner: Runner, model: onnx.ModelProto, plan:
         raise CannotFold(f"trying it failed: {' '.join(str(error).split())[:200]}") from error
     runs = []
     for mine, new, right in zip(own, folded, exact(before, *tried) or own, strict=True):
-        plausible = max(relative(mine[name], right[name]) for name in plan.same) <= IMPLAUSIBLE
-        expected = right if plausible else mine
-        runs.append(
-            Results(
-                [mine[name] for name in plan.same], [new[name] for name in same], [expected[name] for name in plan.same]
-            )
-        )
+        before_change = [mine[name] for name in plan.same]
+        expected = [right[name] for name in plan.same]
+        if max(map(relative, before_change, expected)) > IMPLAUSIBLE:
+            expected = before_change
+        runs.append(Results(before_change, [new[name] for name in same], expected))
     return Trial(runs, {name: folded[0][name] for name in results})
 
 
@@ -73,15 +71,8 @@ def _part(
         stored[kept] = as_tensor(kept, value)
         return kept
 
-    to = Writer(
-        name=lambda name: plan.now(network.resolve(name)),
-        inputs=plan.inputs,
-        parameter=lambda name: network.constants.parameter(name, name),
-        store=keep,
-        fresh=lambda stem: f"{stem} {next(count)}",
-        opset=network.opset,
-    )
-    nodes = [node for call in calls for node in write(call, plan.states.get(call, call.state), to)]
+    writer = Writer(network, plan, keep, lambda stem: f"{stem} {next(count)}")
+    nodes = [node for call in calls for node in writer.nodes(call)]
     written = {name for node in nodes for name in node.output}
     feeds: Feeds = {}
     for name in dict.fromkeys(name for node in nodes for name in node.input if name):

@@ -75,17 +75,9 @@ def _reshape(node: Node, move: Move) -> ScaleShift:
 
 
 def _interpolations() -> set[Any]:
-    names = (
-        "nearest1d",
-        "nearest2d",
-        "nearest3d",
-        "_nearest_exact2d",
-        "linear1d",
-        "bilinear2d",
-        "trilinear3d",
-        "bicubic2d",
-    )
-    packets = [getattr(torch.ops.aten, f"upsample_{n}".replace("upsample__", "_upsample_"), None) for n in names]
+    nearest = ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d")
+    linear = ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+    packets = [getattr(torch.ops.aten, name, None) for name in (*nearest, *linear)]
     return {p.vec for p in packets if p is not None and "vec" in p.overloads()} | {F.interpolate}
 
 

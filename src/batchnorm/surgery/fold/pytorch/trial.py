@@ -41,13 +41,8 @@ def try_plan(network: TorchNetwork, plan: FoldPlan) -> Trial:
     for given in (example, random):
         exact, own = before.run(given, torch.float64), before.run(given, dtype)
         folded = after.run(given, dtype)
-        runs.append(
-            Results(
-                [own[node] for node in same],
-                [folded[plan.now(node)] for node in same],
-                [exact[node] for node in same],
-            )
-        )
+        after_change = [folded[plan.now(node)] for node in same]
+        runs.append(Results([own[node] for node in same], after_change, [exact[node] for node in same]))
         changed = changed or {node: folded[node] for node in remaining}
     return Trial(runs, changed)
 
