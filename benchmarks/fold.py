@@ -1,4 +1,4 @@
-"""`batchnorm.fold` on networks that others wrote: what is left, how exact, with trained weights, and how fast."""
+"""Measures `batchnorm.fold` on published networks: what is left, the error, trained weights and speed."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def _quiet() -> Iterator[None]:
 
 
 def _tensor(result: Any) -> Tensor:
-    """The result itself, or the first of several."""
+    """Return the result itself, or the first of several."""
     while not isinstance(result, Tensor):
         result = next(iter(result.values())) if isinstance(result, dict) else result[0]
     return result
 
 
 def _why_fused(report: FoldReport) -> str:
-    """How many stay for each reason."""
+    """Return how many batch normalizations stay for each reason."""
     rows = [*report.left, *(row for row in report.changed if row.now.startswith("fused"))]
     return "; ".join(f"{times}: {reason}" for reason, times in Counter(row.reason for row in rows).most_common())
 
 
 def _fx_fused(model: nn.Module) -> nn.Module:
-    with _quiet():  # the module scripts a class when it is first imported, which warns
+    with _quiet():  # the first import warns
         from torch.fx.experimental import optimization
 
         return optimization.fuse(model)
 
 
 def _by_fx(model: nn.Module, x: Tensor, exact: Tensor) -> Row:
-    """What torch.fx's own fuse leaves, and how far its result is."""
+    """Return the number that torch.fx's own fuse leaves, and its error."""
     try:
         fused = _fx_fused(model)
         with torch.no_grad():
@@ -68,7 +68,7 @@ def _by_fx(model: nn.Module, x: Tensor, exact: Tensor) -> Row:
 
 
 def _folded(name: str, network: zoo.Network) -> Row:
-    """Errors are of a batch that folding has not seen, against the original in float64."""
+    """Fold one network. The errors are of a batch that folding has not seen, against the original in float64."""
     torch.manual_seed(0)
     model, example, x = zoo.randomized(network.build()), torch.randn(network.shape), torch.randn(network.shape)
     start = time.perf_counter()
@@ -120,7 +120,7 @@ def measure_photographs(options: Options, table: Table) -> None:
     if options.quick:
         return
     if not installed("skimage"):
-        print("photographs are left out: scikit-image and trained networks must be installed, see benchmarks/zoo.py")
+        print("photographs are skipped: install scikit-image and trained networks, see benchmarks/zoo.py")
         return
     x = torch.cat(list(zoo.photographs().values()))
     for name, build in zoo.trained().items():
@@ -167,7 +167,7 @@ def _freezing(model: nn.Module, x: Tensor) -> Call:
         compiled(x)
 
     def call() -> Any:
-        with torch.no_grad():  # what it was compiled under
+        with torch.no_grad():  # as when it was compiled
             return compiled(x)
 
     return call

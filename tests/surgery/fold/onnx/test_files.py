@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert contents(tmp_path) == {"folded.onnx": b"earlier"}
 
 
-def test_a_file_that_is_cut_short_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_is_reported(tmp_path: Path) -> None:
     whole = small().SerializeToString()
     (tmp_path / "net.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"net.onnx must be an ONNX file with all its weights, but reading it failed"):
@@ -133,7 +133,7 @@ def test_a_file_that_is_cut_short_is_told(tmp_path: Path) -> None:
         fold_onnx(onnx.load(tmp_path / "net.onnx", load_external_data=False))
 
 
-def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_is_written(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     onnx.save(small(), path)
     before = contents(tmp_path)
@@ -156,7 +156,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_an_operator_that_nothing_here_runs_is_told() -> None:
+def test_an_operator_that_nothing_here_runs_is_reported() -> None:
     model = small()
     model.graph.node[1].domain = "elsewhere"
     model.graph.node[1].op_type = "Unknown"

@@ -116,7 +116,7 @@ def test_what_a_body_reads_from_outside_is_not_changed() -> None:
     assert [change.path for change in report.changed] == ["first.call"]
     reasons = {change.path: change.reason for change in report.left}
     assert "its input is also read by If" in reasons["last.call"]
-    assert reasons["deep"] == f"it is in the body of If {model.graph.node[-1].name}, which is not looked into"
+    assert reasons["deep"] == f"it is in the body of If {model.graph.node[-1].name}, which is not searched"
     assert report.before == 3 and report.remaining == 2
     assert np.array_equal(initializer(folded, "w"), initializer(model, "w"))
     for seed in range(4):  # both branches

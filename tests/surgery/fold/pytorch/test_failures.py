@@ -68,12 +68,12 @@ def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.Mo
         (nn.BatchNorm2d(3), torch.randn(2, 4, 5, 5), ValueError, "must be what the model takes, but calling it raised"),
     ],
 )
-def test_a_mistake_is_told(model, inputs, error, text: str) -> None:
+def test_a_mistake_is_reported(model, inputs, error, text: str) -> None:
     with pytest.raises(error, match=text):
         fold(model, inputs)
 
 
-def test_a_model_that_cannot_be_copied_is_told() -> None:
+def test_a_model_that_cannot_be_copied_is_reported() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4))
     model.kept = (i for i in range(3))
     with pytest.raises(ValueError, match=r"fold expects a model that can be copied, got Sequential with TypeError"):

@@ -44,12 +44,12 @@ def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
     nodes = [node for call in calls if call.kind is not Kind.OUTPUT for node in writer.nodes(call)]
     read = _names(nodes) | {output.name for output in graph.output}
     kept = [t for t in graph.initializer if t.name not in new and (t.name in read or t.name not in before)]
-    dropped = {t.name for t in graph.initializer} - {t.name for t in kept} - set(new)
+    removed = {t.name for t in graph.initializer} - {t.name for t in kept} - set(new)
     del graph.node[:]
     graph.node.extend(nodes)
     tensors = {t.name: t for t in (*kept, *new.values())}
     _replace(graph, tensors)
-    _inputs(graph, new, dropped, model.ir_version)
+    _inputs(graph, new, removed, model.ir_version)
     written = {name for node in nodes for name in node.output} | set(tensors)
     infos = [info for info in graph.value_info if info.name in written]
     del graph.value_info[:]
@@ -98,13 +98,13 @@ def _replace(graph: onnx.GraphProto, tensors: dict[str, TensorProto]) -> None:
     graph.initializer.extend([tensor for name, tensor in tensors.items() if name not in there])
 
 
-def _inputs(graph: onnx.GraphProto, new: dict[str, TensorProto], dropped: set[str], ir_version: int) -> None:
+def _inputs(graph: onnx.GraphProto, new: dict[str, TensorProto], removed: set[str], ir_version: int) -> None:
     """Update the inputs. Before version 4 of the format they list every initializer."""
     infos = {name: helper.make_tensor_value_info(name, t.data_type, t.dims) for name, t in new.items()}
     listed = {value.name for value in graph.input}
     for i in reversed(range(len(graph.input))):
         name = graph.input[i].name
-        if name in dropped:
+        if name in removed:
             del graph.input[i]
         elif name in infos:
             graph.input[i].CopyFrom(infos[name])

@@ -72,7 +72,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     errors = _error(own, found, right)
     gate.check_whole(errors, limit)
     inner = [
-        Change(node.name or node.output[0], NORM, NORM, f"it is in {where}, which is not looked into")
+        Change(node.name or node.output[0], NORM, NORM, f"it is in {where}, which is not searched")
         for where, node in _norms(model)
         if where
     ]

@@ -50,7 +50,7 @@ class OnnxLinear(Linear):
         )
         if op == "MatMul":
             if layer.dims:
-                raise CannotFold("the weight of the MatMul next to it is no matrix")
+                raise CannotFold("the weight of the MatMul next to it is not a matrix")
             return replace(layer, weight=layer.weight.T)
         return layer._of_gemm(operator) if op == "Gemm" else replace(layer, window=_window(layer.options, layer.dims))
 
