@@ -23,6 +23,8 @@ SMOOTH = tuple(name for name, row in ops.ACTIVATIONS.items() if not row.from_out
 
 def torch_activation(name: str, parameter: float) -> Callable[[Tensor], Tensor]:
     """Return torch's own function of an activation."""
+    if name == "hardsigmoid":  # torch multiplies its gradient by 1/6 in float32, for float64 too
+        return lambda z: F.relu6(z + 3.0) / 6.0
     function = (lambda z: z) if name == "none" else getattr(F, name)
     return partial(function, **({} if (p := ops.ACTIVATIONS[name].parameter) is None else {p: parameter}))
 

@@ -82,7 +82,16 @@ def test_first_and_second_derivatives_and_forward_mode(activation: str, training
         running = None if training else torch.tensor([0.1, -0.2], dtype=torch.float64)
         var = None if training else torch.tensor([0.7, 1.3], dtype=torch.float64)
         return batch_norm(
-            x, running, var, weight, bias, training, activation=activation, negative_slope=0.2, residual=residual
+            x,
+            running,
+            var,
+            weight,
+            bias,
+            training,
+            activation=activation,
+            negative_slope=0.2,
+            alpha=0.7,
+            residual=residual,
         )
 
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=False)
@@ -266,6 +275,7 @@ MISTAKES = {
         ValueError,
         r"expects activation to be one of 'none', 'relu', .* got 'swish'. Choose",
     ),
+    "alpha": ({"alpha": float("nan")}, ValueError, r"expects alpha to be a finite number, got nan. .*is 1."),
     "on_nonfinite": (
         {"on_nonfinite": "ignore"},
         ValueError,

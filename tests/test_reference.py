@@ -547,7 +547,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "var": (lambda: ref.forward_inference(X, [0.0] * 3, [1.0, 1.0, -1.0]), "var and eps must be >= 0, got"),
     "eps": (lambda: ref.forward_training(X, eps=-1e-5), "var and eps must be >= 0, got .*-1e-05"),
     "residual": (lambda: ref.forward_training(X, residual=X.T), r"residual must have shape \[4, 3\], got \[3, 4\]"),
-    "activation": (lambda: ref.forward_training(X, activation="tanh"), r"one of \['none', .*\], got tanh\. Choose"),
+    "activation": (lambda: ref.forward_training(X, activation="selu"), r"one of \['none', .*\], got selu\. Choose"),
     "dy": (lambda: ref.backward(X.T, ref.forward_training(X)), r"dy must have shape \[4, 3\], got \[3, 4\]"),
     "no_parts": (lambda: ref.merge([]), "merge needs at least one part, got 0. Pass a list of Moments."),
     "convention": (

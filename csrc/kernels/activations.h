@@ -105,6 +105,55 @@ struct Mish {
   }
 };
 
+struct Hardsigmoid {
+  template <class V, class A>
+  BATCHNORM_INLINE V forward(V z, A) {
+    V gate = z + A(3);
+    return select(gate < A(0), V{}, select(gate > A(6), broadcast(A(6)), gate)) / A(6);
+  }
+  template <class V, class A>
+  BATCHNORM_INLINE V backward(V dy, V t, A) {
+    return select((t > A(-3)) & (t < A(3)), dy / A(6), V{});
+  }
+};
+
+// With u = e^(-2|z|) - 1, tanh |z| is -u/(u + 2).
+struct Tanh {
+  template <class V, class A>
+  BATCHNORM_INLINE V forward(V z, A) {
+    V u = expm1_of_negative(select(z < A(0), z, -z) * A(2)), magnitude = -u / (u + A(2));
+    return select(z < A(0), -magnitude, magnitude);
+  }
+  template <class V, class A>
+  BATCHNORM_INLINE V backward(V dy, V t, A a) {
+    V y = forward(t, a);
+    return dy * (A(1) - y * y);
+  }
+};
+
+struct Sigmoid {
+  template <class V, class A>
+  BATCHNORM_INLINE V forward(V z, A) {
+    return A(1) / (A(1) + exp(-z));
+  }
+  template <class V, class A>
+  BATCHNORM_INLINE V backward(V dy, V t, A a) {
+    V y = forward(t, a);
+    return dy * (y * (A(1) - y));
+  }
+};
+
+struct Elu {
+  template <class V, class A>
+  BATCHNORM_INLINE V forward(V z, A alpha) {
+    return select(z > A(0), z, alpha * expm1_of_negative(select(z > A(0), V{}, z)));
+  }
+  template <class V, class A>
+  BATCHNORM_INLINE V backward(V dy, V t, A alpha) {
+    return select(t <= A(0), dy * (alpha * exp(t)), dy);
+  }
+};
+
 // Calls body with the activation's type.
 template <class Body>
 BATCHNORM_INLINE void with_activation(Activation activation, const Body& body) {

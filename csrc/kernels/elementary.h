@@ -1,4 +1,5 @@
-// exp and erf for vectors, to about one unit in the last place of float32. For float64: the C library, lane by lane.
+// exp, expm1 and erf for vectors, to about one unit in the last place of float32. For float64: the C library, lane by
+// lane.
 #pragma once
 
 #include <cmath>
@@ -29,6 +30,15 @@ BATCHNORM_INLINE Vec<float> exp(Vec<float> x) {
   return p * first * second;
 }
 
+// e^x - 1 for x <= 0: Taylor's series near zero, where the difference would lose digits.
+BATCHNORM_INLINE Vec<float> expm1_of_negative(Vec<float> x) {
+  Vec<float> p = broadcast(1.0f / 40320.0f);
+  for (float coefficient : {1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f}) {
+    p = fma(p, x, broadcast(coefficient));
+  }
+  return select(x < -0.5f, exp(x) - 1.0f, fma(p * x, x, x));
+}
+
 // Two polynomials by |a|, after N. Juffa's single-precision erf.
 BATCHNORM_INLINE Vec<float> erf(Vec<float> a) {
   Vec<float> t = select(a < 0.0f, -a, a), s = a * a;
@@ -53,6 +63,11 @@ BATCHNORM_INLINE Vec<float> erf(Vec<float> a) {
 
 [[maybe_unused]] static Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+[[maybe_unused]] static Vec<double> expm1_of_negative(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::expm1(x[i]);
   return x;
 }
 

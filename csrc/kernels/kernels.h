@@ -19,7 +19,11 @@ inline constexpr int kDTypes = 4;
   X(silu, Silu)                  \
   X(gelu, Gelu)                  \
   X(hardswish, Hardswish)        \
-  X(mish, Mish)
+  X(mish, Mish)                  \
+  X(hardsigmoid, Hardsigmoid)    \
+  X(tanh, Tanh)                  \
+  X(sigmoid, Sigmoid)            \
+  X(elu, Elu)
 
 #define BATCHNORM_ENUMERATOR(name, type) name,
 #define BATCHNORM_NAME(name, type) #name,

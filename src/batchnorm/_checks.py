@@ -57,6 +57,11 @@ def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
     )
 
 
+def check_alpha(caller: str, alpha: float) -> None:
+    if not -math.inf < alpha < math.inf:
+        raise ValueError(f"{caller} expects alpha to be a finite number, got {alpha}. The usual value is 1.")
+
+
 def check_momentum(layer: str, momentum: float | None) -> None:
     if momentum is None or 0.0 <= momentum <= 1.0:
         return

@@ -25,6 +25,7 @@ def batch_norm(
     *,
     activation: str = "none",
     negative_slope: float = 0.01,
+    alpha: float = 1.0,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
@@ -49,9 +50,10 @@ def batch_norm(
         momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
             average, which needs `num_batches_tracked`.
         eps: Added to the variance; positive (in evaluation zero is allowed, as in torch).
-        activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish" or
-            "mish". The mathematics page has the formulas under "Activations".
+        activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish",
+            "hardsigmoid", "tanh", "sigmoid" or "elu". The mathematics page has the formulas under "Activations".
         negative_slope: Slope of "leaky_relu" below zero.
+        alpha: α of "elu", which tends to -α below zero.
         residual: Of x's shape and dtype; added before the activation.
         mask: Which positions count in the batch's statistics, and so in the running ones: booleans, or finite
             weights w >= 0, of shape `[N, *S]` or broadcastable to it. Positions that do not count (padding) may hold
@@ -72,8 +74,8 @@ def batch_norm(
             dtype that does not fit x's (half x takes float32 or its own).
         ValueError: x has the wrong rank or one value per channel in training; a vector is not `[C]`; the residual's
             shape is not x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (checked on the CPU, but
-            not on other devices or in a compiled graph); eps, activation or on_nonfinite is out of its range; a
-            required statistic is missing.
+            not on other devices or in a compiled graph); eps, activation, alpha or on_nonfinite is out of its
+            range; a required statistic is missing.
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
 
     Numerics:
@@ -94,7 +96,7 @@ def batch_norm(
         return handle_torch_function(
             batch_norm, (input, running_mean, running_var, weight, bias, residual, mask),
             input, running_mean, running_var, weight, bias, training, momentum, eps,
-            activation=activation, negative_slope=negative_slope, residual=residual, mask=mask,
+            activation=activation, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
             num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
         )  # fmt: skip
     _checks.check_input(caller, input)
@@ -102,6 +104,8 @@ def batch_norm(
         return input.clone()
     _checks.check_eps(caller, eps, zero_allowed=not training)
     _checks.check_choice(caller, "activation", activation, tuple(ops.ACTIVATIONS))
+    _checks.check_alpha(caller, alpha)
+    parameter = ops.parameter_of(activation, negative_slope=negative_slope, alpha=alpha)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
     _checks.check_running(caller, running_mean, running_var, needed=not training)
     if training and running_mean is not None:
@@ -118,24 +122,22 @@ def batch_norm(
 
     if tracing or torch.compiler.is_exporting():
         return _portable_batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope,
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, parameter,
             residual, weights, num_batches_tracked, on_nonfinite, caller,
         )  # fmt: skip
     if not training:
         assert running_mean is not None
         assert running_var is not None
         return ops.fixed_statistics_norm(
-            input, running_mean, running_var, weight, bias, residual, eps, activation, negative_slope
+            input, running_mean, running_var, weight, bias, residual, eps, activation, parameter
         )
     count = None
     if weights is None:
-        y, mean, mean_low, var = ops.batch_statistics_norm(
-            input, weight, bias, residual, eps, activation, negative_slope
-        )
+        y, mean, mean_low, var = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
     else:
         statistics = ops.batch_moments(input, weights=weights)
         y = ops.batch_statistics_norm_by_parts(
-            input, statistics, weight, bias, residual, eps, activation, negative_slope, weights=weights
+            input, statistics, weight, bias, residual, eps, activation, parameter, weights=weights
         )
         _, mean, mean_low, var, count = (t.detach() for t in statistics)
     if running_mean is not None:
@@ -158,7 +160,7 @@ def _portable_batch_norm(
     momentum: float | None,
     eps: float,
     activation: str,
-    negative_slope: float,
+    parameter: float,
     residual: Tensor | None,
     weights: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -190,4 +192,4 @@ def _portable_batch_norm(
         running_var.copy_(torch.lerp(running_var, var, rate))
     if residual is not None:
         y = y + residual
-    return ops.ACTIVATIONS[activation].forward(y, negative_slope)
+    return ops.ACTIVATIONS[activation].forward(y, parameter)

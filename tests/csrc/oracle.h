@@ -37,7 +37,7 @@ struct Sum {
 
 inline double softplus(double z) { return std::fmax(z, 0.0) + std::log1p(std::exp(-std::abs(z))); }
 
-inline double activate(Activation activation, double z, double slope) {
+inline double activate(Activation activation, double z, double parameter) {
   switch (activation) {
     case Activation::none:
       return z;
@@ -46,7 +46,7 @@ inline double activate(Activation activation, double z, double slope) {
     case Activation::relu6:
       return z > 0 ? std::fmin(z, 6.0) : 0.0;
     case Activation::leaky_relu:
-      return z > 0 ? z : slope * z;
+      return z > 0 ? z : parameter * z;
     case Activation::silu:
       return z / (1 + std::exp(-z));
     case Activation::gelu:
@@ -55,11 +55,19 @@ inline double activate(Activation activation, double z, double slope) {
       return z * std::fmin(std::fmax(z + 3, 0.0), 6.0) / 6;
     case Activation::mish:
       return z * std::tanh(softplus(z));
+    case Activation::hardsigmoid:
+      return std::fmin(std::fmax(z + 3, 0.0), 6.0) / 6;
+    case Activation::tanh:
+      return std::tanh(z);
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-z));
+    case Activation::elu:
+      return z > 0 ? z : parameter * std::expm1(z);
   }
   return NAN;
 }
 
-inline double derivative(Activation activation, double t, double slope) {
+inline double derivative(Activation activation, double t, double parameter) {
   switch (activation) {
     case Activation::none:
       return 1.0;
@@ -68,7 +76,7 @@ inline double derivative(Activation activation, double t, double slope) {
     case Activation::relu6:
       return t > 0 && t < 6 ? 1.0 : 0.0;
     case Activation::leaky_relu:
-      return t > 0 ? 1.0 : slope;
+      return t > 0 ? 1.0 : parameter;
     case Activation::silu: {
       const double sigmoid = 1 / (1 + std::exp(-t));
       return sigmoid == 0.0 ? 0.0 : sigmoid * (1 + t * (1 - sigmoid));
@@ -81,6 +89,14 @@ inline double derivative(Activation activation, double t, double slope) {
       const double tanh = std::tanh(softplus(t));
       return tanh + t * (1 - tanh * tanh) / (1 + std::exp(-t));
     }
+    case Activation::hardsigmoid:
+      return std::abs(t) < 3 ? 1.0 / 6 : 0.0;
+    case Activation::tanh:
+      return 1 - std::tanh(t) * std::tanh(t);
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-t)) / (1 + std::exp(t));
+    case Activation::elu:
+      return t > 0 ? 1.0 : parameter * std::exp(t);
   }
   return NAN;
 }
@@ -91,10 +107,12 @@ inline bool near_kink(Activation activation, double t, double distance) {
   switch (activation) {
     case Activation::relu:
     case Activation::leaky_relu:
+    case Activation::elu:
       return at(0.0);
     case Activation::relu6:
       return at(0.0) || at(6.0);
     case Activation::hardswish:
+    case Activation::hardsigmoid:
       return at(-3.0) || at(3.0);
     default:
       return false;
@@ -108,7 +126,7 @@ struct Inputs {
   std::vector<double> x, dy, residual, y, position_weights;  // [n, s]
   std::vector<double> mean, mean_low, var, weight, bias;     // [c] or [k, c]
   std::vector<int64_t> index;                                // [n]
-  double eps = 1e-5, slope = 0.2;
+  double eps = 1e-5, parameter = 0.2;
   Activation activation = Activation::none;
   bool own_statistics = false;  // mean and var are exact, and the kernel's own come with its rounding
 
@@ -207,9 +225,12 @@ inline Result preactivation(const Inputs& in) {
 
 inline Result normalize(const Inputs& in) {
   Result y = preactivation(in);
+  // The rounding of f itself where it is not zero at zero: the terms of z do not bound it there.
+  const double own = kRoundings * in.arithmetic_unit() * std::abs(activate(in.activation, 0.0, in.parameter));
   for (size_t i = 0; i < y.value.size(); ++i) {
-    y.value[i] = activate(in.activation, y.value[i], in.slope);
+    y.value[i] = activate(in.activation, y.value[i], in.parameter);
     y.tolerance[i] *= in.activation == Activation::none ? 1.0 : 1.5;  // |f'| and f's own rounding
+    y.tolerance[i] += own;
   }
   return y;
 }
@@ -219,7 +240,7 @@ inline Result dz_of(const Inputs& in) {
   Result dz = in.y.empty() ? preactivation(in) : Result{in.y, std::vector<double>(in.y.size(), 0.0)};
   for (size_t i = 0; i < dz.value.size(); ++i) {
     const double t = dz.value[i], distance = dz.tolerance[i], dy = std::abs(in.dy[i]);
-    dz.value[i] = in.dy[i] * derivative(in.activation, t, in.slope);
+    dz.value[i] = in.dy[i] * derivative(in.activation, t, in.parameter);
     if (in.activation == Activation::none) {
       dz.tolerance[i] = 0.0;
     } else if (in.y.empty() && near_kink(in.activation, t, distance)) {

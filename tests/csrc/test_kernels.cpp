@@ -122,7 +122,7 @@ void check_case(const Case& c, uint64_t seed) {
 
   Normalization n{};
   n.weight = weight.vector(rows, c.weight), n.bias = bias.vector(rows, c.bias);
-  n.eps = in.eps, n.activation = c.activation, n.parameter = in.slope;
+  n.eps = in.eps, n.activation = c.activation, n.parameter = in.parameter;
   n.index = c.groups ? in.index.data() : nullptr;
   const bool plain = !c.groups && !c.weights;
   const MomentsResult batch = moments(in, rows, false);

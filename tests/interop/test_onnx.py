@@ -26,7 +26,9 @@ class Network(nn.Module):
         super().__init__()
         self.ranks = ranks
         self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), bn.BatchNorm2d(4)
-        self.acts = nn.ModuleList(bn.BatchNormAct2d(4, activation=a, negative_slope=0.2) for a in ACTIVATIONS)
+        self.acts = nn.ModuleList(
+            bn.BatchNormAct2d(4, activation=a, negative_slope=0.2, alpha=0.7) for a in ACTIVATIONS
+        )
         self.volume, self.line = bn.BatchNormAct3d(4), bn.BatchNormAct1d(4, bias=False, activation="none")
         self.plain, self.last = bn.BatchNorm1d(4, affine=False), bn.BatchNorm1d(4)
 

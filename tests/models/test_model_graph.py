@@ -142,7 +142,8 @@ def _bake(module: fx.GraphModule) -> fx.GraphModule:
     [
         (F.relu, (), ("relu", 0.0)), (F.leaky_relu, (0.2,), ("leaky_relu", 0.2)),
         (F.leaky_relu, (), ("leaky_relu", 0.01)), (F.hardtanh, (0.0, 6.0), ("relu6", 0.0)), (F.hardtanh, (), None),
-        (F.gelu, (), ("gelu", 0.0)), (F.elu, (), None),
+        (F.gelu, (), ("gelu", 0.0)), (F.elu, (0.5,), ("elu", 0.5)), (F.selu, (), None),
+        (torch.ops.aten.elu.default, (0.5, 1, 1), ("elu", 0.5)), (torch.ops.aten.elu.default, (1.0, 1.5), None),
         (torch.ops.aten.hardtanh.default, (0, 6), ("relu6", 0.0)), (F.hardtanh, (0.0, 6.0, True), ("relu6", 0.0)),
         (torch.clamp, (0, 6), ("relu6", 0.0)), (torch.clamp, (0,), ("relu", 0.0)), (torch.clamp, (-1, 6), None),
     ],

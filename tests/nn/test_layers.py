@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import batchnorm
 from batchnorm import nn
@@ -80,7 +83,7 @@ def test_trains_and_evaluates_like_torchs_layer(name: str, options: dict[str, ob
 @pytest.mark.parametrize("activation", sorted(batchnorm.ops.ACTIVATIONS))
 @pytest.mark.parametrize("name", ACT_SHAPES)
 def test_the_fused_layer_is_its_three_parts(name: str, activation: str) -> None:
-    fused = getattr(nn, name)(3, activation=activation, negative_slope=0.3)
+    fused = getattr(nn, name)(3, activation=activation, negative_slope=0.3, alpha=0.3)
     plain = getattr(nn, name.replace("Act", ""))(3)
     plain.load_state_dict(fused.state_dict())
     f = torch_activation(activation, 0.3)
@@ -93,6 +96,21 @@ def test_the_fused_layer_is_its_three_parts(name: str, activation: str) -> None:
     assert fused.num_batches_tracked == 3
     assert not isinstance(fused, torch.nn.modules.batchnorm._BatchNorm)
     assert isinstance(fused, torch.nn.modules.batchnorm._NormBase)
+
+
+def test_elu_keeps_its_alpha() -> None:
+    layer = nn.BatchNormAct2d(3, activation="elu", alpha=0.5)
+    assert repr(layer).endswith("activation='elu', alpha=0.5)")
+    assert (nn.BatchNormAct2d(3, activation="relu").alpha, nn.BatchNorm2d(3).alpha) == (1.0, 1.0)
+    frozen = batchnorm.freeze(torch.nn.Sequential(layer)).model
+    assert isinstance(frozen[0], nn.FrozenBatchNormAct2d)
+    x = torch.randn(2, 3, 4, 4) * 3
+    for kept in (frozen[0], copy.deepcopy(layer), batchnorm.unfreeze(frozen).model[0]):
+        assert kept.alpha == 0.5
+        assert_close(kept.eval()(x), torch.nn.functional.elu(nn.BatchNorm2d(3).eval()(x), 0.5))
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="BatchNormAct2d expects alpha to be a finite number, got .* usual value"):
+            nn.BatchNormAct2d(3, activation="elu", alpha=wrong)
 
 
 @pytest.mark.parametrize("name", LAYERS)

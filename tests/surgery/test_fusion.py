@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.bn, self.bn2 = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
         self.relu, self.relu_ = nn.ReLU(), nn.ReLU(inplace=True)
         self.drop = nn.Dropout(0.5)
-        self.identity = nn.Identity()
+        self.identity, self.hardtanh = nn.Identity(), nn.Hardtanh(0, 6)
         self.register_buffer("counter", torch.zeros(()))
         self.steps = 0
         self.kept: list[Any] = []
@@ -81,6 +81,18 @@ def functions(self: Block, x: Tensor) -> Tensor:
     return F.hardswish(self.bn2(F.gelu(self.bn(x))))
 
 
+def other_functions(self: Block, x: Tensor) -> Tensor:
+    return F.elu(self.bn2(F.hardtanh(self.bn(x), 0, 6)), 0.5, inplace=True)
+
+
+def hardtanh_layer(self: Block, x: Tensor) -> Tensor:
+    return self.hardtanh(self.bn(x))
+
+
+def methods(self: Block, x: Tensor) -> Tensor:
+    return self.bn2(self.bn(x).tanh()).sigmoid()
+
+
 def added_and_shared(self: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     both = y + self.bn(x)
     return self.relu(both), both
@@ -103,6 +115,9 @@ def dropout_layer(self: Block, x: Tensor) -> Tensor:
         (twice, {"bn": "relu"}),
         (method, {"bn": "residual + relu"}),
         (functions, {"bn": "gelu", "bn2": "hardswish"}),
+        (other_functions, {"bn": "relu6", "bn2": "elu"}),
+        (hardtanh_layer, {"bn": "relu6"}),
+        (methods, {"bn": "tanh", "bn2": "sigmoid"}),
         (added_and_shared, {"bn": "residual"}),
         (dropout_layer, {"bn": "relu"}),
     ],

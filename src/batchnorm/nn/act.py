@@ -15,14 +15,17 @@ class _BatchNormAct(NormLayer):
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
         bias: bool = True, on_nonfinite: str = "propagate", activation: str = "relu", negative_slope: float = 0.01,
+        alpha: float = 1.0,
     ) -> None:  # fmt: skip
         _checks.check_choice(self.layer_name, "activation", activation, tuple(ops.ACTIVATIONS))
+        _checks.check_alpha(self.layer_name, alpha)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite,
         )  # fmt: skip
         self.activation = activation
         self.negative_slope = negative_slope
+        self.alpha = alpha
 
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
@@ -48,9 +51,11 @@ class BatchNormAct2d(_BatchNormAct):
         num_features: C. The arguments that are not listed here are those of `BatchNorm`.
         activation: "relu" (default), or another activation of `batchnorm.functional.batch_norm` (keyword only).
         negative_slope: Slope of "leaky_relu" below zero (keyword only).
+        alpha: α of "elu" (keyword only).
 
     Raises:
-        ValueError: as `BatchNorm`; an unknown activation; in forward, a residual of another shape than x.
+        ValueError: as `BatchNorm`; an unknown activation; an alpha that is not finite; in forward, a residual of
+            another shape than x.
 
     Numerics: autograd keeps x and `[C]` vectors. With a residual it also keeps y, where y determines the derivative
         of the activation (the ReLUs), and otherwise the residual.

@@ -146,12 +146,12 @@ class _FrozenAct(FrozenLayer, _BatchNormAct):
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
         bias: bool = True, on_nonfinite: str = "propagate", activation: str = "relu", negative_slope: float = 0.01,
-        trainable_affine: bool = False,
+        alpha: float = 1.0, trainable_affine: bool = False,
     ) -> None:  # fmt: skip
         self._check_tracks(track_running_stats)
         super().__init__(
             num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite,
-            activation=activation, negative_slope=negative_slope,
+            activation=activation, negative_slope=negative_slope, alpha=alpha,
         )  # fmt: skip
         self.trainable_affine = trainable_affine
 

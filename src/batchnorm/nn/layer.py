@@ -25,6 +25,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     update_running_stats: bool = True
     activation: str = "none"
     negative_slope: float = 0.01
+    alpha: float = 1.0
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
@@ -71,7 +72,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         mask: Tensor | None = None,
         activation: tuple[str, float] | None = None,
     ) -> Tensor:
-        """Normalize, then add the residual and apply an activation, given with its slope; by default the layer's."""
+        """Normalize, add the residual and apply an activation, given with its parameter; by default the layer's."""
         moves = self._moves
         # Module.__getattr__ takes half a microsecond; its dictionaries hold all tensors except parametrized ones.
         held = {**self._parameters, **self._buffers}
@@ -81,10 +82,11 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         training = not self._frozen and (self.training or (running_mean is None and running_var is None))
         if training and not moves:
             running_mean = running_var = None
-        name, negative_slope = activation or (self.activation, self.negative_slope)
+        own = self.activation, self.negative_slope, self.alpha
+        name, negative_slope, alpha = own if activation is None else (*activation, activation[1])
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, self.momentum, self.eps,
-            activation=name, negative_slope=negative_slope, residual=residual, mask=mask,
+            activation=name, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
             num_batches_tracked=held["num_batches_tracked"] if moves else None,
             on_nonfinite=self.on_nonfinite, caller=self.layer_name,
         )  # fmt: skip

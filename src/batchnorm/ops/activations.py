@@ -56,7 +56,7 @@ class Activation(NamedTuple):
 
     Attributes:
         forward: The function.
-        backward: Its derivative times dy: torch's own, so that gradients agree with torch at every kink.
+        backward: Its derivative times dy. At kinks it is torch's.
         spellings: The names under which torch offers it, torch's function of the same name first.
         kinks: Where the derivative jumps.
         from_output: Whether t may be y instead of z. The derivative is then constant between kinks.
@@ -131,6 +131,35 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda z, _: _in_blocks(F.mish, z),
         lambda dy, t, _: _in_blocks(_aten.mish_backward, dy, t),
         (Spelling("mish", nn.Mish),),
+    ),
+    "hardsigmoid": Activation(
+        # torch's own derivative multiplies by 1/6 in float32, for float64 too.
+        lambda z, _: F.relu6(z + 3.0) / 6.0,
+        lambda dy, t, _: torch.where((t > -3.0) & (t < 3.0), dy / 6.0, 0.0),
+        (Spelling("hardsigmoid", nn.Hardsigmoid),),
+        kinks=(-3.0, 3.0),
+    ),
+    "tanh": Activation(
+        lambda z, _: _in_blocks(torch.tanh, z),
+        lambda dy, t, _: _in_blocks(lambda dy, z: _aten.tanh_backward(dy, torch.tanh(z)), dy, t),
+        (Spelling("tanh", nn.Tanh),),
+    ),
+    "sigmoid": Activation(
+        lambda z, _: _in_blocks(torch.sigmoid, z),
+        lambda dy, t, _: _in_blocks(lambda dy, z: _aten.sigmoid_backward(dy, torch.sigmoid(z)), dy, t),
+        (Spelling("sigmoid", nn.Sigmoid),),
+    ),
+    "elu": Activation(
+        lambda z, alpha: _in_blocks(lambda z: F.elu(z, alpha), z),
+        lambda dy, t, alpha: _in_blocks(lambda dy, z: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, z), dy, t),
+        (
+            # The operator of an exported program has two scales more than the function.
+            Spelling(
+                "elu", nn.ELU, {"alpha": 1.0, "scale": 1.0, "input_scale": 1.0}, {"scale": 1.0, "input_scale": 1.0}
+            ),
+        ),
+        kinks=(0.0,),
+        parameter="alpha",
     ),
 }
 

@@ -39,7 +39,7 @@ def _normal_cdf(z: Array) -> Array:
     return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
 
 
-# name: f(z) and f′(z), where a is the negative slope. At a kink f′ is torch's.
+# name: f(z) and f′(z), where a is the negative slope, or α of elu. At a kink f′ is torch's.
 ACTIVATIONS = {
     "none": (lambda z, a: z, lambda z, a: np.ones_like(z)),
     "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.where(z <= 0, 0.0, 1.0)),
@@ -57,6 +57,13 @@ ACTIVATIONS = {
     "mish": (
         lambda z, a: z * _tanh_of_softplus(z),
         lambda z, a: _tanh_of_softplus(z) + z * _sigmoid(z) * (1 - _tanh_of_softplus(z) ** 2),
+    ),
+    "hardsigmoid": (lambda z, a: np.clip(z + 3, 0.0, 6.0) / 6, lambda z, a: np.where(np.abs(z) < 3, 1 / 6, 0.0)),
+    "tanh": (lambda z, a: np.tanh(z), lambda z, a: 1 - np.tanh(z) ** 2),
+    "sigmoid": (lambda z, a: _sigmoid(z), lambda z, a: _sigmoid(z) * _sigmoid(-z)),
+    "elu": (
+        lambda z, a: np.where(z > 0, z, a * np.expm1(np.minimum(z, 0))),
+        lambda z, a: np.where(z > 0, 1.0, a * np.exp(np.minimum(z, 0))),
     ),
 }
 
@@ -125,7 +132,7 @@ def normalize(
         bias: β, like `weight`. Default 0.
         residual: Like x. Default 0.
         activation: The name of f in `ACTIVATIONS`.
-        negative_slope: Of leaky_relu.
+        negative_slope: Of leaky_relu; α of elu.
         eps: ε, >= 0.
         index: `[N]`, the row of `[K, C]` that each sample uses.
         axis: The channel axis of x.

@@ -305,7 +305,11 @@ class Left:
         (lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)), 1, 0,
          "it uses the batch's statistics in evaluation too"),
         (lambda: Left.StreamOfOthers(nn.ReLU()), 0, 1, "its input is also read by an addition; relu reads its result"),
-        (lambda: Left.StreamOfOthers(nn.Tanh()), 1, 0, "by an addition; the layer last (Tanh) reads its result"),
+        *((lambda a=a: Left.StreamOfOthers(a), 0, 1, f"by an addition; {name} reads its result") for a, name in (
+            (nn.Tanh(), "tanh"), (nn.Sigmoid(), "sigmoid"), (nn.Mish(), "mish"), (nn.Hardsigmoid(), "hardsigmoid"),
+            (nn.ELU(0.5), "elu"), (nn.Hardtanh(0, 6), "relu6"),
+        )),
+        (lambda: Left.StreamOfOthers(nn.SELU()), 1, 0, "by an addition; the layer last (SELU) reads its result"),
         (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.AvgPool2d(3, 2, 1), nn.Conv2d(4, 3, 3)), 1, 0,
          "avg_pool2d next to it counts padded zeros"),
         (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3)), 1, 0,

@@ -51,15 +51,36 @@ def preactivation(x, mean, scale, shift, residual_ptr, offset, mask):
 
 
 @triton.jit
-def activate(z, negative_slope, ACTIVATION: tl.constexpr):
-    """y = f(z), as torch at kinks and for NaN."""
+def expm1_of_negative(x):
+    """Return eˣ − 1 for x <= 0: Taylor's series near zero, where the difference would lose digits."""
+    p = tl.zeros_like(x) + 1.0 / 40320.0
+    p = p * x + 1.0 / 5040.0
+    p = p * x + 1.0 / 720.0
+    p = p * x + 1.0 / 120.0
+    p = p * x + 1.0 / 24.0
+    p = p * x + 1.0 / 6.0
+    p = p * x + 0.5
+    return tl.where(x < -0.5, tl.exp(x) - 1.0, p * x * x + x)
+
+
+@triton.jit
+def tanh(z):
+    """Return the hyperbolic tangent: with u = e^(−2|z|) − 1, tanh |z| is −u/(u + 2)."""
+    u = expm1_of_negative(tl.where(z < 0.0, z, -z) * 2.0)
+    magnitude = -u / (u + 2.0)
+    return tl.where(z < 0.0, -magnitude, magnitude)
+
+
+@triton.jit
+def activate(z, parameter, ACTIVATION: tl.constexpr):
+    """Return y = f(z). At kinks and for NaN it is what torch returns."""
     y = z
     if ACTIVATION == "relu":
         y = tl.where(z <= 0.0, 0.0, z)
     elif ACTIVATION == "relu6":
         y = tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
     elif ACTIVATION == "leaky_relu":
-        y = tl.where(z > 0.0, z, z * negative_slope)
+        y = tl.where(z > 0.0, z, z * parameter)
     elif ACTIVATION == "silu":
         y = z / (1.0 + tl.exp(-z))
     elif ACTIVATION == "gelu":
@@ -71,21 +92,30 @@ def activate(z, negative_slope, ACTIVATION: tl.constexpr):
         e = tl.exp(tl.where(z > 20.0, 20.0, z))
         w = e * (e + 2.0)
         y = z * (w / (w + 2.0))
+    elif ACTIVATION == "hardsigmoid":
+        gate = z + 3.0
+        y = tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate)) / 6.0
+    elif ACTIVATION == "tanh":
+        y = tanh(z)
+    elif ACTIVATION == "sigmoid":
+        y = 1.0 / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "elu":
+        y = tl.where(z > 0.0, z, parameter * expm1_of_negative(tl.where(z > 0.0, 0.0, z)))
     else:
         tl.static_assert(ACTIVATION == "none")
     return y
 
 
 @triton.jit
-def derivative(dy, t, negative_slope, ACTIVATION: tl.constexpr):
-    """dz = dy·f′(t), with t = z, or y where that tells f′ as well."""
+def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
+    """Return dz = dy·f′(t). t is z, or y where y determines f′."""
     dz = dy
     if ACTIVATION == "relu":
         dz = tl.where(t <= 0.0, 0.0, dy)
     elif ACTIVATION == "relu6":
         dz = tl.where((t <= 0.0) | (t >= 6.0), 0.0, dy)
     elif ACTIVATION == "leaky_relu":
-        dz = tl.where(t > 0.0, dy, dy * negative_slope)
+        dz = tl.where(t > 0.0, dy, dy * parameter)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-t))
         dz = dy * sigmoid * (1.0 + t * (1.0 - sigmoid))
@@ -100,15 +130,23 @@ def derivative(dy, t, negative_slope, ACTIVATION: tl.constexpr):
         w = e * (e + 2.0)
         n = w + 2.0
         dz = dy * (w / n + z * (e / (e + 1.0)) * (4.0 * (w + 1.0) / (n * n)))
+    elif ACTIVATION == "hardsigmoid":
+        dz = tl.where((t > -3.0) & (t < 3.0), dy / 6.0, 0.0)
+    elif ACTIVATION == "tanh":
+        y = tanh(t)
+        dz = dy * (1.0 - y * y)
+    elif ACTIVATION == "sigmoid":
+        y = 1.0 / (1.0 + tl.exp(-t))
+        dz = dy * (y * (1.0 - y))
+    elif ACTIVATION == "elu":
+        dz = tl.where(t <= 0.0, dy * (parameter * tl.exp(t)), dy)
     else:
         tl.static_assert(ACTIVATION == "none")
     return dz
 
 
 @triton.jit
-def upstream(
-    dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, negative_slope, ACTIVATION: tl.constexpr
-):
+def upstream(dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, parameter, ACTIVATION: tl.constexpr):
     """Return dz of a tile: from y where it was kept, else from z, recomputed; zero outside the mask."""
     dz = load(dy_ptr, offset, mask)
     if ACTIVATION != "none":
@@ -116,5 +154,5 @@ def upstream(
             t = load(y_ptr, offset, mask)
         else:
             t = preactivation(x, mean, scale, shift, residual_ptr, offset, mask)
-        dz = tl.where(mask, derivative(dz, t, negative_slope, ACTIVATION), 0.0)
+        dz = tl.where(mask, derivative(dz, t, parameter, ACTIVATION), 0.0)
     return dz
