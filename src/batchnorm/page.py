@@ -1,4 +1,4 @@
-"""Pages that are one file and need nothing else; what the reports in HTML share. Needs jinja2."""
+"""Self-contained HTML pages, for the reports of `compare` and `doctor`. Needs jinja2."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 
 import jinja2
 
-# In the order in which the page runs them: the libraries, then what our charts have in common.
+# In the order in which the page runs them: the libraries, then the code that our charts share.
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "chart.js")
 _SHARED = "batchnorm"
 
 
 def render(package: str, charts: Any, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
-    """The page as text: all that is inserted is escaped, and no script runs but those that stand in our files.
+    """Return the page as text. Every inserted value is escaped, and only the scripts in our files can run.
 
     Args:
-        package: Its folder `web` holds `report.html.j2`, which extends `page.html.j2`, `report.css` and `report.js`.
-        charts: What `report.js` finds as `page.charts`: plain values, of which those that are not finite become null.
-        filters: For the template, beside `number`.
-        **values: For the template; a name that it uses and that is missing is an error.
+        package: The package whose folder `web` holds `report.html.j2` (which extends `page.html.j2`), `report.css` and
+            `report.js`.
+        charts: Plain values, which `report.js` reads as `page.charts`; non-finite numbers become null.
+        filters: Filters for the template, besides `number`.
+        **values: Variables of the template; a missing one is an error.
     """
     loader = jinja2.FunctionLoader(lambda name: _read(_SHARED if name == "page.html.j2" else package, name))
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -41,12 +42,12 @@ def render(package: str, charts: Any, filters: Mapping[str, Callable[..., str]] 
 
 
 def number(value: float | None) -> str:
-    """A number in three significant digits, with a true minus sign."""
+    """Format a number with three significant digits and a true minus sign."""
     return "–" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 def _policy(scripts: list[str]) -> str:
-    """Nothing is loaded, and only these scripts run: what a hole in the escaping would let in does not."""
+    """Return a content security policy that loads nothing and runs only these scripts, should escaping ever fail."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
 

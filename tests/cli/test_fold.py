@@ -124,7 +124,7 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
         (["net_for_fold.py.pt2", "-o", "f.pt2"], "but there is none"),
         (["absent.onnx", "-o", "f.pt2"], "f.pt2 must end in .onnx, as absent.onnx does"),
         (["absent.onnx", "-o", "f.onnx"], "absent.onnx must be an ONNX file, but there is none"),
-        (["absent.onnx", "--weights", "w.pth", "-o", "f.onnx"], "--weights goes with a callable"),
+        (["absent.onnx", "--weights", "w.pth", "-o", "f.onnx"], "--weights requires a callable"),
         (["-o", "f.pt2"], "Missing argument"),
     ],
 )

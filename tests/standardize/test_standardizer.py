@@ -219,7 +219,7 @@ def raising() -> Iterator[np.ndarray[Any, Any]]:
         ([table(), np.full((2, 4), np.nan)], ValueError, "got NaN"),
         ([table(), table(columns=3)], ValueError, "X has 3 features, but Standardizer is expecting 4"),
         (iter(()), ValueError, "at least one batch, got data that end at once"),
-        (iter([{"x": table()}]), TypeError, "got dict. Say which part to take"),
+        (iter([{"x": table()}]), TypeError, "got dict. Select one, for example"),
         (np.zeros(3), ValueError, "got \\[3\\]. Reshape your data"),
         (np.zeros((0, 4)), ValueError, "0 sample\\(s\\)"),
         (np.array([["a"]]), ValueError, "expects numbers, got an array of dtype <U1"),

@@ -1,4 +1,4 @@
-"""The command line: one verb in each file."""
+"""The command line: one file per command."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command `batchnorm`, and exits: 0 well, 2 for a user's mistake, 130 after Ctrl-C.
+    """Run the command `batchnorm` and exit: with 0 on success, 2 on a usage error, 130 after Ctrl-C.
 
     Args:
-        arguments: The words after `batchnorm`; those of the process where none are given.
+        arguments: The arguments after `batchnorm`; by default those of the process.
     """
     try:
         from batchnorm.cli.app import app
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import click
 
     try:
-        words = None if arguments is None else list(arguments)
-        sys.exit(app.main(args=words, prog_name="batchnorm", standalone_mode=False))
+        given = None if arguments is None else list(arguments)
+        sys.exit(app.main(args=given, prog_name="batchnorm", standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -1,11 +1,11 @@
-"""The verb `accelerate`."""
+"""The command `accelerate`."""
 
 from __future__ import annotations
 
 import click
 
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import mistakes_of, network, random_input, shape_of
+from batchnorm.cli.loading import library_errors, mistakes_of, network, random_inputs, shape_of
 
 
 @click.command(cls=OneLineCommand)
@@ -15,14 +15,14 @@ from batchnorm.cli.loading import mistakes_of, network, random_input, shape_of
     "sizes",
     multiple=True,
     metavar="N,C,H,W",
-    help="Shape of an input, such as 2,3,224,224; once for each argument. What is rewritten is then compared with the "
+    help="Shape of an input, such as 2,3,224,224; once for each argument. Rewritten modules are then compared with the "
     "original.",
 )
 @click.pass_context
 def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> None:
-    r"""Print what `batchnorm.accelerate` makes of a network for training, and what it leaves and why.
+    r"""Print what `batchnorm.accelerate` changes in a network for training, and what it leaves and why.
 
-    Nothing is written: in a training script the call stands after the network is made.
+    Nothing is written: call it in your training script after the network is created.
 
     \b
     Examples:
@@ -33,9 +33,6 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> Non
     mistake = mistakes_of(ctx)
     shapes = [shape_of(text, mistake) for text in sizes]
     built = network(model, None, mistake)
-    inputs = tuple(random_input(shape, built) for shape in shapes)
-    try:
-        _, report = accelerate_network(built, inputs or None, inplace=True)
-    except (ValueError, TypeError) as error:
-        raise mistake(str(error)) from error
+    with library_errors(mistake):
+        _, report = accelerate_network(built, random_inputs(shapes, built) or None, inplace=True)
     click.echo(str(report))

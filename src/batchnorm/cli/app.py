@@ -23,10 +23,10 @@ from batchnorm.cli.standardize import standardize
 @click.version_option(package_name="batchnorm")
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Batch normalization: experiments that show what it does, and networks without it."""
+    """Batch normalization: compare, diagnose, fold, accelerate and recalibrate networks that use it."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for verb in (compare, doctor, inspect, fold, accelerate, recalibrate, standardize):
-    app.add_command(verb)
+for command in (compare, doctor, inspect, fold, accelerate, recalibrate, standardize):
+    app.add_command(command)

@@ -1,4 +1,4 @@
-"""How every verb reads its options and tells mistakes."""
+"""Commands that take several values per option, and report usage errors in one line."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import click
 
 
 class OneLineError(click.ClickException):
-    """A user's mistake, told in one line."""
+    """A usage error, printed in one line."""
 
     exit_code = 2
 
     def __init__(self, command: str, message: str) -> None:
-        """Takes the words that called it, such as `batchnorm compare`, and what is wrong."""
+        """Take the command, such as `batchnorm compare`, and the message."""
         super().__init__(" ".join(message.split()))
         self._command = command
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the line on standard error."""
+        """Print the line on standard error."""
         click.echo(f"{self._command}: {self.format_message()}", file=file, err=file is None)
 
 
@@ -36,7 +36,7 @@ def _one_line(context: click.Context) -> Iterator[None]:
 
 
 class SeveralValues(click.Option):
-    """An option that takes every word up to the next option, and can also be repeated."""
+    """An option that takes every argument up to the next option, and can also be repeated."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options["multiple"] = True
@@ -44,54 +44,54 @@ class SeveralValues(click.Option):
 
 
 class OneLineCommand(click.Command):
-    """A verb; its `SeveralValues` options take several words each."""
+    """A command whose `SeveralValues` options take several values each."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # click's mark of lines that stay as they are, which a raw docstring writes in two characters.
+        # click's mark of preformatted lines, which a raw docstring writes in two characters.
         self.help = (self.help or "").replace(r"\b", "\b")
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        """Returns the first sentence, whole."""
+        """Return the whole first sentence."""
         return super().get_short_help_str(limit=1000)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Reads the words after the verb."""
+        """Parse the arguments after the command."""
         several = {name for option in self.params if isinstance(option, SeveralValues) for name in option.opts}
         with _one_line(ctx):
             return super().parse_args(ctx, repeat_options(args, several))
 
 
 class OneLineGroup(click.Group):
-    """A group of verbs that tells an unknown verb or option in one line."""
+    """A group of commands that reports an unknown command or option in one line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Reads the words before the verb."""
+        """Parse the arguments before the command."""
         with _one_line(ctx):
             return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Finds the verb."""
+        """Find the command."""
         with _one_line(ctx):
             return super().resolve_command(ctx, args)
 
 
-def repeat_options(words: Sequence[str], several: set[str]) -> list[str]:
-    """Returns the words with the option's name before each of its values, as click wants it.
+def repeat_options(arguments: Sequence[str], several: set[str]) -> list[str]:
+    """Repeat the option's name before each of its values, as click requires.
 
     Args:
-        words: Such as `--norms none batch --lr 0.1`.
+        arguments: For example `--norms none batch --lr 0.1`.
         several: The options that take several values, such as `--norms`.
 
     Returns:
-        Such as `--norms none --norms batch --lr 0.1`.
+        For example `--norms none --norms batch --lr 0.1`.
     """
     found: list[str] = []
     current: str | None = None  # the option whose values are being read
     pending = False  # whether its first value is still to come
-    for word in words:
+    for word in arguments:
         name, equals, _ = word.partition("=")
         if name in several:
             found.append(word)

@@ -17,6 +17,8 @@ from batchnorm.cli.loading import (
     import_named,
     mistakes_of,
     network,
+    running_on_data,
+    shows_progress,
     weights_option,
 )
 
@@ -112,19 +114,10 @@ def doctor(
     built = network(model, weights, mistake)
     given = None if data is None else batches(data, batch_size, mistake)
     criterion = None if loss is None else _loss(loss, mistake)
-    try:
+    with running_on_data("diagnose", mistake):
         found = diagnose(
-            built,
-            given,
-            loss=criterion,
-            max_samples=max_samples,
-            budget=budget,
-            progress=sys.stderr.isatty() and find_spec("rich") is not None,
+            built, given, loss=criterion, max_samples=max_samples, budget=budget, progress=shows_progress()
         )
-    except Exception as error:
-        if str(error).startswith("diagnose "):
-            raise mistake(str(error)) from error
-        raise mistake("the model could not be run on the data", error) from error
     if as_json:
         click.echo(found.to_json())
     else:

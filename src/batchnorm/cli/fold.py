@@ -1,8 +1,7 @@
-"""The verb `fold`."""
+"""The command `fold`."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,8 @@ import click
 
 from batchnorm.cli import loading
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import Mistake, mistakes_of, shape_of, weights_option
-from batchnorm.cli.writing import check_output, open_output, output_options
+from batchnorm.cli.loading import Mistake, library_errors, mistakes_of, shape_of, weights_option
+from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +27,15 @@ if TYPE_CHECKING:
     "sizes",
     multiple=True,
     metavar="N,C,H,W",
-    help="Shape of an input, such as 1,3,224,224; once for each argument. Needed for a callable; a .pt2 holds its own "
-    "example, and an ONNX file says its sizes, or open ones are tried out.",
+    help="Shape of an input, such as 1,3,224,224; once for each argument. Required for a callable. A .pt2 file holds "
+    "its own example. An ONNX file gives its sizes; common ones are tried where they are open.",
 )
 @output_options("FILE", "the folded network: .pt2 an exported program, .onnx, anything else torch.save of the module")
 @click.pass_context
 def fold(
     ctx: click.Context, /, model: str, weights: Path | None, sizes: tuple[str, ...], output: Path, overwrite: bool
 ) -> None:
-    r"""Write a network without batch normalization, for inference, and print what went where.
+    r"""Write a network without batch normalization for inference, and print where each layer went.
 
     \b
     Examples:
@@ -49,7 +48,7 @@ def fold(
     shapes = [shape_of(text, mistake) for text in sizes]
     if model.endswith(".onnx"):
         if weights is not None:
-            raise mistake("--weights goes with a callable; an ONNX file holds its weights. Leave it out.")
+            raise mistake("--weights requires a callable; an ONNX file holds its weights. Leave it out.")
         report = _fold_onnx(Path(model), shapes, output, mistake)
     else:
         report = _fold_torch(model, weights, shapes, output, mistake)
@@ -68,17 +67,15 @@ def _fold_torch(
     example: tuple[Tensor, ...] = ()
     if model.endswith(".pt2"):
         if weights is not None:
-            raise mistake("--weights goes with a callable; a .pt2 file holds its weights. Leave it out.")
+            raise mistake("--weights requires a callable; a .pt2 file holds its weights. Leave it out.")
         network, example = _program(Path(model), mistake)
     else:
         network = loading.network(model, weights, mistake, "the model, if no .pt2 or .onnx file,")
-    inputs = tuple(loading.random_input(shape, network) for shape in shapes) or example
+    inputs = loading.random_inputs(shapes, network) or example
     if not inputs:
         raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
-    try:
+    with library_errors(mistake, FoldError):
         folded, report = fold_network(network, inputs)
-    except (ValueError, TypeError, FoldError) as error:
-        raise mistake(str(error)) from error
     with open_output(output, mistake) as file:
         file.write(_saved(folded, inputs, program=output.suffix == ".pt2"))
     return report
@@ -91,15 +88,14 @@ def _fold_onnx(model: Path, shapes: list[tuple[int, ...]], output: Path, mistake
     if output.suffix != ".onnx":
         raise mistake(f"{output} must end in .onnx, as {model} does. Change the name.")
     try:
-        return fold_onnx(model, output, inputs=shapes).report
-    except (ModuleNotFoundError, ValueError, FoldError) as error:
-        raise mistake(str(error)) from error
+        with library_errors(mistake, FoldError, ModuleNotFoundError):
+            return fold_onnx(model, output, inputs=shapes).report
     except OSError as error:
         raise mistake(f"{output} could not be written", error) from error
 
 
 def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The module of an exported program, and the example that it was exported with."""
+    """Return the module of an exported program, and the example that it was exported with."""
     import torch
 
     from batchnorm.models.model_graph import from_program
@@ -112,28 +108,25 @@ def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...
         raise mistake(f"{path} must be a file of torch.export.save, but loading it failed", error) from error
     args, kwargs = program.example_inputs or ((), {})
     if kwargs or not all(isinstance(x, torch.Tensor) for x in args):
-        raise mistake(f"{path} must take tensors by position alone. Export it so, or fold it in Python.")
+        raise mistake(f"{path} must take positional tensors only. Export it that way, or fold it in Python.")
     return from_program(program), tuple(args)
 
 
 def _saved(folded: nn.Module, inputs: tuple[Tensor, ...], *, program: bool) -> memoryview:
     import torch
 
-    held = io.BytesIO()
     if program:
-        torch.export.save(_exported(folded, inputs), held)
-    else:
-        torch.save(folded, held)
-    return held.getbuffer()
+        return save_in_memory(torch.export.save, _exported(folded, inputs))
+    return save_in_memory(torch.save, folded)
 
 
 def _exported(folded: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The program, with every size open that can be."""
+    """Export the network, with dynamic sizes where possible."""
     import torch
 
     example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
     shapes = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in example)
     try:
         return torch.export.export(folded, example, dynamic_shapes=shapes)
-    except Exception:  # it holds for these sizes alone
+    except Exception:  # the graph is valid for these sizes only
         return torch.export.export(folded, inputs)

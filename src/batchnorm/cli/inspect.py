@@ -10,7 +10,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.doctor import console
-from batchnorm.cli.loading import Mistake, mistakes_of, network, shape_of, weights_option
+from batchnorm.cli.loading import library_errors, mistakes_of, network, random_inputs, shape_of, weights_option
 
 _PIPED = 240  # columns without a terminal
 
@@ -37,10 +37,9 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
 
     mistake = mistakes_of(ctx)
     built = network(model, weights, mistake)
-    try:
-        layers = inspect_layers(built, None if size is None else _random(size, mistake))
-    except (TypeError, ValueError) as error:
-        raise mistake(str(error)) from error
+    inputs = None if size is None else random_inputs([shape_of(size, mistake)], built)
+    with library_errors(mistake):
+        layers = inspect_layers(built, inputs)
     if as_json:
         click.echo(json.dumps([asdict(layer) for layer in layers], indent=2))
     else:
@@ -48,9 +47,3 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
         from batchnorm.doctor.report.terminal import layer_table
 
         shown.print(layer_table(layers))
-
-
-def _random(size: str, mistake: Mistake) -> object:
-    import torch
-
-    return torch.randn(shape_of(size, mistake), generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,11 @@
-"""What several verbs are given: a network, its weights, and other things that a callable makes."""
+"""Arguments that several commands share: a network, its weights, data, and the shapes of inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +27,15 @@ weights_option = click.option(
 )
 
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="For FILE.npz."
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Batch size, for FILE.npz."
 )
 
 
 def mistakes_of(ctx: click.Context) -> Mistake:
-    """Makes the error of a command from a message and, if there is one, its cause."""
+    """Return a function that makes the command's usage error from a message and, optionally, its cause."""
 
     def mistake(message: str, cause: BaseException | None = None) -> OneLineError:
-        return OneLineError(ctx.command_path, message if cause is None else f"{message}: {_told(cause)}")
+        return OneLineError(ctx.command_path, message if cause is None else f"{message}: {_in_one_line(cause)}")
 
     return mistake
 
@@ -50,18 +53,20 @@ def import_named(written: str, what: str, mistake: Mistake) -> Any:
         raise mistake(f"{what} {written} could not be imported", error) from error
 
 
-def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the model") -> nn.Module:
-    """The network that `module.path:callable` is or returns, with these weights."""
+def network(written: str, weights: Path | None, mistake: Mistake, what: str = "the model") -> nn.Module:
+    """Return the network that `module.path:callable` names or returns, with these weights."""
     import torch
     from torch import nn
 
-    target = import_named(words, what, mistake)
+    target = import_named(written, what, mistake)
     try:
         model = target if isinstance(target, nn.Module) else target()
     except Exception as error:
-        raise mistake(f"{words} must return the network when called without arguments, but it failed", error) from error
+        raise mistake(
+            f"{written} must return the network when called without arguments, but it failed", error
+        ) from error
     if not isinstance(model, nn.Module):
-        raise mistake(f"{words} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
+        raise mistake(f"{written} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
     if weights is not None:
         try:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -73,7 +78,7 @@ def network(words: str, weights: Path | None, mistake: Mistake, what: str = "the
 
 
 def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
-    """What `--data` names: batches that a callable returns, or those of a file's arrays, shuffled."""
+    """Return the batches of `--data`: from a callable, or from the arrays of a file, shuffled."""
     if not data.endswith(".npz"):
         made = import_named(data, "--data", mistake)
         try:
@@ -99,24 +104,53 @@ def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
 
 
 def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
-    """The sizes that `--input` names."""
+    """Parse the shape given as `--input`."""
     try:
         shape = tuple(int(size) for size in text.split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise mistake(f"--input must be positive numbers with commas between, got {text!r}. Write such as 1,3,224,224.")
+        raise mistake(
+            f"--input must be positive numbers with commas between, got {text!r}. For example, write 1,3,224,224."
+        )
     return shape
 
 
-def random_input(shape: tuple[int, ...], network: nn.Module) -> Tensor:
-    """Of the network's own type."""
+def random_inputs(shapes: list[tuple[int, ...]], network: nn.Module) -> tuple[Tensor, ...]:
+    """Return random tensors of these shapes in the network's dtype."""
     import torch
 
-    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-    return torch.randn(shape).to(next(floating, torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 
-def _told(error: BaseException) -> str:
+@contextmanager
+def library_errors(mistake: Mistake, *others: type[Exception]) -> Iterator[None]:
+    """Report errors of the library in one line: TypeError, ValueError and `others`."""
+    kinds: tuple[type[Exception], ...] = (TypeError, ValueError, *others)
+    try:
+        yield
+    except kinds as error:
+        raise mistake(str(error)) from error
+
+
+@contextmanager
+def running_on_data(caller: str, mistake: Mistake) -> Iterator[None]:
+    """Report every exception in one line: errors of the library as they are, others as failures of the model."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(f"{caller} "):
+            raise mistake(str(error)) from error
+        raise mistake("the model could not be run on the data", error) from error
+
+
+def shows_progress() -> bool:
+    """Whether a progress bar can be shown: on a terminal, with rich."""
+    return sys.stderr.isatty() and find_spec("rich") is not None
+
+
+def _in_one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"

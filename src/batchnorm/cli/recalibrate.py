@@ -1,17 +1,22 @@
-"""The verb `recalibrate`."""
+"""The command `recalibrate`."""
 
 from __future__ import annotations
 
-import io
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from batchnorm.cli.command import OneLineCommand, SeveralValues
-from batchnorm.cli.loading import batch_size_option, batches, mistakes_of, network, weights_option
-from batchnorm.cli.writing import check_output, open_output, output_options
+from batchnorm.cli.loading import (
+    batch_size_option,
+    batches,
+    mistakes_of,
+    network,
+    running_on_data,
+    shows_progress,
+    weights_option,
+)
+from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
 
 
 @click.command(cls=OneLineCommand)
@@ -21,17 +26,17 @@ from batchnorm.cli.writing import check_output, open_output, output_options
     "--data",
     required=True,
     metavar="MODULE.PATH:CALLABLE|FILE.npz",
-    help="Batches as the model will see them, without labels or with: a callable that returns an iterable of them, or "
-    "a file with x (or x_train), which is shuffled.",
+    help="Data as the model will see them, with or without labels: a callable that returns an iterable of batches, "
+    "or a file with x (or x_train), which is shuffled.",
 )
 @batch_size_option
-@click.option("--max-samples", type=click.IntRange(1), metavar="N", help="Stop after the batch that reaches these.")
+@click.option("--max-samples", type=click.IntRange(1), metavar="N", help="Stop after the batch that reaches N samples.")
 @click.option(
     "--passes",
     type=click.Choice(("single", "sequential")),
     default="single",
     show_default=True,
-    help="One pass, or layer by layer from the input.",
+    help="One pass for all layers, or layer by layer from the input.",
 )
 @click.option(
     "--prior",
@@ -39,7 +44,7 @@ from batchnorm.cli.writing import check_output, open_output, output_options
     default=0.0,
     show_default=True,
     metavar="N",
-    help="Samples that the former statistics count for.",
+    help="The number of samples that the former statistics count for.",
 )
 @click.option("--only", cls=SeveralValues, metavar="PATTERN...", help="Layers, such as 'backbone.*'; by default all.")
 @output_options("FILE.pth", "the state_dict of the network with its new statistics")
@@ -73,7 +78,7 @@ def recalibrate(
     check_output(output, overwrite, mistake)
     built = network(model, weights, mistake)
     given = batches(data, batch_size, mistake)
-    try:
+    with running_on_data("recalibrate", mistake):
         recalibrated, report = recalibrate_network(
             built,
             given,
@@ -81,15 +86,10 @@ def recalibrate(
             passes=passes,
             prior=prior,
             max_samples=max_samples,
-            progress=sys.stderr.isatty() and find_spec("rich") is not None,
+            progress=shows_progress(),
             inplace=True,
         )
-    except Exception as error:
-        told = str(error) if str(error).startswith("recalibrate ") else None
-        raise (mistake(told) if told else mistake("the model could not be run on the data", error)) from error
     with open_output(output, mistake) as file:
-        held = io.BytesIO()
-        torch.save(recalibrated.state_dict(), held)
-        file.write(held.getbuffer())
+        file.write(save_in_memory(torch.save, recalibrated.state_dict()))
     click.echo(str(report))
     click.echo(f"\nWritten: {output}")

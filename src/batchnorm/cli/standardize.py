@@ -1,4 +1,4 @@
-"""The verb `standardize`."""
+"""The command `standardize`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import Mistake, mistakes_of
+from batchnorm.cli.loading import Mistake, library_errors, mistakes_of
 from batchnorm.cli.writing import check_output, open_output, output_options
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from batchnorm.standardize import Standardizer
 
-_BYTES = 2**22  # of the file that are standardized at a time
+_BYTES = 2**22  # bytes of the file that are standardized at a time
 _SHOWN = 10
 
 
@@ -28,15 +28,22 @@ _SHOWN = 10
     "--like",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.npy",
-    help="Take mean and deviation from this file, such as the training data, instead of FILE.npy itself.",
+    help="Use the mean and deviation of this file, such as the training data, instead of those of FILE.npy.",
 )
-@click.option("--channel-axis", type=int, default=1, show_default=True, metavar="N", help="-1 for channels last.")
+@click.option(
+    "--channel-axis",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Axis of the channels; -1 for channels last.",
+)
 @click.option(
     "--nan-policy",
     type=click.Choice(("raise", "omit", "propagate")),
     default="raise",
     show_default=True,
-    help="Refuse NaN, leave it out of the statistics, or let it through.",
+    help="Reject NaN, exclude it from the statistics, or let it propagate.",
 )
 @output_options("FILE.npy", "the standardized data")
 @click.pass_context
@@ -50,7 +57,7 @@ def standardize(
     output: Path,
     overwrite: bool,
 ) -> None:
-    r"""Write data with zero mean and unit variance in every feature or channel; files may be larger than memory.
+    r"""Write data with zero mean and unit variance in every feature or channel; files may exceed the memory.
 
     \b
     Examples:
@@ -62,17 +69,12 @@ def standardize(
     mistake = mistakes_of(ctx)
     check_output(output, overwrite, mistake)
     x, source = _opened(data, mistake), _opened(like or data, mistake)
-    try:
+    with library_errors(mistake):
         standardizer = Standardizer(channel_axis=channel_axis, nan_policy=nan_policy).fit(source)
         first = standardizer.transform(x[:1])
-    except ValueError as error:
-        raise mistake(str(error)) from error
-    with open_output(output, mistake) as file:
-        try:
-            _write(file, x, first.dtype, standardizer)
-        except ValueError as error:  # NaN further on
-            raise mistake(str(error)) from error
-    click.echo(_told(standardizer, source))
+    with open_output(output, mistake) as file, library_errors(mistake):  # NaN may come later in the file
+        _write(file, x, first.dtype, standardizer)
+    click.echo(_summary(standardizer, source))
     click.echo(f"\nWritten: {output}")
 
 
@@ -95,7 +97,7 @@ def _parts(x: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def _write(file: BinaryIO, x: NDArray[Any], dtype: np.dtype[Any], standardizer: Standardizer) -> None:
-    """By ordinary writes, which say when the disk is full; a memory map would end the process."""
+    """Write the standardized data. Ordinary writes report a full disk; a memory map would kill the process."""
     import numpy as np
 
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": x.shape}
@@ -104,7 +106,7 @@ def _write(file: BinaryIO, x: NDArray[Any], dtype: np.dtype[Any], standardizer: 
         file.write(np.ascontiguousarray(part).data)
 
 
-def _told(standardizer: Standardizer, source: NDArray[Any]) -> str:
+def _summary(standardizer: Standardizer, source: NDArray[Any]) -> str:
     features = standardizer.n_features_in_
     lines = [f"standardize: {len(source)} samples of {features} features, {source.dtype}", ""]
     lines.append(f"{'feature':>7}  {'mean':>12}  {'deviation':>12}")

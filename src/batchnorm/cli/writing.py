@@ -1,11 +1,12 @@
-"""Files that a verb writes: whole or not at all, and none by mistake in the place of another."""
+"""The output file of a command: written whole or not at all, and never over another file by mistake."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -15,7 +16,7 @@ from batchnorm.files import whole_file
 
 
 def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options `-o` and `--overwrite` of a verb that writes one file."""
+    """Add the options `-o` and `--overwrite` to a command that writes one file."""
     output = click.option(
         "-o",
         "--output",
@@ -24,23 +25,23 @@ def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], C
         metavar=metavar,
         help=f"Where to write {what}.",
     )
-    overwrite = click.option("--overwrite", is_flag=True, help="Replace the file, if there is one.")
+    overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
     return lambda verb: output(overwrite(verb))
 
 
 def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
-    """Before anything is computed, which may take minutes."""
+    """Check the output path before anything is computed, which may take minutes."""
     if output.exists() and not overwrite:
         raise mistake(f"{output} must not exist yet. Choose another name, or give --overwrite.")
     if not output.parent.is_dir():
-        raise mistake(f"{output} must be in a directory that exists, but {output.parent} is none. Make it first.")
+        raise mistake(f"{output} must be in a directory that exists, but {output.parent} does not. Create it first.")
 
 
 @contextmanager
 def open_output(output: Path, mistake: Mistake) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `output` when the block ends, unless by an exception.
 
-    Results of torch are saved into memory first: its own writer aborts the process some time after a disk is full.
+    Save results of torch with `save_in_memory` first: its own writer aborts the process some time after a full disk.
     """
     try:
         with whole_file(output) as part, part.open("wb") as file:
@@ -49,3 +50,10 @@ def open_output(output: Path, mistake: Mistake) -> Iterator[BinaryIO]:
         raise
     except Exception as error:
         raise mistake(f"{output} could not be written", error) from error
+
+
+def save_in_memory(save: Callable[[Any, Any], object], value: object) -> memoryview:
+    """Return the bytes that a function such as `torch.save` writes."""
+    buffer = io.BytesIO()
+    save(value, buffer)
+    return buffer.getbuffer()

@@ -13,14 +13,14 @@ ABSENT: Any = object()
 
 @dataclass(frozen=True)
 class Expected:
-    """What one argument of a rewritten `forward` has to be.
+    """One argument that a rewritten `forward` expects.
 
     Attributes:
         name: The parameter's name.
         kind: "tensor"; "list" or "tuple" of tensors; "constant"; or "absent".
-        count: How many tensors a list or tuple has.
+        count: The number of tensors in a list or tuple.
         value: The constant.
-        optional: Whether the argument may be left out, which then means the constant.
+        optional: Whether the argument may be left out; its value is then the constant.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Expected:
     optional: bool = False
 
     def tensors(self, argument: Any) -> Sequence[Tensor] | None:
-        """The tensors in the argument; None where it is something else than expected."""
+        """Return the tensors in the argument; None if it is not as expected."""
         if self.kind == "tensor":
             return (argument,) if isinstance(argument, Tensor) else None
         if self.kind == "constant":

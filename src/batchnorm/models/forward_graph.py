@@ -1,4 +1,4 @@
-"""The graph of one module's `forward`, where there is one that holds in training and in evaluation."""
+"""One module's `forward` as a graph that is the same in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DECIDES = "decides by shapes or values in its forward"
 
 
 def expected_arguments(module: nn.Module, call: Inputs | None) -> tuple[Expected, ...]:
-    """What each argument of the module's `forward` is: as in this call, or tensors and the defaults.
+    """Return what each argument of the module's `forward` is: as in this call, else tensors and defaults.
 
     Raises:
         Untraceable: an argument is neither tensors nor a plain constant.
@@ -55,10 +55,11 @@ def expected_arguments(module: nn.Module, call: Inputs | None) -> tuple[Expected
 def graph_as_called(
     root: nn.Module, holder: str, inlined: Sequence[nn.Module], calls: dict[str, Inputs] | None, where: str
 ) -> tuple[fx.Graph, tuple[Expected, ...]]:
-    """The graph of the module at `holder`, with these modules' own inlined, as it was called, and its arguments.
+    """Return the graph of the module at `holder` as it was called, with other modules inlined, and its arguments.
 
     Raises:
-        Untraceable: one of them has hooks (its place is told by `where`), the module was not called, or as `trace`.
+        Untraceable: an inlined module has hooks (the message ends with `where`); the module was not called; or as for
+            `trace`.
     """
     if any(map(is_hooked, inlined)):
         raise Untraceable(f"calls a module that has hooks, {where}")
@@ -70,7 +71,7 @@ def graph_as_called(
 
 
 def positional_arguments(module: nn.Module) -> int:
-    """How many arguments of the module's `forward` may be given by position."""
+    """Return the number of arguments of the module's `forward` that may be positional."""
     return sum(p.kind is not p.KEYWORD_ONLY for p in _parameters(module))
 
 
@@ -93,13 +94,13 @@ def _expected(name: str, argument: Any, default: Any) -> Expected:
 def trace(
     module: nn.Module, expected: Sequence[Expected], inlined: Sequence[nn.Module], known: bool
 ) -> tuple[fx.Graph, fx.graph.PythonCode]:
-    """The graph of the module's `forward`, the same in training and in evaluation, and its code.
+    """Return the graph of the module's `forward`, the same in training and in evaluation, and its code.
 
     Args:
-        module: A copy that may be spoiled; its modes are changed.
-        expected: What its arguments are.
-        inlined: The modules in it that are traced through; all others are one node each.
-        known: Whether the arguments were seen in a call, so that asking for their type has an answer.
+        module: A copy, whose modes and attributes may change.
+        expected: Its arguments.
+        inlined: The modules in it that are traced through; each other module is one node.
+        known: Whether the arguments come from a real call, so that their types are known.
 
     Raises:
         Untraceable: there is no such graph.
@@ -114,7 +115,7 @@ def trace(
                 graph = tracer.trace(module)
         except Untraceable:
             raise
-        except Exception as error:  # whatever foreign code makes of values that are not there yet
+        except Exception as error:  # other people's code may fail in any way on symbolic values
             reason = str(error).partition("\n")[0].strip() or type(error).__name__
             raise Untraceable(f"cannot be traced: {reason}") from error
         if _random_state() != drawn:
@@ -122,7 +123,7 @@ def trace(
         if any(_changed(m, was) for m, was in zip((module, *inlined), before, strict=True)):
             raise Untraceable("sets attributes of its own in its forward")
         for node in graph.nodes:
-            node.type = None  # annotations are names of the file they were written in
+            node.type = None  # annotations are names that only the original file defines
         graphs.append((graph, graph.python_code("self")))
     (graph, code), (_, other) = graphs
     if code.src != other.src or code.globals != other.globals:
@@ -131,10 +132,10 @@ def trace(
 
 
 def source(code: fx.graph.PythonCode) -> str:
-    """The code with the imports that it needs, to be compiled anywhere.
+    """Return the code with the imports that it needs, to be compiled anywhere.
 
     Raises:
-        Untraceable: something in it has no name to import it by.
+        Untraceable: something in it cannot be imported by name.
     """
     used = compile(code.src, "<traced>", "exec").co_consts
     names = {name for const in used if inspect.iscode(const) for name in const.co_names}
@@ -165,7 +166,7 @@ def _import(value: Any) -> str:
 
 
 class _Value(fx.Proxy):
-    """A value of the trace. Who asks for its type gets `Tensor` where that is known, and no wrong answer elsewhere."""
+    """A symbolic value. Asking for its type gives `Tensor` if that is known, and an error otherwise."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -187,7 +188,7 @@ class _Value(fx.Proxy):
 
 
 def _in_place(name: str) -> Callable[[_Value, Any], fx.Proxy]:
-    """`x += y` and the like as what they are; fx's own values make `x = x + y` of it."""
+    """Trace `x += y` and the like as in-place operations; fx itself traces `x = x + y`."""
     function = getattr(operator, name)
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
@@ -197,7 +198,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # so that what is done to a buffer is traced and not done
+    proxy_buffer_attributes = True  # so that operations on buffers are traced instead of executed
 
     def __init__(self, expected: Sequence[Expected], inlined: Sequence[nn.Module], known: bool) -> None:
         super().__init__()
@@ -248,7 +249,7 @@ class _Tracer(fx.Tracer):
 
 
 def _state() -> tuple[Any, ...]:
-    """What a `with` in a `forward` may change; the trace would lose it."""
+    """Return the settings that a `with` in a `forward` may change: the graph would lose the change."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -259,7 +260,7 @@ def _state() -> tuple[Any, ...]:
 
 @contextmanager
 def _surroundings(training: bool) -> Iterator[None]:
-    """Gradients and autocast on for training and off for evaluation, so that it shows who switches them."""
+    """Turn gradients and autocast on for training and off for evaluation, so that code that sets them differs."""
     before = [torch.is_autocast_enabled(device) for device in _DEVICES]
     try:
         for device in _DEVICES:
@@ -272,7 +273,7 @@ def _surroundings(training: bool) -> Iterator[None]:
 
 
 def _random_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (what foreign code may draw from)
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (other people's code may draw from it)
     generators = [torch.random.get_rng_state()]
     if torch.cuda.is_initialized():
         generators += torch.cuda.get_rng_state_all()
@@ -280,7 +281,7 @@ def _random_state() -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> dict[str, tuple[Any, int]]:
-    """Each attribute and how much it holds; parameters, buffers and modules too, as dictionaries."""
+    """Return every attribute, parameter, buffer and module, with the size of containers."""
     attributes = {name: value for name, value in vars(module).items() if name != "training"}
     for holder in ("_parameters", "_buffers", "_modules"):
         attributes.update({f"{holder}.{name}": value for name, value in attributes[holder].items()})

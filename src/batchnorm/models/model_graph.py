@@ -1,4 +1,4 @@
-"""A model as one graph of calls: by `torch.fx`, whose sizes stay open, else by `torch.export`, with dynamic ones."""
+"""A whole model as one graph: by `torch.fx`, valid for every size, else by `torch.export` with dynamic sizes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
 
-# Sizes of one dimension, in each of the runs that were tried: equal where they agree for every input.
+# The sizes of one dimension in all runs that were tried; equal tuples mean equal sizes for every input.
 Dim = tuple[int, ...]
 Shape = tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A model as a graph that computes the same.
+    """A graph that computes the same as a model.
 
     Attributes:
-        module: The graph module; its parameters and buffers are the model's own.
+        module: The graph module, with the model's own parameters and buffers.
         how: "fx" or "export".
-        sizes: What it was tried on: the example and other sizes that the model accepts as well.
-        refused: Sizes that the model accepts and the graph does not; empty but for a model that only a graph of fixed
-            sizes can hold.
-        shapes: Of every node that gives a tensor.
-        values: What each of these nodes gives for the example inputs.
-        paths: Of every node, the module that it comes from.
+        sizes: The inputs that it was tried on: the example, and other sizes that the model accepts.
+        refused: Inputs of sizes that the model accepts and the graph does not; not empty only where every graph has
+            fixed sizes.
+        shapes: The shape of every node whose result is a tensor.
+        values: The results of these nodes for the example inputs.
+        paths: For every node, the path of the module that it comes from.
     """
 
     module: fx.GraphModule
@@ -55,7 +55,7 @@ class Trace:
 
 
 class _Tracer(fx.Tracer):
-    """Inlines all but torch's layers, and those that cannot be traced; arguments beside the example's keep defaults."""
+    """Inlines all modules except torch's layers and untraceable ones; arguments not in the example keep defaults."""
 
     proxy_buffer_attributes = True
 
@@ -109,13 +109,13 @@ class _Tracer(fx.Tracer):
 def _by_fx(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
     tracer = _Tracer(sizes[0])
     graph = tracer.trace(model)
-    graph._tracer_cls = fx.Tracer  # what unpickling traces the code again with
+    graph._tracer_cls = fx.Tracer  # unpickling traces the code again with this class
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
 def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
-    """Dynamic are the dimensions that differ between the sizes that the model takes."""
-    # A batch of one would be taken for fixed.
+    """Export with the dimensions dynamic that differ between these inputs."""
+    # torch.export specializes a batch of one.
     example = next((i for i in sizes if all(x.shape[0] != 1 for x in i.tensors() if x.dim())), sizes[0])
     shapes = [[tuple(x.shape) for x in i.tensors()] for i in sizes]
     dynamic = iter(
@@ -134,7 +134,7 @@ def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
 
 
 def from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """An exported program as a plain graph module: no guards, arguments by name, results in their containers."""
+    """Return an exported program as a graph module without guards, with named arguments and results in containers."""
     lifted = program.module()
     graph = fx.Graph()
     copies: dict[Node, Any] = {}
@@ -151,7 +151,7 @@ def from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
             graph.output(_constructed(graph, result))
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code()  # attributes of training, and sizes that only the guards read
+    graph.eliminate_dead_code()  # attributes for training, and sizes that only guards read
     return fx.GraphModule(lifted, graph, "Exported")
 
 
@@ -165,7 +165,7 @@ def _argument_names(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def _constructed(graph: fx.Graph, result: Any) -> Any:
-    """Results in a class of its own are made by a call of that class, as in the model."""
+    """Build a result in the graph; one of a class of its own is made by calling that class, as in the model."""
     if isinstance(result, dict):
         items = {key: _constructed(graph, value) for key, value in result.items()}
         return items if type(result) is dict else graph.call_function(type(result), (), items)
@@ -178,7 +178,7 @@ def _constructed(graph: fx.Graph, result: Any) -> Any:
 
 
 class _Recorder(fx.Interpreter):
-    """Keeps every tensor, or its shape."""
+    """Runs a graph and keeps the shape of every tensor and, if `keep`, the tensor."""
 
     def __init__(self, module: fx.GraphModule, keep: bool) -> None:
         super().__init__(module, garbage_collect_values=not keep)
@@ -196,7 +196,7 @@ class _Recorder(fx.Interpreter):
 
 
 def flat_arguments(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
-    """The values of the graph's placeholders, in their order."""
+    """Return the values of the graph's placeholders, in order."""
     given = [x for x in inputs.args if isinstance(x, Tensor)]
     names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
     by_name = {**dict(zip(names, given, strict=False)), **inputs.kwargs}
@@ -204,7 +204,7 @@ def flat_arguments(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
 
 
 def record(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> _Recorder:
-    """A run of the graph with the shapes of its nodes and, if asked for, their values."""
+    """Run the graph, and record the shapes of its nodes and, if `keep`, their values."""
     recorder = _Recorder(module, keep)
     with torch.no_grad():
         recorder.run(*flat_arguments(module, inputs), enable_io_processing=False)
@@ -223,7 +223,7 @@ def _same(found: Any, expected: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says of a trace that fails: the next way is tried."""
+    """Silence torch: when a trace fails, the next way is tried."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch.export", "torch._export")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -247,16 +247,16 @@ def trace(
     ways: tuple[str, ...] = ("fx", "export"),
     prepare: Callable[[fx.GraphModule], fx.GraphModule] = lambda module: module,
 ) -> Trace:
-    """The model as a graph, which gave the same results on the example and on every other size that the model takes.
+    """Return the model as a graph with the same results on the example and on other sizes that the model takes.
 
     Args:
-        model: In evaluation mode, and on the inputs' device. Its forward is run; the graph holds its own parameters.
-        inputs: An example.
-        ways: What to try, in this order. A graph that holds only for some sizes is taken where no other was found.
-        prepare: Applied to what was traced before it is tried.
+        model: A module in evaluation mode, on the inputs' device. It is called; the graph has its own parameters.
+        inputs: The example.
+        ways: The ways to try, in this order. A graph for some sizes only is used if there is no other.
+        prepare: Applied to each graph before it is tried.
 
     Raises:
-        Untraceable: None of the ways gives a graph with the model's results.
+        Untraceable: no way gives a graph with the model's results.
     """
     expected = evaluate(model, inputs)
     accepted = [(inputs, expected)]
@@ -264,7 +264,7 @@ def trace(
         for other in inputs.resized():
             try:
                 accepted.append((other, evaluate(model, other)))
-            except Exception:  # the model's own limits
+            except Exception:  # a size that the model does not take
                 continue
         reasons, fixed = [], None
         for way in ways:
@@ -306,7 +306,7 @@ def _recorded(module: fx.GraphModule, how: str, sizes: list[Inputs], refused: tu
 
 
 def path_of(node: Node) -> str:
-    """The module that the call stands in, as a path."""
+    """Return the path of the module that the call comes from."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return str(node.target) if node.op == "call_module" else ""

@@ -1,4 +1,4 @@
-"""Where batch normalization stands in a network: what comes before and after each call of it."""
+"""The calls before and after each batch normalization in a graph."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class BatchNormCall:
     """One call of batch normalization in a traced and lowered model.
 
     Attributes:
-        path: The module that it stands in; the call's name, where it stands in none.
+        path: The path of the module that makes the call; the name of the node if there is none.
         node: The call of `F.batch_norm`.
-        source: What computes its input.
-        readers: What reads its result.
-        calls: How many times the network uses these running statistics (these parameters, where there are none).
-        fixed_statistics: Whether it normalizes by running statistics, not by the batch's.
+        source: The node that computes its input.
+        readers: The nodes that use its result.
+        calls: How often the network uses these running statistics (or these parameters, if there are none).
+        fixed_statistics: Whether it normalizes by running statistics instead of the batch's.
     """
 
     path: str
@@ -35,27 +35,27 @@ class BatchNormCall:
 
     @property
     def follows_linear(self) -> bool:
-        """Whether a convolution or linear layer computes its input, for it alone."""
+        """Whether its input comes from a convolution or linear layer that nothing else reads."""
         alone = [reader for reader in self.source.users if not asks_sizes(reader)] == [self.node]
         return alone and self.source.target in _LINEAR
 
     @property
     def activation(self) -> str | None:
-        """The activation that alone reads its result, if it is one that this library fuses."""
+        """The activation that reads its result, if nothing else does and this library can fuse it."""
         found = activation_of(self.readers[0]) if len(self.readers) == 1 else None
         return None if found is None else found[0]
 
     @property
     def foldable(self) -> bool:
-        """Whether it can go into the layer before it; there are other places, which `batchnorm.fold` tries."""
+        """Whether it can be folded into the layer before it; `batchnorm.fold` tries other places too."""
         return self.fixed_statistics and self.follows_linear
 
 
 def batch_norm_calls(trace: Trace) -> list[BatchNormCall]:
-    """Every call of batch normalization, in the order in which they run.
+    """Return every call of batch normalization, in the order in which they run.
 
     Args:
-        trace: Made with `prepare=lowering.lower`.
+        trace: A trace made with `prepare=lowering.lower`.
     """
     nodes = [node for node in trace.graph.nodes if node.op == "call_function" and node.target is F.batch_norm]
     keys = [_tensors(node) for node in nodes]

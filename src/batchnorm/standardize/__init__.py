@@ -1,4 +1,4 @@
-"""Data to zero mean and unit variance."""
+"""Standardize data to zero mean and unit variance."""
 
 from batchnorm.standardize.estimator import Standardizer
 

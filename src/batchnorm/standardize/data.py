@@ -1,4 +1,4 @@
-"""What data may be: one array, or batches of it."""
+"""The kinds of data that `Standardizer` takes: one array, or batches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 Array = Tensor | NDArray[Any]
 
-# Values that are held in float64 at a time.
+# The number of values that are held in float64 at a time.
 _PART = 2**18
 
 
 def is_batches(x: object) -> bool:
-    """Whether it is an iterable of batches, not an array or something that becomes one."""
+    """Whether x is an iterable of batches, rather than an array or something that converts to one."""
     if isinstance(x, (Tensor, np.ndarray, str, bytes, Mapping)) or hasattr(x, "__array__") or _is_sparse(x):
         return False
     if isinstance(x, (list, tuple)):
@@ -31,19 +31,19 @@ def _ndim(part: object) -> int:
 
 
 def batch_of(batch: object) -> Array:
-    """The data of a batch: itself, or the first of a tuple."""
+    """Return the data of a batch: the batch itself, or the first part of a tuple."""
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, np.ndarray)):
         batch = batch[0]
     if isinstance(batch, Mapping):
         raise TypeError(
             "Standardizer expects batches that are arrays, or tuples that begin with one, got "
-            f"{type(batch).__name__}. Say which part to take: (batch['x'] for batch in loader)."
+            f"{type(batch).__name__}. Select one, for example (batch['x'] for batch in loader)."
         )
     return as_array(batch)
 
 
 def as_array(x: Any) -> Array:
-    """A tensor or array of real numbers, not copied where it is one already."""
+    """Convert to a tensor or array of real numbers; one that is already is not copied."""
     if _is_sparse(x):
         raise TypeError(
             f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would fill "
@@ -57,7 +57,7 @@ def as_array(x: Any) -> Array:
     if array.dtype.kind == "c":
         raise ValueError(f"Standardizer expects real numbers, got {array.dtype}. Complex data not supported.")
     if array.dtype.kind == "O":
-        array = array.astype(np.float64)  # says itself which argument must be a number
+        array = array.astype(np.float64)  # its own error names the value that is not a number
     if array.dtype.kind not in "buif":
         raise ValueError(f"Standardizer expects numbers, got an array of dtype {array.dtype}. Convert it first.")
     return array
@@ -66,12 +66,12 @@ def as_array(x: Any) -> Array:
 def _is_sparse(x: object) -> bool:
     if isinstance(x, Tensor):
         return x.layout != torch.strided
-    sparse = sys.modules.get("scipy.sparse")  # whoever has such an array has imported it
+    sparse = sys.modules.get("scipy.sparse")  # a sparse array exists only if it was imported
     return sparse is not None and bool(sparse.issparse(x))
 
 
 def parts(x: Array) -> Iterator[slice]:
-    """Slices of x's samples that are small enough to be held in float64."""
+    """Yield slices of x's samples that are small enough to be held in float64."""
     per_sample = max(1, int(np.prod(x.shape[1:])))
     step = max(1, _PART // per_sample)
     for start in range(0, x.shape[0], step):
@@ -79,7 +79,7 @@ def parts(x: Array) -> Iterator[slice]:
 
 
 def float64(part: Array) -> Tensor:
-    """A copy in float64, on the same device where that has float64."""
+    """Return a copy in float64, on the same device if that has float64."""
     if isinstance(part, Tensor):
         device = "cpu" if part.device.type == "mps" else part.device
         return part.detach().to(device, torch.float64)
@@ -87,21 +87,21 @@ def float64(part: Array) -> Tensor:
 
 
 def result_dtype(x: Array) -> Any:
-    """The dtype that standardized x has: its own, or for integers torch's default, or NumPy's float64."""
+    """Return the dtype of standardized x: its own, or for integers torch's default or NumPy's float64."""
     if isinstance(x, Tensor):
         return x.dtype if x.is_floating_point() else torch.get_default_dtype()
     return x.dtype if x.dtype.kind == "f" else np.dtype(np.float64)
 
 
 def new_like(x: Array) -> Array:
-    """Uninitialized, of x's shape and kind, in the dtype of its standardized values."""
+    """Return an uninitialized array or tensor for x's standardized values."""
     if isinstance(x, Tensor):
         return torch.empty_like(x, dtype=result_dtype(x), requires_grad=False)
     return np.empty(x.shape, result_dtype(x))
 
 
 def write(out: Array, part: slice, values: Tensor) -> None:
-    """Put values, rounded to its dtype, into a part of `out`."""
+    """Write values into a part of `out`, rounded to its dtype."""
     if isinstance(out, Tensor):
         out[part] = values.to(out.device, out.dtype)
     else:

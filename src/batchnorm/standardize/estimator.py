@@ -1,4 +1,4 @@
-"""Dataset-wise standardization, as an estimator."""
+"""An estimator that standardizes a data set."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ _LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.F
 class Standardizer(Estimator):
     """Zero mean and unit variance for every feature or channel: `(x - mean)/std`, over a whole data set.
 
-    What batch normalization does per batch, once for the data: over samples for `[N, C]`, over samples and positions
-    for images `[N, C, H, W]` and the like. The standard deviation is the biased one, as in scikit-learn's
-    `StandardScaler`, whose methods and results this has; constant features are centred and not scaled. It takes
-    tensors on any device, NumPy arrays, memory maps, data frames, and iterables of batches such as a `DataLoader`, and
-    holds only a part of the data in float64 at a time. A scikit-learn estimator for pipelines and searches, without
-    needing scikit-learn.
+    It does once for the data what batch normalization does per batch: over samples for `[N, C]`, over samples and
+    positions for data such as images `[N, C, H, W]`. The standard deviation is the biased one. Methods and results are
+    those of scikit-learn's `StandardScaler`; constant features are centred and not scaled. It takes tensors on any
+    device, NumPy arrays, memory maps, data frames, and iterables of batches such as a `DataLoader`, and holds only a
+    part of the data in float64 at a time. It works in scikit-learn's pipelines and searches, and does not require
+    scikit-learn.
 
     Args:
         with_mean: Whether to subtract the mean.
         with_std: Whether to divide by the standard deviation.
-        nan_policy: "raise" refuses NaN and infinity. "omit" leaves NaN out of the statistics, keeps it in the
-            result, and refuses infinity. "propagate" lets both through.
+        nan_policy: "raise" rejects NaN and infinity. "omit" excludes NaN from the statistics, keeps it in the result,
+            and rejects infinity. "propagate" accepts both.
         channel_axis: The axis of features: 1 for `[N, C, *S]`, -1 for channels last.
 
     Attributes:
-        mean_: float64 `[C]`.
-        var_: Biased variance, float64 `[C]`.
-        scale_: What is divided by, float64 `[C]`: the standard deviation, 1 where it is 0 and without `with_std`.
-        n_samples_seen_: Values per feature (for images N·H·W; with weights their sum), an array where NaN was left
-            out of some features.
+        mean_: The mean, float64 `[C]`.
+        var_: The biased variance, float64 `[C]`.
+        scale_: The divisor, float64 `[C]`: the standard deviation; 1 where it is 0, or without `with_std`.
+        n_samples_seen_: Values per feature (N·H·W for images, the sum of the weights if given); an array if features
+            have different numbers of NaN.
         n_features_in_: C.
-        feature_names_in_: The columns of a data frame, if it was fitted on one.
+        feature_names_in_: The columns of the data frame that it was fitted on, if any.
 
     Raises:
         TypeError: data are sparse, or batches are dicts.
         ValueError: data are empty, not numbers, of the wrong shape or not finite; a weight is negative.
-        NotFittedError: something is transformed before `fit`.
+        NotFittedError: data are transformed before `fit`.
 
-    Numerics: two passes in float64 over each part, merged by Chan's formula around a mean that is held as two
-        float64: means far above the deviation, and many parts, cost nothing. Results are computed in float64 and
-        rounded once to the data's dtype; integers give float64 arrays or tensors of the default dtype. They carry no
-        gradient; the layer of `to_layer` does.
+    Numerics: two passes in float64 over each part, merged by Chan's formula around a mean that is stored as two
+        float64. Neither a mean far above the deviation nor many parts lose accuracy. Results are computed in float64
+        and rounded once to the data's dtype; integers give float64 arrays or tensors of the default dtype. Results
+        carry no gradient; the layer of `to_layer` does.
 
     Examples:
         >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -82,13 +82,13 @@ class Standardizer(Estimator):
     # Fitting
 
     def fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Standardizer:
-        """Measure the data, and forget what was measured before.
+        """Measure the data, and discard earlier measurements.
 
         Args:
             X: `[N, C]` or `[N, C, *S]`: a tensor, array, memory map or data frame; or an iterable of such batches,
                 which may be tuples that begin with them.
             y: Ignored.
-            sample_weight: `[N]`, how much each sample counts, >= 0; for arrays only.
+            sample_weight: The weight of each sample, `[N]`, >= 0; for arrays only.
         """
         fresh = self._unfitted().partial_fit(X, y, sample_weight)
         self._forget()
@@ -96,9 +96,9 @@ class Standardizer(Estimator):
         return self
 
     def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Standardizer:
-        """Measure further data together with those measured so far; arguments are those of `fit`.
+        """Add further data to the measurements; arguments are those of `fit`.
 
-        If anything is wrong with the data, also in the middle, what was measured so far stays as it was.
+        If anything is wrong with the data, even in the middle, the earlier measurements are unchanged.
         """
         _checks.check_choice("Standardizer", "nan_policy", self.nan_policy, _NAN_POLICIES)
         names = self._names_of(X)
@@ -147,7 +147,7 @@ class Standardizer(Estimator):
         self.mean_: NDArray[np.float64] = torch.where(measured.count > 0, measured.mean, float("nan")).numpy()
         self.var_: NDArray[np.float64] = measured.var.numpy()
         scale = measured.var.sqrt()
-        # What float64 data lose themselves is no deviation: (x - mean)² of a constant at its last place.
+        # A deviation below the rounding of float64 is none: (x - mean)² of a constant in its last place.
         rounding = measured.mean.abs() * 2 * torch.finfo(torch.float64).eps
         scale = torch.where(scale <= rounding, 1.0, scale)
         self.scale_: NDArray[np.float64] = (scale if self.with_std else torch.ones_like(scale)).numpy()
@@ -158,23 +158,23 @@ class Standardizer(Estimator):
         """Return `(x - mean_)/scale_` in x's dtype.
 
         Args:
-            X: As in `fit`. Of batches comes an iterator of standardized batches; what follows the data in a tuple is
-                passed on.
-            out: Where to write: an array, memory map or tensor of x's shape, for data larger than memory. It may be
-                x itself.
+            X: As in `fit`. For batches, the result is an iterator of standardized batches, which keep the other parts
+                of a tuple.
+            out: An array, memory map or tensor of x's shape to write to, for data larger than memory. It may be x
+                itself.
 
         Returns:
-            An array (or as `set_output` says), for tensors a tensor on their device; `out` where that is given.
+            An array (or the type chosen by `set_output`); for tensors a tensor on their device; `out` if given.
         """
         result = self._apply(X, out, lambda x, mean, low, scale: ((x - mean) - low) / scale)
         return result if out is not None else self._framed(result, X)
 
     def inverse_transform(self, X: Any, out: Array | None = None) -> Any:
-        """Return `x·scale_ + mean_`, which undoes `transform`; arguments and result are as there."""
+        """Return `x·scale_ + mean_`, the inverse of `transform`, with the same arguments and results."""
         return self._apply(X, out, lambda x, mean, low, scale: (x * scale + low) + mean)
 
     def fit_transform(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
-        """`fit`, then `transform`, of the same data; an iterator of batches cannot be read twice."""
+        """Call `fit` and then `transform` with the same data, which must not be an iterator: it is read twice."""
         if data.is_batches(X) and iter(X) is X:
             raise ValueError(
                 f"Standardizer.fit_transform expects data that can be read twice, got an iterator "
@@ -194,9 +194,9 @@ class Standardizer(Estimator):
             out = data.new_like(x)
         elif tuple(out.shape) != tuple(x.shape):
             raise ValueError(
-                f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Make it alike."
+                f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Give it that shape."
             )
-        else:  # nothing is written where something is wrong with the data
+        else:  # check all data before anything is written
             for part in data.parts(x):
                 self._check_finite(data.float64(x[part]))
         source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
@@ -219,7 +219,7 @@ class Standardizer(Estimator):
     # Together
 
     def merge(self, *others: Standardizer) -> Standardizer:
-        """Return a new one, as if fitted on the data of all; this one's arguments are taken.
+        """Return a new `Standardizer`, as if fitted on the data of all, with this one's arguments.
 
         Raises:
             NotFittedError: one of them is not fitted.
@@ -232,7 +232,7 @@ class Standardizer(Estimator):
             if other.n_features_in_ != self.n_features_in_:
                 raise ValueError(
                     f"Standardizer.merge expects {self.n_features_in_} features, got one with {other.n_features_in_}. "
-                    "Merge those of the same features."
+                    "Merge only estimators with the same features."
                 )
             measured = measured.merge(other._features)
         merged._settle(measured, self._ndim)
@@ -265,14 +265,14 @@ class Standardizer(Estimator):
     def to_layer(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> frozen.FrozenBatchNorm:
-        """Return a frozen batch normalization that does what `transform` does, as the first layer of a model.
+        """Return a frozen batch normalization that computes `transform`, as the first layer of a model.
 
         The model then takes raw data, and `batchnorm.fold` folds the layer into the first convolution or linear
-        layer. Its channels are on axis 1, whatever `channel_axis` says.
+        layer. Its channels are on axis 1, independent of `channel_axis`.
 
         Args:
-            dtype: Of its buffers; by default torch's.
-            device: Of its buffers.
+            dtype: The dtype of its buffers; by default torch's.
+            device: The device of its buffers.
 
         Raises:
             ValueError: a feature has no finite mean and deviation.
@@ -286,7 +286,7 @@ class Standardizer(Estimator):
                 "values of every feature."
             )
         var = torch.from_numpy(self.scale_).square()
-        # The layer adds eps > 0 to the variance; what is taken off before is far below its rounding.
+        # The layer adds eps > 0 to the variance. Subtracting it first changes nothing: it is far below the rounding.
         eps = var.min().item() * 1e-12
         kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
         layer = kind(self.n_features_in_, eps=eps, affine=False, device=device, dtype=dtype)
@@ -299,7 +299,7 @@ class Standardizer(Estimator):
     # Checks
 
     def _checked(self, x: Array, features: int | None, least: int = 1) -> Array:
-        """The array, if its shape is right."""
+        """Return the array after checking its shape."""
         shape = tuple(x.shape)
         if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or self.channel_axis in (0, -x.ndim):
             raise ValueError(
@@ -357,7 +357,7 @@ def _weights(given: Any, samples: int) -> Tensor:
         )
     if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.any():
         raise ValueError(
-            "Standardizer expects sample_weight >= 0, finite and not all zero, got others. Give zero weight to "
-            "what does not count."
+            "Standardizer expects sample_weight >= 0, finite and not all zero, got others. Give samples that do not "
+            "count the weight zero."
         )
     return weights

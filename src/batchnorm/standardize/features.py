@@ -1,4 +1,4 @@
-"""Moments of each feature with counts of its own, as missing values make them."""
+"""Moments of features that have a different number of values each, because some are missing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class Features:
     """Count (Σ w), mean and Σ w·(x - mean)² of each feature, all float64 `[C]` on the CPU.
 
-    As `batchnorm.moments.Moments`, but for the count, which missing values make differ between features, and for the
-    mean, which is `mean + mean_low`: rounded to float64 alone, it would limit what many merges keep of the variance.
+    This differs from `batchnorm.moments.Moments` in two ways. Each feature has its own count, because values may be
+    missing. The mean is `mean + mean_low`: a mean rounded to float64 would lose digits of the variance in many merges.
     """
 
     count: Tensor
@@ -23,13 +23,13 @@ class Features:
 
     @classmethod
     def empty(cls, features: int) -> Features:
-        """Of no data."""
+        """Return the moments of no data."""
         zeros = torch.zeros(features, dtype=torch.float64)
         return cls(zeros, zeros, zeros, zeros)
 
     @classmethod
     def of(cls, x: Tensor, weights: Tensor | None, *, omit_nan: bool) -> Features:
-        """Of `x [N, C, *S]`, float64, and `weights [N]`, in two passes."""
+        """Compute the moments of `x [N, C, *S]`, float64, with `weights [N]`, in two passes."""
         dims = [0, *range(2, x.dim())]
         per_feature = (1, -1, *(1,) * (x.dim() - 2))
         w = torch.ones((), dtype=x.dtype, device=x.device)
@@ -48,7 +48,7 @@ class Features:
         return cls(count.cpu(), *_pair(mean, mean_low), m2.cpu())
 
     def merge(self, other: Features) -> Features:
-        """Of both data together. The mathematics page, "Merging moments"."""
+        """Return the moments of both data sets together. The mathematics page, "Merging moments"."""
         count = self.count + other.count
         divisor = torch.where(count > 0, count, 1.0)
         difference = (other.mean - self.mean) + (other.mean_low - self.mean_low)
@@ -60,12 +60,12 @@ class Features:
 
     @property
     def var(self) -> Tensor:
-        """Biased variance; NaN where nothing was counted."""
+        """The biased variance; NaN where the count is 0."""
         return self.m2 / self.count
 
 
 def _pair(high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum, rounded, and what the rounding lost."""
+    """Return the rounded sum and its rounding error."""
     high, low = high.cpu(), low.cpu()
     total = high + low
     return total, torch.where(total.isfinite(), low - (total - high), 0.0)

@@ -1,4 +1,4 @@
-"""What scikit-learn asks of an estimator, without needing it."""
+"""The estimator protocol of scikit-learn, without a dependency on it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class NotFittedError(ValueError, AttributeError):
 
 
 class Estimator:
-    """Parameters by name, names of features, tags; fitted attributes end in an underscore."""
+    """Parameters by name, feature names and tags; names of fitted attributes end in an underscore."""
 
     nan_policy: str
     n_features_in_: int
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor, by name."""
+        """Return the arguments of the constructor by name."""
         return {name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters
                 if name != "self"}  # fmt: skip
 
     def set_params(self: E, **params: Any) -> E:
-        """Set arguments of the constructor by name; they hold from the next `fit`."""
+        """Set arguments of the constructor by name; they apply from the next `fit`."""
         known = self.get_params()
         for name, value in params.items():
             if name not in known:
@@ -45,20 +45,20 @@ class Estimator:
         return self
 
     def set_output(self: E, *, transform: str | None = None) -> E:
-        """Choose what `transform` makes of arrays `[N, C]` and data frames; tensors stay tensors.
+        """Choose the type that `transform` returns for arrays `[N, C]` and data frames; tensors stay tensors.
 
         Args:
-            transform: "default" for arrays, "pandas" or "polars" for data frames, None for no change. Unless it is
-                called, scikit-learn's own setting holds (`sklearn.set_config(transform_output=...)`).
+            transform: "default" for arrays, "pandas" or "polars" for data frames, None for no change. Without a call
+                of this method, scikit-learn's setting applies (`sklearn.set_config(transform_output=...)`).
         """
         if transform is not None:
             _checks.check_choice("Standardizer.set_output", "transform", transform, _OUTPUTS)
-            self._sklearn_output_config = {"transform": transform}  # the name that scikit-learn's clone takes along
+            self._sklearn_output_config = {"transform": transform}  # scikit-learn's clone copies this name
         return self
 
     def _framed(self, result: Any, X: object) -> Any:
-        """The result as the user wants it."""
-        sklearn = sys.modules.get("sklearn")  # whoever has set something there has imported it
+        """Return the result in the type that the user chose."""
+        sklearn = sys.modules.get("sklearn")  # a setting exists only if it was imported
         everywhere = {"transform": "default" if sklearn is None else sklearn.get_config()["transform_output"]}
         wanted = getattr(self, "_sklearn_output_config", everywhere)["transform"]
         if wanted == "default" or not isinstance(result, np.ndarray) or result.ndim != 2:
@@ -73,7 +73,7 @@ class Estimator:
         return polars.DataFrame(result, schema=list(names), orient="row")
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
-        """The names of the features that come out: those that went in, or x0, x1, ..."""
+        """Return the names of the output features: those of the input, or x0, x1, ..."""
         self._check_fitted()
         fitted: NDArray[Any] | None = getattr(self, "feature_names_in_", None)
         if input_features is None:
@@ -115,7 +115,7 @@ class Estimator:
             )
 
     def _names_of(self, X: object) -> NDArray[Any] | None:
-        """The column names of a data frame; they must be those of `fit`."""
+        """Return the column names of a data frame, and check that they are those of `fit`."""
         columns = getattr(X, "columns", None)
         names = None if columns is None else np.asarray(columns, dtype=object)
         if names is not None and not all(isinstance(name, str) for name in names):
