@@ -30,8 +30,8 @@ def try_plan(network: OnnxNetwork, runner: Runner, model: onnx.ModelProto, plan:
         arithmetic.NotRepresentable: A weight is not finite in its type.
         CannotFold: They cannot be run.
     """
-    writers = {network.writer(name) for name in plan.same}
-    region = [call for call in network.calls if call in {*plan.states, *plan.through, *plan.gone, *writers}]
+    touched = {*plan.states, *plan.through, *plan.gone, *map(network.writer, plan.same)}
+    region = [call for call in network.calls if call in touched]
     remaining = [call for call in region if call not in plan.gone]
     before, feeds = _part(network, region, FoldPlan(network), plan.same, model)
     same = [plan.now(name) for name in plan.same]
