@@ -1,4 +1,4 @@
-"""For every rule a defect planted into a healthy network of realistic depth, and the same network without it."""
+"""For every rule a healthy network of realistic depth with a planted defect, and the same network without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batches = list[tuple[Tensor, Tensor]] | None
 
 @dataclass(frozen=True)
 class Case:
-    """What to diagnose, and the severity that a planted defect has there."""
+    """A model and data to diagnose, and the severity of the planted defect."""
 
     model: nn.Module
     data: Batches
@@ -43,7 +43,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 def averaged() -> Case:
-    """Weights averaged with those of later training, and the statistics left as they were."""
+    """Average the weights with later ones, and leave the statistics unchanged."""
     model, later = trained("plain"), trained("plain")
     train(later, 60, lr=0.1, seed=3)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def empty_filters() -> Case:
 
 
 def exposures(spread: float) -> Case:
-    """Which pictures are brighter than the others of their batch, where each batch has an exposure of its own."""
+    """Classify which pictures are brighter than the others of their batch; each batch has its own exposure."""
     x, _ = digits()
     generator = torch.Generator().manual_seed(0)
 
@@ -299,7 +299,7 @@ class Sequences(nn.Module):
 
 
 def sequences(padded: bool) -> Case:
-    """The rows of several digits after one another, as many as differ from sample to sample."""
+    """Sequences of digit rows, of different lengths if padded."""
     generator = torch.Generator().manual_seed(0)
     data = []
     for x, y in batches():
@@ -318,7 +318,7 @@ def sequences(padded: bool) -> Case:
 
 
 def overflowing(scale: float) -> Case:
-    """Weights that grew under the normalization, which takes any scale away, in float16."""
+    """Weights in float16 that grew unnoticed, because the normalization removes any scale."""
     model = trained("plain")
     with torch.no_grad():
         model.blocks[2][0].weight *= scale
@@ -334,7 +334,7 @@ def deployed() -> Case:
 
 @contextmanager
 def four_processes() -> Iterator[None]:
-    """As the first of a group of four that does not really exist: nothing is sent."""
+    """Be the first process of a fake group of four, in which nothing is sent."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
         yield
@@ -348,7 +348,7 @@ def one_of_four() -> Case:
 
 @contextmanager
 def other_statistics() -> Iterator[None]:
-    """As the first of two processes, the other of which trained on other data without their buffers being broadcast."""
+    """Be the first of two processes; the other one trained on other data, and buffers are not broadcast."""
 
     def gather(every: list[Any], own: dict[str, dict[str, Tensor]], group: Any = None) -> None:
         every[:] = [own, {path: {**of, "running_mean": of["running_mean"] + 2} for path, of in own.items()}]
@@ -364,7 +364,7 @@ def apart() -> Case:
 
 
 def tracking_off() -> Case:
-    """Fine-tuned as by callbacks that freeze γ and β and switch tracking off: the layers train by the batch."""
+    """Fine-tune like callbacks that freeze γ and β and switch tracking off; the layers train by the batch."""
     model = trained("plain")
     for layer in norms(model):
         layer.requires_grad_(False).track_running_stats = False
@@ -404,7 +404,7 @@ PLANTED: dict[str, Callable[[], Case]] = {
     "BN215": apart,
     "BN216": tracking_off,
 }
-# Where the healthy case is another than a trained network on data like those of training.
+# Rules whose healthy case is not simply a trained network on data like its training data.
 HEALTHY: dict[str, Callable[[], Case]] = {
     "BN108": lambda: table(0.0),
     "BN109": lambda: recurrent(apart=True),
@@ -414,7 +414,7 @@ HEALTHY: dict[str, Callable[[], Case]] = {
     "BN114": lambda: overflowing(1.0),
     "BN203": lambda: decayed(0.0),
 }
-# Findings that a defect brings with it.
+# Further errors that a defect causes.
 RELATED = {
     "BN101": {"BN102"},
     "BN102": {"BN101"},

@@ -17,7 +17,7 @@ SIDE = 14
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    """Pictures `[N, 3, 14, 14]` from 0 to 1, and their digits."""
+    """Return pictures `[N, 3, 14, 14]` from 0 to 1, and their digits."""
     held = data.load("mnist-mini")
     x = F.avg_pool2d(held.x_train, 2)
     x = (x - x.min()) / (x.max() - x.min())
@@ -25,13 +25,13 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def batches(number: int = 12, size: int = 64, start: int = 5000) -> list[tuple[Tensor, Tensor]]:
-    """Batches that training has not seen, in no order."""
+    """Return batches that training has not seen, in random order."""
     x, y = digits()
     return [(x[i : i + size], y[i : i + size]) for i in range(start, start + number * size, size)]
 
 
 class Classifier(nn.Module):
-    """Any of the networks with ten outputs."""
+    """A network with a head of ten outputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Classifier(nn.Module):
 
 
 def transformers_resnet() -> nn.Module:
-    """A definition that is not ours, with 10 layers of batch normalization."""
+    """Return a third-party model with 10 layers of batch normalization."""
     import transformers
 
     config = transformers.ResNetConfig(
@@ -88,7 +88,7 @@ def criterion(returned: object, y: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, steps: int, *, lr: float = 0.1, size: int = 64, seed: int = 0) -> torch.optim.Optimizer:
-    """Train with a rate that falls to zero, so that the running statistics catch up."""
+    """Train with a learning rate that falls to zero, so the running statistics catch up."""
     x, y = digits()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
@@ -113,5 +113,5 @@ def _trained(name: str) -> nn.Module:
 
 
 def trained(name: str) -> nn.Module:
-    """A copy of its own, in training mode."""
+    """Return a fresh copy in training mode."""
     return copy.deepcopy(_trained(name))

@@ -1,4 +1,4 @@
-"""Networks that others trained, with their weights, from packages that may not be there; photographs for them."""
+"""Published networks with their weights, from optional packages, and photographs for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures that the rules stand on, against simulation and other libraries."""
+"""The measurements behind the rules, against simulation and other libraries."""
 
 from __future__ import annotations
 

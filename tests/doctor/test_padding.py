@@ -1,4 +1,4 @@
-"""Padding is recognised where it is, and backgrounds, borders and shifted images are none."""
+"""Padding is found, and backgrounds, borders and shifted images do not count as padding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def photographs(number: int = 48) -> tuple[Tensor, ...]:
 
 
 def collated(images: Images, value: float = 0.0, multiple: int = 1) -> Tensor:
-    """As collate functions of detection and segmentation do: all as large as the largest, filled at the far ends."""
+    """Pad images to the largest one at the bottom and the right, like collate functions of detection models."""
     height, width = (-(-max(image.shape[d] for image in images) // multiple) * multiple for d in (1, 2))
     return torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1]), value=value) for i in images])
 
@@ -166,7 +166,7 @@ def test_padded_images_are_found_and_those_of_one_size_are_not() -> None:
 
 
 class Masked(nn.Sequential):
-    """Blocks whose layers are told which positions count, as the repair says."""
+    """Blocks whose layers are called with a mask, as the fix says."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = (x != 0).any(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The diagnosis as a page: its structure, that it needs nothing else, and that what users wrote is escaped."""
+"""The HTML page: its structure, that it is self-contained, and that user input is escaped."""
 
 from __future__ import annotations
 

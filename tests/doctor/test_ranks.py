@@ -1,4 +1,4 @@
-"""What two processes hold, compared by both."""
+"""The layers of two processes, compared by both."""
 
 from __future__ import annotations
 

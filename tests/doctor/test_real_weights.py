@@ -1,4 +1,4 @@
-"""Networks that others trained are healthy, and defects planted into one of them are found."""
+"""Published networks are healthy, and defects planted into one of them are found."""
 
 from __future__ import annotations
 

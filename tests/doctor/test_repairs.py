@@ -1,4 +1,4 @@
-"""Every repair is code that runs as it is pasted, and after it the finding is gone."""
+"""Every fix is code that runs as pasted, and removes its finding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CODES = [rule.code for rule in load_rules()]
 
 
 def planted(code: str) -> tuple[Case, Finding]:
-    """A case, and the finding that is worst by its rule."""
+    """Return a case, and the worst finding of its rule."""
     case = PLANTED[code]()
     with case.around():
         found = diagnose(case.model, case.data, **case.options)
@@ -35,7 +35,7 @@ def planted(code: str) -> tuple[Case, Finding]:
 
 
 def pasted(finding: Finding, model: nn.Module, training_data: Any, **more: Any) -> Names:
-    """What the repair leaves, given the names that it uses for the user's."""
+    """Run the fix with the user's objects under the names that it uses; return all names afterwards."""
     given = {"model": model, "training_data": training_data or batches(4), **more}
     names = {"batchnorm": batchnorm, "torch": torch, **given}
     exec(compile(finding.repair, finding.code, "exec"), names)

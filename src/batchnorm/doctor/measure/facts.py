@@ -1,4 +1,4 @@
-"""What a diagnosis reports of each layer, as plain values: its facts, what the data showed, and its channels."""
+"""The facts, the measures and the channels of each layer that a diagnosis reports, as plain values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEAD, DEAD_SHARE = 1e-3, 0.25
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is known of one layer without data.
+    """The facts of one layer that are known without data.
 
     Ranges are (smallest, largest), or None where the layer has no such vector.
 
@@ -65,7 +65,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """What the data showed of one layer; None where it could not be measured.
+    """The measures of one layer from the data; None where one could not be taken.
 
     Attributes:
         path: Its path.
@@ -140,7 +140,7 @@ def _facts(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
 
 
 def measures_of(m: Measurements) -> tuple[LayerMeasures, ...]:
-    """Return what the data showed of every layer, in the model's order."""
+    """Return the measures of every layer, in the model's order."""
     distances = {distance.layer: distance for distance in m.distances}
 
     def measures(layer: Layer) -> LayerMeasures:

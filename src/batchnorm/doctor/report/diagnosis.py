@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diagnosis(Results):
-    """What is wrong with the batch normalization of a model; prints as a report, in colour with rich's `print`.
+    """The findings on the batch normalization of a model; prints as a report, in colour with rich's `print`.
 
     Attributes:
         model: The model's class.

@@ -32,8 +32,8 @@ class TrainEvaluationGap(Rule):
         other rules need come first.
     """
     severity = """
-        By the loss in evaluation minus the loss in training: a warning from 10 % more loss and a change of the output
-        by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
+        The loss in evaluation minus the loss in training decides: a warning from 10 % more loss and a change of the
+        output by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     notes = "Where a cause was found, the finding names its code instead: fix that first."
@@ -59,7 +59,7 @@ class TrainEvaluationGap(Rule):
                 f"running statistics against the population's: {whole}",
                 f"batches' statistics against the population's: {m.batch_effect}",
                 *(
-                    f"{named(path)}: the population's statistics in it alone remove {removed[path]:.0%} of {excess}"
+                    f"{named(path)}: the population's statistics in it alone {_change(removed[path])} {excess}"
                     for path in ranked
                 ),
             ],
@@ -73,6 +73,10 @@ class TrainEvaluationGap(Rule):
         found = {f.code for f in findings if f.severity > Severity.NOTE or f.code in _CAUSES[:2]}
         causes = [code for code in _CAUSES if code in found]
         return replace(finding, repair=f"# fix these causes first: {', '.join(causes)}") if causes else finding
+
+
+def _change(removed: float) -> str:
+    return f"remove {removed:.0%} of" if removed >= 0 else f"add {-removed:.0%} to"
 
 
 def _in_loss(whole: Effect) -> bool:

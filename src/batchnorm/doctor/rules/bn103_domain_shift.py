@@ -11,11 +11,11 @@ class DomainShift(Rule):
         (0 to 255 instead of 0 to 1, another mean, another order of colours), come out shifted and scaled.
     """
     evidence = """
-        The figures of [BN102](bn102.md). The finding is BN103 where the deviations of the running means are within
-        what a change of the layers' inputs can cause, where σ is off by the same factor in all channels of the first
-        layer, or where the first layer normalizes the data themselves.
+        The figures of [BN102](bn102.md). The finding is BN103 where the deviations of the running means are within what
+        a change of the layers' inputs can cause, where σ is off by the same factor in all channels of the first layer,
+        or where the first layer normalizes the data themselves.
     """
-    severity = "By what the running statistics cost against the statistics of these data."
+    severity = "The cost of the running statistics against the statistics of these data decides."
     repair = """
         # first compare how training and evaluation prepare the data; if they are meant to differ:
         model, report = batchnorm.recalibrate(model, data)  # the new data; with few samples, add prior=16

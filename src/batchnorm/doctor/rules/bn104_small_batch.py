@@ -17,18 +17,17 @@ class SmallBatch(Rule):
         input.
     """
     evidence = """
-        The standard deviation of a normalized value over the choice of the other samples of its batch:
-        √((Var(u)/σ² + Var(v)/(4σ⁴))/N), where u is the mean of a sample over its positions, v its mean square
-        deviation, and N the number of samples in a batch. It is measured from whole samples, so similar pixels do not
-        count as independent. It falls as 1/√N; the finding says how many samples bring the noisiest layer down to
-        0.1σ.
+        The standard deviation of a normalized value over the choice of the other samples of its batch: √((Var(u)/σ² +
+        Var(v)/(4σ⁴))/N), where u is the mean of a sample over its positions, v its mean square deviation, and N the
+        number of samples in a batch. It is measured from whole samples, so similar pixels do not count as independent.
+        It falls as 1/√N; the finding says how many samples bring the noisiest layer down to 0.1σ.
 
         Batches with a single value per channel are counted.
     """
     severity = """
-        By what the batches' statistics cost against the population's, on the same batches. One value per channel in
-        every batch is an error, in some batches a warning: torch refuses to train on them. Without a loss noise is a
-        note, because it also regularizes.
+        The cost of the batches' statistics against the population's, on the same batches, decides. One value per
+        channel in every batch is an error, in some batches a warning: torch refuses to train on them. Without a loss
+        noise is a note, because it also regularizes.
     """
     repair = """
         # larger batches, or statistics over several processes or steps

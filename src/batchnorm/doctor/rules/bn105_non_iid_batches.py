@@ -7,9 +7,9 @@ class NonIidBatches(Rule):
     code = "BN105"
     title = "batches are not independent samples of the data"
     why = """
-        Batches that are sorted by class, drawn for metric learning, or cut from one video have statistics of their
-        own. The network learns to use them, and the running statistics, an average over batches, miss the spread
-        between them.
+        Batches that are sorted by class, drawn for metric learning, or cut from one video have statistics of their own.
+        The network learns to use them, and the running statistics, an average over batches, miss the spread between
+        them.
     """
     evidence = """
         An analysis of variance of the samples' means, with batches as groups: how much more the means of batches vary
@@ -20,7 +20,7 @@ class NonIidBatches(Rule):
         A validation loader that is sorted by class is found too: pass the data as in training.
     """
     severity = """
-        By what the batches' statistics cost against the population's, or by the gap to evaluation where the network
+        The cost of the batches' statistics against the population's decides, or the gap to evaluation where the network
         has learned to use them.
     """
     repair = """
@@ -29,8 +29,7 @@ class NonIidBatches(Rule):
         model, report = batchnorm.recalibrate(model, training_data)
     """
     source = """
-        Ioffe 2017, section 1; Westfall & Young 1993, *Resampling-Based Multiple Testing*; Wu & Johnson 2021,
-        section 6.
+        Ioffe 2017, section 1; Westfall & Young 1993, *Resampling-Based Multiple Testing*; Wu & Johnson 2021, section 6.
     """
     needs = ("data",)
 

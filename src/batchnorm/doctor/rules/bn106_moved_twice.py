@@ -15,22 +15,22 @@ class MovedTwice(Rule):
     code = "BN106"
     title = "running statistics are updated more than once in a training step"
     why = """
-        Activation checkpointing runs a layer again in the backward pass, and a loss that calls the model twice runs
-        all layers twice. Each run updates the statistics, so the momentum is not the one that was chosen.
+        Activation checkpointing runs a layer again in the backward pass, and a loss that calls the model twice runs all
+        layers twice. Each run updates the statistics, so the momentum is not the one that was chosen.
     """
     evidence = """
         One training step is made on the first batch, with its backward pass and without its update, and undone. Every
-        call of a layer that changes its running statistics is counted, before and during the backward pass. No step
-        is made where the parameters have hooks that start an update.
+        call of a layer that changes its running statistics is counted, before and during the backward pass. No step is
+        made where the parameters have hooks that start an update.
     """
     severity = """
-        By how much more the running mean scatters, in standard deviations: a warning from 0.05σ. Two updates by the
-        same batch turn a momentum of 0.1 into 0.19, which often does little.
+        The additional scatter of the running mean decides, in standard deviations: a warning from 0.05σ. Two updates by
+        the same batch turn a momentum of 0.1 into 0.19, which often does little.
     """
     repair = "model, report = batchnorm.accelerate(model)  # its layers are not updated in a backward pass"
     source = """
-        PyTorch's documentation of `torch.utils.checkpoint`; Chen et al. 2016, *Training Deep Nets with Sublinear
-        Memory Cost*.
+        PyTorch's documentation of `torch.utils.checkpoint`; Chen et al. 2016, *Training Deep Nets with Sublinear Memory
+        Cost*.
     """
     needs = ("step",)
 

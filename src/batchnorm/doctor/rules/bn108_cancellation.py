@@ -20,7 +20,7 @@ class Cancellation(Rule):
         computation. The error that the rounding of the input itself causes is its unit in the last place.
     """
     severity = """
-        By the larger of the two errors of a normalized value, in standard deviations: a note from 0.001, a warning
+        The larger of the two errors of a normalized value decides, in standard deviations: a note from 0.001, a warning
         from 0.01, an error from 0.1.
     """
     repair = """

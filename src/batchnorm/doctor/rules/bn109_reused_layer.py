@@ -16,10 +16,10 @@ class ReusedLayer(Rule):
     """
     evidence = """
         The calls of each layer in one forward pass of the model, with the mean and variance of the input of each call.
-        Where these differ, one more pass (`budget=`) normalizes every call by its own population, and measures what
-        the common statistics cost. Without data the calls are counted in the traced model.
+        Where these differ, one more pass (`budget=`) normalizes every call by its own population, and measures what the
+        common statistics cost. Without data the calls are counted in the traced model.
     """
-    severity = "By that cost; a note where the calls have similar inputs."
+    severity = "That cost decides; a note where the calls have similar inputs."
     repair = """
         # for a module in several places:
         model, report = batchnorm.recalibrate(model, training_data, shared="separate")

@@ -21,13 +21,11 @@ class DropoutBefore(Rule):
         trained.
     """
     severity = """
-        By what the running statistics cost against the population's without dropout, where these layers are the ones
-        that are off; otherwise a note.
+        The cost of the running statistics against the population's without dropout decides, if most layers that are off
+        are among these; otherwise a note.
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # or dropout after the last of these layers"
-    source = """
-        Li et al. 2019, *Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift*.
-    """
+    source = "Li et al. 2019, *Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift*."
     needs = ("step or trace",)
 
     def check(self, m: Measurements) -> Findings:

@@ -17,9 +17,9 @@ class Leakage(Rule):
         evaluation is worse than training on the same batches, and stale running statistics do not explain that.
     """
     severity = """
-        By what the new neighbours cost in loss, and how far the outputs move. Without a loss it is never an error, and
-        is checked only where batches are not independent ([BN105](bn105.md)): the noise of small batches changes
-        outputs just as much.
+        The cost of the new neighbours in loss decides, and the change of the outputs. Without a loss it is never an
+        error, and is checked only where batches are not independent ([BN105](bn105.md)): the noise of small batches
+        changes outputs just as much.
     """
     repair = """
         loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)

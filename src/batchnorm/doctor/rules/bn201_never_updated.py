@@ -21,7 +21,7 @@ class NeverUpdated(Rule):
         and, without data, a layer that has seen so few batches that its momentum leaves more than 5 % of the initial
         values.
     """
-    severity = "With data by what the running statistics cost against the population's; without data a warning."
+    severity = "With data the cost of the running statistics against the population's decides; without data a warning."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     source = "PyTorch's documentation of `BatchNorm2d`."
 

@@ -16,12 +16,11 @@ class HalfPrecision(Rule):
     title = "running statistics are kept in half precision"
     why = """
         running ← running + momentum·(batch - running) stops where the step is smaller than the last digit: with
-        bfloat16 and momentum 0.1 as soon as the two differ by less than 2%. float16 overflows at variances above
-        65504.
+        bfloat16 and momentum 0.1 as soon as the two differ by less than 2%. float16 overflows at variances above 65504.
     """
     evidence = """
-        The dtype of running statistics that are updated, and the distance from the mean at which their updates stop,
-        in standard deviations: |mean|/σ · unit/momentum.
+        The dtype of running statistics that are updated, and the distance from the mean at which their updates stop, in
+        standard deviations: |mean|/σ · unit/momentum.
     """
     severity = "A warning where that is more than 0.05σ and the model is in training mode; otherwise a note."
     repair = """

@@ -19,7 +19,7 @@ class NotSynchronized(Rule):
         batch size of this process. `SyncBatchNorm`, of torch or of this library, and `BatchRenorm(sync=True)` are left
         out. There is no communication with other processes.
     """
-    severity = "By what the local batches' statistics cost against the population's; a note without a loss."
+    severity = "The cost of the local batches' statistics against the population's decides; a note without a loss."
     repair = "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)"
     source = "Peng et al. 2018, *MegDet*; the guide to several processes."
     needs = ("data",)

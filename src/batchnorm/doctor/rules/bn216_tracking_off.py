@@ -27,8 +27,8 @@ class TrackingOff(Rule):
         against the population's.
     """
     severity = """
-        With data by what the running statistics cost against the population's; without data a warning. A note if no
-        parameter is trained, because then nothing changes the activations.
+        With data the cost of the running statistics against the population's decides; without data a warning. A note if
+        no parameter is trained, because then nothing changes the activations.
     """
     repair = """
         for found in batchnorm.walk.norm_layers(model):
@@ -36,8 +36,8 @@ class TrackingOff(Rule):
         model, report = batchnorm.recalibrate(model, training_data)
     """
     notes = """
-        The finding sets the switch that it found. If the layers were meant to be frozen, use
-        `model, report = batchnorm.freeze(model)` instead.
+        The finding sets the switch that it found. If the layers were meant to be frozen, use `model, report =
+        batchnorm.freeze(model)` instead.
     """
     source = "PyTorch's documentation of `BatchNorm2d`; Lightning issue #15062 (fine-tuning callbacks)."
 

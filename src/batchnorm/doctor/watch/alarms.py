@@ -36,7 +36,7 @@ class ObservedLayer:
 
     Attributes:
         layer: The layer; its `calls` and `samples` are those of this step.
-        observation: What it did in the step.
+        observation: Its calls and its first batch in the step.
         state: Its parameters and statistics after the step.
         record: The record of the step.
     """
@@ -49,7 +49,7 @@ class ObservedLayer:
 
 @dataclass
 class _History:
-    """What is remembered of a layer."""
+    """Earlier values of a layer."""
 
     off_since: int | None = None
     off_looks: int = 0
@@ -172,15 +172,11 @@ class Alarms:
             paths,
             f"{counted(len(worst), 'layer has', 'layers have')} been off for "
             f"{counted(max(steps_off.values()), 'step')}: {listed(paths)}",
-            evidence=[f"{distance}, momentum {_momentum(distance.layer)}" for distance in worst[:5]],
+            evidence=[f"{distance}, momentum {distance.layer.momentum}" for distance in worst[:5]],
             repair=_repair(rule.repair, worst[0].layer),
             confidence="medium",
             layers={distance.layer.path: {"shift": distance.shift, "scale": distance.scale} for distance in worst},
         )
-
-
-def _momentum(layer: Layer) -> str:
-    return "None" if layer.momentum is None else f"{layer.momentum:g}"
 
 
 def _repair(after_training: str, layer: Layer) -> str:
@@ -190,6 +186,6 @@ def _repair(after_training: str, layer: Layer) -> str:
     problem = "average never forgets" if layer.momentum is None else "average is never updated"
     return (
         "for found in batchnorm.walk.norm_layers(model):\n"
-        f"    found.module.momentum = {_USUAL_MOMENTUM}  # with {_momentum(layer)} the {problem}\n"
+        f"    found.module.momentum = {_USUAL_MOMENTUM}  # with {layer.momentum} the {problem}\n"
         f"{after_training}  # when training has ended"
     )

@@ -60,7 +60,7 @@ QUANTITIES = {
 
 @dataclass
 class Observation:
-    """What a layer did in one step.
+    """The calls and the first batch of a layer in one step.
 
     Attributes:
         forward: Number of calls in training mode.

@@ -45,7 +45,7 @@
     return chart;
   }
 
-  // The law is known, so that one measured batch size gives the whole line.
+  // The law is known, so one measured batch size gives the whole line.
   function noise(width) {
     const measured = layers.filter((layer) => layer.noise !== null);
     const sizes = d3.range(1, 12).map((power) => 2 ** power);
@@ -221,7 +221,7 @@
   select.addEventListener("change", () => choose(Number(select.value)));
   tell(chosen);
 
-  // Where the clipboard is out of reach, the code is selected, so that the keyboard copies it.
+  // Without access to the clipboard the code is selected, and the keyboard can copy it.
   async function copy(button) {
     const code = button.parentElement.querySelector("code");
     let done = "Copied";
