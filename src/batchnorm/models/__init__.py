@@ -1,4 +1,4 @@
-"""A model and its data: the room that every function below uses to look at a model.
+"""Tools for a model and its data, which `recalibrate`, `surgery` and `doctor` share.
 
 Data and calls:
     batches: The user's data, batch by batch, and how a model is called with them.

@@ -17,7 +17,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 _FOR_DIMS: dict[int, type[nn.Module]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
-_VERB = "insert_batchnorm"
+_CALLER = "insert_batchnorm"
 
 
 def insert_batchnorm(
@@ -69,10 +69,10 @@ def insert_batchnorm(
         >>> x = torch.rand(2, 3, 8, 8)
         >>> torch.testing.assert_close(model.eval()(x), trained(x))
     """
-    _checks.check_module(_VERB, model)
-    check_data(_VERB, data)
+    _checks.check_module(_CALLER, model)
+    check_data(_CALLER, data)
     if not inplace:
-        model = walk.copied(_VERB, model)
+        model = walk.copied(_CALLER, model)
     chosen = _chosen(model, after)
     with walk.restored(model, buffers=True), torch.no_grad():
         walk.set_mode(model, training=False)
@@ -96,7 +96,7 @@ def insert_batchnorm(
         for module, both in reversed(inserted):
             root = walk.replace(root, both, module)
         raise
-    return Result(root, Report(_VERB, tuple(changes)))
+    return Result(root, Report(_CALLER, tuple(changes)))
 
 
 class _Output:
@@ -111,10 +111,10 @@ class _Output:
 
 def _chosen(model: nn.Module, after: Choice) -> list[walk.Found]:
     everything = walk.norm_layers(model, nn.Module)
-    found = select(_VERB, everything, after, argument="after")
+    found = select(_CALLER, everything, after, argument="after")
     if not found:
         raise ValueError(
-            f"{_VERB} expects `after` to choose a module, got {after!r}, which chooses none of {len(everything)}. "
+            f"{_CALLER} expects `after` to choose a module, got {after!r}, which chooses none of {len(everything)}. "
             f"There are: {some_paths(everything[1:])}."
         )
     return found
@@ -135,7 +135,7 @@ def _measure(
         output.dims, output.dtype, output.device = y.dim(), y.dtype, y.device
 
     handles = [module.register_forward_hook(note) for module in outputs]
-    forward = forward or default_forward(_VERB)
+    forward = forward or default_forward(_CALLER)
     device, first, before, count = device_of(model), None, None, 0
     try:
         for batch in data:
@@ -147,7 +147,7 @@ def _measure(
         for handle in handles:
             handle.remove()
     if count == 0:
-        raise ValueError(f"{_VERB} expects data with at least one batch, got none. Create the iterator again.")
+        raise ValueError(f"{_CALLER} expects data with at least one batch, got none. Create the iterator again.")
     return outputs, first, before
 
 
@@ -156,12 +156,12 @@ def _check_output(path: str, module: nn.Module, y: Any) -> None:
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() not in _FOR_DIMS:
         came = f"a tensor {list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(
-            f"{_VERB} expects chosen modules to return one tensor [N, C, *S] with at most three spatial dimensions, "
+            f"{_CALLER} expects chosen modules to return one tensor [N, C, *S] with at most three spatial dimensions, "
             f"got {came} from {name}. Choose other modules."
         )
     if isinstance(module, nn.Linear) and y.dim() > 2:
         raise ValueError(
-            f"{_VERB} expects channels in the second place, got {list(y.shape)} from {name}, where they come last. "
+            f"{_CALLER} expects channels in the second place, got {list(y.shape)} from {name}, where they come last. "
             "Choose a module after which the output is [N, C]."
         )
 
@@ -171,16 +171,16 @@ def _layer(found: walk.Found, output: _Output, eps: float, momentum: float | Non
     moments, name = output.moments, f"{found.path or 'the model'} ({type(found.module).__name__})"
     if moments is None:
         raise ValueError(
-            f"{_VERB} expects data that reach every chosen module, got data that do not reach {name}. "
+            f"{_CALLER} expects data that reach every chosen module, got data that do not reach {name}. "
             "Choose modules that the model calls, or pass forward= to call it in another way."
         )
     if moments.count < 2:
         raise ValueError(
-            f"{_VERB} expects more than one value per channel, got one from {name}. One value has no variance: pass "
+            f"{_CALLER} expects more than one value per channel, got one from {name}. One value has no variance: pass "
             "more data."
         )
     if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
-        raise ValueError(f"{_VERB} expects finite outputs, got NaN or infinity from {name}. Check the data first.")
+        raise ValueError(f"{_CALLER} expects finite outputs, got NaN or infinity from {name}. Check the data first.")
     # float32 for half precision too: half-precision vectors would round the identity to three digits.
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     kind: Any = _FOR_DIMS[output.dims]
@@ -200,10 +200,10 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
     with walk.restored(model, buffers=True), torch.no_grad():
         walk.set_mode(model, training=False)
         try:
-            after = (forward or default_forward(_VERB))(model, moved(batch, device_of(model)))
+            after = (forward or default_forward(_CALLER))(model, moved(batch, device_of(model)))
         except Exception as error:
             raise ValueError(
-                f"{_VERB} expects a model that only calls the chosen modules, got "
+                f"{_CALLER} expects a model that only calls the chosen modules, got "
                 f"{type(model).__name__}, which then raised {_checks.in_one_line(error)}. Choose other modules."
             ) from error
-    check_unchanged(_VERB, before, after, "Something in it reads a module that was chosen without calling it")
+    check_unchanged(_CALLER, before, after, "Something in it reads a module that was chosen without calling it")

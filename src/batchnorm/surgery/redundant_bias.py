@@ -22,7 +22,7 @@ from batchnorm.walk import is_hooked
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_VERB = "drop_redundant_bias"
+_CALLER = "drop_redundant_bias"
 _DEEPEST = 16  # modules between a layer and the one before it
 
 
@@ -68,15 +68,15 @@ def drop_redundant_bias(
     """
     _check(model, optimizer, inplace)
     if not inplace:
-        model = walk.copied(_VERB, model)
-    trial = walk.trial_copy(_VERB, model)
+        model = walk.copied(_CALLER, model)
+    trial = walk.trial_copy(_CALLER, model)
     layers = walk.norm_layers(trial)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
         before, calls = None, None
         if inputs is not None:
-            before, calls = record_calls(_VERB, trial, [f.path for f in layers], inputs)
+            before, calls = record_calls(_CALLER, trial, [f.path for f in layers], inputs)
         pairs, left = _pairs(trial, layers, calls)
 
     dropped = [_Drop(model.get_submodule(producer), model.get_submodule(norm)) for producer, norm in pairs]
@@ -84,7 +84,7 @@ def drop_redundant_bias(
         Change(producer, f"{type(model.get_submodule(producer)).__name__} with bias", "without bias", f"before {norm}")
         for producer, norm in pairs
     ]
-    report = Report(_VERB, tuple(changes), tuple(left))
+    report = Report(_CALLER, tuple(changes), tuple(left))
     groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
     state = {} if optimizer is None else dict(optimizer.state)
     try:
@@ -94,7 +94,7 @@ def drop_redundant_bias(
             with walk.restored(model, buffers=True):
                 walk.set_mode(model, training=False)
                 after = evaluate(model, inputs)
-            check_unchanged(_VERB, before, after, "Something uses a bias outside the forward that was traced")
+            check_unchanged(_CALLER, before, after, "Something uses a bias outside the forward that was traced")
         if optimizer is not None:
             _forget(optimizer, [drop.bias for drop in dropped])
         return Result(model, report)
@@ -134,23 +134,23 @@ class _Drop:
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:
-    _checks.check_module(_VERB, model)
+    _checks.check_module(_CALLER, model)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
-            f"{_VERB} expects a model that is not yet in DistributedDataParallel, got one that is. "
+            f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "
             "It waits for the gradient of every parameter: drop the biases first, then wrap the model."
         )
     if optimizer is None:
         return
     if not inplace:
         raise ValueError(
-            f"{_VERB} expects inplace=True with an optimizer, got inplace=False. "
+            f"{_CALLER} expects inplace=True with an optimizer, got inplace=False. "
             "The optimizer holds the parameters of this model, not of a copy."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(
-            f"{_VERB} expects the optimizer of this model, got one ({type(optimizer).__name__}) that "
+            f"{_CALLER} expects the optimizer of this model, got one ({type(optimizer).__name__}) that "
             "holds none of its parameters. Pass the one made from model.parameters()."
         )
 

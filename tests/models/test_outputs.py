@@ -1,0 +1,26 @@
+"""How far two results of a model differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchnorm.models.outputs import check_unchanged, difference
+
+
+def test_a_difference_is_relative_to_the_largest_value() -> None:
+    found = difference({"y": torch.tensor([8.0, 1.0])}, {"y": torch.tensor([8.0, 1.5])})
+    assert found.relative == 0.0625 and not found.is_rounding
+    assert difference(torch.ones(2), torch.ones(2) + 1e-6).is_rounding
+
+
+@pytest.mark.parametrize(
+    "other", [torch.ones(3), torch.ones(2).double(), torch.tensor([1.0, float("nan")]), [torch.ones(2)]]
+)
+def test_other_shapes_dtypes_structures_and_nonfinite_values_differ_infinitely(other: object) -> None:
+    assert difference(torch.ones(2), other).relative == float("inf")
+
+
+def test_the_error_names_the_caller_and_the_cause() -> None:
+    with pytest.raises(ValueError, match="f expects a model whose output stays the same, .* 1.0e\\+00 .* A cause; the"):
+        check_unchanged("f", torch.ones(2), torch.zeros(2), "A cause")
