@@ -212,7 +212,7 @@ def test_the_official_mnist_is_what_it_is_known_to_be():
     data = load("mnist", data_dir=OFFICIAL)
     assert (data.x_train.shape, data.x_test.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
     assert data.y_train[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert data.scaling == "bytes, less the training mean 33.3, over the training deviation 78.6"
+    assert data.scaling == "bytes, standardized with the training mean 33.3 and deviation 78.6"
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")

@@ -193,7 +193,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool
     scaling = "used as they are"
     if train.dtype == np.uint8:
         mean, deviation = _mean_and_deviation(train) if standardize else (0.0, 255.0)
-        scaling = f"bytes, less the training mean {mean:.1f}, over the training deviation {deviation:.1f}"
+        scaling = f"bytes, standardized with the training mean {mean:.1f} and deviation {deviation:.1f}"
         if not standardize:
             scaling = "bytes, divided by 255"
         train, test = train.astype(np.float32), test.astype(np.float32)
