@@ -1,4 +1,4 @@
-"""Changes to a model that already exists: faster layers, another normalization, frozen statistics, or none left."""
+"""Functions that change an existing model: faster or other layers, frozen statistics, or no batch normalization."""
 
 from batchnorm.surgery.accelerate.accelerate import AccelerateReport, accelerate
 from batchnorm.surgery.convert.convert import convert
