@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def check_momentum(layer: str, momentum: float | None) -> None:
     )
 
 
-def check_choice(caller: str, name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(caller: str, name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{caller} expects {name} to be one of {listed}, got {value!r}. Choose one of them.")

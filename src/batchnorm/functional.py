@@ -43,7 +43,7 @@ def batch_norm(
         input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16;
             any memory layout. An empty batch gives an empty result and moves nothing.
         running_mean: `[C]`, moved in place in training; None moves nothing.
-        running_var: `[C]`, likewise.
+        running_var: `[C]`, moved in the same way.
         weight: γ of shape `[C]`, or None for 1.
         bias: β of shape `[C]`, or None for 0.
         training: Normalize by the batch's statistics instead of the running ones.
@@ -103,7 +103,7 @@ def batch_norm(
     if input.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
         return input.clone()
     _checks.check_eps(caller, eps, zero_allowed=not training)
-    _checks.check_choice(caller, "activation", activation, tuple(ops.ACTIVATIONS))
+    _checks.check_choice(caller, "activation", activation, ops.ACTIVATIONS)
     _checks.check_alpha(caller, alpha)
     parameter = ops.parameter_of(activation, negative_slope=negative_slope, alpha=alpha)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)

@@ -131,7 +131,7 @@ class _Merge(torch.autograd.Function):
 def merge_moments(moments: PairMoments, peers: Peers) -> PairMoments:
     """Return the moments of all processes' values together.
 
-    One collective, in float64 whatever the processes' dtypes. Moments are merged in the order of ranks, so that all
+    One collective, in float64 for all dtypes. Moments are merged in the order of ranks, so that all
     processes have the same bits. As in `moments`, the derivative runs through mean_low and m2. Section "Merging
     moments".
 

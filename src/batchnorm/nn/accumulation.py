@@ -17,7 +17,7 @@ def momentum_per_microbatch(momentum: float | None, k: int) -> float | None:
     """Return the momentum a′ whose k updates weight the past as one update with a does: `a′ = 1 - (1 - a)^(1/k)`.
 
     Under gradient accumulation a batch passes as k microbatches, and each moves the running statistics: the past then
-    fades k times as fast as the momentum says.
+    fades k times as fast as with one update per batch.
 
     Args:
         momentum: a, the weight of the new batch, in [0, 1], as in torch (Keras and Flax: 1 minus theirs), or None,

@@ -17,7 +17,7 @@ class _BatchNormAct(NormLayer):
         bias: bool = True, on_nonfinite: str = "propagate", activation: str = "relu", negative_slope: float = 0.01,
         alpha: float = 1.0,
     ) -> None:  # fmt: skip
-        _checks.check_choice(self.layer_name, "activation", activation, tuple(ops.ACTIVATIONS))
+        _checks.check_choice(self.layer_name, "activation", activation, ops.ACTIVATIONS)
         _checks.check_alpha(self.layer_name, alpha)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,

@@ -107,9 +107,9 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         """Return the number of rows, and the row of each sample."""
         given = weight is not None or bias is not None
         if given == (label is not None):
-            what = "both" if given else "neither"
+            came = "both" if given else "neither"
             raise ValueError(
-                f"{self.layer_name} expects a label, or weight and bias of each sample, got {what}. "
+                f"{self.layer_name} expects a label, or weight and bias of each sample, got {came}. "
                 "Call layer(x, label), or layer(x, weight=weight, bias=bias)."
             )
         if label is not None:

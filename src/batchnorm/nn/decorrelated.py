@@ -41,8 +41,8 @@ def decorrelated_batch_norm(
         input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16; any
             memory layout. An empty batch gives an empty result and moves nothing.
         running_mean: `[C]`, moved in place in training; None moves nothing.
-        running_whitening: `[C, min(group_size, C)]`, likewise: row c holds the coefficients by which channel c combines
-            the channels of its group; the rows of a smaller last group end in zeros.
+        running_whitening: `[C, min(group_size, C)]`, moved in the same way. Row c holds the coefficients by which
+            channel c combines the channels of its group; the rows of a smaller last group end in zeros.
         weight: γ of shape `[C]`, or None for 1.
         bias: β of shape `[C]`, or None for 0.
         training: Normalize by the batch's statistics instead of the running ones.

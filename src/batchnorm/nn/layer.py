@@ -12,7 +12,7 @@ from batchnorm import _checks, functional
 
 
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
-    """Mixed in before one of torch's classes, whose parameters, buffers and `state_dict` it keeps."""
+    """A mixin before one of torch's classes; it keeps their parameters, buffers and `state_dict`."""
 
     # The name in error messages; its ending determines the rank of x. Subclasses of a layer inherit it.
     layer_name: ClassVar[str]
@@ -72,7 +72,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         mask: Tensor | None = None,
         activation: tuple[str, float] | None = None,
     ) -> Tensor:
-        """Normalize, add the residual and apply an activation, given with its parameter; by default the layer's."""
+        """Normalize, add the residual, and apply an activation with its parameter, by default the layer's."""
         moves = self._moves
         # Module.__getattr__ takes half a microsecond; its dictionaries hold all tensors except parametrized ones.
         held = {**self._parameters, **self._buffers}
@@ -102,7 +102,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
 
 
 class LazyNormLayer(NormLayer):
-    """Mixed in before one of torch's lazy classes: `num_features` comes from the first batch."""
+    """A mixin before one of torch's lazy classes: `num_features` comes from the first batch."""
 
     def __init__(
         self, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,

@@ -144,8 +144,8 @@ class _BatchRenorm(PartsLayer):
 class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
     """Batch renormalization of `[N, C, *S]`, with any number of spatial dimensions: for small or non-iid batches.
 
-    Normalizes by the batch, then corrects toward the running statistics, so that training computes nearly what
-    evaluation will:
+    It normalizes by the batch, then corrects toward the running statistics, so that training computes nearly the same
+    as evaluation:
 
         x̂ = (x - μ_B)/σ_B·r + d    r = clip(σ_B/σ, 1/rmax, rmax)    d = clip((μ_B - μ)/σ, -dmax, dmax)
 

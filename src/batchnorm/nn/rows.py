@@ -110,7 +110,7 @@ def batch_norm_by_rows(
         choice: The row of every sample, or int64 `[N]`, one row for each.
         rows: K.
         running_mean: `[C]`, or `[K, C]` with `own_statistics`; None moves nothing.
-        running_var: Likewise.
+        running_var: Like `running_mean`.
         num_batches_tracked: A scalar, or `[K]`.
         weight: γ, `[C]` or `[K, C]`.
         bias: β, `[C]` or `[K, C]`.

@@ -14,7 +14,7 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of `[N, C, *S]` by the statistics of all processes' batches together.
 
     In training, mean, variance, running statistics and the gradient of x are those of one process with all processes'
-    batches joined, whatever number of samples each has (even none). The equations are those of `BatchNorm`. Forward is
+    batches joined, for any number of samples in each (even none). The equations are those of `BatchNorm`. Forward is
     one collective (count, mean and sum of squared deviations), backward another (two sums per channel). In evaluation,
     without `torch.distributed`, and where a process is alone in its group, the layer is `BatchNorm`, and communicates
     nothing.

@@ -22,7 +22,8 @@ _normalize = torch.ops.batchnorm.normalize.default
 _normalize_backward = torch.ops.batchnorm.normalize_backward.default
 _backward_reduce = torch.ops.batchnorm.backward_reduce.default
 
-# A NamedTuple's own constructor takes twice as long, which a tiny layer's step notices: 1 % for each of two.
+# `named(Kept, tensors)` makes a NamedTuple in half the time of `Kept(*tensors)`: a tiny layer's training step, of some
+# 50 µs, takes 1 µs less.
 named = tuple.__new__
 
 # Inside a Function the operators' own registered derivative is not needed, and costs time.
@@ -89,9 +90,9 @@ def differentiable_gradients(
     statistics: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     index: Tensor | None = None,
 ) -> Gradients:
-    """Return the gradients as functions of dy and of what was kept, to be differentiated again.
+    """Return the gradients as functions of dy and of the kept tensors, to be differentiated again.
 
-    `statistics` computes mean, mean_low and var from x; without it they are held.
+    `statistics` computes mean, mean_low and var from x; without it they are constants.
     """
     eps, activation, negative_slope = attributes
     # Views, so that the first derivative stops here even where two arguments are one tensor.
@@ -157,7 +158,7 @@ class TrainFunction(torch.autograd.Function):
         attributes: Attributes,
         statistics: list[Tensor],
     ) -> Tensor:
-        """Compute y, and keep what backward needs."""
+        """Compute y, and save tensors for backward."""
         with below_autograd():
             y, mean, mean_low, var = _train_forward(x, weight, bias, residual, *attributes)
         statistics += (mean, mean_low, var)
@@ -233,7 +234,7 @@ class NormalizeFunction(torch.autograd.Function):
         index: Tensor | None,
         attributes: Attributes,
     ) -> Tensor:
-        """Compute y, and keep what backward needs."""
+        """Compute y, and save tensors for backward."""
         with below_autograd():
             y: Tensor = _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
         keep(ctx, x, residual, y, (mean, None, var, weight, bias), attributes, index)

@@ -109,7 +109,7 @@ class PartsFunction(torch.autograd.Function):
         peers: distributed.Peers | None,
         attributes: Attributes,
     ) -> Tensor:
-        """Compute y, and keep what backward needs."""
+        """Compute y, and save tensors for backward."""
         count, mean, mean_low, var, _ = statistics
         vectors = Vectors(mean, mean_low, var, weight, bias)
         with below_autograd():

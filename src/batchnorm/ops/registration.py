@@ -26,7 +26,7 @@ def _with_strides_of(x: Tensor, value: Tensor) -> Tensor:
 
 
 def eager_implementation(name: str) -> Callable[..., Any]:
-    """Return the eager operator, with its results laid out as the contract says."""
+    """Return the eager operator, with its results laid out as the contract demands."""
     function = getattr(eager, name)
     arguments, results = SIGNATURES[name]
     if not set(results) & set(_LIKE_X):

@@ -124,12 +124,12 @@ def renorm_correction(
 
     Args:
         mean: μ_B `[C]`, rounded.
-        mean_low: What that rounding lost, `[C]`.
+        mean_low: The rounding error, `[C]`.
         var: σ_B² `[C]`, biased.
         running_mean: `[C]`; also distinguishes one layer from another.
         running_var: `[C]`.
         rmax: >= 1, a number or a scalar tensor.
-        dmax: >= 0, likewise.
+        dmax: >= 0, a number or a scalar tensor.
         eps: Added to both variances.
         caller: The layer's name in messages.
 

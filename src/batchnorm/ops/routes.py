@@ -35,7 +35,11 @@ def _transforms_active() -> bool:
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator for `any` would take longer than this
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def batch_statistics_norm(

@@ -76,7 +76,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 class BatchWhitening(NamedTuple):
     """Deviations `[C, m]` from `origin [C, 1]`, their mean `low [C, 1]`, and the groups' whitening `matrices`.
 
-    The mean is `origin + low`: `origin` is a rounded mean, a constant, and `low` what the rounding lost, which enters
+    The mean is `origin + low`: `origin` is a rounded mean, a constant, and `low` the rounding error, which enters
     only vectors and small matrices. So a large mean costs no accuracy, and there is one tensor of x's size. Derivatives
     run through `low`. `effective_count`, with weights, is V₁²/V₂: the number of equally weighted values.
     """
@@ -89,7 +89,7 @@ class BatchWhitening(NamedTuple):
 
 
 def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> BatchWhitening:
-    """Return what whitens `rows [C, m]` by their own statistics, where each position counts by `weights [m]`."""
+    """Return the whitening of `rows [C, m]` by their own statistics, with `weights [m]` of the positions."""
     count: Tensor | None = None
     divisor: Tensor | int = rows.shape[1]
     if weights is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -123,8 +124,10 @@ def test_in_triton_running_statistics_need_a_count_of_batches_without_momentum()
 @pytest.fixture
 def _kernels_serve_the_cpu() -> Iterator[None]:
     library = torch.library.Library("batchnorm", "IMPL")
-    for name in triton.OPERATORS:
-        library.impl(name, operator(name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns, once a process, that this overrides the compiled operators
+        for name in triton.OPERATORS:
+            library.impl(name, operator(name), "CPU", allow_override=True)
     yield
     library._destroy()
 

@@ -46,7 +46,7 @@ def _launcher(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def _parts(frame: Frame, t: Tiling, index: Tensor | None, number: int) -> Tensor | None:
-    """Return memory for what each split finds, to be merged; None where one split is the whole result."""
+    """Return memory for the results of each split, to be merged; None where there is a single split."""
     return None if index is None and t.splits == 1 else frame.vectors(1, number, t.splits, t.channels)[0]
 
 

@@ -1,6 +1,6 @@
-"""How a tensor is cut into tiles and programs: chosen from its sizes by one table, the same for every run.
+"""The division of a tensor into tiles and programs, which a table determines from its sizes.
 
-Nothing is timed while a network trains: another choice sums in another order, and the bits would depend on the moment.
+Nothing is timed while a network trains: another choice sums in another order, and results would differ between runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MERGE_SPLITS, MERGE_CHANNELS = 256, 8
 
 # Below this many values a launch costs more than a second reading saves, however few programs there are.
 _SMALL = 1 << 18
-# From here on offsets have 64 bits; half of what 32 bits hold, since tiles reach beyond the tensor's end.
+# From this size on offsets have 64 bits; half the range of 32 bits, since tiles extend beyond the tensor's end.
 _WIDE = 1 << 30
 # Shared memory that every device since Ampere has for a program; at most four tensors are loaded ahead into it.
 _SHARED, _TENSORS = 96 << 10, 4
