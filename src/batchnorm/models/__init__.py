@@ -6,12 +6,11 @@ Data and calls:
     outputs: The tensors that a model returns, and how far two results differ.
     recording: A run on example inputs, with the arguments that its layers were called with.
     observe: The inputs of layers in a forward pass, and the statistics that they normalize by.
-    memory, progress, processes: The memory of a pass, its progress bar, and the processes that share it.
+    progress, processes: The progress bar of a pass, and the processes that share it.
 
 Graphs:
     model_graph: A whole model as one graph, in evaluation.
     forward_graph: One module's `forward` as a graph, the same in training and in evaluation.
-    arguments: The arguments that a rewritten `forward` expects.
     lowering: A graph in terms of plain functions.
     neighbours: The calls before and after each batch normalization in a graph.
     errors: The error of both tracers.

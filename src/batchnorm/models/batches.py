@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Forward = Callable[[nn.Module, Any], object]
 MaskOf = Callable[[Any], Tensor | Mapping[str, Tensor] | None]
@@ -88,6 +89,16 @@ def samples_in(batch: object) -> int:
     """Return the size of the first dimension of the first tensor in the batch; 1 where there is none."""
     array = _first_array(batch)
     return int(array.shape[0]) if array is not None and array.ndim else 1
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
+    return [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+
+
+def size_of(batch: Any) -> int:
+    """Return the number of bytes of the tensors in a batch."""
+    return sum(t.nbytes for t in tensors_in(batch))
 
 
 def moved(batch: Any, device: torch.device | None) -> Any:

@@ -16,6 +16,7 @@ from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 
 from batchnorm import walk
+from batchnorm._checks import in_one_line
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
@@ -274,7 +275,7 @@ def trace(
                     reasons.append(f"{way}: its graph gives other results")
                     continue
             except Exception as error:
-                reasons.append(f"{way}: {_first_line(error)}")
+                reasons.append(f"{way}: {in_one_line(error)[:200]}")
                 continue
             refused = tuple(other for other, result in accepted[1:] if not _takes(module, other, result))
             found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
@@ -312,8 +313,3 @@ def path_of(node: Node) -> str:
         return str(node.target) if node.op == "call_module" else ""
     path = next(reversed(stack.values()))[0] if isinstance(stack, dict) else ""
     return str(path).removeprefix("L['self']").lstrip(".")
-
-
-def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}"[:200]

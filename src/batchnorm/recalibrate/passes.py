@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.models.batches import Ambient, Forward, MaskOf, moved
-from batchnorm.models.memory import Alive, size_of, tensors_in
+from batchnorm.models.batches import Ambient, Forward, MaskOf, moved, size_of, tensors_in
 from batchnorm.models.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import keep_domain
+from batchnorm.recalibrate.memory import Alive
 from batchnorm.recalibrate.paused import Paused, Stopped
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found

@@ -17,9 +17,8 @@ from torch.utils import _pytree as pytree
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.wording import counted
-from batchnorm.models.batches import Ambient, Batches, device_of, moved, samples_in
+from batchnorm.models.batches import Ambient, Batches, device_of, moved, samples_in, size_of
 from batchnorm.models.inputs import Inputs
-from batchnorm.models.memory import size_of
 from batchnorm.models.observe import (
     LayerCall,
     Observer,

@@ -38,13 +38,3 @@ class Alive(TorchDispatchMode):
         """Raise `peak` to the number of bytes that are held now, if that is more."""
         self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))
-
-
-def tensors_in(batch: Any) -> list[Tensor]:
-    """Return the tensors in nested lists, tuples and dicts."""
-    return [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
-
-
-def size_of(batch: Any) -> int:
-    """Return the number of bytes of the tensors in a batch."""
-    return sum(t.nbytes for t in tensors_in(batch))
