@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import batchnorm as bn
-from tests.surgery.test_accelerate_failures import Snapshot
+from tests.surgery.accelerate.test_failures import Snapshot
 
 X = torch.linspace(-3.0, 4.0, 2 * 3 * 20).sin().reshape(2, 3, 20)
 HOOKS: dict[str, Callable[[nn.Module], nn.Module]] = {

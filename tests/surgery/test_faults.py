@@ -22,7 +22,7 @@ from torch import nn
 
 import batchnorm as bn
 from tests.surgery import networks
-from tests.surgery.test_accelerate_failures import Snapshot
+from tests.surgery.accelerate.test_failures import Snapshot
 
 SOURCE = str(Path(bn.__file__).parent)
 # Putting things back is not itself put back; the layers and operators are what the model calls.

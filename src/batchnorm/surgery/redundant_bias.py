@@ -15,8 +15,8 @@ from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
+from batchnorm.surgery.accelerate.find_fusions import caller_of
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
-from batchnorm.surgery.accelerate.fusion import caller_of
 from batchnorm.walk import is_hooked
 
 _CONVOLUTIONS = (

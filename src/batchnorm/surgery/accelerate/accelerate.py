@@ -1,4 +1,4 @@
-"""Faster training of a network that exists: our layers for torch's, with additions and activations fused."""
+"""Make an existing network faster to train: this library's layers, fused with additions and activations."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from batchnorm.nn import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from batchnorm.surgery.accelerate.find_fusions import Fused, Fusions, find_fusions
 from batchnorm.surgery.accelerate.fused_forward import fused_class, original_class, undo_fusion
-from batchnorm.surgery.accelerate.fusion import Fused, Fusions, find_fusions
 
 __all__ = ["AccelerateReport", "accelerate", "undo_fusion"]
 
@@ -42,34 +42,34 @@ _FUSABLE = (*_OURS.values(), BatchNorm)
 
 @dataclass(frozen=True)
 class AccelerateReport(Report):
-    """What `accelerate` did.
+    """The report of `accelerate`.
 
     Attributes:
-        fused: What each layer takes with it, by the layer's path.
-        difference: Of the network's output in evaluation on the example inputs, before and after: the largest
-            difference over the largest value; None without example inputs.
+        fused: The operations fused with each layer, by the layer's path.
+        difference: The largest difference of the output in evaluation on the example inputs, before and after, over
+            the largest value; None without example inputs.
     """
 
     fused: Mapping[str, Fused] | None = None
     difference: float | None = None
 
     def summary(self) -> str:
-        """How many layers were changed, how many of them fused, and what that does to the output."""
+        """Return how many layers were changed and fused, and how far the output differs."""
         text = f"{super().summary()}, {len(self.fused or {})} with what follows them fused"
         return text if self.difference is None else f"{text}; outputs differ by {self.difference:.1e}"
 
 
 def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> Result[AccelerateReport]:
-    """The same network with this library's batch normalization, and the operations around it fused.
+    """Replace batch normalization by this library's, and fuse it with the additions and activations after it.
 
-    Each `torch.nn.BatchNorm*d` becomes ours: a subclass, with the same parameters, buffers, hooks and mode (in place,
-    the same object). Where an activation follows a layer, or an addition and then an activation, the `forward` of the
-    smallest module that holds them is rewritten so that they are one operation, `activation(BN(x) + residual)`: only
-    where its graph is the same in training and in evaluation. A call that the graph does not stand for (other
-    arguments, changed attributes, hooks) goes to the class's own `forward`.
+    Each `torch.nn.BatchNorm*d` becomes this library's: a subclass, with the same parameters, buffers, hooks and mode
+    (in place, the same object). Where an activation, or an addition and then an activation, follows a layer, the
+    `forward` of the smallest module that contains them is rewritten to compute `activation(BN(x) + residual)` in one
+    operation. This is done only if the module's graph is the same in training and in evaluation. Calls for which the
+    graph is not valid (other arguments, changed attributes, hooks) use the class's own `forward`.
 
-    The rewritten module is of a subclass of its class, with the same name. It copies, pickles, and has the same
-    `state_dict`. `batchnorm.convert(model, to=torch.nn)` undoes everything.
+    The rewritten module's class is a subclass of its former class, with the same name. It can be copied and pickled,
+    and has the same `state_dict`. `batchnorm.convert(model, to=torch.nn)` undoes everything.
 
     Args:
         model: Any module.
@@ -102,26 +102,26 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
     swapped = {f.path: _OURS[type(f.module)] for f in layers if type(f.module) in _OURS and not _why_left(f.module)}
     ours = [f.path for f in layers if f.path in swapped or type(f.module) in _FUSABLE]
 
-    found, off = _plan(model, swapped, ours, example_inputs)
+    found, relative_difference = _find_and_try(model, swapped, ours, example_inputs)
     changed: list[Change] = []
     for path in ours:
         layer, fused = model.get_submodule(path), found.fused.get(path)
         now = _name(layer, swapped.get(path)) + (f" + {fused}" if fused else "")
         reason = f"in {fused.holder or 'the model'}" if fused else found.reasons.get(path, "")
         (changed if path in swapped or fused else left).append(Change(path, _name(layer), now, reason))
-    report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, off)
+    report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, relative_difference)
     _apply(model, swapped, found)
     return Result(model, report)
 
 
 def _name(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
-    """The layer in a few characters, of its own class or of one that it is to have."""
+    """Describe the layer briefly, with its own class or with its future class."""
     namespace = "torch.nn." if (kind or type(layer)).__module__.startswith("torch.") else ""
     return namespace + describe(layer, kind)
 
 
 def _why_left(layer: nn.Module) -> str:
-    """Why a layer of torch's, or of someone else's, is not replaced; empty where it is, or is ours."""
+    """Return why a layer is not replaced; empty where it is replaced, or already is this library's."""
     kind = type(layer)
     if kind.__module__.startswith("batchnorm."):
         return ""
@@ -139,10 +139,10 @@ def _why_left(layer: nn.Module) -> str:
     return ""
 
 
-def _plan(
+def _find_and_try(
     model: nn.Module, swapped: dict[str, type[nn.Module]], ours: list[str], example_inputs: Any
 ) -> tuple[Fusions, float | None]:
-    """What can be rewritten, found and tried on a copy that shares nothing but the tensors."""
+    """Find the fusions and try them on a copy that shares only the tensors; return them and the output change."""
     try:
         trial = walk.trial_copy("accelerate", model)
     except ValueError as error:
@@ -158,9 +158,9 @@ def _plan(
         before, calls = record_calls("accelerate", trial, ours, inputs)
         found = find_fusions(trial, norms, calls)
     _apply(trial, swapped, found)
-    for path in list(found.plans):
+    for path in list(found.rewrites):
         if why := _disagreement(trial.get_submodule(path), calls[path]):
-            _drop(trial, found, path, why)
+            _undo(trial, found, path, why)
     with walk.restored(trial, buffers=True):
         walk.set_mode(trial, training=False)
         after = evaluate(trial, inputs)
@@ -168,9 +168,9 @@ def _plan(
 
 
 def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions) -> None:
-    """Give the layers and the rewritten modules their new classes: all of them, or on an exception none."""
+    """Give the layers and the rewritten modules their new classes: all of them, or none if there is an exception."""
     new = {model.get_submodule(path): kind for path, kind in swapped.items()}
-    new |= {model.get_submodule(path): fused_class(plan) for path, plan in found.plans.items()}
+    new |= {model.get_submodule(path): fused_class(rewrite) for path, rewrite in found.rewrites.items()}
     former = {module: type(module) for module in new}
     try:
         for module, kind in new.items():
@@ -181,27 +181,27 @@ def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions
         raise
 
 
-def _drop(model: nn.Module, found: Fusions, path: str, why: str) -> None:
-    """Take a rewritten `forward` back."""
+def _undo(model: nn.Module, found: Fusions, path: str, why: str) -> None:
+    """Undo the rewriting of one module."""
     module = model.get_submodule(path)
     module.__class__ = original_class(module)
-    del found.plans[path]
+    del found.rewrites[path]
     for layer in [layer for layer, fused in found.fused.items() if fused.holder == path]:
         del found.fused[layer]
         found.reasons[layer] = f"{path or 'the model'} rewritten {why}"
 
 
 def _disagreement(module: nn.Module, call: Inputs) -> str:
-    """How the rewritten `forward` differs from the class's own on this call, in either mode; empty where not."""
+    """Return how the rewritten `forward` differs from the class's own in this call; empty where it does not."""
     own_forward = original_class(module).forward
     for training in (False, True):
         try:
-            with _fresh(module, call, training) as inputs:
+            with _isolated(module, call, training) as inputs:
                 expected = inputs.call(lambda *args, **kwargs: own_forward(module, *args, **kwargs))
-        except Exception:  # such as one value per channel: the rewritten one has nothing to agree with
+        except Exception:  # such as one value per channel: there is no result to compare with
             continue
         try:
-            with _fresh(module, call, training) as inputs:
+            with _isolated(module, call, training) as inputs:
                 found = inputs.call(module.forward)
         except Exception as error:
             return f"raises {_checks.in_one_line(error)}"
@@ -212,8 +212,8 @@ def _disagreement(module: nn.Module, call: Inputs) -> str:
 
 
 @contextmanager
-def _fresh(module: nn.Module, call: Inputs, training: bool) -> Iterator[Inputs]:
-    """A mode for one call, with arguments that it may spoil; buffers and random state are put back."""
+def _isolated(module: nn.Module, call: Inputs, training: bool) -> Iterator[Inputs]:
+    """Set the mode for one call, on copies of the arguments, and then restore buffers and random state."""
     with walk.restored(module, buffers=True), torch.no_grad():
         walk.set_mode(module, training)
         yield call.map(torch.clone)

@@ -1,8 +1,8 @@
-"""A module's `forward`, rewritten so that batch normalization takes addition and activation with it.
+"""A module's `forward`, rewritten to fuse batch normalization with the addition and the activation after it.
 
-The layers themselves stay what they are: the rewritten `forward` of their holder calls them through `norm_act`, which
-makes one operation of them where it may and calls them one by one otherwise. So nothing is lost to who replaces,
-folds or hooks a layer afterwards, and to put the class's own `forward` back is enough to undo it.
+The layers themselves do not change. The rewritten `forward` of their holder calls them through `norm_act`, which fuses
+them where it can and calls them one by one otherwise. So a tool can replace, fold or hook a layer afterwards, and
+restoring the class's own `forward` undoes everything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FUSABLE = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def named_activation(activation: Activation) -> tuple[str, float] | None:
-    """Return an activation's name and parameter; None for a module that is no activation we fuse, or that has hooks."""
+    """Return an activation's name and parameter; None for a module with hooks, or that computes anything else."""
     if activation is None:
         return "none", 0.0
     if isinstance(activation, tuple):
@@ -38,7 +38,7 @@ def named_activation(activation: Activation) -> tuple[str, float] | None:
 
 
 def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
-    """`activation(norm(x) + residual)`: one operation where layer, activation and residual allow it, else three."""
+    """Return `activation(norm(x) + residual)`: in one operation if layer, activation and residual allow it."""
     named = named_activation(activation)
     if named is not None and type(norm) in _FUSABLE and not is_hooked(norm) and _same_kind(x, residual):
         return norm._normalize(x, residual, activation=named)  # type: ignore[operator]
@@ -61,14 +61,14 @@ def _same_kind(x: Tensor, residual: Any) -> bool:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a module was like when its `forward` was traced, and has to be for the trace to be what it would do.
+    """The state of a module when its `forward` was traced. The trace is valid only while the module is in this state.
 
     Attributes:
-        path: From the rewritten module.
+        path: The path from the rewritten module.
         kind: Its class.
         children: The names of its modules.
         attributes: Its plain attributes: flags, numbers, strings, functions.
-        inlined: Whether the trace goes through it, so that its hooks would not run.
+        inlined: Whether the trace contains its operations, so that its hooks would not run.
     """
 
     path: tuple[str, ...]
@@ -79,14 +79,14 @@ class Assumed:
 
     @staticmethod
     def of(module: nn.Module, path: str = "", inlined: bool = False) -> Assumed:
-        """What the module is like now."""
+        """Return the module's present state."""
         plain = (type(None), bool, int, float, str, type, types.FunctionType, types.BuiltinFunctionType)
         attributes = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
         names = tuple(path.split(".")) if path else ()
         return Assumed(names, original_class(module), tuple(module._modules), tuple(attributes.items()), inlined)
 
     def holds(self, root: nn.Module) -> bool:
-        """Whether it still is so in the rewritten module `root`."""
+        """Return whether the module in the rewritten module `root` is still in this state."""
         module: Any = root
         for name in self.path:
             module = module._modules.get(name)
@@ -103,15 +103,15 @@ class Assumed:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A rewritten `forward`: its source, and when it stands for the class's own. Plain data, and so pickled.
+class Rewrite:
+    """A rewritten `forward`: its source, and the conditions for its use. It is plain data, so it can be pickled.
 
     Attributes:
-        base: The class whose `forward` it stands for.
-        source: Python of a function `forward(self, *tensors)`, with its imports.
-        arguments: What each argument has to be.
+        base: The class whose `forward` it replaces.
+        source: Python source of a function `forward(self, *tensors)`, with its imports.
+        arguments: What each argument must be.
         positional: How many of the arguments may be given by position.
-        assumed: What the modules have to be like.
+        assumed: The states in which the modules must be.
     """
 
     base: type[nn.Module]
@@ -121,7 +121,7 @@ class Plan:
     assumed: tuple[Assumed, ...]
 
     def tensors(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-        """The tensors that the rewritten function takes; None where the class's own `forward` has to be called."""
+        """Return the tensors that the rewritten function takes; None if the class's own `forward` must be called."""
         if len(args) > self.positional or _has_any_global_hook():
             return None
         tensors: list[Tensor] = []
@@ -148,7 +148,7 @@ class Plan:
 
 @functools.cache
 def _function(source: str) -> Callable[..., Any]:
-    """The compiled function; its lines are known to tracebacks."""
+    """Compile the function, and make its lines known to tracebacks."""
     name = f"<fused forward {len(linecache.cache)}>"
     namespace: dict[str, Any] = {}
     exec(compile(source, name, "exec"), namespace)
@@ -157,20 +157,20 @@ def _function(source: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def fused_class(plan: Plan) -> type[nn.Module]:
-    """A subclass of the plan's class with the rewritten `forward`, of the same name, whose instances pickle."""
-    base, run = plan.base, _function(plan.source)
+def fused_class(rewrite: Rewrite) -> type[nn.Module]:
+    """Return a subclass with the rewritten `forward` and the same name, whose instances can be pickled."""
+    base, run = rewrite.base, _function(rewrite.source)
     own_forward: Callable[..., Any] = base.forward
 
     @functools.wraps(own_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tensors = plan.tensors(self, args, kwargs) if base.forward is own_forward else None
+        tensors = rewrite.tensors(self, args, kwargs) if base.forward is own_forward else None
         return base.forward(self, *args, **kwargs) if tensors is None else run(self, *tensors)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         default: tuple[Any, ...] = base.__reduce_ex__(self, max(int(protocol), 2))  # type: ignore[assignment]
-        # Whose class is a further subclass has to know how that is made.
-        return (_new, (plan,), *default[2:]) if type(self) is fused else default
+        # A further subclass must make its instances itself.
+        return (_new, (rewrite,), *default[2:]) if type(self) is fused else default
 
     namespace = {
         "__module__": base.__module__,
@@ -178,20 +178,20 @@ def fused_class(plan: Plan) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce,
         "forward": forward,
-        "_fused_plan": plan,
+        "_rewrite": rewrite,
     }
     fused = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(namespace))
     return fused
 
 
-def _new(plan: Plan) -> nn.Module:
-    """An empty instance, for unpickling and copying."""
-    fused = fused_class(plan)
+def _new(rewrite: Rewrite) -> nn.Module:
+    """Return an empty instance, for unpickling and copying."""
+    fused = fused_class(rewrite)
     return fused.__new__(fused)
 
 
-def can_be_rewritten(module: nn.Module) -> str:
-    """Why the module's class cannot be replaced by a subclass with another `forward`; empty where it can."""
+def why_not_rewritten(module: nn.Module) -> str:
+    """Return why the module's class cannot be replaced by a subclass with another `forward`; empty where it can."""
     kind = original_class(module)
     if "forward" in module.__dict__:
         return "has a forward of its own, which is not its class's"
@@ -204,26 +204,26 @@ def can_be_rewritten(module: nn.Module) -> str:
     return ""
 
 
-def plan_of(module: nn.Module) -> Plan | None:
-    """How the module's `forward` was rewritten; None where it was not."""
-    return vars(type(module)).get("_fused_plan")
+def rewrite_of(module: nn.Module) -> Rewrite | None:
+    """Return how the module's `forward` was rewritten; None where it was not."""
+    return vars(type(module)).get("_rewrite")
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without our rewriting."""
-    plan = plan_of(module)
-    return type(module) if plan is None else plan.base
+    """Return the module's class before its `forward` was rewritten."""
+    rewrite = rewrite_of(module)
+    return type(module) if rewrite is None else rewrite.base
 
 
 def undo_fusion(model: nn.Module) -> list[str]:
-    """Give every rewritten module of the model its class's own `forward` again, and return their paths.
+    """Restore the own `forward` of every rewritten module of the model, and return the modules' paths.
 
-    The layers stay as they are: the network computes the same with one operation each.
+    The layers stay as they are: the network computes the same, without fusion.
     """
     paths = []
     for path, module in model.named_modules():
-        plan = plan_of(module)
-        if plan is not None:
-            module.__class__ = plan.base
+        rewrite = rewrite_of(module)
+        if rewrite is not None:
+            module.__class__ = rewrite.base
             paths.append(path)
     return paths

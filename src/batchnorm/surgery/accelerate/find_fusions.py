@@ -1,4 +1,4 @@
-"""Where batch normalization can take an addition and an activation with it, by the graphs of the modules around it."""
+"""Find the additions and activations that follow batch normalization, in the graphs of the modules around it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from batchnorm.models.inputs import Inputs
 from batchnorm.surgery.accelerate.fused_forward import (
     Activation,
     Assumed,
-    Plan,
-    can_be_rewritten,
+    Rewrite,
     fused_class,
     named_activation,
     norm_act,
+    why_not_rewritten,
 )
 from batchnorm.walk import is_hooked
 
-_TAKEN = "the addition after it goes with another layer"
+_ADDITION_TAKEN = "the addition after it goes with another layer"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -37,7 +37,7 @@ _IN_PLACE_FUNCTIONS = (
 
 @dataclass(frozen=True)
 class Fused:
-    """What one layer takes with it, and in which module's `forward`."""
+    """The operations that are fused with one layer, and the module whose `forward` is rewritten for it."""
 
     holder: str
     residual: bool
@@ -49,69 +49,69 @@ class Fused:
 
 @dataclass
 class Fusions:
-    """What can be rewritten in a model.
+    """The fusions found in a model.
 
     Attributes:
-        plans: By the path of the module that is rewritten.
-        fused: By the layer's path.
-        reasons: Why a layer takes nothing with it, by its path.
+        rewrites: The rewritten `forward` of each module, by the module's path.
+        fused: The operations fused with each layer, by the layer's path.
+        reasons: Why nothing is fused with a layer, by the layer's path.
     """
 
-    plans: dict[str, Plan] = field(default_factory=dict)
+    rewrites: dict[str, Rewrite] = field(default_factory=dict)
     fused: dict[str, Fused] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
 
 def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str, Inputs] | None) -> Fusions:
-    """Look for what follows each layer, in the module that calls it and, where its result leaves that, further out.
+    """Find what follows each layer: in the module that calls it and, where the result leaves that module, further out.
 
     Args:
-        model: A copy that may be spoiled.
+        model: A copy that may be changed.
         norms: Its layers, by path.
         calls: How each module was called, by path; None where that was not tried.
     """
     found = Fusions()
-    through: dict[str, set[str]] = {}  # what the graph of a rewritten module goes through, by path
+    through: dict[str, set[str]] = {}  # the modules that the graph of a rewritten module inlines, by path
     waiting: dict[str, tuple[str, tuple[str, ...]]] = {}
     waiting.update({path: (caller, ()) for path in norms if (caller := caller_of(model, path)) is not None})
     while waiting:
         # Inner modules first; within one, the layers that it calls itself before those further in.
         place = max(waiting.values(), key=lambda at: (at[0].count(".") + bool(at[0]), at[0], -len(at[1]), at[1]))
         group = [path for path, at in waiting.items() if at == place]
-        holder, between = place
-        steps = through.get(holder, set()) | set(between)
+        holder, passed = place
+        steps = through.get(holder, set()) | set(passed)
         try:
-            matches, plan = _match_in(model, holder, sorted(steps), norms, calls)
+            matches, rewrite = _match_in(model, holder, sorted(steps), norms, calls)
         except Untraceable as reason:
             why = f"{holder or 'the model'} ({type(model.get_submodule(holder)).__name__}) {reason}"
-            matches, plan = dict.fromkeys(group, why), None
+            matches, rewrite = dict.fromkeys(group, why), None
         fused = {path: match for path, match in matches.items() if isinstance(match, Fused)}
         former = {path for path, match in found.fused.items() if match.holder == holder}
-        accepted = plan is not None and fused.keys() > former
-        if plan is not None and accepted:
-            found.plans[holder] = plan
+        accepted = rewrite is not None and fused.keys() > former
+        if rewrite is not None and accepted:
+            found.rewrites[holder] = rewrite
             found.fused.update({path: match for path, match in fused.items() if path not in found.fused})
             through[holder] = steps
         for path in group:
             match = matches.get(path, _Leaves("nothing calls it in a way that can be followed"))
             further = caller_of(model, holder)
             if isinstance(match, _Leaves) and further is not None:
-                waiting[path] = (further, (*between, holder))
+                waiting[path] = (further, (*passed, holder))
                 continue
             del waiting[path]
             if not isinstance(match, Fused):
                 found.reasons[path] = str(match)
             elif path not in found.fused:
-                found.reasons[path] = _TAKEN
+                found.reasons[path] = _ADDITION_TAKEN
     return found
 
 
 class _Leaves(str):
-    """The layer's result is the module's own, or the module does not call it: whoever calls the module knows more."""
+    """The reason if the result leaves the module, or the module does not call the layer: its caller may know more."""
 
 
 def caller_of(model: nn.Module, path: str) -> str | None:
-    """The nearest module around that has a `forward`; None around the model itself."""
+    """Return the nearest module around a path that has a `forward`; None for the model itself."""
     while path:
         path = path.rpartition(".")[0]
         if type(model.get_submodule(path)).forward is not nn.Module.forward:
@@ -121,14 +121,14 @@ def caller_of(model: nn.Module, path: str) -> str | None:
 
 def _match_in(
     model: nn.Module, holder: str, through: list[str], norms: dict[str, nn.Module], calls: dict[str, Inputs] | None
-) -> tuple[dict[str, Fused | str], Plan | None]:
-    """What each layer in a holder's graph takes with it, or why nothing; and the holder's rewritten `forward`."""
+) -> tuple[dict[str, Fused | str], Rewrite | None]:
+    """Return what is fused with each layer in a holder's graph, or why nothing is, and the rewritten `forward`."""
     root = model.get_submodule(holder)
     prefix = f"{holder}." if holder else ""
     inner = [path.removeprefix(prefix) for path in through]
     inlined = [root.get_submodule(path) for path in inner]
     for module in (root, *inlined):
-        if why := can_be_rewritten(module):
+        if why := why_not_rewritten(module):
             raise Untraceable(why if module is root else f"calls a module that {why}")
     graph, expected = forward_tracing.graph_as_called(root, holder, inlined, calls, "on the way to the layer")
 
@@ -137,12 +137,12 @@ def _match_in(
     skipped: set[str] = set()
     for node in list(graph.nodes):
         if node.op == "call_module" and (path := paths.get(id(root.get_submodule(node.target)))):
-            site = _Site(graph, root, node)
-            fusion = site.match()
-            match = fusion if isinstance(fusion, str) else Fused(holder, site.residual is not None, fusion[0])
+            call = _LayerCall(graph, root, node)
+            fusion = call.match()
+            match = fusion if isinstance(fusion, str) else Fused(holder, call.residual is not None, fusion[0])
             if isinstance(match, Fused):
-                site.rewrite()
-                skipped.update(site.identities)
+                call.rewrite()
+                skipped.update(call.identities)
             if not isinstance(matches.get(path), Fused):  # a layer that is called twice
                 matches[path] = match
     if not any(isinstance(match, Fused) for match in matches.values()):
@@ -152,16 +152,16 @@ def _match_in(
     assumed += [Assumed.of(root.get_submodule(path), path, True) for path in sorted(skipped)]
     assumed += [Assumed.of(m, path) for path, m in root.named_modules() if isinstance(m, _CONTAINERS)]
     code = forward_tracing.source(graph.python_code("self"))
-    plan = Plan(type(root), code, expected, forward_tracing.positional_arguments(root), tuple(assumed))
+    rewrite = Rewrite(type(root), code, expected, forward_tracing.positional_arguments(root), tuple(assumed))
     try:
-        fused_class(plan)
+        fused_class(rewrite)
     except Exception as error:
         raise Untraceable(f"is of a class that cannot be derived from: {error}") from error
-    return matches, plan
+    return matches, rewrite
 
 
-class _Site:
-    """One call of a layer in a graph, and what comes after it."""
+class _LayerCall:
+    """One call of a layer in a graph, and the calls that follow it."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module, norm: fx.Node) -> None:
         self.graph = graph
@@ -175,7 +175,7 @@ class _Site:
         self.replaced = [norm]
 
     def match(self) -> tuple[str, float] | str:
-        """The name and slope of the activation that the layer takes with it, or why it takes nothing."""
+        """Return the name and parameter of the activation to fuse with the layer, or why nothing can be fused."""
         if len(self.norm.args) != 1 or self.norm.kwargs or not isinstance(self.norm.args[0], fx.Node):
             return "it is called with more than its input"
         if isinstance(self._module(self.norm), LazyModuleMixin):
@@ -202,11 +202,11 @@ class _Site:
         if isinstance(user, str):
             return user
         if user.target is norm_act:
-            return _TAKEN
+            return _ADDITION_TAKEN
         return f"its result goes to {self._described(user)}"
 
     def rewrite(self) -> None:
-        """Put one call of `norm_act` in the place of the calls that it stands for."""
+        """Replace the layer's call and the calls fused with it by one call of `norm_act`."""
         last = self.add or self.norm
         with self.graph.inserting_before(last):
             layer = self.graph.get_attr(self.norm.target)  # type: ignore[arg-type]
@@ -226,7 +226,7 @@ class _Site:
         return self.root.get_submodule(node.target)  # type: ignore[arg-type]
 
     def _after_identities(self, value: fx.Node) -> fx.Node:
-        """The value behind every `nn.Identity` that is its only user."""
+        """Return the value after each `nn.Identity` that is its only user."""
         while True:
             user = self._only_user(value)
             if not isinstance(user, fx.Node) or user.op != "call_module" or type(self._module(user)) is not nn.Identity:
@@ -248,7 +248,7 @@ class _Site:
         return users[0] if uses == 1 else "its result goes to several places"
 
     def _added(self, user: fx.Node, value: fx.Node) -> fx.Node | None:
-        """What is added to the value; None where the user is no plain addition."""
+        """Return the tensor that is added to the value; None where the user is no plain addition."""
         function = user.op == "call_function" and user.target in _ADD_FUNCTIONS
         method = user.op == "call_method" and user.target in _ADD_METHODS
         if not (function or method) or len(user.args) != 2 or set(user.kwargs) - {"other"}:
@@ -260,10 +260,10 @@ class _Site:
 
     @staticmethod
     def _is_tensor(node: fx.Node) -> bool:
-        return node.target is not getattr  # x.shape and the like; the rest is known at the call
+        return node.target is not getattr  # such as x.shape; everything else is checked at the call
 
     def _cannot_wait_for(self, add: fx.Node) -> str:
-        """Why the layer cannot be called as late as at the addition; empty where it can."""
+        """Return why the layer cannot be called as late as the addition; empty where it can."""
         x, layer = self.norm.args[0], self._module(self.norm)
         order = list(self.graph.nodes)
         start, end = order.index(self.norm), order.index(add)
@@ -280,7 +280,7 @@ class _Site:
         return ""
 
     def _activation(self, user: fx.Node, value: fx.Node) -> tuple[str, float] | None:
-        """The activation's name and slope; None where the user is none of ours."""
+        """Return the activation's name and parameter; None where the user is no activation that this library fuses."""
         first, *rest = user.args or (None,)
         if first is not value:
             return None
@@ -301,7 +301,7 @@ class _Site:
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
-    """Every node among a node's arguments, as often as it is there."""
+    """Return every node among a node's arguments, as often as it occurs."""
     found: list[fx.Node] = []
     collect: Callable[[fx.Node], None] = found.append
     fx.map_arg((node.args, node.kwargs), collect)
@@ -309,7 +309,7 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def _in_place(node: fx.Node, called: nn.Module | None) -> bool:
-    """Whether a node may change what it is given."""
+    """Return whether a node may change its arguments."""
     if called is not None:
         return any(getattr(part, "inplace", False) for part in called.modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -129,13 +129,13 @@ def test_a_class_that_cannot_be_given_leaves_all_as_they_were(fails_at: int, mon
 
 
 def test_a_rewriting_that_differs_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(plan: Any) -> Any:
-        if plan.base is networks.BasicBlock:
-            plan = type(plan)(plan.base, plan.source.replace("return ", "return 1.01 * "), *_rest(plan))
-        return fused_class(plan)
+    def wrong(rewrite: Any) -> Any:
+        if rewrite.base is networks.BasicBlock:
+            rewrite = type(rewrite)(rewrite.base, rewrite.source.replace("return ", "return 1.01 * "), *_rest(rewrite))
+        return fused_class(rewrite)
 
-    def _rest(plan: Any) -> tuple[Any, ...]:
-        return plan.arguments, plan.positional, plan.assumed
+    def _rest(rewrite: Any) -> tuple[Any, ...]:
+        return rewrite.arguments, rewrite.positional, rewrite.assumed
 
     # The package has a function of the module's name.
     monkeypatch.setattr(sys.modules["batchnorm.surgery.accelerate.accelerate"], "fused_class", wrong)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.surgery.accelerate.accelerate import accelerate
-from batchnorm.surgery.accelerate.fused_forward import fused_class, plan_of
+from batchnorm.surgery.accelerate.fused_forward import fused_class, rewrite_of
 from tests.surgery import networks
 from tests.surgery.networks import network
 
@@ -223,7 +223,7 @@ def test_sgd_state_continues_across_it() -> None:
     assert_close(run(4), run(None), rtol=0, atol=1e-10)
 
 
-def test_each_base_class_and_plan_make_one_class() -> None:
+def test_each_base_class_and_rewrite_make_one_class() -> None:
     fast, _, _ = fast_block()
     other, _, _ = fast_block()
-    assert type(fast) is type(other) is fused_class(plan_of(fast))
+    assert type(fast) is type(other) is fused_class(rewrite_of(fast))

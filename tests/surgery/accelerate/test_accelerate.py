@@ -21,7 +21,7 @@ from batchnorm.surgery.convert.convert import convert
 from tests.surgery import networks
 from tests.surgery.networks import NETWORKS, network
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -185,7 +185,7 @@ LOAD = """
 import sys, torch
 models = torch.load(sys.argv[1], weights_only=False)
 for model, (x, expected) in zip(models, torch.load(sys.argv[2]), strict=True):
-    assert any("_fused_plan" in vars(type(m)) for m in model.modules())
+    assert any("_rewrite" in vars(type(m)) for m in model.modules())
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     print(type(model).__name__)
 """
@@ -222,7 +222,7 @@ def test_undone_it_is_the_class_again(name: str) -> None:
     undone = undo_fusion(fast)
     assert set(undone) >= {f.holder for f in report.fused.values()}
     assert undo_fusion(fast) == []
-    assert not any(hasattr(type(m), "_fused_plan") for m in fast.modules())
+    assert not any(hasattr(type(m), "_rewrite") for m in fast.modules())
     for module, was in zip(fast.modules(), model.modules(), strict=True):
         assert type(module) is type(was) or isinstance(was, nn.modules.batchnorm._BatchNorm)
     assert_close(fast.eval()(x), model.eval()(x))
