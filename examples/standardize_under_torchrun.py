@@ -1,4 +1,4 @@
-"""Standardize data of which every process has a share of its own; shares may differ in length.
+"""Standardize data that are distributed over processes; their shares may differ in length.
 
 Run it with `torchrun --nproc-per-node 2 examples/standardize_under_torchrun.py`.
 """
@@ -12,7 +12,7 @@ from batchnorm import Standardizer
 
 
 def main() -> None:
-    """Fit this rank's share, pool, and show that all ranks have the same."""
+    """Fit this rank's share, pool the statistics, and show that all ranks have the same."""
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
     if torch.cuda.is_available():
