@@ -167,7 +167,7 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"accelerate expects a torch.nn.Module, got int. Pass the network itself."):
         accelerate(3)
-    with pytest.raises(ValueError, match="a model whose parameters have their shapes"):
+    with pytest.raises(ValueError, match="a model whose parameters have shapes where example_inputs are given"):
         accelerate(nn.Sequential(nn.LazyBatchNorm1d(), nn.ReLU()), torch.randn(4, 3), inplace=True)
 
 
