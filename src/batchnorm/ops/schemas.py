@@ -93,7 +93,7 @@ class Kept(NamedTuple):
 
 
 class Attributes(NamedTuple):
-    """The arguments of an operator that are not tensors."""
+    """The arguments that are not tensors; negative_slope is the activation's parameter, which for elu is α."""
 
     eps: float
     activation: str
