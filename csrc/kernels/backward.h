@@ -1,4 +1,4 @@
-// Sums and gradients of the backward pass, through the batch's statistics or with them held.
+// Sums and gradients of the backward pass, through the batch's statistics or with constant statistics.
 #pragma once
 
 #include "forward.h"
@@ -6,7 +6,7 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// Turns Σ dz and Σ dz·(x - mean) into the operator's sums and, through a batch's statistics, into coefficients of dx.
+// Computes the operator's sums from Σ dz and Σ dz·(x - mean), and through batch statistics also the coefficients of dx.
 struct BackwardSteps {
   const Backward& args;
   const Channels<T>& channels;
@@ -47,7 +47,7 @@ struct RowBackward final : RowSteps {
   }
 };
 
-// Coefficients of dx where the means are given: in the dtype's own row layout, as mean, scale and shift are.
+// Coefficients of dx for given means, in the same row layout as mean, scale and shift.
 void fill_given_means(const Backward& args, const Channels<T>& channels, const CoefficientRows& rows, int64_t c,
                       const CoefficientArrays<A>& into, Scratch& scratch) {
   const Wide dxhat(args.mean_dxhat, c, 0.0, scratch), dxhat_xhat(args.mean_dxhat_xhat, c, 0.0, scratch);
@@ -86,7 +86,7 @@ bool streams(const Backward& args) {
   return streams(args.shape) && (!args.dz || phase(args.dz) == phase(args.dx));
 }
 
-// With an index or weights: sums by group, then dx, each on its own.
+// With an index or weights: computes sums per group and dx in separate passes.
 template <class F>
 void grouped_backward(const Threads& threads, const Backward& args, const Channels<T>& channels,
                       const CoefficientRows& rows, const Coefficients<A>& coefficients, Scratch& scratch) {

@@ -1,4 +1,4 @@
-// Arithmetic on [C] vectors, in float64: from sums to statistics and gradients, and from these to coefficients.
+// Float64 arithmetic on [C] vectors: sums to statistics and gradients, and these to coefficients.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// A [rows, c] quantity in float64; where it is absent, `otherwise` everywhere.
+// A [rows, c] quantity in float64, filled with `otherwise` if it is absent.
 class Wide {
  public:
   Wide(const Vector& v, int64_t c, double otherwise, Scratch& scratch) : c_(c), rows_(v.data ? v.rows : 1) {
@@ -46,10 +46,10 @@ class Wide {
   double* data_;
 };
 
-// Mean as a pair and sum of squared deviations, from n values' Σ(x - pivot) and Σ(x - pivot)².
+// Mean (as a pair) and sum of squared deviations, computed from Σ(x - pivot) and Σ(x - pivot)² of n values.
 struct MomentsOfChannel {
   double mean, mean_low, m2;
-  bool far;  // the pivot lies so many deviations from the mean that m2 cancelled: sum again from the mean
+  bool far;  // m2 cancelled because the pivot is many deviations from the mean; sum again from the mean
 };
 
 template <class T>
@@ -64,7 +64,7 @@ BATCHNORM_INLINE MomentsOfChannel moments_of(double pivot, double sum, double su
   return r;
 }
 
-// Everything that a normalization's coefficients derive from.
+// The inputs from which the coefficients of a normalization are computed.
 template <class T>
 struct Channels {
   using A = Arithmetic<T>;
@@ -79,7 +79,7 @@ struct Channels {
         bias(n.bias, c, 0.0, scratch),
         eps(n.eps) {}
 
-  // Rows of statistics; [c] ones serve every row.
+  // The number of rows of statistics; a [c] vector applies to every row.
   int64_t rows() const {
     int64_t rows = INT64_MAX;
     for (const Wide* w : {&mean, &mean_low, &var}) rows = w->rows() > 1 && w->rows() < rows ? w->rows() : rows;
@@ -91,12 +91,12 @@ struct Channels {
     double low = mean_low.get(row, c);
     return static_cast<A>(low == 0.0 ? bias.get(row, c) : bias.get(row, c) - low * static_cast<double>(scale));
   }
-  // From Σ dz·(x - mean) to Σ dz·x̂.
+  // Converts Σ dz·(x - mean) to Σ dz·x̂.
   double sum_dz_xhat(int64_t row, int64_t c, double sum_dz, double sum_dz_deviation) const {
     double low = mean_low.get(row, c);
     return (low == 0.0 ? sum_dz_deviation : sum_dz_deviation - low * sum_dz) * invstd(row, c);
   }
-  // The constant beside a slope on x - mean, of which x - mean - mean_low was meant.
+  // Corrects the constant for mean_low: the slope multiplies x - mean instead of x - mean - mean_low.
   A constant(int64_t row, int64_t c, double constant, double slope) const {
     double low = mean_low.get(row, c);
     return static_cast<A>(low == 0.0 ? constant : constant - low * slope);

@@ -1,5 +1,5 @@
-// Chooses the instruction set at load: the best that build and processor have, or BATCHNORM_CPU_CAPABILITY.
-// The build says by BATCHNORM_WITH_<instruction set> which ones it has.
+// Chooses the instruction set at load: the best one of build and processor, or BATCHNORM_CPU_CAPABILITY.
+// The build defines BATCHNORM_WITH_<instruction set> for each one that it contains.
 
 #include <cstdlib>
 #include <cstring>

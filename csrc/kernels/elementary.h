@@ -8,7 +8,7 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// Cephes-style: x = n·ln 2 + r, a polynomial in r, and 2^n in two steps so that both ends are reached.
+// As in Cephes: x = n·ln 2 + r, a polynomial in r, and 2^n in two steps to cover the whole range.
 BATCHNORM_INLINE Vec<float> exp(Vec<float> x) {
   x = select(x > 89.0f, broadcast(89.0f), x);
   x = select(x < -104.0f, broadcast(-104.0f), x);

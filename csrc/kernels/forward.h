@@ -1,4 +1,4 @@
-// Normalization by the statistics of the batch, and by given ones.
+// Normalization by batch statistics and by given statistics.
 #pragma once
 
 #include <initializer_list>
@@ -8,7 +8,7 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// Stores the statistics, and writes the coefficients that normalize by them over the pivots.
+// Stores the statistics, and overwrites the pivots by the coefficients of the normalization.
 struct StoreStatistics {
   A *mean, *mean_low, *var;
   double values;
@@ -75,11 +75,11 @@ void train_forward(const Threads& threads, const TrainForward& args) {
 
 // ---- given statistics ----------------------------------------------------------------------------------------------
 
-// Rows of coefficients for [rows, c] quantities: one per row, or one per sample where samples are fewer.
+// Rows of coefficients for [rows, c] quantities: one per row, or one per sample if there are fewer samples.
 struct CoefficientRows {
   int64_t count = 1;
-  const int64_t* of_sample = nullptr;  // the row of each sample; null: all have one
-  const int64_t* of_row = nullptr;     // the quantities' row for each row here; null: the same
+  const int64_t* of_sample = nullptr;  // the row of each sample; null if all share one
+  const int64_t* of_row = nullptr;     // the row of the quantities for each row here; null if equal
 
   CoefficientRows(const Normalization& n, std::initializer_list<const Vector*> more, int64_t samples,
                   Scratch& scratch) {

@@ -1,6 +1,6 @@
 // The kernels' interface: raw pointers and sizes, no torch.
 //
-// The same sources are compiled once per instruction set; `kernels()` is the set chosen at load.
+// The same sources are compiled once per instruction set; `kernels()` returns those of the set chosen at load.
 #pragma once
 
 #include <cstdint>
@@ -33,21 +33,21 @@ inline constexpr int kActivations = sizeof kActivationNames / sizeof *kActivatio
 #undef BATCHNORM_ENUMERATOR
 #undef BATCHNORM_NAME
 
-// x: n samples of c channels of s positions, dense in memory as [n, c, s], or as [n, s, c] if channels_last.
+// The shape of x: n samples, c channels, s positions; dense in memory as [n, c, s], or [n, s, c] if channels_last.
 struct Shape {
   int64_t n, c, s;
   bool channels_last;
   int64_t numel() const { return n * c * s; }
 };
 
-// [c] (rows = 1), or [rows, c] of which `index` picks a row per sample. No data: the quantity is absent.
+// A vector [c] (rows = 1), or [rows, c], where `index` selects a row per sample. data is null if it is absent.
 struct Vector {
   const void* data = nullptr;
   DType dtype = DType::float32;
   int64_t rows = 1;
 };
 
-// The calling side's thread pool. `run(begin, end, grain, body, context)` calls body(b, e, context) on parts.
+// The caller's thread pool. `run(begin, end, grain, body, context)` calls body(b, e, context) on parts.
 struct Threads {
   using Body = void (*)(int64_t begin, int64_t end, void* context);
   void (*run)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
@@ -92,7 +92,7 @@ struct Moments {
   void *mean, *mean_low, *m2;  // [groups, c]
 };
 
-// Every operator of the backward pass. Sums are computed if sum_dz is given, dx if dx is.
+// All operators of the backward pass. The sums are computed if sum_dz is given, dx if dx is given.
 struct Backward {
   Shape shape;
   const void* dy;
@@ -104,8 +104,8 @@ struct Backward {
   void *sum_dz, *sum_dz_xhat;          // [groups, c], or both null
   void* dx;                            // may be null
   void* dz;                            // may be null
-  bool through_batch;                  // dx through the batch's own statistics: the means are those of the sums
-  Vector mean_dxhat, mean_dxhat_xhat;  // or the means are given
+  bool through_batch;                  // dx through the batch's own statistics, with means from the sums
+  Vector mean_dxhat, mean_dxhat_xhat;  // otherwise, the given means
   const void* weights;                 // [n, s] in the statistics' dtype: the shares of the given means; may be null
 };
 

@@ -1,4 +1,4 @@
-// Which driver serves a shape, and coefficients per channel as it wants them, for the dtype that is compiled.
+// Selects the driver for a shape and arranges the coefficients per channel for it, in the compiled dtype.
 #pragma once
 
 #include "channels.h"
@@ -12,15 +12,15 @@ using T = BATCHNORM_TYPE;
 using A = Arithmetic<T>;
 constexpr Values kValues{sizeof(T), kLanes<A>};
 
-// Larger outputs are written past the caches: half of a usual last-level cache, as the input goes through it too.
+// Larger outputs bypass the caches. This is half of a typical last-level cache, because the input uses it, too.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 bool streams(const Shape& s) { return kHasStream && s.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes; }
 
-// Whether values are summed and mapped in rows of one channel; else in rows of lanes.
+// Whether to process x in planes (rows of one channel) rather than in rows of lanes.
 bool in_planes(const Shape& s, bool whole) { return !s.channels_last && s.s > 1 && (whole || s.s >= kLanes<A>); }
 
-// Spreads [c] coefficients over lanes, where a lane is not just a channel.
+// Spreads [c] coefficients over lanes if lanes and channels differ.
 void spread(const RowShape& r, const A* per_channel, A* lanes) {
   if (r.positions > 1) {
     for (int64_t c = 0; c < r.channels; ++c) {
@@ -33,7 +33,7 @@ void spread(const RowShape& r, const A* per_channel, A* lanes) {
   }
 }
 
-// Sums lanes to channels, in place and in the lanes' order.
+// Sums lanes into channels, in place and in the order of the lanes.
 void fold(const RowShape& r, double* sums) {
   if (r.positions > 1) {
     for (int64_t c = 0; c < r.channels; ++c) {
@@ -48,7 +48,7 @@ void fold(const RowShape& r, double* sums) {
   }
 }
 
-// Coefficients per channel, and per lane where that differs.
+// Coefficients per channel, and per lane if lanes and channels differ.
 struct LaneCoefficients {
   const RowShape& shape;
   CoefficientArrays<A> channels, lanes;

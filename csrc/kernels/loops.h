@@ -1,5 +1,5 @@
-// The hot loops: a term or map over rows in memory. Compiled per term, and called through pointers, so that the
-// drivers above them are compiled once. Each body appears twice: for full vectors, and for what is left over.
+// The hot loops: a term or map over rows in memory. They are compiled per term and called through pointers, so the
+// drivers that call them are compiled once. Each body appears twice: for full vectors and for the remainder.
 #pragma once
 
 #include "kernels.h"
@@ -9,16 +9,16 @@ namespace BATCHNORM_NAMESPACE {
 
 inline constexpr int64_t kChannelsAtOnce = 128;  // planes: channels summed together
 
-// Additions in a row in the arithmetic's own precision; what they sum is then added in float64.
+// The number of consecutive additions in the arithmetic type; their sum is then added in float64.
 inline constexpr int64_t kAdditions = 32;
 
-// So many bytes before they are needed values are fetched for a sum. Processors do so themselves, but begin anew at
-// every jump: short rows and many lanes are read a third faster so, long rows a little slower.
+// The prefetch distance of sums, in bytes. Processors also prefetch, but restart after every jump. With this, short
+// rows and many lanes are read a third faster, long rows slightly slower.
 inline constexpr int64_t kFetchBytes = 16384, kLongRowBytes = 8192;
 template <class Term>
 inline constexpr int64_t kAhead = kFetchBytes / static_cast<int64_t>(sizeof(typename Term::Type));
 
-// Σ u and Σ u·v in float64, in as many partial sums as a vector has lanes.
+// Σ u and Σ u·v in float64, with one partial sum per lane.
 struct WideSums {
   Vec<double> u{}, uv{};
 };
@@ -35,7 +35,7 @@ BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, double) {
   return (lane >= from) & (lane < to);
 }
 
-// Fetches what lies at [offset, offset + count), line by line.
+// Prefetches [offset, offset + count), line by line.
 template <int cache, class Term>
 BATCHNORM_INLINE void fetch_lines(const Term& term, int64_t offset, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(typename Term::Type);
@@ -45,8 +45,8 @@ BATCHNORM_INLINE void fetch_lines(const Term& term, int64_t offset, int64_t coun
 // ---- planes: [n, c, s] in memory, a row is s values of one channel
 // ---------------------------------------------------
 
-// a += Σ u and b += Σ u·v over `length` values from `offset`; `position` is where their weights begin. Meanwhile the
-// values that lie `ahead` further on are fetched; 0: none.
+// a += Σ u and b += Σ u·v over `length` values from `offset`; their weights start at `position`. Also prefetches the
+// values `ahead` positions later, or none if `ahead` is 0.
 template <class Term>
 BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& c, int64_t offset, int64_t position,
                                  int64_t length, int64_t ahead, Vec<typename Term::A>& a, Vec<typename Term::A>& b) {
@@ -74,7 +74,7 @@ BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& 
   }
   if (ahead) fetch_lines<1>(term, offset + i + ahead, length - i);
   for (; i + W <= length; i += W) step(i, a, b);
-  if (i < length) {  // the last full vector again, without the lanes already summed
+  if (i < length) {  // the last full vector, without the lanes already summed
     V u, v;
     const int64_t start = length - W;
     term.pair(c, offset + start, W, term.weights ? load(term.weights + position + start, W) : V{}, u, v);
@@ -103,8 +103,8 @@ __attribute__((noinline)) static void reduce_short_row(const Term& term, int64_t
   b = fma(u, v, b);
 }
 
-// Adds to sums[0 .. channels) those of values [begin, begin + length) of samples [n0, n1), channels from c0.
-// `rows`, where given, names each sample's row of coefficients.
+// Adds the sums of values [begin, begin + length) of samples [n0, n1) to sums[0 .. channels), for channels from c0.
+// `rows`, if given, holds each sample's row of coefficients.
 using ReducePlanes = void (*)(const void* term, const Shape& s, int64_t n0, int64_t n1, int64_t begin, int64_t length,
                               int64_t c0, int64_t channels, const int64_t* rows, WideSums* sums);
 
@@ -115,7 +115,7 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
   const Term term = *static_cast<const Term*>(self);
   Vec<A> a[kChannelsAtOnce], b[kChannelsAtOnce];
   for (int64_t k = 0; k < channels; ++k) a[k] = b[k] = Vec<A>{};
-  // A sample's rows lie end to end; towards their end the next sample's are fetched, or those of one further on.
+  // The rows of a sample are contiguous; near their end, prefetch those of the next sample or a later one.
   const int64_t run = channels * length, jump = s.c * s.s, distance = kAhead<Term>;
   const int64_t after = run > distance ? jump + distance - run : jump * (distance / run);
   const bool fetches = s.s * static_cast<int64_t>(sizeof(typename Term::Type)) < kLongRowBytes;
@@ -139,8 +139,8 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
   }
 }
 
-// Maps values [i, end) of rows of `length` that lie end to end, one channel after the other, from `offset`. Never
-// writes outside of them.
+// Maps values [i, end) of contiguous rows of `length` from `offset`, channel by channel. Never writes outside this
+// range.
 template <class Map>
 __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, int64_t offset, int64_t position,
                                                int64_t length, int64_t i, int64_t end) {
@@ -155,9 +155,9 @@ __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, 
   }
 }
 
-// Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`;
-// of several channels whole rows, which lie end to end. Meanwhile the inputs that lie `ahead` values further on are
-// fetched; 0: none.
+// Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`.
+// Several channels must be whole rows, which are contiguous. Also prefetches the inputs `ahead` values later, or none
+// if `ahead` is 0.
 using MapPlanes = void (*)(const void* map, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
                            int64_t length, int64_t row, bool streamed, int64_t ahead);
 
@@ -173,7 +173,7 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
   const int64_t total = channels * length;
   if (length < W) return map_some(original, channel, offset, position, length, 0, total);
   int64_t i = 0, stop = total;
-  if (streamed) {  // whole lines past the caches, and none of them written to in another way: that takes long
+  if (streamed) {  // whole lines bypass the caches; writing part of such a line normally would be slow
     const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.first_output() + offset) / sizeof(T));
     const int64_t head = (kLine - at % kLine) % kLine;
     streamed = head + kLine <= total;
@@ -192,7 +192,7 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
       map.apply(c, offset + i, W, map.weights ? load(map.weights + weight + i, W) : Vec<A>{}, streamed);
     }
     if (i + W > stop) break;
-    if (i < end) {  // a vector with the end of one row and the beginning of the next
+    if (i < end) {  // a vector with the end of one row and the start of the next
       if (map.weights) {
         map_some(original, channel, offset, position, length, i, i + W);
       } else {
@@ -210,10 +210,10 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
             map.weights ? load(map.weights + position - k * length + i, W) : Vec<A>{}, false);
 }
 
-// ---- rows of lanes: each lane is a channel, or one of a few of the same
+// ---- rows of lanes: each lane is a channel; several lanes may share one
 // ----------------------------------------------
 
-// u[0 .. count) += Σ u and uv[0 .. count) += Σ u·v of one vector of lanes, which need not be full.
+// u[0 .. count) += Σ u and uv[0 .. count) += Σ u·v of one vector of lanes, which may be partial.
 template <class Term>
 __attribute__((noinline)) static void reduce_some(const Term& term, int64_t lanes, int64_t r0, int64_t r1, int64_t j,
                                                   int64_t count, int64_t channel, double* u_sums, double* uv_sums) {
@@ -230,7 +230,7 @@ __attribute__((noinline)) static void reduce_some(const Term& term, int64_t lane
   add_to(uv_sums, b, count);
 }
 
-// u[j - j0] += Σ u and uv[j - j0] += Σ u·v of lanes [j0, j1) over rows [r0, r1). Coefficients begin at `channel0`.
+// u[j - j0] += Σ u and uv[j - j0] += Σ u·v of lanes [j0, j1) over rows [r0, r1). Coefficients start at `channel0`.
 using ReduceRows = void (*)(const void* term, int64_t lanes, int64_t r0, int64_t r1, int64_t j0, int64_t j1,
                             int64_t channel0, double* u, double* uv);
 
@@ -249,8 +249,8 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
     b = fma(u, v, b);
   };
   constexpr int64_t kTile = 64;  // vectors of lanes whose sums stay in the first cache
-  // Half types come two vectors to a line: two rows at a time halve the traffic of the sums. Wider ones are read
-  // faster one after the other.
+  // A line holds two vectors of a half type, so two rows at a time halve the traffic of the sums. Wider types are
+  // faster one row at a time.
   constexpr bool kTwoRows = sizeof(typename Term::Type) < 4;
   constexpr int64_t kPerLine = W * sizeof(typename Term::Type) < 64 ? 64 / (W * sizeof(typename Term::Type)) : 1;
   for (int64_t block = r0; block < r1; block += kAdditions) {
@@ -274,9 +274,9 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
       add_to(uv_sums + 2 * W, b2, W), add_to(uv_sums + 3 * W, b3, W);
       continue;
     }
-    while (j + W <= j1) {  // row by row, as memory is read fastest
+    while (j + W <= j1) {  // row by row, because memory is read fastest in this order
       const int64_t vectors = (j1 - j) / W < kTile ? (j1 - j) / W : kTile;
-      V sums[kTile][2];  // side by side: 4 KB apart they would look like one address to the processor
+      V sums[kTile][2];  // adjacent, because the processor confuses addresses that are 4 KB apart
       for (int64_t v = 0; v < vectors; ++v) sums[v][0] = sums[v][1] = V{};
       int64_t row = block;
       for (; kTwoRows && row + 2 <= block_end; row += 2) {
@@ -312,7 +312,7 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
   }
 }
 
-// Maps `count` lanes of a row from j, fewer than a vector has.
+// Maps `count` lanes of a row from j, fewer than a full vector.
 template <class Map>
 __attribute__((noinline)) static void map_some_lanes(const Map& map, int64_t lanes, int64_t row, int64_t j,
                                                      int64_t count, int64_t channel) {
@@ -364,7 +364,7 @@ struct Reducer {
 };
 
 struct Mapper {
-  const void* map = nullptr;  // null: nothing is mapped
+  const void* map = nullptr;  // null if there is no map
   MapPlanes planes = nullptr;
   MapRows rows = nullptr;
   const void* output = nullptr;

@@ -1,4 +1,4 @@
-// Mean, as a pair, and sum of squared deviations of a batch, of groups of its samples, or with weights.
+// Mean (as a pair) and sum of squared deviations of a batch, of groups of its samples, or with weights.
 #pragma once
 
 #include "lanes.h"
@@ -6,11 +6,11 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// A pivot moved to near the mean, in x's own precision: there deviations are exact, or nearly.
+// Moves a pivot close to the mean, in x's own precision, in which deviations are exact or nearly so.
 A rounded(A pivot, double deviation) { return static_cast<A>(round_to<T>(static_cast<double>(pivot) + deviation)); }
 
-// Sums a batch's moments and calls record(c, MomentsOfChannel) once they stand. Pivots are what deviations are
-// measured from: near the mean by a few values from all over the batch, and in a constant channel exactly its value.
+// Sums the moments of a batch and calls record(c, MomentsOfChannel) for each channel. Deviations are taken from a
+// pivot. It is estimated from a few values spread over the batch; in a constant channel it is exactly their value.
 template <class Record>
 struct PlaneMoments final : PlaneSteps {
   const Reducer& reducer;
@@ -107,7 +107,7 @@ struct StoreMoments {
   void done() const {}
 };
 
-// Moves each group's pivots from its first value to the mean of a few from its first samples, an eighth of all at most.
+// Moves each group's pivots from its first value to the mean of a few values of its first samples (at most 1/8 of all).
 void near_the_mean(const Shape& s, const RowShape& r, bool planes, const Reducer& sums, const Moments& args, A* pivot,
                    double* u, Scratch& scratch) {
   constexpr int64_t kLeast = 16, kMost = 256, kValuesEach = 64, kShare = 8;
@@ -144,7 +144,7 @@ void near_the_mean(const Shape& s, const RowShape& r, bool planes, const Reducer
   }
 }
 
-// Moments by group or with weights.
+// Computes moments per group or with weights.
 void grouped_moments(const Threads& threads, const Moments& args) {
   const Shape& s = args.shape;
   const T* x = static_cast<const T*>(args.x);

@@ -1,5 +1,5 @@
-// Loops over the caller's threads, and scratch memory. No result may depend on how a loop is cut: sums are formed in
-// fixed blocks and added in a fixed order.
+// Loops over the caller's threads, and scratch memory. Results must not depend on how a loop is split, so sums are
+// computed in fixed blocks and added in a fixed order.
 #pragma once
 
 #include <new>
@@ -9,10 +9,10 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// Fewer values than this are not worth waking a thread for.
+// The smallest number of values for which waking a thread pays.
 inline constexpr int64_t kGrain = 16384;
 
-// A value's size in memory, and how many of them fill a vector of their arithmetic.
+// The size of a value in memory, and the number of values per vector of its arithmetic type.
 struct Values {
   int64_t bytes, lanes;
 };
@@ -23,7 +23,7 @@ struct Constant {
   static constexpr T value = v;
 };
 
-// Calls body(begin, end) on parts of [0, n), each of at least kGrain values in all.
+// Calls body(begin, end) on parts of [0, n) with at least kGrain values each.
 template <class Body>
 static void parallel(const Threads& threads, int64_t n, int64_t values_each, const Body& body) {
   int64_t grain = values_each > 0 ? (kGrain + values_each - 1) / values_each : n;
@@ -35,7 +35,7 @@ static void parallel(const Threads& threads, int64_t n, int64_t values_each, con
   threads.run(0, n, grain, call, const_cast<Body*>(&body));
 }
 
-// Aligned memory that lives as long as the call: from the stack where little is needed.
+// Aligned memory for the duration of a call, from the stack if it is small.
 class Scratch {
  public:
   Scratch() = default;

@@ -1,7 +1,7 @@
-// Drivers for [n, c, s] in memory, where a channel's values lie in rows of s.
+// Drivers for [n, c, s] in memory, where each row of s values belongs to one channel.
 //
-// A thread takes a few channels at a time, sums them and at once maps them, walking backwards: what was read last is
-// still in its cache. Where channels do not divide among the threads, the threads share them block by block.
+// A thread sums a few channels and then maps them at once, in reverse order, because the values read last are still in
+// its cache. If there are too few channels for the threads, the threads share each channel block by block.
 #pragma once
 
 #include "loops.h"
@@ -9,20 +9,20 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// Of a core's own cache, for what is read twice; as much again is fetched ahead.
+// Part of a core's own cache for values that are read twice; the same amount is prefetched.
 inline constexpr int64_t kCacheBytes = 512 << 10;
 
-// What happens before and after a channel is summed.
+// The steps before and after the sums of a channel.
 struct PlaneSteps {
   virtual void begin(int64_t /*c0*/, int64_t /*channels*/) {}  // at most kChannelsAtOnce of them
-  // Returns true to have the channel summed once more, unless this is `again`.
+  // Returns true to sum the channel once more; always false if `again`.
   virtual bool finish(int64_t c, double u, double uv, bool again) = 0;
 
  protected:
   ~PlaneSteps() = default;
 };
 
-// A channel's values cut into blocks, the same whoever sums them: several short rows, or a piece of a long one.
+// The fixed blocks of a channel's values, independent of the threads: several short rows, or part of a long row.
 struct PlaneBlocks {
   const Shape& s;
   int64_t piece, pieces, samples, count;
@@ -42,11 +42,11 @@ struct PlaneBlocks {
   }
 };
 
-// Maps all rows, in whatever order the threads come. `rows`, where given, names each sample's row of coefficients.
+// Maps all rows, in any order. `rows`, if given, holds each sample's row of coefficients.
 static void map_all_planes(const Threads& threads, const Shape& s, const Mapper& mapper, bool streamed,
                            const int64_t* rows) {
   constexpr int64_t kPiece = 16384, kAligned = 16;
-  // Pieces of a long row, or several short ones; such that lines are whole wherever the channels allow it.
+  // Parts of a long row, or several short rows, with whole cache lines wherever possible.
   const int64_t pieces = (s.s + kPiece - 1) / kPiece, length = pieces > 1 ? kPiece : s.s;
   int64_t together = pieces > 1 ? 1 : kPiece / s.s;
   if (together > kAligned) together = together / kAligned * kAligned;
@@ -62,7 +62,7 @@ static void map_all_planes(const Threads& threads, const Shape& s, const Mapper&
   });
 }
 
-// Sums per channel, then what `steps` makes of them, then the map. `inputs` tensors are read twice.
+// Sums each channel, calls `steps`, then maps. `inputs` is the number of tensors that are read twice.
 static void reduce_then_map(const Threads& threads, const Shape& s, const Reducer& reducer, PlaneSteps& steps,
                             const Mapper& mapper, bool streamed, int inputs, const Values& values) {
   const PlaneBlocks blocks(s, values);
@@ -83,7 +83,7 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
             unfinished |= steps.finish(c0 + k, sum_lanes(sums[k].u), sum_lanes(sums[k].uv), again);
           }
         }
-        // Mapping writes more than it reads: the next channels are fetched meanwhile.
+        // Mapping writes more than it reads, so it prefetches the next channels.
         const int64_t ahead = c0 + group < c_end ? group * s.s : 0;
         for (int64_t n = s.n - 1; mapper.map && n >= 0; --n) {
           mapper.planes(mapper.map, s, n, c0, channels, 0, s.s, 0, streamed, ahead);
@@ -117,8 +117,8 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
   if (mapper.map) map_all_planes(threads, s, mapper, streamed, nullptr);
 }
 
-// Sums per group of samples, u[groups[n]·c + channel] and uv likewise, which begin at zero. Without `groups` there is
-// one; `rows`, where given, names each sample's row of coefficients.
+// Sums per group of samples: u[groups[n]·c + channel] and uv, which start at zero. Without `groups` there is one group.
+// `rows`, if given, holds each sample's row of coefficients.
 static void reduce_grouped_planes(const Threads& threads, const Shape& s, const Reducer& reducer, const int64_t* rows,
                                   const int64_t* groups, const Values& values, double* u, double* uv) {
   const PlaneBlocks blocks(s, values);

@@ -1,8 +1,8 @@
 // Drivers for rows of lanes, where each lane is a channel: [n, c], and [n, s, c] in memory (channels-last).
 //
-// Few channels are widened to longer rows by taking several positions as one row; [n, c, s] with a tiny s is a row of
-// c·s lanes. Threads take runs of rows, sum them, and once all sums stand map them, walking backwards: what was read
-// last is still in the cache. (Tiles of channels, to read x once, lost: their lines fall in few of a cache's sets.)
+// With few channels, several positions form one longer row; [n, c, s] with a tiny s is a row of c·s lanes. Each thread
+// sums a range of rows. When all sums are complete, it maps its rows in reverse order, because the values read last are
+// still in the cache. (Tiles of channels, which read x once, were slower: their lines share few sets of the cache.)
 #pragma once
 
 #include "loops.h"
@@ -10,7 +10,7 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// The view of x as `rows` rows of `lanes`, and `rest` more lanes of a last row.
+// A view of x as `rows` rows of `lanes` lanes, and a last row of `rest` lanes.
 struct RowShape {
   int64_t lanes, rows, rest;
   int64_t channels, positions;  // lane j is channel (j / positions) % channels
@@ -19,7 +19,7 @@ struct RowShape {
   int64_t channel(int64_t lane) const { return positions > 1 ? lane / positions : lane % channels; }
 };
 
-// `whole` rows only where a row's coefficients or weights are its own.
+// Use `whole` rows only if each row has its own coefficients or weights.
 template <class A>
 static RowShape row_shape(const Shape& s, bool whole) {
   if (!s.channels_last && s.s > 1) return {s.c * s.s, s.n, 0, s.c, s.s, 1};
@@ -33,7 +33,7 @@ static RowShape row_shape(const Shape& s, bool whole) {
   return {s.c * together, rows / together, rows % together * s.c, s.c, 1, s.s};
 }
 
-// The fixed cut of the rows into chunks, whose sums are added in order. Chunk `count - 1` may be the rest.
+// The fixed division of the rows into chunks, whose sums are added in order. The last chunk may be the rest.
 struct Chunks {
   int64_t rows, whole, count;
   explicit Chunks(const RowShape& r) {
@@ -48,10 +48,10 @@ struct Chunks {
   }
 };
 
-// What happens before and after lanes are summed.
+// The steps before and after the sums of the lanes.
 struct RowSteps {
   virtual void begin() {}
-  // Returns true to have all lanes summed once more, unless this is `again`. May change the sums.
+  // Returns true to sum all lanes once more; always false if `again`. May change the sums.
   virtual bool finish(double* u, double* uv, bool again) = 0;
 
  protected:
@@ -63,8 +63,8 @@ static bool rows_streamed(const Mapper& mapper, int64_t lanes, bool streamed, co
   return streamed && lanes * values.bytes % 64 == 0 && reinterpret_cast<uintptr_t>(mapper.output) % 64 == 0;
 }
 
-// Maps rows [r0, r1) a few at a time, the last first: those are still in the cache if all were just
-// read. Within the few it goes forward, as memory is fetched ahead in that direction only.
+// Maps rows [r0, r1) in small blocks, the last block first, because it is still in the cache if all rows were just
+// read. Within a block it goes forward, because memory is prefetched in that direction only.
 static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, int64_t r1, bool streamed,
                           const Values& values) {
   const int64_t few = 64 * 1024 / (r.lanes * values.bytes) + 4;
@@ -73,8 +73,8 @@ static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, i
   }
 }
 
-// Maps everything. `rows`, where given, names each sample's row of coefficients, in arrays of c; without it, and if
-// not `by_sample`, coefficients are those of the lanes.
+// Maps all rows. `rows`, if given, holds each sample's row of coefficients [c]. Without it, and without `by_sample`,
+// coefficients are per lane.
 static void map_all_rows(const Threads& threads, const RowShape& r, const Mapper& mapper, bool streamed,
                          const Values& values, const int64_t* rows) {
   streamed = rows_streamed(mapper, r.lanes, streamed, values);
@@ -95,7 +95,7 @@ static void map_all_rows(const Threads& threads, const RowShape& r, const Mapper
   if (r.rest > 0) mapper.rows(mapper.map, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, false);
 }
 
-// Sums per lane, what `steps` makes of them, then the map.
+// Sums each lane, calls `steps`, then maps.
 static void reduce_then_map(const Threads& threads, const RowShape& r, const Reducer& reducer, RowSteps& steps,
                             const Mapper& mapper, bool streamed, const Values& values) {
   streamed = rows_streamed(mapper, r.lanes, streamed, values);
@@ -136,11 +136,11 @@ static void reduce_then_map(const Threads& threads, const RowShape& r, const Red
   });
 }
 
-// Sums per group of samples: u[groups[n]·c + channel] and uv likewise, of `count` groups, which begin at zero. Without
-// `groups` there is one; `rows`, where given, names each sample's row of coefficients.
+// Sums per group of samples: u[groups[n]·c + channel] and uv of `count` groups, which start at zero. Without `groups`
+// there is one group. `rows`, if given, holds each sample's row of coefficients.
 static void reduce_grouped_rows(const Threads& threads, const RowShape& r, const Reducer& reducer, const int64_t* rows,
                                 const int64_t* groups, int64_t count, double* u, double* uv) {
-  // Parts of the rows, whose sums are added in order. Each has sums of all groups: no more than the values are worth.
+  // Parts of the rows, whose sums are added in order. Each has sums of all groups, which limits their number.
   const int64_t sums = count * r.channels;
   int64_t parts = 16;
   while (parts > 1 && (parts > r.rows || parts * sums * 4 > r.rows * r.lanes)) parts /= 2;

@@ -1,6 +1,6 @@
-// A portable SIMD type: the vector extension of GCC and Clang, which the compiler maps to whatever instruction set
-// the file is compiled for. Intrinsics appear only where the extension has no word: fused multiply-add, float16,
-// and stores that bypass the cache.
+// A portable SIMD type based on the vector extension of GCC and Clang, which the compiler maps to the instruction set
+// that the file is compiled for. Intrinsics are used only where the extension has no equivalent: fused multiply-add,
+// float16, and stores that bypass the cache.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 #include <arm_neon.h>
 #endif
 
-// Everything compiled per instruction set lies in a namespace of its own, and is `static` or a template: otherwise
-// the linker could keep the AVX-512 copy of an inline function for all.
+// Everything compiled per instruction set has its own namespace and is `static` or a template. Otherwise, the linker
+// could use the AVX-512 copy of an inline function for all instruction sets.
 #define BATCHNORM_NAMESPACE batchnorm::BATCHNORM_CAPABILITY
 #define BATCHNORM_INLINE static inline __attribute__((always_inline))
 
@@ -33,7 +33,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// The type of arithmetic on values of type T.
+// The arithmetic type for values of type T.
 template <class T>
 struct ArithmeticOf {
   using type = float;
@@ -95,7 +95,7 @@ BATCHNORM_INLINE V select(M mask, V a, V b) {
 
 // ---- float16 and bfloat16 --------------------------------------------------------------------------------------
 
-// 16 bits to 32 and back, where g++ 12 would take the long way.
+// Converts 16 bits to 32 and back; g++ 12 would generate slow code for this.
 BATCHNORM_INLINE UInt32 to_32_bits(UInt16Half v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<UInt32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
@@ -124,7 +124,7 @@ BATCHNORM_INLINE Vec<float> widen(UInt16Half raw, bfloat16) {
 // Rounds to nearest, ties to even; NaN stays NaN.
 BATCHNORM_INLINE UInt16Half narrow(Vec<float> v, bfloat16) {
 #if defined(__AVX512BF16__)
-  constexpr int kSubnormal = 0x20;  // the instruction takes these for zero
+  constexpr int kSubnormal = 0x20;  // the instruction treats these as zero
   if (_mm512_fpclass_ps_mask(v, kSubnormal) == 0) return reinterpret_cast<UInt16Half>(_mm512_cvtneps_pbh(v));
 #endif
   UInt32 bits = reinterpret_cast<UInt32>(v);
@@ -134,7 +134,7 @@ BATCHNORM_INLINE UInt16Half narrow(Vec<float> v, bfloat16) {
 }
 
 #if !defined(__F16C__) && !defined(__aarch64__)
-// Without instructions for it: exponent and mantissa moved in place, subnormals by a subtraction of floats.
+// Without conversion instructions: shifts exponent and mantissa, and converts subnormals by a float subtraction.
 BATCHNORM_INLINE Vec<float> widen(UInt16Half raw, float16) {
   UInt32 h = __builtin_convertvector(raw, UInt32);
   UInt32 sign = (h & 0x8000) << 16, rest = (h & 0x7fff) << 13;
@@ -214,14 +214,14 @@ BATCHNORM_INLINE void store(T* p, Vec<Arithmetic<T>> v, int64_t count) {
   }
 }
 
-// Fetches the line of p into the first cache or the second. The address need not be anyone's.
+// Prefetches the line of p into the first or second cache. The address need not be valid.
 template <int cache>
 BATCHNORM_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, cache == 1 ? 3 : 2);
 }
 
 #if defined(__x86_64__)
-// A full vector to an aligned address, past the caches.
+// Stores a full vector to an aligned address, bypassing the caches.
 template <class T>
 BATCHNORM_INLINE void stream(T* p, Vec<Arithmetic<T>> v) {
   auto* words = reinterpret_cast<long long*>(p);
@@ -264,7 +264,7 @@ BATCHNORM_INLINE Arithmetic<T> widen_one(const T* p) {
   return load(p, 1)[0];
 }
 
-// v rounded to T's precision.
+// Rounds v to the precision of T.
 template <class T>
 BATCHNORM_INLINE double round_to(double v) {
   if constexpr (sizeof(T) == 8) {
@@ -276,7 +276,7 @@ BATCHNORM_INLINE double round_to(double v) {
   }
 }
 
-// The lanes of v in float64, folded to one vector of float64.
+// Widens v to float64 and adds its parts into one vector of float64.
 BATCHNORM_INLINE Vec<double> wide_sum(Vec<double> v) { return v; }
 BATCHNORM_INLINE Vec<double> wide_sum(Vec<float> v) {
   typename VectorOf<float, kBytes / 2>::type low, high;

@@ -1,8 +1,8 @@
-// What happens to one vector of values, written once for both memory layouts.
+// The computations on one vector of values, written once for both memory layouts.
 //
-// A *term* gives (u, v) per value, of which the drivers take Σ u and Σ u·v per channel. A *map* writes results per
-// value. Both get per-channel coefficients C: the same in all lanes where a vector lies in one channel, loaded where
-// each lane is a channel of its own. All tensors of a call have one layout, so that one offset serves all.
+// A *term* computes (u, v) per value; the drivers sum Σ u and Σ u·v per channel. A *map* writes results per value. Both
+// take coefficients per channel. These are broadcast if all lanes of a vector belong to one channel, and loaded if each
+// lane is a channel of its own. All tensors of a call have the same layout, so one offset addresses all of them.
 #pragma once
 
 #include <type_traits>
@@ -12,10 +12,10 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// Arrays over channels, or over rows of them. Which are set depends on the term or map.
+// Arrays [C] or [rows, C]. The term or map determines which of them are set.
 template <class A>
 struct Coefficients {
-  const A* mean = nullptr;   // the high part; of moments: the pivot
+  const A* mean = nullptr;   // the high part; for moments, the pivot
   const A* scale = nullptr;  // γ·invstd
   const A* shift = nullptr;  // β - mean_low·scale
   const A* slope = nullptr;  // dx -= constant + (x - mean)·slope
@@ -28,7 +28,7 @@ struct OneChannel {
   BATCHNORM_INLINE Vec<A> get(const A* p, const OneChannel& c) { return broadcast(p[c.at]); }
 };
 
-// The lanes of `next` lie in the channel after `at`, the others in `at`.
+// The lanes in `next` belong to channel at + 1, the others to channel `at`.
 template <class A>
 struct TwoChannels {
   int64_t at;
@@ -44,7 +44,7 @@ struct ManyChannels {
   BATCHNORM_INLINE Vec<A> get(const A* p, const ManyChannels& c) { return load(p + c.at, c.count); }
 };
 
-// Σ w·(x - pivot) and Σ w·(x - pivot)². What has no weight may be NaN.
+// Σ w·(x - pivot) and Σ w·(x - pivot)². A value with weight 0 may be NaN.
 template <class T, bool weighted>
 struct MomentTerm {
   using Type = T;
@@ -76,13 +76,13 @@ struct MomentTerm {
   }
 };
 
-// z, the argument of the activation. Forward and backward both call this: their masks agree to the bit.
+// Computes z, the argument of the activation. Forward and backward both call this, so their masks agree exactly.
 template <class V>
 BATCHNORM_INLINE V preactivation(V deviation, V scale, V shift) {
   return fma(deviation, scale, shift);
 }
 
-// Stores count values, or a full and aligned vector past the caches.
+// Stores `count` values; if `streamed`, a full aligned vector that bypasses the caches.
 template <class T>
 BATCHNORM_INLINE void put(T* p, Vec<Arithmetic<T>> v, int64_t count, bool streamed) {
   if (streamed) {

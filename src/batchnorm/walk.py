@@ -69,7 +69,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
-    """Return the model's layers of these kinds in its order; a layer that is used in several places comes once.
+    """Return the model's layers of these kinds, in the model's order; a shared layer appears once.
 
     Args:
         model: Any module, which may itself be such a layer.
@@ -138,14 +138,14 @@ def copied(
 ) -> nn.Module:
     """Return a copy of the model.
 
-    `copy.deepcopy` alone refuses lazy buffers, and tensors that a module keeps with their graph (a weight that the old
-    `weight_norm` computed, a result). They are copied too, the latter without their graph.
+    Unlike `copy.deepcopy`, this also copies lazy buffers, and non-leaf tensors stored on a module (such as the weight
+    computed by the old `weight_norm`); it detaches the latter from their graph.
 
     Args:
         caller: The function that the user called, for the error message.
         model: Any module.
-        share: Tensors that the copy has in common with the model.
-        instead: What the user can do where the model cannot be copied.
+        share: Tensors that the copy shares with the model.
+        instead: The advice in the error if the model cannot be copied.
 
     Raises:
         ValueError: the model cannot be copied.

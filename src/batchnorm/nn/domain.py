@@ -104,15 +104,15 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     Shape:
         x and y: `[N, C, *S]`; domain: an int, or int64 `[N]`.
 
-    A domain without samples stays unchanged. A domain with a single value in a mixed batch has no variance: that value
-    becomes β, and moves the running mean alone. The state of plain batch normalization loads, strictly, into every
+    A domain without samples stays unchanged. A domain with a single value in a mixed batch has no variance: its output
+    is β, and only the running mean is updated. The state of plain batch normalization loads, strictly, into every
     domain; `select` returns the plain layer of one.
 
     Raises:
         TypeError: as `BatchNorm`; the domain is neither an int nor an int64 tensor.
         ValueError: as `BatchNorm`; there is no domain, or it is out of range (of a tensor on the CPU), or not of
             shape `[N]`.
-        RuntimeError: the domain comes from a `use_domain`, in a recomputation inside backward without `keep_domain`.
+        RuntimeError: in a recomputation inside backward, the domain comes from a `use_domain` without `keep_domain`.
 
     Numerics: as `batchnorm.functional.batch_norm`. Tools that look for torch's `_BatchNorm` find it, but it is
     not a `BatchNorm2d`, whose vectors are `[C]`.
@@ -158,7 +158,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def forward(  # type: ignore[override]  # a domain comes second: no caller passes a mask unasked
         self, input: Tensor, domain: int | Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """Return y for x of the shape that the layer names.
+        """Return y for x of the layer's shape.
 
         Args:
             input: x, `[N, C, *S]`.

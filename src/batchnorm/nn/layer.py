@@ -17,10 +17,10 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     # The name in error messages; its ending determines the rank of x. Subclasses of a layer inherit it.
     layer_name: ClassVar[str]
 
-    # Whether training too normalizes by the running statistics.
+    # Whether training also normalizes by the running statistics.
     _frozen: ClassVar[bool] = False
 
-    # On the class, so that layers pickled before an attribute existed, or given this class later, have it.
+    # Class attributes, so that layers pickled before an attribute existed, or converted to this class, have it.
     on_nonfinite: str = "propagate"
     update_running_stats: bool = True
     activation: str = "none"
@@ -57,7 +57,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         _checks.check_input(self.layer_name, input)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
+        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 are excluded."""
         return self._normalize(input, mask=mask)
 
     @property
@@ -116,7 +116,7 @@ class LazyNormLayer(NormLayer):
         self.on_nonfinite = on_nonfinite
 
     def reset_parameters(self) -> None:
-        """Reset, once the number of channels is known."""
+        """Reset the parameters if the number of channels is known."""
         if self.num_features != 0 and not self.has_uninitialized_params():  # type: ignore[operator]
             super().reset_parameters()
 

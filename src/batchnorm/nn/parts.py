@@ -1,4 +1,4 @@
-"""The base of layers with other statistics: over processes, groups of samples, or some of the positions."""
+"""Base of the layers whose statistics cover several processes, groups of samples, or unmasked positions only."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from batchnorm.ops.eager import values_per_channel
 
 
 class PartsLayer(NormLayer):
-    """A `forward` in steps that an algorithm overrides: groups of samples, affine, running statistics."""
+    """Split `forward` into steps that subclasses override: groups of samples, γ and β, running statistics."""
 
-    # Whether training merges the statistics of all processes of `process_group`.
+    # Whether training uses the merged statistics of all processes of `process_group`.
     sync: bool = False
-    # The layer's path in its model, for errors; `convert` sets it.
+    # The layer's path in its model, shown in errors; `convert` sets it.
     name: str = ""
-    # By name, so that layers can be copied, pickled and compiled; None: all processes.
+    # A name, so that layers can be copied, pickled and compiled; None: all processes.
     _group_name: str | None = None
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
-        if isinstance(input, Proxy):  # one node of an fx graph, the layer itself: it needs more than tensors
+        """Return y for x of the layer's shape; positions where `mask [N, *S]` is 0 do not enter the statistics."""
+        if isinstance(input, Proxy):  # a module node of the fx graph, because some arguments are not tensors
             tracer: Any = input.tracer
             kwargs = {} if mask is None else {"mask": mask}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), kwargs)
@@ -58,7 +58,7 @@ class PartsLayer(NormLayer):
         if not self._uses_batch:
             return self._normalize(x, mask=mask)
         _checks.check_input(self.layer_name, x)
-        if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+        if x.dim() == 1:  # [0], without samples and channels, which torch accepts
             return x.clone()
         _checks.check_channel_vectors(
             self.layer_name, x, weight=self.weight, bias=self.bias,
@@ -85,7 +85,7 @@ class PartsLayer(NormLayer):
         return None, 1
 
     def _has_at_most_one(self, x: Tensor) -> bool:
-        """Whether other processes' values decide if there is a variance; False while compiling, which cannot tell."""
+        """Return whether x has at most one value per channel; False while compiling, where this is unknown."""
         return values_per_channel(x) <= 1 and not torch.compiler.is_compiling()
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
@@ -93,7 +93,7 @@ class PartsLayer(NormLayer):
         return self.weight, self.bias
 
     def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
-        """Move the running statistics by this batch's, unbiased."""
+        """Update the running statistics with those of this batch (variance unbiased)."""
         self._move_by(statistics.mean, statistics.mean_low, statistics.var, x, statistics.effective_count)
 
     def _move_by(self, mean: Tensor, mean_low: Tensor, var: Tensor, x: Tensor, count: Tensor) -> None:

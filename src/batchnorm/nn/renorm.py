@@ -22,18 +22,18 @@ class PaperSchedule:
     """The paper's schedule of both limits: batch normalization first, then gradually larger limits.
 
     `rmax` is 1 and `dmax` 0 up to batch `start`; then they grow linearly to `rmax_limit` at batch `rmax_end` and
-    `dmax_limit` at `dmax_end`. The layer's `num_batches_tracked` counts the batches; its `state_dict` holds it, so that
+    `dmax_limit` at `dmax_end`. The layer's `num_batches_tracked` counts the batches; its `state_dict` contains it, so
     a resumed run continues the schedule.
 
     Args:
         start: Batches of plain batch normalization.
-        rmax_end: The batch at which rmax is largest.
-        dmax_end: The batch at which dmax is largest.
+        rmax_end: The batch at which rmax reaches its limit.
+        dmax_end: The batch at which dmax reaches its limit.
         rmax_limit: The largest rmax, >= 1.
         dmax_limit: The largest dmax, >= 0.
 
     Raises:
-        ValueError: the ends do not come after the start, or a limit is out of its range.
+        ValueError: an end is not after the start, or a limit is out of range.
 
     Source: Ioffe 2017, section 4 ("gradually": here linearly). The paper's momentum is 0.01.
 
@@ -80,7 +80,7 @@ def _check_limit(caller: str, name: str, value: object, least: float) -> None:
     if not value >= least:
         raise ValueError(
             f"{caller} expects {name} >= {least:g}, got {value}. rmax = 1 with dmax = 0 is batch normalization; "
-            "the paper goes to 3 and 5."
+            "the paper uses up to 3 and 5."
         )
 
 
@@ -100,7 +100,7 @@ class _BatchRenorm(PartsLayer):
         if not track_running_stats:
             raise ValueError(
                 f"{self.layer_name} expects track_running_stats=True, got False. It corrects the batch's statistics "
-                "toward the running ones: without those use BatchNorm."
+                "toward the running statistics. Use BatchNorm for a layer without them."
             )
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite)
         self.rmax = rmax
@@ -110,16 +110,16 @@ class _BatchRenorm(PartsLayer):
 
     def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if (self.rmax, self.dmax) == (1, 0) and self._peers() is None:
-            return self._normalize(x, mask=mask)  # the same, bit for bit
+            return self._normalize(x, mask=mask)  # bitwise the same
         return super()._normalize_by_parts(x, mask)
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
-        """Return γ·r and γ·d + β, with which normalization by the batch is renormalization."""
+        """Return γ·r and γ·d + β: batch normalization with these as γ and β is renormalization."""
         running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
         if running_mean is None or running_var is None or batches is None:
             raise ValueError(
                 f"{self.layer_name} expects running_mean, running_var and num_batches_tracked, got None. It corrects "
-                "the batch's statistics toward the running ones: keep them, or use BatchNorm."
+                "the batch's statistics toward the running statistics. Keep them, or use BatchNorm."
             )
         rmax = self.rmax(batches) if callable(self.rmax) else self.rmax
         dmax = self.dmax(batches) if callable(self.dmax) else self.dmax
@@ -128,7 +128,7 @@ class _BatchRenorm(PartsLayer):
             self.layer_name,
         )  # fmt: skip
         if self.weight is not None:
-            gamma = self.weight.to(r.dtype)  # once, so that the two gradients of a half γ are added before rounding
+            gamma = self.weight.to(r.dtype)  # cast once: the two gradients of a half γ are added before rounding
             r, d = gamma * r, gamma * d
         return r, d if self.bias is None else d + self.bias
 
@@ -149,11 +149,12 @@ class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
 
         x̂ = (x - μ_B)/σ_B·r + d    r = clip(σ_B/σ, 1/rmax, rmax)    d = clip((μ_B - μ)/σ, -dmax, dmax)
 
-    with σ_B = √(var_B + eps), σ = √(running_var + eps), and y = x̂·weight + bias. No gradient flows through r and d;
-    μ and σ are those before this batch moves them. With rmax = 1 and dmax = 0 it is batch normalization, bit for bit.
+    with σ_B = √(var_B + eps), σ = √(running_var + eps), and y = x̂·weight + bias. No gradient flows through r and d.
+    μ and σ are the running statistics before this batch updates them. With rmax = 1 and dmax = 0, the layer is bitwise
+    equal to batch normalization.
 
-    Parameters, buffers and `state_dict` are those of `BatchNorm`, in both directions, and so is evaluation. The
-    running variance is the average of *unbiased* variances (the paper averages σ_B itself): at m values per channel
+    Parameters, buffers, `state_dict` and evaluation are those of `BatchNorm`, so checkpoints load in both directions.
+    The running variance is the average of *unbiased* variances (the paper averages σ_B): with m values per channel,
     r is about √((m - 1)/m) on average, or less.
 
     Args:
@@ -163,11 +164,11 @@ class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
         rmax: A number >= 1, or a function that maps the number of batches so far (int64 scalar tensor, the layer's
             `num_batches_tracked`) to a scalar tensor, such as `PaperSchedule().rmax` (keyword only).
         dmax: A number >= 0, or such a function (keyword only).
-        sync: Whether the batch's statistics are those of all processes of a group together (keyword only).
+        sync: Whether to use the joint statistics of all processes of a group (keyword only).
         process_group: The group for `sync`; None: all processes (keyword only).
 
     Shape:
-        x and y: `[N, C, *S]`; N = 1 trains where there are spatial positions.
+        x and y: `[N, C, *S]`; training with N = 1 needs more than one position.
 
     Raises:
         TypeError: as `BatchNorm`; a limit is neither a number nor a function that returns one.
@@ -175,8 +176,8 @@ class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
         RuntimeError: a forward pass inside backward (activation checkpointing), which needs r and d of the first pass,
             repeats none of the last 64 calls.
 
-    Numerics: as `batchnorm.functional.batch_norm`; r and d are computed in float64. The mean, variance, r and d of the
-        last 64 calls are kept for activation checkpointing: 1 KiB for each channel in float32.
+    Numerics: as `batchnorm.functional.batch_norm`; r and d are computed in float64. For activation checkpointing, the
+        layer keeps mean, variance, r and d of its last 64 calls: 1 KiB per channel in float32.
 
     Source: Ioffe 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
         algorithm 1.

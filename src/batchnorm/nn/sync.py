@@ -1,4 +1,4 @@
-"""Batch normalization over the processes of a group."""
+"""Batch normalization synchronized over the processes of a group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         eps: Added to the variance; positive.
         momentum: Weight of the new batch, in [0, 1]. None: the cumulative average of all batches.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
-        track_running_stats: Whether there are running statistics; without, evaluation uses the local batch's.
+        track_running_stats: Whether there are running statistics; without them, evaluation uses the local batch's.
         process_group: The processes to join, from `torch.distributed.new_group`; None: all.
         device: Of parameters and buffers.
         dtype: Of parameters and buffers.
@@ -41,24 +41,24 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         name: The layer's name in errors, usually its path in the model; the same on every process (keyword only).
 
     Attributes:
-        process_group: As given; may be set later. A copy of the layer has the same; a loaded layer finds its group by
-            the group's name.
-        name: As given.
+        process_group: The given group; can be changed later. A copy of the layer keeps it; a loaded layer finds its
+            group by the group's name.
+        name: The given name.
 
     Shape:
         x and y: `[N, C, *S]`, where N and `*S` may differ between processes.
-        mask: boolean or weights, broadcastable to `[N, *S]`; where it is 0, x does not count, on any process.
+        mask: boolean or weights, broadcastable to `[N, *S]`; x is excluded where it is 0, on every process.
 
     Raises:
         TypeError: num_features is not an int; process_group is not a process group; in forward, x is not a
-            floating-point tensor, or not in a dtype that goes with the parameters'.
+            floating-point tensor, or its dtype does not match that of the parameters.
         ValueError: eps, momentum or on_nonfinite out of range; this process is not in process_group; in forward, a
             wrong rank or number of channels, or one value per channel over all processes in training.
         RuntimeError: In forward and backward, a process died, has another number of channels or is in another layer.
             Every remaining process raises it within the group's timeout, and names the layer and the ranks.
 
-    Numerics: The processes exchange float64, whatever the dtypes, and merge in the order of ranks, so that their
-    running statistics have the same bits.
+    Numerics: The processes exchange float64, whatever the dtypes, and merge in the order of ranks, so their
+    running statistics are bitwise equal.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, over the joined batch; moments merged after Chan, Golub & LeVeque 1979.
 
@@ -84,7 +84,7 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         self.name = name
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return y for x `[N, C, *S]`; positions where `mask [N, *S]` is 0 do not count."""
+        """Return y for x `[N, C, *S]`; positions where `mask [N, *S]` is 0 do not enter the statistics."""
         if self._peers() is None:
             return self._normalize(input, mask=mask)
         return super().forward(input, mask)

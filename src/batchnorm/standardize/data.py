@@ -47,7 +47,7 @@ def as_array(x: Any) -> Array:
     if _is_sparse(x):
         raise TypeError(
             f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would fill "
-            "it: use x.toarray(), or scale without centring elsewhere."
+            "it: use x.toarray(), or a scaler that does not center."
         )
     if isinstance(x, Tensor):
         if x.is_complex():

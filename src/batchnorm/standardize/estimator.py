@@ -29,7 +29,7 @@ class Standardizer(Estimator):
 
     It does once for the data what batch normalization does per batch: over samples for `[N, C]`, over samples and
     positions for data such as images `[N, C, H, W]`. The standard deviation is the biased one. Methods and results are
-    those of scikit-learn's `StandardScaler`; constant features are centred and not scaled. It takes tensors on any
+    those of scikit-learn's `StandardScaler`; constant features are centered but not scaled. It takes tensors on any
     device, NumPy arrays, memory maps, data frames, and iterables of batches such as a `DataLoader`, and holds only a
     part of the data in float64 at a time. It works in scikit-learn's pipelines and searches, and does not require
     scikit-learn.
@@ -56,9 +56,9 @@ class Standardizer(Estimator):
         NotFittedError: data are transformed before `fit`.
 
     Numerics: two passes in float64 over each part, merged by Chan's formula around a mean that is stored as two
-        float64. Neither a mean far above the deviation nor many parts lose accuracy. Results are computed in float64
+        float64. Neither a large mean nor many parts reduce accuracy. Results are computed in float64
         and rounded once to the data's dtype; integers give float64 arrays or tensors of the default dtype. Results
-        carry no gradient; the layer of `to_layer` does.
+        carry no gradient; those of the layer from `to_layer` do.
 
     Examples:
         >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -85,8 +85,8 @@ class Standardizer(Estimator):
         """Measure the data, and discard earlier measurements.
 
         Args:
-            X: `[N, C]` or `[N, C, *S]`: a tensor, array, memory map or data frame; or an iterable of such batches,
-                which may be tuples that begin with them.
+            X: A tensor, array, memory map or data frame `[N, C]` or `[N, C, *S]`, or an iterable of such batches. A
+                batch may be a tuple whose first item is the data.
             y: Ignored.
             sample_weight: The weight of each sample, `[N]`, >= 0; for arrays only.
         """
@@ -98,7 +98,7 @@ class Standardizer(Estimator):
     def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Standardizer:
         """Add further data to the measurements; arguments are those of `fit`.
 
-        If anything is wrong with the data, even in the middle, the earlier measurements are unchanged.
+        If any of the data are invalid, the earlier measurements do not change.
         """
         _checks.check_choice("Standardizer", "nan_policy", self.nan_policy, _NAN_POLICIES)
         names = self._names_of(X)
@@ -147,7 +147,7 @@ class Standardizer(Estimator):
         self.mean_: NDArray[np.float64] = torch.where(measured.count > 0, measured.mean, float("nan")).numpy()
         self.var_: NDArray[np.float64] = measured.var.numpy()
         scale = measured.var.sqrt()
-        # A deviation below the rounding of float64 is none: (x - mean)² of a constant in its last place.
+        # Treat a deviation below float64's rounding as zero: (x - mean)² of a constant feature is not exactly 0.
         rounding = measured.mean.abs() * 2 * torch.finfo(torch.float64).eps
         scale = torch.where(scale <= rounding, 1.0, scale)
         self.scale_: NDArray[np.float64] = (scale if self.with_std else torch.ones_like(scale)).numpy()
@@ -216,7 +216,7 @@ class Standardizer(Estimator):
             done = self._apply(data.batch_of(batch), None, formula)
             yield (done, *batch[1:]) if isinstance(batch, (tuple, list)) else done
 
-    # Together
+    # Merging
 
     def merge(self, *others: Standardizer) -> Standardizer:
         """Return a new `Standardizer`, as if fitted on the data of all, with this one's arguments.
@@ -239,9 +239,9 @@ class Standardizer(Estimator):
         return merged
 
     def all_reduce(self, process_group: Any = None) -> Standardizer:
-        """Give every rank of `torch.distributed` the statistics of all, to the same bits; ranks may have had no data.
+        """Give every rank of `torch.distributed` the bitwise equal statistics of all ranks; a rank may have no data.
 
-        Call it once, after fitting on each rank's own share. Without an initialized process group nothing happens.
+        Call it once, after each rank was fitted on its share. Without an initialized process group it does nothing.
 
         Raises:
             NotFittedError: no rank is fitted.
@@ -275,9 +275,10 @@ class Standardizer(Estimator):
             device: The device of its buffers.
 
         Raises:
-            ValueError: a feature has no finite mean and deviation.
+            ValueError: a feature has no finite mean or standard deviation.
 
-        Numerics: a mean of m deviations, rounded to float32, shifts the result by up to 6e-8·m.
+        Numerics: if the mean is m standard deviations from zero, its rounding to float32 shifts the result by up to
+            6e-8·m.
         """
         self._check_fitted()
         if not (np.isfinite(self.mean_).all() and np.isfinite(self.scale_).all()):
