@@ -25,7 +25,7 @@ _TEXT = '''"""The settings of each class of tensors; `python -m benchmarks gpu -
 
 from batchnorm.ops.triton.settings import Settings
 
-# By whether channels are innermost, and bytes of a value.
+# The keys: whether channels are innermost, and the bytes of a value.
 TABLE = {{
 {lines}
 }}

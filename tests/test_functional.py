@@ -237,7 +237,7 @@ MISTAKES = {
     "weight": (
         {"weight": torch.ones(5)},
         ValueError,
-        r"weight of shape \[C\] = \[3\] for x of shape \[4, 3, 5\], got \[5\]. Channels come second",
+        r"weight of shape \[C\] = \[3\] for x of shape \[4, 3, 5\], got \[5\]. Channels must be the second",
     ),
     "bias": (
         {"bias": torch.ones(4)},

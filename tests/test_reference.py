@@ -529,7 +529,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "index_shape": (lambda: ref.forward_training(X, index=[0, 1]), r"index must hold 4 integers .* got \[0 1\]\."),
     "index_float": (lambda: ref.forward_training(X, index=[0.0] * 4), "index must hold 4 integers"),
     "index_negative": (lambda: ref.forward_training(X, index=[0, 1, -1, 0]), "index must hold 4 integers >= 0"),
-    "one_value": (lambda: ref.forward_training(X[:1]), "more than one value per channel, got count = 1.0. Take"),
+    "one_value": (lambda: ref.forward_training(X[:1]), "more than one value per channel, got count = 1.0. Use"),
     "one_in_group": (lambda: ref.forward_training(X, index=[0, 0, 0, 1], groups=2), r"got count = \[3.0, 1.0\]"),
     "one_weighted": (lambda: ref.forward_training(X, weights=[0, 0.3, 0, 0]), "got count = 0.3"),
     "weight": (lambda: ref.forward_training(X, [1.0] * 4), r"weight must have shape \[3\].*got \[4\]\. Pass one"),

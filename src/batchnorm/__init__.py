@@ -52,7 +52,7 @@ __all__ += nn.__all__
 
 
 def __getattr__(name: str) -> _Any:
-    """Import the doctor when it is first used: `import batchnorm` stays small."""
+    """Import the doctor when it is first used, so that `import batchnorm` stays fast."""
     if name in ("diagnose", "doctor", "watch"):
         doctor = _import_module("batchnorm.doctor")
         return doctor if name == "doctor" else getattr(doctor, name)

@@ -1,4 +1,4 @@
-"""Lets `python -m batchnorm` do what the command `batchnorm` does."""
+"""Run the command line by `python -m batchnorm`."""
 
 from batchnorm.cli import main
 

@@ -1,4 +1,4 @@
-"""Checks of arguments. Their errors say what must hold, what came, and what to do."""
+"""Checks of arguments. Each error states the requirement, the value received, and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 ON_NONFINITE = ("propagate", "skip")
 
 CAPTURED_STATISTICS = (
-    "Under torch.func, running statistics can be updated only where they are arguments of the transformed function; "
+    "Under torch.func, running statistics can be updated only if they are arguments of the transformed function; "
     "here they are captured, or one buffer serves many vmapped batches. Pass the buffers as arguments "
     "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
 )
@@ -52,7 +52,7 @@ def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
     if eps > 0.0 or (zero_allowed and eps == 0.0):
         return
     raise ValueError(
-        f"{caller} expects eps > 0, got {eps}. It keeps 1/sqrt(var + eps) finite where a channel is constant; "
+        f"{caller} expects eps > 0, got {eps}. It keeps 1/sqrt(var + eps) finite if a channel is constant; "
         "the usual value is 1e-5."
     )
 
@@ -86,7 +86,7 @@ def check_momentum_known(caller: str, momentum: float | None, num_batches_tracke
 
 
 def check_input(caller: str, x: Tensor) -> None:
-    """Check type, dtype and rank of `x`; the end of a layer's name (1d, 2d, 3d) gives the ranks that it takes."""
+    """Check type, dtype and rank of `x`; a caller that ends in 1d, 2d or 3d accepts only those ranks."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{caller} expects x to be a torch.Tensor, got {type(x).__name__}. Convert it first.")
     if not x.is_floating_point():
@@ -96,7 +96,7 @@ def check_input(caller: str, x: Tensor) -> None:
     ranks, layout = _LAYOUTS.get(caller[-2:], (None, "[N, C, *]"))
     if x.dim() in ranks if ranks is not None else x.dim() >= 2 or x.shape == (0,):
         return
-    hint = "Add the batch or channel dimension that is missing, for example x.unsqueeze(0)."
+    hint = "Add the missing batch or channel dimension, for example x.unsqueeze(0)."
     if ranks is not None and x.dim() in _LAYER_FOR_DIMS:
         other, suffix = _LAYER_FOR_DIMS[x.dim()]
         hint = f"For {other} use {caller[:-2]}{suffix}."
@@ -106,8 +106,8 @@ def check_input(caller: str, x: Tensor) -> None:
 
 
 def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> None:
-    """Check that every vector is `[C]`, on x's device, in x's dtype or (for half x) float32."""
-    shape, dtype, device = x.shape[1:2], x.dtype, x.device  # read once: this runs in every forward
+    """Check that every vector is `[C]`, on x's device, and in x's dtype, or in float32 if x is float16 or bfloat16."""
+    shape, dtype, device = x.shape[1:2], x.dtype, x.device  # read once, because this runs in every forward
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -130,9 +130,9 @@ def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> N
 
 def _raise_channels(caller: str, x: Tensor, name: str, vector: Tensor) -> None:
     channels = x.shape[1]
-    hint = f"Give the layer num_features={channels}, or check what comes before it."
+    hint = f"Give the layer num_features={channels}, or check the layer before it."
     if vector.dim() == 1 and x.dim() > 2 and x.shape[-1] == vector.shape[0]:
-        hint = "Channels come second here: move them with x.movedim(-1, 1)."
+        hint = "Channels must be the second dimension: move them with x.movedim(-1, 1)."
     raise ValueError(
         f"{caller} expects {name} of shape [C] = [{channels}] for x of shape {list(x.shape)}, "
         f"got {list(vector.shape)}. {hint}"
@@ -155,7 +155,7 @@ def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
 
 
 def check_batch(caller: str, x: Tensor) -> None:
-    """Check that each channel has more than one value, or none (an empty batch): one value has no variance."""
+    """Check that each channel has more than one value, or none (an empty batch), because one value has no variance."""
     # math.prod, not numel() // C: C may be 0, and sizes may be symbolic.
     if math.prod((x.shape[0], *x.shape[2:])) == 1:
         raise ValueError(
@@ -165,7 +165,7 @@ def check_batch(caller: str, x: Tensor) -> None:
 
 
 def check_joint_count(caller: str, count: float) -> None:
-    """Check the same for the number of values that all processes have together."""
+    """Check that all processes together have more than one value per channel."""
     if count == 1:
         raise ValueError(
             f"{caller} expects more than one value per channel in training over all processes, got one. "
@@ -190,7 +190,7 @@ def check_running(
 
 
 def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
-    """Return a mask, booleans or weights >= 0 broadcastable to `[N, *S]`, as weights `[N, *S]`."""
+    """Return the weights `[N, *S]` of a mask: booleans or weights >= 0, broadcastable to `[N, *S]`."""
     positions = (x.shape[0], *x.shape[2:])
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = type(mask).__name__ if not isinstance(mask, Tensor) else mask.dtype
@@ -203,8 +203,9 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
     if mask.dim() == 1 and len(positions) > 1 and mask.shape[0] == positions[0] == positions[-1] != 1:
         ones = ", 1" * (len(positions) - 1)
         raise ValueError(
-            f"{caller} expects a mask that fits x in one way, got {list(mask.shape)} for x of shape {list(x.shape)}. "
-            f"For one value per sample use mask.reshape(-1{ones}), for one per last position mask.unsqueeze(0)."
+            f"{caller} expects a mask that fits x in one way only, got {list(mask.shape)} for x of shape "
+            f"{list(x.shape)}. Use mask.reshape(-1{ones}) for one value per sample, or mask.unsqueeze(0) for one value "
+            "per position of the last dimension."
         )
     try:
         weights = mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).expand(positions)
@@ -217,14 +218,14 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
         least, most = mask.min().item(), mask.max().item()
         if not (least >= 0 and most < math.inf):  # NaN too
             raise ValueError(
-                f"{caller} expects weights >= 0 and finite as mask, got values from {least} to {most}. "
-                "Give positions that do not count the weight 0."
+                f"{caller} expects a mask of finite weights >= 0, got values from {least} to {most}. "
+                "Use weight 0 for positions that do not count."
             )
     return weights.contiguous()
 
 
 def can_be_read(t: Tensor) -> bool:
-    """Whether t's values can be read without waiting for a device or breaking a graph."""
+    """Return whether t's values can be read without waiting for a device or breaking a graph."""
     return (
         type(t) is Tensor
         and t.device.type == "cpu"

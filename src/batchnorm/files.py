@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; the file takes the name `path` if the block ends without an exception.
+    """Yield a temporary path to write to; rename the file to `path` if the block ends without an exception.
 
-    Until then, an earlier file at `path` stays as it is. The path yielded is in a temporary folder beside it.
+    Until then, an existing file at `path` does not change. The temporary path is in a new folder beside `path`.
     """
     with tempfile.TemporaryDirectory(prefix=".batchnorm-", dir=path.parent) as folder:
         part = Path(folder) / path.name
@@ -21,6 +21,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that appears under its name only when it is complete; text is encoded as UTF-8."""
+    """Write a file so that it appears only when it is complete; encode text as UTF-8."""
     with whole_file(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)

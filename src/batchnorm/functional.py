@@ -34,56 +34,56 @@ def batch_norm(
 ) -> Tensor:
     """Normalize each channel, then add `residual` and apply `activation`.
 
-    `y = f((x - μ)/√(σ² + eps)·weight + bias + residual)`. In training μ and σ² (biased) are the batch's, and
-    the running statistics move: `running ← (1 - momentum)·running + momentum·batch`, with the *unbiased* batch
-    variance. Otherwise μ and σ² are the running statistics. The positional arguments are
-    `torch.nn.functional.batch_norm`'s.
+    `y = f((x - μ)/√(σ² + eps)·weight + bias + residual)`. In training, μ and σ² (biased) are those of the batch, and
+    the running statistics are updated: `running ← (1 - momentum)·running + momentum·batch`, with the *unbiased* batch
+    variance. Otherwise, μ and σ² are the running statistics. The positional arguments are the same as for
+    `torch.nn.functional.batch_norm`.
 
     Args:
         input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16;
-            any memory layout. An empty batch gives an empty result and moves nothing.
-        running_mean: `[C]`, moved in place in training; None moves nothing.
-        running_var: `[C]`, moved in the same way.
+            any memory layout. An empty batch gives an empty result and updates nothing.
+        running_mean: `[C]`, updated in place in training; None if there are no running statistics.
+        running_var: `[C]`, updated in the same way.
         weight: γ of shape `[C]`, or None for 1.
         bias: β of shape `[C]`, or None for 0.
-        training: Normalize by the batch's statistics instead of the running ones.
-        momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
-            average, which needs `num_batches_tracked`.
+        training: Whether to normalize by the batch's statistics instead of the running ones.
+        momentum: Weight of the new batch, as in torch (1 minus the momentum of Keras and Flax). None gives the
+            cumulative average, which needs `num_batches_tracked`.
         eps: Added to the variance; positive (in evaluation zero is allowed, as in torch).
         activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish",
             "hardsigmoid", "tanh", "sigmoid" or "elu". The mathematics page has the formulas under "Activations".
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu", which tends to -α below zero.
         residual: Of x's shape and dtype; added before the activation.
-        mask: Which positions count in the batch's statistics, and so in the running ones: booleans, or finite
-            weights w >= 0, of shape `[N, *S]` or broadcastable to it. Positions that do not count (padding) may hold
-            any value, even NaN (treated as 0), and are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw,
-            and the unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw, V₂ = Σw². Where no position counts, the
-            running statistics stay; a single counted value becomes β, and moves the running mean alone. In evaluation
-            a mask changes nothing.
-        num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
-        on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
-            mean or variance is not finite, as after an overflow in float16.
-        caller: The name that error messages begin with; an ending "1d", "2d" or "3d" also fixes x's rank.
+        mask: The positions that count in the statistics: booleans, or finite weights w >= 0, of shape `[N, *S]` or
+            broadcastable to it. Positions that do not count (padding) may hold any value, even NaN (treated as 0), and
+            are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and the unbiased variance is
+            σ²·V₁²/(V₁² - V₂) with V₁ = Σw and V₂ = Σw². If no position counts, the running statistics do not change.
+            If a single value counts, its output is β, and only the running mean is updated. In evaluation, a mask has
+            no effect.
+        num_batches_tracked: int64 scalar that counts the updates of the running statistics.
+        on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
+            batch's mean or variance is not finite, as after an overflow in float16.
+        caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
         y of x's shape, dtype and memory format.
 
     Raises:
-        TypeError: x is not a floating-point tensor, or weight, bias, a running statistic or the residual is in a
-            dtype that does not fit x's (half x takes float32 or its own).
+        TypeError: x is not a floating-point tensor, or the dtype of weight, bias, a running statistic or the residual
+            does not match x's (vectors may be float32 if x is float16 or bfloat16).
         ValueError: x has the wrong rank or one value per channel in training; a vector is not `[C]`; the residual's
-            shape is not x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (checked on the CPU, but
-            not on other devices or in a compiled graph); eps, activation, alpha or on_nonfinite is out of its
-            range; a required statistic is missing.
+            shape differs from x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (checked on the
+            CPU, but not on other devices or in a compiled graph); eps, activation, alpha or on_nonfinite is invalid;
+            a required statistic is missing.
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
 
     Numerics:
-        Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean, which is held as
-        a pair, so that a mean of 1e6 deviations costs no accuracy. The result has the same bits for every number of
-        CPU threads. With ReLU, autograd keeps x and `[C]` vectors, and with a residual also y.
+        Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean. The mean is stored
+        as a pair, so that even a mean of 1e6 standard deviations costs no accuracy. The result has the same bits for
+        every number of CPU threads. With ReLU, autograd keeps x and `[C]` vectors, and with a residual also y.
 
-    Source: Ioffe & Szegedy 2015, algorithms 1 and 2; the equations are in the mathematics page, "Forward".
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2; the equations are on the mathematics page, "Forward".
 
     Examples:
         >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
@@ -91,7 +91,7 @@ def batch_norm(
         tensor([[0.0000, 0.0000],
                 [1.0000, 1.0000]])
     """
-    # This also makes one node of an fx graph; fx.wrap would put its own wrapper there, which does not pickle.
+    # This makes the call one node of an fx graph. fx.wrap would put its own wrapper there, which does not pickle.
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask):
         return handle_torch_function(
             batch_norm, (input, running_mean, running_var, weight, bias, residual, mask),
@@ -100,7 +100,7 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
         )  # fmt: skip
     _checks.check_input(caller, input)
-    if input.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+    if input.dim() == 1:  # [0], without samples and channels, which torch accepts
         return input.clone()
     _checks.check_eps(caller, eps, zero_allowed=not training)
     _checks.check_choice(caller, "activation", activation, ops.ACTIVATIONS)
@@ -111,7 +111,7 @@ def batch_norm(
     if training and running_mean is not None:
         _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if not tracing:  # sizes are tensors while tracing, and torch warns where a branch depends on them
+    if not tracing:  # sizes are tensors while tracing, and torch warns if a branch depends on them
         _checks.check_channel_vectors(
             caller, input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
         )
@@ -167,11 +167,11 @@ def _portable_batch_norm(
     on_nonfinite: str,
     caller: str,
 ) -> Tensor:
-    """Compute the same in torch's own operations, so that an exported program loads without this library."""
+    """Compute the same with torch's own operations, so that an exported program loads without this library."""
     if training and weights is not None:
         raise ValueError(
             f"{caller} expects no mask in an exported training graph, got one. The graph uses torch's own batch_norm, "
-            "which takes none: leave it out, or export in evaluation mode."
+            "which has no mask: leave it out, or export in evaluation mode."
         )
     if training and on_nonfinite == "skip":
         raise ValueError(
@@ -182,7 +182,7 @@ def _portable_batch_norm(
         num_batches_tracked.add_(1)
     if not training or running_mean is None or momentum is not None:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
-    else:  # the cumulative average: its momentum is a tensor, which takes two steps
+    else:  # the momentum of the cumulative average is a tensor, which F.batch_norm does not accept
         assert running_var is not None
         assert num_batches_tracked is not None
         mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)

@@ -19,7 +19,7 @@ def is_named(written: str) -> bool:
 
 
 def import_module(written: str) -> ModuleType:
-    """Import the module of `module.path:name`, from the working directory too; raise whatever importing it raises."""
+    """Import the module of `module.path:name`, also from the working directory; let all its exceptions pass."""
     with working_directory_importable():
         return importlib.import_module(written.partition(":")[0])
 
@@ -43,7 +43,7 @@ def attribute_of(module: ModuleType, written: str) -> Any:
 
 @contextmanager
 def working_directory_importable() -> Iterator[None]:
-    """Let modules be imported from the working directory within the block, as `python -m` does."""
+    """Make modules in the working directory importable within the block, as `python -m` does."""
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:

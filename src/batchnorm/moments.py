@@ -13,28 +13,28 @@ from torch import Tensor
 
 Data = Tensor | NDArray[Any]
 
-# Values that are converted to float64 at a time: no array is copied whole, and each part stays in the cache.
+# The number of values that are converted to float64 at a time. No array is copied whole, and each part stays in cache.
 _PART = 2**18
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and sum of squared deviations of each channel, which can be merged; immutable, float64.
+    """Mergeable count, mean and sum of squared deviations of each channel; immutable, float64.
 
     `mean = Σ w·x / Σ w` and `m2 = Σ w·(x - mean)²`, with `w = 1` unless there are weights.
 
     Args:
-        count: Σ w, a scalar: without weights m, the number of values per channel.
-        mean: μ, `[C]`; it may have any value where nothing was counted, as nothing reads it then.
+        count: Σ w, a scalar; without weights, the number m of values per channel.
+        mean: μ, `[C]`; ignored if nothing was counted.
         m2: Σ w·(x - μ)², `[C]`.
-        count_squares: Σ w², a scalar, needed for the unbiased variance of weighted values; None where each value has
-            weight 0 or 1.
+        count_squares: Σ w², a scalar, needed for the unbiased variance of weighted values; None if all weights are 0
+            or 1.
 
     Raises:
         ValueError: shapes do not agree.
 
     Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances";
-        the mathematics page, "Merging moments".
+        the equations are on the mathematics page, "Merging moments".
 
     Examples:
         >>> first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])
@@ -49,7 +49,7 @@ class Moments:
     count_squares: Tensor | None = None
 
     def __post_init__(self) -> None:
-        mean = self.mean if isinstance(self.mean, Tensor) else torch.as_tensor(self.mean)  # a tensor stays where it is
+        mean = self.mean if isinstance(self.mean, Tensor) else torch.as_tensor(self.mean)  # keeps a tensor's device
         for name in ("count", "mean", "m2", "count_squares"):
             value = getattr(self, name)
             if value is None:
@@ -65,7 +65,7 @@ class Moments:
 
     @classmethod
     def empty(cls, num_channels: int, *, device: torch.device | str | None = None) -> Moments:
-        """Return the moments of no data, from which a merge starts."""
+        """Return the moments of no data, as the start of a merge."""
         zeros = torch.zeros(num_channels, dtype=torch.float64, device=device)
         return cls(torch.zeros((), dtype=torch.float64, device=device), zeros, zeros)
 
@@ -76,16 +76,17 @@ class Moments:
         Args:
             x: Tensor or NumPy array `[N, C, *S]` of any real dtype, integers such as images in uint8 included.
             mask: Booleans of shape `[N, *S]` or broadcastable to it; False positions do not count and may be NaN.
-            weights: Numbers >= 0 of shape `[N, *S]` or broadcastable to it: how much each value counts. With a mask
-                too, both apply.
+            weights: The weight of each value: numbers >= 0 of shape `[N, *S]` or broadcastable to it. A mask applies
+                in addition.
             axis: The channel axis of x; -1 for channels last.
 
         Raises:
             TypeError: x is not a tensor or array of real numbers, or the mask is not boolean.
             ValueError: x has no channel axis, mask or weights do not fit x, or a weight is negative or not finite.
 
-        Numerics: deviations are computed from the mean in float64, in two passes over each part of x. A mean of 1e8
-            deviations costs 1e-8 of the deviation, no more than the rounding of float64 data.
+        Numerics: deviations from the mean are computed in float64, in two passes over each part of x. If the mean is
+            1e8 standard deviations, the relative error of the standard deviation is 1e-8, which is no more than the
+            effect of rounding the data to float64.
 
         Examples:
             >>> Moments.of(np.array([[1.0, 2.0, 9.0]]), mask=np.array([True]), axis=1).mean
@@ -100,7 +101,7 @@ class Moments:
         return cls.empty(x.shape[1], device=device).merge(*parts)
 
     def update(self, x: Data, mask: Data | None = None, weights: Data | None = None, *, axis: int = 1) -> Moments:
-        """Return the moments of the data so far and of x; arguments are those of `of`."""
+        """Return the moments of the data so far and x together; the arguments are those of `of`."""
         return self.merge(Moments.of(x, mask, weights, axis=axis))
 
     def merge(self, *others: Moments) -> Moments:
@@ -120,7 +121,7 @@ class Moments:
                     f"Moments.merge expects parts with {len(self.mean)} channels, got one with {len(other.mean)}. "
                     "Merge moments of the same layer or data only."
                 )
-        # Empty parts are left out, not multiplied by 0: 0·NaN would be NaN.
+        # Empty parts are skipped, because 0·NaN would be NaN.
         parts = [part for part in (self, *others) if part.count > 0]
         if not parts:
             return self
@@ -132,18 +133,18 @@ class Moments:
             counts = [part.count if part.count_squares is None else part.count_squares for part in parts]
             squares = torch.stack([v.to(device) for v in counts]).sum()
         n = count[:, None]
-        pivot = mean[count.argmax()]  # sums of differences: as exact for means far from zero
+        pivot = mean[count.argmax()]  # differences keep the precision of means far from zero
         merged = pivot + (n * (mean - pivot)).sum(0) / count.sum()
         return Moments(count.sum(), merged, m2.sum(0) + (n * (mean - merged) ** 2).sum(0), squares)
 
     @property
     def var(self) -> Tensor:
-        """Biased variance `[C]`, M2/Σw, used to normalize; NaN where nothing was counted."""
+        """Biased variance `[C]`, M2/Σw, used to normalize; NaN if nothing was counted."""
         return self.m2 / self.count
 
     @property
     def var_unbiased(self) -> Tensor:
-        """Unbiased variance `[C]`, as in running_var: M2/(m - 1), with weights M2·V₁/(V₁² - V₂).
+        """Unbiased variance `[C]`, as in running_var: M2/(m - 1), or with weights M2·V₁/(V₁² - V₂).
 
         Raises:
             ValueError: fewer than two values were counted.
@@ -202,7 +203,7 @@ def _of_part(x: Data, mask: Data | None, weights: Data | None, part: slice, shap
 
     mean = weighted.sum(dims) / count
     centered = values - spread(mean)
-    # A second sum removes the first one's rounding error: a constant channel deviates by exactly 0.
+    # A second sum removes the rounding error of the first, so that a constant channel deviates by exactly 0.
     correction = (centered if w is None else w * centered).sum(dims) / count
     centered = values - spread(mean + correction)
     m2 = (centered.square() if w is None else w * centered.square()).sum(dims)
@@ -263,7 +264,7 @@ def _check_weights(weights: Data | None, shape: tuple[int, ...]) -> Data | None:
     _check_fits("weights", weights, shape)
     if not bool(((weights >= 0) & (weights < float("inf"))).all()):
         raise ValueError(
-            "Moments.of expects weights that are finite and >= 0, got some that are not. Give values that do not count "
-            "the weight 0."
+            "Moments.of expects weights that are finite and >= 0, got some that are not. Use weight 0 for values that "
+            "do not count."
         )
     return weights

@@ -12,19 +12,19 @@ from typing import Any
 
 import jinja2
 
-# In the order in which the page runs them: the libraries, then the code that our charts share.
+# In the order of execution: the libraries, then the code that all our charts share.
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "chart.js")
 _SHARED = "batchnorm"
 
 
 def render(package: str, charts: Any, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
-    """Return the page as text. Every inserted value is escaped, and only the scripts in our files can run.
+    """Return the page as text. Inserted values are escaped, and only the scripts in our files can run.
 
     Args:
-        package: The package whose folder `web` holds `report.html.j2` (which extends `page.html.j2`), `report.css` and
-            `report.js`.
+        package: The package with the folder `web`, which contains `report.html.j2` (it extends `page.html.j2`),
+            `report.css` and `report.js`.
         charts: Plain values, which `report.js` reads as `page.charts`; non-finite numbers become null.
-        filters: Filters for the template, besides `number`.
+        filters: Filters for the template, in addition to `number`.
         **values: Variables of the template; a missing one is an error.
     """
     loader = jinja2.FunctionLoader(lambda name: _read(_SHARED if name == "page.html.j2" else package, name))
@@ -47,7 +47,7 @@ def number(value: float | None) -> str:
 
 
 def _policy(scripts: list[str]) -> str:
-    """Return a content security policy that loads nothing and runs only these scripts, should escaping ever fail."""
+    """Return a content security policy that loads nothing and allows only these scripts, in case escaping fails."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
 

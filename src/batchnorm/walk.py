@@ -28,7 +28,7 @@ class Found:
 
     Attributes:
         module: The module.
-        paths: Its paths in the model's order, such as `layer1.0.bn2`; several for a shared module, `""` for the model.
+        paths: Its paths in the model's order, such as `layer1.0.bn2`; several if it is shared, `""` for the model.
         slots: Each `(parent, key)` that holds it; empty for the model itself.
     """
 
@@ -43,22 +43,22 @@ class Found:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the module is batch normalization: of torch's classes, of this library's, or a subclass of either."""
+    """Return whether the module is batch normalization: of torch, of this library, or of a subclass of either."""
     return is_batch_norm_class(type(module))
 
 
 def is_batch_norm_class(kind: type) -> bool:
-    """Whether instances of the class are batch normalization."""
+    """Return whether instances of the class are batch normalization."""
     return issubclass(kind, _NormBase) and not issubclass(kind, _InstanceNorm)
 
 
 def class_of(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of a layer, without the subclass that a parametrization makes of it."""
+    """Return the class of a layer; for a parametrized layer, its class before parametrization."""
     return parametrize.type_before_parametrizations(layer)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its class's `forward`."""
+    """Return whether calling the module runs more than the `forward` of its class."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -73,7 +73,7 @@ def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
 
     Args:
         model: Any module, which may itself be such a layer.
-        kinds: A class, a tuple of classes or a predicate; by default batch normalization of every kind.
+        kinds: A class, a tuple of classes or a predicate; by default every kind of batch normalization.
     """
     classes, predicate = (kinds, None) if isinstance(kinds, (type, tuple)) else ((), kinds)
     paths: dict[nn.Module, list[str]] = {}
@@ -91,7 +91,7 @@ def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
 
 
 def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) -> nn.Module:
-    """Put `new` in every place of a module, and return the model.
+    """Replace a module by `new` in every place, and return the model.
 
     Args:
         model: Changed in place.
@@ -99,7 +99,7 @@ def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) ->
         new: The module that takes its place.
 
     Returns:
-        The model, or `new` where the replaced module is the model itself.
+        The model, or `new` if the replaced module is the model itself.
 
     Raises:
         ValueError: the model has no such module or path.
@@ -124,7 +124,7 @@ def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) ->
         given = repr(where) if isinstance(where, str) else type(old).__name__
         raise ValueError(
             f"replace expects a module of the {type(model).__name__}, got {given}, which is not in it. "
-            "Take one from model.named_modules()."
+            "Choose one from model.named_modules()."
         )
     return model
 
@@ -134,12 +134,12 @@ def copied(
     model: nn.Module,
     *,
     share: Iterable[Tensor] = (),
-    instead: str = "Pass inplace=True to change it itself.",
+    instead: str = "Pass inplace=True to change the model itself.",
 ) -> nn.Module:
     """Return a copy of the model.
 
-    Unlike `copy.deepcopy`, this also copies lazy buffers, and non-leaf tensors stored on a module (such as the weight
-    computed by the old `weight_norm`); it detaches the latter from their graph.
+    Unlike `copy.deepcopy`, this also copies lazy buffers and non-leaf tensors on a module, such as the weight computed
+    by the old `weight_norm`. Copies of non-leaf tensors are detached.
 
     Args:
         caller: The function that the user called, for the error message.
@@ -170,17 +170,17 @@ def copied(
 
 
 def trial_copy(caller: str, model: nn.Module) -> nn.Module:
-    """Return a copy to experiment on, which shares only parameters and buffers with the model.
+    """Return a copy for experiments, which shares only parameters and buffers with the model.
 
     Raises:
         ValueError: the model cannot be copied.
     """
     share = (*model.parameters(), *model.buffers())
-    return copied(caller, model, share=share, instead="Remove what cannot be copied: changes are tried on a copy.")
+    return copied(caller, model, share=share, instead="Remove it: changes are tried on a copy first.")
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """Set the mode of every module, without `train()` and `eval()`, which models may override to do more."""
+    """Set the mode of every module directly, because models may override `train()` and `eval()` to do more."""
     for module in model.modules():
         module.training = training
 
@@ -191,15 +191,15 @@ def restored(
 ) -> Iterator[None]:
     """Restore the model when the block ends, also after an exception.
 
-    This restores the mode, momentum, switches of running statistics and instance `forward` of every module, and which
-    parameters require gradients. It removes hooks that were added within the block. Replaced modules stay replaced.
+    Every module gets back its mode, momentum, switches of running statistics and instance `forward`, and every
+    parameter its `requires_grad`. Hooks that were added within the block are removed. Replaced modules stay replaced.
 
     Args:
         model: Any module.
         buffers: Whether to restore the buffers' values too.
         gradients: Whether to restore `.grad` of the parameters too.
-        random_state: Whether to restore the global generators of Python, NumPy and torch; those of a GPU only where
-            one is in use.
+        random_state: Whether to restore the global random generators of Python, NumPy and torch (of GPUs only if CUDA
+            is initialized).
     """
     kept = [_Kept(module, buffers) for module in model.modules()]
     required = [(p, p.requires_grad) for p in model.parameters()]
@@ -231,7 +231,7 @@ _MISSING = object()
 class _Kept:
     """The state of one module."""
 
-    # An attribute that only the class has is removed from the instance again.
+    # An attribute that only the class had before is removed from the instance.
     ATTRIBUTES = (
         "training", "momentum", "track_running_stats", "update_running_stats", "forward", "_is_full_backward_hook",
     )  # fmt: skip

@@ -101,7 +101,7 @@ def test_arrays_of_a_file_are_data_too(folder: Path) -> None:
     [
         (["--data", "net_for_surgery:breaks"], "the model could not be run on the data: OSError: disk gone"),
         (["--data", "net_for_surgery:wide"], "to have 4 channels, but got 5"),
-        (["--data", "net_for_surgery:loader", "--only", "7"], "which matches none of 2. There are: 1, 4"),
+        (["--data", "net_for_surgery:loader", "--only", "7"], "which matches none of 2. Choose from: 1, 4"),
         (["--data", "none.npz"], "none.npz must be a file of numpy.savez, but"),
         (["--data", "net_for_surgery:loader", "-o", "none/new.pth"], "must be in a directory that exists"),
         ([], "Missing option '--data'"),

@@ -289,8 +289,16 @@ def test_every_rank_whitens_its_shape_and_refuses_others(layer: type) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"group_size": 0}, ValueError, "expects group_size >= 1, got 0. It is the number of channels .* 64 is usual."),
-        ({"iterations": 0}, ValueError, "expects iterations >= 1, got 0. It is the number of Newton steps; 5 is usual"),
+        (
+            {"group_size": 0},
+            ValueError,
+            "expects group_size >= 1, got 0. It is the number of channels .* 64 is common.",
+        ),
+        (
+            {"iterations": 0},
+            ValueError,
+            "expects iterations >= 1, got 0. It is the number of Newton steps; 5 is common",
+        ),
         ({"group_size": 2.0}, TypeError, r"expects group_size to be an int, got 2.0 \(float\)"),
         ({"iterations": True}, TypeError, r"expects iterations to be an int, got True \(bool\)"),
         ({"eps": 0.0}, ValueError, "expects eps > 0, got 0.0"),

@@ -33,7 +33,7 @@ def test_layers_are_chosen_by_path_class_or_predicate_in_their_order(choice: Any
 
 
 def test_every_pattern_must_match() -> None:
-    text = r"f expects `after` to match a layer, got 'head.\*', which matches none of 4. There are: 0, 1, 2, ...\."
+    text = r"f expects `after` to match a layer, got 'head.\*', which matches none of 4. Choose from: 0, 1, 2, ...\."
     with pytest.raises(ValueError, match=text):
         select("f", norm_layers(network()), ["0", "head.*"], argument="after")
 

@@ -323,7 +323,7 @@ def test_an_exported_layer_needs_no_operator_of_ours(label: Any) -> None:
         ({"label": torch.tensor([0, 1, 4, 0])}, ValueError, r"expects label in \[0, 4\), got 4"),
         ({"label": "cat"}, TypeError, r"label to be an int or an int64 tensor \[N\], got 'cat' \(str\)"),
         ({"label": torch.zeros(4)}, TypeError, r"label of dtype torch.int64, got torch.float32. Use label.long\(\)"),
-        ({"label": torch.zeros(3).long()}, ValueError, r"label of shape \[N\] = \[4\] .* got \[3\]. Pass one for each"),
+        ({"label": torch.zeros(3).long()}, ValueError, r"label of shape \[N\] = \[4\] .* got \[3\]. Pass one label"),
         ({"weight": torch.ones(3)}, ValueError, r"weight of shape \[N, C\] = \[4, 3\] .*got \[3\]. Pass one row"),
         ({"bias": torch.ones(4, 5)}, ValueError, r"bias of shape \[N, C\] = \[4, 3\] .*got \[4, 5\]"),
         ({"bias": torch.ones(4, 3).double()}, TypeError, r"expects bias in torch.float32 for x .* got torch.float64"),
@@ -347,14 +347,14 @@ def test_a_wrong_input_or_argument_is_told() -> None:
         with pytest.raises(ValueError, match="expects more than one value per channel"):
             layer(torch.randn(1, 3, 1, 1), label)
     for number in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match=r"expects num_classes to be an int >= 1 or None, got .* Pass how many"):
+        with pytest.raises(ValueError, match=r"expects num_classes to be an int >= 1 or None, got .* Pass the number"):
             ConditionalBatchNorm2d(3, num_classes=number)
     with pytest.raises(ValueError, match="expects affine=True with num_classes, got affine=False and num_classes=4"):
         ConditionalBatchNorm2d(3, affine=False, num_classes=4)
     with pytest.raises(ValueError, match=r"expects label in \[0, 4\), got -1"):
         layer.select(-1)
     bare = ConditionalBatchNorm2d(3)
-    with pytest.raises(ValueError, match="expects num_classes to select one of them, got None"):
+    with pytest.raises(ValueError, match="expects num_classes to select a class, got None"):
         bare.select(0)
-    with pytest.raises(ValueError, match="as it has none of its own, got a label. Make it with num_classes="):
+    with pytest.raises(ValueError, match="because it has none of its own, got a label. Create it with num_classes="):
         bare(torch.randn(4, 3, 2, 2), 1)

@@ -383,7 +383,11 @@ def test_an_exported_layer_needs_no_operator_of_ours(domain: Any) -> None:
         (torch.tensor([0, -2, 3, 0]), ValueError, r"domain in \[0, 3\), got -2"),
         (torch.tensor([0.0, 1, 2, 0]), TypeError, r"domain of dtype torch.int64, got torch.float32. Use domain.long"),
         (torch.tensor([0, 1]), ValueError, r"domain of shape \[N\] = \[4\] for x of shape \[4, 3, 2, 2\], got \[2\]"),
-        (torch.zeros(4, 1).long(), ValueError, r"domain of shape \[N\] = \[4\].*got \[4, 1\]. Pass one for each"),
+        (
+            torch.zeros(4, 1).long(),
+            ValueError,
+            r"domain of shape \[N\] = \[4\].*got \[4, 1\]. Pass one domain for each",
+        ),
         (torch.zeros(4, device="meta").long(), ValueError, r"domain on x's device, got domain on meta .* Move it"),
     ],
 )

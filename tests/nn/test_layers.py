@@ -167,7 +167,7 @@ def test_lazy_refuses_a_wrong_rank_before_it_makes_anything() -> None:
         ("BatchNorm", (8,), r"BatchNorm expects x of shape \[N, C, \*\], got \[8\]"),
         ("BatchNorm2d", (8, 4, 5, 5), r"BatchNorm2d expects .* of shape \[C\] = \[4\] for x of shape \[8, 4, 5, 5\], "
                                       r"got \[3\]. Give the layer num_features=4"),
-        ("BatchNorm2d", (8, 5, 5, 3), r"Channels come second here: move them with x.movedim\(-1, 1\)"),
+        ("BatchNorm2d", (8, 5, 5, 3), r"Channels must be the second dimension: move them with x.movedim\(-1, 1\)"),
         ("BatchNorm1d", (1, 3), r"BatchNorm1d expects more than one value per channel in training, got x of shape "
                                 r"\[1, 3\]. One value has no variance: use a larger batch, or evaluation mode."),
     ],

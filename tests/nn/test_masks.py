@@ -301,7 +301,7 @@ def test_export_takes_a_mask_in_evaluation_and_refuses_it_in_training() -> None:
         (torch.ones(4, 3, 5), ValueError, r"BatchNorm2d expects a mask of shape \[N, \*S\] = \[4, 5, 6\] \(or broad"
                                           r".*got \[4, 3, 5\]. It has no channel dimension"),
         (torch.ones(4, 3, 5, 6), ValueError, r"It has no channel dimension"),
-        (torch.ones(4, 5, 6) - 1.5, ValueError, r"expects weights >= 0 and finite as mask, got values from -0.5"),
+        (torch.ones(4, 5, 6) - 1.5, ValueError, r"expects a mask of finite weights >= 0, got values from -0.5"),
         (torch.full((4, 5, 6), torch.nan), ValueError, r"got values from nan to nan"),
         (torch.full((4, 1, 1), torch.inf), ValueError, r"got values from inf to inf"),
         (torch.ones(4, 5, 6, dtype=torch.complex64), TypeError, r"expects a mask of booleans or of weights, got torch"),
@@ -321,7 +321,7 @@ def test_a_wrong_mask_is_told_and_moves_nothing(
 
 def test_a_mask_that_fits_in_two_ways_is_refused() -> None:
     x = torch.randn(4, 3, 5, 4)
-    with pytest.raises(ValueError, match=r"For one value per sample use mask.reshape\(-1, 1, 1\), for one per last"):
+    with pytest.raises(ValueError, match=r"Use mask.reshape\(-1, 1, 1\) for one value per sample, or mask.unsqueeze"):
         nn.BatchNorm2d(3)(x, torch.ones(4))
     nn.BatchNorm1d(3)(torch.randn(4, 3), torch.ones(4))
 

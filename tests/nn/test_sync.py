@@ -86,7 +86,7 @@ def test_copies_are_equal() -> None:
 def test_what_is_no_group_is_refused(one_process: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group expects a torch.distributed process group or None, got str"):
         SyncBatchNorm(3, process_group="0")
-    with pytest.raises(ValueError, match=r"process_group expects a group that this process is in"):
+    with pytest.raises(ValueError, match=r"process_group expects a group that includes this process"):
         SyncBatchNorm(3, process_group=dist.GroupMember.NON_GROUP_MEMBER)
 
 
@@ -239,5 +239,5 @@ def test_what_fails_on_one_fails_with_layer_and_ranks_on_all(told: list[dict[str
     assert_told(other_layer, 1, b, re.escape(f"Rank 0 failed in {a}."), re.escape(f"Rank 2 failed in {a}."))
     assert_told(other_branch, 1, a, re.escape(f"Rank 0 failed in {b}."), phase="gradients")
     for rank in (0, 1):
-        assert_told(death, rank, a, "No word from rank 2: it died, still waits, or is elsewhere", phase="gradients")
-    assert_told(skipped_layer, 0, c, "No word from rank 1")
+        assert_told(death, rank, a, "No report from rank 2: it died, still waits, or is elsewhere", phase="gradients")
+    assert_told(skipped_layer, 0, c, "No report from rank 1")

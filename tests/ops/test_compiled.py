@@ -101,7 +101,9 @@ def test_a_library_that_does_not_load_is_warned_of_with_the_reason(
     monkeypatch.delenv(compiled.CAPABILITY, raising=False)
     (tmp_path / "libbatchnorm_cpu.so").write_text("not a library")
     state = compiled._Compiled()
-    with pytest.warns(RuntimeWarning, match=r"plain torch operations, slower: .* did not load: .*Reinstall batchnorm"):
+    with pytest.warns(
+        RuntimeWarning, match=r"plain torch operations, which are slower: .* did not load: .*Reinstall batchnorm"
+    ):
         state.load(tmp_path)
     assert state.library is None
     assert "did not load" in state.reason

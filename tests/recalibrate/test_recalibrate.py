@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.models.batches import Ambient
+from batchnorm.models.batches import ThreadSettings
 from batchnorm.nn.domain import DomainBatchNorm1d, use_domain
 from batchnorm.nn.frozen import FrozenBatchNorm2d
 from batchnorm.nn.ghost import GhostBatchNorm2d
@@ -269,7 +269,7 @@ def test_forward_calls_the_model_as_the_user_does() -> None:
         (A, "an iterable of batches, got one Tensor of shape \\[3, 1\\]. Pass \\[x\\]"),
         ({"a": A}, "an iterable of batches, got dict"),
         (3, "an iterable of batches, got int"),
-        ([(A,)], "at least 2 parts, as Two.forward requires \\(a, b\\), got 1"),
+        ([(A,)], "at least 2 parts, because Two.forward requires \\(a, b\\), got 1"),
         ([{"a": A}], "with the keys that Two.forward requires \\(a, b\\), got 'a'"),
         (["text"], "tensors, tuples, lists or dicts, got str. Pass forward="),
     ],
@@ -285,10 +285,10 @@ def test_data_that_do_not_fit_are_refused(data: Any, message: str) -> None:
         ({"passes": "twice"}, "passes to be one of 'single', 'sequential', got 'twice'"),
         ({"shared": "both"}, "shared to be one of"),
         ({"prior": -1.0}, "prior >= 0"),
-        ({"prior": float("inf")}, "prior >= 0 and finite"),
+        ({"prior": float("inf")}, "finite prior >= 0"),
         ({"max_samples": 0}, "max_samples >= 1"),
         ({"cache_bytes": -1}, "cache_bytes >= 0"),
-        ({"only": "head.*"}, "got 'head.\\*', which matches none of 3. There are: 1, 5, 8"),
+        ({"only": "head.*"}, "got 'head.\\*', which matches none of 3. Choose from: 1, 5, 8"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -319,7 +319,7 @@ def test_autocast_reaches_every_pass(passes: str, ambient: bool) -> None:
 
 def test_the_default_device_reaches_other_threads() -> None:
     with torch.device("meta"):
-        ambient = Ambient(None, None)
+        ambient = ThreadSettings(None, None)
     devices = []
 
     def work() -> None:
@@ -404,7 +404,7 @@ def test_frozen_layers_stay_unless_named() -> None:
     model[5].eval()
     found, report = recalibrate(model, batches())
     assert {c.path: c.reason for c in report.left} == {
-        "1": "frozen", "5": "frozen: in evaluation while the model trains",
+        "1": "frozen", "5": "frozen: in evaluation mode within a model in training mode",
     }  # fmt: skip
     assert torch.equal(found[1].running_mean, torch.zeros(6))
     assert torch.equal(found[5].running_var, model[5].running_var)
@@ -427,12 +427,12 @@ def test_layers_without_statistics_or_data_are_reported() -> None:
         "0": "no running mean and variance", "unused": "not reached by the data",
     }  # fmt: skip
     with pytest.raises(
-        ValueError, match="reach the selected layers, got none that is given values \\(.*unused: not reached"
+        ValueError, match="reach the selected layers, got values at none of them \\(.*unused: not reached"
     ):
         recalibrate(model, batches(), only="unused", forward=lambda model, x: model[1](x))
-    with pytest.raises(ValueError, match="none that is given values \\(\\(model\\): all its values are masked"):
+    with pytest.raises(ValueError, match="got values at none of them \\(\\(model\\): all its values are masked"):
         recalibrate(nn.BatchNorm2d(3), batches(), mask=lambda x: torch.zeros(len(x), dtype=torch.bool))
-    with pytest.raises(ValueError, match="got Linear where none is \\(it has none at all\\)"):
+    with pytest.raises(ValueError, match="got Linear with none \\(no such layers\\)"):
         recalibrate(nn.Linear(2, 2), batches())
     with pytest.raises(ValueError, match="run the model once first"):
         recalibrate(nn.LazyBatchNorm2d(), batches())
@@ -487,7 +487,7 @@ def test_a_shared_module_can_be_given_statistics_for_each_place() -> None:
 
 def test_a_shared_module_stays_shared_where_it_fails() -> None:
     model = Reused().double()
-    with pytest.raises(ValueError, match="at least one batch, got data that end at once"):
+    with pytest.raises(ValueError, match="at least one batch, got empty data"):
         recalibrate(model, [], shared="separate", inplace=True)
     assert model.left[1] is model.right[1]
 
@@ -586,7 +586,7 @@ def with_nan() -> list[Tensor]:
         (Faulty(), {}, OSError, "disk gone"),
         (batches(), {"forward": fails_late}, RuntimeError, "out of luck"),
         (with_nan(), {}, ValueError, "a mean that is not finite in torch.float32 at '1'"),
-        ([], {}, ValueError, "at least one batch, got data that end at once"),
+        ([], {}, ValueError, "at least one batch, got empty data"),
         ([*batches(), torch.rand(4, 5, 8, 8)], {}, RuntimeError, "to have 3 channels, but got 5"),
     ],
     ids=["data-raise", "forward-raises", "nan", "no-data", "wrong-shape"],

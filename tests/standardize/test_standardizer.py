@@ -122,7 +122,7 @@ def test_omitted_nan_leaves_the_statistics_of_the_rest() -> None:
     np.testing.assert_allclose(s.var_[:3], np.nanvar(x[:, :3], 0), rtol=1e-13)
     assert np.isnan(s.mean_[3]) and s.n_samples_seen_.tolist() == [54, 60, 59, 0]
     assert (np.isnan(s.transform(x)) == np.isnan(x)).all()
-    with pytest.raises(ValueError, match="finite statistics, got a feature without"):
+    with pytest.raises(ValueError, match="finite statistics of every feature, got others"):
         s.to_layer()
     assert np.isnan(Standardizer(nan_policy="propagate").fit(x).mean_).tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="got infinity"):
@@ -218,7 +218,7 @@ def raising() -> Iterator[np.ndarray[Any, Any]]:
         (raising(), OSError, "disk gone"),
         ([table(), np.full((2, 4), np.nan)], ValueError, "got NaN"),
         ([table(), table(columns=3)], ValueError, "X has 3 features, but Standardizer is expecting 4"),
-        (iter(()), ValueError, "at least one batch, got data that end at once"),
+        (iter(()), ValueError, "at least one batch, got empty data"),
         (iter([{"x": table()}]), TypeError, "got dict. Select one, for example"),
         (np.zeros(3), ValueError, "got \\[3\\]. Reshape your data"),
         (np.zeros((0, 4)), ValueError, "0 sample\\(s\\)"),

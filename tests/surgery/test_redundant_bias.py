@@ -126,7 +126,7 @@ class Net(nn.Module):
         ("two layers", "the bias of conv has other uses too"),
         ("read", "the bias of conv has other uses too"),
         ("by mode", "the model (Net) does not compute the same in training and in evaluation"),
-        ("shapes", "the model (Net) decides by shapes or values in its forward"),
+        ("shapes", "the model (Net) branches on shapes or values in its forward"),
         ("features last", "its output is not [N, C] in the example, where its features would be the layer's channels"),
     ],
 )
@@ -232,7 +232,7 @@ def test_an_output_that_changes_puts_all_back(inplace: bool) -> None:
         model.block[0].bias.fill_(2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bias, before = model.block[0].bias, {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match="whose output changed by .* the model is as it was"):
+    with pytest.raises(ValueError, match="whose output changed by .* the model is unchanged"):
         drop_redundant_bias(
             model, optimizer if inplace else None, example_inputs=torch.randn(2, 3, 4, 4), inplace=inplace
         )

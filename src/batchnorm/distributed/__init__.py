@@ -1,9 +1,9 @@
-"""Exchange between the processes of a group: moments in forward, sums of gradients in backward.
+"""Exchange data between the processes of a group: moments in forward, sums of gradients in backward.
 
-Each is one collective. Messages of different sizes must never meet: gloo answers them with `abort()`, NCCL waits
-forever. So before a kind of layer communicates for the first time, the processes compare through the group's store,
-which is no collective, whether all are in a layer of that kind. After that each message says what it belongs to: in
-forward the number of channels and the layer's name, in backward the number of the forward exchange.
+Each exchange is one collective. The messages of a collective must have equal sizes: otherwise, gloo calls `abort()`,
+and NCCL waits forever. Therefore, before a kind of layer communicates for the first time, the processes check through
+the group's store, which needs no collective, that all are in a layer of that kind. After that, each message identifies
+its layer: in forward by the number of channels and the layer's name, in backward by the number of the forward exchange.
 """
 
 from batchnorm.distributed.exchange import PairMoments, merge_moments, sum_over

@@ -1,4 +1,4 @@
-"""One collective for a layer's moments in forward, and one for its sums of gradients in backward."""
+"""The collective for a layer's moments in forward, and the one for its sums of gradients in backward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from batchnorm.distributed.groups import Peers, check_same_kind, collective, history, require, resolve
 
-_MODULUS = 2**20  # numbers of exchanges; their squares, summed over 8,000 processes, are exact in float64
-_HEADER = 2  # values before the moments: the number of channels, and the layer's name
+_MODULUS = 2**20  # of exchange numbers, whose squares, summed over 8,000 processes, are then exact in float64
+_HEADER = 2  # number of values before the moments: the number of channels, and a hash of the layer's name
 
 
 class PairMoments(NamedTuple):
@@ -43,7 +43,7 @@ def _merged(moments: PairMoments, peers: Peers) -> PairMoments:
     pair = mean.to(wide) + mean_low.to(wide)
     parts = (count, squares, pair, m2.to(wide))
     name = zlib.crc32(peers.name.encode()) if peers.name else 0
-    # Filled in place: a copy from the host would wait for a GPU.
+    # Filled in place, because a copy from the host would wait for a GPU.
     header = [pair.new_full((1,), number) for number in (pair.numel(), name)]
     packet = torch.cat([*header, *(t.reshape(-1) for t in parts)])
     packets = [torch.empty_like(packet) for _ in range(dist.get_world_size(group))]
@@ -58,7 +58,7 @@ def _merged(moments: PairMoments, peers: Peers) -> PairMoments:
     counts, all_squares, means, m2s = (g.reshape(-1, *t.shape) for g, t in zip(split, parts, strict=True))
     total = counts.sum(0)
     counts = counts.unsqueeze(-1)
-    # The mean of a process without values may be anything: 0·NaN is NaN.
+    # The mean of a process without values may be NaN, and 0·NaN is NaN.
     joint = torch.where(counts > 0, means * counts, 0.0).sum(0) / _positive(total)
     spread = torch.where(counts > 0, counts * (means - joint).square(), 0.0).sum(0)
     high = joint.to(mean.dtype)
@@ -69,7 +69,7 @@ def _merged(moments: PairMoments, peers: Peers) -> PairMoments:
 def _merge_gradients(
     kept: tuple[Tensor, ...], dlow: Tensor, dm2: Tensor, total_over: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of this process's mean_low and m2, differentiable themselves; one collective."""
+    """Return differentiable gradients of this process's mean_low and m2, by one collective."""
     count, mean, mean_low, total, high, low = kept
     wide = count.dtype
     joint_dlow, joint_dm2 = total_over(torch.stack([dlow, dm2]).to(wide)).unbind()
@@ -90,7 +90,7 @@ def _positive(count: Tensor) -> Tensor:
 
 
 class _Merge(torch.autograd.Function):
-    """`_merged` under autograd, of any order and direction."""
+    """`_merged` under autograd, for derivatives of any order, in reverse and forward mode."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -129,14 +129,13 @@ class _Merge(torch.autograd.Function):
 
 
 def merge_moments(moments: PairMoments, peers: Peers) -> PairMoments:
-    """Return the moments of all processes' values together.
+    """Return the moments of all processes' values together, by one collective. Section "Merging moments".
 
-    One collective, in float64 for all dtypes. Moments are merged in the order of ranks, so that all
-    processes have the same bits. As in `moments`, the derivative runs through mean_low and m2. Section "Merging
-    moments".
+    The exchange is in float64 for all dtypes. Moments are merged in the order of ranks, so that all processes get the
+    same bits. As in `moments`, mean_low and m2 have derivatives, and mean is a constant.
 
     Raises:
-        RuntimeError: On every process that is left, if one fails, or is in another layer.
+        RuntimeError: a process failed or is in another layer; raised on every remaining process.
     """
     if torch.compiler.is_compiling():
         *merged, _ = torch.ops.batchnorm.merge_moments(*moments, peers.group, peers.kind, peers.name)
@@ -153,7 +152,7 @@ def _summed(t: Tensor, peers: Peers, call: int) -> Tensor:
     marks = (call, call * call)
     packet = torch.cat([t.reshape(-1), *(t.new_full((1,), mark) for mark in marks)])
     collective(peers, group, "gradients", lambda: dist.all_reduce(packet, group=group))
-    # The sums of numbers and of their squares are those of equal numbers only if all numbers are equal.
+    # Both sums equal `size` times this process's values only if the numbers of all processes are equal.
     size = dist.get_world_size(group)
     same = (packet[-2] == size * marks[0]) & (packet[-1] == size * marks[1])
     require(same, peers, group, "gradients", "others sent those of another layer or another call")
@@ -161,7 +160,7 @@ def _summed(t: Tensor, peers: Peers, call: int) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the processes, on each of them; its derivative is the same sum."""
+    """The sum over the processes, on every process; its derivative is the same sum."""
 
     @staticmethod
     def forward(t: Tensor, peers: Peers, call: int) -> Tensor:
@@ -181,15 +180,15 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over(t: Tensor, peers: Peers) -> Tensor:
-    """Return the sum of float64 `t` over the processes whose moments `merge_moments` merged; one collective.
+    """Return the sum of float64 `t` over the processes of the last `merge_moments`, by one collective.
 
     Raises:
-        RuntimeError: As `merge_moments`.
+        RuntimeError: as `merge_moments`.
     """
     return _summed(t, peers, peers.call)
 
 
-# The same as operators, for compiled graphs
+# The same functions as operators, for compiled graphs
 
 
 _MOMENTS = "Tensor count, Tensor mean, Tensor mean_low, Tensor m2, Tensor squares"

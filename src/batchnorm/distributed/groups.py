@@ -1,4 +1,4 @@
-"""Process groups: which processes share a layer's statistics, and errors that name the process that failed."""
+"""Process groups: the processes that share a layer's statistics, and errors that name the process that failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = 2.0  # seconds in which the other processes of a failed group can report
+PATIENCE = 2.0  # seconds to wait for reports from the other processes of a failed group
 
 
 @dataclass(eq=False)
@@ -22,7 +22,7 @@ class Peers:
 
     Attributes:
         group: Name of their process group.
-        kind: Class and size of the layer, the same on all of them: `SyncBatchNorm(64)`.
+        kind: Class and size of the layer, such as `SyncBatchNorm(64)`; the same on all processes.
         name: The layer's path in its model, if known.
         call: The number of the exchange in forward.
     """
@@ -38,7 +38,7 @@ class Peers:
 
 @dataclass
 class History:
-    """The record of a group's exchanges: their number, and the kinds of layers that made them."""
+    """The number of a group's exchanges, and the kinds of layers that made them."""
 
     calls: int = 0
     kinds: set[str] = field(default_factory=set)
@@ -53,7 +53,7 @@ def history(group: Any) -> History:
 
 
 def peers(group: str | None, kind: str, name: str = "") -> Peers | None:
-    """Return the processes of a group, or of all where it is None; None where this process is alone."""
+    """Return the processes of a group, or all processes for None; return None if this process is alone."""
     found = _group_of_several(group)
     return None if found is None else Peers(found, kind, name)
 
@@ -62,7 +62,7 @@ def _group_of_several(group: str | None) -> str | None:
     if not (dist.is_available() and dist.is_initialized()):
         if group is not None:
             raise RuntimeError(
-                f"a layer over the process group {group!r} expects torch.distributed to be initialized, got no groups. "
+                f"a layer over the process group {group!r} expects torch.distributed to be initialized, and it is not. "
                 "Call torch.distributed.init_process_group and new_group, or set its process_group to None."
             )
         return None
@@ -71,52 +71,52 @@ def _group_of_several(group: str | None) -> str | None:
     return str(found.group_name) if dist.get_world_size(found) > 1 else None
 
 
-# Does what torch.compiler.assume_constant_result does, without importing the compiler.
+# The same as torch.compiler.assume_constant_result, without importing the compiler.
 _group_of_several._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def group_name(process_group: Any) -> str | None:
-    """Return the name of a process group of this process; None for None, which means all processes.
+    """Return the name of a process group of this process, or None for None, which means all processes.
 
     Raises:
-        ValueError: If this process is not in the group.
-        TypeError: If it is not a process group.
+        ValueError: this process is not in the group.
+        TypeError: the argument is not a process group.
     """
     if process_group is None:
         return None
     if dist.is_available():
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(
-                "process_group expects a group that this process is in, got one without it "
-                "(torch.distributed.new_group returns a placeholder there). Give each process the group that it is in."
+                "process_group expects a group that includes this process, got one without it "
+                "(torch.distributed.new_group returns a placeholder there). Pass each process its own group."
             )
         if isinstance(process_group, dist.ProcessGroup):
             return str(process_group.group_name)
     raise TypeError(
         f"process_group expects a torch.distributed process group or None, got {type(process_group).__name__}. "
-        "Make one with torch.distributed.new_group(ranks)."
+        "Create one with torch.distributed.new_group(ranks)."
     )
 
 
 def resolve(group: str) -> Any:
-    """Return the process group of that name.
+    """Return the process group of this name.
 
     Raises:
-        RuntimeError: If this process has none.
+        RuntimeError: this process has none.
     """
     try:
         return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise RuntimeError(
             f"a layer over the process group {group!r} expects that group in this process, got none of that name "
-            "(groups are not saved with a model). Make it with torch.distributed.new_group and set process_group."
+            "(groups are not saved with a model). Create it with torch.distributed.new_group and set process_group."
         ) from error
 
 
 def failure(peers: Peers, group: Any, phase: str, reason: str, named: int | None = None) -> RuntimeError:
-    """Return an error that names the layer, what went wrong here, and what the other processes reported.
+    """Return an error with the layer, the reason on this process, and the reports of the other processes.
 
-    Rank `named`, which the reason already names, is not listed among those that did not report.
+    It lists the ranks that did not report, except `named`, which is already in the reason.
     """
     ranks = dist.get_process_group_ranks(group)
     rank = dist.get_rank()
@@ -133,12 +133,12 @@ def failure(peers: Peers, group: Any, phase: str, reason: str, named: int | None
             if len(reports) == len(ranks) - 1 or time.monotonic() > until:
                 break
             time.sleep(0.02)
-    except (RuntimeError, OSError) as error:  # the store often runs in rank 0
+    except (RuntimeError, OSError) as error:  # the store usually runs in rank 0, which may have died
         unreachable = f" The store through which ranks report cannot be reached: {_first_sentence(error)}."
     silent = [str(other) for other in ranks if other not in (rank, named, *reports)]
     others = "".join(f" Rank {other} failed in {layer}." for other, layer in reports.items())
     if silent:
-        others += f" No word from rank {', '.join(silent)}: it died, still waits, or is elsewhere in its program."
+        others += f" No report from rank {', '.join(silent)}: it died, still waits, or is elsewhere in its program."
     return RuntimeError(
         f"{peers} on rank {rank} expects all of ranks {', '.join(map(str, ranks))} to exchange {phase} with it, but "
         f"{reason}.{others}{unreachable} Every process must run the same synchronized layers, with the same number of "
@@ -180,7 +180,7 @@ def collective(peers: Peers, group: Any, phase: str, call: Callable[[], Any]) ->
 
 
 def require(agree: Tensor, peers: Peers, group: Any, phase: str, reason: str) -> None:
-    """Raise unless `agree`; on a GPU by an assertion there, so that the host does not wait."""
+    """Raise an error unless `agree`; on a GPU, by an assertion on the device, so that the host does not wait."""
     if agree.is_cuda:
         torch._assert_async(agree, f"{peers}: the processes that exchanged {phase} are not in the same layer")
     elif not agree:

@@ -26,10 +26,10 @@ __all__ = ["BatchNormWatch"]
 
 
 class BatchNormWatch(Callback):
-    """Watches every layer of batch normalization during `fit`, logs through the module, and warns.
+    """A callback that watches every batch normalization layer during `fit`, logs through the module, and warns.
 
     Args:
-        per_layer: Whether to log each quantity for every layer, or only its largest value over the layers.
+        per_layer: Whether to log each quantity for every layer instead of only its largest value over all layers.
         **options: Options of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
@@ -52,7 +52,7 @@ class BatchNormWatch(Callback):
         self.watch, self._logged = watch(pl_module, **self.options), 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *others: Any) -> None:
-        """Log a new look."""
+        """Log a new record, if there is one."""
         assert self.watch is not None
         if self.watch.looks > self._logged:
             self._logged = self.watch.looks

@@ -21,18 +21,18 @@ __all__ = ["BatchNormWatch"]
 
 
 class BatchNormWatch(TrainerCallback):
-    """Watches every layer of batch normalization during `train`, logs through `Trainer.log`, and warns.
+    """A callback that watches every batch normalization layer during `train`, logs through `Trainer.log`, and warns.
 
-    In `with BatchNormWatch(trainer) as callback: trainer.train()` it is one of the Trainer's callbacks, and leaves
-    nothing behind, also after an exception, which the Trainer does not report to its callbacks. The last look is logged
-    whenever the Trainer logs, every `logging_steps`.
+    Use it as `with BatchNormWatch(trainer) as callback: trainer.train()`. The block adds the callback to the Trainer
+    and removes it at the end, also after an exception (which the Trainer does not report to callbacks). The last record
+    is logged when the Trainer logs, every `logging_steps`.
 
-    Added by hand, with `trainer.add_callback(BatchNormWatch(trainer))`, it stays for every `train`. After an exception
+    If you add it with `trainer.add_callback(BatchNormWatch(trainer))`, it stays for every `train`. After an exception,
     it continues to watch until `watch.close()` or the next `train`.
 
     Args:
-        trainer: The Trainer, whose `log` is used.
-        per_layer: Whether to log each quantity for every layer, or only its largest value over the layers.
+        trainer: The Trainer, which logs the records.
+        per_layer: Whether to log each quantity for every layer instead of only its largest value over all layers.
         **options: Options of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
@@ -63,7 +63,7 @@ class BatchNormWatch(TrainerCallback):
         self.watch, self._logged = watch(kwargs["model"], **self.options), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log a new look in the steps in which the Trainer logs."""
+        """Log a new record, if there is one, when the Trainer logs."""
         assert self.watch is not None
         if control.should_log and self.watch.looks > self._logged:
             self._logged = self.watch.looks

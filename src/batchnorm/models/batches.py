@@ -1,4 +1,4 @@
-"""The user's data, batch by batch, and how they are passed to the model."""
+"""Read the user's data batch by batch, and pass a batch to the model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MaskOf = Callable[[Any], Tensor | Mapping[str, Tensor] | None]
 
 
 def check_data(caller: str, data: Any) -> None:
-    """Check that the data are an iterable of batches; iterating over one tensor would give its samples.
+    """Check that the data are an iterable of batches and not a single tensor, which would iterate over samples.
 
     Raises:
-        TypeError: they are not.
+        TypeError: the data are not an iterable of batches.
     """
     expects = f"{caller} expects data to be an iterable of batches, got"
     if isinstance(data, (Tensor, np.ndarray)):
@@ -36,7 +36,7 @@ def check_data(caller: str, data: Any) -> None:
 
 
 class Batches:
-    """The user's data, with a count of what was read.
+    """The user's data, with a count of the batches and samples that were read.
 
     Args:
         data: An iterable of batches.
@@ -50,11 +50,11 @@ class Batches:
 
     @property
     def length(self) -> int | None:
-        """The number of batches; None where it depends on `max_samples` or the data have no length."""
+        """The number of batches; None if it depends on `max_samples` or the data have no length."""
         return self._length_of_data() if self._max_samples is None else None
 
     def expected(self, size: int) -> int | None:
-        """Return the number of batches if all have this size; None where neither data nor `max_samples` give it."""
+        """Return the number of batches if all have this size; None if neither data nor `max_samples` determine it."""
         limit = None if self._max_samples is None else -(-self._max_samples // size)
         return min((n for n in (limit, self._length_of_data()) if n is not None), default=None)
 
@@ -86,7 +86,7 @@ def _first_array(batch: object) -> Tensor | np.ndarray[Any, Any] | None:
 
 
 def samples_in(batch: object) -> int:
-    """Return the size of the first dimension of the first tensor in the batch; 1 where there is none."""
+    """Return the size of the first dimension of the first tensor in the batch; 1 if there is none."""
     array = _first_array(batch)
     return int(array.shape[0]) if array is not None and array.ndim else 1
 
@@ -121,11 +121,11 @@ def moved(batch: Any, device: torch.device | None) -> Any:
 
 
 def default_forward(caller: str) -> Forward:
-    """Return a function that calls a model with a batch, for users who pass no `forward`.
+    """Return the function that calls a model with a batch if the user passes no `forward`.
 
-    A tensor is the model's argument. Of a tuple or list, the model gets as many leading parts as its `forward` has
-    required arguments, at least one, so that labels are left out. Of a mapping, it gets the keys that its `forward`
-    takes as arguments. The function raises TypeError where the batch is none of these, or holds too little.
+    It passes a tensor to the model as the only argument. From a tuple or list, it passes as many of the first items as
+    the model's `forward` requires arguments, but at least one. Labels are therefore left out. From a mapping, it passes
+    the keys that are arguments of `forward`. It raises TypeError if the batch has another type or too few items.
     """
     return functools.partial(_call_with_batch, caller)
 
@@ -142,7 +142,7 @@ def _call_with_batch(caller: str, model: nn.Module, batch: Any) -> object:
         wanted = max(1, len(required))
         if len(batch) >= wanted:
             return model(*batch[:wanted])
-        problem = f"of at least {wanted} parts, as {requires}, got {len(batch)}"
+        problem = f"of at least {wanted} parts, because {requires}, got {len(batch)}"
     elif isinstance(batch, Mapping):
         accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in parameters}
@@ -158,13 +158,13 @@ def _call_with_batch(caller: str, model: nn.Module, batch: Any) -> object:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the model's device; None where it has several or none, and batches are then not moved."""
+    """Return the model's device; None if it has several or none, in which case batches are not moved."""
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     return devices.pop() if len(devices) == 1 else None
 
 
-class Ambient:
-    """The settings of the thread that made it, to enter in any thread: autocast, inference mode, device and stream."""
+class ThreadSettings:
+    """The current thread's autocast, inference mode, device and stream, for use in other threads."""
 
     def __init__(self, autocast: torch.dtype | None, device: torch.device | None) -> None:
         self._inference = torch.is_inference_mode_enabled()
@@ -177,7 +177,7 @@ class Ambient:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Run the block with these settings and without gradients."""
+        """Run the block with these settings, without gradients."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
@@ -190,7 +190,7 @@ class Ambient:
 
 
 def eager() -> AbstractContextManager[object]:
-    """Run compiled models uncompiled within the block: a compiled call does not run the hooks of its layers."""
+    """Run compiled models uncompiled within the block, because a compiled model does not run the hooks of layers."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes seconds
         return ExitStack()
     return torch.compiler.set_stance("force_eager")

@@ -1,5 +1,5 @@
-"""The error of both tracers."""
+"""The error that both tracers raise."""
 
 
 class Untraceable(RuntimeError):
-    """A model or a module has no graph that computes the same; the message is the reason."""
+    """No graph computes the same as a model or module; the message is the reason."""

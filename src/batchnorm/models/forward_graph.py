@@ -1,4 +1,4 @@
-"""One module's `forward` as a graph that is the same in training and in evaluation."""
+"""Trace one module's `forward` as a graph that is valid in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batchnorm.walk import is_hooked, set_mode
 ABSENT: Any = object()
 _SIMPLE = (type(None), bool, int, float, str)
 _DEVICES = ("cpu", "cuda")
-_DECIDES = "decides by shapes or values in its forward"
+_BRANCHES = "branches on shapes or values in its forward"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Expected:
         kind: "tensor"; "list" or "tuple" of tensors; "constant"; or "absent".
         count: The number of tensors in a list or tuple.
         value: The constant.
-        optional: Whether the argument may be left out; its value is then the constant.
+        optional: Whether the argument may be omitted, in which case it has the value of the constant.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Expected:
     optional: bool = False
 
     def tensors(self, argument: Any) -> Sequence[Tensor] | None:
-        """Return the tensors in the argument; None if it is not as expected."""
+        """Return the tensors in the argument, or None if the argument is not as expected."""
         if self.kind == "tensor":
             return (argument,) if isinstance(argument, Tensor) else None
         if self.kind == "constant":
@@ -59,10 +59,10 @@ class Expected:
 
 
 def expected_arguments(module: nn.Module, call: Inputs | None) -> tuple[Expected, ...]:
-    """Return what each argument of the module's `forward` is: as in this call, else tensors and defaults.
+    """Describe the arguments of the module's `forward` as in this call, or else as tensors and defaults.
 
     Raises:
-        Untraceable: an argument is neither tensors nor a plain constant.
+        Untraceable: an argument is neither a tensor, a list or tuple of tensors, nor a plain constant.
     """
     parameters = _parameters(module)
     given: dict[str, Any] = {}
@@ -81,18 +81,18 @@ def expected_arguments(module: nn.Module, call: Inputs | None) -> tuple[Expected
         else:
             expected.append(Expected(parameter.name, "absent"))
     if call is not None and sum(e.name in given for e in expected) < len(call.args) + len(call.kwargs):
-        raise Untraceable("is called with more arguments than its forward names")
+        raise Untraceable("is called with arguments that its forward does not name")
     return tuple(expected)
 
 
 def graph_as_called(
     root: nn.Module, holder: str, inlined: Sequence[nn.Module], calls: dict[str, Inputs] | None, where: str
 ) -> tuple[fx.Graph, tuple[Expected, ...]]:
-    """Return the graph of the module at `holder` as it was called, with other modules inlined, and its arguments.
+    """Return the graph of the module at `holder` for its recorded call, with other modules inlined, and its arguments.
 
     Raises:
-        Untraceable: an inlined module has hooks (the message ends with `where`); the module was not called; or as for
-            `trace`.
+        Untraceable: an inlined module has hooks (the message ends with `where`), the module was not called, or `trace`
+            fails.
     """
     if any(map(is_hooked, inlined)):
         raise Untraceable(f"calls a module that has hooks, {where}")
@@ -104,7 +104,7 @@ def graph_as_called(
 
 
 def positional_arguments(module: nn.Module) -> int:
-    """Return the number of arguments of the module's `forward` that may be positional."""
+    """Return the number of arguments that the module's `forward` accepts by position."""
     return sum(p.kind is not p.KEYWORD_ONLY for p in _parameters(module))
 
 
@@ -127,12 +127,12 @@ def _expected(name: str, argument: Any, default: Any) -> Expected:
 def trace(
     module: nn.Module, expected: Sequence[Expected], inlined: Sequence[nn.Module], known: bool
 ) -> tuple[fx.Graph, fx.graph.PythonCode]:
-    """Return the graph of the module's `forward`, the same in training and in evaluation, and its code.
+    """Return the graph of the module's `forward`, which must be the same in training and evaluation, and its code.
 
     Args:
-        module: A copy, whose modes and attributes may change.
-        expected: Its arguments.
-        inlined: The modules in it that are traced through; each other module is one node.
+        module: A copy of the module, because tracing may change its modes and attributes.
+        expected: The arguments of its `forward`.
+        inlined: The submodules to trace through; every other submodule becomes one node.
         known: Whether the arguments come from a real call, so that their types are known.
 
     Raises:
@@ -141,22 +141,22 @@ def trace(
     graphs = []
     for training in (True, False):
         set_mode(module, training)
-        before, drawn = [_held(m) for m in (module, *inlined)], _random_state()
+        before, drawn = [_attributes_of(m) for m in (module, *inlined)], _random_state()
         tracer = _Tracer(expected, inlined, known)
         try:
-            with _surroundings(training):
+            with _gradients_and_autocast(training):
                 graph = tracer.trace(module)
         except Untraceable:
             raise
-        except Exception as error:  # other people's code may fail in any way on symbolic values
+        except Exception as error:  # user code may fail in any way on symbolic values
             reason = str(error).partition("\n")[0].strip() or type(error).__name__
             raise Untraceable(f"cannot be traced: {reason}") from error
         if _random_state() != drawn:
             raise Untraceable("draws random numbers in its forward")
         if any(_changed(m, was) for m, was in zip((module, *inlined), before, strict=True)):
-            raise Untraceable("sets attributes of its own in its forward")
+            raise Untraceable("changes its own attributes in its forward")
         for node in graph.nodes:
-            node.type = None  # annotations are names that only the original file defines
+            node.type = None  # only the original file defines the names in annotations
         graphs.append((graph, graph.python_code("self")))
     (graph, code), (_, other) = graphs
     if code.src != other.src or code.globals != other.globals:
@@ -165,7 +165,7 @@ def trace(
 
 
 def source(code: fx.graph.PythonCode) -> str:
-    """Return the code with the imports that it needs, to be compiled anywhere.
+    """Return the code with its imports, so that it compiles in any module.
 
     Raises:
         Untraceable: something in it cannot be imported by name.
@@ -194,12 +194,12 @@ def _import(value: Any) -> str:
     except ImportError:
         found = None
     if found is not value or where == "__main__":
-        raise Untraceable(f"calls {name or value!r}, which cannot be imported from anywhere")
+        raise Untraceable(f"calls {name or value!r}, which cannot be imported by name")
     return f"from {where} import {name}"
 
 
 class _Value(fx.Proxy):
-    """A symbolic value. Asking for its type gives `Tensor` if that is known, and an error otherwise."""
+    """A symbolic value. Its type is `Tensor` if known; otherwise, a check of its type raises an error."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -210,18 +210,18 @@ class _Value(fx.Proxy):
             return type(self)
         if self.node.op == "placeholder" and self.tracer.known:  # type: ignore[attr-defined]
             return Tensor
-        hint = "; with example_inputs it is known" if self.node.op == "placeholder" else ""
-        raise Untraceable(f"asks for the type of a value in its forward{hint}")
+        hint = "; pass example_inputs to make it known" if self.node.op == "placeholder" else ""
+        raise Untraceable(f"checks the type of a value in its forward{hint}")
 
     def __int__(self) -> int:
-        raise Untraceable(_DECIDES)
+        raise Untraceable(_BRANCHES)
 
     __float__ = __complex__ = __int__
     __index__ = __int__
 
 
 def _in_place(name: str) -> Callable[[_Value, Any], fx.Proxy]:
-    """Trace `x += y` and the like as in-place operations; fx itself traces `x = x + y`."""
+    """Trace `x += y` and similar statements as in-place operations; fx would trace `x = x + y`."""
     function = getattr(operator, name)
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
@@ -238,7 +238,7 @@ class _Tracer(fx.Tracer):
         self.expected = expected
         self.inlined = {id(module) for module in inlined}
         self.known = known
-        self.surroundings = _state()
+        self.surroundings = _global_settings()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) not in self.inlined
@@ -246,7 +246,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        self.surroundings = _state()
+        self.surroundings = _global_settings()
         given: dict[str, Any] = {}
         for expected in self.expected:
             if expected.kind == "tensor":
@@ -265,15 +265,15 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _state() != self.surroundings:
+        if _global_settings() != self.surroundings:
             raise Untraceable("changes how gradients, autocast or saved tensors are handled in its forward")
         return super().create_node(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise Untraceable(_DECIDES)
+        raise Untraceable(_BRANCHES)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        raise Untraceable("goes through the parts of a value in its forward, whose number is not known")
+        raise Untraceable("iterates over a value of unknown length in its forward")
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
@@ -281,8 +281,8 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-def _state() -> tuple[Any, ...]:
-    """Return the settings that a `with` in a `forward` may change: the graph would lose the change."""
+def _global_settings() -> tuple[Any, ...]:
+    """Return the global settings that a `with` in a `forward` may change, because a graph loses such changes."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -292,8 +292,8 @@ def _state() -> tuple[Any, ...]:
 
 
 @contextmanager
-def _surroundings(training: bool) -> Iterator[None]:
-    """Turn gradients and autocast on for training and off for evaluation, so that code that sets them differs."""
+def _gradients_and_autocast(training: bool) -> Iterator[None]:
+    """Turn gradients and autocast on for training and off for evaluation, to detect code that sets them."""
     before = [torch.is_autocast_enabled(device) for device in _DEVICES]
     try:
         for device in _DEVICES:
@@ -313,8 +313,8 @@ def _random_state() -> tuple[Any, ...]:
     return random.getstate(), name, np.asarray(keys).tobytes(), rest, [g.numpy().tobytes() for g in generators]
 
 
-def _held(module: nn.Module) -> dict[str, tuple[Any, int]]:
-    """Return every attribute, parameter, buffer and module, with the size of containers."""
+def _attributes_of(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Return every attribute, parameter, buffer and submodule, with the sizes of containers."""
     attributes = {name: value for name, value in vars(module).items() if name != "training"}
     for holder in ("_parameters", "_buffers", "_modules"):
         attributes.update({f"{holder}.{name}": value for name, value in attributes[holder].items()})
@@ -326,5 +326,5 @@ def _size(value: Any) -> int:
 
 
 def _changed(module: nn.Module, before: dict[str, tuple[Any, int]]) -> bool:
-    now = _held(module)
+    now = _attributes_of(module)
     return now.keys() != before.keys() or any(now[k][0] is not v or now[k][1] != n for k, (v, n) in before.items())

@@ -1,4 +1,4 @@
-"""The inputs of a model, and the same inputs with other sizes."""
+"""The inputs of a model, also with other sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Inputs:
 
     @classmethod
     def of(cls, example_inputs: Any) -> Inputs:
-        """Make inputs from a tuple or list of positional arguments, a mapping of named arguments, or one argument."""
+        """Return inputs from a tuple or list of positional arguments, a mapping of named arguments, or one argument."""
         if isinstance(example_inputs, Inputs):
             return example_inputs
         if isinstance(example_inputs, Mapping):
@@ -39,7 +39,7 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """Return the inputs with every tensor replaced by the function's result."""
+        """Return the inputs with the function applied to every tensor."""
         return Inputs(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
 
     def tensors(self) -> list[Tensor]:
@@ -47,7 +47,7 @@ class Inputs:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """Return the inputs with floating-point tensors in this dtype."""
+        """Return the inputs with floating-point tensors converted to this dtype."""
         return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def random(self, seed: int = 0) -> Inputs:
@@ -63,14 +63,14 @@ class Inputs:
         return self.map(draw)
 
     def first(self, samples: int) -> Inputs:
-        """Return the first samples, at most this many, if every tensor has the same number of samples; else all."""
+        """Return at most this many first samples if all tensors have the same number of samples; otherwise, all."""
         sizes = {x.shape[0] if x.dim() else 0 for x in self.tensors()}
         if len(sizes) != 1 or next(iter(sizes)) <= samples:
             return self
         return self.map(lambda x: x[:samples])
 
     def resized(self) -> Iterator[Inputs]:
-        """Yield the inputs with other numbers of samples, and with images, volumes and sequences of other sizes."""
+        """Yield the inputs with other numbers of samples, and with other sizes of images, volumes and sequences."""
         tensors = [x for x in self.tensors() if x.dim()]
         if not tensors:
             return
@@ -98,7 +98,7 @@ def _with_sizes(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Inputs) -> Any:
-    """Return the model's result for a copy of the inputs, which it may change in place; without gradients."""
-    # A graph module prints a failure when it is called. Its `forward` does not, but skips hooks.
+    """Return the model's result without gradients, for a copy of the inputs, because it may change them in place."""
+    # A graph module prints its exceptions when it is called. Its `forward` does not, but skips hooks.
     plain = isinstance(model, fx.GraphModule) and not is_hooked(model)
     return inputs.map(torch.clone).call(model.forward if plain else model)

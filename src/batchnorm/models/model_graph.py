@@ -1,4 +1,4 @@
-"""A whole model as one graph: by `torch.fx`, valid for every size, else by `torch.export` with dynamic sizes."""
+"""Trace a whole model as one graph: by `torch.fx`, valid for every size, or by `torch.export` with dynamic sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
 
-# The sizes of one dimension in all runs that were tried; equal tuples mean equal sizes for every input.
+# The sizes of one dimension in all recorded runs. Equal tuples mean that two dimensions are equal for every input.
 Dim = tuple[int, ...]
 Shape = tuple[Dim, ...]
 
@@ -33,12 +33,11 @@ class Trace:
     Attributes:
         module: The graph module, with the model's own parameters and buffers.
         how: "fx" or "export".
-        sizes: The inputs that it was tried on: the example, and other sizes that the model accepts.
-        refused: Inputs of sizes that the model accepts and the graph does not; not empty only where every graph has
-            fixed sizes.
-        shapes: The shape of every node whose result is a tensor.
+        sizes: The inputs that the graph accepts: the example, and the example with other sizes.
+        refused: Inputs that the model accepts and the graph does not; only if no graph accepts all sizes.
+        shapes: The shape of every node with a tensor result.
         values: The results of these nodes for the example inputs.
-        paths: For every node, the path of the module that it comes from.
+        paths: The path of the module that each node comes from.
     """
 
     module: fx.GraphModule
@@ -56,7 +55,7 @@ class Trace:
 
 
 class _Tracer(fx.Tracer):
-    """Inlines all modules except torch's layers and untraceable ones; arguments not in the example keep defaults."""
+    """Inlines all modules except torch's layers and untraceable ones; omitted arguments keep their defaults."""
 
     proxy_buffer_attributes = True
 
@@ -115,7 +114,7 @@ def _by_fx(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
 
 
 def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
-    """Export with the dimensions dynamic that differ between these inputs."""
+    """Export the model; the dimensions that differ between these inputs are dynamic."""
     # torch.export specializes a batch of one.
     example = next((i for i in sizes if all(x.shape[0] != 1 for x in i.tensors() if x.dim())), sizes[0])
     shapes = [[tuple(x.shape) for x in i.tensors()] for i in sizes]
@@ -135,7 +134,7 @@ def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
 
 
 def from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Return an exported program as a graph module without guards, with named arguments and results in containers."""
+    """Return an exported program as a graph module with the model's arguments and results, without guards."""
     lifted = program.module()
     graph = fx.Graph()
     copies: dict[Node, Any] = {}
@@ -152,7 +151,7 @@ def from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
             graph.output(_constructed(graph, result))
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code()  # attributes for training, and sizes that only guards read
+    graph.eliminate_dead_code()  # removes attributes for training, and sizes that only guards read
     return fx.GraphModule(lifted, graph, "Exported")
 
 
@@ -160,13 +159,13 @@ def _argument_names(program: torch.export.ExportedProgram) -> list[str]:
     spec = program.call_spec.in_spec
     args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec) if spec is not None else ((), {})
     if len(pytree.tree_leaves((args, kwargs))) != len(args) + len(kwargs):
-        raise Untraceable("arguments that hold tensors in containers cannot be exported here")
+        raise Untraceable("arguments that are containers of tensors cannot be exported here")
     user = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
     return [*user[: len(args)], *kwargs]
 
 
 def _constructed(graph: fx.Graph, result: Any) -> Any:
-    """Build a result in the graph; one of a class of its own is made by calling that class, as in the model."""
+    """Build the result in the graph; to build an instance of a user's class, call that class as the model does."""
     if isinstance(result, dict):
         items = {key: _constructed(graph, value) for key, value in result.items()}
         return items if type(result) is dict else graph.call_function(type(result), (), items)
@@ -179,7 +178,7 @@ def _constructed(graph: fx.Graph, result: Any) -> Any:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the shape of every tensor and, if `keep`, the tensor."""
+    """Runs a graph and records the shape of every tensor and, if `keep`, the tensor itself."""
 
     def __init__(self, module: fx.GraphModule, keep: bool) -> None:
         super().__init__(module, garbage_collect_values=not keep)
@@ -224,7 +223,7 @@ def _same(found: Any, expected: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch: when a trace fails, the next way is tried."""
+    """Silence torch, because a failed trace is no error if the next way succeeds."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch.export", "torch._export")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -248,13 +247,13 @@ def trace(
     ways: tuple[str, ...] = ("fx", "export"),
     prepare: Callable[[fx.GraphModule], fx.GraphModule] = lambda module: module,
 ) -> Trace:
-    """Return the model as a graph with the same results on the example and on other sizes that the model takes.
+    """Return the model as a graph with the same results on the example and on other sizes that the model accepts.
 
     Args:
-        model: A module in evaluation mode, on the inputs' device. It is called; the graph has its own parameters.
+        model: A module in evaluation mode, on the inputs' device. This calls it. The graph uses its parameters.
         inputs: The example.
-        ways: The ways to try, in this order. A graph for some sizes only is used if there is no other.
-        prepare: Applied to each graph before it is tried.
+        ways: The ways to try, in this order. A graph for some sizes only is the last resort.
+        prepare: A function that rewrites each graph before it is tried.
 
     Raises:
         Untraceable: no way gives a graph with the model's results.
@@ -265,7 +264,7 @@ def trace(
         for other in inputs.resized():
             try:
                 accepted.append((other, evaluate(model, other)))
-            except Exception:  # a size that the model does not take
+            except Exception:  # the model does not accept this size
                 continue
         reasons, fixed = [], None
         for way in ways:
@@ -277,7 +276,7 @@ def trace(
             except Exception as error:
                 reasons.append(f"{way}: {in_one_line(error)[:200]}")
                 continue
-            refused = tuple(other for other, result in accepted[1:] if not _takes(module, other, result))
+            refused = tuple(other for other, result in accepted[1:] if not _gives(module, other, result))
             found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
             if not refused:
                 return found
@@ -288,7 +287,7 @@ def trace(
     raise Untraceable("; ".join(reasons))
 
 
-def _takes(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:
+def _gives(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:
     try:
         return _same(evaluate(module, inputs), expected)
     except Exception:

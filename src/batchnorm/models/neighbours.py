@@ -18,11 +18,11 @@ class BatchNormCall:
     """One call of batch normalization in a traced and lowered model.
 
     Attributes:
-        path: The path of the module that makes the call; the name of the node if there is none.
+        path: The path of the module that makes the call, or else the name of the node.
         node: The call of `F.batch_norm`.
         source: The node that computes its input.
         readers: The nodes that use its result.
-        calls: How often the network uses these running statistics (or these parameters, if there are none).
+        calls: The number of calls that use the same running statistics (or parameters, if there are no statistics).
         fixed_statistics: Whether it normalizes by running statistics instead of the batch's.
     """
 
@@ -35,13 +35,13 @@ class BatchNormCall:
 
     @property
     def follows_linear(self) -> bool:
-        """Whether its input comes from a convolution or linear layer that nothing else reads."""
+        """Whether its input comes from a convolution or linear layer whose result nothing else reads."""
         alone = [reader for reader in self.source.users if not asks_sizes(reader)] == [self.node]
         return alone and self.source.target in _LINEAR
 
     @property
     def activation(self) -> str | None:
-        """The activation that reads its result, if nothing else does and this library can fuse it."""
+        """The activation that reads its result, if it is the only reader and this library can fuse it."""
         found = activation_of(self.readers[0]) if len(self.readers) == 1 else None
         return None if found is None else found[0]
 
@@ -52,7 +52,7 @@ class BatchNormCall:
 
 
 def batch_norm_calls(trace: Trace) -> list[BatchNormCall]:
-    """Return every call of batch normalization, in the order in which they run.
+    """Return every call of batch normalization, in the order of execution.
 
     Args:
         trace: A trace made with `prepare=lowering.lower`.

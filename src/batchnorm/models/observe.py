@@ -1,4 +1,4 @@
-"""Observe the inputs of the layers in a forward pass, and choose the statistics that they normalize by."""
+"""Observe the inputs of layers in a forward pass, and set the statistics that they normalize by."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from batchnorm.moments import Moments
 from batchnorm.nn.domain import DomainBatchNorm
 from batchnorm.walk import Found
 
-# The moments of one layer's input: one `Moments`, or one for each domain that the layer keeps statistics of.
+# The moments of one layer's input: a single `Moments`, or one for each domain of the layer.
 Rows = tuple[Moments, ...]
 Mask = Tensor | Mapping[str, Tensor] | None
 
 
 class LayerCall(NamedTuple):
-    """The nth call of a layer in one forward pass; layers are numbered in the model's order."""
+    """The nth call of a layer in a forward pass; layers are numbered in the model's order."""
 
     layer: int
     nth: int
@@ -38,8 +38,8 @@ class Pass:
     """One forward pass, with the number of calls of each layer so far.
 
     Args:
-        statistics_for: Gets each call and the moments of its input, and returns what the layer normalizes by.
-        mask: The values of this batch that count, for layers to which the model passes no mask.
+        statistics_for: Returns the statistics that a layer normalizes by, from the call and the moments of its input.
+        mask: The values of this batch that count, for layers that the model calls without a mask.
     """
 
     def __init__(self, statistics_for: Callable[[LayerCall, Rows], Statistics], mask: Mask = None) -> None:
@@ -49,10 +49,10 @@ class Pass:
 
 
 class Observer:
-    """Hooks on the layers; `current` is the forward pass that is running.
+    """Hooks on the layers; `current` is the running forward pass.
 
-    The layers are in evaluation, and the hooks set their running statistics just before each call. Every class of
-    batch normalization then behaves the same, updates nothing and does not communicate with other processes.
+    The layers are in evaluation mode, and the hooks set their running statistics before each call. Every class of batch
+    normalization then behaves alike: it updates nothing, and does not communicate with other processes.
     """
 
     def __init__(self, caller: str, layers: Sequence[Found]) -> None:
@@ -61,7 +61,7 @@ class Observer:
         self.current: Pass | None = None
 
     def install(self) -> list[RemovableHandle]:
-        """Add the hooks, after those that may change the layer's input."""
+        """Add the hooks after existing ones, which may change the layer's input."""
         return [
             found.module.register_forward_pre_hook(self._hook_of(number), with_kwargs=True)
             for number, found in enumerate(self.layers)
@@ -106,7 +106,7 @@ def _row_count(layer: nn.Module) -> int:
 
 def running_statistics(layer: nn.Module) -> Statistics:
     """Return a copy of the layer's running statistics, float64 `[K, C]`."""
-    device = "cpu" if running_buffer(layer, "running_mean").device.type == "mps" else None  # which has no float64
+    device = "cpu" if running_buffer(layer, "running_mean").device.type == "mps" else None  # mps has no float64
     mean, var = (
         running_buffer(layer, name)
         .detach()
@@ -163,7 +163,7 @@ def _mask_for(caller: str, found: Found, x: Tensor, mask: Mask) -> Tensor | None
         return None
     mask = mask.to(x.device)
     positions = (x.shape[0], *x.shape[2:])
-    if x.dim() == 2 and mask.numel() == x.shape[0]:  # the model flattened positions into samples
+    if x.dim() == 2 and mask.numel() == x.shape[0]:  # the model has flattened positions into samples
         return mask.reshape(-1)
     if mask.shape[0] == x.shape[0] and mask.dim() <= len(positions):
         mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.dim()))

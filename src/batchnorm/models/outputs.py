@@ -1,4 +1,4 @@
-"""The tensors that a model returns, and how far two results differ."""
+"""The tensors that a model returns, and the difference of two results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 class Difference(NamedTuple):
-    """How far two results differ.
+    """The difference of two results.
 
     Attributes:
-        relative: The largest difference over the largest value, of the worst tensor; infinite where structures,
-            shapes, dtypes or the places of non-finite values differ.
-        rounding: How much of it may be rounding: √ε of the dtype.
+        relative: The largest difference divided by the largest value, for the worst tensor. It is infinite if
+            structures, shapes, dtypes or the positions of non-finite values differ.
+        rounding: The largest relative difference that may be rounding: √ε of the dtype.
     """
 
     relative: float
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the difference may be rounding alone."""
+        """Whether the difference may be due to rounding alone."""
         return self.relative <= self.rounding
 
 
@@ -38,7 +38,7 @@ _DIFFERENT = Difference(float("inf"), 0.0)
 
 
 def difference(expected: Any, found: Any) -> Difference:
-    """Return how far the floating-point tensors in two results differ."""
+    """Return the difference of the floating-point tensors in two results."""
     (ones, spec), (others, other_spec) = pytree.tree_flatten(expected), pytree.tree_flatten(found)
     if spec != other_spec:
         return _DIFFERENT
@@ -60,14 +60,14 @@ def difference(expected: Any, found: Any) -> Difference:
 
 
 def check_unchanged(caller: str, before: Any, after: Any, cause: str) -> None:
-    """Check that a changed model's result differs by rounding alone.
+    """Check that a changed model's result differs only by rounding.
 
     Raises:
-        ValueError: it differs by more; the message names the likely cause.
+        ValueError: it differs by more; the message states the likely cause.
     """
     change = difference(before, after)
     if not change.is_rounding:
         raise ValueError(
             f"{caller} expects a model whose output stays the same, got one whose output changed by "
-            f"{change.relative:.1e} of its largest value. {cause}; the model is as it was."
+            f"{change.relative:.1e} of its largest value. {cause}; the model is unchanged."
         )

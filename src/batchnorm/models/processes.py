@@ -1,4 +1,4 @@
-"""The processes that do one thing to a model together."""
+"""The processes that work on a model together."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a group, or this one alone.
+    """The processes of a group, or this process alone.
 
     Args:
         caller: The function that the user called, for error messages.
         group: A process group; None for all processes.
-        synchronize: Whether to talk to the other processes at all.
+        synchronize: Whether to communicate with the other processes.
     """
 
     def __init__(self, caller: str, group: Any = None, *, synchronize: bool = True) -> None:
@@ -26,10 +26,10 @@ class Processes:
         self.count = dist.get_world_size(group) if joined else 1
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """Return the result of `work()` on every rank, in order. A failure on one rank is a failure on all.
+        """Return the results of `work()` on all ranks, in order. A failure on one rank raises an error on all.
 
         Raises:
-            RuntimeError: it failed on another rank, which the message names.
+            RuntimeError: `work` failed on another rank, which the message names.
         """
         if self.count == 1:
             return [work()]
@@ -37,7 +37,7 @@ class Processes:
         error: Exception | None = None
         try:
             mine = work(), None
-        except Exception as caught:  # raised below: the others would wait for this rank forever
+        except Exception as caught:  # raised below, because the others would wait forever
             error, mine = caught, (None, f"{type(caught).__name__}: {caught}")
         gathered: list[Any] = [None] * self.count
         dist.all_gather_object(gathered, mine, group=self._group)

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Bar:
-    """Shows how many batches have been processed; without a display, shows nothing."""
+    """Shows the number of processed batches; without a display, shows nothing."""
 
     def __init__(self, display: Any = None) -> None:
         self._display = display
@@ -27,7 +27,7 @@ class Bar:
             self._display.update(self._task, advance=1)
 
     def expect(self, total: int, text: str) -> None:
-        """Set how many batches there will be, and print a line about it."""
+        """Set the total number of batches, and print a line of text."""
         if self._display is not None:
             self._display.update(self._task, total=total)
             self._display.console.print(text, highlight=False)
@@ -35,7 +35,7 @@ class Bar:
 
 @contextmanager
 def bar(caller: str, show: bool) -> Iterator[Bar]:
-    """Show a bar on standard error while the block runs.
+    """Show a progress bar on standard error within the block.
 
     Raises:
         ImportError: rich, which draws the bar, is not installed.

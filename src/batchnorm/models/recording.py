@@ -1,4 +1,4 @@
-"""A run of a model on example inputs, with the arguments that its layers were called with."""
+"""Run a model on example inputs, and record the arguments of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchnorm.walk import set_mode
 
 
 def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: Inputs) -> tuple[Any, dict[str, Inputs]]:
-    """Run the model in evaluation, and leave it there.
+    """Set the model to evaluation mode, run it, and record the arguments of its layers.
 
     Args:
         caller: The function that the user called, for error messages.
@@ -24,14 +24,14 @@ def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: I
         inputs: Its example inputs.
 
     Returns:
-        The model's output, and the first call of each of the layers and of the modules around them, by path.
+        The model's output, and by path, the arguments of the first call of each layer and each of its parents.
 
     Raises:
-        ValueError: the model does not take the inputs, or is lazy.
+        ValueError: the model does not accept the inputs, or is lazy.
     """
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError(
-            f"{caller} expects a model whose parameters have shapes where example_inputs are given, got a lazy one. "
+            f"{caller} with example_inputs expects a model whose parameters have shapes, got a lazy one. "
             "Run it once on a batch, or leave example_inputs out."
         )
     wanted = {part for path in layers for part in _with_parents(path)}
@@ -52,8 +52,7 @@ def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: I
         given = ", ".join(_described(value) for value in (*inputs.args, *inputs.kwargs.values()))
         raise ValueError(
             f"{caller} expects example_inputs that {type(model).__name__} takes, got {given}, and the model raised "
-            f"{in_one_line(error)}. Pass what you call the model with: a tensor, a tuple, or a mapping of named "
-            "arguments."
+            f"{in_one_line(error)}. Pass the model's arguments: a tensor, a tuple, or a mapping of named arguments."
         ) from error
     finally:
         for handle in handles:

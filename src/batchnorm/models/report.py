@@ -1,4 +1,4 @@
-"""The report of a function that changes a model, as a table and as attributes."""
+"""The report of a function that changes a model, with a table and attributes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Change:
         path: The layer's path in the model, such as `layer1.0.bn2`.
         was: The layer before, such as `BatchNorm2d(64)`.
         now: The layer after; the same as `was` if it was left.
-        reason: The reason, if one is needed; always given for a layer that was left.
+        reason: The reason, if one is needed. A layer that was left always has one.
     """
 
     path: str
@@ -31,7 +31,7 @@ class Change:
 
     @classmethod
     def unchanged(cls, path: str, layer: str, reason: str) -> Change:
-        """Make the entry of a layer that was left."""
+        """Return the entry of a layer that was left."""
         return cls(path, layer, layer, reason)
 
 
@@ -42,7 +42,7 @@ class Report:
     Attributes:
         verb: The function's name.
         changed: The layers that were changed, in the model's order.
-        left: The layers that were considered and left, each with the reason.
+        left: The layers that were considered but left, each with the reason.
     """
 
     verb: str
@@ -58,7 +58,7 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Return one line with the number of layers that were changed and left."""
+        """Return one line with the numbers of layers that were changed and left."""
         return f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left"
 
     @staticmethod
@@ -79,7 +79,7 @@ class Result(Generic[R]):
 
 
 def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
-    """Return the layer in a few characters, such as `BatchNorm2d(64)`: of its own class, or of the class `kind`."""
+    """Return a short description of the layer, such as `BatchNorm2d(64)`, with its own class or the class `kind`."""
     name = (kind or class_of(layer)).__name__
     sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
     return f"{name}({', '.join(map(str, sizes))})" if sizes else name

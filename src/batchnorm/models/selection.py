@@ -14,14 +14,14 @@ Choice = str | Iterable[str] | type[nn.Module] | tuple[type[nn.Module], ...] | C
 
 
 def select(caller: str, layers: list[Found], choice: Choice | None, *, argument: str = "only") -> list[Found]:
-    """Return the layers that the user chose, in their order.
+    """Return the layers that the user chose, in the model's order.
 
     Args:
         caller: The function that the user called, for error messages.
         layers: The layers to choose from.
         choice: A pattern for paths such as `"backbone.*"`, several patterns, a class, a tuple of classes, or a
             predicate of path and layer; None chooses all.
-        argument: The name of the argument that `choice` was given as.
+        argument: The name of the user's argument, for error messages.
 
     Raises:
         ValueError: a pattern matches no layer.
@@ -40,7 +40,7 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
         if not matched:
             raise ValueError(
                 f"{caller} expects `{argument}` to match a layer, got {pattern!r}, which matches none of "
-                f"{len(layers)}. There are: {some_paths(layers)}."
+                f"{len(layers)}. Choose from: {some_paths(layers)}."
             )
         chosen.update(matched)
     return [found for found in layers if found in chosen]

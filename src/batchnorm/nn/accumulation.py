@@ -1,4 +1,4 @@
-"""Running statistics under gradient accumulation: one update per microbatch, the horizon of one per batch."""
+"""Momentum for gradient accumulation, where each microbatch updates the running statistics."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _HINT = "It is the number of microbatches per optimizer step."
 
 
 def momentum_per_microbatch(momentum: float | None, k: int) -> float | None:
-    """Return the momentum a′ whose k updates weight the past as one update with a does: `a′ = 1 - (1 - a)^(1/k)`.
+    """Return `a′ = 1 - (1 - a)^(1/k)`: k updates with momentum a′ weight the past like one update with momentum a.
 
-    Under gradient accumulation a batch passes as k microbatches, and each moves the running statistics: the past then
-    fades k times as fast as with one update per batch.
+    With gradient accumulation, a batch consists of k microbatches, and each of them updates the running statistics.
+    The past therefore decays k times as fast as with one update per batch. a′ corrects this.
 
     Args:
-        momentum: a, the weight of the new batch, in [0, 1], as in torch (Keras and Flax: 1 minus theirs), or None,
-            the cumulative average, which has no horizon and stays None.
+        momentum: a, the weight of the new batch, in [0, 1], as in torch (1 minus the momentum of Keras and Flax). None,
+            the cumulative average, needs no correction and stays None.
         k: Microbatches per optimizer step, at least 1.
 
     Returns:
-        a′ in [0, 1], or None. For a = 1 it is 1: the past has no weight, and only the last microbatch counts.
+        a′ in [0, 1], or None. For a = 1, it is 1: the past has no weight, and only the last microbatch counts.
 
     Raises:
         TypeError: k is not an int.
@@ -45,19 +45,19 @@ def momentum_per_microbatch(momentum: float | None, k: int) -> float | None:
 
 
 class microbatch_momentum(LayerSetting):
-    """Give every batch normalization of `model` the momentum that it needs for k microbatches per step.
+    """Set the momentum of every batch normalization of `model` for k microbatches per step.
 
-    Each momentum a becomes `momentum_per_microbatch(a, k)`. This takes effect at once; at the end of a `with` block the
-    former momenta are restored. Applied twice, it acts twice.
+    Each momentum a becomes `momentum_per_microbatch(a, k)`. This takes effect at once. The end of a `with` block
+    restores the former momenta. A second application corrects the already corrected momentum again.
 
     Args:
-        model: Any module; the layers of torch and of this library are set, at every depth.
+        model: Any module; this changes the layers of torch and of this library, at every depth.
         k: Microbatches per optimizer step, at least 1.
 
     Raises:
         TypeError: k is not an int.
         ValueError: k is below 1, a layer's momentum is not in [0, 1], or the model has no batch normalization. The
-            model is then unchanged.
+            model then does not change.
 
     Examples:
         >>> from batchnorm import BatchNorm1d

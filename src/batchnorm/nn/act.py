@@ -1,4 +1,4 @@
-"""Batch normalization with the residual addition and the activation that follow it, in one operator."""
+"""Batch normalization, residual addition and activation in one operator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _BatchNormAct(NormLayer):
         return self._normalize(x, residual, mask)
 
     def extra_repr(self) -> str:
-        """Describe the batch normalization, then the activation."""
+        """Describe the batch normalization and the activation."""
         parts = [super().extra_repr(), f"activation={self.activation!r}"]
         if parameter := ops.ACTIVATIONS[self.activation].parameter:
             parts.append(f"{parameter}={getattr(self, parameter)}")
@@ -42,23 +42,23 @@ class _BatchNormAct(NormLayer):
 
 
 class BatchNormAct2d(_BatchNormAct):
-    """`activation(BN(x) + residual)` for x of shape `[N, C, H, W]`, in one pass fewer and with less memory kept.
+    """`activation(BN(x) + residual)` for x of shape `[N, C, H, W]`, faster and with less memory than separate layers.
 
-    The layer loads and saves the `state_dict` of `BatchNorm2d`. It deliberately does not derive from torch's
-    `_BatchNorm`: tools that replace or fold batch normalization by `isinstance` would silently lose the activation.
+    The layer has the `state_dict` of `BatchNorm2d`. It deliberately does not derive from torch's `_BatchNorm`, because
+    tools that replace or fold batch normalization by `isinstance` would silently lose the activation.
 
     Args:
-        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
+        num_features: C. All arguments that are not listed here are those of `BatchNorm`.
         activation: "relu" (default), or another activation of `batchnorm.functional.batch_norm` (keyword only).
         negative_slope: Slope of "leaky_relu" below zero (keyword only).
         alpha: α of "elu" (keyword only).
 
     Raises:
-        ValueError: as `BatchNorm`; an unknown activation; an alpha that is not finite; in forward, a residual of
-            another shape than x.
+        ValueError: as `BatchNorm`; an unknown activation; an alpha that is not finite; in forward, a residual whose
+            shape differs from x's.
 
-    Numerics: autograd keeps x and `[C]` vectors. With a residual it also keeps y, where y determines the derivative
-        of the activation (the ReLUs), and otherwise the residual.
+    Numerics: autograd keeps x and `[C]` vectors. With a residual, it also keeps y if y determines the derivative of the
+        activation (the ReLUs), and otherwise the residual.
 
     Examples:
         >>> import torch

@@ -10,33 +10,33 @@ from batchnorm.nn.layer import LazyNormLayer, NormLayer
 class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of `[N, C, *S]`, with any number of spatial dimensions.
 
-    `y = (x - μ)/√(σ² + eps)·weight + bias`, per channel. In training μ and σ² (biased) are the batch's and the
-    running statistics move, `running ← (1 - momentum)·running + momentum·batch`, with the unbiased variance; in
-    evaluation μ and σ² are the running statistics.
+    `y = (x - μ)/√(σ² + eps)·weight + bias`, per channel. In training, μ and σ² (biased) are those of the batch, and the
+    running statistics are updated: `running ← (1 - momentum)·running + momentum·batch`, with the unbiased variance. In
+    evaluation, μ and σ² are the running statistics.
 
     Args:
         num_features: C, the size of x's second dimension.
         eps: Added to the variance; positive.
-        momentum: Weight of the new batch, in [0, 1], as in torch (Keras and Flax: 1 minus theirs). None: the
-            cumulative average of all batches.
+        momentum: Weight of the new batch, in [0, 1], as in torch (1 minus the momentum of Keras and Flax). None gives
+            the cumulative average of all batches.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
-        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's too.
-        device: Of parameters and buffers.
-        dtype: Of parameters and buffers.
+        track_running_stats: Whether there are running statistics; without them, evaluation uses the batch's, too.
+        device: The device of parameters and buffers.
+        dtype: The dtype of parameters and buffers.
         bias: Whether there is β (keyword only).
         on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
             (keyword only).
 
     Attributes:
-        update_running_stats: False keeps the running statistics unchanged in training too, independently of train()
-            and eval(); `batchnorm.update_running_stats` sets it for a whole model.
+        update_running_stats: Whether training updates the running statistics, independently of train() and eval();
+            `batchnorm.update_running_stats` sets it for a whole model.
 
     Shape:
-        x and y: `[N, C, *S]`; an empty batch gives an empty y and moves nothing.
+        x and y: `[N, C, *S]`; an empty batch gives an empty y and updates nothing.
 
     Raises:
-        TypeError: num_features is not an int; in forward, x is not a floating-point tensor, or in a dtype that does
-            not fit the parameters'.
+        TypeError: num_features is not an int; in forward, x is not a floating-point tensor, or its dtype does not match
+            that of the parameters.
         ValueError: eps, momentum or on_nonfinite out of range; in forward, a wrong rank or number of channels, or one
             value per channel in training.
 
@@ -57,7 +57,7 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(NormLayer, torch.nn.BatchNorm1d):
-    """Batch normalization of `[N, C]` or `[N, C, L]`; drops in for `torch.nn.BatchNorm1d`.
+    """Batch normalization of `[N, C]` or `[N, C, L]`; a drop-in replacement for `torch.nn.BatchNorm1d`.
 
     Arguments and equations are those of `BatchNorm`.
 
@@ -70,7 +70,7 @@ class BatchNorm1d(NormLayer, torch.nn.BatchNorm1d):
 
 
 class BatchNorm2d(NormLayer, torch.nn.BatchNorm2d):
-    """Batch normalization of `[N, C, H, W]`; drops in for `torch.nn.BatchNorm2d`.
+    """Batch normalization of `[N, C, H, W]`; a drop-in replacement for `torch.nn.BatchNorm2d`.
 
     Arguments and equations are those of `BatchNorm`.
 
@@ -85,7 +85,7 @@ class BatchNorm2d(NormLayer, torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(NormLayer, torch.nn.BatchNorm3d):
-    """Batch normalization of `[N, C, D, H, W]`; drops in for `torch.nn.BatchNorm3d`.
+    """Batch normalization of `[N, C, D, H, W]`; a drop-in replacement for `torch.nn.BatchNorm3d`.
 
     Arguments and equations are those of `BatchNorm`.
 

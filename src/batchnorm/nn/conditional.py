@@ -15,31 +15,31 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization with γ and β of each sample, for `[N, C, *S]` with any number of spatial dimensions.
 
     `y = (x - μ)/√(σ² + eps)·γₙ + βₙ`. Statistics and running statistics are those of the whole batch, as in
-    `BatchNorm`. γₙ and βₙ are the rows of a sample's class, which the layer learns (`layer(x, label)`), or are computed
-    elsewhere (`layer(x, weight=γ, bias=β)`).
+    `BatchNorm`. γₙ and βₙ are either the learned rows of the sample's class (`layer(x, label)`), or computed elsewhere
+    (`layer(x, weight=γ, bias=β)`).
 
     Args:
-        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
-        affine: Whether there are weight and bias; without `num_classes` there are none in any case.
-        num_classes: K, the rows of weight (γ, initially 1) and bias (β, initially 0), each `[K, C]`; None: every call
-            passes them (keyword only).
+        num_features: C. All arguments that are not listed here are those of `BatchNorm`.
+        affine: Whether the layer has weight and bias. Without `num_classes`, it never has.
+        num_classes: K. Weight (γ, initially 1) and bias (β, initially 0) are `[K, C]`. With None, every call passes
+            weight and bias (keyword only).
 
     Shape:
         x and y: `[N, C, *S]`; label: an int for all samples, or int64 `[N]`; weight and bias in the call: `[N, C]`.
 
-    The state of plain batch normalization loads, strictly, into every class (without `num_classes`, if it has no
-    parameters); `select` returns the plain layer of one class.
+    The `state_dict` of plain batch normalization loads (with `strict=True`) into every class; without `num_classes`,
+    only if it has no parameters. `select` returns the plain layer of one class.
 
     Raises:
         TypeError: as `BatchNorm`; the label is neither an int nor an int64 tensor.
         ValueError: as `BatchNorm`; neither a label nor weight and bias are given, or both; the label is out of range
-            (of a tensor on the CPU) or not of shape `[N]`; weight or bias is not `[N, C]`.
+            (checked for tensors on the CPU only) or its shape is not `[N]`; weight or bias is not `[N, C]`.
 
-    Numerics: as `batchnorm.functional.batch_norm`. The gradients of weight and bias are dense. Tools
-    that look for torch's `_BatchNorm` find it, but it is not a `BatchNorm2d`, whose vectors are `[C]`.
+    Numerics: as `batchnorm.functional.batch_norm`. The gradients of weight and bias are dense. The layer is a torch
+    `_BatchNorm`, but not a `BatchNorm2d`, because tools expect vectors `[C]` there.
 
     Source: de Vries et al. 2017, Modulating early visual processing by language; Dumoulin et al. 2017, A Learned
-    Representation For Artistic Style (the rows of a class); the derivative is in the mathematics page, "Backward".
+    Representation For Artistic Style (the rows of a class); the derivative is on the mathematics page, "Backward".
 
     Examples:
         >>> layer = ConditionalBatchNorm(1, num_classes=2)
@@ -61,7 +61,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: bool = True, on_nonfinite: str = "propagate", num_classes: int | None = None,
     ) -> None:  # fmt: skip
         if num_classes is not None:
-            hint = "Pass how many classes there are, or None to pass weight and bias in each call."
+            hint = "Pass the number of classes, or None to pass weight and bias in each call."
             check_number_of_rows(f"{self.layer_name} expects num_classes to be an int >= 1 or None", num_classes, hint)
         if num_classes is not None and not affine:
             raise ValueError(
@@ -85,14 +85,14 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Return y for x of the shape that the layer names, with weight and bias of a label or those passed here.
+        """Return y for x of the layer's shape, with weight and bias of the label or with those passed here.
 
         Args:
             input: x, `[N, C, *S]`.
             label: The class of all samples, or int64 `[N]`.
-            mask: Which positions count, as in `batchnorm.functional.batch_norm`.
-            weight: γ, `[N, C]`, in place of a label; None for 1.
-            bias: β, `[N, C]`, in place of a label; None for 0.
+            mask: The positions that count, as in `batchnorm.functional.batch_norm`.
+            weight: γ, `[N, C]`, instead of a label; None for 1.
+            bias: β, `[N, C]`, instead of a label; None for 0.
         """
         rows, choice = self._rows(input, label, weight, bias)
         if label is not None:
@@ -115,8 +115,8 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         if label is not None:
             if self.num_classes is None:
                 raise ValueError(
-                    f"{self.layer_name} expects weight and bias of each sample, as it has none of its own, got a "
-                    "label. Make it with num_classes=, or call layer(x, weight=weight, bias=bias)."
+                    f"{self.layer_name} expects weight and bias of each sample, because it has none of its own, got a "
+                    "label. Create it with num_classes=, or call layer(x, weight=weight, bias=bias)."
                 )
             return self.num_classes, label
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -128,21 +128,21 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         return x.shape[0], torch.arange(x.shape[0], device=x.device)
 
     def select(self, label: int) -> PlainBatchNorm:
-        """Return plain batch normalization with the statistics, and copies of one class's weight and bias.
+        """Return plain batch normalization with copies of the statistics and of one class's weight and bias.
 
         Raises:
             ValueError: label is not in `[0, num_classes)`, or there are no classes.
         """
         if self.num_classes is None:
             raise ValueError(
-                f"{self.layer_name} expects num_classes to select one of them, got None. "
-                "Each call passes weight and bias: make the layer with num_classes= to have rows to select."
+                f"{self.layer_name} expects num_classes to select a class, got None. "
+                "Each call passes weight and bias: create the layer with num_classes= to have classes to select."
             )
         check_row(self.layer_name, "label", label, self.num_classes)
         return self._plain(label)
 
     def extra_repr(self) -> str:
-        """Describe the batch normalization, then the classes."""
+        """Describe the batch normalization and the classes."""
         return f"{super().extra_repr()}, num_classes={self.num_classes}"
 
 

@@ -33,32 +33,32 @@ def decorrelated_batch_norm(
 ) -> Tensor:
     """Whiten each group of channels: `y = γ·W(x - μ) + β` with `W ≈ Σ^(-1/2)`.
 
-    With d channels of a group and m values of each: `Σ = (x - μ)(x - μ)ᵀ/m + eps·I`, `Σ_N = Σ/trΣ`, `P₀ = I`,
-    `Pₖ₊₁ = ½(3Pₖ - Pₖ³Σ_N)`, `W = P_T/√trΣ`. In training μ and W are the batch's, and the running ones move,
-    `running ← (1 - momentum)·running + momentum·batch`; otherwise they are the running ones.
+    For a group of d channels with m values each: `Σ = (x - μ)(x - μ)ᵀ/m + eps·I`, `Σ_N = Σ/trΣ`, `P₀ = I`,
+    `Pₖ₊₁ = ½(3Pₖ - Pₖ³Σ_N)`, `W = P_T/√trΣ`. In training, μ and W are those of the batch, and the running ones are
+    updated: `running ← (1 - momentum)·running + momentum·batch`. Otherwise, μ and W are the running ones.
 
     Args:
         input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16; any
-            memory layout. An empty batch gives an empty result and moves nothing.
-        running_mean: `[C]`, moved in place in training; None moves nothing.
-        running_whitening: `[C, min(group_size, C)]`, moved in the same way. Row c holds the coefficients by which
-            channel c combines the channels of its group; the rows of a smaller last group end in zeros.
+            memory layout. An empty batch gives an empty result and updates nothing.
+        running_mean: `[C]`, updated in place in training; None if there are no running statistics.
+        running_whitening: `[C, min(group_size, C)]`, updated in the same way. Row c contains channel c's coefficients
+            for the channels of its group. The rows of a smaller last group end in zeros.
         weight: γ of shape `[C]`, or None for 1.
         bias: β of shape `[C]`, or None for 0.
-        training: Normalize by the batch's statistics instead of the running ones.
-        momentum: Weight of the new batch, as in torch (Keras and Flax: 1 minus theirs). None: the cumulative
-            average, which needs `num_batches_tracked`.
+        training: Whether to normalize by the batch's statistics instead of the running ones.
+        momentum: Weight of the new batch, as in torch (1 minus the momentum of Keras and Flax). None gives the
+            cumulative average, which needs `num_batches_tracked`.
         eps: Added to the diagonal of the covariance; positive.
-        group_size: Channels that are whitened together, at least 1; the last group has the remaining ones.
+        group_size: Number of channels that are whitened together, at least 1; the last group may be smaller.
         iterations: T, at least 1.
-        mask: Which positions count in the batch's statistics: booleans, or weights w >= 0, of shape `[N, *S]` or
+        mask: The positions that count in the statistics: booleans, or weights w >= 0, of shape `[N, *S]` or
             broadcastable to it. Positions that do not count (padding) are whitened like the rest; NaN and infinity
-            there are treated as 0. Where no position counts, the running statistics stay; a single counted value moves
-            the mean alone. In evaluation a mask changes nothing.
-        num_batches_tracked: int64 scalar that counts the batches that moved the running statistics.
-        on_nonfinite: "propagate", or "skip" to leave the running statistics alone (and uncounted) when the batch's
-            are not finite.
-        caller: The name that error messages begin with; an ending "1d", "2d" or "3d" also fixes x's rank.
+            there are treated as 0. If no position counts, the running statistics do not change. If a single value
+            counts, only the running mean is updated. In evaluation, a mask has no effect.
+        num_batches_tracked: int64 scalar that counts the updates of the running statistics.
+        on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
+            batch's statistics are not finite.
+        caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
         y of x's shape, dtype and memory format.
@@ -70,11 +70,11 @@ def decorrelated_batch_norm(
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
 
     Numerics:
-        Everything is computed in float32 (float64 for float64 x), under autocast too. Deviations are measured from
-        the mean, held in two parts, so that a large mean costs no accuracy. The iteration is a stable form of the
-        published one: it stays converged, instead of diverging after some ten steps.
+        Everything is computed in float32 (float64 for float64 x), also under autocast. Deviations are measured from
+        the mean, which is stored as a pair, so that a large mean costs no accuracy. The iteration is a stable form of
+        the published one, which diverges after about ten steps.
     """
-    # Also makes this one node of an fx graph.
+    # This also makes the call one node of an fx graph.
     if has_torch_function_variadic(input, running_mean, running_whitening, weight, bias, mask):
         return handle_torch_function(
             decorrelated_batch_norm, (input, running_mean, running_whitening, weight, bias, mask), input, running_mean,
@@ -83,7 +83,7 @@ def decorrelated_batch_norm(
         )  # fmt: skip
     x = input
     _checks.check_input(caller, x)
-    if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+    if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
     _checks.check_eps(caller, eps)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
@@ -109,10 +109,10 @@ def decorrelated_batch_norm(
         else:
             assert running_mean is not None
             assert running_whitening is not None
-            mean, packed = _held(running_mean, running_whitening)
+            mean, packed = _detached(running_mean, running_whitening)
             matrices = whitening.unpack_matrices(packed, group_size)
             y = whitening.apply_whitening(rows - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
-        y = _placed_as(x, y.reshape(channels_first.shape).movedim(0, 1))
+        y = _in_format_of(x, y.reshape(channels_first.shape).movedim(0, 1))
     if training and running_mean is not None and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
         assert running_whitening is not None
         wide = eager.wide_dtype(x)
@@ -126,13 +126,13 @@ def decorrelated_batch_norm(
 
 
 def _without_autocast(x: Tensor) -> Any:
-    """Return a context without autocast, which would compute the products in half precision."""
+    """Return a context that disables autocast, which would compute the products in half precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def _held(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the running statistics without gradient, unaffected by writes to them before backward."""
+def _detached(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the running statistics without gradient, copied if they may change before backward."""
     mean, matrices = running_mean.detach(), running_whitening.detach()
     if not torch.is_grad_enabled():
         return mean.to(eager.statistics_dtype(mean)), matrices.to(eager.statistics_dtype(matrices))
@@ -141,7 +141,7 @@ def _held(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tens
     return eager.copy_running(mean, matrices)
 
 
-def _placed_as(x: Tensor, y: Tensor) -> Tensor:
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """Return `y` in x's dtype and memory format."""
     if torch._C._are_functorch_transforms_active():  # y may be batched where x is not
         return y.to(x.dtype)
@@ -149,9 +149,9 @@ def _placed_as(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_options(caller: str, group_size: int, iterations: int) -> None:
-    hint = "It is the number of channels that are whitened together; 64 is usual."
+    hint = "It is the number of channels that are whitened together; 64 is common."
     _checks.check_integer(caller, "group_size", group_size, 1, hint)
-    _checks.check_integer(caller, "iterations", iterations, 1, "It is the number of Newton steps; 5 is usual.")
+    _checks.check_integer(caller, "iterations", iterations, 1, "It is the number of Newton steps; 5 is common.")
 
 
 def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, group_size: int) -> None:
@@ -159,14 +159,14 @@ def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, grou
     if matrices is not None and matrices.shape != shape:
         raise ValueError(
             f"{caller} expects running_whitening of shape [C, min(group_size, C)] = {list(shape)}, "
-            f"got {list(matrices.shape)}. Use the group_size that it was made with."
+            f"got {list(matrices.shape)}. Use the group_size that it was created with."
         )
 
 
 class _Decorrelated(NormLayer):
     running_whitening: Tensor | None
 
-    # On the class, like the other options of a layer.
+    # Class attributes, like the other options of a layer.
     group_size: int = 64
     iterations: int = 5
 
@@ -181,7 +181,7 @@ class _Decorrelated(NormLayer):
             bias=bias, on_nonfinite=on_nonfinite,
         )  # fmt: skip
         self.group_size, self.iterations = group_size, iterations
-        # Absent, not None: a tool that folds or replaces the layer fails instead of losing W.
+        # Absent, not None, so that a tool that folds or replaces the layer fails instead of losing W.
         del self.running_var
         shape = (num_features, min(group_size, num_features))
         matrices = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
@@ -200,7 +200,7 @@ class _Decorrelated(NormLayer):
         matrices.copy_(self._diagonal(torch.ones_like(self.running_mean)))
 
     def _diagonal(self, values: Tensor) -> Tensor:
-        """Return packed whitening matrices that scale each channel by its entry of `values [C]` and mix none."""
+        """Return packed diagonal whitening matrices, which scale each channel by its entry of `values [C]`."""
         size = min(self.group_size, max(self.num_features, 1))
         return whitening.pack_matrices([torch.diag_embed(group) for group in whitening.in_groups(values, size)])
 
@@ -211,57 +211,57 @@ class _Decorrelated(NormLayer):
         if tracks and ours not in state_dict and isinstance(var, Tensor) and var.shape == (self.num_features,):
             invstd = (var.to(eager.wide_dtype(var)) + self.eps).rsqrt()
             state_dict[ours] = self._diagonal(invstd).to(eager.statistics_dtype(var))
-            del state_dict[theirs]  # of another shape it stays, for torch to refuse
+            del state_dict[theirs]  # with a wrong shape it stays, so that torch raises its error
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 do not count."""
-        running_mean, running_whitening, moves = self.running_mean, self.running_whitening, self._moves
+        """Return y for x of the layer's shape; positions where `mask [N, *S]` is 0 do not enter the statistics."""
+        running_mean, running_whitening, updates = self.running_mean, self.running_whitening, self._updates_running
         training = self.training or running_mean is None
-        if running_mean is None or (self.training and not moves):
+        if running_mean is None or (self.training and not updates):
             running_mean = running_whitening = None
         return decorrelated_batch_norm(
             input, running_mean, running_whitening, self.weight, self.bias, training, self.momentum, self.eps,
             group_size=self.group_size, iterations=self.iterations, mask=mask,
-            num_batches_tracked=self.num_batches_tracked if moves else None,
+            num_batches_tracked=self.num_batches_tracked if updates else None,
             on_nonfinite=self.on_nonfinite, caller=self.layer_name,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """Describe the batch normalization, then groups and iterations."""
+        """Describe the batch normalization, the groups and the iterations."""
         return f"{super().extra_repr()}, group_size={self.group_size}, iterations={self.iterations}"
 
 
 class DecorrelatedBatchNorm(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm):
-    """Batch normalization of `[N, C, *S]` that makes the channels of each group uncorrelated: whitening by IterNorm.
+    """Batch normalization of `[N, C, *S]` that removes the correlation between channels of a group (IterNorm).
 
-    `y = γ·W(x - μ) + β`, where W approaches `Σ^(-1/2)`, the inverse square root of the covariance of a group of
-    channels, by `iterations` steps of Newton's method; the equations are at
-    `batchnorm.nn.decorrelated.decorrelated_batch_norm`. In training μ and W are the batch's and the running ones move;
-    in evaluation they are the running ones. With `group_size=1` it is batch normalization.
+    `y = γ·W(x - μ) + β`, where W approximates `Σ^(-1/2)`, the inverse square root of the covariance of a group of
+    channels, by `iterations` steps of Newton's method. `batchnorm.nn.decorrelated.decorrelated_batch_norm` states the
+    equations. In training, μ and W are those of the batch, and the running ones are updated. In evaluation, they are
+    the running ones. With `group_size=1`, the layer computes batch normalization.
 
-    The covariance of y / γ is the identity where the iteration has converged. After 5 iterations a direction with 1/16
-    of the group's total variance comes out with variance 0.97, a direction with 1/64 with 0.59, and with 1/1000 with
-    0.06: each iteration amplifies by at most 1.5. This is intended, as the smallest directions of a batch are noise;
-    more iterations whiten more (10 iterations: 1.00, 1.00 and 0.95), and make training noisier. Groups should be much
+    When the iteration has converged, the covariance of y / γ is the identity. After 5 iterations, a direction with 1/16
+    of the group's total variance has variance 0.97 in the output, one with 1/64 has 0.59, and one with 1/1000 has 0.06,
+    because each iteration amplifies by at most 1.5. This is intended: the smallest directions of a batch are noise.
+    More iterations whiten more (after 10: 1.00, 1.00 and 0.95), and make training noisier. Groups should be much
     smaller than the number m = N·H·W of values per channel: with m <= d, the covariance of d channels is singular.
 
     Args:
-        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
+        num_features: C. All arguments that are not listed here are those of `BatchNorm`.
         eps: Added to the diagonal of the covariance; positive.
         momentum: Weight of the new batch, for the mean and W.
-        group_size: Channels that are whitened together; the last group has the remaining ones (keyword only). The
+        group_size: Number of channels that are whitened together; the last group may be smaller (keyword only). The
             paper uses 64 in ResNet-50.
         iterations: Steps of Newton's method, T in the paper (keyword only).
 
     Attributes:
-        running_whitening: Buffer `[C, min(group_size, C)]`: row c holds the coefficients by which channel c combines
-            the channels of its group. There is no `running_var`. A checkpoint of batch normalization loads: its
-            variances become diagonal matrices, so that in evaluation the layer computes the same as the original.
+        running_whitening: Buffer `[C, min(group_size, C)]`. Row c contains channel c's coefficients for the channels of
+            its group. There is no `running_var`. A checkpoint of batch normalization loads: its variances become
+            diagonal matrices, so that the layer computes the same as the original in evaluation.
         update_running_stats: As in `BatchNorm`.
 
     Shape:
-        x and y: `[N, C, *S]`; an empty batch gives an empty y and moves nothing. mask, in forward: `[N, *S]`.
+        x and y: `[N, C, *S]`; an empty batch gives an empty y and updates nothing. mask, in forward: `[N, *S]`.
 
     Raises:
         TypeError: as `BatchNorm`; group_size or iterations is not an int.
@@ -270,7 +270,7 @@ class DecorrelatedBatchNorm(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm
     Numerics: as `decorrelated_batch_norm`. Autograd keeps one tensor of x's size, in float32 for half x.
 
     Source: Huang et al. 2019, Iterative Normalization, algorithm 1; Huang et al. 2018, Decorrelated Batch
-    Normalization, for groups and the name. Running averages are those of μ and W, as published, without Bessel's
+    Normalization, for groups and the name. As published, the running averages are those of μ and W, without Bessel's
     correction.
 
     Examples:

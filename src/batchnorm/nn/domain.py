@@ -1,4 +1,4 @@
-"""Batch normalization with statistics for each of several domains."""
+"""Batch normalization with separate statistics for each domain."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, check_number_of_rows, c
 
 
 class _Current(threading.local):
-    """The domain of this thread's innermost `use_domain`; a context variable would not compile."""
+    """The domain of this thread's innermost `use_domain`; `torch.compile` does not support context variables."""
 
     domain: int | Tensor | None = None
-    backward: int = -1  # the backward pass in which it was entered; -1: none
+    backward: int = -1  # the backward pass that was running when it was entered; -1: none
 
 
 _current = _Current()
@@ -29,18 +29,18 @@ def _backward_pass() -> int:
 
 @contextmanager
 def use_domain(domain: int | Tensor) -> Iterator[None]:
-    """Choose the domain of every `DomainBatchNorm` called within the block, for models that do not pass it on.
+    """Set the domain of every `DomainBatchNorm` called within the block, for models that do not pass a domain.
 
-    It is also a decorator. The innermost one applies, and an argument to the layer overrides it. It applies to the
-    thread that entered it; the replicas that `DataParallel` makes within the block inherit a domain that is an int.
-    Activation checkpointing runs layers again inside backward, where the block of the forward pass has ended or another
-    is active: the layers refuse the domain there, unless `context_fn=keep_domain` restores it.
+    It also works as a decorator. Blocks can be nested, and the innermost one applies. An argument of the layer's call
+    overrides it. The block applies to the current thread. Replicas that `DataParallel` creates within it inherit the
+    domain if it is an int. Activation checkpointing repeats layers inside backward, when this block has ended or
+    another is active. There, the layers raise an error unless `context_fn=keep_domain` restores the domain.
 
     Args:
         domain: An int for all samples, or an int64 tensor `[N]`, one for each.
 
     Raises:
-        TypeError: domain is neither. (Each layer checks whether it is in range.)
+        TypeError: domain is neither. (Each layer checks the range.)
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), DomainBatchNorm1d(4, num_domains=2), torch.nn.ReLU())
@@ -63,10 +63,10 @@ def use_domain(domain: int | Tensor) -> Iterator[None]:
 
 
 def keep_domain() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Carry the domain of `use_domain` into recomputation: `context_fn` of `torch.utils.checkpoint.checkpoint`.
+    """Restore the domain of `use_domain` in a recomputation: `context_fn` of `torch.utils.checkpoint.checkpoint`.
 
     Returns:
-        The contexts of the first pass and of the recomputation, which chooses the domain that is active now.
+        The contexts of the first pass and of the recomputation, which uses the domain that is active now.
 
     Examples:
         >>> from torch.utils.checkpoint import checkpoint
@@ -79,43 +79,42 @@ def keep_domain() -> tuple[AbstractContextManager[None], AbstractContextManager[
 
 
 class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
-    """Batch normalization with statistics of each domain, for `[N, C, *S]` with any number of spatial dimensions.
+    """Batch normalization with separate statistics of each domain, for `[N, C, *S]` with any number of dimensions.
 
-    A batch, or each sample, belongs to one of `num_domains`: real and generated images, source and target, clean and
-    adversarial, teacher's and student's. Each domain's samples are normalized by their own statistics and move their
-    own running statistics: outputs, gradients and buffers are those of one `BatchNorm` for each domain, called with
-    its part of the batch. All domains are computed in one pass.
+    A batch, or each sample, belongs to one of `num_domains` domains, such as real and generated images, source and
+    target, clean and adversarial, or teacher and student. Each domain has its own statistics and running statistics.
+    Outputs, gradients and buffers are the same as with one `BatchNorm` per domain, called with the domain's part of the
+    batch. All domains are computed in one pass.
 
-    The domain is an argument of the call, or comes from a `use_domain` around the model.
+    Pass the domain in the call, or enclose the model's call in `use_domain`.
 
     Args:
-        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
-        momentum: Weight of the new batch; None averages over a domain's own batches.
-        on_nonfinite: "propagate" or "skip", for each domain by itself.
+        num_features: C. All arguments that are not listed here are those of `BatchNorm`.
+        momentum: Weight of the new batch; None gives the cumulative average over the domain's batches.
+        on_nonfinite: "propagate" or "skip", separately for each domain.
         num_domains: K (keyword only).
-        affine_per_domain: Whether weight and bias are `[K, C]`, one row for each domain, or `[C]` for all (keyword
-            only).
+        affine_per_domain: Whether weight and bias are `[K, C]`, one row per domain, instead of `[C]` (keyword only).
 
     Attributes:
         running_mean: `[K, C]`.
         running_var: `[K, C]`.
-        num_batches_tracked: `[K]`: batches that had a sample of the domain.
+        num_batches_tracked: `[K]`, the number of batches with a sample of the domain.
 
     Shape:
         x and y: `[N, C, *S]`; domain: an int, or int64 `[N]`.
 
-    A domain without samples stays unchanged. A domain with a single value in a mixed batch has no variance: its output
-    is β, and only the running mean is updated. The state of plain batch normalization loads, strictly, into every
-    domain; `select` returns the plain layer of one.
+    A domain without samples does not change. A domain with a single value in a mixed batch has no variance: its output
+    is β, and only the running mean is updated. The `state_dict` of plain batch normalization loads (with
+    `strict=True`) into every domain; `select` returns the plain layer of one domain.
 
     Raises:
         TypeError: as `BatchNorm`; the domain is neither an int nor an int64 tensor.
-        ValueError: as `BatchNorm`; there is no domain, or it is out of range (of a tensor on the CPU), or not of
-            shape `[N]`.
+        ValueError: as `BatchNorm`; there is no domain, it is out of range (checked for tensors on the CPU only), or its
+            shape is not `[N]`.
         RuntimeError: in a recomputation inside backward, the domain comes from a `use_domain` without `keep_domain`.
 
-    Numerics: as `batchnorm.functional.batch_norm`. Tools that look for torch's `_BatchNorm` find it, but it is
-    not a `BatchNorm2d`, whose vectors are `[C]`.
+    Numerics: as `batchnorm.functional.batch_norm`. The layer is a torch `_BatchNorm`, but not a `BatchNorm2d`, because
+    tools expect vectors `[C]` there.
 
     Source: Chang et al. 2019, Domain-Specific Batch Normalization (with `affine_per_domain`); Xie et al. 2020,
     Adversarial Examples Improve Image Recognition; Li et al. 2017, Revisiting Batch Normalization for Practical Domain
@@ -144,7 +143,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: bool = True, on_nonfinite: str = "propagate", num_domains: int, affine_per_domain: bool = False,
     ) -> None:  # fmt: skip
         requirement = f"{self.layer_name} expects num_domains to be an int >= 1"
-        check_number_of_rows(requirement, num_domains, "Pass how many domains there are.")
+        check_number_of_rows(requirement, num_domains, "Pass the number of domains.")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite,
@@ -163,7 +162,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         Args:
             input: x, `[N, C, *S]`.
             domain: The domain of all samples, or int64 `[N]`; None: the domain of `use_domain`.
-            mask: Which positions count, as in `batchnorm.functional.batch_norm`.
+            mask: The positions that count, as in `batchnorm.functional.batch_norm`.
         """
         domain = self._current_domain() if domain is None else domain
         return self._normalize_by_rows(
@@ -174,8 +173,8 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         domain = self._replica_domain if _current.domain is None else _current.domain
         if _backward_pass() not in (-1, _current.backward):
             raise RuntimeError(
-                f"{self.layer_name} expects the domain of its first pass where activation checkpointing runs it again, "
-                "got none that is certain: `use_domain` of the forward pass has ended, or another is active. Pass "
+                f"{self.layer_name} expects the domain of the first pass when activation checkpointing repeats it, "
+                "got an unknown one: `use_domain` of the forward pass has ended, or another is active. Pass "
                 "context_fn=batchnorm.nn.keep_domain to checkpoint (use_reentrant=False), or domain to the layer."
             )
         if domain is None:
@@ -201,7 +200,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         return self._plain(domain)
 
     def extra_repr(self) -> str:
-        """Describe the batch normalization, then the domains."""
+        """Describe the batch normalization and the domains."""
         parts = [super().extra_repr(), f"num_domains={self.num_domains}"]
         if self.affine_per_domain:
             parts.append("affine_per_domain=True")

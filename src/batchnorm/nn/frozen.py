@@ -12,15 +12,15 @@ from batchnorm.nn.layer import NormLayer
 
 
 class FrozenLayer(NormLayer):
-    """A mixin before another layer class: the layer normalizes by its running statistics alone."""
+    """A mixin before another layer class, which makes it normalize by its running statistics only."""
 
     _frozen = True
 
     def _check_tracks(self, track_running_stats: bool) -> None:
         if not track_running_stats:
             raise ValueError(
-                f"{self.layer_name} expects track_running_stats=True, got False. It normalizes by the running "
-                "statistics alone: use BatchNorm for the batch's own."
+                f"{self.layer_name} expects track_running_stats=True, got False. It normalizes only by the running "
+                "statistics: use BatchNorm to normalize by the batch's."
             )
 
     @property
@@ -38,11 +38,11 @@ class FrozenLayer(NormLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if prefix + "running_mean" in state_dict and prefix + "running_var" in state_dict:
-            # A checkpoint of batch normalization without γ or β: the layer had none, so they become 1 and 0.
+            # The checkpoint may come from batch normalization without γ or β, which then become 1 and 0.
             tracked = self.num_batches_tracked
             absent = {
-                "weight": None if self.weight is None else torch.ones_like(self.weight, device=_real(self.weight)),
-                "bias": None if self.bias is None else torch.zeros_like(self.bias, device=_real(self.bias)),
+                "weight": None if self.weight is None else torch.ones_like(self.weight, device=_device(self.weight)),
+                "bias": None if self.bias is None else torch.zeros_like(self.bias, device=_device(self.bias)),
                 "num_batches_tracked": torch.tensor(0) if tracked is None or tracked.is_meta else tracked,
             }
             for name, value in absent.items():
@@ -51,29 +51,29 @@ class FrozenLayer(NormLayer):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def _real(tensor: Tensor) -> torch.device:
+def _device(tensor: Tensor) -> torch.device:
+    """Return the tensor's device, or the CPU instead of meta."""
     return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
 class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
-    """Batch normalization of `[N, C, *S]` by its running statistics alone, in training as in evaluation.
+    """Batch normalization of `[N, C, *S]` by its running statistics only, in training as in evaluation.
 
-    `y = (x - running_mean)/√(running_var + eps)·weight + bias`. Nothing moves, in either mode. Meant for fine-tuning
-    with batches too small for statistics of their own (detection, segmentation), and for layers whose data have not
-    changed. `batchnorm.surgery.freeze` puts it into a model, and `unfreeze` removes it.
+    `y = (x - running_mean)/√(running_var + eps)·weight + bias`. The running statistics never change. Use it for
+    fine-tuning if the batches are too small for good statistics (detection, segmentation), and for layers whose data
+    have not changed. `batchnorm.surgery.freeze` puts it into a model, and `unfreeze` removes it.
 
     Args:
         num_features: C, the size of x's second dimension.
         eps: Added to the variance; positive.
-        momentum: Not used; kept for the layer that `unfreeze` restores.
+        momentum: Not used, but kept for the layer that `unfreeze` restores.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
-        track_running_stats: Must be True; here so that positional arguments agree with torch's.
-        device: Of parameters and buffers.
-        dtype: Of parameters and buffers.
+        track_running_stats: Must be True. It exists so that positional arguments agree with torch's.
+        device: The device of parameters and buffers.
+        dtype: The dtype of parameters and buffers.
         bias: Whether there is β (keyword only).
         on_nonfinite: Not used, like momentum (keyword only).
-        trainable_affine: Whether γ and β are trained, which means that they require gradients (keyword only). They
-            are parameters either way.
+        trainable_affine: Whether γ and β require gradients (keyword only). They are parameters in both cases.
 
     Shape:
         x and y: `[N, C, *S]`; one value per channel is enough.
@@ -84,10 +84,10 @@ class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
 
     Numerics: as `batchnorm.functional.batch_norm` with `training=False`.
 
-    It loads the `state_dict` of any batch normalization, also without `num_batches_tracked` (which then stays) or
-    without γ and β (which become 1 and 0).
+    The layer loads the `state_dict` of any batch normalization. If `num_batches_tracked` is missing, it does not
+    change. If γ or β is missing, it becomes 1 or 0.
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` replaces every batch normalization, and so unfreezes it.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` replaces this layer, too, and so unfreezes it.
 
     Examples:
         >>> layer = FrozenBatchNorm(2)
@@ -157,13 +157,15 @@ class _FrozenAct(FrozenLayer, _BatchNormAct):
 
 
 class FrozenBatchNormAct1d(_FrozenAct, BatchNormAct1d):
-    """`BatchNormAct1d` by its running statistics alone; see `FrozenBatchNormAct2d`."""
+    """`BatchNormAct1d` by its running statistics only; see `FrozenBatchNormAct2d`."""
 
     layer_name = "FrozenBatchNormAct1d"
 
 
 class FrozenBatchNormAct2d(_FrozenAct, BatchNormAct2d):
-    """`BatchNormAct2d` by its running statistics alone, in training as in evaluation; arguments are those of both.
+    """`BatchNormAct2d` by its running statistics only, in training as in evaluation.
+
+    The arguments are those of `BatchNormAct2d` and `FrozenBatchNorm`.
 
     Examples:
         >>> layer = FrozenBatchNormAct2d(8, activation="silu", trainable_affine=True)
@@ -175,6 +177,6 @@ class FrozenBatchNormAct2d(_FrozenAct, BatchNormAct2d):
 
 
 class FrozenBatchNormAct3d(_FrozenAct, BatchNormAct3d):
-    """`BatchNormAct3d` by its running statistics alone; see `FrozenBatchNormAct2d`."""
+    """`BatchNormAct3d` by its running statistics only; see `FrozenBatchNormAct2d`."""
 
     layer_name = "FrozenBatchNormAct3d"

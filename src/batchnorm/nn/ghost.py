@@ -30,7 +30,7 @@ class _GhostBatchNorm(PartsLayer):
         self.ghost_size = ghost_size
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
-        """Return parts of `ghost_size` consecutive samples; a last part with a single value joins its neighbour."""
+        """Return the part of each sample and their number; a last part with a single value joins the one before it."""
         n, size, positions = x.shape[0], self.ghost_size, math.prod(x.shape[2:])
         if n <= size:
             return None, 1
@@ -46,54 +46,55 @@ class _GhostBatchNorm(PartsLayer):
             return None, 1
         return (torch.arange(n, device=x.device) // size).clamp(max=parts - 1), parts
 
-    def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
-        """Move the running statistics once: by the mean of all values, and the parts' variances.
+    def _update_running(self, x: Tensor, statistics: BatchStatistics) -> None:
+        """Update the running statistics once: by the mean of all values, and the pooled variance of the parts.
 
-        The divisor of the unbiased variance, Σ(mₖ - 1), is that of a batch with the count n/K. Section "Ghost batches".
+        A batch of n/K values has the same divisor for the unbiased variance: Σ(mₖ - 1). Section "Ghost batches".
         """
         count, mean, mean_low, var, effective_count = (t.detach() for t in statistics)
         if count.dim() == 0:
-            super()._move(x, statistics)
+            super()._update_running(x, statistics)
             return
         total = count.sum()
         divisor = torch.where(total > 0, total, 1.0)
-        # A part without a counted value has weight zero, whatever its mean.
+        # A part without counted values has weight zero.
         share = (count / divisor).unsqueeze(1)
         parts = torch.where(effective_count > 0, count / effective_count, 0.0).sum()
         pooled = (share * (mean.to(count.dtype) + mean_low)).sum(0)
         high = pooled.to(mean.dtype)
         low = (pooled - high).to(mean.dtype)
-        self._move_by(high, low, (share * var).sum(0).to(var.dtype), x, total / torch.where(parts > 0, parts, 1.0))
+        pooled_var = (share * var).sum(0).to(var.dtype)
+        self._update_running_by(high, low, pooled_var, x, total / torch.where(parts > 0, parts, 1.0))
 
     def extra_repr(self) -> str:
-        """Describe the batch normalization, then the size of a part."""
+        """Describe the batch normalization and the size of a part."""
         return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
 
 
 class GhostBatchNorm(_GhostBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
-    """Ghost batch normalization of `[N, C, *S]`: statistics of parts of the batch, for large batches.
+    """Ghost batch normalization of `[N, C, *S]`, which normalizes parts of the batch separately, for large batches.
 
-    In training the batch is split, in its order, into parts of `ghost_size` samples. Each part is normalized by its own
-    statistics, which keeps the noise of small batches. The last part is smaller where ghost_size does not divide N; a
-    last part with a single value per channel joins its neighbour. All parts are computed in one pass.
+    In training, the batch is split into parts of `ghost_size` consecutive samples. Each part is normalized by its own
+    statistics, which keeps the noise of small batches. The last part is smaller if ghost_size does not divide N. If it
+    has a single value per channel, it joins the part before it. All parts are computed in one pass.
 
-    The running statistics move once per batch: the mean by the mean of all values, the variance by ΣM2ₖ/Σ(mₖ - 1). For
-    parts of equal size this is the mean of their unbiased variances; it leaves out the variance between parts, which
-    training never sees. (The paper moves them once per part, which decays like momentum 1 - (1 - a)^K.) Evaluation,
-    parameters, buffers and `state_dict` are those of `BatchNorm`.
+    The running statistics are updated once per batch: the mean by the mean of all values, and the variance by
+    ΣM2ₖ/Σ(mₖ - 1). For parts of equal size, this is the mean of their unbiased variances. It omits the variance between
+    parts, because training does not see it. (The paper updates once per part, which decays like a single update with
+    momentum 1 - (1 - a)^K.) Evaluation, parameters, buffers and `state_dict` are those of `BatchNorm`.
 
     Args:
-        num_features: C. The arguments that are not listed here are those of `BatchNorm`.
-        momentum: Weight of the whole batch, which moves the running statistics once.
-        track_running_stats: Whether there are running statistics; without them evaluation uses ghost batches too.
-        ghost_size: Samples in a part (keyword only). A batch that is not larger is normalized as by `BatchNorm`.
+        num_features: C. All arguments that are not listed here are those of `BatchNorm`.
+        momentum: Weight of the whole batch in the update of the running statistics.
+        track_running_stats: Whether there are running statistics; without them, evaluation uses ghost batches, too.
+        ghost_size: Samples in a part (keyword only). A batch of at most this size is normalized as by `BatchNorm`.
 
     Shape:
         x and y: `[N, C, *S]`.
 
     Raises:
         TypeError: as `BatchNorm`; ghost_size is not an int.
-        ValueError: as `BatchNorm`; ghost_size < 1, or in training one value per channel in every part.
+        ValueError: as `BatchNorm`; ghost_size < 1; in training, every part has one value per channel.
 
     Numerics: as `batchnorm.functional.batch_norm`.
 

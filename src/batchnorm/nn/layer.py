@@ -1,4 +1,4 @@
-"""The base of every layer of the family: arguments, buffers, and the call that normalizes."""
+"""The base of every layer of this library: arguments, buffers, and the call that normalizes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from batchnorm import _checks, functional
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
     """A mixin before one of torch's classes; it keeps their parameters, buffers and `state_dict`."""
 
-    # The name in error messages; its ending determines the rank of x. Subclasses of a layer inherit it.
+    # The name in error messages. If it ends in 1d, 2d or 3d, this determines the rank of x. User subclasses inherit it.
     layer_name: ClassVar[str]
 
-    # Whether training also normalizes by the running statistics.
+    # Whether the layer normalizes by the running statistics in training, too.
     _frozen: ClassVar[bool] = False
 
-    # Class attributes, so that layers pickled before an attribute existed, or converted to this class, have it.
+    # Class attributes, so that layers have them even if they were pickled by an older version or converted.
     on_nonfinite: str = "propagate"
     update_running_stats: bool = True
     activation: str = "none"
@@ -36,7 +36,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         _checks.check_integer(self.layer_name, "num_features", num_features, 0, hint)
         self._check_options(eps, momentum, on_nonfinite)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # set here: older torch has no such argument
+        if not bias:  # set here, because older torch has no such argument
             self.register_parameter("bias", None)
         self.on_nonfinite = on_nonfinite
 
@@ -57,12 +57,12 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         _checks.check_input(self.layer_name, input)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return y for x of the shape that the layer names; positions where `mask [N, *S]` is 0 are excluded."""
+        """Return y for x of the layer's shape; positions where `mask [N, *S]` is 0 do not enter the statistics."""
         return self._normalize(input, mask=mask)
 
     @property
-    def _moves(self) -> bool:
-        """Whether this call moves the running statistics."""
+    def _updates_running(self) -> bool:
+        """Whether this call updates the running statistics."""
         return self.training and self.track_running_stats and self.update_running_stats and not self._frozen
 
     def _normalize(
@@ -72,22 +72,22 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         mask: Tensor | None = None,
         activation: tuple[str, float] | None = None,
     ) -> Tensor:
-        """Normalize, add the residual, and apply an activation with its parameter, by default the layer's."""
-        moves = self._moves
-        # Module.__getattr__ takes half a microsecond; its dictionaries hold all tensors except parametrized ones.
+        """Normalize, add the residual, and apply the activation: the given name and parameter, or the layer's own."""
+        updates = self._updates_running
+        # Module.__getattr__ takes half a microsecond. The dictionaries hold all tensors except parametrized ones.
         held = {**self._parameters, **self._buffers}
         weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401  (avoids a needless lookup)
         bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
         running_mean, running_var = held["running_mean"], held["running_var"]
         training = not self._frozen and (self.training or (running_mean is None and running_var is None))
-        if training and not moves:
+        if training and not updates:
             running_mean = running_var = None
         own = self.activation, self.negative_slope, self.alpha
         name, negative_slope, alpha = own if activation is None else (*activation, activation[1])
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, self.momentum, self.eps,
             activation=name, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
-            num_batches_tracked=held["num_batches_tracked"] if moves else None,
+            num_batches_tracked=held["num_batches_tracked"] if updates else None,
             on_nonfinite=self.on_nonfinite, caller=self.layer_name,
         )  # fmt: skip
 

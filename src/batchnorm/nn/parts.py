@@ -1,4 +1,4 @@
-"""Base of the layers whose statistics cover several processes, groups of samples, or unmasked positions only."""
+"""The base of layers that act between statistics and normalization, for example for groups of samples or processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from batchnorm.ops.eager import values_per_channel
 
 
 class PartsLayer(NormLayer):
-    """Split `forward` into steps that subclasses override: groups of samples, γ and β, running statistics."""
+    """A layer with a `forward` in steps that subclasses override: groups of samples, γ and β, running statistics."""
 
     # Whether training uses the merged statistics of all processes of `process_group`.
     sync: bool = False
     # The layer's path in its model, shown in errors; `convert` sets it.
     name: str = ""
-    # A name, so that layers can be copied, pickled and compiled; None: all processes.
+    # The group's name instead of the group, so that layers can be copied, pickled and compiled. None: all processes.
     _group_name: str | None = None
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -34,7 +34,7 @@ class PartsLayer(NormLayer):
 
     @property
     def process_group(self) -> Any:
-        """The process group whose statistics are merged; None: all processes."""
+        """The process group that shares statistics; None: all processes."""
         return None if self._group_name is None else distributed.resolve(self._group_name)
 
     @process_group.setter
@@ -42,10 +42,10 @@ class PartsLayer(NormLayer):
         self._group_name = distributed.group_name(group)
 
     def _peers(self) -> distributed.Peers | None:
-        """Return the processes whose values count in this call; None: this process alone."""
+        """Return the processes that share statistics in this call; None: this process alone."""
         if not (self.sync and self.training):
             return None
-        # Left out while compiling: every name would need a graph of its own.
+        # Left out while compiling, because every name would need a separate graph.
         name = "" if torch.compiler.is_compiling() else self.name
         return distributed.peers(self._group_name, f"{self.layer_name}({self.num_features})", name)
 
@@ -71,13 +71,13 @@ class PartsLayer(NormLayer):
         index, groups = self._index(x)
         statistics = ops.batch_moments(x, index, weights, groups, peers)
         if peers is not None and weights is None and self._has_at_most_one(x):
-            _checks.check_joint_count(self.layer_name, float(statistics.count))  # on all processes alike
+            _checks.check_joint_count(self.layer_name, float(statistics.count))  # raises on all processes or on none
         weight, bias = self._affine(statistics)
         y = ops.batch_statistics_norm_by_parts(
             x, statistics, weight, bias, None, self.eps, "none", 0.0, index, weights, groups, peers
         )
-        if self._moves:
-            self._move(x, statistics)
+        if self._updates_running:
+            self._update_running(x, statistics)
         return y
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
@@ -89,14 +89,14 @@ class PartsLayer(NormLayer):
         return values_per_channel(x) <= 1 and not torch.compiler.is_compiling()
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
-        """Return γ and β of this batch."""
+        """Return γ and β for this batch."""
         return self.weight, self.bias
 
-    def _move(self, x: Tensor, statistics: BatchStatistics) -> None:
-        """Update the running statistics with those of this batch (variance unbiased)."""
-        self._move_by(statistics.mean, statistics.mean_low, statistics.var, x, statistics.effective_count)
+    def _update_running(self, x: Tensor, statistics: BatchStatistics) -> None:
+        """Update the running statistics by this batch's, with the unbiased variance."""
+        self._update_running_by(statistics.mean, statistics.mean_low, statistics.var, x, statistics.effective_count)
 
-    def _move_by(self, mean: Tensor, mean_low: Tensor, var: Tensor, x: Tensor, count: Tensor) -> None:
+    def _update_running_by(self, mean: Tensor, mean_low: Tensor, var: Tensor, x: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         m = values_per_channel(x)

@@ -13,7 +13,7 @@ from batchnorm import ops
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
 
-# A constant limit, or a function of the number of batches so far (int64 scalar, on the layer's device).
+# A constant, or a function of the number of batches so far (an int64 scalar on the layer's device).
 Limit = float | Callable[[Tensor], Tensor]
 
 
@@ -21,12 +21,12 @@ Limit = float | Callable[[Tensor], Tensor]
 class PaperSchedule:
     """The paper's schedule of both limits: batch normalization first, then gradually larger limits.
 
-    `rmax` is 1 and `dmax` 0 up to batch `start`; then they grow linearly to `rmax_limit` at batch `rmax_end` and
-    `dmax_limit` at `dmax_end`. The layer's `num_batches_tracked` counts the batches; its `state_dict` contains it, so
-    a resumed run continues the schedule.
+    Up to batch `start`, `rmax` is 1 and `dmax` is 0. Then they grow linearly to `rmax_limit` at batch `rmax_end` and
+    `dmax_limit` at batch `dmax_end`. The layer's `num_batches_tracked` counts the batches. The `state_dict` contains
+    it, so a resumed run continues the schedule.
 
     Args:
-        start: Batches of plain batch normalization.
+        start: The number of batches of plain batch normalization.
         rmax_end: The batch at which rmax reaches its limit.
         dmax_end: The batch at which dmax reaches its limit.
         rmax_limit: The largest rmax, >= 1.
@@ -35,7 +35,7 @@ class PaperSchedule:
     Raises:
         ValueError: an end is not after the start, or a limit is out of range.
 
-    Source: Ioffe 2017, section 4 ("gradually": here linearly). The paper's momentum is 0.01.
+    Source: Ioffe 2017, section 4. The paper says "gradually"; here the growth is linear. The paper's momentum is 0.01.
 
     Examples:
         >>> paper = PaperSchedule()
@@ -114,7 +114,7 @@ class _BatchRenorm(PartsLayer):
         return super()._normalize_by_parts(x, mask)
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
-        """Return γ·r and γ·d + β: batch normalization with these as γ and β is renormalization."""
+        """Return γ·r and γ·d + β, because renormalization is batch normalization with these as γ and β."""
         running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
         if running_mean is None or running_var is None or batches is None:
             raise ValueError(
@@ -142,10 +142,10 @@ class _BatchRenorm(PartsLayer):
 
 
 class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
-    """Batch renormalization of `[N, C, *S]`, with any number of spatial dimensions: for small or non-iid batches.
+    """Batch renormalization of `[N, C, *S]`, with any number of spatial dimensions, for small or non-iid batches.
 
-    It normalizes by the batch, then corrects toward the running statistics, so that training computes nearly the same
-    as evaluation:
+    The layer normalizes by the batch, then corrects the result toward the running statistics, so that training and
+    evaluation compute nearly the same:
 
         x̂ = (x - μ_B)/σ_B·r + d    r = clip(σ_B/σ, 1/rmax, rmax)    d = clip((μ_B - μ)/σ, -dmax, dmax)
 
@@ -163,7 +163,7 @@ class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
         track_running_stats: Must be True: the correction is toward the running statistics.
         rmax: A number >= 1, or a function that maps the number of batches so far (int64 scalar tensor, the layer's
             `num_batches_tracked`) to a scalar tensor, such as `PaperSchedule().rmax` (keyword only).
-        dmax: A number >= 0, or such a function (keyword only).
+        dmax: A number >= 0, or a function as for rmax (keyword only).
         sync: Whether to use the joint statistics of all processes of a group (keyword only).
         process_group: The group for `sync`; None: all processes (keyword only).
 
@@ -173,8 +173,8 @@ class BatchRenorm(_BatchRenorm, torch.nn.modules.batchnorm._BatchNorm):
     Raises:
         TypeError: as `BatchNorm`; a limit is neither a number nor a function that returns one.
         ValueError: as `BatchNorm`; rmax < 1, dmax < 0, or track_running_stats=False.
-        RuntimeError: a forward pass inside backward (activation checkpointing), which needs r and d of the first pass,
-            repeats none of the last 64 calls.
+        RuntimeError: activation checkpointing repeats a forward pass that is not among the layer's last 64 calls, so
+            that r and d of the first pass are unknown.
 
     Numerics: as `batchnorm.functional.batch_norm`; r and d are computed in float64. For activation checkpointing, the
         layer keeps mean, variance, r and d of its last 64 calls: 1 KiB per channel in float32.

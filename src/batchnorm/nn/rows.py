@@ -1,4 +1,4 @@
-"""Layers whose samples choose a row of `[K, C]`: of statistics, of weight and bias, or of both."""
+"""Layers in which each sample chooses a row of `[K, C]` statistics, of `[K, C]` weight and bias, or of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PlainBatchNorm = batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch
 
 
 class RowsLayer(NormLayer):
-    """A layer with tensors of `[K, C]` where batch normalization has `[C]`."""
+    """A layer with `[K, C]` tensors instead of the `[C]` tensors of batch normalization."""
 
     def _make_rows(self, rows: int, names: tuple[str, ...]) -> None:
         """Give each of these parameters and buffers a leading dimension."""
@@ -31,7 +31,7 @@ class RowsLayer(NormLayer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Load the tensors of a plain batch normalization's checkpoint into every row."""
+        """Copy `[C]` tensors from a checkpoint of plain batch normalization into every row."""
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(prefix + name)
             if own is not None and isinstance(given, Tensor) and own.dim() > 0 and given.shape == own.shape[1:]:
@@ -39,7 +39,7 @@ class RowsLayer(NormLayer):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _plain(self, row: int) -> PlainBatchNorm:
-        """Return batch normalization of this rank with copies of one row."""
+        """Return a plain batch normalization layer with copies of one row."""
         kind = getattr(batch, f"BatchNorm{suffix}" if (suffix := self.layer_name[-2:]) in _RANKS else "BatchNorm")
         layer = kind(
             self.num_features, self.eps, self.momentum, self.weight is not None, self.track_running_stats,
@@ -66,12 +66,12 @@ class RowsLayer(NormLayer):
         own_statistics: bool,
         choice_name: str,
     ) -> Tensor:
-        """Return y where each sample uses the row that it chooses."""
-        moves = self._moves
-        held = moves or not self.training
+        """Return y, with the layer's settings for `batch_norm_by_rows`."""
+        updates = self._updates_running
+        held = updates or not self.training
         return batch_norm_by_rows(
             x, choice, rows, self.running_mean if held else None, self.running_var if held else None,
-            self.num_batches_tracked if moves else None, weight, bias, mask, own_statistics=own_statistics,
+            self.num_batches_tracked if updates else None, weight, bias, mask, own_statistics=own_statistics,
             training=self.training or self.running_mean is None, momentum=self.momentum, eps=self.eps,
             on_nonfinite=self.on_nonfinite, caller=self.layer_name, name=choice_name,
         )  # fmt: skip
@@ -103,25 +103,25 @@ def batch_norm_by_rows(
     caller: str,
     name: str,
 ) -> Tensor:
-    """Normalize each sample with the row of statistics, of weight and bias, or of both that it chooses.
+    """Normalize each sample with its row of the statistics, of weight and bias, or of both.
 
     Args:
         x: `[N, C, *S]`.
-        choice: The row of every sample, or int64 `[N]`, one row for each.
+        choice: The row: an int for all samples, or int64 `[N]`, one for each sample.
         rows: K.
-        running_mean: `[C]`, or `[K, C]` with `own_statistics`; None moves nothing.
+        running_mean: `[C]`, or `[K, C]` with `own_statistics`; None if there are no running statistics.
         running_var: Like `running_mean`.
         num_batches_tracked: A scalar, or `[K]`.
         weight: γ, `[C]` or `[K, C]`.
         bias: β, `[C]` or `[K, C]`.
         mask: As in `batch_norm`.
-        own_statistics: Whether the samples of each row have their own statistics, instead of the whole batch's.
+        own_statistics: Whether the samples of each row have separate statistics instead of those of the whole batch.
         training: Whether to normalize by the batch's statistics.
         momentum: Weight of the new batch.
         eps: Added to the variance.
         on_nonfinite: As in `batch_norm`.
-        caller: The layer's name in messages.
-        name: The layer's name for `choice` in messages.
+        caller: The layer's name, for error messages.
+        name: The layer's name for `choice`, for error messages.
 
     Returns:
         y of x's shape and dtype.
@@ -135,7 +135,7 @@ def batch_norm_by_rows(
             on_nonfinite=on_nonfinite, caller=caller, name=name,
         )  # fmt: skip
     _checks.check_input(caller, x)
-    if x.dim() == 1:  # [0], with neither samples nor channels, as torch takes it
+    if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
     _check_choice(caller, name, choice, rows, x)
     if not isinstance(choice, Tensor):
@@ -171,7 +171,7 @@ def batch_norm_by_rows(
         if not own_statistics:
             ops.update_running_(*buffers, mean, mean_low, var, m, count, momentum, skip)
             return y
-        for k in range(rows):  # where no sample chose a row, count is 0 and nothing moves
+        for k in range(rows):  # a row without samples has count 0, which updates nothing
             r_mean, r_var, tracked = running_mean[k], running_var[k], _row(num_batches_tracked, k)
             ops.update_running_(r_mean, r_var, tracked, mean[k], mean_low[k], var[k], m, count[k], momentum, skip)
     return y
@@ -182,7 +182,7 @@ def _row(t: Tensor | None, k: int) -> Tensor | None:
 
 
 def _one_row(t: Tensor | None) -> Tensor | None:
-    """Return one row of `[K, C]`, for the checks of `[C]`."""
+    """Return one row of `[K, C]`, for checks that expect `[C]`."""
     if t is None or t.dim() == 1:
         return t
     return t[0] if t.shape[0] else None
@@ -199,11 +199,11 @@ def check_row(caller: str, name: str, row: object, rows: int) -> None:
     if not isinstance(row, int) or isinstance(row, bool):
         raise TypeError(
             f"{caller} expects {name} to be an int or an int64 tensor [N], got {row!r} ({type(row).__name__}). "
-            "Pass int(...), or a tensor with one for each sample."
+            f"Pass int(...), or a tensor with one {name} for each sample."
         )
     if not 0 <= row < rows:
         raise ValueError(
-            f"{caller} expects {name} in [0, {rows}), got {row}. Count from 0, or make the layer with more of them."
+            f"{caller} expects {name} in [0, {rows}), got {row}. Count from 0, or create the layer with more rows."
         )
 
 
@@ -216,19 +216,19 @@ def _check_choice(caller: str, name: str, choice: object, rows: int, x: Tensor) 
     if choice.dim() > 0 and choice.shape != x.shape[:1]:
         raise ValueError(
             f"{caller} expects {name} of shape [N] = [{x.shape[0]}] for x of shape {list(x.shape)}, got "
-            f"{list(choice.shape)}. Pass one for each sample, or an int for all."
+            f"{list(choice.shape)}. Pass one {name} for each sample, or an int for all."
         )
     if choice.device != x.device:
         raise ValueError(
             f"{caller} expects {name} on x's device, got {name} on {choice.device} and x on {x.device}. "
             f"Move it with {name}.to(x.device)."
         )
-    # Values are checked where they can be read without waiting for a device; elsewhere the operators check them.
+    # Values are checked here only if this does not wait for a device. Otherwise, the operators check them.
     if not _checks.can_be_read(choice) or not choice.numel():
         return
     low, high = (int(t) for t in choice.aminmax())
     if low < 0 or high >= rows:
         raise ValueError(
-            f"{caller} expects {name} in [0, {rows}), got {low if low < 0 else high}. Count from 0, or make the layer "
-            "with more of them."
+            f"{caller} expects {name} in [0, {rows}), got {low if low < 0 else high}. Count from 0, or create the "
+            "layer with more rows."
         )

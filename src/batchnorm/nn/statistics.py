@@ -1,4 +1,4 @@
-"""Settings of all layers of a model: whether running statistics move, independently of the mode."""
+"""Settings for all layers of a model, such as whether training updates the running statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm.nn.layer import NormLayer
 
 
 class LayerSetting:
-    """An attribute of several layers, set at once; the end of a `with` block restores it."""
+    """Set an attribute of several layers; the end of a `with` block restores the former values."""
 
     def __init__(self, attribute: str, values: Sequence[tuple[torch.nn.Module, Any]]) -> None:
         self._attribute = attribute
@@ -31,19 +31,19 @@ class LayerSetting:
 
 
 class update_running_stats(LayerSetting):
-    """Let the running statistics of `model` move in training, or keep them from moving.
+    """Turn updates of the running statistics in training on or off.
 
-    Training uses batch statistics either way. Meant for passes that must not count: the second forward of a GAN or of
-    sharpness-aware minimization, an evaluation of averaged weights (EMA, SWA), a schedule-free optimizer's. It takes
-    effect at once; at the end of a `with` block the former settings are restored.
+    Training uses batch statistics in both cases. Turn updates off for passes that must not count, such as the second
+    forward pass of a GAN or of sharpness-aware minimization, or the evaluation of averaged weights (EMA, SWA,
+    schedule-free optimizers). The setting takes effect at once. The end of a `with` block restores the former settings.
 
     Args:
-        model: Any module; its layers of this library are set, at every depth.
-        enabled: Whether running statistics move.
+        model: Any module; the setting applies to its layers of this library, at every depth.
+        enabled: Whether training updates the running statistics.
 
     Raises:
-        ValueError: the model has no layer of this library, or has batch normalization of torch's own, which has no
-            such switch.
+        ValueError: the model has no layer of this library, or has torch's own batch normalization, which has no such
+            setting.
 
     Examples:
         >>> from batchnorm import BatchNorm1d

@@ -13,52 +13,52 @@ from batchnorm.nn.parts import PartsLayer
 class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of `[N, C, *S]` by the statistics of all processes' batches together.
 
-    In training, mean, variance, running statistics and the gradient of x are those of one process with all processes'
-    batches joined, for any number of samples in each (even none). The equations are those of `BatchNorm`. Forward is
-    one collective (count, mean and sum of squared deviations), backward another (two sums per channel). In evaluation,
-    without `torch.distributed`, and where a process is alone in its group, the layer is `BatchNorm`, and communicates
-    nothing.
+    In training, the layer computes the same mean, variance, running statistics and gradient of x as one process with
+    the joined batch of all processes. Each process may have any number of samples, even none. The equations are those
+    of `BatchNorm`. Forward uses one collective (count, mean and sum of squared deviations), and backward uses another
+    (two sums per channel). In evaluation, without `torch.distributed`, or with a single process in the group, the layer
+    computes the same as `BatchNorm` and does not communicate.
 
-    The gradient of x is the gradient of the sum of all processes' losses; the gradients of weight and bias are this
-    process's part of it. `DistributedDataParallel` averages over the processes: for batches of equal size its gradients
-    are those of the joined batch's mean loss; otherwise multiply each process's mean loss by `n·W/Σn`, where n is its
-    number of samples and W the number of processes.
+    The gradient of x is the gradient of the sum of all processes' losses. The gradients of weight and bias are this
+    process's part of it, and `DistributedDataParallel` averages them over the processes. With batches of equal size,
+    the averages are the gradients of the joined batch's mean loss. Otherwise, multiply each process's mean loss by
+    `n·W/Σn`, where n is its number of samples and W the number of processes.
 
     Every process must call the same synchronized layers in the same order, forward and backward.
 
     Args:
         num_features: C, the size of x's second dimension; the same on every process.
         eps: Added to the variance; positive.
-        momentum: Weight of the new batch, in [0, 1]. None: the cumulative average of all batches.
+        momentum: Weight of the new batch, in [0, 1]. None gives the cumulative average of all batches.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
         track_running_stats: Whether there are running statistics; without them, evaluation uses the local batch's.
         process_group: The processes to join, from `torch.distributed.new_group`; None: all.
-        device: Of parameters and buffers.
-        dtype: Of parameters and buffers.
+        device: The device of parameters and buffers.
+        dtype: The dtype of parameters and buffers.
         bias: Whether there is β (keyword only).
-        on_nonfinite: "propagate", or "skip" to leave the running statistics as they were when a batch's are not
-            finite (keyword only).
+        on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
+            (keyword only).
         name: The layer's name in errors, usually its path in the model; the same on every process (keyword only).
 
     Attributes:
-        process_group: The given group; can be changed later. A copy of the layer keeps it; a loaded layer finds its
-            group by the group's name.
-        name: The given name.
+        process_group: The process group, which can be changed. A copy of the layer keeps it. An unpickled layer finds
+            its group by name.
+        name: The layer's name in errors.
 
     Shape:
         x and y: `[N, C, *S]`, where N and `*S` may differ between processes.
-        mask: boolean or weights, broadcastable to `[N, *S]`; x is excluded where it is 0, on every process.
+        mask: booleans or weights, broadcastable to `[N, *S]`; positions where it is 0 do not enter the statistics.
 
     Raises:
         TypeError: num_features is not an int; process_group is not a process group; in forward, x is not a
             floating-point tensor, or its dtype does not match that of the parameters.
         ValueError: eps, momentum or on_nonfinite out of range; this process is not in process_group; in forward, a
             wrong rank or number of channels, or one value per channel over all processes in training.
-        RuntimeError: In forward and backward, a process died, has another number of channels or is in another layer.
-            Every remaining process raises it within the group's timeout, and names the layer and the ranks.
+        RuntimeError: in forward or backward, a process died, has another number of channels or is in another layer.
+            Every remaining process raises this error within the group's timeout. It names the layer and the ranks.
 
-    Numerics: The processes exchange float64, whatever the dtypes, and merge in the order of ranks, so their
-    running statistics are bitwise equal.
+    Numerics: for all dtypes, the processes exchange float64 and merge in the order of ranks. Their running statistics
+    are therefore bitwise equal.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, over the joined batch; moments merged after Chan, Golub & LeVeque 1979.
 

@@ -1,8 +1,8 @@
 """The operators of batch normalization: schemas, shapes, derivatives, and the eager implementation.
 
-Every operator is `torch.ops.batchnorm.<name>`. `batch_statistics_norm`, its two halves `batch_moments` and
-`batch_statistics_norm_by_parts`, and `fixed_statistics_norm` choose the route to a derivative. Everything above this
-package calls these functions or the operators, never an implementation.
+Every operator is `torch.ops.batchnorm.<name>`. Four functions choose how derivatives are computed:
+`batch_statistics_norm`, its two halves `batch_moments` and `batch_statistics_norm_by_parts`, and
+`fixed_statistics_norm`. Other packages call these functions or the operators, never an implementation.
 """
 
 from batchnorm.ops import registration  # noqa: F401  (defines the operators)

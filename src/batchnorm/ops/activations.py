@@ -1,7 +1,7 @@
 """The activations that an operator can apply after normalization.
 
-`ACTIVATIONS` has one row for each: its function, its derivative, and the names under which torch offers it. Graph
-rewriting, the layers and the tests read this table.
+`ACTIVATIONS` has one row for each: its function, its derivative, and its names in torch. Graph rewriting, the layers
+and the tests read this table.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 _aten = torch.ops.aten
 
-# torch runs fewer elements than 32,768 on one thread.
+# torch uses one thread for fewer than 32,768 elements.
 _SERIAL = 16_384
 
 
 def _in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply an elementwise function so that its bits do not depend on the number of CPU threads.
 
-    torch's exp and erf round differently at the end of a thread's share than inside it. Fixed blocks make the shares
-    independent of the threads. Functions made of +, ×, max and comparisons round alike everywhere and need no blocks.
+    torch's exp and erf round differently at the end of a thread's share than inside it. Fixed blocks make the result
+    independent of the threads. +, ×, max and comparisons always round alike, so functions of these need no blocks.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return function(*tensors)  # a graph for every size, or for export
+        return function(*tensors)  # a compiled or exported graph must not depend on the size
     if tensors[0].numel() <= _SERIAL or tensors[0].device.type != "cpu":
         return function(*tensors)
     blocks = zip(*(t.flatten().split(_SERIAL) for t in tensors), strict=True)
@@ -34,14 +34,14 @@ def _in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 class Spelling(NamedTuple):
-    """One name under which torch offers an activation.
+    """One name of an activation in torch.
 
     Attributes:
         name: The name of functions, methods and aten operators, without the underscore of the in-place form.
-        module: The class of modules.
-        arguments: The arguments after the input and without `inplace`, with their defaults, in order.
-        required: The values that some arguments must have. Other values make another function.
-        same_gradient: Whether the derivative is the same at kinks too.
+        module: The module class.
+        arguments: The arguments after the input, except `inplace`, with their defaults, in order.
+        required: The values that some arguments must have, because others give another function.
+        same_gradient: Whether the derivative is the same at kinks, too.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Activation(NamedTuple):
 
     Attributes:
         forward: The function.
-        backward: Its derivative times dy. At kinks it is torch's.
-        spellings: The names under which torch offers it, torch's function of the same name first.
-        kinks: Where the derivative jumps.
+        backward: The derivative times dy. At kinks, it equals torch's.
+        spellings: Its names in torch; torch's function of the same name comes first.
+        kinks: The points where the derivative jumps.
         from_output: Whether t may be y instead of z. The derivative is then constant between kinks.
-        parameter: The keyword argument that it takes: "negative_slope", "alpha" or none.
+        parameter: Its keyword argument: "negative_slope", "alpha" or None.
     """
 
     forward: Callable[[Tensor, float], Tensor]
@@ -72,12 +72,12 @@ class Activation(NamedTuple):
 
     @property
     def default(self) -> float:
-        """The parameter's default; 0 without one."""
+        """The parameter's default; 0 if there is no parameter."""
         return 0.0 if self.parameter is None else float(self.spellings[0].arguments[self.parameter])
 
 
 def _clamp(low: float | None, high: float | None) -> tuple[Spelling, ...]:
-    """Spell a clamp, which passes the gradient at its bounds, where relu and relu6 do not."""
+    """Return the spellings of a clamp. It passes the gradient at its bounds; relu and relu6 do not."""
     bounds = {"min": None, "max": None}
     return tuple(Spelling(name, None, bounds, {"min": low, "max": high}, False) for name in ("clamp", "clip"))
 
@@ -133,7 +133,7 @@ ACTIVATIONS: dict[str, Activation] = {
         (Spelling("mish", nn.Mish),),
     ),
     "hardsigmoid": Activation(
-        # torch's own derivative multiplies by 1/6 in float32, for float64 too.
+        # torch's own derivative multiplies by a float32 1/6, even for float64.
         lambda z, _: F.relu6(z + 3.0) / 6.0,
         lambda dy, t, _: torch.where((t > -3.0) & (t < 3.0), dy / 6.0, 0.0),
         (Spelling("hardsigmoid", nn.Hardsigmoid),),
@@ -153,7 +153,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda z, alpha: _in_blocks(lambda z: F.elu(z, alpha), z),
         lambda dy, t, alpha: _in_blocks(lambda dy, z: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, z), dy, t),
         (
-            # The operator of an exported program has two scales more than the function.
+            # The operator in an exported program has two more scales than the function.
             Spelling(
                 "elu", nn.ELU, {"alpha": 1.0, "scale": 1.0, "input_scale": 1.0}, {"scale": 1.0, "input_scale": 1.0}
             ),
@@ -178,12 +178,12 @@ for _row in _ROWS:
 
 
 def known_from_output(activation: str, parameter: float) -> bool:
-    """Return whether the derivative can be had from y, so that a residual need not be kept for backward."""
+    """Return whether the derivative can be computed from y, so that backward does not need the residual."""
     return ACTIVATIONS[activation].from_output and (activation != "leaky_relu" or parameter > 0.0)
 
 
 def parameter_of(activation: str, **parameters: float) -> float:
-    """Return the one of the parameters that the activation takes, and 0 where it takes none."""
+    """Return the value of the activation's parameter, or 0 if it has none."""
     name = ACTIVATIONS[activation].parameter
     return 0.0 if name is None else parameters[name]
 
@@ -197,7 +197,7 @@ def called_activation(
         target: A function, the name of a method, or an aten operator.
         args: The positional arguments after the input.
         kwargs: The named arguments.
-        gradients: Whether the derivative must be the same at kinks too.
+        gradients: Whether the derivative must be the same at kinks, too.
     """
     if isinstance(target, torch._ops.OpOverload):
         name = target._opname if target.namespace == "aten" else ""

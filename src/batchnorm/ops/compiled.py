@@ -1,7 +1,7 @@
-"""The compiled operators' loading, and the implementation that each device uses.
+"""Load the compiled operators, and report the implementation that each device uses.
 
-No call falls back silently: where the compiled operators are missing, `backends()` says why, and where they exist but
-do not load, one warning says why.
+No call falls back silently. If the compiled operators are missing, `backends()` gives the reason. If they exist but do
+not load, a warning gives the reason once.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class _Compiled:
         except (OSError, AttributeError, RuntimeError) as error:
             self.reason = f"the compiled operators did not load: {error}"
             warnings.warn(
-                f"batchnorm computes in plain torch operations, slower: {self.reason}. Reinstall batchnorm beside "
-                f"torch {torch.__version__}, or set {CAPABILITY}=eager to accept it.",
+                f"batchnorm uses plain torch operations, which are slower: {self.reason}. Reinstall batchnorm for "
+                f"torch {torch.__version__}, or set {CAPABILITY}=eager to silence this warning.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -64,7 +64,7 @@ _compiled.load(Path(__file__).parents[1])
 
 
 def cpu_capabilities() -> tuple[str, ...]:
-    """Return the instruction sets of build and processor, best first; none without the compiled operators."""
+    """Return the instruction sets that build and processor have, best first; empty without compiled operators."""
     return tuple(_compiled.text("batchnorm_cpu_capabilities").split()) if _compiled.library else ()
 
 
@@ -74,13 +74,13 @@ def cpu_capability() -> str:
 
 
 def set_cpu_capability(name: str) -> None:
-    """Use another instruction set from now on; `BATCHNORM_CPU_CAPABILITY` sets it from the start.
+    """Use another instruction set from now on; `BATCHNORM_CPU_CAPABILITY` sets the one used at load.
 
     Args:
         name: One of `cpu_capabilities()`.
 
     Raises:
-        ValueError: this build or this processor lacks it.
+        ValueError: this build or this processor does not have it.
     """
     if not _compiled.library or not _compiled.library.batchnorm_set_cpu_capability(name.encode()):
         available = ", ".join(cpu_capabilities()) or f"none, {_compiled.reason}"
@@ -88,7 +88,7 @@ def set_cpu_capability(name: str) -> None:
 
 
 class Backends(dict[str, str]):
-    """The implementation that each type of device uses, and `hints` for more speed; prints as a table."""
+    """The implementation that each type of device uses, with `hints` for more speed; prints as a table."""
 
     def __init__(self, backends: dict[str, str], hints: tuple[str, ...]) -> None:
         super().__init__(backends)
@@ -101,7 +101,7 @@ class Backends(dict[str, str]):
 
 
 def backends() -> Backends:
-    """Return the implementation of batch normalization on each type of device, and why it is not a faster one.
+    """Return the implementation for each type of device, and the reason if a faster one cannot be used.
 
     Examples:
         >>> sorted(backends())
@@ -119,7 +119,7 @@ _ALLOCATOR_HINT = (
 
 
 def _maps_large_tensors_afresh() -> bool:
-    """Whether this is glibc's allocator with its default settings; others keep large blocks."""
+    """Return whether malloc is glibc's with its default settings; other allocators keep large blocks."""
     return (
         sys.platform == "linux"
         and "MALLOC_MMAP_THRESHOLD_" not in os.environ

@@ -1,7 +1,7 @@
 """Derivatives of the operators: `autograd.Function`s for eager mode, and the same registered for compilation.
 
-Forward keeps x and vectors for backward, and where there is a residual at most one more tensor: y or the residual,
-whichever f′(z) depends on. The second derivative differentiates the plain torch operations of `eager`.
+Forward keeps x and vectors for backward. With a residual, it also keeps y or the residual, depending on which of them
+determines f′(z). The second derivative differentiates the plain torch operations of `eager`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _normalize = torch.ops.batchnorm.normalize.default
 _normalize_backward = torch.ops.batchnorm.normalize_backward.default
 _backward_reduce = torch.ops.batchnorm.backward_reduce.default
 
-# `named(Kept, tensors)` makes a NamedTuple in half the time of `Kept(*tensors)`: a tiny layer's training step, of some
-# 50 µs, takes 1 µs less.
+# `named(Kept, tensors)` creates a NamedTuple in half the time of `Kept(*tensors)`. This saves 1 µs in a tiny layer's
+# training step of about 50 µs.
 named = tuple.__new__
 
-# Inside a Function the operators' own registered derivative is not needed, and costs time.
+# Inside a Function, the operators' registered derivatives are not needed and would cost time.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-# dx, dγ, dβ and dr of one call, None where not needed.
+# dx, dγ, dβ and dr of one call; None if not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -42,7 +42,7 @@ def keep(
     attributes: Attributes,
     *others: Tensor | None,
 ) -> None:
-    """Save for backward a `Kept`, with at most one of residual and y, whichever f′(z) depends on, and `others`."""
+    """Save a `Kept` and `others` for backward; of residual and y, keep only the one that determines f′(z), if any."""
     if residual is None or attributes.activation == "none":
         ctx.save_for_backward(x, None, None, *vectors, *others)
     elif known_from_output(attributes.activation, attributes.negative_slope):
@@ -54,7 +54,7 @@ def keep(
 
 
 def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """Return a per-row sum as the gradient of a parameter of `[C]` or `[K, C]`, in its dtype."""
+    """Convert a per-row sum to the gradient of a `[C]` or `[K, C]` parameter, in its dtype."""
     if parameter is None:
         return None
     if gradient.dim() > parameter.dim():
@@ -72,7 +72,7 @@ def needed_gradients(
     sum_dz: Tensor,
     dz: Tensor | None,
 ) -> Gradients:
-    """Return those of dx, dγ, dβ and dr that are needed; dz is dy where there is no activation."""
+    """Return the needed ones of dx, dγ, dβ and dr; without an activation, dz is dy."""
     needs_x, needs_weight, needs_bias, needs_residual = needs
     return (
         dx if needs_x else None,
@@ -90,20 +90,20 @@ def differentiable_gradients(
     statistics: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     index: Tensor | None = None,
 ) -> Gradients:
-    """Return the gradients as functions of dy and of the kept tensors, to be differentiated again.
+    """Return the gradients as differentiable functions of dy and of the kept tensors.
 
-    `statistics` computes mean, mean_low and var from x; without it they are constants.
+    `statistics` computes mean, mean_low and var from x. Without it, they are constants.
     """
     eps, activation, negative_slope = attributes
-    # Views, so that the first derivative stops here even where two arguments are one tensor.
+    # Views, so that the first derivative stops here even if two arguments are the same tensor.
     x, weight, bias = (None if t is None else t.view_as(t) for t in (kept.x, kept.weight, kept.bias))
     assert x is not None
     mean, mean_low, var = kept.vectors[:3] if statistics is None else statistics(x)
     z = eager.preactivation(x, Vectors(mean, mean_low, var, weight, bias), None, index, eps)
     upstream = dy.to(z.dtype)
-    if kept.y is not None:  # f′ is constant between its kinks: y's own derivative adds nothing
+    if kept.y is not None:  # f′ is constant between its kinks, so y's derivative adds nothing
         dz = ACTIVATIONS[activation].backward(upstream, kept.y.detach().to(z.dtype), negative_slope)
-    else:  # torch's formulas of f′ have no derivative of their own; its f has
+    else:  # torch can differentiate f twice, but not its formulas of f′
         t = z if kept.residual is None else z + kept.residual.to(z.dtype)
         (dz,) = torch.autograd.grad(ACTIVATIONS[activation].forward(t, negative_slope), t, upstream, create_graph=True)
     wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need and t is not None]
@@ -145,7 +145,7 @@ def _registered_backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -
 class TrainFunction(torch.autograd.Function):
     """y of `train_forward` under autograd; mean, mean_low and var are appended to the list `statistics`.
 
-    They are not results, so that autograd tracks a single one: that is the larger part of a small layer's time.
+    They are not results, because tracking more than one result would take most of a small layer's time.
     """
 
     @staticmethod
@@ -185,7 +185,7 @@ class TrainFunction(torch.autograd.Function):
 def _normalize_gradients(
     dy: Tensor, kept: Kept, index: Tensor | None, needs: tuple[bool, ...], attributes: Attributes
 ) -> tuple[Gradients, Tensor, Tensor]:
-    """Return dx, dγ, dβ, dr; and the sums Σ dz·x̂ and Σ dz."""
+    """Return dx, dγ, dβ and dr, and the sums Σ dz·x̂ and Σ dz."""
     need_dz = needs[3] and attributes.activation != "none"
     rows = next((t.shape[0] for t in (kept.mean, kept.weight, kept.bias) if t is not None and t.dim() == 2), 1)
     dx = dz = None
@@ -220,7 +220,7 @@ def _registered_backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor 
 
 
 class NormalizeFunction(torch.autograd.Function):
-    """y of `normalize` under autograd, its statistics held constant."""
+    """y of `normalize` under autograd, with constant statistics."""
 
     @staticmethod
     def forward(

@@ -1,10 +1,10 @@
 """The operators in plain torch operations: for every device and layout, without a compiler.
 
-Other derivatives (`torch.func`, forward mode, second derivatives) differentiate these functions, so all are
-differentiable in their tensor arguments. Equations are named as in the mathematics page.
+`torch.func`, forward mode and second derivatives differentiate these functions, so all functions are differentiable in
+their tensor arguments. Docstrings cite sections of the mathematics page.
 
-Statistics of half and float32 x are float32, of float64 x float64. The mean is a pair, `mean + mean_low`: `mean` is
-rounded to x's dtype so that `x - mean` is exact near it, and `mean_low` is the rounding error.
+Statistics are float64 for float64 x, and float32 otherwise. The mean is a pair, `mean + mean_low`: `mean` is rounded to
+x's dtype, so that `x - mean` is exact near it, and `mean_low` is the rounding error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of arithmetic on [C] vectors: float64 where the device has it."""
+    """Return the dtype for arithmetic on [C] vectors: float64 if the device supports it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -46,14 +46,14 @@ def _sum(t: Tensor, index: Tensor | None, groups: int) -> Tensor:
     per_sample = sum_positions(t)
     if index is None:
         return sum_pairwise(per_sample, 0)
-    wide = per_sample.to(wide_dtype(t))  # index_add has no blocks: its error would grow with N
+    wide = per_sample.to(wide_dtype(t))  # index_add sums one by one, so its error would grow with N
     return wide.new_zeros(groups, t.shape[1]).index_add(0, index, wide).to(per_sample.dtype)
 
 
 def _first_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int) -> Tensor:
-    """Return one counted value per channel and group, from which deviations are measured.
+    """Return one counted value per channel and group, as the origin of deviations.
 
-    A constant channel then deviates by exactly zero, and normalizes to exactly β.
+    A constant channel then deviates by exactly zero, and its output is exactly β.
     """
     n = x.shape[0]
     if index is None and weights is None:
@@ -86,7 +86,7 @@ def count_values(x: Tensor, index: Tensor | None, weights: Tensor | None, groups
 
 
 def positive(count: Tensor) -> Tensor:
-    """Return a divisor: the count, or 1 where nothing was counted."""
+    """Return the count as a divisor: 1 where it is 0."""
     return torch.where(count > 0, count, 1.0)
 
 
@@ -97,7 +97,7 @@ def _deviations(
     dtype = statistics_dtype(x)
     values = x.to(dtype)
     w = None if weights is None else _spread_weights(weights, x)
-    if w is not None:  # a value that does not count may be NaN
+    if w is not None:  # values with weight 0 may be NaN
         values = torch.where(w != 0, values, 0.0)
 
     def total(t: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return count, mean (as a pair) and sum of squared deviations. Section "Merging moments".
 
-    The derivative runs through mean_low alone; mean is a constant.
+    mean is a constant for differentiation; the derivative of the mean is that of mean_low.
     """
     count = count_values(x, index, weights, groups)
     if x.numel() == 0:
@@ -130,7 +130,7 @@ def moments(
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean (as a pair) and biased variance of the whole batch, each `[C]`; zeros for an empty one."""
+    """Return mean (as a pair) and biased variance of the whole batch, each `[C]`; zeros for an empty batch."""
     if x.numel() == 0:
         mean, mean_low, var = (x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) for _ in range(3))
         return mean, mean_low, var
@@ -173,7 +173,7 @@ def _invstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
 
 
 def _scale(x: Tensor, var: Tensor, weight: Tensor | None, eps: float, index: Tensor | None) -> Tensor:
-    """Return γ·invstd, shaped to broadcast against x; rounded once."""
+    """Return γ·invstd, rounded once, in a shape that broadcasts against x."""
     scale = _spread(_invstd(x, var, eps), x, index)
     if weight is not None:
         scale = scale * _spread(weight, x, index)
@@ -190,7 +190,7 @@ def normalize(
 
 
 def preactivation(x: Tensor, vectors: Vectors, residual: Tensor | None, index: Tensor | None, eps: float) -> Tensor:
-    """Return z, the activation's argument. Backward recomputes it by this same function, so that both see one kink."""
+    """Return z, the activation's argument. Backward calls the same function, so that both get the same bits."""
     mean, mean_low, var, weight, bias = vectors
     z = _deviation(x, mean, mean_low, index) * _scale(x, var, weight, eps, index)
     if bias is not None:
@@ -202,13 +202,13 @@ def preactivation(x: Tensor, vectors: Vectors, residual: Tensor | None, index: T
 def train_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, attributes: Attributes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalize by the batch's own statistics: y, mean, mean_low, biased var. Section "Forward"."""
+    """Return y, normalized by the batch's statistics, and mean, mean_low and biased var. Section "Forward"."""
     statistics = batch_statistics(x)
     return normalize(x, *statistics, weight, bias, residual, None, *attributes), *statistics
 
 
 def _dz(dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) -> Tensor:
-    """Return `dy·f'(z)`: from y where it was kept, else from z, recomputed."""
+    """Return `dy·f'(z)`, from y if it was kept, else from a recomputed z."""
     dtype = statistics_dtype(kept.x)
     eps, activation, negative_slope = attributes
     if activation == "none":
@@ -220,7 +220,7 @@ def _dz(dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) ->
 def _returned_dz(dz: Tensor, dy: Tensor, x: Tensor, need_dz: bool) -> Tensor:
     if not need_dz:
         return x.new_empty(0)
-    return dz.clone() if dz is dy else dz.to(x.dtype)  # an operator's result is never its argument
+    return dz.clone() if dz is dy else dz.to(x.dtype)  # an operator must not return its argument
 
 
 def _sums(dz: Tensor, kept: Kept, index: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def _dx(
     weights: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Return dx from dz and the means of dx̂ and dx̂·x̂, or with the statistics held."""
+    """Return dx from dz and the means of dx̂ and dx̂·x̂; without means, the statistics are constants."""
     x, (mean, mean_low, var, weight, _) = kept.x, kept.vectors
     dx = dz * _scale(x, var, weight, eps, index)
     if means is not None:
@@ -257,7 +257,7 @@ def _dx(
 def backward_reduce(
     dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes
 ) -> tuple[Tensor, Tensor]:
-    """Return `Σ dz` and `Σ dz·x̂` per channel (and group): dβ and dγ of those rows. Section "Backward"."""
+    """Return `Σ dz` and `Σ dz·x̂` per channel (and group), which are dβ and dγ. Section "Backward"."""
     return _sums(_dz(dy, kept, index, attributes), kept, index, groups, attributes.eps)
 
 
@@ -272,7 +272,7 @@ def backward_apply(
     attributes: Attributes,
     need_dz: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `dx = invstd·(γ·dz - w·(mean_dxhat + x̂·mean_dxhat_xhat))`, and dz if asked for. Section "Backward"."""
+    """Return `dx = invstd·(γ·dz - w·(mean_dxhat + x̂·mean_dxhat_xhat))`, and dz if `need_dz`. Section "Backward"."""
     dz = _dz(dy, kept, index, attributes)
     means = None if mean_dxhat is None or mean_dxhat_xhat is None else (mean_dxhat, mean_dxhat_xhat)
     return _dx(dz, kept, means, index, weights, attributes.eps), _returned_dz(dz, dy, kept.x, need_dz)
@@ -282,7 +282,7 @@ def backward_apply(
 def train_backward(
     dy: Tensor, kept: Kept, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `train_forward`: dx, dγ, dβ, and dz (which is dr) if asked for. Section "Backward"."""
+    """Return the gradients of `train_forward`: dx, dγ, dβ, and dz (which is dr) if `need_dz`. Section "Backward"."""
     dz = _dz(dy, kept, None, attributes)
     dbias, dweight = _sums(dz, kept, None, 1, attributes.eps)
     m = max(values_per_channel(kept.x), 1)
@@ -295,7 +295,7 @@ def train_backward(
 def normalize_backward(
     dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `normalize` with its statistics held: dx, `Σ dz·x̂`, `Σ dz`, and dz if asked for."""
+    """Return the gradients of `normalize` with constant statistics: dx, `Σ dz·x̂`, `Σ dz`, and dz if `need_dz`."""
     dz = _dz(dy, kept, index, attributes)
     sum_dz, sum_dz_xhat = _sums(dz, kept, index, groups, attributes.eps)
     dx = _dx(dz, kept, None, index, None, attributes.eps)
@@ -314,12 +314,12 @@ def update_running_(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
-    """Move the running statistics toward one batch's. Section "Running statistics".
+    """Update the running statistics by one batch's. Section "Running statistics".
 
-    `m` is the number of values per channel; `count` replaces it where it is known as a tensor alone (masks, other
-    processes), and may be fractional. Nothing moves inside a backward pass (activation checkpointing runs forward again
-    there), nor for a batch without values, nor, with `skip_nonfinite`, for one whose statistics are not finite. A
-    single value moves only the mean: its unbiased variance is undefined.
+    `m` is the number of values per channel. `count` replaces it if the number is a tensor (with masks or other
+    processes); it may be fractional. There is no update in a backward pass (where activation checkpointing repeats
+    forward), for a batch without values, or, with `skip_nonfinite`, for a batch whose statistics are not finite. A
+    single value updates the mean only, because its unbiased variance is undefined.
     """
     if torch._C._current_graph_task_id() != -1:
         return
@@ -327,10 +327,10 @@ def update_running_(
     n = mean.new_full((), m, dtype=wide) if count is None else count.to(wide)
     batch = (mean.to(wide) + mean_low.to(wide), var.to(wide) * (n / positive(n - 1.0)))
     checked = (mean, mean_low, var) if skip_nonfinite else ()
-    move_toward_(batch, (running_mean, running_var), num_batches_tracked, n, checked, momentum)
+    update_toward_(batch, (running_mean, running_var), num_batches_tracked, n, checked, momentum)
 
 
-def move_toward_(
+def update_toward_(
     batch: tuple[Tensor, Tensor],
     running: tuple[Tensor, Tensor],
     num_batches_tracked: Tensor | None,
@@ -338,15 +338,15 @@ def move_toward_(
     checked: tuple[Tensor, ...],
     momentum: float | None,
 ) -> None:
-    """Move running statistics: the first where n > 0 values were counted, the second where n > 1.
+    """Average the batch's statistics into the running ones: the first if n > 0, the second if n > 1.
 
-    Nothing moves where one of the `checked` is not finite.
+    There is no update if one of the `checked` tensors is not finite.
     """
-    moves = n > 0
+    updates = n > 0
     for statistic in checked:
-        moves = moves & statistic.isfinite().all()
+        updates = updates & statistic.isfinite().all()
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(moves)
+        num_batches_tracked.add_(updates)
     wide = wide_dtype(n)
     rate: Tensor | float
     if momentum is not None:
@@ -355,12 +355,12 @@ def move_toward_(
         rate = 1.0 / num_batches_tracked.clamp_min(1).to(wide)
     else:
         raise RuntimeError("update_running_ expects num_batches_tracked where momentum is None, got None for both.")
-    for moved, new, moving in zip(running, batch, (moves, moves & (n > 1)), strict=True):
-        old = moved.to(wide)
-        moved.copy_(torch.where(moving, old * (1.0 - rate) + new.to(wide) * rate, old))
+    for average, new, condition in zip(running, batch, (updates, updates & (n > 1)), strict=True):
+        old = average.to(wide)
+        average.copy_(torch.where(condition, old * (1.0 - rate) + new.to(wide) * rate, old))
 
 
 def copy_running(running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """Return copies, in the statistics' dtype, of running statistics that may be written to before backward."""
+    """Return copies of running statistics, which may change before backward, in the statistics' dtype."""
     mean, var = (t.to(statistics_dtype(t), copy=True) for t in (running_mean, running_var))
     return mean, var

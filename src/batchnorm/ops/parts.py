@@ -1,7 +1,7 @@
 """Normalization by the batch's statistics in two halves: moments, then normalize.
 
-Algorithms that the fused operator does not cover act between the halves: they merge other processes' moments, form
-groups of samples, weight values, or correct γ and β.
+Some algorithms act between the halves, and cannot use the fused operator. They merge the moments of other processes,
+form groups of samples, weight values, or correct γ and β.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _backward_apply = torch.ops.batchnorm.backward_apply.default
 
 
 class BatchStatistics(NamedTuple):
-    """A batch's statistics, over all processes where there are several.
+    """A batch's statistics, over all processes if there are several.
 
     count and effective_count are scalars (or `[K]`); mean, mean_low and the biased var are `[C]` (or `[K, C]`). Without
-    weights both counts are m. With weights count is their sum V₁, and effective_count n is V₁²/V₂: var·n/(n - 1) is
-    unbiased.
+    weights, both counts are m. With weights, count is their sum V₁, and effective_count is n = V₁²/V₂, for which
+    var·n/(n - 1) is unbiased.
     """
 
     count: Tensor  # type: ignore[assignment]  # a tuple's method of this name is not needed
@@ -52,11 +52,11 @@ def statistics_by_parts(
     peers: distributed.Peers | None,
     moments: Callable[..., Any],
 ) -> BatchStatistics:
-    """Return the statistics of x from an implementation of `moments`, merged over processes where there are several."""
+    """Return the statistics of x from an implementation of `moments`, merged over all processes."""
     count, mean, mean_low, m2 = moments(x, index, weights, groups)
     squares = count if weights is None else eager.count_values(x, index, weights.to(count.dtype).square(), groups)
     if peers is not None:
-        if x.numel() == 0:  # so that a process without values takes part in backward too
+        if x.numel() == 0:  # so that a process without values takes part in backward, too
             mean_low = mean_low + x.sum().to(mean_low.dtype)
         own = distributed.PairMoments(count, mean, mean_low, m2, squares)
         count, mean, mean_low, m2, squares = distributed.merge_moments(own, peers)
@@ -66,7 +66,7 @@ def statistics_by_parts(
 
 
 class FiniteFunction(torch.autograd.Function):
-    """x with zeros for NaN and infinity; its gradient passes unchanged, and nothing is kept."""
+    """`finite` under autograd: the gradient passes unchanged, and nothing is kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -80,19 +80,19 @@ class FiniteFunction(torch.autograd.Function):
 
 
 def finite(x: Tensor) -> Tensor:
-    """Return x with zeros for NaN and infinity, which positions that do not count may hold.
+    """Return x with zeros instead of NaN and infinity, which may be at positions that do not count.
 
-    Sums in backward run over every position, and 0·NaN is NaN. A non-finite value at a position that counts has already
-    made the statistics NaN, and with them y.
+    Sums in backward include every position, and 0·NaN is NaN. A non-finite value at a position that counts has already
+    made the statistics and y NaN.
     """
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 class PartsFunction(torch.autograd.Function):
-    """y of `normalize` under autograd, where the statistics depend on x.
+    """y of `normalize` under autograd, with statistics that depend on x.
 
-    Backward is the two halves, with one collective between them where there are several processes. It computes the
-    gradient of the sum of all processes' losses for x; the gradients of weight and bias stay local.
+    Backward has two halves, with one collective between them if there are several processes. The gradient of x is that
+    of the sum of all processes' losses. The gradients of weight and bias are local.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class PartsFunction(torch.autograd.Function):
                 return (None,) * 10
             dy = torch.zeros_like(kept.x)  # the others wait for this process's sums
         if torch.is_grad_enabled():
-            by_row = kept.mean.dim() == 2  # else index picks rows of weight and bias alone
+            by_row = kept.mean.dim() == 2  # else index selects rows of weight and bias only
 
             def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 rows, number = (index, groups) if by_row else (None, 1)
@@ -152,7 +152,7 @@ def _gradients_by_parts(
     sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, ctx.groups, *attributes)
     dx = dz = None
     if needs[0] or need_dz:
-        # Σ dx̂ and Σ dx̂·x̂, over all rows that share a statistic
+        # Σ dx̂ and Σ dx̂·x̂, over all rows that share statistics
         sums = torch.stack([sum_dz, sum_dz_xhat]).to(count.dtype)
         if kept.weight is not None:
             sums = sums * kept.weight

@@ -1,8 +1,8 @@
 """Sums whose bits do not depend on the number of threads.
 
-`torch.sum` splits the values of a single output among threads, and otherwise its order of summation depends on where
-an output falls in a thread's share. These functions avoid both: they give it only rows that one thread sums in one
-order, or so few values that it uses one thread, and first halve larger tensors by elementwise additions.
+`torch.sum` splits the values of a single output among threads. For several outputs, its order of summation depends on
+the position of an output in a thread's share. These functions avoid both problems. They halve large tensors by
+elementwise additions, and call `torch.sum` only for few values, or for rows that one thread sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# torch uses several threads from 32,768 elements on; below, one thread sums in a fixed order.
+# torch uses several threads for 32,768 or more elements. For fewer, one thread sums in a fixed order.
 _SERIAL = 16_384
 
 
@@ -34,7 +34,7 @@ def sum_positions(t: Tensor) -> Tensor:
     if t.dim() == 2:
         return t
     t = t.flatten(2)
-    if t.stride(2) != 1:  # channels innermost: a sum of rows, not within rows
+    if t.stride(2) != 1:  # channels are innermost, so this adds rows to one another
         return sum_pairwise(t, 2)
     while t.shape[2] > _SERIAL:
         blocks = t.shape[2] // _SERIAL

@@ -1,4 +1,4 @@
-"""The operators' registration with torch: schemas, eager and Triton implementations, and shapes for compilation."""
+"""Register the operators with torch: schemas, eager and Triton implementations, and shapes for compilation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from batchnorm.ops.schemas import SCHEMAS, SIGNATURES
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")
 
-# The results that have x's shape and strides; the others are vectors, and count.
+# The results with x's shape and strides. The others are vectors and counts.
 _LIKE_X = ("y", "dx", "dz")
 
 
 def _with_strides_of(x: Tensor, value: Tensor) -> Tensor:
-    """Return `value` laid out in memory as `torch.empty_like(x)`; it is never one of the operator's arguments."""
-    if value.shape != x.shape:  # a dz that was not asked for
+    """Return `value`, or a copy, with the strides of `torch.empty_like(x)`."""
+    if value.shape != x.shape:  # an empty dz without `need_dz`
         return value
     out = torch.empty_like(x)
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
 def eager_implementation(name: str) -> Callable[..., Any]:
-    """Return the eager operator, with its results laid out as the contract demands."""
+    """Return the eager operator, with the strides of results that the contract requires."""
     function = getattr(eager, name)
     arguments, results = SIGNATURES[name]
     if not set(results) & set(_LIKE_X):
@@ -44,7 +44,7 @@ def eager_implementation(name: str) -> Callable[..., Any]:
 
 
 def _fake(name: str) -> Callable[..., Any]:
-    """Return the function that gives the operator's results without values."""
+    """Return a function that creates the operator's results without computing values."""
     arguments, results = SIGNATURES[name]
 
     def empty(result: str, given: dict[str, Any]) -> Tensor:

@@ -1,9 +1,9 @@
-"""The correction of batch renormalization, r and d, which a recomputation takes over from the first pass.
+"""The correction of batch renormalization, r and d. A recomputation uses the r and d of the first pass.
 
-Activation checkpointing runs forward again inside backward, when the running statistics have already moved. So each
-call remembers its r and d with the batch's statistics, and a call inside backward looks up the one with the same
-statistics: the operators reproduce them bit for bit. Only references to small vectors are kept, and nothing waits for
-a device except the comparison inside backward.
+Activation checkpointing repeats forward inside backward, when the running statistics have already been updated. Each
+call therefore remembers its r and d with the batch's statistics. A call inside backward looks up the call with the same
+statistics, which the operators reproduce bit for bit. Only references to small vectors are kept, and only the
+comparison inside backward waits for a device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.ops import eager
 
-# The number of a layer's calls that are remembered for their recomputation.
+# The number of calls that each layer remembers for recomputation.
 REMEMBERED = 64
 
 
@@ -39,7 +39,7 @@ class Renormalization(NamedTuple):
 
         Section "Renormalization".
         """
-        rmax: Any = self.rmax  # torch.clamp is typed for two numbers or two tensors, not for either
+        rmax: Any = self.rmax  # the types of torch.clamp do not allow one number and one tensor
         dmax: Any = self.dmax
         wide = eager.wide_dtype(self.mean)
         invstd = (self.running_var.to(wide) + self.eps).rsqrt()
@@ -56,12 +56,12 @@ class _RememberedCall:
     used: bool = False
 
     def has_statistics(self, mean: Tensor, var: Tensor) -> bool:
-        """Return whether this call's batch had these statistics; NaN equals NaN, as after an overflow."""
+        """Return whether this call's batch had these statistics; NaN, as after an overflow, equals NaN."""
         here, there = torch.stack([self.mean, self.var]), torch.stack([mean, var])
         return bool(((here == there) | (here.isnan() & there.isnan())).all())
 
 
-# By the layer's running mean: the compiled operator sees tensors, and no layer.
+# The key is the layer's running mean, because the compiled operator sees only tensors, not the layer.
 _calls: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -71,16 +71,16 @@ def _remembered_correction(given: Renormalization, caller: str) -> tuple[Tensor,
     if torch._C._current_graph_task_id() == -1:
         calls.append(_RememberedCall(given.mean, given.var, given.correction()))
         return calls[-1].correction
-    # Backward goes from the last call to the first: of several calls with the same batch, take the latest that has not
-    # been recomputed yet; where all have (nested checkpoints, a second backward), the latest.
+    # Backward visits the calls in reverse order. Of several calls with the same batch, take the latest that has not
+    # been recomputed yet. If all have been (nested checkpoints, a second backward), take the latest.
     same = [call for call in reversed(calls) if call.has_statistics(given.mean, given.var)]
     if not same:
         raise RuntimeError(
             f"{caller} expects a call inside backward to repeat one of its last {REMEMBERED} calls (activation "
             f"checkpointing), got a batch whose statistics match none of the {len(calls)} remembered calls. The "
-            "running statistics have moved since, so r and d of the first pass cannot be computed again, and others "
-            "would give a wrong gradient. Make the computation before the layer deterministic, recompute sooner, or "
-            "leave the layer out of the checkpointed part."
+            "running statistics have been updated since, so r and d of the first pass cannot be computed again, and "
+            "others would give a wrong gradient. Make the computation before the layer deterministic, recompute "
+            "sooner, or exclude the layer from checkpointing."
         )
     call = next((call for call in same if not call.used), same[0])
     call.used = True
@@ -95,7 +95,7 @@ _LIBRARY.define(
 
 
 def _compiled_correction(mean: Tensor, mean_low: Tensor, var: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Return copies, and remember copies: a compiled graph reuses the memory of its tensors."""
+    """Remember and return copies, because a compiled graph reuses the memory of its tensors."""
     given = Renormalization(mean.clone(), mean_low, var.clone(), *others[:-1])
     r, d = _remembered_correction(given, caller=others[-1])
     return r.clone(), d.clone()
@@ -120,21 +120,21 @@ def renorm_correction(
     eps: float,
     caller: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return r and d, `[C]` and without gradient, from the running statistics before they move.
+    """Return r and d, `[C]` and without gradient, from the running statistics before their update.
 
     Args:
         mean: μ_B `[C]`, rounded.
-        mean_low: The rounding error, `[C]`.
-        var: σ_B² `[C]`, biased.
-        running_mean: `[C]`; also distinguishes one layer from another.
+        mean_low: The rounding error of mean, `[C]`.
+        var: Biased variance of the batch, `[C]`.
+        running_mean: `[C]`; also identifies the layer.
         running_var: `[C]`.
         rmax: >= 1, a number or a scalar tensor.
         dmax: >= 0, a number or a scalar tensor.
         eps: Added to both variances.
-        caller: The layer's name in messages.
+        caller: The layer's name, for error messages.
 
     Raises:
-        RuntimeError: inside a backward, where no call with these statistics is remembered.
+        RuntimeError: inside backward, no call with these statistics is remembered.
     """
     statistics = (mean.detach(), mean_low.detach(), var.detach(), running_mean, running_var)
     given = Renormalization(*statistics, rmax, dmax, eps)

@@ -1,9 +1,9 @@
-"""The one place that chooses the route to a derivative.
+"""Choose how the derivative of a call is computed. This is the only place that does.
 
-No single registration covers every case: with a registered formula `torch.func.grad` raises and forward-mode tangents
-are dropped silently, and a Function with a forward-mode rule does not compile. So compiled code uses the registered
-operator, `torch.func` and forward mode use plain torch operations, and everything else uses an `autograd.Function`
-over the operators.
+No single registration covers every case. With a registered formula, `torch.func.grad` raises an error and forward-mode
+tangents are dropped silently. A Function with a forward-mode rule does not compile. Therefore, compiled code uses the
+registered operator, `torch.func` and forward mode use plain torch operations, and everything else uses an
+`autograd.Function` that calls the operators.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from batchnorm.ops.schemas import Attributes
 
 _ops = torch.ops.batchnorm
 
-# These skip the handling of functorch in Function.apply, a tenth of a tiny layer's time; it is not active here.
+# These skip the functorch handling in Function.apply, which takes a tenth of a tiny layer's time and is unused here.
 _apply_train = super(torch.autograd.Function, TrainFunction).apply
 _apply_normalize = super(torch.autograd.Function, NormalizeFunction).apply
 _apply_parts = super(torch.autograd.Function, PartsFunction).apply
@@ -79,7 +79,7 @@ def fixed_statistics_norm(
     negative_slope: float,
     index: Tensor | None = None,
 ) -> Tensor:
-    """Return y from running statistics, which receive no gradient and may be written to before backward.
+    """Return y from running statistics, which receive no gradient and may change before backward.
 
     Statistics, weight and bias are `[C]`, or `[K, C]` with `index`.
     """
@@ -87,11 +87,11 @@ def fixed_statistics_norm(
     needs_gradient, compiling = _needs_gradient(x, weight, bias, residual), torch.compiler.is_compiling()
     mean, var = mean.detach(), var.detach()
     if index is not None and (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
-        return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)  # loads without us
+        return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)  # needs only torch
     if not needs_gradient:
         dtype = eager.statistics_dtype(x)
         mean, var = mean.to(dtype), var.to(dtype)
-    elif compiling:  # a plain clone would be recomputed in backward, from buffers written to since
+    elif compiling:  # backward would recompute a plain clone, from changed buffers
         mean, var = _ops.copy_running(mean, var)
     else:
         mean, var = eager.copy_running(mean, var)
@@ -101,7 +101,7 @@ def fixed_statistics_norm(
 
 
 def _normalize(*arguments: Any) -> Tensor:
-    """Return the operator `normalize`'s y where no `autograd.Function` is needed."""
+    """Return y of the operator `normalize` without an `autograd.Function`."""
     if _transforms_active():
         return eager.normalize(*arguments)
     if torch.compiler.is_compiling():
@@ -119,7 +119,7 @@ def batch_moments(
 ) -> BatchStatistics:
     """Return the statistics of x (by index, weighted, over several processes) for `batch_statistics_norm_by_parts`.
 
-    Compute anything else from detached values only: that function alone handles the gradient.
+    Only that function handles their gradient. For any other computation, detach them.
     """
     if _transforms_active():
         return statistics_by_parts(x, index, weights, groups, peers, eager.moments)
@@ -145,8 +145,8 @@ def batch_statistics_norm_by_parts(
 ) -> Tensor:
     """Return y from the statistics that `batch_moments` returned for the same index, weights, groups and peers.
 
-    weight and bias are `[C]`, or `[groups, C]` with `index`. Statistics computed without an index may be used with one,
-    which then selects only the rows of weight and bias. The derivative runs through x's statistics too.
+    weight and bias are `[C]`, or `[groups, C]` with `index`. If the statistics were computed without an index, an index
+    here selects only rows of weight and bias. The gradient of x includes the path through its statistics.
     """
     attributes = named(Attributes, (eps, activation, negative_slope))
     _, mean, mean_low, var, _ = statistics
@@ -170,13 +170,13 @@ def update_running_(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
-    """Move the running statistics once."""
+    """Update the running statistics once; `ops.eager.update_running_` documents the arguments."""
     statistics = (running_mean, running_var, num_batches_tracked, mean, mean_low, var)
-    move_once(_ops.update_running_, eager.update_running_, (*statistics, m, count, momentum, skip_nonfinite))
+    update_once(_ops.update_running_, eager.update_running_, (*statistics, m, count, momentum, skip_nonfinite))
 
 
-def move_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Move running statistics by the operator, or under `torch.func` by plain torch operations where that can be."""
+def update_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Update running statistics by the operator, or under `torch.func` by plain torch operations, if possible."""
     if not torch._C._are_functorch_transforms_active():
         operator(*arguments)
         return

@@ -6,16 +6,16 @@
 | `train_backward`    | dx, dγ, dβ, and dz where a residual needs it                                          |
 | `moments`           | count, mean (as a pair), sum of squared deviations                                    |
 | `normalize`         | y from given statistics                                                               |
-| `normalize_backward`| dx, Σ dz·x̂, Σ dz with the statistics held, and dz                                     |
-| `backward_reduce`   | Σ dz, Σ dz·x̂: the half of a backward before a collective                              |
-| `backward_apply`    | dx from the means of dx̂ and dx̂·x̂: the half after it                                   |
-| `update_running_`   | moves the running statistics; the only operator that changes its arguments            |
+| `normalize_backward`| dx, Σ dz·x̂ and Σ dz with constant statistics, and dz                                  |
+| `backward_reduce`   | Σ dz, Σ dz·x̂: the first half of backward, before a collective                         |
+| `backward_apply`    | dx from the means of dx̂ and dx̂·x̂: the second half of backward                         |
+| `update_running_`   | updates the running statistics; the only one of these that changes its arguments      |
 | `copy_running`      | copies of the running statistics that a compiler keeps for backward                   |
 
 Shapes: x, dy, y, residual, dz `[N, C, *S]`; statistics and affine `[C]`, or `[K, C]` with `index [N]` (int64), which
 gives each sample's row; sums `[C]`, or `[groups, C]` with `index`; `weights [N, *S]`. The statistics of half and
-float32 x are float32. y, dx and dz have the strides of `torch.empty_like(x)`; dz is empty unless `need_dz`.
-Backward takes `residual` or `y` or neither, whichever f′(z) depends on; where it takes neither, it recomputes z from x.
+float32 x are float32. y, dx and dz have the strides of `torch.empty_like(x)`; dz is empty unless `need_dz`. Backward
+gets `residual` or `y` if f′(z) depends on it. If it gets neither, it recomputes z from x.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SIGNATURES = {name: Signature(*map(_names, schema.split(" -> "))) for name, sche
 
 
 class Vectors(NamedTuple):
-    """The vectors that normalize, `[C]` or `[K, C]`: `z = ((x - mean) - mean_low)·weight/√(var + eps) + bias`."""
+    """The vectors `[C]` or `[K, C]` in `z = ((x - mean) - mean_low)·weight/√(var + eps) + bias`."""
 
     mean: Tensor
     mean_low: Tensor | None
@@ -93,7 +93,7 @@ class Kept(NamedTuple):
 
 
 class Attributes(NamedTuple):
-    """The arguments that are not tensors; negative_slope is the activation's parameter, which for elu is α."""
+    """The arguments that are not tensors. negative_slope is the activation's parameter: for elu, it is α."""
 
     eps: float
     activation: str

@@ -1,7 +1,7 @@
-"""Whitening by groups of channels (IterNorm), in plain torch operations that can be differentiated to any order.
+"""Whitening of groups of channels (IterNorm), in plain torch operations with derivatives of any order.
 
-Rows are `[C, m]`: every value of each channel. A group is `size` consecutive channels that are whitened together; the
-last group has the remaining ones. Equations are named as in the mathematics page, section "Whitening".
+Rows are `[C, m]`: all values of each channel. A group is `size` consecutive channels that are whitened together. The
+last group may be smaller. The mathematics page states the equations in section "Whitening".
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.ops import eager
-from batchnorm.ops.routes import move_once
+from batchnorm.ops.routes import update_once
 
-# Values that one product sums: matrix products of long rows add them one after the other, which loses accuracy.
+# The number of values that one product sums. Products of longer rows would lose accuracy, because they sum one by one.
 _BLOCK = 4096
 
 
@@ -47,11 +47,11 @@ def unpack_matrices(packed: Tensor, size: int) -> list[Tensor]:
 
 
 def inverse_square_root(covariance: Tensor, iterations: int) -> Tensor:
-    """Return `P_T/√trΣ`, which tends to `Σ^(-1/2)` with the number of iterations T; for `[groups, d, d]`.
+    """Return `P_T/√trΣ` for `[groups, d, d]`; it converges to `Σ^(-1/2)` with the number of iterations T.
 
-    The published iteration, `P ← ½(3P - P³Σ_N)`, amplifies its rounding errors and diverges after some ten steps. This
-    one carries `Y = PΣ_N` along (the coupled Newton-Schulz iteration; Higham 2008, Functions of Matrices, chapter 6).
-    It computes the same P in exact arithmetic with as many products, and stays converged.
+    The published iteration, `P ← ½(3P - P³Σ_N)`, amplifies its rounding errors and diverges after about ten steps. This
+    one also updates `Y = PΣ_N` (the coupled Newton-Schulz iteration; Higham 2008, Functions of Matrices, chapter 6). It
+    computes the same P in exact arithmetic with as many products, and remains stable.
     """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     trace = (covariance * identity).sum((-2, -1), keepdim=True)
@@ -67,7 +67,7 @@ def inverse_square_root(covariance: Tensor, iterations: int) -> Tensor:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Return `left @ rightᵀ` of `[groups, d, m]`, summed in blocks."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return left @ right.mT  # a graph for every size, or for export
+        return left @ right.mT  # a compiled or exported graph must not depend on the size
     blocks = zip(left.split(_BLOCK, dim=-1), right.split(_BLOCK, dim=-1), strict=True)
     first, *others = (a @ b.mT for a, b in blocks)
     return sum(others, start=first)
@@ -76,9 +76,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 class BatchWhitening(NamedTuple):
     """Deviations `[C, m]` from `origin [C, 1]`, their mean `low [C, 1]`, and the groups' whitening `matrices`.
 
-    The mean is `origin + low`: `origin` is a rounded mean, a constant, and `low` the rounding error, which enters
-    only vectors and small matrices. So a large mean costs no accuracy, and there is one tensor of x's size. Derivatives
-    run through `low`. `effective_count`, with weights, is V₁²/V₂: the number of equally weighted values.
+    The mean is `origin + low`. `origin` is a rounded mean and a constant. `low` is the rounding error, and enters only
+    vectors and small matrices. A large mean therefore costs no accuracy, and one tensor of x's size is enough. The
+    derivative of the mean is that of `low`. With weights, `effective_count` is V₁²/V₂.
     """
 
     deviations: Tensor
@@ -89,11 +89,11 @@ class BatchWhitening(NamedTuple):
 
 
 def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> BatchWhitening:
-    """Return the whitening of `rows [C, m]` by their own statistics, with `weights [m]` of the positions."""
+    """Return the whitening of `rows [C, m]` by their own statistics, with `weights [m]` for the positions."""
     count: Tensor | None = None
     divisor: Tensor | int = rows.shape[1]
     if weights is not None:
-        # A position that does not count may hold anything; 0·NaN would be NaN, here and in backward.
+        # A position with weight 0 may have any value, and 0·NaN would be NaN, here and in backward.
         rows = torch.where((weights != 0) | rows.isfinite(), rows, 0.0)
         tiny = torch.finfo(weights.dtype).tiny
         divisor = weights.sum().clamp_min(tiny)
@@ -125,7 +125,7 @@ def apply_whitening(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return `γ·W·(deviations - low) + β`, `[C, m]`, by one product: γ, low and β go into the small matrices."""
+    """Return `γ·W·(deviations - low) + β`, `[C, m]`, by one product, with γ, low and β in the small matrices."""
 
     def columns(vector: Tensor | None) -> Sequence[Tensor | None]:
         if vector is None:
@@ -144,7 +144,7 @@ def apply_whitening(
     return join_groups(results)
 
 
-def _move(
+def _update(
     running_mean: Tensor,
     running_whitening: Tensor,
     num_batches_tracked: Tensor | None,
@@ -156,13 +156,15 @@ def _move(
 ) -> None:
     n = mean.new_full((), 2.0) if count is None else count
     checked = (mean, whitening) if skip_nonfinite else ()
-    eager.move_toward_((mean, whitening), (running_mean, running_whitening), num_batches_tracked, n, checked, momentum)
+    eager.update_toward_(
+        (mean, whitening), (running_mean, running_whitening), num_batches_tracked, n, checked, momentum
+    )
 
 
-def _move_outside_backward(*arguments: Any) -> None:
-    # Checked when the operator runs, not when it is traced: activation checkpointing repeats forward inside backward.
+def _update_outside_backward(*arguments: Any) -> None:
+    # Check when the operator runs, not when it is traced, because activation checkpointing repeats it inside backward.
     if torch._C._current_graph_task_id() == -1:
-        _move(*arguments)
+        _update(*arguments)
 
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
@@ -170,18 +172,19 @@ _LIBRARY.define(
     "update_whitening_(Tensor(a!) running_mean, Tensor(b!) running_whitening, Tensor(c!)? num_batches_tracked, "
     "Tensor mean, Tensor whitening, Tensor? count, float? momentum, bool skip_nonfinite) -> ()"
 )
-_LIBRARY.impl("update_whitening_", _move_outside_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("update_whitening_", _update_outside_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("batchnorm::update_whitening_", lambda *_: None, lib=_LIBRARY)
 
 
 def update_whitening_(*arguments: Any) -> None:
-    """Move the running mean `[C]` and whitening matrices `[C, size]` toward one batch's, once.
+    """Update the running mean `[C]` and whitening matrices `[C, size]` once by those of a batch.
 
-    The arguments are the operator's, without gradient. `running ← (1 - momentum)·running + momentum·batch`. `count` is
-    the number of values per channel where it may be below two, else None: zero moves nothing, one moves the mean alone.
-    Nothing moves inside a backward pass, nor, with `skip_nonfinite`, for a batch whose statistics are not finite.
+    `running ← (1 - momentum)·running + momentum·batch`. The arguments are those of the operator, without gradient.
+    `count` is the number of values per channel if it may be below two, else None. With a count of 0, there is no
+    update; with 1, only the mean is updated. There is no update in a backward pass, or, with `skip_nonfinite`, for a
+    batch whose statistics are not finite.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        _move(*arguments)  # torch's own operations alone: the program loads where this library is not installed
+        _update(*arguments)  # torch's own operations only, so that the program loads without this library
     else:
-        move_once(torch.ops.batchnorm.update_whitening_, _move, arguments)
+        update_once(torch.ops.batchnorm.update_whitening_, _update, arguments)

@@ -1,4 +1,4 @@
-"""The memory that a forward pass keeps."""
+"""Measure the memory that a forward pass holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Alive(TorchDispatchMode):
     """Tracks the tensors that were created while it was active and are still referenced.
 
     Args:
-        existing: Tensors from before; views of them do not count as new.
+        existing: Tensors that existed before; their views do not count.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -35,6 +35,6 @@ class Alive(TorchDispatchMode):
         return result
 
     def update_peak(self) -> None:
-        """Raise `peak` to the number of bytes that are held now, if that is more."""
+        """Update `peak` with the number of bytes that are currently held."""
         self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))

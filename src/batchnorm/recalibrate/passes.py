@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.models.batches import Ambient, Forward, MaskOf, moved, size_of, tensors_in
+from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, moved, size_of, tensors_in
 from batchnorm.models.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar
@@ -21,7 +21,7 @@ from batchnorm.recalibrate.paused import Paused, Stopped
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found
 
-# Each kept pass has a thread, which starts a pool of as many threads as torch computes with.
+# The limit for all threads. Each waiting pass is a thread, which starts its own pool of torch's threads.
 _MOST_THREADS = 1024
 
 StatisticsFor = Callable[[LayerCall, Rows], Statistics]
@@ -29,7 +29,7 @@ StatisticsFor = Callable[[LayerCall, Rows], Statistics]
 
 @dataclass(frozen=True)
 class Measured:
-    """The moments of layer inputs, and the data that they come from: of this process, or of all together."""
+    """The moments of layer inputs, and the amount of data: of this process, or of all processes together."""
 
     calls: dict[LayerCall, Rows]
     batches: int
@@ -37,13 +37,13 @@ class Measured:
     kept: int = 0
 
     def of_layer(self, number: int) -> tuple[Rows, ...]:
-        """Return the moments of the layer's first call, its second, and so on."""
+        """Return the moments of the layer's calls, in order."""
         return tuple(rows for call, rows in sorted(self.calls.items()) if call.layer == number)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model, its data, and how batches are passed to it."""
+    """A model, its data, and the settings for its forward passes."""
 
     model: nn.Module
     observer: Observer
@@ -51,14 +51,14 @@ class Run:
     forward: Forward
     mask_of: MaskOf | None
     device: torch.device | None
-    ambient: Ambient
+    ambient: ThreadSettings
     bar: Bar
 
     def start(self, batch: Any, statistics_for: StatisticsFor) -> tuple[Pass, Callable[[], None]]:
-        """Return the forward pass of a batch, and the function that runs it."""
+        """Return the forward pass of a batch, and a function that runs it."""
         batch = moved(batch, self.device)
         forward_pass = Pass(statistics_for, None if self.mask_of is None else self.mask_of(batch))
-        _, domain = keep_domain()  # the domain of this thread, for the thread that does the work
+        _, domain = keep_domain()  # the domain of this thread, for the thread that runs the pass
 
         def work() -> None:
             with self.ambient.entered(), domain:
@@ -66,7 +66,7 @@ class Run:
 
         return forward_pass, work
 
-    def do(self, batch: Any, statistics_for: StatisticsFor) -> None:
+    def run_pass(self, batch: Any, statistics_for: StatisticsFor) -> None:
         """Run the forward pass of a batch."""
         self.observer.current, work = self.start(batch, statistics_for)
         try:
@@ -80,8 +80,8 @@ def _one_value(moments: Moments) -> bool:
     return bool(moments.count**2 <= squares * (1 + 1e-12))
 
 
-def _of_batch(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
-    """Return the batch's own statistics, by which training would normalize."""
+def _batch_statistics(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
+    """Return the batch's statistics, by which training would normalize."""
     statistics = running_statistics(found.module)
     for row, moments in enumerate(rows):
         if moments.count == 0:
@@ -91,8 +91,8 @@ def _of_batch(found: Found, rows: Rows, *, strict: bool = True) -> Statistics:
                 continue
             raise ValueError(
                 f"recalibrate expects more than one value per channel in every batch, got one at {found.path!r}. "
-                "One value has no variance: use larger batches, drop the last (drop_last=True), or "
-                "passes='sequential', which normalizes by the population and takes any batch."
+                "One value has no variance: use larger batches, drop the last (drop_last=True), or use "
+                "passes='sequential', which normalizes by the population and accepts any batch."
             )
         statistics.mean[row], statistics.var[row] = moments.mean, moments.var
     return statistics
@@ -107,17 +107,17 @@ def single(run: Run, processes: Processes) -> Measured:
 
         def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
             calls[call] = merged(calls[call], rows) if call in calls else rows
-            return _of_batch(layers[call.layer], rows)
+            return _batch_statistics(layers[call.layer], rows)
 
         for batch in run.bar.over(run.batches, "recalibrate", run.batches.length):
-            run.do(batch, statistics_for)
+            run.run_pass(batch, statistics_for)
         return _of_this_process(run, calls)
 
-    return _over_ranks(processes.gather(measure))
+    return _merged_over_ranks(processes.gather(measure))
 
 
 def _of_this_process(run: Run, calls: dict[LayerCall, Rows]) -> Measured:
-    """Return the moments on the CPU, where the other processes can use them, and how much data was read."""
+    """Return the moments on the CPU, where other processes can use them, and the amount of data."""
     on_cpu = {
         call: tuple(Moments.empty(len(moments.mean), device="cpu").merge(moments) for moments in rows)
         for call, rows in calls.items()
@@ -125,14 +125,14 @@ def _of_this_process(run: Run, calls: dict[LayerCall, Rows]) -> Measured:
     return Measured(on_cpu, run.batches.count, run.batches.samples)
 
 
-def _over_ranks(parts: list[Measured]) -> Measured:
+def _merged_over_ranks(parts: list[Measured]) -> Measured:
     order = dict.fromkeys(call for part in parts for call in part.calls)
     calls = {call: merged(*(part.calls[call] for part in parts if call in part.calls)) for call in order}
     return Measured(calls, sum(part.batches for part in parts), sum(part.samples for part in parts))
 
 
 class _WaitingPass:
-    """A forward pass that waits at the first layer whose statistics are not known yet."""
+    """A forward pass that waits at the first layer whose statistics are not yet known."""
 
     def __init__(self, run: Run, batch: Any, statistics: dict[LayerCall, Statistics]) -> None:
         self._observer = run.observer
@@ -150,7 +150,7 @@ class _WaitingPass:
         return self._statistics[call]
 
     def resume(self) -> None:
-        """Run until the next such layer, or the end."""
+        """Run until the next layer with unknown statistics, or until the end."""
         self._observer.current = self._pass
         try:
             self._paused.resume()
@@ -159,7 +159,7 @@ class _WaitingPass:
 
 
 class _Sequence:
-    """The forward passes of one process; some wait between layers, the others start again for every layer."""
+    """The forward passes of one process. Some wait between layers; the others start again for every layer."""
 
     def __init__(self, run: Run, cache_bytes: int) -> None:
         self._run = run
@@ -170,7 +170,7 @@ class _Sequence:
         self.statistics: dict[LayerCall, Statistics] = {}
 
     def first(self) -> Measured:
-        """Read the data, keep as many passes as there is room for, and measure the input of the first layer."""
+        """Read the data, keep as many passes as fit into memory, and measure the input of the first layer."""
         reached: list[tuple[LayerCall, Rows]] = []
         estimate = _MemoryEstimate(self._run)
         for batch in self._run.bar.over(
@@ -182,12 +182,12 @@ class _Sequence:
                 self.kept.append(_WaitingPass(self._run, batch, self.statistics))
                 self.kept[-1].resume()
             else:
-                self._free = -1  # the passes that are kept belong to the first batches
-                reached += self._reach(batch)
+                self._free = -1  # keep no more, because the kept passes must be those of the first batches
+                reached += self._run_to_unknown(batch)
         return self._joined(reached)
 
     def next(self) -> Measured:
-        """Continue to the next layers whose statistics are not known, and measure their inputs."""
+        """Continue to the next layers with unknown statistics, and measure their inputs."""
         reached: list[tuple[LayerCall, Rows]] = []
         known, layers = len({call.layer for call in self.statistics}), len(self._run.observer.layers)
         title = f"layer {min(known + 1, layers)} of {layers}"
@@ -197,15 +197,15 @@ class _Sequence:
                 kept.resume()
         if anew > 0:
             for batch in self._run.bar.over(self._run.batches.again(len(self.kept)), title, anew):
-                reached += self._reach(batch)
+                reached += self._run_to_unknown(batch)
         return self._joined(reached)
 
     def stop(self) -> None:
-        """End the passes that still wait."""
+        """Stop the passes that still wait."""
         for kept in self.kept:
             kept.stop()
 
-    def _reach(self, batch: Any) -> list[tuple[LayerCall, Rows]]:
+    def _run_to_unknown(self, batch: Any) -> list[tuple[LayerCall, Rows]]:
         reached: list[tuple[LayerCall, Rows]] = []
 
         def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
@@ -215,7 +215,7 @@ class _Sequence:
             raise Stopped
 
         with suppress(Stopped):
-            self._run.do(batch, statistics_for)
+            self._run.run_pass(batch, statistics_for)
         return reached
 
     def _joined(self, reached: list[tuple[LayerCall, Rows]]) -> Measured:
@@ -226,14 +226,14 @@ class _Sequence:
 
 
 class _MemoryEstimate:
-    """Estimates the memory of a waiting pass from a measurement of the first one."""
+    """Estimates the memory of a waiting pass from a measurement of the first pass."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._first: tuple[int, int] | None = None
 
     def bytes_for(self, batch: Any) -> int:
-        """Return the bytes of the batch itself, and the most that its pass holds at a layer."""
+        """Return the bytes of the batch plus the most that its pass holds at a layer."""
         if self._first is None:
             self._first = size_of(batch), self._measured_peak(batch)
         size, peak = self._first
@@ -247,37 +247,37 @@ class _MemoryEstimate:
 
         def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
             alive.update_peak()
-            return _of_batch(layers[call.layer], rows, strict=False)
+            return _batch_statistics(layers[call.layer], rows, strict=False)
 
         with alive:
-            self._run.do(batch, statistics_for)
+            self._run.run_pass(batch, statistics_for)
         return alive.peak
 
 
 def sequential(
-    run: Run, processes: Processes, settle: Callable[[int, Rows, int], Statistics], cache_bytes: int
+    run: Run, processes: Processes, new_statistics: Callable[[int, Rows, int], Statistics], cache_bytes: int
 ) -> Measured:
-    """Measure one layer after the other; each gets the output of the recalibrated layers before it.
+    """Measure one layer after another; each gets the output of the recalibrated layers before it.
 
     Args:
         run: The model and its data.
         processes: The processes that recalibrate together.
-        settle: Returns a layer's new statistics, from its number, its moments and the number of samples.
-        cache_bytes: How much memory the waiting passes may take.
+        new_statistics: Returns a layer's new statistics, from its number, its moments and the number of samples.
+        cache_bytes: The limit on the memory of waiting passes.
     """
     here = _Sequence(run, cache_bytes)
     calls: dict[LayerCall, Rows] = {}
     work = here.first
     try:
         while True:
-            reached = _over_ranks(processes.gather(work))
-            # Batches may take different paths through the model, and reach different calls: settle one at a time.
+            reached = _merged_over_ranks(processes.gather(work))
+            # Batches may take different paths through the model and reach different calls, so handle one at a time.
             call = next(iter(reached.calls), None)
             if call is None:
                 return replace(reached, calls=calls, kept=len(here.kept))
             calls[call] = reached.calls[call]
             so_far = [rows for earlier, rows in calls.items() if earlier.layer == call.layer]
-            here.statistics[call] = settle(call.layer, merged(*so_far), reached.samples)
+            here.statistics[call] = new_statistics(call.layer, merged(*so_far), reached.samples)
             work = here.next
     finally:
         here.stop()

@@ -1,4 +1,4 @@
-"""Forward passes that pause in the middle and continue later."""
+"""Functions that pause in the middle and continue later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class Stopped(BaseException):
-    """Ends a forward pass early; no `except Exception` in a model catches it."""
+    """Stops a forward pass early; an `except Exception` in a model does not catch it."""
 
 
 class Paused:
-    """Work in a thread of its own, which runs only while `resume` waits for it: never two at a time.
+    """A function in a separate thread, which runs only while `resume` waits for it, so that they never run in parallel.
 
-    While the work is paused, the thread's stack holds exactly the tensors that the rest of the forward pass needs.
+    While a forward pass is paused, the thread's stack holds exactly the tensors that the rest of the pass needs.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -39,21 +39,21 @@ class Paused:
             self._rest.release()
 
     def pause(self) -> None:
-        """Wait for the next `resume`; called in the work's own thread."""
+        """Wait for the next `resume`; call this from the function."""
         self._rest.release()
         self._turn.acquire()
         if self._stopping:
             raise Stopped
 
     def resume(self) -> None:
-        """Continue until the next pause or the end, and raise any exception of the work."""
+        """Continue until the next pause or the end, and raise any exception of the function."""
         self._turn.release()
         self._rest.acquire()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """End the work at the current pause."""
+        """Stop the function at its current pause."""
         self._stopping = True
         self._turn.release()
         self._thread.join()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
-from batchnorm.models.batches import Ambient, Forward, MaskOf, check_data, default_forward, device_of, eager
+from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of, eager
 from batchnorm.models.observe import (
     Observer,
     Rows,
@@ -56,55 +56,57 @@ def recalibrate(
     progress: bool = False,
     inplace: bool = False,
 ) -> Result[Recalibration]:
-    """Give the batch normalization of a trained model the population statistics of `data`.
+    """Set the running statistics of a trained model to the population statistics of `data`.
 
     `running_mean` becomes the mean of all values that reach a layer, and `running_var` their unbiased variance,
-    M2/(m - 1). Batch sizes do not matter: deviations within and between batches both count. Use it for weights that
-    were averaged (EMA, SWA), fine-tuned, pruned or quantized, for running averages that lag, and for data of another
-    domain (AdaBN).
+    M2/(m - 1). Deviations within and between batches both count, so the result does not depend on the batch size. Use
+    this function for weights that were averaged (EMA, SWA), fine-tuned, pruned or quantized, for running averages that
+    lag behind, and for data of another domain (AdaBN).
 
-    Nothing else of the model changes. All other layers, such as dropout, are in evaluation meanwhile; modes, hooks,
-    momentum, other buffers and the random state are restored, also after an exception. With `momentum=None`,
-    `num_batches_tracked` becomes the number of batches, from which the average continues; otherwise it is unchanged.
+    Nothing else in the model changes. All other layers, such as dropout, are in evaluation mode during the passes.
+    Modes, hooks, momentum, other buffers and the random state are restored, also after an exception. With
+    `momentum=None`, `num_batches_tracked` becomes the number of batches, so that the average continues correctly;
+    otherwise, it does not change.
 
     Args:
         model: Any module. For `DistributedDataParallel`, the wrapped module is recalibrated.
-        data: An iterable of batches: tensors, tuples, lists, dicts, or whatever `forward` takes. Over several ranks,
-            this rank's share; lengths may differ, and may be zero. `passes="sequential"` may read it more than once.
+        data: An iterable of batches: tensors, tuples, lists, dicts, or anything that `forward` accepts. With several
+            ranks, this rank's share, which may have any length, even zero. `passes="sequential"` may read it more than
+            once.
         only: The layers to recalibrate: a pattern for paths such as `"backbone.*"`, several patterns, a class, or a
-            predicate of path and layer. By default all with running statistics except frozen ones: `FrozenBatchNorm`,
-            and layers in evaluation within a model in training.
+            predicate of path and layer. By default, all layers with running statistics except frozen ones, which are
+            `FrozenBatchNorm` and, in a model in training mode, layers in evaluation mode.
         passes: "single" makes one pass, and normalizes each batch by its own statistics, as in training.
             "sequential" goes layer by layer from the input. Each layer gets the output of the recalibrated layers
-            before it, as it will in evaluation.
-        prior: The number of samples that the former statistics count for, for mean and variance alike:
-            `running ← (prior·former + n·measured)/(prior + n)` with n samples of data. 0 replaces them.
-        forward: `forward(model, batch)` calls the model. By default, the model gets a tensor as it is; of a tuple, as
-            many leading parts as its `forward` requires arguments, so that labels are left out; of a dict, the keys
-            that its `forward` names.
+            before it, as in evaluation.
+        prior: The weight of the former statistics, as a number of samples. Mean and variance both become
+            `running ← (prior·former + n·measured)/(prior + n)`, with n samples of data. 0 discards the former ones.
+        forward: `forward(model, batch)` calls the model. By default, a tensor is the model's argument. From a tuple,
+            the model gets as many of the first items as its `forward` requires arguments, so that labels are left out.
+            From a dict, it gets the keys that are arguments of its `forward`.
         mask: `mask(batch)` returns the values that count, as booleans or weights: of shape `[N]`, `[N, *S]` or
-            flattened like the layer's input, or a dict of these by layer path. Layers that the model calls with
-            `mask=` use that one.
-        shared: "pool" gives a module that is used in several places the statistics of all places. "separate" makes a
-            module for each place; they share weight and bias.
-        max_samples: Stop after the batch that reaches this many samples (of this rank).
+            flattened like the layer's input, or a dict of these by layer path. It does not apply to layers that the
+            model calls with `mask=`.
+        shared: "pool" gives a module that is used in several places the statistics of all places. "separate" creates a
+            module for each place; these modules share weight and bias.
+        max_samples: Stop after the batch that reaches this number of samples (of this rank).
         device: The device that batches are moved to; by default the model's, if it is on one device.
         autocast: bfloat16 or float16 for `torch.autocast`; by default the active setting.
-        cache_bytes: With "sequential", how many bytes of tensors may be kept by forward passes that wait between
-            layers. Other batches are computed again for every layer. 0 keeps none. On the CPU, the process can grow by
-            two to three times this size: each waiting pass is a thread, which keeps the memory that it freed.
+        cache_bytes: With "sequential", the limit on the bytes of tensors in forward passes that wait between layers.
+            Other batches are computed again for every layer. With 0, no passes wait. On the CPU, the process can grow
+            by two to three times this size, because each waiting pass is a thread, which does not return freed memory.
         process_group: The ranks that pool their statistics; None for all, if `torch.distributed` is initialized.
-        synchronize: Whether to communicate with other ranks at all.
-        progress: Whether to show a bar on standard error (needs rich).
-        inplace: Whether to change the model itself instead of a copy. It is unchanged if anything fails.
+        synchronize: Whether to communicate with other ranks.
+        progress: Whether to show a progress bar on standard error (needs rich).
+        inplace: Whether to change the model itself instead of a copy. If anything fails, it does not change.
 
     Returns:
-        The model, and a `Recalibration`: how far each layer was off, and the moments of every layer and call.
+        The model, and a `Recalibration`: the change of each layer, and the moments of every layer and call.
 
     Raises:
-        TypeError: data is no iterable of batches, or a batch does not fit the model's `forward`.
+        TypeError: data is not an iterable of batches, or a batch does not fit the model's `forward`.
         ValueError: an argument is out of range; no layer is selected or reached; a layer gets values that are not
-            finite, or just one per channel; data end before the first batch.
+            finite, or only one per channel; data is empty.
         RuntimeError: another rank failed; every rank's model is unchanged.
 
     Numerics: moments are float64. The statistics equal two-pass float64, rounded once to the buffers' dtype.
@@ -136,8 +138,8 @@ def recalibrate(
         processes = Processes(_CALLER, process_group, synchronize=synchronize)
         _check_same([found.paths for found in selected], processes)
 
-        def settle(number: int, rows: Rows, samples: int) -> Statistics:
-            return _settle(selected[number], before[number], rows, samples, prior)
+        def new_statistics(number: int, rows: Rows, samples: int) -> Statistics:
+            return _new_statistics(selected[number], before[number], rows, samples, prior)
 
         inner = _unwrapped(model)
         target = torch.device(device) if device is not None else device_of(model)
@@ -147,10 +149,14 @@ def recalibrate(
             observer.install()
             run = Run(
                 inner, observer, RepeatableBatches(data, max_samples), forward or default_forward(_CALLER), mask,
-                target, Ambient(autocast, target), shown,
+                target, ThreadSettings(autocast, target), shown,
             )  # fmt: skip
-            measured = single(run, processes) if passes == "single" else sequential(run, processes, settle, cache_bytes)
-        report = _report(selected, left, before, measured, settle, passes, processes.count)
+            measured = (
+                single(run, processes)
+                if passes == "single"
+                else sequential(run, processes, new_statistics, cache_bytes)
+            )
+        report = _report(selected, left, before, measured, new_statistics, passes, processes.count)
         measured_at = {layer.path: Statistics(layer.mean, layer.var) for layer in report.layers}
         for found, former in zip(selected, before, strict=True):
             if found.path in measured_at:
@@ -171,8 +177,8 @@ def _check_arguments(
     _checks.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
     if not 0 <= prior < math.inf:
         raise ValueError(
-            f"{_CALLER} expects prior >= 0 and finite, got {prior}. It is the number of samples that the former "
-            "statistics count for; 0 replaces them."
+            f"{_CALLER} expects a finite prior >= 0, got {prior}. It is the weight of the former statistics, as a "
+            "number of samples; 0 discards them."
         )
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"{_CALLER} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
@@ -181,12 +187,12 @@ def _check_arguments(
 
 
 def _separate(model: nn.Module, undo: ExitStack) -> None:
-    """Give each place of a shared module a module of its own, with the same parameters and separate statistics."""
+    """Put a separate module in each place of a shared module, with the same parameters and separate statistics."""
     for found in norm_layers(model):
         for parent, key in found.slots[1:]:
             own = copy.copy(found.module)
             for name, value in vars(own).items():
-                if isinstance(value, dict):  # of parameters, buffers, hooks
+                if isinstance(value, dict):  # parameters, buffers or hooks
                     vars(own)[name] = value.copy()
             own._buffers.update({n: None if b is None else b.clone() for n, b in own._buffers.items()})
             parent._modules[key] = own
@@ -194,7 +200,7 @@ def _separate(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Change]]:
-    """Return the layers to recalibrate, and the others with the reason."""
+    """Return the layers to recalibrate, and the others with reasons."""
     every = norm_layers(model)
     chosen = select(_CALLER, every, only)
     selected, left = [], []
@@ -209,8 +215,8 @@ def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Ch
     if not selected:
         raise ValueError(
             f"{_CALLER} expects a model with batch normalization to recalibrate, got {type(model).__name__} "
-            f"where none is ({_listed(left) or 'it has none at all'}). Name frozen layers in only= to include them. "
-            "A scripted or exported network has no layers any more: recalibrate it before that."
+            f"with none ({_listed(left) or 'no such layers'}). Name frozen layers in only= to include them. "
+            "A scripted or exported network no longer has layers: recalibrate it before scripting or export."
         )
     return selected, left
 
@@ -220,11 +226,11 @@ def _exclusion(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None
     if mean is None or var is None:
         return "no running mean and variance"
     if is_lazy(mean):
-        return "number of channels not known yet: run the model once first"
+        return "number of channels not yet known: run the model once first"
     if not named and isinstance(layer, FrozenLayer):
         return "frozen"
     if not named and model.training and not layer.training:
-        return "frozen: in evaluation while the model trains"
+        return "frozen: in evaluation mode within a model in training mode"
     return None
 
 
@@ -233,20 +239,20 @@ def _check_same(paths: list[tuple[str, ...]], processes: Processes) -> None:
         if others != paths:
             raise ValueError(
                 f"{_CALLER} expects the same model and layers on every rank, got {len(paths)} layers here and "
-                f"{len(others)} on rank {rank}, or other paths. Make them the same, or pass synchronize=False."
+                f"{len(others)} on rank {rank}, or different paths. Use the same model, or pass synchronize=False."
             )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    # The forward of these talks to other ranks, which may have fewer batches, or copies the hooks to replicas.
+    # Their forward communicates with other ranks, which may have fewer batches, or copies the hooks to replicas.
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inner: nn.Module = model.module
         return inner
     return model
 
 
-def _settle(found: Found, before: Statistics, rows: Rows, samples: int, prior: float) -> Statistics:
-    """Return the new statistics of a layer; a row without data keeps its own."""
+def _new_statistics(found: Found, before: Statistics, rows: Rows, samples: int, prior: float) -> Statistics:
+    """Return the new statistics of a layer; a row without data keeps its former ones."""
     mean, var = before.mean.clone(), before.var.clone()
     total = sum(moments.count.item() for moments in rows)
     for row, moments in enumerate(rows):
@@ -257,7 +263,7 @@ def _settle(found: Found, before: Statistics, rows: Rows, samples: int, prior: f
         except ValueError:
             raise ValueError(
                 f"{_CALLER} expects more than one value per channel, got one in all the data at {found.path!r}. "
-                "One value has no variance: pass more data."
+                "One value has no variance. Pass more data."
             ) from None
         if prior > 0:
             n = samples * moments.count.item() / total
@@ -281,12 +287,12 @@ def _report(
     left: list[Change],
     before: list[Statistics],
     measured: Measured,
-    settle: Callable[[int, Rows, int], Statistics],
+    new_statistics: Callable[[int, Rows, int], Statistics],
     passes: str,
     ranks: int,
 ) -> Recalibration:
     if measured.batches == 0:
-        raise ValueError(f"{_CALLER} expects at least one batch, got data that end at once. Pass more data.")
+        raise ValueError(f"{_CALLER} expects at least one batch, got empty data. Pass more data.")
     layers, changed = [], []
     for number, found in enumerate(selected):
         calls = measured.of_layer(number)
@@ -295,14 +301,14 @@ def _report(
             reason = "all its values are masked" if calls else "not reached by the data"
             left = [*left, Change.unchanged(found.path, describe(found.module), reason)]
             continue
-        now = settle(number, rows, measured.samples)
+        now = new_statistics(number, rows, measured.samples)
         shape = running_buffer(found.module, "running_mean").shape
         layer = LayerStatistics(found.paths, rows, calls, *(t.reshape(shape) for t in (*before[number], *now)))
         layers.append(layer)
         changed.append(Change(found.path, describe(found.module), _change(layer), _remarks(layer)))
     if not layers:
         raise ValueError(
-            f"{_CALLER} expects the data to reach the selected layers, got none that is given values "
+            f"{_CALLER} expects the data to reach the selected layers, got values at none of them "
             f"({_listed(left)}). Pass a forward= that calls them, and a mask= that keeps some values."
         )
     return Recalibration(

@@ -1,4 +1,4 @@
-"""The measured statistics of each layer, and how far the former ones were off."""
+"""The measured statistics of each layer, and their difference from the former ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from batchnorm.moments import Moments
 class LayerStatistics:
     """The measured input of one layer, and its running statistics before and after.
 
-    Vectors are float64 `[C]`; `[K, C]` for a layer that keeps statistics of K domains.
+    Vectors are float64 `[C]`, or `[K, C]` for a layer with statistics of K domains.
 
     Attributes:
-        paths: Every place of the layer in the model.
+        paths: All paths of the layer in the model.
         moments: The moments of all values that reached the layer, over all ranks; one `Moments` for each domain.
-        calls: The same for its first call in a forward pass, its second, and so on. A layer that is called several
-            times gets the statistics of all calls together.
+        calls: The same, separately for the first call in a forward pass, the second, and so on. A layer that is called
+            several times gets the statistics of all calls together.
         mean_before: The former running mean.
         var_before: The former running variance.
-        mean: The new running mean: measured, or blended with the former one by `prior`.
+        mean: The new running mean: measured, or averaged with the former one by `prior`.
         var: The new running variance, unbiased.
     """
 
@@ -42,18 +42,18 @@ class LayerStatistics:
 
     @property
     def shift(self) -> Tensor:
-        """How far the mean moved, in new standard deviations."""
+        """The distance between the former and the new mean, in new standard deviations."""
         return (self.mean - self.mean_before).abs() / self.var.sqrt()
 
     @property
     def ratio(self) -> Tensor:
-        """The new standard deviation over the former one."""
+        """The new standard deviation divided by the former one."""
         return (self.var / self.var_before).sqrt()
 
 
 @dataclass(frozen=True)
 class Recalibration(Report):
-    """The report of `recalibrate`; prints as a table of the layers, with how far each was off.
+    """The report of `recalibrate`; prints as a table of the layers and their changes.
 
     Attributes:
         layers: The statistics of each layer that the data reached, in the model's order.
@@ -61,7 +61,7 @@ class Recalibration(Report):
         batches: The number of batches, over all ranks.
         samples: The number of samples in them.
         ranks: The number of processes.
-        kept: With sequential passes, how many of this process's forward passes waited between layers; the others
+        kept: With sequential passes, the number of this process's forward passes that waited between layers. The others
             started again for every layer.
     """
 

@@ -1,4 +1,4 @@
-"""Data that are read several times, with the same batches in the same order."""
+"""Read data several times, with the same batches in the same order."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from batchnorm.models.batches import Batches, samples_in
 
 
 class RepeatableBatches(Batches):
-    """The user's data, with the state of the random generators before they were first read."""
+    """The user's data, with the initial state of the random generators."""
 
     def __init__(self, data: Iterable[Any], max_samples: int | None) -> None:
         super().__init__(data, max_samples)
         self._start = _random_state(data)
 
     def again(self, after: int) -> Iterator[Any]:
-        """Read the data once more and yield the batches beyond the first `after`.
+        """Read the data once more and yield the batches after the first `after`.
 
         Raises:
-            ValueError: the data cannot be read again, or other batches came.
+            ValueError: the data cannot be read again, or the batches differ.
         """
         if isinstance(self._data, Iterator):
             raise ValueError(

@@ -1,13 +1,13 @@
 """Batch normalization in NumPy and float64, step by step: the executable specification.
 
 Read it beside the paper: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-Internal Covariate Shift", 2015 (arXiv:1502.03167). Sections cited without a paper are sections of the mathematics
-page, which also lists errors in published texts. The library's layers and operators are tested against this package;
-it is written to be read, not to be fast.
+Internal Covariate Shift", 2015 (arXiv:1502.03167). "Section" without a paper means a section of the mathematics page,
+which also lists errors in published texts. The library's layers and operators are tested against this package. It is
+written for readability, not for speed.
 
-`x` is `[N, C, *S]`: samples first, channels second; `axis` gives another channel axis. A value per channel is `[C]`,
-or `[K, C]` where `index [N]` gives the row that each sample uses: statistics by group (ghost batches, domains) or γ
-and β by class (conditional normalization). Inputs are converted to float64.
+`x` is `[N, C, *S]`: samples first, channels second, unless `axis` gives another channel axis. Values per channel are
+`[C]`, or `[K, C]` if `index [N]` selects a row for each sample: statistics by group (ghost batches, domains), or γ and
+β by class (conditional normalization). Inputs are converted to float64.
 
 Examples:
     >>> import numpy as np

@@ -39,7 +39,7 @@ def _normal_cdf(z: Array) -> Array:
     return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
 
 
-# name: f(z) and f′(z), where a is the negative slope, or α of elu. At a kink f′ is torch's.
+# name: f(z) and f′(z), where a is the negative slope, or α of elu. At a kink, f′ has the value that torch uses.
 ACTIVATIONS = {
     "none": (lambda z, a: z, lambda z, a: np.ones_like(z)),
     "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.where(z <= 0, 0.0, 1.0)),
@@ -77,7 +77,7 @@ class Forward:
 
     Attributes:
         mean: μ, `[C]` or `[K, C]`.
-        var: σ², like `mean`; in training the biased one.
+        var: σ², like `mean`; in training, the biased one.
         x_centered: x − μ, like x.
         invstd: 1/√(σ² + ε), like `mean`.
         x_hat: x̂ = (x − μ)·invstd, like x.
@@ -86,8 +86,8 @@ class Forward:
         weight: γ, `[C]` or `[K, C]`.
         slope: f′(z), like x.
         layout: The axes of channels and samples.
-        share: The weight of each value in its statistics: 1/m, or w/V₁; 0 where they were given, as at inference.
-        batch: The batch's moments; None where the statistics were given.
+        share: The weight of each value in its statistics: 1/m, or w/V₁; 0 for given statistics, as at inference.
+        batch: The batch's moments; None for given statistics.
     """
 
     mean: Array
@@ -128,13 +128,13 @@ def normalize(
         x: `[N, C, *S]`.
         mean: μ, `[C]` or `[K, C]`.
         var: σ², like `mean`, >= 0.
-        weight: γ, `[C]` or `[K, C]`, whichever the statistics are. Default 1.
+        weight: γ, `[C]` or `[K, C]`, independent of the shape of the statistics. Default 1.
         bias: β, like `weight`. Default 0.
         residual: Like x. Default 0.
         activation: The name of f in `ACTIVATIONS`.
-        negative_slope: Of leaky_relu; α of elu.
+        negative_slope: The negative slope of leaky_relu, or α of elu.
         eps: ε, >= 0.
-        index: `[N]`, the row of `[K, C]` that each sample uses.
+        index: `[N]`, the row of `[K, C]` for each sample.
         axis: The channel axis of x.
     """
     x = float64(x)
@@ -180,15 +180,15 @@ def forward_training(
         x: `[N, C, *S]`.
         weight: γ, `[C]`, or `[K, C]` with index.
         bias: β, like `weight`.
-        weights: `[N, *S]`, how much each value counts in the statistics; all values are normalized.
-        index: `[N]`, the row of each sample in arguments that are `[K, C]`.
-        groups: K, for separate statistics of each group of samples with the same index. Without it the statistics are
+        weights: `[N, *S]`, the weight of each value in the statistics; all values are normalized.
+        index: `[N]`, the row of `[K, C]` for each sample.
+        groups: K, to give each group of samples with the same index its own statistics. Without it, the statistics are
             those of the whole batch, and index selects only γ and β.
         axis: The channel axis of x.
         **options: residual, activation, negative_slope and eps, as in `normalize`.
 
     Raises:
-        ValueError: Where a channel (of a group) has a single value.
+        ValueError: a channel (of a group) has a single value.
     """
     batch = moments(x, weights=weights, index=None if groups is None else index, groups=groups, axis=axis)
     batch.require_several()
@@ -206,7 +206,7 @@ def forward_inference(
     bias: ArrayLike | None = None,
     **options: Any,
 ) -> Forward:
-    """Return `normalize` by the running statistics: inference is nothing else.
+    """Return y and its intermediates, normalized by the running statistics.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 12. Section 2.
     """
@@ -225,7 +225,7 @@ class Gradients:
         dweight: dγ = Σ dz·x̂, like γ.
         dbias: dβ = Σ dz, like γ.
         dx_hat: dz·γ, like x.
-        dx: Like x.
+        dx: The gradient of x.
     """
 
     dz: Array
@@ -237,7 +237,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class GradientsByParts(Gradients):
-    """`Gradients`, and the gradients of the statistics: dvar (dσ²) and dmean (dμ), `[C]` or `[K, C]`."""
+    """`Gradients` and the gradients of the statistics: dvar (dσ²) and dmean (dμ), `[C]` or `[K, C]`."""
 
     dvar: Array
     dmean: Array
@@ -264,7 +264,7 @@ def backward(dy: ArrayLike, forward: Forward) -> Gradients:
 
 
 def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
-    """Return the gradients by the chain rule, through x̂, then σ², then μ. Arguments as in `backward`.
+    """Return the gradients by the chain rule, through x̂, then σ², then μ. The arguments are those of `backward`.
 
         dx̂  = dz·γ
         dσ² = Σ dx̂·(x − μ)·(−½)·(σ² + ε)^(−3/2)
@@ -284,7 +284,7 @@ def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
 
 
 def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Array, Array]:
-    """Return dz, dγ, dβ and dx̂: back through y = f(γ·x̂ + β + residual)."""
+    """Return dz, dγ, dβ and dx̂, by differentiating y = f(γ·x̂ + β + residual)."""
     layout, weight = forward.layout, forward.weight
     dz = shaped("dy", dy, layout.shape) * forward.slope
     dweight, dbias = layout.total(dz * forward.x_hat, like=weight), layout.total(dz, like=weight)
@@ -302,22 +302,22 @@ class DoubleGradients(NamedTuple):
 def double_backward(
     v: ArrayLike, v_weight: ArrayLike, v_bias: ArrayLike, dz: ArrayLike, forward: Forward
 ) -> DoubleGradients:
-    """Return the gradients of the gradients: back through dx, dγ and dβ as functions of dz, x and γ.
+    """Return the gradients of the gradients, by differentiating dx, dγ and dβ as functions of dz, x and γ.
 
-    Mean and invstd are functions of x here too: treating them as constants gives correct first derivatives, but wrong
+    Mean and invstd are functions of x here, too. Treating them as constants gives correct first derivatives, but wrong
     second ones. With P(t) = t − mean t − x̂·mean(t·x̂) and u = γ·dz:
 
         to dz:  γ·invstd·P(v) + x̂·v_γ + v_β
         to γ:   Σ invstd·dz·P(v)
         to x:   −invstd²·[x̂·mean(v·P(u)) + mean(u·x̂)·P(v) + mean(v·x̂)·P(u)] + invstd·P(v_γ·dz)
 
-    With weights, P's transpose Q replaces P where P is applied to u and v_γ·dz. Section 3.
+    With weights, P(u) and P(v_γ·dz) become Q(u) and Q(v_γ·dz), where Q is the transpose of P. Section 3.
 
     Args:
-        v: Gradient that arrives at dx, like x.
-        v_weight: v_γ, gradient that arrives at dγ, like γ.
-        v_bias: v_β, gradient that arrives at dβ, like γ.
-        dz: `Gradients.dz` of `backward`, like x; without activation it is dy.
+        v: The incoming gradient of dx, like x.
+        v_weight: v_γ, the incoming gradient of dγ, like γ.
+        v_bias: v_β, the incoming gradient of dβ, like γ.
+        dz: `Gradients.dz` of `backward`, like x; without an activation, it is dy.
         forward: The forward pass, of any kind.
     """
     layout, weight, x_hat, share = forward.layout, forward.weight, forward.x_hat, forward.share

@@ -17,7 +17,7 @@ class RenormForward:
     """All intermediate values of a forward pass, and the data for backward.
 
     Attributes:
-        forward: The pass with the batch's statistics, whose γ and β are γ·r and γ·d + β.
+        forward: The equivalent pass of batch normalization, with γ·r and γ·d + β as γ and β.
         weight: γ, `[C]`.
         r: σ_B/σ, clipped, `[C]`.
         d: (μ_B − μ)/σ, clipped, `[C]`.
@@ -68,11 +68,11 @@ def forward_renorm(
         weight: γ, `[C]`. Default 1.
         bias: β, `[C]`. Default 0.
         running_mean: μ, `[C]`.
-        running_var: σ² − ε, `[C]`.
+        running_var: `[C]`; σ² is running_var + ε.
         rmax: >= 1.
         dmax: >= 0.
         eps: ε, > 0.
-        weights: `[N, *S]`, how much each value counts in the batch's statistics.
+        weights: `[N, *S]`, the weight of each value in the batch's statistics.
         **options: As in `forward_training`.
     """
     require(rmax >= 1 and dmax >= 0, "rmax must be >= 1 and dmax >= 0", [rmax, dmax], "(1, 0) is batch normalization.")
@@ -88,7 +88,7 @@ def forward_renorm(
 
 
 def backward_renorm(dy: ArrayLike, renorm: RenormForward) -> RenormGradients:
-    """Return the gradients; r and d are treated as constants.
+    """Return the gradients, with r and d as constants.
 
         dx = γ·r/σ_B·(dy − Σ dy/m − x̂_B·Σ(dy·x̂_B)/m)
         dγ = r·Σ(dy·x̂_B) + d·Σ dy    dβ = Σ dy

@@ -18,13 +18,13 @@ def float64(a: ArrayLike) -> Array:
 
 
 def require(holds: bool | np.bool_, must: str, came: object, do: str) -> None:
-    """Raise a ValueError in three parts unless `holds`."""
+    """Raise a ValueError unless `holds`, with the requirement, the value received, and the fix."""
     if not holds:
         raise ValueError(f"{must}, got {came}. {do}")
 
 
 def shaped(name: str, a: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """Return `a` in float64, and check its shape."""
+    """Return `a` in float64 after checking its shape."""
     a = float64(a)
     require(a.shape == shape, f"{name} must have shape {list(shape)}", list(a.shape), "Reshape or expand it.")
     return a
@@ -37,7 +37,7 @@ class Layout:
     Attributes:
         shape: Shape of x.
         axis: The channel axis, not negative. Samples are on the first of the other axes.
-        index: `[N]`, the row of `[K, C]` values that each sample uses; None where all values are `[C]`.
+        index: `[N]`, the row of `[K, C]` values for each sample; None if all values are `[C]`.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Layout:
         return np.moveaxis(rows.reshape(*rows.shape, *[1] * (len(self.shape) - 2)), 1, self.axis)
 
     def total(self, t: Array, like: Array) -> Array:
-        """Sum t over all values of x that share an entry of `like`, in its shape: the transpose of `spread`."""
+        """Sum t over the values of x that use each entry of `like`; this is the transpose of `spread`."""
         per_sample = np.moveaxis(t, self.axis, 1).sum(axis=tuple(range(2, t.ndim)))  # [N, C]
         if like.ndim == 1:
             return np.asarray(per_sample.sum(axis=0))
@@ -60,7 +60,7 @@ class Layout:
         return total
 
     def per_channel(self, name: str, v: ArrayLike) -> Array:
-        """Return an argument, checked to be `[C]`, or `[K, C]` with every row that index names."""
+        """Return an argument after checking that it is `[C]`, or `[K, C]` with a row for every index."""
         v, channels = float64(v), self.shape[self.axis]
         rows = 0 if self.index is None else self.index.max(initial=-1) + 1
         require(
@@ -95,19 +95,19 @@ def weights_of(weights: ArrayLike | None, layout: Layout) -> Array:
 
 
 def divisor(n: Array) -> Array:
-    """Return n, and 1 for 0: the dividend is 0 there too."""
+    """Return n, with 1 instead of 0, where the dividend is 0, too."""
     return np.where(n > 0, n, 1.0)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations, which determine mean and variance and can be merged.
+    """Count, mean and sum of squared deviations, which determine the variance and can be merged.
 
     Attributes:
-        count: V₁ = Σw, `[]` or `[K]`: without weights m, the number of values per channel.
-        mean: μ, `[C]` or `[K, C]`; 0 where nothing was counted.
+        count: V₁ = Σw, `[]` or `[K]`; without weights, the number m of values per channel.
+        mean: μ, `[C]` or `[K, C]`; 0 if nothing was counted.
         m2: Σ w·(x − μ)², like `mean`.
-        count_squares: V₂ = Σw², like `count`: without weights, or with a mask of 0 and 1, the count itself.
+        count_squares: V₂ = Σw², like `count`; equal to it without weights or with a mask of 0 and 1.
     """
 
     count: Array
@@ -122,18 +122,18 @@ class Moments:
 
     @property
     def var_unbiased(self) -> Array:
-        """σ²·V₁²/(V₁² − V₂), without weights σ²·m/(m − 1). Sections 2 and 4."""
+        """σ²·V₁²/(V₁² − V₂), or without weights σ²·m/(m − 1). Sections 2 and 4."""
         self.require_several()
         return np.asarray(self.var * (self.count**2 / divisor(self.count**2 - self.count_squares))[..., None])
 
     def require_several(self) -> None:
-        """Raise ValueError where a single value was counted: it has no variance."""
+        """Raise ValueError if a single value was counted, because it has no variance."""
         single = (self.count > 0) & (self.count**2 - self.count_squares <= 1e-12 * self.count**2)
         require(
             not single.any(),
             "A batch variance needs more than one value per channel",
             f"count = {np.asarray(self.count).tolist()}",
-            "Take a larger batch, or normalize by running statistics.",
+            "Use a larger batch, or normalize by running statistics.",
         )
 
 
@@ -153,9 +153,9 @@ def moments(
 
     Args:
         x: `[N, C, *S]`.
-        weights: `[N, *S]`, >= 0, default 1: how much each value counts. Values with weight 0 may be NaN.
+        weights: `[N, *S]`, >= 0, the weight of each value. Default 1. Values with weight 0 may be NaN.
         index: `[N]`, the group of each sample, in [0, groups).
-        groups: K. Default: one group, and results `[C]`.
+        groups: K. By default, there is one group, and results are `[C]`.
         axis: The channel axis of x.
     """
     x = float64(x)
@@ -170,14 +170,14 @@ def moments(
 
     count, count_squares = layout.total(w, like=one), layout.total(w * w, like=one)
     mean = layout.total(w * x, like=channels) / divisor(count)
-    # A second sum removes the first one's rounding error: a constant channel deviates by exactly 0.
+    # A second sum removes the rounding error of the first, so that a constant channel deviates by exactly 0.
     mean = mean + layout.total(w * (x - layout.spread(mean)), like=channels) / divisor(count)
     m2 = layout.total(w * (x - layout.spread(mean)) ** 2, like=channels)
     return Moments(count[..., 0], mean, m2, count_squares[..., 0])
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of the data of all parts together; empty parts are skipped, whatever their mean.
+    """Return the moments of the data of all parts together; empty parts are skipped.
 
         n = Σ nₖ    μ = Σ nₖ·μₖ / n    M2 = Σ M2ₖ + Σ nₖ·(μₖ − μ)²
 
@@ -195,10 +195,10 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def ghost_index(x: ArrayLike, size: int, *, axis: int = 1) -> NDArray[np.intp]:
-    """Return `[N]`, the ghost batch of each sample: parts of `size` samples in order, the last one smaller.
+    """Return `[N]`, the ghost batch of each sample: parts of `size` consecutive samples; the last may be smaller.
 
-    A last part with a single value per channel joins its neighbour.
-    Source: Hoffer, Hubara & Soudry 2017, Algorithm 1. Section 6.
+    A last part with a single value per channel joins the part before it.
+    Source: Hoffer, Hubara & Soudry 2017, Algorithm 1. Section 4, "Ghost batches".
     """
     x = float64(x)
     samples, values = x.shape[1 if axis == 0 else 0], x.size // max(x.shape[axis], 1)
@@ -209,16 +209,16 @@ def ghost_index(x: ArrayLike, size: int, *, axis: int = 1) -> NDArray[np.intp]:
 
 
 def pool(parts: Moments) -> Moments:
-    """Return the moments for one update by ghost batches, from those of all parts, `[K, C]`.
+    """Return the moments for one update by ghost batches, from the moments `[K, C]` of all parts.
 
         mean = Σ mₖ·μₖ / Σ mₖ    unbiased variance = Σ M2ₖ / Σ(mₖ − 1)
 
-    The variance between parts is left out, as training does not see it. The count is that of a batch of n/K values,
-    where n = Σ mₖ; with weights, V₁ₖ·V₁ₖ/V₂ₖ replaces each mₖ. Source: section 6.
+    This omits the variance between parts, because training does not see it. The count is n/K with n = Σ mₖ. With
+    weights, V₁ₖ·V₁ₖ/V₂ₖ replaces mₖ. Source: section 4, "Ghost batches".
     """
     n, n_squares = parts.count.sum(), parts.count_squares
     share = (parts.count / divisor(n))[:, None]
-    # The effective number of values in a part is V₁·V₁/V₂; without weights it is m, and each part loses one.
+    # Without weights, this is the number of parts, because each part loses one degree of freedom.
     lost = np.asarray(np.sum(n_squares / divisor(parts.count)))
     count = n / divisor(lost)
     mean, var = (share * parts.mean).sum(0), (share * parts.var).sum(0)
@@ -251,12 +251,12 @@ def update_running(
     convention: str,
     num_batches_tracked: ArrayLike = 0,
 ) -> Running:
-    """Return the running statistics, moved toward the batch's.
+    """Return the running statistics after their update by the batch's.
 
         r ← (1 − a)·r + a·s    a = momentum in torch, 1 − momentum in Keras and Flax
 
-    running_mean takes μ; running_var takes the unbiased variance in torch, the biased one in Keras 3 and Flax.
-    With momentum=None a = 1/num_batches_tracked: the cumulative average. Empty batches (m = 0) change nothing.
+    running_mean averages μ. running_var averages the unbiased variance in torch, and the biased one in Keras 3 and
+    Flax. With momentum=None, a = 1/num_batches_tracked: the cumulative average. Empty batches (m = 0) change nothing.
     Source: section 2; Ioffe & Szegedy 2015, section 3.1, for the unbiased variance.
 
     Args:
@@ -264,11 +264,11 @@ def update_running(
         running_var: Like `running_mean`.
         batch: `Forward.batch`.
         momentum: In [0, 1], or None.
-        convention: torch, keras, flax or keras2_fused. There is no default, as 0.1 in one is 0.9 in another.
-        num_batches_tracked: `[]` or `[K]`, the batches before this one.
+        convention: torch, keras, flax or keras2_fused. There is no default, because 0.1 in one is 0.9 in another.
+        num_batches_tracked: `[]` or `[K]`, the number of batches before this one.
 
     Raises:
-        ValueError: Where the update needs the unbiased variance of a single value.
+        ValueError: the update needs the unbiased variance of a single value.
 
     Examples:
         >>> batch = moments([[1.0], [3.0]])  # mean 2; variance 1 biased, 2 unbiased

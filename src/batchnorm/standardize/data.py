@@ -1,4 +1,4 @@
-"""The kinds of data that `Standardizer` takes: one array, or batches."""
+"""The kinds of data that `Standardizer` accepts: one array, or batches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 Array = Tensor | NDArray[Any]
 
-# The number of values that are held in float64 at a time.
+# The number of values that are converted to float64 at a time.
 _PART = 2**18
 
 
 def is_batches(x: object) -> bool:
-    """Whether x is an iterable of batches, rather than an array or something that converts to one."""
+    """Return whether x is an iterable of batches instead of an array or something that converts to one."""
     if isinstance(x, (Tensor, np.ndarray, str, bytes, Mapping)) or hasattr(x, "__array__") or _is_sparse(x):
         return False
     if isinstance(x, (list, tuple)):
@@ -31,7 +31,7 @@ def _ndim(part: object) -> int:
 
 
 def batch_of(batch: object) -> Array:
-    """Return the data of a batch: the batch itself, or the first part of a tuple."""
+    """Return the data of a batch: the batch itself, or the first item of a tuple."""
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, np.ndarray)):
         batch = batch[0]
     if isinstance(batch, Mapping):
@@ -43,11 +43,11 @@ def batch_of(batch: object) -> Array:
 
 
 def as_array(x: Any) -> Array:
-    """Convert to a tensor or array of real numbers; one that is already is not copied."""
+    """Convert to a tensor or array of real numbers, without copying if x is one."""
     if _is_sparse(x):
         raise TypeError(
-            f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would fill "
-            "it: use x.toarray(), or a scaler that does not center."
+            f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would make "
+            "it dense: use x.toarray(), or a scaler that does not center."
         )
     if isinstance(x, Tensor):
         if x.is_complex():
@@ -57,7 +57,7 @@ def as_array(x: Any) -> Array:
     if array.dtype.kind == "c":
         raise ValueError(f"Standardizer expects real numbers, got {array.dtype}. Complex data not supported.")
     if array.dtype.kind == "O":
-        array = array.astype(np.float64)  # its own error names the value that is not a number
+        array = array.astype(np.float64)  # NumPy's error names the value that is not a number
     if array.dtype.kind not in "buif":
         raise ValueError(f"Standardizer expects numbers, got an array of dtype {array.dtype}. Convert it first.")
     return array
@@ -71,7 +71,7 @@ def _is_sparse(x: object) -> bool:
 
 
 def parts(x: Array) -> Iterator[slice]:
-    """Yield slices of x's samples that are small enough to be held in float64."""
+    """Yield slices of x's samples that are small enough to convert to float64."""
     per_sample = max(1, int(np.prod(x.shape[1:])))
     step = max(1, _PART // per_sample)
     for start in range(0, x.shape[0], step):
@@ -87,7 +87,7 @@ def float64(part: Array) -> Tensor:
 
 
 def result_dtype(x: Array) -> Any:
-    """Return the dtype of standardized x: its own, or for integers torch's default or NumPy's float64."""
+    """Return the dtype of standardized x: x's own, or for integers torch's default or NumPy's float64."""
     if isinstance(x, Tensor):
         return x.dtype if x.is_floating_point() else torch.get_default_dtype()
     return x.dtype if x.dtype.kind == "f" else np.dtype(np.float64)

@@ -27,12 +27,12 @@ _LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.F
 class Standardizer(Estimator):
     """Zero mean and unit variance for every feature or channel: `(x - mean)/std`, over a whole data set.
 
-    It does once for the data what batch normalization does per batch: over samples for `[N, C]`, over samples and
-    positions for data such as images `[N, C, H, W]`. The standard deviation is the biased one. Methods and results are
-    those of scikit-learn's `StandardScaler`; constant features are centered but not scaled. It takes tensors on any
-    device, NumPy arrays, memory maps, data frames, and iterables of batches such as a `DataLoader`, and holds only a
-    part of the data in float64 at a time. It works in scikit-learn's pipelines and searches, and does not require
-    scikit-learn.
+    It normalizes a whole data set as batch normalization normalizes a batch: over samples for `[N, C]`, over samples
+    and positions for data such as images `[N, C, H, W]`. The standard deviation is the biased one. Methods and results
+    are those of scikit-learn's `StandardScaler`; constant features are centered but not scaled. Data may be tensors on
+    any device, NumPy arrays, memory maps, data frames, or iterables of batches such as a `DataLoader`. Only a part of
+    the data is converted to float64 at a time. The class works in scikit-learn's pipelines and searches, but does not
+    require scikit-learn.
 
     Args:
         with_mean: Whether to subtract the mean.
@@ -48,17 +48,17 @@ class Standardizer(Estimator):
         n_samples_seen_: Values per feature (N·H·W for images, the sum of the weights if given); an array if features
             have different numbers of NaN.
         n_features_in_: C.
-        feature_names_in_: The columns of the data frame that it was fitted on, if any.
+        feature_names_in_: The column names of the data frame that it was fitted on, if any.
 
     Raises:
-        TypeError: data are sparse, or batches are dicts.
+        TypeError: the data are sparse, or batches are dicts.
         ValueError: data are empty, not numbers, of the wrong shape or not finite; a weight is negative.
         NotFittedError: data are transformed before `fit`.
 
-    Numerics: two passes in float64 over each part, merged by Chan's formula around a mean that is stored as two
-        float64. Neither a large mean nor many parts reduce accuracy. Results are computed in float64
-        and rounded once to the data's dtype; integers give float64 arrays or tensors of the default dtype. Results
-        carry no gradient; those of the layer from `to_layer` do.
+    Numerics: statistics are computed in float64, in two passes over each part, and merged by Chan's formula. The mean
+        is stored as two float64 values. Neither a large mean nor many parts reduce accuracy. Results are computed in
+        float64 and rounded once to the data's dtype. Integers give float64 arrays, or tensors of the default dtype.
+        Results have no gradient; those of the layer from `to_layer` do.
 
     Examples:
         >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -119,11 +119,11 @@ class Standardizer(Estimator):
             found = self._measure(x, sample_weight)
             measured = found if measured is None else measured.merge(found)
         if measured is None or ndim is None:
-            raise ValueError("Standardizer expects at least one batch, got data that end at once. Pass more data.")
+            raise ValueError("Standardizer expects at least one batch, got empty data. Pass more data.")
         settled = copy.copy(self)
         if not hasattr(self, "_features") and names is not None:
             settled.feature_names_in_ = names
-        settled._settle(measured, ndim)
+        settled._set_fitted(measured, ndim)
         vars(self).update(vars(settled))
         return self
 
@@ -138,16 +138,16 @@ class Standardizer(Estimator):
             measured = measured.merge(Features.of(values, here, omit_nan=self.nan_policy == "omit"))
         return measured
 
-    def _settle(self, measured: Features, ndim: int) -> None:
+    def _set_fitted(self, measured: Features, ndim: int) -> None:
         self._features, self._ndim = measured, ndim
         self.n_features_in_ = len(measured.mean)
         seen = measured.count.numpy()
         same = bool((seen == seen[0]).all())
-        self.n_samples_seen_ = _whole(seen[0].item()) if same else seen.copy()
+        self.n_samples_seen_ = _int_if_whole(seen[0].item()) if same else seen.copy()
         self.mean_: NDArray[np.float64] = torch.where(measured.count > 0, measured.mean, float("nan")).numpy()
         self.var_: NDArray[np.float64] = measured.var.numpy()
         scale = measured.var.sqrt()
-        # Treat a deviation below float64's rounding as zero: (x - mean)² of a constant feature is not exactly 0.
+        # Treat a deviation below float64's rounding as zero, because (x - mean)² of a constant feature may exceed 0.
         rounding = measured.mean.abs() * 2 * torch.finfo(torch.float64).eps
         scale = torch.where(scale <= rounding, 1.0, scale)
         self.scale_: NDArray[np.float64] = (scale if self.with_std else torch.ones_like(scale)).numpy()
@@ -158,7 +158,7 @@ class Standardizer(Estimator):
         """Return `(x - mean_)/scale_` in x's dtype.
 
         Args:
-            X: As in `fit`. For batches, the result is an iterator of standardized batches, which keep the other parts
+            X: As in `fit`. For batches, the result is an iterator of standardized batches, which keep the other items
                 of a tuple.
             out: An array, memory map or tensor of x's shape to write to, for data larger than memory. It may be x
                 itself.
@@ -174,11 +174,11 @@ class Standardizer(Estimator):
         return self._apply(X, out, lambda x, mean, low, scale: (x * scale + low) + mean)
 
     def fit_transform(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
-        """Call `fit` and then `transform` with the same data, which must not be an iterator: it is read twice."""
+        """Call `fit` and then `transform` with the same data; it is read twice, so it must not be an iterator."""
         if data.is_batches(X) and iter(X) is X:
             raise ValueError(
                 f"Standardizer.fit_transform expects data that can be read twice, got an iterator "
-                f"({type(X).__name__}). Pass a list or a DataLoader, or call fit and transform with one each."
+                f"({type(X).__name__}). Pass a list or a DataLoader, or call fit and transform with one iterator each."
             )
         return self.fit(X, y, sample_weight).transform(X)
 
@@ -194,9 +194,9 @@ class Standardizer(Estimator):
             out = data.new_like(x)
         elif tuple(out.shape) != tuple(x.shape):
             raise ValueError(
-                f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Give it that shape."
+                f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Reshape it."
             )
-        else:  # check all data before anything is written
+        else:  # check all data before writing anything
             for part in data.parts(x):
                 self._check_finite(data.float64(x[part]))
         source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
@@ -219,7 +219,7 @@ class Standardizer(Estimator):
     # Merging
 
     def merge(self, *others: Standardizer) -> Standardizer:
-        """Return a new `Standardizer`, as if fitted on the data of all, with this one's arguments.
+        """Return a new `Standardizer` with this one's arguments, as if it were fitted on the data of all.
 
         Raises:
             NotFittedError: one of them is not fitted.
@@ -235,13 +235,14 @@ class Standardizer(Estimator):
                     "Merge only estimators with the same features."
                 )
             measured = measured.merge(other._features)
-        merged._settle(measured, self._ndim)
+        merged._set_fitted(measured, self._ndim)
         return merged
 
     def all_reduce(self, process_group: Any = None) -> Standardizer:
-        """Give every rank of `torch.distributed` the bitwise equal statistics of all ranks; a rank may have no data.
+        """Merge the statistics of all ranks of `torch.distributed`, so that they are bitwise equal on every rank.
 
-        Call it once, after each rank was fitted on its share. Without an initialized process group it does nothing.
+        Call it once, after each rank was fitted on its share. A rank may have no data. Without an initialized process
+        group, it does nothing.
 
         Raises:
             NotFittedError: no rank is fitted.
@@ -259,7 +260,7 @@ class Standardizer(Estimator):
         merged = fitted[0].merge(*fitted[1:])
         if hasattr(merged, "feature_names_in_"):
             self.feature_names_in_ = merged.feature_names_in_
-        self._settle(merged._features, merged._ndim)
+        self._set_fitted(merged._features, merged._ndim)
         return self
 
     def to_layer(
@@ -267,27 +268,26 @@ class Standardizer(Estimator):
     ) -> frozen.FrozenBatchNorm:
         """Return a frozen batch normalization that computes `transform`, as the first layer of a model.
 
-        The model then takes raw data, and `batchnorm.fold` folds the layer into the first convolution or linear
-        layer. Its channels are on axis 1, independent of `channel_axis`.
+        The model then accepts raw data, and `batchnorm.fold` can fold the layer into the first convolution or linear
+        layer. The layer's channels are on axis 1, independent of `channel_axis`.
 
         Args:
-            dtype: The dtype of its buffers; by default torch's.
+            dtype: The dtype of its buffers; by default torch's default.
             device: The device of its buffers.
 
         Raises:
             ValueError: a feature has no finite mean or standard deviation.
 
-        Numerics: if the mean is m standard deviations from zero, its rounding to float32 shifts the result by up to
-            6e-8·m.
+        Numerics: if the mean is m standard deviations, its rounding to float32 shifts the result by up to 6e-8·m.
         """
         self._check_fitted()
         if not (np.isfinite(self.mean_).all() and np.isfinite(self.scale_).all()):
             raise ValueError(
-                "Standardizer.to_layer expects finite statistics, got a feature without. Fit it on data that have "
+                "Standardizer.to_layer expects finite statistics of every feature, got others. Fit it on data with "
                 "values of every feature."
             )
         var = torch.from_numpy(self.scale_).square()
-        # The layer adds eps > 0 to the variance. Subtracting it first changes nothing: it is far below the rounding.
+        # The layer adds eps > 0 to the variance, so subtract it first. It is far below the rounding.
         eps = var.min().item() * 1e-12
         kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
         layer = kind(self.n_features_in_, eps=eps, affine=False, device=device, dtype=dtype)
@@ -300,7 +300,7 @@ class Standardizer(Estimator):
     # Checks
 
     def _checked(self, x: Array, features: int | None, least: int = 1) -> Array:
-        """Return the array after checking its shape."""
+        """Check the shape of the array, and return it."""
         shape = tuple(x.shape)
         if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or self.channel_axis in (0, -x.ndim):
             raise ValueError(
@@ -345,7 +345,7 @@ def _channels_second(x: Array, axis: int) -> Array:
     return x.movedim(axis, 1) if isinstance(x, Tensor) else np.moveaxis(x, axis, 1)
 
 
-def _whole(count: float) -> int | float:
+def _int_if_whole(count: float) -> int | float:
     return int(count) if count.is_integer() else count
 
 
@@ -358,7 +358,7 @@ def _weights(given: Any, samples: int) -> Tensor:
         )
     if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.any():
         raise ValueError(
-            "Standardizer expects sample_weight >= 0, finite and not all zero, got others. Give samples that do not "
-            "count the weight zero."
+            "Standardizer expects sample_weight >= 0, finite and not all zero, got others. Use weight zero for samples "
+            "that do not count."
         )
     return weights

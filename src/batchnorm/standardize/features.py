@@ -1,4 +1,4 @@
-"""Moments of features that have a different number of values each, because some are missing."""
+"""Moments of features with different numbers of values, because some are missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class Features:
     """Count (Σ w), mean and Σ w·(x - mean)² of each feature, all float64 `[C]` on the CPU.
 
     This differs from `batchnorm.moments.Moments` in two ways. Each feature has its own count, because values may be
-    missing. The mean is `mean + mean_low`: a mean rounded to float64 would lose digits of the variance in many merges.
+    missing. The mean is `mean + mean_low`, because a mean rounded to float64 would make the variance less accurate with
+    every merge.
     """
 
     count: Tensor
@@ -48,7 +49,7 @@ class Features:
         return cls(count.cpu(), *_pair(mean, mean_low), m2.cpu())
 
     def merge(self, other: Features) -> Features:
-        """Return the moments of both data sets together. The mathematics page, "Merging moments"."""
+        """Return the moments of both data sets together; see "Merging moments" on the mathematics page."""
         count = self.count + other.count
         divisor = torch.where(count > 0, count, 1.0)
         difference = (other.mean - self.mean) + (other.mean_low - self.mean_low)

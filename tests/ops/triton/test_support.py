@@ -71,7 +71,10 @@ def test_where_the_kernels_cannot_serve_one_warning_says_why(
 ) -> None:
     owner = next(o for o in (torch.cuda, torch.version, support) if hasattr(o, name))
     monkeypatch.setattr(owner, name, value)
-    with pytest.warns(RuntimeWarning, match=f"in plain torch operations, slower: .*{reason}.*Install what is missing"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=f"plain torch operations on CUDA devices, which are slower: .*{reason}.*Install what is missing",
+    ):
         found = support.problem(CUDA)
     assert found is not None
     with warnings.catch_warnings():
@@ -202,7 +205,7 @@ def test_while_a_graph_is_captured_nothing_is_tried_and_nothing_remembered(
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 def test_backends_says_that_torch_has_no_cuda() -> None:
-    assert batchnorm.backends()["cuda"] == "eager: this torch is built without CUDA"
+    assert batchnorm.backends()["cuda"] == "eager: this torch was built without CUDA"
 
 
 def test_float64_empty_and_odd_running_statistics_stay_with_the_eager_implementation(gpu: None) -> None:

@@ -78,7 +78,7 @@ WITH_COPY = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inpl
             "raised TypeError: .*unexpected keyword",
         ),
         (networks.ResNet, 3, "got int, and the model raised TypeError"),
-        (Faulty, torch.randn(2, 3, 8, 8), "raised ArithmeticError: out of order. Pass what you call the model with"),
+        (Faulty, torch.randn(2, 3, 8, 8), "raised ArithmeticError: out of order. Pass the model's arguments"),
     ],
     ids=["channels", "rank", "name", "type", "the model fails"],
 )
@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_copied() -> None:
     for inputs in (None, x):
         with pytest.raises(ValueError, match="expects a model that can be copied, .* Pass inplace=True to change"):
             accelerate(model, inputs)
-    with pytest.raises(ValueError, match="expects a model that can be copied, .* Remove what cannot be copied"):
+    with pytest.raises(ValueError, match="expects a model that can be copied, .* Remove it"):
         accelerate(model, x, inplace=True)
     before.assert_same(model)
     fast, report = accelerate(model, inplace=True)
@@ -167,7 +167,7 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"accelerate expects a torch.nn.Module, got int. Pass the network itself."):
         accelerate(3)
-    with pytest.raises(ValueError, match="a model whose parameters have shapes where example_inputs are given"):
+    with pytest.raises(ValueError, match="with example_inputs expects a model whose parameters have shapes"):
         accelerate(nn.Sequential(nn.LazyBatchNorm1d(), nn.ReLU()), torch.randn(4, 3), inplace=True)
 
 

@@ -215,19 +215,19 @@ def global_mode(self: Block, x: Tensor) -> Tensor:
         (functional_dropout, "the model (Block) does not compute the same in training and in evaluation"),
         (mode, "the model (Block) does not compute the same in training and in evaluation"),
         (global_mode, "the model (Block) does not compute the same in training and in evaluation"),
-        (values_decide, "the model (Block) decides by shapes or values in its forward"),
-        (shapes_decide, "the model (Block) decides by shapes or values in its forward"),
+        (values_decide, "the model (Block) branches on shapes or values in its forward"),
+        (shapes_decide, "the model (Block) branches on shapes or values in its forward"),
         (python_random, "the model (Block) draws random numbers in its forward"),
         (torch_random, "the model (Block) draws random numbers in its forward"),
         (constant, "the model (Block) uses a tensor that is neither argument, parameter nor buffer"),
         (no_gradients, "the model (Block) changes how gradients, autocast or saved tensors are handled"),
         (gradients, "the model (Block) changes how gradients, autocast or saved tensors are handled"),
         (without_autocast, "the model (Block) changes how gradients, autocast or saved tensors are handled"),
-        (counts, "the model (Block) sets attributes of its own in its forward"),
-        (keeps, "the model (Block) sets attributes of its own in its forward"),
-        (appends, "the model (Block) sets attributes of its own in its forward"),
-        (asks_within, "the model (Block) asks for the type of a value in its forward"),
-        (parts, "the model (Block) goes through the parts of a value in its forward"),
+        (counts, "the model (Block) changes its own attributes in its forward"),
+        (keeps, "the model (Block) changes its own attributes in its forward"),
+        (appends, "the model (Block) changes its own attributes in its forward"),
+        (asks_within, "the model (Block) checks the type of a value in its forward"),
+        (parts, "the model (Block) iterates over a value of unknown length in its forward"),
     ],
 )
 def test_what_a_trace_would_lose_is_left(forward: Callable[..., Any], reason: str) -> None:
@@ -383,7 +383,7 @@ def test_lists_are_understood_with_example_inputs_only() -> None:
     model, x = networks.DenseNet().double(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
     report = accelerate(model).report
     assert set(report.fused) == {"transition.0", "norm5"}
-    assert "with example_inputs it is known" in report.changed[0].reason
+    assert "pass example_inputs to make it known" in report.changed[0].reason
     assert len(accelerate(model, x).report.fused) == 10
 
 

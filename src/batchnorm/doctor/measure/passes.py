@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.wording import counted
-from batchnorm.models.batches import Ambient, Batches, device_of, moved, samples_in, size_of
+from batchnorm.models.batches import Batches, ThreadSettings, device_of, moved, samples_in, size_of
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.observe import (
     LayerCall,
@@ -91,7 +91,7 @@ class Passes:
         self.observer = Observer("diagnose", [layer.found for layer in layers])
         self._batch: tuple[int, int] | None = None  # number and size of the batch, while its samples are measured
         self._done: set[int] = set()  # layers that were measured in this batch
-        self._ambient = Ambient(None, device_of(model))
+        self._ambient = ThreadSettings(None, device_of(model))
 
     @contextmanager
     def _hooked(self, hook_of: Callable[[int], Callable[..., None]] | None = None) -> Iterator[None]:

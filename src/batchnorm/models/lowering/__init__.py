@@ -1,7 +1,7 @@
-"""One spelling for every call: layers, methods, operators of an exported program and functions become functions.
+"""Rewrite a graph so that layers, methods, operators of an exported program and functions are all plain functions.
 
-Afterwards a convolution is a call of `F.conv2d` with its weight as an attribute of the graph, however the model wrote
-it. No call that this module knows changes its argument in place. Dropout, which does nothing in evaluation, is gone.
+Afterwards, every convolution is a call of `F.conv2d` with its weight as an attribute of the graph, whatever the model
+used. No known call changes its argument in place. Dropout, which has no effect in evaluation, is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CONVOLUTIONS", "TRANSPOSED", "activation_of", "asks_sizes", "lower",
 
 
 def lower(module: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite the graph of a model in evaluation mode in one spelling, in place."""
+    """Rewrite the graph of a model in evaluation mode, in place."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op == "call_module":

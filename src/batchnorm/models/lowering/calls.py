@@ -1,4 +1,4 @@
-"""Functions, methods and operators as calls of one function each."""
+"""Rewrite functions, methods and operators as calls of one function each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchnorm.models.lowering.nodes import Function, name_of, remove, replace_c
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED: dict[Any, int] = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 
-# By name, for operators and methods. The function takes the same arguments.
+# The function for each name of operators and methods. It takes the same arguments.
 _FUNCTIONS: dict[str, Function] = {
     **{f.__name__: f for f in (*CONVOLUTIONS, *TRANSPOSED)},
     **{name: getattr(F, name) for name in ("linear", "gelu", "hardtanh")},
@@ -30,7 +30,7 @@ _FUNCTIONS: dict[str, Function] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul")},
     **dict.fromkeys(("split", "split_with_sizes"), torch.split),
     "chunk": torch.chunk,
-    "view": torch.reshape,  # a lowered tensor may have other strides than before, which view would refuse
+    "view": torch.reshape,  # `view` would fail if lowering changes the tensor's strides
     "_unsafe_view": torch.reshape,
     "swapaxes": torch.transpose,
 }
@@ -55,7 +55,7 @@ _BATCH_NORM_DEFAULTS = {"weight": None, "bias": None, "training": False, "moment
 
 
 def lower_call(node: Node) -> None:
-    """Replace a call by the call of one function that computes the same in evaluation, where one is known."""
+    """Replace a call by that of a function that computes the same in evaluation, if one is known."""
     target, args, kwargs = node.target, node.args, dict(node.kwargs)
     name = name_of(node)
     x = args[0] if args else kwargs.get("input")
@@ -65,7 +65,7 @@ def lower_call(node: Node) -> None:
             remove(node, x)  # type: ignore[arg-type]
     elif name in _IDENTITIES and isinstance(x, Node):
         remove(node, x)
-    elif (name == "add" or _SAME.get(target, target) is operator.add) and 0 in args[:2]:  # as sum() begins
+    elif (name == "add" or _SAME.get(target, target) is operator.add) and 0 in args[:2]:  # sum() starts with 0 + x
         remove(node, next(a for a in args if isinstance(a, Node)))
     elif name == "batch_norm" or target is torch.batch_norm:
         y, weight, bias, running_mean, running_var, training, momentum, eps, *_ = args
@@ -99,7 +99,7 @@ def _batch_norm_arguments(node: Node) -> dict[str, Any]:
 
 
 def _lower_own_batch_norm(node: Node) -> None:
-    """Replace this library's function by its parts: normalization, addition, activation."""
+    """Replace this library's function by separate calls: normalization, addition, activation."""
     given = _batch_norm_arguments(node)
     if given["training"] and given.get("mask") is not None:
         return
@@ -127,7 +127,7 @@ def function_of(activation: str) -> Function:
 
 
 def replace_by_activation(node: Node, x: Argument, activation: str, parameter: float) -> Node:
-    """Put a call of torch's function of the activation in the node's place."""
+    """Replace the node by a call of torch's function for the activation."""
     parameters = () if ops.ACTIVATIONS[activation].parameter is None else (parameter,)
     return replace_call(node, function_of(activation), x, *parameters)
 

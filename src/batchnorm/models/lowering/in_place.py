@@ -1,4 +1,4 @@
-"""Calls that change their argument in place, and the same calls out of place."""
+"""Find calls that change their argument in place, and replace them by out-of-place calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _IN_PLACE_FUNCTIONS: dict[Any, Function] = {
 
 
 def _position_of_inplace() -> dict[Any, int]:
-    """The position of the argument `inplace` in each function of `torch.nn.functional` that has it."""
+    """Return the position of the argument `inplace` in each function of `torch.nn.functional` that has it."""
     positions = {}
     for function in vars(F).values():
         if inspect.isfunction(function):
@@ -39,7 +39,7 @@ _INPLACE_AT = _position_of_inplace()
 
 
 def mutated(graph: fx.Graph) -> set[Node]:
-    """Return the tensors that calls still change in place, and the tensors that these are views of."""
+    """Return the tensors that calls still change in place, and the tensors that they are views of."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         writes = node.target is operator.setitem or (_in_place(node) and node.op != "call_module")
@@ -69,7 +69,7 @@ def _is_view(node: Node) -> bool:
 
 
 def out_of_place(node: Node) -> Node:
-    """Replace a call that changes its argument by one that does not; later readers of the argument read the result."""
+    """Replace an in-place call by an out-of-place one; later readers of its argument then read its result."""
     written = node.args[0] if node.args else None
     target = node.target
     if node.kwargs.get("inplace") is False:

@@ -1,4 +1,4 @@
-"""Layers as calls of functions."""
+"""Rewrite layers as calls of functions."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ _PADDINGS: dict[type, str] = {
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Return whether the layer computes what its class computes: it has no hooks and no own or changed `forward`."""
+    """Return whether the layer computes the same as its class: no hooks, and the `forward` of the class."""
     hooks = any(bool(held) for name, held in vars(layer).items() if "_hooks" in name and "state_dict" not in name)
     return not hooks and "forward" not in vars(layer) and not nn.utils.parametrize.is_parametrized(layer)
 
 
 def lower_layer(module: fx.GraphModule, node: Node) -> None:
-    """Replace the call of a layer by the call of its function, where the layer is known."""
+    """Replace the call of a known layer by the call of its function."""
     layer: Any = module.get_submodule(str(node.target))
     x = node.args[0] if len(node.args) == 1 and not node.kwargs else None
     if not isinstance(x, Node) or not _is_plain(layer):
@@ -73,7 +73,7 @@ def lower_layer(module: fx.GraphModule, node: Node) -> None:
         held = tensors("running_mean", "running_var", "weight", "bias")
         replace_call(node, F.batch_norm, x, *held, layer.running_mean is None, layer.momentum or 0.0, layer.eps)
     elif isinstance(layer, nn.modules.batchnorm._NormBase) and getattr(layer, "_uses_batch", True) is False:
-        # This library's layers that find statistics in parts: one node each, and plain normalization in evaluation.
+        # This library's layers with statistics by parts are one node each, and plain normalization in evaluation.
         held = tensors("running_mean", "running_var", "weight", "bias")
         replace_call(node, F.batch_norm, x, *held, False, 0.0, layer.eps)
     elif kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

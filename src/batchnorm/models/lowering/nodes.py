@@ -1,4 +1,4 @@
-"""Names of the calls in a graph, and other calls in their place."""
+"""Find the name of a call in a graph, and replace or remove a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Function = Callable[..., Any]
 
 
 def name_of(node: Node) -> str:
-    """Return an operator's or a method's name without the underscore of the in-place form; of a function, nothing."""
+    """Return the name of an operator or method, without the underscore of the in-place form; "" for a function."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = target._opname if target.namespace == "aten" else ""
@@ -22,7 +22,7 @@ def name_of(node: Node) -> str:
 
 
 def replace_call(node: Node, function: Function, *args: Argument, **kwargs: Argument) -> Node:
-    """Put a call of this function in the node's place."""
+    """Replace the node by a call of this function."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(function, args, kwargs)
     new.meta = dict(node.meta)
@@ -32,6 +32,6 @@ def replace_call(node: Node, function: Function, *args: Argument, **kwargs: Argu
 
 
 def remove(node: Node, result: Node) -> None:
-    """Remove a node whose result is another node."""
+    """Remove a node, and let its readers read `result`."""
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)

@@ -16,7 +16,7 @@ _SAME_RANK = {*_SAME_SHAPE, *CONVOLUTIONS, *TRANSPOSED, F.linear}
 
 
 def asks_sizes(node: Node) -> bool:
-    """Return whether the call reads its tensor's sizes, and not its values."""
+    """Return whether the call reads its tensor's sizes, but not its values."""
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "device")
     name = name_of(node)
@@ -26,7 +26,7 @@ def asks_sizes(node: Node) -> bool:
 
 
 def ask_the_source(graph: fx.Graph) -> None:
-    """Read sizes from an earlier tensor that has the same, so that a call's result is read for its values alone."""
+    """Read sizes from an earlier tensor with the same sizes, so that results are read only for their values."""
     for node in graph.nodes:
         if not asks_sizes(node) or not isinstance(node.args[0], Node):
             continue
@@ -38,7 +38,7 @@ def ask_the_source(graph: fx.Graph) -> None:
 
 
 def follow_the_device(graph: fx.Graph) -> None:
-    """Make the graph's new tensors on the device of its first argument, so that the module can be moved."""
+    """Create the graph's new tensors on the device of its first argument, so that the module can be moved."""
     first = next((node for node in graph.nodes if node.op == "placeholder"), None)
     device: Node | None = None
     for node in list(graph.nodes):

@@ -1,7 +1,7 @@
 """The operators on CUDA devices by Triton kernels, which are imported when the first CUDA tensor arrives.
 
-The eager implementation serves float64, tensors without values, running statistics that are not contiguous, and devices
-where a kernel was found not to compile or start.
+The eager implementation is used for float64, empty tensors, running statistics that are not contiguous, and devices on
+which a kernel did not compile or start.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the operator `name` for CUDA tensors: our kernels, or `eager` where they do not serve."""
+    """Return the operator `name` for CUDA tensors: our kernels, or `eager` if they cannot be used."""
     arguments = SIGNATURES[name].arguments
-    at = arguments.index("x") if "x" in arguments else 0  # x decides, or the running mean
+    at = arguments.index("x") if "x" in arguments else 0  # the tensor that decides: x, or the running mean
 
     def on_cuda(*args: Any) -> Any:
         decides = args[at]

@@ -1,4 +1,4 @@
-"""From the tensors of a call to the arguments of kernels: one memory layout, vectors without gaps."""
+"""Convert the tensors of a call to arguments of kernels: one memory layout, contiguous vectors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from batchnorm.ops.triton.tiling import Tiling
 
 
 class Frame:
-    """x's sizes, and the memory layout in which the kernels see every tensor like x.
+    """x's sizes, and the memory layout of every tensor of x's shape in the kernels.
 
-    That is x's own where it is contiguous or channels-last, else that of `empty_like(x)` if it is one of these, else
-    contiguous, by copies.
+    This is x's layout if that is contiguous or channels-last, else that of `empty_like(x)` if that is one of these.
+    Otherwise, it is contiguous. Tensors with another layout are copied.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.device, self.dtype, self.shape = x.device, x.dtype, x.shape
         self.n, self.c, self.s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         self.channels_last, self.converted = False, False
-        self.x, self.like = x, x  # like: x's sizes in the kernels' layout
+        self.x, self.like = x, x  # like: a tensor with x's sizes in the kernels' layout
         if not x.is_contiguous():
             self.channels_last = _channels_last(x)
             if not self.channels_last:
@@ -39,7 +39,7 @@ class Frame:
         self.settings = tiling.settings_of(self.s, self.channels_last, x.dtype.itemsize)
 
     def read(self, t: Tensor) -> Tensor:
-        """Return a tensor like x, or its copy where its strides or dtype differ."""
+        """Return a tensor of x's shape, or a copy if its strides or dtype differ."""
         if t.dtype == self.dtype and self._has_strides(t):
             return t
         return self.result().copy_(t)
@@ -53,7 +53,7 @@ class Frame:
         return tuple(None if t is None else self.read(t) for t in tensors)
 
     def result(self) -> Tensor:
-        """Return memory for a result like x, which a kernel writes."""
+        """Allocate a result of x's shape for a kernel to write."""
         return torch.empty_like(self.like, device=self.device)
 
     def returned(self, written: Tensor) -> Tensor:
@@ -61,21 +61,21 @@ class Frame:
         return torch.empty_like(self.x).copy_(written) if self.converted else written
 
     def vectors(self, number: int, *shape: int) -> tuple[Tensor, ...]:
-        """Return memory for results in float32, which a kernel writes."""
+        """Allocate float32 results for a kernel to write."""
         return tuple(torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(number))
 
     def row_vectors(self, number: int, index: Tensor | None = None, groups: int = 1) -> tuple[Tensor, ...]:
-        """Return memory for results `[C]`, or `[groups, C]` with an index."""
+        """Allocate `[C]` results, or `[groups, C]` with an index."""
         return self.vectors(number, *(() if index is None else (groups,)), self.c)
 
     def weights(self, t: Tensor | None) -> Tensor | None:
-        """Return weights `[N, *S]` in float32 without gaps."""
+        """Return weights `[N, *S]` as contiguous float32."""
         return None if t is None else t.to(torch.float32).contiguous()
 
     def streamed(self, index: Tensor | None = None, *, by_sample: bool = False) -> Tiling:
-        """Return the tiling of programs that go over tiles.
+        """Return the tiling for programs that loop over tiles.
 
-        With `by_sample` and an index every sample is a split of its own.
+        With `by_sample` and an index, every sample is a separate split.
         """
         indexed = index is not None
         return tiling.streamed(
@@ -84,14 +84,14 @@ class Frame:
         )  # fmt: skip
 
     def at_once(self, tensors: int) -> Tiling | None:
-        """Return the tiling of programs that read x once, or None."""
+        """Return the tiling for programs that read x once, or None if there is none."""
         return tiling.at_once(
             self.n, self.c, self.s, self.channels_last, self.dtype.itemsize, tensors, self.processors, self.settings
         )
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make t's device the current one, on which kernels start."""
+    """Make t's device the current one, because kernels start on the current device."""
     return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -100,7 +100,7 @@ def _channels_last(t: Tensor) -> bool:
 
 
 class KernelVectors:
-    """Statistics and parameters as kernels take them: `[C]` or, with an index, `[K, C]`."""
+    """Statistics and parameters as arguments of kernels: `[C]` or, with an index, `[K, C]`."""
 
     def __init__(self, vectors: Vectors, index: Tensor | None) -> None:
         statistics, self.stride_statistic = _without_gaps(*vectors[:3])
@@ -116,7 +116,7 @@ class KernelVectors:
 
 
 def _without_gaps(*vectors: Tensor | None) -> tuple[Sequence[Tensor | None], int]:
-    """Return the vectors, all by row if one is, and the stride between rows, 0 where all samples share one."""
+    """Return the vectors, all as `[K, C]` if one is, and the stride between rows, which is 0 for `[C]`."""
     rows = min((t.shape[0] for t in vectors if t is not None and t.dim() == 2), default=0)
     if rows:
         vectors = tuple(None if t is None else t[:rows] if t.dim() == 2 else t.expand(rows, -1) for t in vectors)

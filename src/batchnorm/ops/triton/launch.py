@@ -1,4 +1,4 @@
-"""The operators as launches of kernels. Importing this module imports Triton."""
+"""The operators, each of which launches kernels. Importing this module imports Triton."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 def _launcher(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Make an implementation callable with its schema's flat arguments; kernels start on its tensors' device."""
+    """Make an implementation callable with its schema's flat arguments, and start kernels on its tensors' device."""
     flat = grouped(implementation)
 
     @functools.wraps(implementation)
@@ -46,7 +46,7 @@ def _launcher(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def _parts(frame: Frame, t: Tiling, index: Tensor | None, number: int) -> Tensor | None:
-    """Return memory for the results of each split, to be merged; None where there is a single split."""
+    """Allocate the results of each split, which are merged later; return None if there is a single split."""
     return None if index is None and t.splits == 1 else frame.vectors(1, number, t.splits, t.channels)[0]
 
 
@@ -92,7 +92,7 @@ def moments(
 def train_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, attributes: Attributes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, mean, mean_low and the biased variance: in one launch where a program can hold its channels."""
+    """Return y, mean, mean_low and the biased variance, in one launch if a program can hold its channels."""
     frame = Frame(x)
     x = frame.read(x)
     t = frame.at_once(1)
@@ -135,7 +135,7 @@ def normalize(
 
 
 class _Backward:
-    """The arguments that every operator of the backward pass has, as kernels take them."""
+    """The arguments that all operators of the backward pass share, in the form that kernels take."""
 
     def __init__(self, dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) -> None:
         self.frame = frame = Frame(kept.x)
@@ -147,7 +147,7 @@ class _Backward:
         self.scalars = (eps, negative_slope)
 
     def results(self, need_dz: bool) -> tuple[Tensor, Tensor | None]:
-        """Return memory for dx, and for dz if asked for."""
+        """Allocate dx, and dz if `need_dz`."""
         return self.frame.result(), self.frame.result() if need_dz else None
 
     def returned(self, dx: Tensor, dz: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ class _Backward:
         return self.frame.returned(dx), dx.new_empty(0) if dz is None else self.frame.returned(dz)
 
     def reduce(self, groups: int, dx: Tensor | None = None, dz: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return Σ dz and Σ dz·x̂; with held statistics, write dx and dz in the same launch."""
+        """Return Σ dz and Σ dz·x̂; with constant statistics, write dx and dz in the same launch."""
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index, by_sample=True)
         sums = frame.row_vectors(2, vectors.index, groups)
@@ -189,7 +189,7 @@ class _Backward:
 def train_backward(
     dy: Tensor, kept: Kept, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dγ, dβ and dz: in one launch where a program can hold its channels."""
+    """Return dx, dγ, dβ and dz, in one launch if a program can hold its channels."""
     call = _Backward(dy, kept, None, attributes)
     frame = call.frame
     t = frame.at_once(2)
@@ -211,7 +211,7 @@ def train_backward(
 def normalize_backward(
     dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, Σ dz·x̂, Σ dz and dz with the statistics held: x and dy are read once."""
+    """Return dx, Σ dz·x̂, Σ dz and dz with constant statistics; x and dy are read once."""
     call = _Backward(dy, kept, index, attributes)
     results = call.results(need_dz)
     sum_dz, sum_dz_xhat = call.reduce(groups, *results)
@@ -259,7 +259,7 @@ def update_running_(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
-    """Move the running statistics, which are contiguous, in one launch."""
+    """Update the running statistics, which are contiguous, in one launch."""
     if torch._C._current_graph_task_id() != -1:
         return
     if momentum is None and num_batches_tracked is None:
@@ -274,6 +274,6 @@ def update_running_(
 
 
 def start_one_kernel(device: torch.device) -> None:
-    """Compile and start the smallest kernel there is: where that fails, so do the others."""
+    """Compile and start the smallest kernel; if this fails, all others would fail, too."""
     running_mean, running_var, mean, mean_low, var = torch.zeros(5, 1, device=device).unbind()
     update_running_(running_mean, running_var, None, mean, mean_low, var, 2, None, 0.5, False)

@@ -1,4 +1,4 @@
-"""The tunable settings by which a tensor is cut into tiles and programs."""
+"""Tunable settings for the division of a tensor into tiles and programs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Settings:
     """The settings of one class of tensors; `table.py` holds one for each.
 
     Args:
-        tile: Values of one tile, where a program goes over several.
-        warps: Warps of such a program.
-        stages: Tiles in flight; those loaded ahead wait in shared memory.
-        programs: Such programs per multiprocessor.
-        row_bytes: Bytes of the widest piece of a row of channels that one program takes (channels-last).
-        once: Largest tile, padding included, that a program holds to read x once; half of it in backward, which holds
-            two tensors, and half for channels-last.
-        deepest: Largest number of tiles that one lane adds in sequence, which bounds its rounding error; not tuned.
+        tile: Values of one tile, if a program loops over several tiles.
+        warps: Warps of a program that loops over tiles.
+        stages: Tiles in flight; tiles that are loaded ahead use shared memory.
+        programs: Programs per multiprocessor, if they loop over tiles.
+        row_bytes: Largest number of bytes of a row of channels that one program handles (channels-last).
+        once: Largest tile, with padding, of a program that reads x once. Backward, which holds two tensors, uses half
+            of it, and so does channels-last.
+        deepest: Largest number of tiles that one lane adds in sequence, to limit the rounding error; not tuned.
     """
 
     tile: int = 2048
@@ -29,7 +29,7 @@ class Settings:
     deepest: int = 64
 
 
-# The values that tuning tries, one field after the other.
+# The values that tuning tries, one field at a time.
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "tile": (1024, 2048, 4096),
     "warps": (4, 8),

@@ -1,4 +1,4 @@
-"""Whether the kernels can serve a device, and the warning where they cannot."""
+"""Find out whether a device can use the kernels, and warn if it cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 KERNELS = "BATCHNORM_GPU_KERNELS"
 _NAMES = ("triton", "eager")
 
-# The oldest architecture that Triton compiles for, and the Triton of the oldest torch that this library supports.
+# The oldest architecture that Triton supports, and the Triton of the oldest torch that this library supports.
 _LEAST = (7, 0)
 _LEAST_TRITON = (3, 6)
 
@@ -22,7 +22,7 @@ def _chosen() -> str:
     name = os.environ.get(KERNELS, "triton")
     if name in _NAMES:
         return name
-    _warn_once(f"{KERNELS} expects one of {', '.join(_NAMES)}, got {name!r}; triton is taken.")
+    _warn_once(f"{KERNELS} expects one of {', '.join(_NAMES)}, got {name!r}. Using triton.")
     return "triton"
 
 
@@ -32,11 +32,11 @@ def _warn_once(text: str) -> None:
 
 
 def build_problem() -> str | None:
-    """Return why this build of torch cannot use the kernels, or None."""
+    """Return the reason why this build of torch cannot use the kernels, or None."""
     if torch.version.hip is not None:
         return "the kernels have not been tested on AMD GPUs"
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
+        return "this torch was built without CUDA"
     return None
 
 
@@ -52,23 +52,23 @@ def _import_problem() -> str | None:
 
 
 def _launch_problem(device: torch.device) -> str | None:
-    """Return why a small kernel does not compile or start, or None; compiling also needs a C compiler."""
+    """Return the reason why a small kernel does not compile (which needs a C compiler) or start, or None."""
     from batchnorm.ops.triton import launch
 
     try:
         launch.start_one_kernel(device)
     except Exception as error:  # from the compiler, the driver or the operating system
-        return _does_not_start(error)
+        return _start_problem(error)
     return None
 
 
-def _does_not_start(error: Exception) -> str:
+def _start_problem(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
     return f"a Triton kernel does not start ({type(error).__name__}: {lines[-1]})"
 
 
 def problem(device: torch.device) -> str | None:
-    """Return why the eager implementation serves this device, or None; warn once, unless eager was chosen."""
+    """Return the reason why this device uses eager, or None; warn once, unless the user chose eager."""
     if device not in _known:
         if _capturing():  # a result found during graph capture is not valid afterwards
             return None
@@ -76,7 +76,7 @@ def problem(device: torch.device) -> str | None:
     return _known[device]
 
 
-# The problem of each device that has been checked; None where the kernels serve.
+# The problem of each device that has been checked; None if it uses the kernels.
 _known: dict[torch.device, str | None] = {}
 
 
@@ -85,15 +85,15 @@ def _capturing() -> bool:
 
 
 def gives_up(device: torch.device, error: Exception) -> bool:
-    """Whether `error` means that a kernel cannot compile or start here; then warn, and let eager serve from now on.
+    """Return whether `error` means that a kernel cannot compile or start here; if so, warn and use eager from now on.
 
-    In that case nothing was computed. Every other error is the caller's: out of memory, or a lost device.
+    Such an error arises before anything is computed. Other errors, such as out of memory, must reach the caller.
     """
     from triton.errors import TritonError
 
     if not isinstance(error, TritonError):
         return False
-    found = _does_not_start(error)
+    found = _start_problem(error)
     _warn(found)
     _known[device] = found
     return True
@@ -115,13 +115,13 @@ def _find_problem(device: torch.device) -> str | None:
 
 def _warn(found: str) -> None:
     _warn_once(
-        f"batchnorm computes on CUDA devices in plain torch operations, slower: {found}. Install what is missing, "
-        f"or set {KERNELS}=eager to accept it."
+        f"batchnorm uses plain torch operations on CUDA devices, which are slower: {found}. Install what is missing, "
+        f"or set {KERNELS}=eager to silence this warning."
     )
 
 
 def description() -> str:
-    """Return the implementation for CUDA tensors, for `batchnorm.backends()`; start no kernel."""
+    """Return the implementation for CUDA tensors, for `batchnorm.backends()`, without starting a kernel."""
     for found in _known.values():
         if found is not None:
             return f"eager: {found}"

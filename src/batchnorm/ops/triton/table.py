@@ -5,7 +5,7 @@ Chosen by reasoning: not yet measured on a device.
 
 from batchnorm.ops.triton.settings import Settings
 
-# By whether channels are innermost, and bytes of a value.
+# The keys: whether channels are innermost, and the bytes of a value.
 TABLE = {
     (False, 2): Settings(tile=2048, warps=8, stages=3, programs=4, row_bytes=256, once=32768),
     (False, 4): Settings(tile=2048, warps=8, stages=3, programs=4, row_bytes=256, once=32768),

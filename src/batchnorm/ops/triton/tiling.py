@@ -1,6 +1,6 @@
-"""The division of a tensor into tiles and programs, which a table determines from its sizes.
+"""The division of a tensor into tiles and programs, which follows from its sizes and a table.
 
-Nothing is timed while a network trains: another choice sums in another order, and results would differ between runs.
+Nothing is timed while a network trains, because another choice would sum in another order and change the results.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from batchnorm.ops.triton.table import TABLE
 # Merging reads few values: tiles of [splits, channels].
 MERGE_SPLITS, MERGE_CHANNELS = 256, 8
 
-# Below this many values a launch costs more than a second reading saves, however few programs there are.
+# For fewer values, a second launch costs more time than reading x twice, however few programs there are.
 _SMALL = 1 << 18
-# From this size on offsets have 64 bits; half the range of 32 bits, since tiles extend beyond the tensor's end.
+# For at least this size, offsets have 64 bits. It is half the range of 32 bits, because tiles can exceed the tensor.
 _WIDE = 1 << 30
-# Shared memory that every device since Ampere has for a program; at most four tensors are loaded ahead into it.
+# The shared memory that every device since Ampere has for a program. At most four tensors are loaded ahead into it.
 _SHARED, _TENSORS = 96 << 10, 4
-# The narrowest piece of a row: one sector of memory.
+# The smallest part of a row: one memory sector.
 _SECTOR = 32
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Arguments of a launch, named as the kernels do. The grid is `blocks * splits`."""
+    """Arguments of a launch, with the kernels' names. The grid is `blocks * splits`."""
 
     rows: bool
     size0: int
@@ -50,12 +50,12 @@ class Tiling:
         """Return the number of programs.
 
         Raises:
-            ValueError: a grid cannot hold them, which takes an index and 2³¹ pairs of a sample and a channel.
+            ValueError: there are too many for a grid; this needs an index and 2³¹ pairs of a sample and a channel.
         """
         programs = self.blocks * self.splits
         if programs >= 1 << 31:
             raise ValueError(
-                f"batchnorm's kernels expect fewer than 2**31 pairs of a sample and a channel where samples differ in "
+                f"batchnorm's kernels expect fewer than 2**31 pairs of a sample and a channel if samples differ in "
                 f"their statistics, got {programs}. Split the batch, or set BATCHNORM_GPU_KERNELS=eager."
             )
         return (programs,)
@@ -72,7 +72,7 @@ class Tiling:
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """Return the arguments that a kernel is compiled for."""
+        """Return the compile-time arguments of a kernel."""
         wide = self.channels * self.size0 * (1 if self.rows else self.size1) >= _WIDE
         found = {
             "ROWS": self.rows, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "WIDE": wide, "num_warps": self.warps,
@@ -81,7 +81,7 @@ class Tiling:
 
 
 def power_of_two(n: int) -> int:
-    """Return the least power of two that is not below n."""
+    """Return the smallest power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -91,7 +91,7 @@ def _vec(*sizes: int) -> int:
 
 
 def _widths(size: int) -> int:
-    """Return B1 for `size` positions: the widest with at most a tenth more padding than the best."""
+    """Return B1 for `size` positions: the largest with at most a tenth more padding than the best."""
     padded = {b: -(-size // b) * b for b in (1024, 512, 256, 128, 64, 32)}
     least = min(padded.values())
     return min(next(b for b, n in padded.items() if n <= 1.1 * least), power_of_two(size))
@@ -99,14 +99,14 @@ def _widths(size: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run side by side; on the CPU, under the interpreter, few."""
+    """Return the number of multiprocessors; a small number on the CPU, where the interpreter runs."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def settings_of(s: int, channels_last: bool, itemsize: int) -> Settings:
-    """Return the settings of x's class, which depends on whether channels are innermost and on the dtype's size."""
+    """Return the settings of x's class, which depends on the memory layout and the dtype's size."""
     return TABLE[channels_last or s == 1, itemsize]
 
 
@@ -122,7 +122,7 @@ def streamed(
     processors: int,
     settings: Settings,
 ) -> Tiling:
-    """Return the tiling of programs that go over tiles of x `[n, c, s]`.
+    """Return the tiling for programs that loop over tiles of x `[n, c, s]`.
 
     Args:
         n: Samples.
@@ -131,7 +131,7 @@ def streamed(
         channels_last: Whether channels are innermost.
         itemsize: Bytes of a value.
         indexed: Whether samples may use different rows of the statistics.
-        by_sample: Whether every sample is a split of its own.
+        by_sample: Whether every sample is a separate split.
         processors: Multiprocessors to fill.
         settings: The settings of the tensor's class.
     """
@@ -161,7 +161,7 @@ def streamed(
         each = -(-tiles // min(wanted, tiles))
         splits, per = -(-tiles // each), (each * b0 if rows else each)
         warps = settings.warps
-    ahead = 0 if indexed else _SHARED // (_TENSORS * b0 * b1 * itemsize)  # vectors by row would take too much of it
+    ahead = 0 if indexed else _SHARED // (_TENSORS * b0 * b1 * itemsize)  # [K, C] vectors would take too much of it
     stages = min(settings.stages, 1 + ahead)
     vec = _vec(size1, stride0)
     return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, stages, blocks, splits, per)
@@ -178,15 +178,15 @@ def at_once(
     processors: int,
     settings: Settings,
 ) -> Tiling | None:
-    """Return the tiling of one program per block, which holds all the block's values of `tensors` tensors.
+    """Return the tiling for one program per block, which holds all the block's values of `tensors` tensors.
 
-    Return None where they do not fit, or where most of the device would be idle, unless the tensor is too small for
-    that to matter.
+    Return None if they do not fit. Also return None if most of the device would be idle, unless the tensor is too small
+    for that to matter.
     """
     rows = (channels_last or s == 1) and c > 1
     limit = settings.once // tensors
     if rows:
-        limit //= 2  # coefficients are vectors here, and take registers as well
+        limit //= 2  # coefficients are vectors here, which also take registers
         size0, size1, stride0 = n * s, c, c
         b0 = power_of_two(size0)
         narrowest = min(_SECTOR // itemsize, power_of_two(c))
@@ -204,6 +204,6 @@ def at_once(
     if b0 * b1 > limit or (2 * blocks < processors and n * c * s > _SMALL):
         return None
     vec = _vec(size1, stride0)
-    per_warp = 512 if vec == 1 else 1024  # each value needs its own offset where accesses are not wide
+    per_warp = 512 if vec == 1 else 1024  # without wide accesses, each value needs its own offset
     warps = min(max(power_of_two(b0 * b1 // per_warp), 4), 32)
     return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, None, blocks, 1, size0)

@@ -1,4 +1,4 @@
-"""Σ dz and Σ dz·x̂, and dx from them; and all at once where a program holds all values of its channels."""
+"""Compute Σ dz and Σ dz·x̂, and dx from them; in one kernel if a program holds all values of its channels."""
 
 import triton
 import triton.language as tl
@@ -35,9 +35,9 @@ def backward_reduce_kernel(
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute the sums of a block's split into `parts [2, splits, C]`, or, with no parts, of the whole block.
+    """Write the sums of a block's split to `parts [2, splits, C]`, or without `parts`, those of the whole block.
 
-    Where the statistics are held, dx needs no sums: with `dx_ptr`, dx and dz are written on the way.
+    With constant statistics, dx needs no sums. With `dx_ptr`, this kernel therefore also writes dx and dz.
     """
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
@@ -76,7 +76,7 @@ def backward_reduce_kernel(
 def merge_sums_kernel(
     parts_ptr, index_ptr, sum_dz_ptr, sum_dz_xhat_ptr, channels, splits, blocks, B0: tl.constexpr, B1: tl.constexpr
 ):
-    """Add up `parts [2, splits, C]`; with an index, those of each group of splits."""
+    """Add up `parts [2, splits, C]`; with an index, separately for each group of splits."""
     block, group = program(blocks, False)
     channel, valid = channels_of(block, channels, True, B1, 1)
     first = tl.zeros([B0, B1], tl.float32)
@@ -101,9 +101,9 @@ def backward_apply_kernel(
     ACTIVATION: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx, and dz, of a block's split from the means of dx̂ and dx̂·x̂.
+    """Compute dx and dz of a block's split from the means of dx̂ and dx̂·x̂.
 
-    With `SUMS`, Σ dz and Σ dz·x̂ of the batch take the place of the means.
+    With `SUMS`, the arguments are Σ dz and Σ dz·x̂ of the batch instead of the means.
     """
     block, split = program(blocks, True)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
@@ -146,7 +146,7 @@ def backward_once_kernel(
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute all gradients of a block whose values are one tile: x and dy are read once."""
+    """Compute all gradients of a block that fits into one tile, reading x and dy once."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
     begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1, WIDE)

@@ -1,4 +1,4 @@
-"""y from given statistics; and statistics and y at once where a program holds all values of its channels."""
+"""Compute y from given statistics, or statistics and y in one kernel if a program holds all values of its channels."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def normalize_kernel(
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y of a block's split. An index outside of the statistics' rows gives NaN."""
+    """Compute y of a block's split; NaN for an index outside the rows of the statistics."""
     block, split = program(blocks, True)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
     begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
@@ -39,7 +39,7 @@ def forward_once_kernel(
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute moments and y of a block whose values are one tile: x is read once."""
+    """Compute moments and y of a block that fits into one tile, reading x once."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
     begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1, WIDE)

@@ -1,7 +1,7 @@
-"""Mean, as a pair, and sum of squared deviations.
+"""Compute the mean (as a pair) and the sum of squared deviations.
 
-Each lane of a tile sums deviations from its own first value, its *pivot*, which is near the mean whatever the mean is.
-The sums of all programs' lanes are merged after Chan, Golub and LeVeque.
+Each lane of a tile sums deviations from its own first value, its *pivot*, which is near the mean. The sums of the lanes
+of all programs are merged by the formula of Chan, Golub and LeVeque.
 """
 
 import triton
@@ -12,10 +12,10 @@ from .tiles import SIZES, channels_of, group_of_splits, largest, load, load_weig
 
 @triton.jit
 def join(count, pivot, first, second, ROWS: tl.constexpr):
-    """Merge lanes, each with Σw, its pivot, Σw·d and Σw·d², where d = x − pivot, into count, mean, mean_low and m2.
+    """Merge lanes into count, mean, mean_low and m2. Each lane has Σw, a pivot, Σw·d and Σw·d², where d = x − pivot.
 
-    The mean is computed in two steps, so that one far pivot costs no accuracy. A constant channel deviates by exactly
-    zero.
+    The mean is computed in two steps, so that one pivot far from the mean costs no accuracy. A constant channel
+    deviates by exactly zero.
     """
     own = first / tl.where(count > 0.0, count, 1.0)
     second -= first * own
@@ -33,7 +33,7 @@ def join(count, pivot, first, second, ROWS: tl.constexpr):
 
 @triton.jit
 def rounded_pair(mean, mean_low, dtype: tl.constexpr):
-    """Return the pair with its first part rounded to x's dtype, which makes x − mean exact near it."""
+    """Return the pair with its first part rounded to x's dtype, so that x − mean is exact near it."""
     high = (mean + mean_low).to(dtype).to(tl.float32)
     return high, (mean - high) + mean_low
 
@@ -42,7 +42,7 @@ def rounded_pair(mean, mean_low, dtype: tl.constexpr):
 def store_moments(
     mean_ptr, mean_low_ptr, m2_ptr, at, valid, n, mean, mean_low, m2, dtype: tl.constexpr, VARIANCE: tl.constexpr
 ):
-    """Write an operator's results: the mean as a pair, and m2 or the biased variance."""
+    """Write the results of an operator: the mean as a pair, and m2 or the biased variance."""
     mean, mean_low = rounded_pair(mean, mean_low, dtype)
     if VARIANCE:
         m2 = tl.div_rn(m2, tl.where(n > 0.0, n, 1.0))
@@ -58,7 +58,7 @@ def moments_kernel(
     VARIANCE: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute moments of a block's split into `parts [4, splits, C]`, or, with no parts, of the whole block."""
+    """Write the moments of a block's split to `parts [4, splits, C]`, or without `parts`, those of the whole block."""
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, ROWS, B1, VEC)
     begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
@@ -75,7 +75,7 @@ def moments_kernel(
             w = load_weights(weights_ptr, i, j, size1, counted, ROWS, B0, B1)
             counted = w != 0.0
         pivot = tl.where(counted & (count == 0.0), x, pivot)
-        deviation = tl.where(counted, x - pivot, 0.0)  # a value that does not count may be NaN
+        deviation = tl.where(counted, x - pivot, 0.0)  # values with weight 0 may be NaN
         count += w
         weighted = deviation if weights_ptr is None else w * deviation
         first += weighted
@@ -98,7 +98,7 @@ def merge_moments_kernel(
     parts_ptr, index_ptr, sample_counts_ptr, count_ptr, mean_ptr, mean_low_ptr, m2_ptr, channels, splits, blocks,
     dtype: tl.constexpr, VARIANCE: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
 ):  # fmt: skip
-    """Merge `parts [4, splits, C]`; with an index, those of each group of splits, and count it in float64."""
+    """Merge `parts [4, splits, C]`; with an index, separately for each group of splits, with a float64 count."""
     block, group = program(blocks, False)
     channel, valid = channels_of(block, channels, True, B1, 1)
     stride = splits.to(tl.int64) * channels

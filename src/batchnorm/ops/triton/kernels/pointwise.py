@@ -1,7 +1,7 @@
-"""From x to z and y, and from dy to dz: expressions that forward and backward share.
+"""Compute z and y from x, and dz from dy, by expressions that forward and backward share.
 
-Backward recomputes the ReLU's mask. It has forward's bits because both call these functions, in which the source fuses
-every product that a compiler might fuse with a sum.
+Backward recomputes the ReLU's mask. It must get the same bits as forward. Therefore both call these functions, in which
+the source explicitly fuses every product that a compiler might fuse with a sum.
 """
 
 import triton
@@ -12,14 +12,14 @@ from .tiles import load
 
 @triton.jit
 def vector(ptr, at, valid, default, like):
-    """Return a vector in float32, or `default` where there is none."""
-    # One expression: Triton compiles what follows a return in an `if`, and an absent pointer does not compile.
+    """Return a vector in float32, or `default` if there is none."""
+    # One expression, because Triton also compiles the code after a `return`, where an absent pointer is an error.
     return tl.zeros_like(like) + default if ptr is None else tl.load(ptr + at, valid, float("nan")).to(tl.float32)
 
 
 @triton.jit
 def scale_and_shift(mean_low, var, weight, bias, eps):
-    """Return 1/√(var + ε), and z's coefficients: z = (x − mean)·scale + shift."""
+    """Return 1/√(var + ε), scale and shift, where z = (x − mean)·scale + shift."""
     deviation = tl.sqrt_rn(var + eps)
     scale = tl.div_rn(weight, deviation)
     return tl.div_rn(tl.zeros_like(var) + 1.0, deviation), scale, tl.fma(-mean_low, scale, bias)
@@ -52,7 +52,7 @@ def preactivation(x, mean, scale, shift, residual_ptr, offset, mask):
 
 @triton.jit
 def expm1_of_negative(x):
-    """Return eˣ − 1 for x <= 0: Taylor's series near zero, where the difference would lose digits."""
+    """Return eˣ − 1 for x <= 0; near zero, by a Taylor series, because the difference would lose digits."""
     p = tl.zeros_like(x) + 1.0 / 40320.0
     p = p * x + 1.0 / 5040.0
     p = p * x + 1.0 / 720.0
@@ -65,7 +65,7 @@ def expm1_of_negative(x):
 
 @triton.jit
 def tanh(z):
-    """Return the hyperbolic tangent: with u = e^(−2|z|) − 1, tanh |z| is −u/(u + 2)."""
+    """Return the hyperbolic tangent, by tanh |z| = −u/(u + 2) with u = e^(−2|z|) − 1."""
     u = expm1_of_negative(tl.where(z < 0.0, z, -z) * 2.0)
     magnitude = -u / (u + 2.0)
     return tl.where(z < 0.0, -magnitude, magnitude)
@@ -73,7 +73,7 @@ def tanh(z):
 
 @triton.jit
 def activate(z, parameter, ACTIVATION: tl.constexpr):
-    """Return y = f(z). At kinks and for NaN it is what torch returns."""
+    """Return y = f(z), with torch's results at kinks and for NaN."""
     y = z
     if ACTIVATION == "relu":
         y = tl.where(z <= 0.0, 0.0, z)
@@ -88,7 +88,7 @@ def activate(z, parameter, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "hardswish":
         gate = z + 3.0
         y = z * tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate)) / 6.0
-    elif ACTIVATION == "mish":  # tanh(log(1 + e^z)) is w/(w + 2), and 1 from z = 20 on
+    elif ACTIVATION == "mish":  # tanh(log(1 + e^z)) is w/(w + 2), and 1 for z >= 20
         e = tl.exp(tl.where(z > 20.0, 20.0, z))
         w = e * (e + 2.0)
         y = z * (w / (w + 2.0))
@@ -147,7 +147,7 @@ def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def upstream(dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, parameter, ACTIVATION: tl.constexpr):
-    """Return dz of a tile: from y where it was kept, else from z, recomputed; zero outside the mask."""
+    """Return dz of a tile, from y if it was kept, else from a recomputed z; zero outside the mask."""
     dz = load(dy_ptr, offset, mask)
     if ACTIVATION != "none":
         if y_ptr is not None:

@@ -9,7 +9,7 @@ def update_running_kernel(
     running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, mean_low_ptr, var_ptr, count_ptr, m, momentum, channels,
     SKIP: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move the running statistics in float64; one program, as a non-finite value in any channel stops the update."""
+    """Update the running statistics in float64, in one program, because one non-finite value prevents the update."""
     n = m.to(tl.float64)
     if count_ptr is not None:
         n = tl.load(count_ptr).to(tl.float64)
@@ -29,7 +29,7 @@ def update_running_kernel(
     rate = tl.cast(momentum, tl.float64)
     if tracked_ptr is not None:
         tracked = tl.load(tracked_ptr) + moves.to(tl.int64)
-        tl.debug_barrier()  # all threads have read
+        tl.debug_barrier()  # wait until all threads have read
         tl.store(tracked_ptr, tracked)
         if CUMULATIVE:
             rate = 1.0 / tl.maximum(tracked, 1).to(tl.float64)

@@ -1,9 +1,9 @@
-"""A program's values: where they are, how they are read and written, and sums over them."""
+"""Find, read, write and sum the values of a program."""
 
 import triton
 import triton.language as tl
 
-# Arguments of kernels whose values select no other compiled kernel.
+# Arguments of kernels that do not cause another compilation when their values change.
 SIZES = (
     "values", "size0", "size1", "stride0", "channels", "positions", "rows", "stride_statistic", "stride_affine", "per",
     "splits", "blocks",
@@ -12,9 +12,9 @@ SIZES = (
 
 @triton.jit
 def program(blocks, REVERSED: tl.constexpr):
-    """Return this program's block of channels and its split, from the only grid axis that may be longer than 65,535.
+    """Return this program's block of channels and its split, from the only grid axis that may exceed 65,535.
 
-    Reversed, a kernel starts with the values that the one before it read last: they may still be in the cache.
+    With `REVERSED`, a kernel starts with the values that the previous kernel read last and that may still be in cache.
     """
     pid = tl.program_id(0)
     if REVERSED:
@@ -24,7 +24,7 @@ def program(blocks, REVERSED: tl.constexpr):
 
 @triton.jit
 def channels_of(block, channels, ROWS: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr):
-    """Return the block's channels, and which of them exist."""
+    """Return the block's channels, and a mask of those that exist."""
     channel = block
     if ROWS:
         channel = block * B1 + tl.arange(0, B1)[None, :]
@@ -34,9 +34,10 @@ def channels_of(block, channels, ROWS: tl.constexpr, B1: tl.constexpr, VEC: tl.c
 
 @triton.jit
 def span(split, per, size0, size1, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, WIDE: tl.constexpr):
-    """Return where the split begins (a row, or a tile), where axis 0 ends for it, and its number of tiles.
+    """Return the split's start (a row or a tile), its end on axis 0, and its number of tiles.
 
-    They and all offsets of `tile` have 64 bits where `WIDE`, else 32, which take half the registers.
+    These values and all offsets in `tile` have 64 bits with `WIDE`. Otherwise, they have 32 bits, which takes half the
+    registers.
     """
     integer: tl.constexpr = tl.int64 if WIDE else tl.int32
     begin = split.to(integer) * per
@@ -55,7 +56,7 @@ def tile(
 ):
     """Return the positions on axis 0 and axis 1, the offsets and the mask of the split's tile t.
 
-    Sizes along axis 1 are multiples of VEC: the compiler learns it here, and makes accesses of VEC values.
+    Sizes along axis 1 are multiples of VEC. With this hint, the compiler generates accesses of VEC values.
     """
     size1 = size1 // VEC * VEC
     stride0 = stride0 // VEC * VEC
@@ -94,7 +95,7 @@ def load(ptr, offset, mask):
 
 @triton.jit
 def store(ptr, offset, values, mask):
-    """Write a tile in the tensor's dtype; write nothing where there is no tensor."""
+    """Write a tile in the tensor's dtype, or nothing if there is no tensor."""
     if ptr is not None:
         tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask)
 
@@ -108,14 +109,14 @@ def load_weights(ptr, i, j, size1, mask, ROWS: tl.constexpr, B0: tl.constexpr, B
 
 @triton.jit
 def load_rows(index_ptr, i, end, positions, rows, valid, ROWS: tl.constexpr):
-    """Return the row of the statistics for each sample of a tile, and which channels of it exist."""
+    """Return the statistics' row for each sample of a tile, and a mask of its existing channels."""
     row = tl.load(index_ptr + (i // positions if ROWS else i), i < end, 0)
     return row, valid & (row >= 0) & (row < rows)
 
 
 @triton.jit
 def group_of_splits(start, splits, index_ptr, group, B0: tl.constexpr):
-    """Return the B0 splits from `start` on, and which of them exist; with an index, only those of the group."""
+    """Return B0 splits from `start` on, and a mask of those that exist and, with an index, belong to the group."""
     split = start + tl.arange(0, B0)[:, None]
     there = split < splits
     if index_ptr is not None:
