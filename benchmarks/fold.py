@@ -1,4 +1,4 @@
-"""Measures `batchnorm.fold` on published networks: what is left, the error, trained weights and speed."""
+"""Measure `batchnorm.fold` on published networks: the layers left, the error, trained weights and speed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _why_fused(report: FoldReport) -> str:
 
 
 def _fx_fused(model: nn.Module) -> nn.Module:
-    with _quiet():  # the first import warns
+    with _quiet():  # the first import prints warnings
         from torch.fx.experimental import optimization
 
         return optimization.fuse(model)
@@ -216,7 +216,7 @@ def measure_speed(options: Options, table: Table) -> None:
             exact = copy.deepcopy(model).double()(x.double())
         errors = {contender: gate.relative(call(), exact) for contender, call in calls.items()}
         for contender in [c for c, error in errors.items() if not error < 1e-3]:
-            print(f"not reported: {contender} errs by {errors[contender]:.1e} in {name}")
+            print(f"not reported: {contender} has an error of {errors[contender]:.1e} in {name}")
             del calls[contender]
         times = alternate(calls, len(calls) * options.seconds)
         rows = [

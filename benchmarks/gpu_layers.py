@@ -116,7 +116,7 @@ def step(layer: nn.Module, forward: Forward, x: Tensor, residual: Tensor | None,
     return call
 
 
-def wrong_by(case: Case, device: torch.device) -> float:
+def largest_error(case: Case, device: torch.device) -> float:
     """Return the largest error of our step's results against float64, relative to each result's largest value."""
     x, residual, dy = case.data(device)
     reference, forward = _torch(case.shape[1], device)
@@ -142,7 +142,7 @@ def check(case: Case, device: torch.device) -> None:
     Raises:
         ArithmeticError: If an error exceeds the tolerance of the dtype.
     """
-    error = wrong_by(case, device)
+    error = largest_error(case, device)
     if not error <= cases.TOLERANCE[case.dtype]:
         raise ArithmeticError(f"off by {error:.2g} of the largest value")
 

@@ -1,7 +1,7 @@
 """ResNet-18 and a depthwise network in the style of MobileNetV2, which take their normalization as an argument.
 
-The normalization includes the activation and the residual addition after it, so that a fused layer can do all three:
-`norm(channels, activation)` returns a module that is called with x and, in some places, a residual.
+The normalization includes the activation and the residual addition after it, so that a fused layer can compute all
+three: `norm(channels, activation)` returns a module that is called with x and, in some places, a residual.
 
 Sources: He et al. 2016, table 1 (18 layers); Sandler et al. 2018, table 2 (with fewer blocks).
 """

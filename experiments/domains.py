@@ -2,7 +2,7 @@
 
     python experiments/domains.py --data-dir FOLDER
 
-The claim (Li et al. 2016, "AdaBN"): the statistics of batch normalization hold much of what a network knows about its
+The claim (Li et al. 2016, "AdaBN"): the statistics of batch normalization hold much of a network's knowledge of its
 domain. If they are replaced by the statistics of another domain's images, without labels, the network classifies these
 images better.
 

@@ -48,7 +48,7 @@ LOOKS = 20
 ARMS = {"none": ("without batch normalization", "#D55E00"), "batch": ("with batch normalization", "#0072B2")}
 
 
-class Along(NamedTuple):
+class Variation(NamedTuple):
     """The variation of loss and gradient along the gradient.
 
     Attributes:
@@ -77,7 +77,7 @@ def cells(size: Size) -> Iterator[Cell]:
                 yield {"norm": norm, "rate": rate, "steps": 20 if size.quick else 600, "seed": seed}
 
 
-def along(network: nn.Module, x: Tensor, y: Tensor, distances: Sequence[float]) -> Along:
+def variation_along_gradient(network: nn.Module, x: Tensor, y: Tensor, distances: Sequence[float]) -> Variation:
     """Return the variation of loss and gradient along the gradient on one batch; the network does not change.
 
     Args:
@@ -107,7 +107,7 @@ def along(network: nn.Module, x: Tensor, y: Tensor, distances: Sequence[float]) 
         losses.append(loss)
         changes.append(length([after - before for after, before in zip(there, gradient, strict=True)]))
     slopes = [change / (distance * length(gradient)) for change, distance in zip(changes, distances, strict=True)]
-    return Along(max(losses) - min(losses), max(changes), max(slopes))
+    return Variation(max(losses) - min(losses), max(changes), max(slopes))
 
 
 def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
@@ -122,7 +122,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
         x, y = images.x_train[index], images.y_train[index]
         if step % every == 0:
             looks.append(step)
-            seen.append(along(network, x, y, distances))
+            seen.append(variation_along_gradient(network, x, y, distances))
         loss = F.cross_entropy(network(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -130,7 +130,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
     accuracy, _ = test(network, images.x_test, images.y_test)
     alive = all(math.isfinite(value) and value > 0 for look in seen for value in look)
     found: Record = {"accuracy": accuracy, "alive": alive, "looks": looks}
-    for name in Along._fields:
+    for name in Variation._fields:
         values = [getattr(look, name) for look in seen]
         found[name] = statistics.geometric_mean(values) if alive else None
         found[f"{name}_by_step"] = [float(f"{value:.4g}") for value in values] if alive else None

@@ -248,7 +248,7 @@ EXPERIMENT = Experiment.of(
     Claim(
         name="leakage",
         title="Leakage through the batch",
-        statement="Batch statistics tell a sample about the others in its batch; if that reveals the label, "
+        statement="Batch statistics give a sample information about the others in its batch; if it reveals the label, "
         "the network relies on it, and fails in evaluation.",
         source="[He, Fan, Wu, Xie & Girshick 2020](https://arxiv.org/abs/1911.05722), "
         "[Wu & Johnson 2021](https://arxiv.org/abs/2105.07576)",

@@ -70,7 +70,7 @@ class Averages:
             for average, value in zip(kept, last, strict=True):
                 average.lerp_(value, momentum)
 
-    def give(self, momentum: float) -> None:
+    def copy_to_network(self, momentum: float) -> None:
         """Copy the average with this momentum to the network for evaluation; the next training step overwrites it."""
         for layer, mean_, var in zip(self._layers, self._kept[momentum][::2], self._kept[momentum][1::2], strict=True):
             layer.running_mean.copy_(mean_)
@@ -104,7 +104,7 @@ def measure(cell: Cell, data: Mapping[str, Data]) -> Record:
         if step not in looks:
             return
         for momentum in MOMENTA:
-            averages.give(momentum)
+            averages.copy_to_network(momentum)
             found[str(momentum)].append(100 * test(network, *tested)[0])
         found[POPULATION].append(100 * test(recalibrate(network, measured).model, *tested)[0])
 

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: makes the page of each rule of the doctor, their table and their navigation from the rules."""
+"""A hook of mkdocs that makes the page of each rule of the doctor, their table and their navigation from the rules."""
 
 from __future__ import annotations
 

@@ -115,11 +115,11 @@ def test_a_wrong_result_is_seen_wherever_it_is(monkeypatch: pytest.MonkeyPatch, 
 
 def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ours = gpu_layers._ours
-    wrong_by = gpu_layers.wrong_by
+    largest_error = gpu_layers.largest_error
 
     def failing(case: Case, device: torch.device) -> float:
         if case.dtype == "float32":
-            return wrong_by(case, device)
+            return largest_error(case, device)
         if case.residual:
             raise RuntimeError("first line\nptxas gave up")
         return math.nan
@@ -129,7 +129,7 @@ def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyP
             raise torch.OutOfMemoryError("too large")
         return gpu_layers._torch(channels, device)
 
-    monkeypatch.setattr(gpu_layers, "wrong_by", failing)
+    monkeypatch.setattr(gpu_layers, "largest_error", failing)
     monkeypatch.setitem(gpu_layers.CONTENDERS, gpu.NATIVE, out_of_memory)
     result = dry_run(tmp_path)
     assert result.exit_code == 1

@@ -113,8 +113,14 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
         (["net_for_fold:number", "-o", "f.pt2"], "it failed: TypeError"),
         (["no_such_module_here:build", "-o", "f.pt2"], "could not be imported: ModuleNotFoundError"),
         (["net_for_fold:build", "-o", "f.pt2"], "--input must give the shape of an input, got none"),
-        (["net_for_fold:build", "--input", "1,x", "-o", "f.pt2"], "--input must be positive numbers with commas"),
-        (["net_for_fold:build", "--input", "1,3,0,8", "-o", "f.pt2"], "--input must be positive numbers with commas"),
+        (
+            ["net_for_fold:build", "--input", "1,x", "-o", "f.pt2"],
+            "--input must be positive numbers separated by commas",
+        ),
+        (
+            ["net_for_fold:build", "--input", "1,3,0,8", "-o", "f.pt2"],
+            "--input must be positive numbers separated by commas",
+        ),
         (["net_for_fold:build", "--input", "1,5,8,8", "-o", "f.pt2"], "example_inputs must be what the model takes"),
         (["net_for_fold:build", "--weights", "no.pth", "--input", "1,3,8,8", "-o", "f.pt2"], "FileNotFoundError"),
         (["net_for_fold:build", "--input", "1,3,8,8", "-o", "f.onnx"], "must not be .onnx for a network of PyTorch"),

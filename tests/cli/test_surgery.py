@@ -122,7 +122,9 @@ def test_a_mistake_leaves_the_file_that_is_there(folder: Path, words: list[str],
 def test_what_would_be_accelerated_is_told(folder: Path) -> None:
     result = invoke("accelerate", "net_for_surgery:build", "--input", "2,4,7,7")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("accelerate: 2 changed, 0 left, 1 with what follows them fused; outputs differ by ")
+    assert result.stdout.startswith(
+        "accelerate: 2 changed, 0 left, 1 fused with following operations; outputs differ by "
+    )
     assert invoke("accelerate", "net_for_surgery:build").exit_code == 0
     text = "accelerate expects example_inputs that Sequential takes, got a tensor [2, 5, 7, 7]"
     assert_one_line(invoke("accelerate", "net_for_surgery:build", "--input", "2,5,7,7"), text)

@@ -190,7 +190,7 @@ def test_three_passes_and_one_for_each_suspicious_layer_within_the_budget() -> N
         number, found = calls(4, budget)
         assert number - fixed == 4 * passes
         (gap,) = [finding for finding in found.findings if finding.code == "BN101"]
-        assert sum("in it alone" in line for line in gap.evidence) == passes
+        assert sum("in this layer alone" in line for line in gap.evidence) == passes
 
 
 def test_without_a_pass_left_it_is_said_what_was_not_measured() -> None:

@@ -174,7 +174,7 @@ def test_layers_that_explain_the_gap_are_ranked_by_it() -> None:
         model.blocks[3][1].running_mean += 3 * model.blocks[3][1].running_var.sqrt()
     (found,) = [f for f in diagnose(model, batches(6), loss=criterion).findings if f.code == "BN101"]
     assert found.paths == ("blocks.3.1",)
-    assert "blocks.3.1: the population's statistics in it alone remove 100%" in found.evidence[2]
+    assert "blocks.3.1: the population's statistics in this layer alone remove 100%" in found.evidence[2]
 
 
 def test_recalibration_repairs_what_the_doctor_found() -> None:

@@ -40,7 +40,7 @@ def test_near_by_the_smoothness_is_the_curvature_along_the_gradient_and_the_loss
     first = torch.autograd.grad(F.cross_entropy(model(X), Y), parameters, create_graph=True)
     g = flat(first)
     hg = flat(torch.autograd.grad(g.dot(g.detach()), parameters))
-    found = landscape.along(model, X, Y, (1e-5, 3e-5))
+    found = landscape.variation_along_gradient(model, X, Y, (1e-5, 3e-5))
     assert found.smoothness == pytest.approx((hg.norm() / g.norm()).item(), rel=1e-3)
     assert found.gradient == pytest.approx((3e-5 * hg.norm()).item(), rel=1e-3)
     assert found.loss == pytest.approx((2e-5 * g.square().sum()).item(), rel=1e-3)
@@ -57,7 +57,7 @@ def test_far_away_it_is_what_one_finds_there():
         losses.append(loss)
         changes.append((flat(there) - flat(start)).norm().item())
     moved = [distance * flat(start).norm().item() for distance in distances]
-    found = landscape.along(model, X, Y, distances)
+    found = landscape.variation_along_gradient(model, X, Y, distances)
     assert found.loss == pytest.approx(max(losses) - min(losses))
     assert found.gradient == pytest.approx(max(changes))
     assert found.smoothness == pytest.approx(max(c / m for c, m in zip(changes, moved, strict=True)))

@@ -22,7 +22,7 @@ def test_each_average_is_that_of_a_layer_with_its_momentum():
             each(x)
         averages.update()
     for momentum in momenta:
-        averages.give(momentum)
+        averages.copy_to_network(momentum)
         for name, value in own[momentum].named_buffers():
             if not name.endswith("num_batches_tracked"):
                 torch.testing.assert_close(watched.get_buffer(name), value, rtol=1e-5, atol=1e-7)

@@ -90,7 +90,7 @@ def test_before_and_after_acceleration() -> None:
     ]
     for ours in both:
         assert sum(getattr(m, "bias", 0) is None for m in ours.modules()) == 7
-        assert any("_fused_plan" in vars(type(m)) for m in ours.modules())
+        assert any("_rewrite" in vars(type(m)) for m in ours.modules())
         assert_close(ours.eval()(x), model.eval()(x))
 
 

@@ -22,7 +22,7 @@ from batchnorm.cli.loading import library_errors, mistakes_of, network, random_i
 def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> None:
     r"""Print what `batchnorm.accelerate` changes in a network for training, and what it leaves and why.
 
-    Nothing is written: call it in your training script after the network is created.
+    This writes nothing. Call `batchnorm.accelerate` in your training script, after you create the network.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""The verb `compare`."""
+"""The command `compare`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--input-norm",
     is_flag=True,
-    help="Normalize the inputs by a layer without scale and shift, instead of standardizing the data.",
+    help="Normalize the inputs with a layer without scale and shift, instead of standardizing the data.",
 )
 @click.option(
     "--model",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     help="Shape of an input, such as 1,3,224,224; once for each argument. Required for a callable. A .pt2 file holds "
     "its own example. An ONNX file gives its sizes; common ones are tried where they are open.",
 )
-@output_options("FILE", "the folded network: .pt2 an exported program, .onnx, anything else torch.save of the module")
+@output_options("FILE", "the folded network (.pt2: exported program; .onnx; otherwise the module by torch.save)")
 @click.pass_context
 def fold(
     ctx: click.Context, /, model: str, weights: Path | None, sizes: tuple[str, ...], output: Path, overwrite: bool

@@ -111,7 +111,7 @@ def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
         shape = ()
     if not shape or min(shape) < 1:
         raise mistake(
-            f"--input must be positive numbers with commas between, got {text!r}. For example, write 1,3,224,224."
+            f"--input must be positive numbers separated by commas, got {text!r}. For example, write 1,3,224,224."
         )
     return shape
 

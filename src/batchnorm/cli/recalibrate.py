@@ -44,7 +44,7 @@ from batchnorm.cli.writing import check_output, open_output, output_options, sav
     default=0.0,
     show_default=True,
     metavar="N",
-    help="The number of samples that the former statistics count for.",
+    help="Number of samples that the old statistics count as.",
 )
 @click.option("--only", cls=SeveralValues, metavar="PATTERN...", help="Layers, such as 'backbone.*'; by default all.")
 @output_options("FILE.pth", "the state_dict of the network with its new statistics")
@@ -63,7 +63,7 @@ def recalibrate(
     output: Path,
     overwrite: bool,
 ) -> None:
-    r"""Give a trained network the population statistics of data, and print how far each layer was off.
+    r"""Set a network's running statistics to the exact statistics of data, and print how far off each layer was.
 
     \b
     Examples:

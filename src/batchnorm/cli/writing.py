@@ -1,4 +1,4 @@
-"""The output file of a command: written whole or not at all, and never over another file by mistake."""
+"""Write the output file of a command completely or not at all, and never over another file by mistake."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
 
 @contextmanager
 def open_output(output: Path, mistake: Mistake) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `output` when the block ends, unless by an exception.
+    """Open a temporary file that replaces `output` if the block ends without an exception.
 
-    Save results of torch with `save_in_memory` first: its own writer aborts the process some time after a full disk.
+    Save results of torch with `save_in_memory` first: on a full disk, torch's own writer aborts the process later.
     """
     try:
         with whole_file(output) as part, part.open("wb") as file:

@@ -63,7 +63,7 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
         schema = facts.get("schema")
     except (ValueError, AttributeError) as error:
         raise ComparisonError(
-            f"{path} must be what a comparison wrote, but reading it said: {error}. Choose another directory."
+            f"{path} must be what a comparison wrote, but reading it failed: {error}. Choose another directory."
         ) from error
     if schema != SCHEMA:
         raise ComparisonError(

@@ -91,7 +91,7 @@ def run(
         data_dir: Folder with the data's files, instead of downloading them.
         batch_size: Samples in each training step, over all processes. One or several.
         placement: Whether to normalize `before` or `after` the activation. One or both.
-        input_norm: Whether to normalize the inputs by a layer without scale and shift, instead of standardizing the
+        input_norm: Whether to normalize the inputs with a layer without scale and shift, instead of standardizing the
             data.
         sampling: `iid`, a new order in every epoch; or `classes:2`, each batch from two classes (or any other number).
             One or several.

@@ -142,7 +142,7 @@ class Run:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What is known before training starts."""
+        """The facts that are known before training starts."""
         names = ("choice", "seed", "parameters", "watched", "shared", "own", "kept_bytes", "environment")
         return {name: getattr(self, name) for name in names} | {"choice": asdict(self.choice)}
 

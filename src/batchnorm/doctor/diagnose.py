@@ -37,12 +37,13 @@ def diagnose(
     """Find what is wrong with the batch normalization of a model, with evidence and a fix.
 
     The model is only read: parameters, modes, buffers, gradients, hooks and the random state are unchanged, bit for
-    bit, also after an exception. With data the model runs three times over them: normalized by the batches, by the
-    running statistics, and by the population's. One batch goes through a training step with its backward pass. Only in
-    that step are dropout and other modules in training mode.
+    bit, also after an exception. With data, the model runs over them three times: normalized by the batches, by the
+    running statistics, and by the statistics of the whole population. One batch goes through a training step with its
+    backward pass. Only in that step are dropout and other modules in training mode.
 
     Args:
-        model: The network. In training mode it is taken as it is; in evaluation mode as its `train()` makes it.
+        model: The network. A network in training mode is examined as it is, one in evaluation mode as `train()` sets
+            it.
         data: An iterable of batches as the model is trained on: a tensor, a tuple of inputs and targets, or a dict.
             Without data only the model itself is examined.
         loss: `loss(output, target)`, with the last part of a tuple as the target, else with the whole batch. Without
@@ -58,7 +59,7 @@ def diagnose(
         progress: Whether to show the expected time and a bar on standard error (needs rich).
 
     Returns:
-        The findings, worst first, and what could not be checked; prints as a report.
+        The diagnosis: the findings, worst first, and the rules that could not be checked. It prints as a report.
 
     Raises:
         TypeError: model is not a module, data is not an iterable of batches, or a batch does not fit the model's

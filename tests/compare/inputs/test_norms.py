@@ -124,7 +124,7 @@ def test_what_cannot_be_normalized_is_told():
     with pytest.raises(ValueError, match=r"instance normalization expects x .* with positions .*, got \[32, 32\]"):
         norms.parse("instance")(32)(torch.randn(32, 32))
     with pytest.raises(
-        ComparisonError, match=r"which said: at most 2 without a name \(rmax, dmax\). Write renorm alone"
+        ComparisonError, match=r"which raised: at most 2 without a name \(rmax, dmax\). Write renorm alone"
     ):
         norms.parse("renorm:3,5,7")
     with pytest.raises(ValueError, match="that divides the 48 channels, got 32. Write for example group:8"):

@@ -274,6 +274,6 @@ def test_a_second_time_changes_nothing() -> None:
 def test_the_report_reads_as_a_table() -> None:
     model, x = network("mobilenet")
     text = str(accelerate(model, x[:2]).report)
-    assert "accelerate: 10 changed, 0 left, 9 with what follows them fused; outputs differ by" in text
+    assert "accelerate: 10 changed, 0 left, 9 fused with following operations; outputs differ by" in text
     assert "features.1           torch.nn.BatchNorm2d(6)   BatchNorm2d(6) + hardswish  in features\n" in text
     assert "its result goes to 5 (InvertedResidual)" in text

@@ -85,7 +85,9 @@ def test_each_family_class_takes_torchs_layer_and_gives_it_back(name: str, rank:
         return
     if name == "DomainBatchNorm":  # the domains have parted by now
         left = convert(result.model, to=torch.nn)
-        assert left.report.left[0].reason.startswith("the rows of its running_mean differ: take the layer of one by")
+        assert left.report.left[0].reason.startswith(
+            "the rows of its running_mean differ: convert the layer that select()"
+        )
         result = convert(model, to=kind, **options)
     back = convert(result.model, to=torch.nn)
     assert repr(back.model) == repr(before)
@@ -339,7 +341,7 @@ def with_forward() -> nn.Module:
         (with_parameter, "it also holds gain, which would be lost"),
         (with_forward, "its forward was replaced on the instance, which would be lost"),
         (lambda: prune.random_unstructured(nn.BatchNorm2d(4), "weight", 0.5),
-         "its weight is made by a hook (weight_norm, pruning): make it permanent first"),
+         "its weight is computed by a hook (weight_norm, pruning): make it permanent first"),
         (lambda: act.BatchNormAct2d(4, activation="silu"),
          "it also adds a residual and applies 'silu', which {} cannot"),
     ],
@@ -399,7 +401,7 @@ def test_torchs_synchronized_layer_both_ways() -> None:
     assert type(through[0]) is ghost.GhostBatchNorm2d  # the rank is remembered
     assert through[0](x).shape == x.shape
     no_rank = convert(nn.Sequential(batch.BatchNorm(4)), to=torch.nn).report.left
-    assert no_rank[0].reason == "it takes any number of dimensions, and torch.nn has no such layer: name its class"
+    assert no_rank[0].reason == "it takes any number of dimensions, and torch.nn has no such layer: pass a class"
 
 
 def test_other_normalizations() -> None:
@@ -434,7 +436,7 @@ def test_a_function_makes_what_it_likes() -> None:
     assert torch.equal(new[1].weight, model[1].weight)
     assert not new[1].training
     kept = convert(model, to=lambda layer: layer).report
-    assert [c.reason for c in kept.left] == ["the function returned it"] * 2
+    assert [c.reason for c in kept.left] == ["the function returned the same layer"] * 2
     with pytest.raises(TypeError, match=r"the function given as `to` to return a torch.nn.Module, got int"):
         convert(model, to=lambda layer: 3)
 

@@ -143,7 +143,7 @@ def resolve(model: AnyModel) -> Model:
 
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:
-    """Return whether the callable requires no argument, and so makes a finished network."""
+    """Return whether the callable requires no argument, and therefore makes a finished network."""
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):

@@ -190,7 +190,7 @@ def parse(spec: str, placement: str = "before") -> Norm:
         kind.build(kind.trial(*arguments, **options), 1, *arguments, **options)
     except (TypeError, ValueError) as error:
         raise ComparisonError(
-            f"the options of norm {spec!r} must be valid for its layer, which said: {str(error).rstrip('.')}. Write "
+            f"the options of norm {spec!r} must be valid for its layer, which raised: {str(error).rstrip('.')}. Write "
             f"{name} alone for the defaults."
         ) from error
     return Norm(

@@ -1,4 +1,4 @@
-"""The report page: one HTML file that needs no other."""
+"""Render the report page: one HTML file that needs no other files."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference in final accuracy between two choices, paired by seed, as they share values and data order.
+    """The difference in final accuracy between two choices, paired by seed (same initial values and data order).
 
     Attributes:
         points: Mean difference of the final test accuracies, in percentage points.

@@ -34,7 +34,7 @@ SAMPLE = 64  # inputs that each new network is tried on
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of one comparison, each of which it can train.
+    """The cells of one comparison, and how to train each.
 
     Attributes:
         settings: The settings of the comparison.

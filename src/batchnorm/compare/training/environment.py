@@ -29,7 +29,7 @@ def environment(processes: int, device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def restored(threads: int, device: str) -> Iterator[None]:
-    """Use this number of threads in the block; restore their number and the random generators afterwards."""
+    """Use this number of threads in the block; afterwards restore the previous number and the random generators."""
     before = torch.get_num_threads()
     others = range(torch.cuda.device_count()) if str(device).startswith("cuda") else []
     with torch.random.fork_rng(devices=others):

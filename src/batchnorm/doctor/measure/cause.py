@@ -1,4 +1,4 @@
-"""Why running statistics do not fit the data: the weights changed after them, or the data are other data."""
+"""Find why running statistics do not fit the data: the weights have changed since, or the data are different."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from batchnorm.doctor.measure.traced import tensor_of
 from batchnorm.doctor.wording import counted, listed
 from batchnorm.models.model_graph import Trace
 
-# Share of a layer's deviation that no change of its input can cause: below the first the data changed, above the second
-# the weights.
+# Share of a layer's deviation that no change of its input can cause: below the first value the data changed, above the
+# second the weights.
 _DATA, _WEIGHTS = 0.35, 0.7
 # Weight of the initial values, (1 - momentum)^updates, from which the running average lags behind.
 LAGS = 0.05
@@ -64,7 +64,7 @@ class Misfit:
 
     @property
     def finding(self) -> dict[str, Any]:
-        """The finding that BN102 and BN103 make of it, as arguments of `Rule.finding`."""
+        """The arguments of `Rule.finding` for BN102 and BN103."""
         off = counted(self.compared, "layer is", "layers are")
         return {
             "severity": self.effect.severity,
@@ -87,7 +87,7 @@ class Misfit:
 def suspects(distances: tuple[Distance, ...], effect: Effect) -> tuple[Distance, ...]:
     """Return the layers that are off, worst first.
 
-    Where the running statistics do harm, layers that are off by less count too: they may do it together.
+    If the running statistics do harm, layers that are off by less count too, because they may cause it together.
     """
     ranked = sorted(distances, key=lambda distance: -distance.divergence)
     harm = effect.severity > Severity.NOTE

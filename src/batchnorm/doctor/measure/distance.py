@@ -47,7 +47,7 @@ class Distance:
 
 
 def distance_of(layer: Layer, samples: int, batch_size: float) -> Distance | None:
-    """Compare running statistics and population; return None where one of them is missing."""
+    """Compare running statistics and population; return None if one of them is missing."""
     population = layer.population
     if population is None or layer.running is None or len(layer.running.mean) != 1 or layer.samples is None:
         return None

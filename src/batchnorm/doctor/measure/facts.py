@@ -27,8 +27,8 @@ class LayerFacts:
         also: Its other paths.
         kind: Its class.
         channels: Number of channels.
-        after: What computes its input, from the trace; empty where that is not known.
-        before: What reads its output, from the trace.
+        after: The call that computes its input, from the trace; empty if unknown.
+        before: The call that reads its output, from the trace.
         training: Whether it is in training mode.
         momentum: None for the cumulative average.
         eps: ε.

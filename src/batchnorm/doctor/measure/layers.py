@@ -1,4 +1,4 @@
-"""A layer of batch normalization, and everything that was measured of it."""
+"""A layer of batch normalization, and all its measurements."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
-    """Return every layer of batch normalization, and what training would do with it.
+    """Return every layer of batch normalization, and how training would use it.
 
     A model in training mode is taken as it is. For a model in evaluation mode `train()` is called and undone, because
     many models override it to keep layers frozen.

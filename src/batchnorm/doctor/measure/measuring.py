@@ -38,7 +38,7 @@ _DROPOUT = 0.1
 
 
 def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Measurements:
-    """Measure what the model itself shows."""
+    """Measure the properties that the model itself shows."""
     missing = {"data": "needs data (data=)", "step": "needs data (data=)"}
     if optimizer is None:
         missing["optimizer"] = "needs the optimizer (optimizer=)"

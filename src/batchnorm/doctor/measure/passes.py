@@ -58,7 +58,7 @@ class ModelCall:
 
 
 class Passes:
-    """Sends batches through a model in evaluation, and decides what each layer normalizes by.
+    """Send batches through a model in evaluation, and choose the statistics that each layer normalizes by.
 
     Args:
         model: The model, in evaluation. The caller restores its running statistics.
@@ -68,7 +68,7 @@ class Passes:
         bar: Shows the progress.
 
     Attributes:
-        layers: The layers; after `first`, with what was measured of them.
+        layers: The layers; after `first`, with their measurements.
         sizes: The size of each batch.
         kept: The batches that are kept for the later passes.
         example: Two samples, as the model is called with them.
@@ -150,7 +150,7 @@ class Passes:
                 self._batch = None
             if number == 0:
                 self._find_moved()
-                # The first run warms the model up, and the second one measures what is measured once.
+                # The first run warms the model up; the second one takes the measurements that are taken once.
                 seconds = min(times[1] - times[0], times[2] - times[1])
                 self._announce(batches.expected(size), seconds)
             if room >= size_of(given) or not self.kept:
@@ -247,7 +247,7 @@ class Passes:
         self._put({})
 
     def _training_statistics(self, call: LayerCall, rows: Rows) -> Statistics:
-        """Return what training normalizes by: the batch's statistics, where the layer uses them and there are any."""
+        """Return the statistics that training normalizes by: the batch's, if the layer uses them and they exist."""
         layer = self.layers[call.layer]
         assert layer.running is not None
         mean, var = layer.running.mean.clone(), layer.running.var.clone()

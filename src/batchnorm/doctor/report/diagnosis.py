@@ -32,7 +32,7 @@ class Diagnosis(Results):
         layers: The facts of every layer, in the model's order.
         samples: Number of samples.
         batches: Number of batches.
-        measures: What the data showed of each layer, in the model's order.
+        measures: The measurements of each layer, in the model's order.
         conditions: The conditions of the diagnosis.
         channels: The channels of each layer, by its path; not part of the JSON.
     """

@@ -59,7 +59,7 @@ class TrainEvaluationGap(Rule):
                 f"running statistics against the population's: {whole}",
                 f"batches' statistics against the population's: {m.batch_effect}",
                 *(
-                    f"{named(path)}: the population's statistics in it alone {_change(removed[path])} {excess}"
+                    f"{named(path)}: the population's statistics in this layer alone {_change(removed[path])} {excess}"
                     for path in ranked
                 ),
             ],

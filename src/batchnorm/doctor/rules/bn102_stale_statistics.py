@@ -16,12 +16,12 @@ class StaleStatistics(Rule):
         the sample's size and the running average's own scatter explain is subtracted. Channels that are constant in the
         data are measured in their running deviation.
 
-        Stale statistics and other data (BN103) look the same in these figures. The weights tell them apart: the mean of
-        a convolution's output is S·m, with S the sums of its weights over the kernel, whatever the data are. A change
-        of the data moves it within the range of S; a change of the weights does not. The share outside that range is
-        measured for the first layer that is off, in the order of the calls, if it has at least twice as many outputs as
-        inputs. Two other signs of stale statistics are initial values that are still in the average (`(1 -
-        momentum)^updates`), and a first layer that fits while later ones do not. Where nothing decides, the finding is
+        Stale statistics and other data (BN103) look the same in these figures. The weights distinguish the two: the
+        mean of a convolution's output is S·m, with S the sums of its weights over the kernel, whatever the data are. A
+        change of the data moves it within the range of S; a change of the weights does not. The share outside that
+        range is measured for the first layer that is off, in the order of the calls, if it has at least twice as many
+        outputs as inputs. Two other signs of stale statistics are initial values that are still in the average (`(1 -
+        momentum)^updates`), and a first layer that fits while later ones do not. If no sign decides, the finding is
         BN102 and says that it is unsure; recalibration fixes both.
     """
     severity = "The cost of the running statistics against the population's, on the same batches, decides."

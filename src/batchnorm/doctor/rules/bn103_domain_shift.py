@@ -7,8 +7,8 @@ class DomainShift(Rule):
     code = "BN103"
     title = "the data differ from the data behind the running statistics"
     why = """
-        Evaluation normalizes by the statistics of the training data. Data of another kind, or prepared in another way
-        (0 to 255 instead of 0 to 1, another mean, another order of colours), come out shifted and scaled.
+        Evaluation normalizes by the statistics of the training data. Other data, or data prepared in another way (0 to
+        255 instead of 0 to 1, another mean, another order of colours), become shifted and scaled activations.
     """
     evidence = """
         The figures of [BN102](bn102.md). The finding is BN103 where the deviations of the running means are within what

@@ -13,8 +13,8 @@ class SmallBatch(Rule):
     title = "the batch is too small for its statistics"
     why = """
         In training the output for a sample depends on the other samples of its batch, by an amount that falls as 1/√N.
-        With few samples this is noise that evaluation does not have; with one value per channel nothing is left of the
-        input.
+        With few samples this is noise that evaluation does not have; with one value per channel, normalization removes
+        all of the input.
     """
     evidence = """
         The standard deviation of a normalized value over the choice of the other samples of its batch: √((Var(u)/σ² +

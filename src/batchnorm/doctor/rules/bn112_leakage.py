@@ -7,13 +7,13 @@ class Leakage(Rule):
     code = "BN112"
     title = "the network has learned to use the other samples of its batch"
     why = """
-        Batch statistics carry what the samples of a batch have in common: their class, their pair, whether they are
-        generated. A network that is trained on such batches learns to use it, as in contrastive learning and GANs; in
-        evaluation it is not there.
+        Batch statistics carry information that the samples of a batch share: their class, their pair, whether they are
+        generated. A network that is trained on such batches learns to use it, as in contrastive learning and GANs. In
+        evaluation this information is missing.
     """
     evidence = """
-        The samples are put into new random batches of the same sizes, each normalized by its own statistics. What
-        changes for a sample came from its neighbours. This takes one of the `budget=` passes, and is done only where
+        The samples are put into new random batches of the same sizes, each normalized by its own statistics. Any change
+        of a sample's output comes from its neighbours. This takes one of the `budget=` passes, and is done only where
         evaluation is worse than training on the same batches, and stale running statistics do not explain that.
     """
     severity = """

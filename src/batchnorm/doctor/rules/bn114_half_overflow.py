@@ -13,8 +13,8 @@ class HalfOverflow(Rule):
     code = "BN114"
     title = "activations overflow their half-precision type"
     why = """
-        float16 ends at 65504. Batch normalization removes any scale, so the weights before it grow unnoticed until a
-        value is infinite. Then mean and variance are NaN, and the running statistics stay NaN.
+        The largest float16 number is 65504. Batch normalization removes any scale, so the weights before it grow
+        unnoticed until a value is infinite. Then mean and variance are NaN, and the running statistics stay NaN.
     """
     evidence = """
         The largest |x| in the input of each layer in evaluation, where it is float16 or bfloat16, against the largest

@@ -13,7 +13,7 @@ class WeightDecay(Rule):
     title = "weight decay pulls γ and β to zero"
     why = """
         On weights before batch normalization, weight decay sets the effective step size. On γ and β it shrinks the
-        output itself. The recipes for the longest trainings leave them out.
+        output itself. The recipes for the longest trainings exclude γ and β.
     """
     evidence = "The optimizer's groups that hold γ or β, with their weight decay."
     severity = "A note: the model does not show whether it hurts."

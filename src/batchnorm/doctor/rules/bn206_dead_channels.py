@@ -12,7 +12,7 @@ class DeadChannels(Rule):
     title = "many channels have γ = 0"
     why = """
         A channel with γ near 0 returns its β, whatever its input is. Too much weight decay or too large a learning rate
-        causes many of them; pruning makes them on purpose. Such channels still cost time and memory.
+        causes many of them; pruning creates them on purpose. Such channels still cost time and memory.
     """
     evidence = """
         Layers in which at least a quarter of the channels have |γ| < 0.001. Layers whose γ is 0 throughout are left

@@ -8,12 +8,12 @@ class Foldable(Rule):
     code = "BN213"
     title = "layers can be folded for inference"
     why = """
-        In evaluation batch normalization is a scale and a shift of each channel, which a convolution or linear layer
-        beside it can take over: the same results with fewer operations and less memory.
+        In evaluation batch normalization is a scale and a shift of each channel, which the convolution or linear layer
+        next to it can absorb. The results stay the same, with fewer operations and less memory.
     """
     evidence = """
         A model in evaluation mode, none of whose parameters requires a gradient, and the layers that other layers in
-        the trace can take over.
+        the trace can absorb.
     """
     severity = "A note: the network is correct as it is."
     repair = "folded, report = batchnorm.fold(model, example_inputs)"

@@ -4,7 +4,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
-# What prevents the updates, and the assignment that allows them.
+# The setting that prevents the updates, and the assignment that allows them.
 _SWITCHES = {
     "track_running_stats=False": "track_running_stats = True",
     "momentum=0": "momentum = 0.1",
@@ -17,8 +17,8 @@ class TrackingOff(Rule):
     title = "training normalizes by the batch and never updates the running statistics"
     why = """
         With track_running_stats=False or momentum=0 a layer that has running statistics trains by the batch, and
-        evaluation uses statistics that stay where they are, while the weights before them change. Neither setting
-        freezes a layer: a frozen layer normalizes by its running statistics in training too.
+        evaluation uses statistics that stay unchanged while the weights before them change. Neither setting freezes a
+        layer: a frozen layer normalizes by its running statistics in training too.
     """
     evidence = """
         Layers with running statistics that normalize by the batch in training, and that training does not update. The

@@ -24,16 +24,16 @@ class Rule(ABC):
     `title`, `why` and `repair`. They may be indented. The tests demand a planted and a healthy case of every rule.
 
     Attributes:
-        code: `BN1xx` where the effect is measured with data, `BN2xx` for what the model itself shows.
+        code: `BN1xx` if the effect is measured with data, `BN2xx` if the model itself shows the problem.
         title: The problem in a few words.
         why: Why it matters; the HTML report shows it too.
         evidence: How it is found.
-        severity: Which severity, when.
+        severity: The conditions for each severity.
         repair: Code to paste.
-        notes: Limits, or more about the repair.
+        notes: Limits, or more about the fix.
         source: Where it is described.
-        needs: Measurements that the rule cannot do without, of "data", "output", "step", "trace", "pass", "optimizer"
-            and "ranks"; "step or trace" where one of them is enough.
+        needs: Measurements that the rule requires, among "data", "output", "step", "trace", "pass", "optimizer" and
+            "ranks"; "step or trace" where one of them is enough.
     """
 
     code: ClassVar[str]
@@ -56,7 +56,7 @@ class Rule(ABC):
         """Find the problem in the measurements, whose needs are met."""
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
-        """Return a finding of this rule in the light of all findings; unchanged by default."""
+        """Return a finding of this rule, revised after all rules were applied; unchanged by default."""
         return finding
 
     def finding(

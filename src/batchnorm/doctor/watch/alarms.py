@@ -58,7 +58,7 @@ class _History:
 
 
 class Alarms:
-    """Applies rules of the doctor to each observed step, and reports each problem once for each layer.
+    """Apply rules of the doctor to each observed step, and report each problem once for each layer.
 
     Problems that a single step proves are reported at once. Whether running statistics are off is judged over several
     of their horizons, because every running average lags behind a network that learns.

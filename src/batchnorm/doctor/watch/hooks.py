@@ -1,4 +1,4 @@
-"""Hooks that leave nothing behind, and what they need to know about a module."""
+"""Hooks that leave nothing behind, and the facts about a module that they need."""
 
 from __future__ import annotations
 

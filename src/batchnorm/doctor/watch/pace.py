@@ -11,7 +11,7 @@ AFTERMATH = 1.3
 
 
 class Pace:
-    """Decides from the cost of the looks so far.
+    """Decide from the cost of the looks so far.
 
     Every second of training earns a credit of `overhead` seconds. The next look happens once the credit covers the
     expected cost of a look with its aftermath; a look that costs more leaves a debt. The credit never exceeds two
@@ -20,7 +20,7 @@ class Pace:
 
     Args:
         overhead: Share of the training time that looks may take.
-        every: Look at every n-th step from the second on, whatever it costs; None decides by time.
+        every: Look at every n-th step from the second on, whatever it costs; with None, time decides.
         clock: Returns the time in seconds.
     """
 

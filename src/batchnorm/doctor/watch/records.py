@@ -1,4 +1,4 @@
-"""The record of one layer in one step, and what it is computed from."""
+"""The record of one layer in one step, and the observations that it is computed from."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def recorded(
     """Return the record of a layer, and the layer with the `calls` and `samples` of this step.
 
     The statistics of the batch are measured where its call was seen. Calls in compiled code are not seen, and masked
-    batches are not read: there they are (new − (1 − a)·old)/a of the running statistics, if these were updated once.
+    batches are not read. In these cases the statistics of the batch are (new − (1 − a)·old)/a, from the running
+    statistics, if these were updated once.
     """
     updates = None if before.updates is None or after.updates is None else after.updates - before.updates
     calls: tuple[Moments, ...] = ()

@@ -65,19 +65,19 @@ def watch(
 
     A step ends with the step of an optimizer that has parameters of the model. In some steps the watch looks at each
     layer: the distance between running and batch statistics, the noise of the batch statistics, the share of dead
-    channels, and the number of updates of the running statistics. The first look is at the second step, after
-    everything that is created once. Between looks only the optimizer has a hook. Watched training computes the same
-    bits, and draws no random number. Batches in evaluation do not count.
+    channels, and the number of updates of the running statistics. The first look is at the second step, when everything
+    that is created only once exists. Between looks only the optimizer has a hook. Watching changes no bit of the
+    training and draws no random number. Batches in evaluation do not count.
 
-    Nothing is attached to the model: it can be copied, pickled and saved while it is watched. In compiled code no batch
-    is seen: distances then come from the updates of the running statistics, and noise is not known. Under
+    Nothing is attached to the model: it can be copied, pickled and saved while it is watched. In compiled code the
+    watch sees no batch: it computes distances from the updates of the running statistics, and noise is unknown. Under
     `DistributedDataParallel` each process watches its own batches.
 
     Args:
         model: The network, with or without a wrapper such as `DistributedDataParallel` or `torch.compile`.
         optimizer: The optimizer whose step ends a training step; None for any that has parameters of the model. Pass it
-            where several train the model, as in a GAN.
-        every: Look at every n-th step, from the second on; None looks as often as `overhead` allows.
+            if several optimizers train the model, as in a GAN.
+        every: Look at every n-th step, from the second on; with None, look as often as `overhead` allows.
         overhead: Share of the training time that looks may take, measured during training.
         warn: Whether a finding of the doctor's rules is a `BatchNormWarning`, once for each layer; it is in `findings`
             in any case.
@@ -174,7 +174,7 @@ class Watch:
             self.step()
 
     def step(self) -> None:
-        """End a training step; to be called where the optimizer does not derive from `torch.optim.Optimizer`."""
+        """End a training step; call this if the optimizer does not derive from `torch.optim.Optimizer`."""
         if self.closed:
             return
         found: list[Finding] = []

@@ -46,8 +46,8 @@ class AccelerateReport(Report):
 
     Attributes:
         fused: The operations fused with each layer, by the layer's path.
-        difference: The largest difference of the output in evaluation on the example inputs, before and after, over
-            the largest value; None without example inputs.
+        difference: The largest change of the output on the example inputs in evaluation, relative to the largest value;
+            None without example inputs.
     """
 
     fused: Mapping[str, Fused] | None = None
@@ -55,12 +55,12 @@ class AccelerateReport(Report):
 
     def summary(self) -> str:
         """Return how many layers were changed and fused, and how far the output differs."""
-        text = f"{super().summary()}, {len(self.fused or {})} with what follows them fused"
+        text = f"{super().summary()}, {len(self.fused or {})} fused with following operations"
         return text if self.difference is None else f"{text}; outputs differ by {self.difference:.1e}"
 
 
 def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> Result[AccelerateReport]:
-    """Replace batch normalization by this library's, and fuse it with the additions and activations after it.
+    """Replace batch normalization with this library's, and fuse it with the additions and activations after it.
 
     Each `torch.nn.BatchNorm*d` becomes this library's: a subclass, with the same parameters, buffers, hooks and mode
     (in place, the same object). Where an activation, or an addition and then an activation, follows a layer, the
@@ -79,11 +79,11 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and the report: what each layer became, and why one was left alone or nothing was fused with it.
+        The model, and a report of each layer: its replacement and the operations fused with it, or the reason for none.
 
     Raises:
         TypeError: model is no module.
-        ValueError: the model does not take the example inputs, or cannot be copied. It is then as it was.
+        ValueError: the model does not take the example inputs, or cannot be copied. The model is then unchanged.
 
     Numerics: as `batchnorm.functional.batch_norm`; in float64 a training run has the same losses to rounding.
 
@@ -121,16 +121,16 @@ def _name(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
 
 
 def _why_left(layer: nn.Module) -> str:
-    """Return why a layer is not replaced; empty where it is replaced, or already is this library's."""
+    """Return why a layer is not replaced; empty if it is replaced or is already one of this library's."""
     kind = type(layer)
     if kind.__module__.startswith("batchnorm."):
         return ""
     if kind is nn.SyncBatchNorm:
         return "synchronizes processes; batchnorm.convert replaces it"
     if kind not in _OURS:
-        return f"is of a class of its own, {kind.__module__}.{kind.__qualname__}, whose forward may do more"
+        return f"has its own class {kind.__module__}.{kind.__qualname__}, whose forward may do more"
     if "forward" in vars(layer):
-        return "has a forward of its own, which is not its class's"
+        return "has its own forward instead of its class's"
     try:
         _checks.check_eps(kind.__name__, layer.eps)  # type: ignore[arg-type]
         _checks.check_momentum(kind.__name__, layer.momentum)  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def _find_and_try(
 
 
 def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions) -> None:
-    """Give the layers and the rewritten modules their new classes: all of them, or none if there is an exception."""
+    """Give the layers and the rewritten modules their new classes; if an exception is raised, change none."""
     new = {model.get_submodule(path): kind for path, kind in swapped.items()}
     new |= {model.get_submodule(path): fused_class(rewrite) for path, rewrite in found.rewrites.items()}
     former = {module: type(module) for module in new}
@@ -192,7 +192,7 @@ def _undo(model: nn.Module, found: Fusions, path: str, why: str) -> None:
 
 
 def _disagreement(module: nn.Module, call: Inputs) -> str:
-    """Return how the rewritten `forward` differs from the class's own in this call; empty where it does not."""
+    """Return how the rewritten `forward` differs from the class's own in this call; empty if it does not."""
     own_forward = original_class(module).forward
     for training in (False, True):
         try:

@@ -26,7 +26,7 @@ from batchnorm.surgery.accelerate.fused_forward import (
 )
 from batchnorm.walk import is_hooked
 
-_ADDITION_TAKEN = "the addition after it goes with another layer"
+_ADDITION_TAKEN = "the addition after it is fused with another layer"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -63,12 +63,12 @@ class Fusions:
 
 
 def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str, Inputs] | None) -> Fusions:
-    """Find what follows each layer: in the module that calls it and, where the result leaves that module, further out.
+    """Find the operations after each layer, in the module that calls it or in an outer module that gets its result.
 
     Args:
         model: A copy that may be changed.
         norms: Its layers, by path.
-        calls: How each module was called, by path; None where that was not tried.
+        calls: The inputs that each module was called with, by path; None if the model was not run.
     """
     found = Fusions()
     through: dict[str, set[str]] = {}  # the modules that the graph of a rewritten module inlines, by path
@@ -93,7 +93,7 @@ def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str,
             found.fused.update({path: match for path, match in fused.items() if path not in found.fused})
             through[holder] = steps
         for path in group:
-            match = matches.get(path, _Leaves("nothing calls it in a way that can be followed"))
+            match = matches.get(path, _Leaves("no call of it can be traced"))
             further = caller_of(model, holder)
             if isinstance(match, _Leaves) and further is not None:
                 waiting[path] = (further, (*passed, holder))
@@ -107,7 +107,7 @@ def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str,
 
 
 class _Leaves(str):
-    """The reason if the result leaves the module, or the module does not call the layer: its caller may know more."""
+    """A reason to look in an outer module: the result leaves this one, or this one does not call the layer."""
 
 
 def caller_of(model: nn.Module, path: str) -> str | None:
@@ -122,7 +122,7 @@ def caller_of(model: nn.Module, path: str) -> str | None:
 def _match_in(
     model: nn.Module, holder: str, through: list[str], norms: dict[str, nn.Module], calls: dict[str, Inputs] | None
 ) -> tuple[dict[str, Fused | str], Rewrite | None]:
-    """Return what is fused with each layer in a holder's graph, or why nothing is, and the rewritten `forward`."""
+    """Return the operations to fuse with each layer in a holder's graph, or why there are none, and the new code."""
     root = model.get_submodule(holder)
     prefix = f"{holder}." if holder else ""
     inner = [path.removeprefix(prefix) for path in through]
@@ -156,7 +156,7 @@ def _match_in(
     try:
         fused_class(rewrite)
     except Exception as error:
-        raise Untraceable(f"is of a class that cannot be derived from: {error}") from error
+        raise Untraceable(f"is of a class that cannot be subclassed: {error}") from error
     return matches, rewrite
 
 
@@ -248,7 +248,7 @@ class _LayerCall:
         return users[0] if uses == 1 else "its result goes to several places"
 
     def _added(self, user: fx.Node, value: fx.Node) -> fx.Node | None:
-        """Return the tensor that is added to the value; None where the user is no plain addition."""
+        """Return the tensor that is added to the value; None if the user is not a plain addition."""
         function = user.op == "call_function" and user.target in _ADD_FUNCTIONS
         method = user.op == "call_method" and user.target in _ADD_METHODS
         if not (function or method) or len(user.args) != 2 or set(user.kwargs) - {"other"}:
@@ -263,7 +263,7 @@ class _LayerCall:
         return node.target is not getattr  # such as x.shape; everything else is checked at the call
 
     def _cannot_wait_for(self, add: fx.Node) -> str:
-        """Return why the layer cannot be called as late as the addition; empty where it can."""
+        """Return why the layer cannot be called as late as the addition; empty if it can."""
         x, layer = self.norm.args[0], self._module(self.norm)
         order = list(self.graph.nodes)
         start, end = order.index(self.norm), order.index(add)
@@ -276,11 +276,11 @@ class _LayerCall:
                 return "it is called again before its result is added"
             in_place = _in_place(node, called) and any(a in early for a in _arguments(node))
             if in_place or x in _arguments(node):
-                return "what it normalizes may change before its result is added"
+                return "its input may change before its result is added"
         return ""
 
     def _activation(self, user: fx.Node, value: fx.Node) -> tuple[str, float] | None:
-        """Return the activation's name and parameter; None where the user is no activation that this library fuses."""
+        """Return the activation's name and parameter; None if the user is not an activation that this library fuses."""
         first, *rest = user.args or (None,)
         if first is not value:
             return None
@@ -301,7 +301,7 @@ class _LayerCall:
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
-    """Return every node among a node's arguments, as often as it occurs."""
+    """Return every node among a node's arguments, with repetitions."""
     found: list[fx.Node] = []
     collect: Callable[[fx.Node], None] = found.append
     fx.map_arg((node.args, node.kwargs), collect)

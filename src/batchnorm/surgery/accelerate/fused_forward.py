@@ -22,7 +22,7 @@ from batchnorm.models.forward_graph import ABSENT, Expected
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.walk import is_hooked
 
-# An activation by name with its parameter, a module that may be one, or nothing.
+# A name with its parameter, a module that may be an activation, or None.
 Activation = tuple[str, float] | nn.Module | None
 
 _FUSABLE = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
@@ -109,7 +109,7 @@ class Rewrite:
     Attributes:
         base: The class whose `forward` it replaces.
         source: Python source of a function `forward(self, *tensors)`, with its imports.
-        arguments: What each argument must be.
+        arguments: The requirement on each argument.
         positional: How many of the arguments may be given by position.
         assumed: The states in which the modules must be.
     """
@@ -191,21 +191,21 @@ def _new(rewrite: Rewrite) -> nn.Module:
 
 
 def why_not_rewritten(module: nn.Module) -> str:
-    """Return why the module's class cannot be replaced by a subclass with another `forward`; empty where it can."""
+    """Return why the module's class cannot be replaced by a subclass with another `forward`; empty if it can."""
     kind = original_class(module)
     if "forward" in module.__dict__:
-        return "has a forward of its own, which is not its class's"
+        return "has its own forward instead of its class's"
     if kind.__call__ is not nn.Module.__call__:
-        return "is called by other means than forward"
+        return "is not called through forward"
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
-        return "has its own way to be copied and saved"
+        return "defines how it is copied and saved"
     if not isinstance(kind.forward, types.FunctionType):
         return "has a forward that is not a Python function"
     return ""
 
 
 def rewrite_of(module: nn.Module) -> Rewrite | None:
-    """Return how the module's `forward` was rewritten; None where it was not."""
+    """Return how the module's `forward` was rewritten; None if it was not."""
     return vars(type(module)).get("_rewrite")
 
 
@@ -216,7 +216,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def undo_fusion(model: nn.Module) -> list[str]:
-    """Restore the own `forward` of every rewritten module of the model, and return the modules' paths.
+    """Restore the original `forward` of every rewritten module of the model, and return the paths of these modules.
 
     The layers stay as they are: the network computes the same, without fusion.
     """

@@ -35,15 +35,16 @@ def convert(
     kept as well, as are absent weights, biases and running statistics. A layer that is used in several places stays
     one layer. A new layer remembers the one that it replaced: converting back restores it, with the current state.
 
-    A layer that would lose something is left unchanged, and the report says why: a subclass with its own `forward`
-    (such as one with an activation), other parameters, or statistics that the new class cannot hold.
+    A layer is left unchanged if the conversion would lose something, and the report says why. Examples are a subclass
+    with its own `forward` (such as one with an activation), additional parameters, and statistics that the new class
+    cannot hold.
 
     Args:
         model: Any module; it may itself be such a layer.
-        to: The replacement: a class of this library or of torch, its name, a module, or a function that gets the layer
-            and returns another. `BatchRenorm` and `BatchRenorm2d` mean the same for a `BatchNorm2d`;
-            `torch.nn.GroupNorm`, `LayerNorm`, `InstanceNorm2d` and `Identity` work too. A module, `torch.nn` or
-            `batchnorm.nn`, stands for its class of the same name, so that `torch.nn` converts back.
+        to: The replacement: a class of this library or of torch, its name, `torch.nn` or `batchnorm.nn`, or a function
+            that takes the layer and returns another. `BatchRenorm` and `BatchRenorm2d` mean the same for a
+            `BatchNorm2d`. `torch.nn.GroupNorm`, `LayerNorm`, `InstanceNorm2d` and `Identity` work too. `torch.nn` and
+            `batchnorm.nn` mean their class of the same name, so `torch.nn` converts back.
         only: The layers to replace: a pattern for paths such as `"layer4.*"`, several patterns, a class, or a
             predicate of path and layer.
         inplace: Whether to change the model itself instead of a copy.
@@ -185,7 +186,7 @@ def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType) -> type[nn
         for kind in candidates:
             if isinstance(kind, type) and issubclass(kind, _NormBase):
                 return kind
-        raise Unconvertible(f"it takes any number of dimensions, and {to.__name__} has no such layer: name its class")
+        raise Unconvertible(f"it takes any number of dimensions, and {to.__name__} has no such layer: pass a class")
     if isinstance(to, str):
         namespace = next(n for n in (batchnorm.nn, nn) if any(hasattr(n, to + s) for s in ("", *_RANKS)))
         name = to
@@ -204,4 +205,4 @@ def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType) -> type[nn
         kind = getattr(namespace, sibling, None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             return kind
-    raise Unconvertible(f"it takes any number of dimensions, and there is no such {name}: name its class")
+    raise Unconvertible(f"it takes any number of dimensions, and there is no such {name}: pass a class")

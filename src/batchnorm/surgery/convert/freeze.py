@@ -25,11 +25,12 @@ def freeze(
     Args:
         model: Any module.
         only: The layers to freeze, as in `convert`.
-        trainable_affine: Whether γ and β continue to train, where they did.
+        trainable_affine: Whether γ and β that were trainable stay trainable.
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and the report. Layers are left that have no running statistics, or do more than a frozen layer can.
+        The model, and the report. A layer is left if it has no running statistics, or does more than a frozen layer
+        can.
 
     Raises:
         ValueError: a pattern matches no layer; no layer can be frozen. The model is then unchanged.

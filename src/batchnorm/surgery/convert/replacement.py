@@ -1,4 +1,4 @@
-"""Make a layer that replaces another, with its state, settings and hooks, and with a way back."""
+"""Make a layer that replaces another, with its state, settings and hooks, and that can be converted back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Origin:
 
 @dataclass
 class Replacement:
-    """A new layer for the place of another. Nothing in the model changes before `commit`."""
+    """A new layer that replaces another. Nothing in the model changes before `commit`."""
 
     new: nn.Module
     settings: dict[str, Any]
@@ -97,7 +97,7 @@ def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Repl
 
 
 def _own_hooks(layer: nn.Module) -> None:
-    """Let hooks that refer to the module they were registered at refer to this one, which replaced it."""
+    """Rebind the hooks that refer to the replaced module to this one."""
     for hooks in (h for n, h in vars(layer).items() if "_hooks" in n and isinstance(h, dict)):
         for hook in hooks.values():
             if getattr(hook, "with_module", False):
@@ -132,7 +132,7 @@ def check_plain(layer: nn.Module) -> None:
         raise Unconvertible("its forward was replaced on the instance, which would be lost")
     for name in ("weight", "bias"):
         if name not in layer._parameters and not parametrize.is_parametrized(layer, name):
-            raise Unconvertible(f"its {name} is made by a hook (weight_norm, pruning): make it permanent first")
+            raise Unconvertible(f"its {name} is computed by a hook (weight_norm, pruning): make it permanent first")
     if not kind.__module__.startswith("batchnorm."):
         held = {*layer._parameters, *layer._buffers, *layer._modules} - {*STATE, "parametrizations"}
         if held:
@@ -140,10 +140,10 @@ def check_plain(layer: nn.Module) -> None:
 
 
 def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: str) -> Replacement:
-    """Return a new layer of this class for the place of `old`.
+    """Return a new layer of this class to replace `old`.
 
     Raises:
-        Unconvertible: something of the layer would be lost, or the class rejects its settings.
+        Unconvertible: the conversion would lose something, or the class rejects the layer's settings.
         TypeError: the class does not have an option, or requires one that is missing.
     """
     lazy = any(is_lazy(t) for t in (*old.parameters(), *old.buffers()))
@@ -201,7 +201,7 @@ def from_function(old: nn.Module, function: Callable[[nn.Module], nn.Module]) ->
             "It is called with the layer to replace."
         )
     if new is old:
-        raise Unconvertible("the function returned it")
+        raise Unconvertible("the function returned the same layer")
     for name in ("weight", "bias"):
         theirs, ours = old._parameters.get(name), new._parameters.get(name)
         if theirs is not None and ours is not None and theirs.shape == ours.shape:
@@ -311,7 +311,7 @@ def _carry_state(old: nn.Module, new: nn.Module, names: tuple[str, ...]) -> None
 def _common_row(name: str, rows: Tensor) -> Tensor:
     rows = rows.detach()
     if rows.is_meta or not bool((rows == rows[:1]).all()):
-        raise Unconvertible(f"the rows of its {name} differ: take the layer of one by its select() first")
+        raise Unconvertible(f"the rows of its {name} differ: convert the layer that select() returns for one row")
     return rows[0]
 
 

@@ -1,4 +1,4 @@
-"""Removes batch normalization from a network, for inference."""
+"""Remove batch normalization from a network, for inference."""
 
 from batchnorm.surgery.fold.pytorch.counting import Counts, count_batch_norms
 from batchnorm.surgery.fold.pytorch.folding import fold

@@ -14,14 +14,14 @@ from batchnorm.surgery.fold.states import CannotFold, Layer, Linear, Norm, Windo
 
 
 def merged(network: Network, call: Call) -> FoldPlan:
-    """Return the plan that makes an addition, or subtraction, one layer of the input that both terms read.
+    """Return the plan that turns an addition or subtraction into one layer of the input that both terms read.
 
     Raises:
         CannotFold: The terms are not linear branches of one input, or something else reads them too.
     """
     terms = call.inputs
     if len(set(terms)) != 2:
-        raise CannotFold("it is no addition of two tensors")
+        raise CannotFold("it is not an addition of two tensors")
     writers = [network.writer(term) for term in terms]
     branches = [_branch(network, writer) for writer in writers]
     for i, j in ((0, 1), (1, 0)):

@@ -12,8 +12,8 @@ from batchnorm.surgery.fold.report import FoldError
 
 # The relative error that one fold may make, whatever the original's own error.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# A network may amplify the error of a fold. A whole that errs by more than this many times the bound of one fold is
-# wrong for another reason.
+# A network may amplify the error of a fold. If the whole network's error exceeds this multiple of the bound of one
+# fold, there is another cause.
 AMPLIFICATION = 10.0
 
 
@@ -57,22 +57,22 @@ class Error(NamedTuple):
         return max(map(cls.of, runs), key=lambda error: error.after - 2.0 * error.before)
 
     def allowed(self, tolerance: float, amplification: float = 1.0) -> bool:
-        """Whether folding errs by at most the tolerance or twice the original's own error, times the amplification.
+        """Whether the error is at most the tolerance or twice the original's own error, times the amplification.
 
-        The original and the folded network round differently, so either may happen to be nearer to float64: twice the
-        original's error is no evidence of a mistake. The whole has the bound of one fold, multiplied. A lower multiple
-        of the original's error there would reject networks of which every single fold had been accepted.
+        The original and the folded network round differently, so either may happen to be closer to float64. Twice the
+        original's error is therefore no evidence of a mistake. The whole network has the bound of one fold, multiplied:
+        a lower multiple of the original's error would reject networks in which every single fold was accepted.
         """
         return self.after <= amplification * max(tolerance, 2.0 * self.before)
 
 
 def tolerance_for(given: float | None, dtypes: Iterable[Any]) -> float:
-    """Return the given tolerance, else the largest of these dtypes."""
+    """Return the given tolerance, or by default the largest tolerance of these dtypes."""
     return given if given is not None else max((TOLERANCE.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
 
 
 def relative(found: Any, exact: Any) -> float:
-    """Return `max|found - exact| / max|exact|`; infinite where shapes differ or only one of two values is finite."""
+    """Return `max|found - exact| / max|exact|`; infinite if shapes differ or only one of two values is finite."""
     found, exact = (
         value.double() if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value, np.float64))
         for value in (found, exact)
@@ -95,6 +95,6 @@ def check_whole(error: Error, tolerance: float) -> None:
     """
     if not error.allowed(tolerance, AMPLIFICATION):
         raise FoldError(
-            f"the folded network must give the original's results, but errs by {error.after:.1e} where the original "
-            f"itself errs by {error.before:.1e}. Nothing was changed; please report the network."
+            f"the folded network must give the original's results, but its error is {error.after:.1e}, and the "
+            f"original's own error is {error.before:.1e}. Nothing was changed; please report the network."
         )

@@ -1,8 +1,8 @@
 """How a scale and shift moves past an operation, for any kind of graph.
 
-A scale and shift is held as tensors that broadcast against the value it applies to, so that one rule serves reshaping,
-flattening and permutation, whichever axis the channels have. Every function raises `CannotFold` if the operation and
-the scale and shift do not commute.
+A scale and shift is stored as tensors that broadcast against the value it applies to. One rule therefore covers
+reshaping, flattening and permutation, whatever the axis of the channels. Every function raises `CannotFold` if the
+operation and the scale and shift do not commute.
 """
 
 from __future__ import annotations
@@ -41,46 +41,46 @@ Rule = Callable[[Move], ScaleShift]  # the equivalent at the other side; raises 
 def unchanged(move: Move) -> ScaleShift:
     """Return the same scale and shift, for a call that keeps the rank."""
     if len(move.given) != len(move.wanted):
-        raise CannotFold("what is next to it changes the number of dimensions")
+        raise CannotFold("the operation next to it changes the number of dimensions")
     return move.s
 
 
 def max_pooled(s: ScaleShift, pool: str) -> ScaleShift:
-    """Return the other side of max-pooling."""
+    """Move the scale and shift past max-pooling."""
     if bool((s.scale < 0).any()):
         raise CannotFold(f"{pool} next to it does not commute with a negative scale")
     return s
 
 
 def average_pooled(s: ScaleShift, pool: str, *, counts_padding: bool) -> ScaleShift:
-    """Return the other side of average-pooling."""
+    """Move the scale and shift past average-pooling."""
     if s.shifts and counts_padding:
         raise CannotFold(f"{pool} next to it counts padded zeros")
     return s
 
 
 def padded(s: ScaleShift, *, constant: bool, zero: bool) -> ScaleShift:
-    """Return the other side of padding: with a constant, which may be zero, or with values of the tensor."""
+    """Move the scale and shift past padding: with a constant, which may be zero, or with values of the tensor."""
     if constant and (s.shifts or not zero):
         raise CannotFold("padding with a constant is between it and the next layer")
     return s
 
 
 def positions_only(s: ScaleShift, axes: Collection[int], name: str) -> ScaleShift:
-    """Return the other side of an operation, with this name, that changes only these axes."""
+    """Move the scale and shift past an operation of this name that changes only these axes."""
     if any(s.scale.shape[axis] != 1 for axis in axes):
         raise CannotFold(f"{name} next to it changes its channels")
     return s
 
 
 def permuted(s: ScaleShift, order: Sequence[int], *, back: bool) -> ScaleShift:
-    """Return the other side of a permutation of the axes to this order."""
+    """Move the scale and shift past a permutation of the axes to this order."""
     order = [order.index(i) for i in range(len(order))] if back else list(order)
     return ScaleShift(s.scale.permute(order), s.shift.permute(order))
 
 
 def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> ScaleShift:
-    """Return the other side of a mean over these axes, in ascending order."""
+    """Move the scale and shift past a mean over these axes, in ascending order."""
     scale, shift = s.scale, s.shift
     if back and not keep:
         for axis in axes:
@@ -94,7 +94,7 @@ def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> S
 
 
 def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
-    """Return the smallest runs of axes that a reshape turns into one another: their products agree for every input."""
+    """Return the smallest runs of axes that a reshape maps to each other; their sizes always have equal products."""
 
     def times(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(x * y for x, y in zip(a, b, strict=True))
@@ -121,7 +121,7 @@ def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
 
 
 def reshaped(s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
-    """Return the other side of a reshape from one shape to another."""
+    """Move the scale and shift past a reshape from one shape to another."""
     expanded: list[int] = []
     result: list[int] = []
     for from_axes, to_axes in _groups(given, wanted):
@@ -176,7 +176,7 @@ def part_of_concatenation(s: ScaleShift, axis: int, sizes: Sequence[int]) -> lis
 
 
 def within_concatenation(s: ScaleShift, axis: int, sizes: Sequence[int], positions: Collection[int]) -> ScaleShift:
-    """Return what applies to the whole where `s` applies to the tensors at these positions and nothing to others."""
+    """Return the scale and shift of a concatenation in which `s` applies only to the tensors at these positions."""
 
     def placed(values: Tensor, other: float) -> Tensor:
         shape = list(values.shape)

@@ -17,7 +17,7 @@ Value = Any  # a tensor of the graph: a node of torch.fx, or a name in ONNX
 
 
 class Kind(Enum):
-    """The kinds of calls, by the things that a scale and shift can do there."""
+    """The kinds of calls, by the effect that a scale and shift can have there."""
 
     LINEAR = auto()  # go into its weight and bias
     NORM = auto()  # become one with its own scale and shift
@@ -38,8 +38,8 @@ class Call:
     Attributes:
         node: The call in its own kind of graph.
         kind: Its kind.
-        words: A description for messages.
-        inputs: The values that it reads, in order, as often as it reads them; of a layer its input first.
+        description: A description for messages.
+        inputs: The values that it reads, in order and with repetitions; a layer's input comes first.
         results: The values that it computes; None for a part of a split that nothing reads.
         captured: The values that its bodies read.
         axis: The axis of a concatenation or split, not negative.
@@ -51,7 +51,7 @@ class Call:
 
     node: Any
     kind: Kind
-    words: str
+    description: str
     inputs: list[Value]
     results: list[Value]
     captured: Sequence[Value] = ()
@@ -67,7 +67,7 @@ class Network(ABC):
 
     Attributes:
         calls: Every call of the original, in order.
-        norms: The batch normalizations that can be read, as they were.
+        norms: The batch normalizations that can be read, in their original form.
         unfoldable: The other batch normalizations, each with the reason.
         values: The value of every tensor for the example.
         shapes: The shape of every tensor that always has the same rank.
@@ -91,7 +91,7 @@ class Network(ABC):
 
     @abstractmethod
     def read_linear(self, call: Call) -> Linear:
-        """Return the layer that a call of kind `LINEAR` originally is.
+        """Return the layer that a call of kind `LINEAR` represents, before any fold.
 
         Raises:
             CannotFold: Its weights are not constant.
@@ -99,7 +99,7 @@ class Network(ABC):
 
     @abstractmethod
     def replacement(self, source: Value, result: Value, *, back: bool) -> tuple[Value, Value]:
-        """Return which value is replaced by which when the call between them is removed.
+        """Return the value to replace, and its replacement, when the call between the two is removed.
 
         Args:
             source: The call's input.
@@ -141,7 +141,7 @@ class Network(ABC):
                         self._readers.setdefault(value, []).append(call)
 
     def resolve(self, value: Value) -> Value:
-        """Return the value that stands for a value of the original graph now."""
+        """Return the current value for a value of the original graph."""
         while value in self.alias:
             value = self.alias[value]
         return value
@@ -155,7 +155,7 @@ class Network(ABC):
         return self._readers.get(value, [])
 
     def layer(self, call: Call) -> Layer:
-        """Return the layer, with what was folded into it, that a call of kind `LINEAR` or `NORM` is.
+        """Return the layer that a call of kind `LINEAR` or `NORM` represents, including everything folded into it.
 
         Raises:
             CannotFold: Its weights are not constant.
@@ -165,14 +165,14 @@ class Network(ABC):
         return self.norms[call] if call.kind is Kind.NORM else self.read_linear(call)
 
     def norm(self, call: Call) -> Norm:
-        """Return the batch normalization, with what was folded into it."""
+        """Return the batch normalization, including everything folded into it."""
         return call.state if isinstance(call.state, Norm) else self.norms[call]
 
     def shape(self, value: Value) -> Shape:
         """Return the value's size along each axis.
 
         Raises:
-            CannotFold: It is no tensor, or not always of the same rank.
+            CannotFold: It is not a tensor, or its rank varies.
         """
         if value not in self.shapes:
             raise CannotFold("the rank of a tensor next to it is not known")

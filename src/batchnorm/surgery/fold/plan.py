@@ -1,4 +1,4 @@
-"""The plan of one fold: back into the layer that computes the input, or on into the layers that read the result."""
+"""Plan one fold: backward into the layer that computes the input, or forward into the layers that read the result."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class FoldPlan:
         network: The network before the change.
         states: The new states of calls.
         gone: The calls that are removed.
-        sources: The only inputs of calls that read something else from now on.
+        sources: The new input of each call with one input that now reads another value.
         alias: The values that are replaced, each by another.
         through: The other calls whose results change.
         same: The values that must not change.
-        where: The calls that take the batch normalization up, for the report.
+        where: The calls that absorb the batch normalization, for the report.
     """
 
     network: Network
@@ -53,11 +53,11 @@ class FoldPlan:
         return new
 
     @classmethod
-    def back(cls, network: Network, call: Call) -> FoldPlan:
-        """Return the plan that moves a batch normalization into what computes its input.
+    def backward(cls, network: Network, call: Call) -> FoldPlan:
+        """Return the plan that moves a batch normalization into the calls that compute its input.
 
         Raises:
-            CannotFold: Something there cannot take it up.
+            CannotFold: A call there cannot absorb it.
         """
         plan, s = cls._removal(network, call, back=True)
         plan.same.append(call.results[0])
@@ -65,11 +65,11 @@ class FoldPlan:
         return plan
 
     @classmethod
-    def on(cls, network: Network, call: Call) -> FoldPlan:
-        """Return the plan that moves a batch normalization into everything that reads its result.
+    def forward(cls, network: Network, call: Call) -> FoldPlan:
+        """Return the plan that moves a batch normalization into all calls that read its result.
 
         Raises:
-            CannotFold: Something there cannot take it up.
+            CannotFold: A call there cannot absorb it.
         """
         plan, s = cls._removal(network, call, back=False)
         if call.inputs[0] in network.pinned:
@@ -99,7 +99,7 @@ class FoldPlan:
         assert call.rule is not None
         return call.rule(Move(s, given, wanted, back))
 
-    # Back ----------------------------------------------------------------------------------------------------------
+    # Backward --------------------------------------------------------------------------------------------------------
 
     def _into_result(self, value: Value, reader: Call, s: ScaleShift) -> None:
         """Apply `s` to the value, for its only reader."""
@@ -109,7 +109,7 @@ class FoldPlan:
             return
         others = [other for other in network.readers(value) if other is not reader]
         if others:
-            raise CannotFold(f"its input is also read by {others[0].words}")
+            raise CannotFold(f"its input is also read by {others[0].description}")
         if reader.inputs.count(value) != 1:
             raise CannotFold("its input is read twice by one call")
         if value in network.pinned:
@@ -137,7 +137,7 @@ class FoldPlan:
         elif call.kind is Kind.TRANSPARENT:
             self._into_result(call.inputs[0], call, self._through(call, s, back=True))
         else:
-            raise CannotFold(f"it follows {call.words}")
+            raise CannotFold(f"it follows {call.description}")
 
     def _into_sum(self, call: Call, s: ScaleShift) -> None:
         network = self.network
@@ -164,10 +164,10 @@ class FoldPlan:
             new = new.squeeze(0)
         self.states[reader] = NewConstants({**changed, value: new})
 
-    # On ------------------------------------------------------------------------------------------------------------
+    # Forward ---------------------------------------------------------------------------------------------------------
 
     def _into_readers(self, value: Value, s: ScaleShift) -> None:
-        """Let every reader of the value apply `s`, which the value no longer has."""
+        """Let every reader of the value apply `s`, which is no longer part of the value."""
         readers = self.network.readers(value)
         if not readers:
             raise CannotFold("nothing reads its result")
@@ -186,12 +186,12 @@ class FoldPlan:
             self._into_readers(reader.results[0], within_concatenation(s, reader.axis, sizes, positions))
             return
         if reader.inputs.count(value) > 1:
-            raise CannotFold(f"{reader.words} reads its result twice")
+            raise CannotFold(f"{reader.description} reads its result twice")
         if value not in reader.inputs[:1]:
-            raise CannotFold(f"{reader.words} reads its result")
+            raise CannotFold(f"{reader.description} reads its result")
         if reader.kind in (Kind.LINEAR, Kind.NORM):
             layer = self._layer(reader)
-            self._take_up(reader, layer.before(self._channels(s, value, layer, layer.in_channels)))
+            self._absorb(reader, layer.before(self._channels(s, value, layer, layer.in_channels)))
         elif reader.kind is Kind.SPLIT:
             self.through.append(reader)
             parts = part_of_concatenation(s, reader.axis, reader.sizes)
@@ -202,14 +202,14 @@ class FoldPlan:
             self.through.append(reader)
             self._into_readers(reader.results[0], self._through(reader, s, back=False))
         else:
-            raise CannotFold(f"{reader.words} reads its result")
+            raise CannotFold(f"{reader.description} reads its result")
 
-    def _take_up(self, call: Call, state: Layer) -> None:
+    def _absorb(self, call: Call, state: Layer) -> None:
         self.where.append(call)
         self.states[call] = state
         if isinstance(state, Linear) and state.bias is not None and not state.takes_bias:
             addition = self._addition_of_constant(call, state)
-            if addition is not None:  # it takes the bias, and no second addition is needed
+            if addition is not None:  # it absorbs the bias, so no second addition is needed
                 self.states[call] = replace(state, bias=None)
                 call, constant = addition
                 self._into_constant(constant, call, ScaleShift(torch.ones(()).double(), state.bias))

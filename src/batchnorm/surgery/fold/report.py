@@ -1,4 +1,4 @@
-"""The report of folding."""
+"""The report of a fold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class FoldReport(Report):
     Attributes:
         how: "fx" or "export": the result takes every size that the model takes; "modules": the model could not be
             traced as a whole, and its parts were folded, for every size; "fixed": the result takes the example's size
-            only. For an ONNX graph, what ran it: "onnxruntime", "onnxruntime, in float32" or "onnx.reference".
+            only. For an ONNX graph, the program that ran it: "onnxruntime", "onnxruntime, in float32" or
+            "onnx.reference".
         error: Largest relative error of the folded network against the original in float64, over the example and a
             random input.
         error_before: The same error of the original in its own dtype.
@@ -40,7 +41,7 @@ class FoldReport(Report):
         """Return the counts, the errors and the notes, a line each."""
         kept = f"{self.remaining} left"
         if self.fused:
-            kept += f", {self.fused} fused with what follows"
+            kept += f", {self.fused} fused with following operations"
         return "\n".join(
             [
                 f"{self.verb}: of {self.before} batch normalizations in a forward pass, {kept}",

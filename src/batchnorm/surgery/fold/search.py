@@ -1,4 +1,4 @@
-"""The search for layers that take up each batch normalization, in any kind of graph."""
+"""Search for layers that absorb each batch normalization, in any kind of graph."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Trial(NamedTuple):
 
 
 class Search:
-    """Folds as much as possible in a network.
+    """Fold as much as possible in a network.
 
     Attributes:
-        taken: The batch normalizations that were removed, each with the calls that took it up.
+        absorbed: The batch normalizations that were removed, each with the calls that absorbed it.
         reasons: The reason why each other batch normalization stays.
     """
 
     def __init__(self, network: Network, tolerance: float, run: Callable[[FoldPlan], Trial]) -> None:
-        self.taken: dict[Call, list[Call]] = {}
+        self.absorbed: dict[Call, list[Call]] = {}
         self.reasons: dict[Call, str] = dict(network.unfoldable)
         self._network, self._tolerance, self._run = network, tolerance, run
 
@@ -56,12 +56,12 @@ class Search:
         """
         changed, left = [], []
         for call in self._network.calls:
-            if call not in self.taken and call not in self.reasons:
+            if call not in self.absorbed and call not in self.reasons:
                 continue
             norm = self._network.norms.get(call)
             was = names[call] if norm is None else f"{names[call]}({norm.in_channels})"
-            if call in self.taken:
-                into = ", ".join(dict.fromkeys(places[taker] for taker in self.taken[call]))
+            if call in self.absorbed:
+                into = ", ".join(dict.fromkeys(places[layer] for layer in self.absorbed[call]))
                 changed.append(Change(places[call], was, f"in {into}"))
             elif call.node in fused:
                 changed.append(Change(places[call], was, f"fused with {fused[call.node]}", self.reasons[call]))
@@ -70,19 +70,19 @@ class Search:
         return changed, left
 
     def _fold_norms(self) -> bool:
-        """Try to fold every batch normalization once, back and then on. Return whether one was folded."""
-        before = len(self.taken)
+        """Try to fold every batch normalization once, backward and then forward. Return whether one was folded."""
+        before = len(self.absorbed)
         for call in (call for call in self._network.norms if not call.gone):
             why = []
-            for direction in (FoldPlan.back, FoldPlan.on):
+            for direction in (FoldPlan.backward, FoldPlan.forward):
                 try:
-                    self.taken[call] = self._carry_out(direction(self._network, call))
+                    self.absorbed[call] = self._carry_out(direction(self._network, call))
                     break
                 except (CannotFold, NotRepresentable) as error:
                     why.append(str(error))
             else:
                 self.reasons[call] = "; ".join(dict.fromkeys(why))
-        return len(self.taken) > before
+        return len(self.absorbed) > before
 
     def _merge_branches(self) -> bool:
         """Try to merge the terms of every addition once. Return whether some were merged."""
@@ -96,20 +96,20 @@ class Search:
             except (CannotFold, NotRepresentable):
                 continue
             found = True
-            for norm, where in self.taken.items():
-                self.taken[norm] = [call if place in plan.gone else place for place in where]
-            self.taken.update({branch: [call] for branch in plan.gone if branch in self._network.norms})
+            for norm, where in self.absorbed.items():
+                self.absorbed[norm] = [call if place in plan.gone else place for place in where]
+            self.absorbed.update({branch: [call] for branch in plan.gone if branch in self._network.norms})
         return found
 
     def _carry_out(self, plan: FoldPlan) -> list[Call]:
-        """Make the change if it errs little enough. Return the calls that take the batch normalization up.
+        """Make the change if its error is small enough. Return the calls that absorb the batch normalization.
 
         Raises:
-            CannotFold: It errs by more.
+            CannotFold: The error is too large.
         """
         trial = self._run(plan)
         error = Error.worst(trial.runs)
         if not error.allowed(self._tolerance):
-            raise CannotFold(f"folding it errs by {error.after:.1e}, and the layer itself by {error.before:.1e}")
+            raise CannotFold(f"folding it has an error of {error.after:.1e}, the layer itself of {error.before:.1e}")
         plan.carry_out(trial.values)
         return plan.where

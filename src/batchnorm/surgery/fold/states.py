@@ -1,6 +1,6 @@
 """The layers that folding changes, with their weights in float64, for any kind of graph.
 
-Each kind of graph has subclasses that say how such a layer is read and written.
+Each kind of graph has subclasses that read and write such layers.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def test_functions_are_written_out() -> None:
         )
     )
     folded, report = fold_onnx(model)
-    assert ops(folded) == ["Conv"] and report.notes == ("functions are written out, where they are called",)
+    assert ops(folded) == ["Conv"] and report.notes == ("functions are inlined",)
     assert_same(model, folded, (2, 3, 4, 4))
 
 
@@ -239,7 +239,7 @@ def test_versions_are_kept(opset: int) -> None:
     assert report.remaining == (1 if opset < 9 else 0)
     assert report.error_before < 1e-6  # what it is compared with means the same in every version
     if opset < 9:
-        assert "cannot write what its shift adds at the border" in report.left[0].reason
+        assert "cannot express the effect of its shift at the border" in report.left[0].reason
     kept = ("opset_import", "ir_version", "producer_name", "doc_string", "metadata_props")
     assert all(getattr(folded, name) == getattr(model, name) for name in kept)
     assert_same(model, folded, (3, 4, 6, 6))

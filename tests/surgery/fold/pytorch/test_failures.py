@@ -31,7 +31,7 @@ def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.Mon
     model = trained(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 3), nn.BatchNorm2d(3))
     )
-    into = FoldPlan.back.__func__
+    into = FoldPlan.backward.__func__
 
     def wrong(cls, network, node):
         plan = into(cls, network, node)
@@ -42,10 +42,10 @@ def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.Mon
                 plan.states[key] = type(state)(**{**vars(state), "weight": state.weight * 1.01})
         return plan
 
-    monkeypatch.setattr(FoldPlan, "back", classmethod(wrong))
+    monkeypatch.setattr(FoldPlan, "backward", classmethod(wrong))
     folded, report = fold(model, torch.randn(IMAGE))
     assert [(row.path, row.now) for row in report.changed] == [("1", "fused with relu"), ("4", "in 3")]
-    assert "folding it errs by" in report.changed[0].reason
+    assert "folding it has an error of" in report.changed[0].reason
     assert_equal(folded, model, torch.randn(IMAGE))
 
 
@@ -53,7 +53,7 @@ def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.Mo
     model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())).train()
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(folding._Original, "compared", lambda *_: gate.Error(1e-7, 0.5))
-    with pytest.raises(FoldError, match="must give the original's results, but errs by 5.0e-01"):
+    with pytest.raises(FoldError, match="must give the original's results, but its error is 5.0e-01"):
         fold(model, torch.randn(IMAGE), inplace=True)
     assert type(model) is nn.Sequential
     assert model.training

@@ -83,7 +83,7 @@
     });
   }
 
-  // Running against population, channel by channel; what is on the diagonal fits.
+  // Running against population, channel by channel; points on the diagonal fit.
   function against(which, width) {
     const held = layers[chosen].channels;
     if (held === null) return nothing("Not measured for this layer: see what was not checked.");

@@ -1,4 +1,4 @@
-"""Removes batch normalization from an ONNX model, for inference."""
+"""Remove batch normalization from an ONNX model, for inference."""
 
 from batchnorm.surgery.fold.onnx.folding import OnnxResult, fold_onnx
 

@@ -1,4 +1,4 @@
-"""The folded model, which takes the place of the original."""
+"""Write the folded model in place of the original."""
 
 from __future__ import annotations
 

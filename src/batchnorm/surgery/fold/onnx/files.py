@@ -1,4 +1,4 @@
-"""ONNX files, which are written whole or not at all."""
+"""Read ONNX files, and write them completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 from batchnorm.files import whole_file
 from batchnorm.surgery.fold.onnx.graph import tensors
 
-LARGE = 2**31 - 2**22  # the bytes of weights that fit into one file, beside everything else
+LARGE = 2**31 - 2**22  # bytes of weights that fit into one file with everything else
 
 
 def is_large(model: onnx.ModelProto) -> bool:
@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, bool]:
     """
     model = onnx.load_model(path, load_external_data=False)
     if not model.HasField("graph"):
-        raise ValueError("it holds no graph")
+        raise ValueError("it has no graph")
     external = bool(data_files(model))
     if external:
         load_external_data_for_model(model, str(path.parent))
@@ -52,12 +52,12 @@ def store(model: onnx.ModelProto, path: Path, *, external: bool, data: str = "mo
 
 
 def write(model: onnx.ModelProto, output: Path, *, external: bool) -> None:
-    """Write the model. An earlier file stays whole until the new one takes its place.
+    """Write the model. An earlier file stays intact until the new one replaces it.
 
     Separate weights get a name that no file has yet, so that the earlier model keeps its own until then.
 
     Raises:
-        OSError: It cannot be written. Then everything is as it was.
+        OSError: The model cannot be written. Earlier files are then unchanged.
     """
     external = external or is_large(model)
     data = _free_name(output) if external else ""
@@ -82,7 +82,7 @@ def _free_name(output: Path) -> str:
 
 
 def _own_data(output: Path) -> set[str]:
-    """Return the files with the weights of an earlier result, if they have names that `write` gives."""
+    """Return the files with the weights of an earlier result, if `write` could have named them."""
     try:
         held = data_files(onnx.load_model(output, load_external_data=False))
     except Exception:  # there is no earlier result, or it is no model

@@ -1,4 +1,4 @@
-"""Removes batch normalization from an ONNX model."""
+"""Remove batch normalization from an ONNX model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OnnxResult(NamedTuple):
 
     Attributes:
         model: The folded model, including all its weights.
-        report: What became of every batch normalization.
+        report: The result for every batch normalization.
     """
 
     model: onnx.ModelProto
@@ -35,12 +35,12 @@ def fold_onnx(
     inputs: Mapping[str, Any] | Sequence[Any] | Any | None = None,
     tolerance: float | None = None,
 ) -> OnnxResult:
-    """Return the ONNX model without batch normalization, for inference, and a report of what became of each.
+    """Return the ONNX model without batch normalization, for inference, and a report of each one.
 
-    It does what `batchnorm.fold` does to a network of PyTorch. Each batch normalization moves back into the Conv,
-    ConvTranspose, Gemm or MatMul that computes its input, or on into all that read its result, through concatenation,
-    splitting, addition, pooling, reshaping and another batch normalization. Branches that are added become one
-    convolution. It needs the packages onnx and onnxruntime: `pip install "batchnorm[onnx]"`.
+    This is `batchnorm.fold` for ONNX. Each batch normalization moves backward into the Conv, ConvTranspose, Gemm or
+    MatMul that computes its input, or forward into all that read its result, through concatenation, splitting,
+    addition, pooling, reshaping and another batch normalization. Branches that are added become one convolution. It
+    needs the packages onnx and onnxruntime: `pip install "batchnorm[onnx]"`.
 
     Args:
         model: A model, or the path of its file and of weights in files beside it. It is not changed.
@@ -51,20 +51,20 @@ def fold_onnx(
         tolerance: The relative error that one fold may make, as in `batchnorm.fold`.
 
     Returns:
-        The folded model, with the versions, names and metadata of the original; and the report, whose `how` says what
-        ran the model.
+        The folded model, with the versions, names and metadata of the original; and the report, whose `how` names the
+        program that ran the model.
 
     Raises:
         ModuleNotFoundError: onnx or onnxruntime is not installed.
         TypeError: The model is neither a ModelProto nor a path.
         ValueError: The file is no model, the model cannot be run, or output cannot be written there.
         FoldError: The folded model's results are not the original's.
-        OSError: output could not be written. An earlier file is as it was.
+        OSError: output could not be written. An earlier file is then unchanged.
 
     Numerics: Weights are computed in float64 and rounded once to each weight's type. ONNX Runtime runs the nodes of
         each fold before and after, on the inputs' values and on random ones, and the results are compared with float64.
-        A fold that errs by more than the tolerance and by more than twice the original's own error is not made, and
-        reported. The whole model is compared in the same way.
+        A fold is skipped and reported if its error exceeds both the tolerance and twice the original's own error. The
+        whole model is compared in the same way.
 
     Source: the mathematics page, "Folding, at inference".
 
@@ -133,7 +133,9 @@ def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:
 
 def _checked_path(output: Path, model: Any) -> Path:
     if not output.parent.is_dir():
-        raise ValueError(f"output must be in a directory that exists, but {output.parent} is none. Create it first.")
+        raise ValueError(
+            f"output must be in a directory that exists, but {output.parent} does not exist. Create it first."
+        )
     if output.is_dir():
         raise ValueError(f"output must be a file, but {output} is a directory. Choose another name.")
     if isinstance(model, (str, os.PathLike)) and output.exists() and output.samefile(model):

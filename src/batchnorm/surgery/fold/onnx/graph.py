@@ -100,7 +100,7 @@ class Constants:
     """The constants of a model's main graph: initializers, `Constant` nodes, and tensors computed from these."""
 
     def __init__(self, model: onnx.ModelProto, operators: Sequence[Operator], values: Mapping[str, Array]) -> None:
-        """Read the model, whose operators these are; `values` are the values of every tensor in a run."""
+        """Read the model. `operators` are its operators, and `values` the values of every tensor in a run."""
         self._opset = opset_version(model)
         self._values = values
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -110,7 +110,7 @@ class Constants:
         self._found: dict[str, TensorProto | None] = {}
 
     def tensor(self, name: str) -> TensorProto | None:
-        """Return the constant of this name, stored or computed from others; None if it is no constant."""
+        """Return the constant of this name, stored or computed from others; None if it is not a constant."""
         if name not in self._found:
             self._found[name] = self._find_constant(name)
         return self._found[name]
@@ -140,7 +140,7 @@ class Constants:
         return numpy_helper.from_array(np.ascontiguousarray(found[0]), operator.node.output[0])
 
     def array(self, name: str) -> Array | None:
-        """Return the constant of this name as an array; None if it is no constant."""
+        """Return the constant of this name as an array; None if it is not a constant."""
         tensor = self.tensor(name) if name else None
         return None if tensor is None else numpy_helper.to_array(tensor)
 

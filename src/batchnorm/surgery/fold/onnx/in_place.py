@@ -1,4 +1,4 @@
-"""Folds an ONNX model in place, and compares the whole with the original."""
+"""Fold an ONNX model in place, and compare the whole with the original."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     try:
         runner = Runner(model)
     except CannotRun as error:
-        raise ValueError(f"the model must run in ONNX Runtime, which folding is checked with, but: {error}") from error
+        raise ValueError(f"the model must run in ONNX Runtime, which checks every fold, but: {error}") from error
     if total == 0:
         return FoldReport("fold", how=runner.how, notes=notes)
     runs = feeds_of(model, inputs, runner)
@@ -56,7 +56,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     right = exact(model, *runs)
     if right is None:  # then the original's error is the effect of ONNX Runtime's optimizations
         right = runner.run(model, *runs)
-        notes = (*notes, "compared with the original in its own type: there is no float64 for some of its operators")
+        notes = (*notes, "compared with the original in its own type: some of its operators do not support float64")
     values, shapes = _everything(model, runs, runner)
     network = OnnxNetwork(model, values, shapes)
     limit = gate.tolerance_for(tolerance, _dtypes(model))
@@ -117,7 +117,7 @@ def _inline(model: onnx.ModelProto) -> tuple[str, ...]:
         model.CopyFrom(inline_local_functions(model))
     except Exception:  # the model is too large for it
         return ()
-    return ("functions are written out, where they are called",)
+    return ("functions are inlined",)
 
 
 def _everything(model: onnx.ModelProto, runs: list[Feeds], runner: Runner) -> tuple[dict[str, Array], dict[str, Shape]]:
@@ -141,7 +141,7 @@ def _everything(model: onnx.ModelProto, runs: list[Feeds], runner: Runner) -> tu
 
 
 def _dtypes(model: onnx.ModelProto) -> list[torch.dtype]:
-    """Return the dtypes of the results and of what batch normalizations read."""
+    """Return the dtypes of the results and of the inputs of batch normalizations."""
     read = {name for where, node in _norms(model) if not where for name in node.input}
     kinds = {t.data_type for t in model.graph.initializer if t.name in read}
     kinds |= {value.type.tensor_type.elem_type for value in model.graph.output}

@@ -21,8 +21,8 @@ SIZES_OF_VOLUMES = (16, 32, 8, 64, 4, 1)
 def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> list[Feeds]:
     """Return inputs that the model runs with.
 
-    The first are the given ones, or random ones. Beside given arrays there are random ones of their sizes, and, where
-    sizes are open, random ones of other sizes, as far as the model runs with them.
+    The first inputs are the given ones, or random ones. Random inputs of the same sizes follow given arrays. If sizes
+    are open, random inputs of other sizes follow, if the model runs with them.
 
     Raises:
         ValueError: The model does not take the given inputs, or none were found that it takes.

@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
         return self.operator.attribute(name, default)
 
     def numbers(self, name: str, position: int) -> list[int] | None:
-        """Return what older versions give as an attribute and newer ones as a constant input; None if not given."""
+        """Return numbers that are an attribute in older versions and a constant input in newer ones, if given."""
         value = self.attribute(name)
         if value is None and self.has(position):
             value = self.array(position)

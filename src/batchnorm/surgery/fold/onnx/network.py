@@ -1,4 +1,4 @@
-"""An ONNX graph as the graph that the search works on."""
+"""Represent an ONNX graph as the graph that the search works on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OnnxNetwork(Network):
     """
 
     def __init__(self, model: onnx.ModelProto, values: Mapping[str, Array], shapes: Mapping[str, Shape]) -> None:
-        """Take a model, and the values and shapes of all tensors of its main graph that runs of it gave."""
+        """Take a model, and the values and shapes of all tensors of its main graph, from runs of the model."""
         self.opset = opset_version(model)
         operators = [Operator(node) for node in model.graph.node]
         self.constants = Constants(model, operators, values)
@@ -84,7 +84,7 @@ class OnnxNetwork(Network):
         return self.constants.parameter(value, value).value
 
     def read_linear(self, call: Call) -> Linear:
-        """Return the layer that a call of kind `LINEAR` originally is.
+        """Return the layer that a call of kind `LINEAR` represents, before any fold.
 
         Raises:
             CannotFold: Its weights are not constant.
@@ -92,8 +92,8 @@ class OnnxNetwork(Network):
         return OnnxLinear.of(self.constants, call.node)
 
     def replacement(self, source: str, result: str, *, back: bool) -> tuple[str, str]:
-        """Return which name is replaced by which when a call is removed.
+        """Return the name to replace, and its replacement, when a call is removed.
 
-        The name whose values are kept stays: the graph's results and the bodies of other calls refer to it.
+        The name whose values are kept stays, because the graph's results and the bodies of other calls refer to it.
         """
         return (source, result) if back else (result, source)

@@ -1,4 +1,4 @@
-"""The nodes that calls of an ONNX graph become."""
+"""Write the calls of an ONNX graph as nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TYPES = {dtype: number for number, dtype in DTYPES.items()} | {torch.int64: Ten
 
 
 class Writer:
-    """Writes the calls of a network as nodes, as they are after a plan's change.
+    """Write the calls of a network as nodes, after a plan's change.
 
     Args:
         plan: The change.
@@ -63,7 +63,7 @@ class Writer:
         return new
 
     def _norm(self, node: NodeProto, state: OnnxNorm) -> None:
-        """Give a batch normalization statistics that do nothing, and the scale and shift as weight and bias."""
+        """Give a batch normalization neutral statistics, and the scale and shift as weight and bias."""
         zeros = torch.zeros_like(state.scale_shift.shift)
         values = (state.scale_shift.scale, state.scale_shift.shift, zeros, zeros + 1)
         node.input[1:] = [self._store(p.name, p.rounded(value)) for p, value in zip(state.like, values, strict=True)]
@@ -96,7 +96,9 @@ class Writer:
         """Return the nodes that add the shift near the border: a convolution of ones with one channel."""
         assert state.border is not None
         if self._network.opset < 9:
-            raise CannotFold("this version of ONNX cannot write what its shift adds at the border (9 can)")
+            raise CannotFold(
+                "this version of ONNX cannot express the effect of its shift at the border (version 9 can)"
+            )
         like = state.like[0]
         whole, sizes, shape, ones, added = (
             self._fresh(f"{output}_{part}") for part in ("shape", "sizes", "ones_shape", "ones", "border")

@@ -1,4 +1,4 @@
-"""Runs ONNX models, in their own type by ONNX Runtime, and in float64 for comparison."""
+"""Run ONNX models in their own type by ONNX Runtime, and in float64 for comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CannotRun(RuntimeError):
 
 
 class Runner:
-    """Runs models like a given one: by ONNX Runtime if it has the kernels, else by ONNX's reference implementation.
+    """Run models like a given one: by ONNX Runtime if it has the kernels, else by ONNX's reference implementation.
 
     Attributes:
         how: "onnxruntime"; "onnxruntime, in float32" if it has no kernels for bfloat16; else "onnx.reference".

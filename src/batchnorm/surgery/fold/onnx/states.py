@@ -21,14 +21,14 @@ class OnnxLinear(Linear):
     Its kind is the type of the node.
 
     Attributes:
-        like: The constants that the weight and, if there was one, the bias were.
+        like: The original constants of the weight and, if there was one, the bias.
     """
 
     like: tuple[Parameter, Parameter | None]
 
     @classmethod
     def of(cls, constants: Constants, operator: Operator) -> OnnxLinear:
-        """Return the layer that an operator is.
+        """Return the layer that an operator represents.
 
         Raises:
             CannotFold: Its weight or bias is computed, or it is not linear in its first input.
@@ -87,14 +87,14 @@ class OnnxNorm(Norm):
     """Batch normalization with fixed statistics.
 
     Attributes:
-        like: The constants that its scale, bias, mean and variance were.
+        like: The original constants of its scale, bias, mean and variance.
     """
 
     like: tuple[Parameter, ...]
 
     @classmethod
     def of(cls, constants: Constants, operator: Operator) -> OnnxNorm:
-        """Return the batch normalization that an operator is.
+        """Return the batch normalization that an operator represents.
 
         Raises:
             CannotFold: It uses the batch's statistics, or its tensors are computed or not finite.

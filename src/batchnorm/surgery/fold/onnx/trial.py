@@ -1,4 +1,4 @@
-"""One fold in an ONNX graph, run before and after in the model's own type and in float64."""
+"""Run the part of an ONNX graph around one fold, before and after, in the model's own type and in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.search import Trial
 from batchnorm.surgery.fold.states import CannotFold
 
-# A few operations cannot err by this much: the reference has another definition of one of them.
+# Rounding in a few operations cannot cause an error this large: the reference must define one of them differently.
 IMPLAUSIBLE = 0.1
 
 
@@ -84,7 +84,7 @@ def _part(
         elif name in network.values:
             feeds[name] = network.values[name]
         else:
-            raise CannotFold(f"{name} next to it is no tensor")
+            raise CannotFold(f"{name} next to it is not a tensor")
     graph = helper.make_graph(
         nodes,
         "part",

@@ -1,4 +1,4 @@
-"""The folded network as a module, which calls plain functions with its own parameters."""
+"""Write the folded network as a module that calls plain functions with its own parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _IN_PLACE = (F.relu, F.relu6, F.hardtanh, F.leaky_relu)
 
 
 class Emitter:
-    """Writes the states of a network into its graph."""
+    """Write the states of a network into its graph."""
 
     def __init__(self, network: TorchNetwork) -> None:
         self.network = network
@@ -39,7 +39,7 @@ class Emitter:
     def emit(self, name: str) -> fx.GraphModule:
         """Return the folded network as a graph module whose class has this name."""
         network = self.network
-        norms: dict[Node, Node] = {}  # each with the call that it is now
+        norms: dict[Node, Node] = {}  # each with its current call
         calls = {call.node: call for call in network.calls}
         for node in list(self.graph.nodes):
             call = calls.get(node)
@@ -62,7 +62,7 @@ class Emitter:
         return folded
 
     def _now(self, node: Node) -> Node:
-        """Return what stands for the node in the graph as it is now."""
+        """Return the node that currently replaces the given one in the graph."""
         while node in self._current:
             node = self._current[node]
         return node
@@ -70,7 +70,7 @@ class Emitter:
     # Parameters ----------------------------------------------------------------------------------------------------
 
     def _own(self, name: str, value: Tensor, like: Tensor) -> str:
-        """Make a parameter. Return its name: the one of what it replaces, if nothing else uses that."""
+        """Add a parameter. Return its name: the name of the tensor that it replaces, if nothing else uses that."""
         if self._uses.get(name, 0) > 1:
             self._uses[name] -= 1
             stem, _, last = name.rpartition(".")
@@ -109,7 +109,7 @@ class Emitter:
         self.graph.erase_node(node)
 
     def _layer(self, node: Node, state: TorchLinear) -> None:
-        """Give a layer with a forward method of its own new parameters."""
+        """Give new parameters to a layer that has its own forward method."""
         weight, bias, _ = (
             None if t is None else nn.Parameter(t, requires_grad=state.like.requires_grad) for t in state.tensors()
         )
@@ -156,7 +156,7 @@ class Emitter:
         return new
 
     def _fuse(self, node: Node, was: Node) -> None:
-        """Make one operation of batch normalization and the addition and activation that follow it, if they do."""
+        """Fuse batch normalization with the addition and the activation that follow it, if any."""
         last, residual = node, None
         reader = _only_reader(last)
         if reader is not None and reader.target is operator.add:

@@ -1,4 +1,4 @@
-"""Removes batch normalization from a network of PyTorch."""
+"""Remove batch normalization from a network of PyTorch."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ SAMPLES = 2  # samples of the example that every fold is tried on
 def fold(
     model: nn.Module, example_inputs: Any, *, inplace: bool = False, tolerance: float | None = None
 ) -> Result[FoldReport]:
-    """Return the network without batch normalization, for inference, and a report of what became of each.
+    """Return the network without batch normalization, for inference, and a report of each one.
 
-    In evaluation, batch normalization is a scale and a shift. They move back into the convolution or linear layer that
-    computes the input, or on into the layers that read the result, through concatenation, splitting, addition, pooling,
-    reshaping and another batch normalization, if that is exact for every reader. The border stays exact where the next
-    convolution pads zeros. Parallel linear branches that are added become one. A batch normalization that must stay
-    becomes one operation with the activation after it.
+    In evaluation, batch normalization is a scale and a shift. They move backward into the convolution or linear layer
+    that computes the input, or forward into the layers that read the result, through concatenation, splitting,
+    addition, pooling, reshaping and another batch normalization, if that is exact for every reader. The border stays
+    exact where the next convolution pads zeros. Parallel linear branches that are added become one. A batch
+    normalization that must stay is fused with the activation after it.
 
     Args:
         model: Any module, in any mode. `fold` folds what it computes in evaluation.
         example_inputs: An example of its inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on the
             model's device. If the report's `how` is not "fixed", the result takes every batch and image size that the
             model takes.
-        inplace: Turn the model itself into the folded network, which keeps the weights that did not change. Otherwise
-            the model is left unchanged.
+        inplace: Whether to turn the model itself into the folded network, which keeps the weights that did not change.
+            Otherwise the model is left unchanged.
         tolerance: The relative error that one fold may make, even if the model's own error is smaller than half of it;
             by default 1e-12 for float64, 1e-5 for float32, 1e-2 for float16 and 5e-2 for bfloat16.
 
@@ -61,11 +61,11 @@ def fold(
     Raises:
         TypeError: The model is no module.
         ValueError: The model cannot be called with the inputs, or cannot be copied.
-        FoldError: The folded network's results are not the original's. After every error the model is as it was.
+        FoldError: The folded network's results are not the original's. After any error the model is unchanged.
 
     Numerics: Weights are computed in float64 and rounded once to each parameter's dtype. Each fold is computed before
-        and after, on the example's values and on random ones. A fold that errs by more than the tolerance and by more
-        than twice the model's own error is not made, and reported.
+        and after, on the example's values and on random ones. A fold is skipped and reported if its error exceeds both
+        the tolerance and twice the model's own error.
 
     Source: the mathematics page, "Folding, at inference"; Ding et al. 2021 (RepVGG), section 3.3, for the branches.
 
@@ -80,7 +80,9 @@ def fold(
         ['0.bias', '0.weight']
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass it.")
+        raise TypeError(
+            f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass the network."
+        )
     inputs = Inputs.of(example_inputs)
     with walk.restored(model):
         folded, report = _fold_checked(model, inputs, inplace, tolerance)
@@ -122,7 +124,7 @@ def _fold_checked(
 
 @dataclass
 class _Folded:
-    """A folded model, and what became of each batch normalization."""
+    """A folded model, and the result for each batch normalization."""
 
     model: nn.Module
     how: str
@@ -161,9 +163,10 @@ def _results(model: nn.Module, inputs: Iterable[Inputs]) -> list[Tensor]:
 
 
 def _folded(working: nn.Module, inputs: Inputs, original: _Original) -> _Folded:
-    """Fold the model, read in the way that leaves least: as a whole, in parts if that leaves no more, else by export.
+    """Fold the model as a whole, in parts, or exported, whichever leaves the fewest batch normalizations.
 
-    A traced whole, and traced parts that Python goes on to call, take every size. Export may not, and takes long.
+    Traced models, and traced parts that Python code calls, take every size. Exported models may not, and export is
+    slow.
     """
     try:
         trace = tracing.trace(working, inputs, ways=("fx",), prepare=lowering.lower)

@@ -1,4 +1,4 @@
-"""A traced model as the graph that the search works on."""
+"""Represent a traced model as the graph that the search works on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES: dict[Any, str] = {operator.add: "an addition", torch.cat: "a concatenati
 
 
 class TorchNetwork(Network):
-    """A traced model. A node of the graph is a call and its result at once; only a split's results are other nodes.
+    """A traced model. Each node of the graph is both a call and its result; only a split's results are separate nodes.
 
     Attributes:
         trace: The traced model.
@@ -114,7 +114,7 @@ class TorchNetwork(Network):
         return value.detach()
 
     def value(self, node: Node) -> Any:
-        """Return what the node gives for the example: a tensor, or a size computed from one."""
+        """Return the node's value for the example: a tensor, or a size computed from one."""
         if node in self.values or node.op not in ("call_function", "call_method"):
             return self.values[node]
         args, kwargs = map_arg((node.args, node.kwargs), self.value)
@@ -130,18 +130,18 @@ class TorchNetwork(Network):
         return wide(found) if found.is_floating_point() else None
 
     def read_linear(self, call: Call) -> Linear:
-        """Return the layer that a call of kind `LINEAR` originally is."""
+        """Return the layer that a call of kind `LINEAR` represents, before any fold."""
         if call.node.op == "call_module":
             return TorchLinear.of_layer(call.node, self._module(call.node))
         return TorchLinear.of_call(call.node, self.attribute)
 
     def replacement(self, source: Node, result: Node, *, back: bool) -> tuple[Node, Node]:
-        """Return which value is replaced by which when a call is removed: its result by its source."""
+        """Return the value to replace, and its replacement, when a call is removed: its result and its source."""
         return result, source
 
 
 def describe(node: Node) -> str:
-    """Return the call in words."""
+    """Describe the call."""
     target = node.target
     if node.op == "output":
         return "the network's output"
@@ -154,7 +154,7 @@ def describe(node: Node) -> str:
 
 
 def operands(node: Node) -> list[Node]:
-    """Return the nodes among the arguments of a call, its input first, as often as they are there."""
+    """Return the nodes among the arguments of a call, with repetitions; its input comes first."""
     found: list[Node] = []
     others = {name: value for name, value in node.kwargs.items() if name != "input"}
     map_arg((node.kwargs.get("input"), node.args, others), found.append)
@@ -162,5 +162,5 @@ def operands(node: Node) -> list[Node]:
 
 
 def _is_part(node: Node) -> bool:
-    """Whether it takes one part of a split by its number."""
+    """Whether the node takes one part of a split by its number."""
     return node.target is operator.getitem and isinstance(node.args[1], int) and node.args[1] >= 0

@@ -25,7 +25,7 @@ Lookup = Callable[[Node], Tensor]  # the value of an attribute of the graph
 class TorchLinear(Linear):
     """A convolution, transposed convolution or linear layer.
 
-    Its kind is a function such as `F.conv2d`; or a layer with a forward method of its own, whose class derives from a
+    Its kind is a function such as `F.conv2d`, or a layer with its own forward method whose class derives from a
     convolution or `nn.Linear`. How such a layer uses its input is unknown.
 
     Attributes:
@@ -38,7 +38,7 @@ class TorchLinear(Linear):
 
     @classmethod
     def of_call(cls, node: Node, value: Lookup) -> TorchLinear:
-        """Return the layer that a call of a function is, where `linear_arguments` finds its arguments."""
+        """Return the layer of a function call whose arguments `linear_arguments` finds."""
         given = linear_arguments(node)
         assert given is not None
         _, weight, bias = (given.pop(name, None) for name in ("input", "weight", "bias"))
@@ -57,7 +57,7 @@ class TorchLinear(Linear):
 
     @classmethod
     def of_layer(cls, node: Node, layer: Any) -> TorchLinear:
-        """Return the layer of a call that was not traced, where `is_linear_layer` holds."""
+        """Return the layer of a call that was not traced and for which `is_linear_layer` holds."""
         return cls(
             kind=layer,
             weight=wide(layer.weight),
@@ -108,7 +108,7 @@ class TorchNorm(Norm):
 
     @classmethod
     def of_call(cls, node: Node, value: Lookup) -> TorchNorm:
-        """Return the batch normalization that a call of `F.batch_norm` is.
+        """Return the batch normalization that a call of `F.batch_norm` computes.
 
         Raises:
             CannotFold: It uses the batch's statistics, or its tensors are computed or not finite.
@@ -171,7 +171,7 @@ def linear_arguments(node: Node) -> dict[str, Any] | None:
 def is_linear_layer(node: Node, layer: nn.Module) -> bool:
     """Whether a call that was not traced, such as a convolution that pads by its input's size, is linear in a weight.
 
-    Its class says so. Like every fold, this is tried before it is relied on.
+    The class suggests this. Like every fold, it is tried before it is used.
     """
     plain = set(layer._parameters) == {"weight", "bias"} and not layer._buffers
     return plain and isinstance(layer, (nn.Linear, _ConvNd)) and not node.kwargs and len(node.args) == 1

@@ -1,4 +1,4 @@
-"""One fold in a network of PyTorch, computed before and after in float64 and in the model's own dtype."""
+"""Compute the part of a PyTorch network around one fold, before and after, in float64 and in the model's own dtype."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def try_plan(network: TorchNetwork, plan: FoldPlan) -> Trial:
 
 
 class _Region:
-    """Some nodes of a network, in order, as they are after a plan's change."""
+    """Some nodes of a network, in order, after a plan's change."""
 
     def __init__(self, network: TorchNetwork, nodes: list[Node], plan: FoldPlan) -> None:
         self._network, self._nodes, self._plan = network, nodes, plan
         self._calls = {call.node: call for call in network.calls}
 
     def boundary(self) -> list[Node]:
-        """Return the values that the nodes read and do not compute."""
+        """Return the values that the nodes read but do not compute."""
         inside = set(self._nodes)
         read = [value for node in self._nodes for value in self._inputs(node)]
         return [node for node in read if node not in inside and node.op != "get_attr"]
