@@ -200,8 +200,8 @@ def test_a_wrong_argument_is_told(name: str) -> None:
 
 
 def test_an_unknown_activation_is_told_when_the_layer_is_made() -> None:
-    with pytest.raises(ValueError, match=r"BatchNormAct2d expects activation to be one of .* got 'tanh'"):
-        nn.BatchNormAct2d(3, activation="tanh")
+    with pytest.raises(ValueError, match=r"BatchNormAct2d expects activation to be one of .* got 'swish'"):
+        nn.BatchNormAct2d(3, activation="swish")
 
 
 @pytest.mark.parametrize("name", LAYERS)
