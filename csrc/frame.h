@@ -1,4 +1,4 @@
-// From the tensors of a call to the pointers and sizes that the kernels take, with the checks that guard memory.
+// Converts the tensors of a call to the pointers and sizes that the kernels take, with checks that protect memory.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace batchnorm {
 
-// x's sizes, and the memory layout in which the kernels see every tensor like x: that of empty_like(x) where it is
-// contiguous or channels-last, else contiguous, by copies.
+// x's sizes, and the memory layout of every tensor of x's shape in the kernels. This is the layout of empty_like(x) if
+// that is contiguous or channels-last, else contiguous. Tensors with another layout are copied.
 class Frame {
  public:
   explicit Frame(const Tensor& x) : dtype(floating("x", x)), dim_(x.dim()), like_(x) {
@@ -26,7 +26,7 @@ class Frame {
     strides_ = contiguous_strides(sizes, dim_);
   }
 
-  // The data of a tensor like x, from a copy where its strides or dtype are others.
+  // The data of a tensor of x's shape, or of a copy if its strides or dtype differ.
   const void* read(const char* name, const Tensor& t) {
     const int64_t* sizes = t.sizes().data();
     STD_TORCH_CHECK(t.dim() == dim_ && std::equal(sizes_.begin(), sizes_.end(), sizes), "batchnorm expects ", name,
@@ -41,7 +41,7 @@ class Frame {
   }
   const void* read(const char* name, const MaybeTensor& t) { return t ? read(name, *t) : nullptr; }
 
-  // A result like x, and after the kernel has written it, what to return.
+  // A result of x's shape for the kernel to write, and its conversion to the tensor to return.
   Tensor result() const {
     Tensor made = empty(sizes_.data(), strides_.data(), dim_, code_of(dtype));
     advise_huge_pages(made, shape.numel() * size_of(dtype));

@@ -1,5 +1,5 @@
-// The operators on the CPU. This file and its two headers alone see torch, and of torch only its stable ABI: one binary
-// serves every torch from 2.10 on.
+// The operators on the CPU. Only this file and its two headers use torch, and only its stable ABI, so that one binary
+// works with every torch from 2.10 on.
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,8 +18,8 @@
 #define BATCHNORM_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Not in the stable ABI: whether a backward pass is running. Weak: a torch without it leaves it null, and then
-// `update_running_` is not registered here and stays with the eager implementation.
+// Returns whether a backward pass is running. It is not in the stable ABI, and therefore weak. If this torch does not
+// have it, it is null, and `update_running_` is not registered here and stays eager.
 namespace torch::autograd {
 __attribute__((weak)) int get_current_graph_task_id();
 }
@@ -36,7 +36,7 @@ void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* co
 
 Threads threads() { return {run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
 
-// The map from x to y. `indexed`: its vectors may have rows, one of which each sample uses.
+// The map from x to y. If `indexed`, its vectors may have rows, and each sample uses one of them.
 Normalization normalization_of(Frame& frame, bool indexed, const MaybeTensor& mean, const MaybeTensor& mean_low,
                                const MaybeTensor& var, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
                                StringHandle activation, double parameter) {
@@ -126,7 +126,7 @@ struct Kept {
   const MaybeTensor &weight, &bias;
 };
 
-// One call of an operator of the backward pass, with the results that it asks for.
+// One call of an operator of the backward pass, with the results that it requests.
 struct BackwardCall {
   Frame frame;
   bool indexed;
@@ -229,8 +229,8 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
 
 // ---- running statistics --------------------------------------------------------------------------------------------
 
-// A small tensor's values in float64, and back. They are moved by torch: any dtype and strides, and writing counts as
-// a change that autograd notices.
+// Reads a small tensor's values as float64, and writes them back. torch copies them, so any dtype and strides work, and
+// autograd notices the change.
 std::vector<double> values_of(const Tensor& t) {
   std::vector<double> values(static_cast<size_t>(t.numel()));
   if (values.empty()) return values;

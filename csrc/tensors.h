@@ -1,4 +1,4 @@
-// Tensors through torch's stable ABI: their dtypes, their memory, and new ones.
+// Access to tensors through torch's stable ABI: dtypes, memory and allocation.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -82,8 +82,8 @@ inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, i
   return Tensor(made);
 }
 
-// Asks for huge pages where a large result lies: new memory is then faulted in 2 MB at a time rather than 4 KB, which
-// would take longer than computing what goes there. Only advice; where it is not heeded nothing is lost.
+// Requests huge pages for a large result, so that new memory is faulted in 2 MB at a time. With 4 KB at a time, page
+// faults would take longer than the computation. The request is only a hint, which the system may ignore.
 inline void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;

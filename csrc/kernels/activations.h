@@ -1,5 +1,5 @@
 // Activations y = f(z, parameter) and dz = dy·f'(t, parameter). t is z, or y where y determines the derivative.
-// At kinks and for NaN each does what torch does.
+// At kinks and for NaN, the results equal torch's.
 #pragma once
 
 #include "elementary.h"

@@ -30,7 +30,7 @@ BATCHNORM_INLINE Vec<float> exp(Vec<float> x) {
   return p * first * second;
 }
 
-// e^x - 1 for x <= 0: Taylor's series near zero, where the difference would lose digits.
+// e^x - 1 for x <= 0; near zero, by a Taylor series, because the difference would lose digits.
 BATCHNORM_INLINE Vec<float> expm1_of_negative(Vec<float> x) {
   Vec<float> p = broadcast(1.0f / 40320.0f);
   for (float coefficient : {1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f}) {

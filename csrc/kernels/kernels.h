@@ -63,8 +63,8 @@ struct Normalization {
   double parameter = 0.0;  // negative_slope or alpha, where the activation takes one
 };
 
-// Results have the names of their operator's schema. Without a comment they have x's dtype; statistics and sums are
-// float64 for float64 x, else float32.
+// Results have the names in their operator's schema. Statistics and sums are float64 for float64 x, else float32. The
+// others have x's dtype, unless a comment gives another.
 struct TrainForward {
   Shape shape;
   const void* x;

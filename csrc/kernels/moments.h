@@ -107,7 +107,7 @@ struct StoreMoments {
   void done() const {}
 };
 
-// Moves each group's pivots from its first value to the mean of a few values of its first samples (at most 1/8 of all).
+// Replaces each group's pivots, its first value, by the mean of a few values of its first samples (at most 1/8 of all).
 void near_the_mean(const Shape& s, const RowShape& r, bool planes, const Reducer& sums, const Moments& args, A* pivot,
                    double* u, Scratch& scratch) {
   constexpr int64_t kLeast = 16, kMost = 256, kValuesEach = 64, kShare = 8;

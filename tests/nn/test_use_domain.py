@@ -84,7 +84,7 @@ def test_checkpointing_keeps_the_domain_of_the_first_pass_or_refuses() -> None:
         with use_domain(1):
             return checkpoint(module, x, use_reentrant=False)
 
-    with pytest.raises(RuntimeError, match="expects the domain of its first pass .*context_fn=batchnorm"):
+    with pytest.raises(RuntimeError, match="expects the domain of the first pass .*context_fn=batchnorm"):
         step_results(layer, lost, x)
     with use_domain(2), pytest.raises(RuntimeError, match="forward pass has ended, or another is active"):
         step_results(layer, lost, x)
