@@ -69,6 +69,12 @@ def test_without_a_loss_nothing_is_an_error_by_its_effect() -> None:
     assert severities["BN101"] == severities["BN103"] == Severity.WARNING
 
 
+def test_a_leak_in_dependent_batches_is_found_without_a_loss() -> None:
+    case = PLANTED["BN112"]()
+    found = diagnose(case.model, case.data)
+    assert [finding.severity for finding in found.findings if finding.code == "BN112"] == [Severity.WARNING]
+
+
 def test_noise_of_small_independent_batches_is_no_leak() -> None:
     found = diagnose(trained("plain"), [x for x, _ in batches(24, 4)]).findings
     assert "BN112" not in {finding.code for finding in found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import batchnorm as bn
@@ -36,6 +37,19 @@ def test_every_pattern_must_match() -> None:
     text = r"f expects `after` to match a layer, got 'head.\*', which matches none of 4. Choose from: 0, 1, 2, ...\."
     with pytest.raises(ValueError, match=text):
         select("f", norm_layers(network()), ["0", "head.*"], argument="after")
+
+
+@pytest.mark.parametrize("choice", [3, [3], b"0", nn.ReLU(), nn.Sequential(nn.ReLU()), ["0", nn.BatchNorm2d]])
+def test_anything_else_is_refused(choice: Any) -> None:
+    with pytest.raises(TypeError, match=r"f expects `only` to be a pattern, .*, got .*\. Give paths, such as 0, 1, 2"):
+        select("f", norm_layers(network()), choice)
+
+
+def test_patterns_may_come_from_a_generator() -> None:
+    data = [torch.rand(4, 3)]
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    _, report = bn.recalibrate(model, data, only=(str(i) for i in range(1)))
+    assert [change.path for change in report.changed] == ["0"]
 
 
 def test_convert_takes_a_class() -> None:

@@ -176,6 +176,7 @@ GOOD = [torch.zeros(2, 3, 9, 9).random_(0, 9, generator=torch.Generator().manual
         (nn.Conv2d, GOOD[0], TypeError, "insert_batchnorm expects data to be an iterable of batches, got one Tensor"),
         (nn.Conv2d, [3], TypeError, "insert_batchnorm expects batches that are tensors"),
         (nn.Conv3d, GOOD, ValueError, r"chooses none of 9. There are: 0, 1, 2"),
+        (None, GOOD, ValueError, "expects `after` to choose a module, got None"),
         ("nothing*", GOOD, ValueError, "got 'nothing\\*', which matches none"),
         ("6", [GOOD[0][:1]], ValueError, "more than one value per channel, got one from 6"),
     ],

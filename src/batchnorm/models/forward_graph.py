@@ -138,6 +138,9 @@ def trace(
     Raises:
         Untraceable: there is no such graph.
     """
+    # fx replaces the functions of `math` while it traces. Imported meanwhile, as a checkpoint does, dynamo would take
+    # the replacements for the functions, and could not compile calls of math.prod any more.
+    importlib.import_module("torch._dynamo")
     graphs = []
     for training in (True, False):
         set_mode(module, training)

@@ -24,6 +24,7 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
         argument: The name of the user's argument, for error messages.
 
     Raises:
+        TypeError: the choice is none of these.
         ValueError: a pattern matches no layer.
     """
     if choice is None:
@@ -31,9 +32,15 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
     if isinstance(choice, type) or (isinstance(choice, tuple) and all(isinstance(kind, type) for kind in choice)):
         classes: Any = choice
         return [found for found in layers if isinstance(found.module, classes)]
-    if callable(choice):
+    if callable(choice) and not isinstance(choice, nn.Module):
         return [found for found in layers if any(choice(path, found.module) for path in found.paths)]
-    patterns: Any = [choice] if isinstance(choice, str) else list(choice)
+    patterns: list[Any] = [choice] if isinstance(choice, str) or not isinstance(choice, Iterable) else list(choice)
+    if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(
+            f"{caller} expects `{argument}` to be a pattern, several patterns, a class, a tuple of classes or a "
+            f"predicate, got {wrong[0]!r:.50} ({type(wrong[0]).__name__}) for a pattern. "
+            f"Give paths, such as {some_paths(layers)}."
+        )
     chosen = set()
     for pattern in patterns:
         matched = [found for found in layers if any(fnmatchcase(path, pattern) for path in found.paths)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -126,6 +126,8 @@ def recalibrate(
     """
     _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
     check_data(_CALLER, data)
+    if isinstance(only, Iterator):
+        only = list(only)  # it is read twice
     if not inplace:
         _select(model, only)  # fail before anything is copied
         with torch.inference_mode(False):  # a copy made in inference mode could not be trained

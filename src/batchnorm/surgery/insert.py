@@ -111,7 +111,7 @@ class _Output:
 
 def _chosen(model: nn.Module, after: Choice) -> list[walk.Found]:
     everything = walk.norm_layers(model, nn.Module)
-    found = select(_CALLER, everything, after, argument="after")
+    found = [] if after is None else select(_CALLER, everything, after, argument="after")  # None would choose all
     if not found:
         raise ValueError(
             f"{_CALLER} expects `after` to choose a module, got {after!r}, which chooses none of {len(everything)}. "

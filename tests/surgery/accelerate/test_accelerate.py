@@ -206,6 +206,30 @@ def test_a_saved_model_loads_in_another_process(tmp_path: Path) -> None:
     assert run.stdout.split() == ["ResNet", "MobileNet", "DenseNet", "UNet", "Network3d"]
 
 
+AFTER_A_CHECKPOINT = """
+import warnings, torch, batchnorm as bn
+from torch.utils.checkpoint import checkpoint
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return checkpoint(self.bn, x, use_reentrant=False)
+
+bn.accelerate(Block())
+warnings.simplefilter("error")
+torch.compile(bn.BatchNorm2d(4), backend="aot_eager", fullgraph=True, dynamic=True)(torch.rand(2, 4, 3, 3))
+"""
+
+
+def test_a_traced_checkpoint_does_not_keep_layers_from_compiling() -> None:
+    # In a process of its own: the checkpoint must be the first to import dynamo.
+    run = subprocess.run([sys.executable, "-c", AFTER_A_CHECKPOINT], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_pickle_protocol(protocol: int) -> None:
     model, x = network("resnet")
