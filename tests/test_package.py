@@ -85,6 +85,7 @@ PUBLIC_NAMES = {
 def test_public_names_are_pinned():
     assert set(batchnorm.__all__) == PUBLIC_NAMES
     assert len(batchnorm.__all__) == len(PUBLIC_NAMES)
+    assert set(dir(batchnorm)) >= PUBLIC_NAMES
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC_NAMES - {"__version__"}))

@@ -57,3 +57,8 @@ def __getattr__(name: str) -> _Any:
         doctor = _import_module("batchnorm.doctor")
         return doctor if name == "doctor" else getattr(doctor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the names that are imported when first used, too."""
+    return sorted({*globals(), *__all__})
