@@ -47,6 +47,7 @@ class OneLineCommand(click.Command):
     """A command whose `SeveralValues` options take several values each."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        options.setdefault("context_settings", {"show_default": True})
         super().__init__(*arguments, **options)
         # click's mark of preformatted lines, which a raw docstring writes in two characters.
         self.help = (self.help or "").replace(r"\b", "\b")

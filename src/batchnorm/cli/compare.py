@@ -40,7 +40,6 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--model",
     default="mlp",
-    show_default=True,
     metavar="NAME|MODULE.PATH:CALLABLE",
     help="mlp, sigmoid-mlp, cnn, resnet20 or vgg; or a callable that takes (norm, in_shape, num_classes) and returns a "
     "torch.nn.Module; or one without arguments, whose network's batch normalization is replaced.",
@@ -48,7 +47,6 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--data",
     default="mnist-mini",
-    show_default=True,
     metavar="NAME|FILE.npz|MODULE.PATH:CALLABLE",
     help="mnist-mini, mnist, fashion-mnist or digits; or a file with x_train, y_train, x_test, y_test.",
 )
@@ -88,23 +86,20 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--schedule",
     default="constant",
-    show_default=True,
     metavar="NAME",
     help="How the rate changes: constant, cosine, linear or step, optionally with a warm-up: cosine:warmup=100.",
 )
 @click.option(
     "--optimizer",
     default="sgd",
-    show_default=True,
     metavar="NAME",
     help="sgd, momentum (SGD with momentum 0.9), adam, adamw or rmsprop.",
 )
-@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Number of seeds.")
+@click.option("--seeds", type=int, default=3, metavar="N", help="Number of seeds.")
 @click.option(
     "--target-accuracy",
     type=float,
     default=0.95,
-    show_default=True,
     metavar="SHARE",
     help="Test accuracy to reach, 0 to 1; the report says when each run reached it.",
 )
@@ -118,11 +113,10 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     "--threads",
     type=int,
     default=1,
-    show_default=True,
     metavar="N",
     help="Number of threads that torch uses; large networks benefit from more.",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Device to train on, such as cuda:0.")
+@click.option("--device", default="cpu", metavar="NAME", help="Device to train on, such as cuda:0.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -140,7 +134,6 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--records",
     default="jsonl",
-    show_default=True,
     metavar="jsonl|parquet",
     help="parquet adds tables of all runs to the lines of JSON.",
 )

@@ -48,7 +48,6 @@ _PIPED = 120  # columns without a terminal
     "--max-samples",
     type=click.IntRange(1),
     default=1000,
-    show_default=True,
     metavar="N",
     help="Samples to read.",
 )
@@ -56,7 +55,6 @@ _PIPED = 120  # columns without a terminal
     "--budget",
     type=click.IntRange(0),
     default=5,
-    show_default=True,
     metavar="N",
     help="Number of passes over the data for single layers, in addition to three for all layers.",
 )
@@ -78,7 +76,6 @@ _PIPED = 120  # columns without a terminal
     "--fail-on",
     type=click.Choice(_LEVELS),
     default="error",
-    show_default=True,
     help="Exit with 1 if a finding is at least this severe.",
 )
 @click.pass_context

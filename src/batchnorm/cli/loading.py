@@ -27,7 +27,7 @@ weights_option = click.option(
 )
 
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Batch size, for FILE.npz."
+    "--batch-size", type=click.IntRange(1), default=64, metavar="N", help="Batch size, for FILE.npz."
 )
 
 

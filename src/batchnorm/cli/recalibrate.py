@@ -35,14 +35,12 @@ from batchnorm.cli.writing import check_output, open_output, output_options, sav
     "--passes",
     type=click.Choice(("single", "sequential")),
     default="single",
-    show_default=True,
     help="One pass for all layers, or layer by layer from the input.",
 )
 @click.option(
     "--prior",
     type=click.FloatRange(0),
     default=0.0,
-    show_default=True,
     metavar="N",
     help="Number of samples that the old statistics count as.",
 )

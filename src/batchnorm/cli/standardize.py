@@ -34,7 +34,6 @@ _SHOWN = 10
     "--channel-axis",
     type=int,
     default=1,
-    show_default=True,
     metavar="N",
     help="Axis of the channels; -1 for channels last.",
 )
@@ -42,7 +41,6 @@ _SHOWN = 10
     "--nan-policy",
     type=click.Choice(("raise", "omit", "propagate")),
     default="raise",
-    show_default=True,
     help="Reject NaN, exclude it from the statistics, or let it propagate.",
 )
 @output_options("FILE.npy", "the standardized data")
