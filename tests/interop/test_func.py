@@ -29,7 +29,7 @@ import batchnorm as bn
 from tests.cases import ACTIVATIONS
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-ADVICE = r"running statistics can be updated only where .* Pass the buffers as arguments .* or use track_running_stats"
+ADVICE = r"running statistics can be updated only if .* Pass the buffers as arguments .* or use track_running_stats"
 
 
 def layer_in(training: bool, activation: str = "silu", **options: Any) -> bn.BatchNormAct2d:
