@@ -27,9 +27,18 @@ class Inputs:
 
     @classmethod
     def of(cls, example_inputs: Any) -> Inputs:
-        """Return inputs from a tuple or list of positional arguments, a mapping of named arguments, or one argument."""
+        """Return inputs from a tuple or list of positional arguments, a mapping of named arguments, or one argument.
+
+        Raises:
+            TypeError: it is a number.
+        """
         if isinstance(example_inputs, Inputs):
             return example_inputs
+        if isinstance(example_inputs, (int, float, complex)):
+            raise TypeError(
+                "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
+                f"{type(example_inputs).__name__}. Pass the model's arguments."
+            )
         if isinstance(example_inputs, Mapping):
             return cls((), dict(example_inputs))
         return cls(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
