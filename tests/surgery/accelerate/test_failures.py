@@ -77,7 +77,7 @@ WITH_COPY = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inpl
             {"image": torch.randn(2, 3, 8, 8)},
             "raised TypeError: .*unexpected keyword",
         ),
-        (networks.ResNet, 3, "got int, and the model raised TypeError"),
+        (networks.ResNet, "3", "got str, and the model raised TypeError"),
         (Faulty, torch.randn(2, 3, 8, 8), "raised ArithmeticError: out of order. Pass the model's arguments"),
     ],
     ids=["channels", "rank", "name", "type", "the model fails"],
@@ -90,6 +90,15 @@ def test_inputs_that_the_model_does_not_take(
     before = Snapshot(model)
     with pytest.raises(ValueError, match=text):
         accelerate(model, inputs, inplace=inplace)
+    before.assert_same(model)
+
+
+@WITH_COPY
+def test_a_number_is_no_example(inplace: bool) -> None:
+    model = networks.ResNet()
+    before = Snapshot(model)
+    with pytest.raises(TypeError, match="example_inputs must be a tensor, a tuple of arguments .* got int"):
+        accelerate(model, 3, inplace=inplace)
     before.assert_same(model)
 
 
