@@ -131,6 +131,15 @@ def test_what_cannot_be_normalized_is_told():
         norms.parse("group")(48, dims=2)
 
 
+@pytest.mark.parametrize(("spec", "channels"), [("group", 32), ("group:8", 8), ("layer", 1)])
+def test_groups_of_one_value_are_refused(spec: str, channels: int) -> None:
+    for shape in ((4, channels), (4, channels, 1), (4, channels, 1, 1)):
+        layer = norms.parse(spec)(channels, dims=max(len(shape) - 2, 1))
+        with pytest.raises(ValueError, match=r"more than one value per group, got \[4, "):
+            layer(torch.randn(shape))
+        assert layer(torch.randn(*shape[:2], 5)).shape == (*shape[:2], 5)
+
+
 def test_unknown_rank_is_refused():
     with pytest.raises(ValueError, match="dims must be 1, 2 or 3, got 4"):
         norms.parse("batch")(8, dims=4)

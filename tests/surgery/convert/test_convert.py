@@ -407,26 +407,64 @@ def test_torchs_synchronized_layer_both_ways() -> None:
 def test_other_normalizations() -> None:
     model = nn.Sequential(trained("1d"), trained("2d"), nn.BatchNorm2d(6, affine=False), nn.BatchNorm3d(64, bias=False))
     groups = convert(model, to=nn.GroupNorm).model
-    assert [(m.num_groups, m.num_channels) for m in groups] == [(4, 4), (4, 4), (6, 6), (32, 64)]
+    assert [(m.num_groups, m.num_channels) for m in groups] == [(1, 4), (2, 4), (3, 6), (32, 64)]
     assert torch.equal(groups[1].weight, model[1].weight)
     assert torch.equal(groups[1].bias, model[1].bias)
     assert groups[2].weight is None
     assert groups[3].bias is None
     x = torch.randn(SHAPES["2d"])
-    assert_close(groups[1](x), nn.functional.group_norm(x, 4, model[1].weight, model[1].bias))
+    assert_close(groups[1](x), nn.functional.group_norm(x, 2, model[1].weight, model[1].bias))
     assert groups[3](torch.randn(1, 64, 2, 2, 2)).shape == (1, 64, 2, 2, 2)
     result = convert(model, to=nn.LayerNorm)
     assert_close(result.model[1](x), nn.functional.group_norm(x, 1, model[1].weight, model[1].bias))
     assert result.report.changed[0].now == "GroupNorm(1, 4)"
     assert result.report.changed[0].reason == "layer normalization over channels and positions"
     instances = convert(model, to="InstanceNorm").model
-    assert [type(m) for m in instances] == [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm2d, nn.InstanceNorm3d]
+    assert [type(m) for m in instances] == [nn.BatchNorm1d, nn.InstanceNorm2d, nn.InstanceNorm2d, nn.InstanceNorm3d]
     assert_close(instances[1](x), nn.functional.instance_norm(x, weight=model[1].weight, bias=model[1].bias))
     assert instances[1].running_mean is None
     nothing = convert(model, to=nn.Identity).model
     assert [type(m) for m in nothing] == [nn.Identity] * 4
     two = convert(model, to=nn.GroupNorm, num_groups=2, eps=0.1).model
     assert [(m.num_groups, m.eps) for m in two] == [(2, 0.1)] * 4
+
+
+def values_are_kept(layer: nn.Module, x: Tensor) -> bool:
+    """Whether different samples come out of the layer differently."""
+    return bool(layer(x).std(0).max() > 1e-3)
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, batch.BatchNorm1d, batch.BatchNorm, ghost.GhostBatchNorm1d])
+@pytest.mark.parametrize("to", [nn.GroupNorm, "GroupNorm", nn.LayerNorm])
+@pytest.mark.parametrize("channels", [1, 2, 3, 16, 31, 48, 1024])
+def test_rows_without_positions_are_not_erased(make: Any, to: Any, channels: int) -> None:
+    options = {"ghost_size": 4} if make is ghost.GhostBatchNorm1d else {}
+    model, report = convert(nn.Sequential(make(channels, **options)), to=to)
+    assert values_are_kept(model, torch.randn(8, channels))
+    assert bool(report.left) == (channels == 1)
+    if channels > 1:
+        groups = model[0].num_groups
+        assert groups <= 32
+        assert groups == 1 or channels // groups >= 16
+        assert groups == (1 if to is nn.LayerNorm else {48: 3, 1024: 32}.get(channels, 1))
+
+
+@pytest.mark.parametrize(
+    ("to", "options"), [(nn.GroupNorm, {"num_groups": 8}), (nn.InstanceNorm1d, {}), ("InstanceNorm", {})]
+)
+def test_one_value_per_group_is_left_with_the_reason(to: Any, options: dict[str, Any]) -> None:
+    report = convert(nn.Sequential(nn.BatchNorm1d(8)), to=to, **options).report
+    assert "would erase an input [N, C], which has one value per group: choose fewer groups" in report.left[0].reason
+    model = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.InstanceNorm1d(8, affine=True)).model
+    assert type(model[0]) is nn.InstanceNorm1d
+
+
+@pytest.mark.parametrize("channels", [2, 6, 32, 33])
+def test_a_map_of_one_position_is_not_erased_by_the_default_groups(channels: int) -> None:
+    model = convert(nn.Sequential(nn.BatchNorm2d(channels)), to=nn.GroupNorm).model
+    assert values_are_kept(model, torch.randn(64, channels, 1, 1))
+    report = convert(nn.Sequential(nn.BatchNorm2d(channels)), to=nn.GroupNorm, num_groups=channels).report
+    assert report.changed[0].reason == "one channel per group: an input with one position would be erased"
 
 
 def test_a_function_makes_what_it_likes() -> None:

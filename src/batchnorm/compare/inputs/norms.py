@@ -258,7 +258,7 @@ def _group_norm(num_features: int, groups: int = 32, **options: Any) -> nn.Modul
             f"group normalization expects a number of groups that divides the {num_features} channels, got "
             f"{groups!r}. Write for example group:8"
         )
-    return nn.GroupNorm(groups, num_features, **options)
+    return _grouped(groups, num_features, **options)
 
 
 def _groups(groups: Any = 32, **options: Any) -> int:
@@ -267,7 +267,23 @@ def _groups(groups: Any = 32, **options: Any) -> int:
 
 def _layer_norm(num_features: int, **options: Any) -> nn.Module:
     """Return a layer that normalizes each sample over all channels and positions, with γ and β per channel."""
-    return nn.GroupNorm(1, num_features, **options)
+    return _grouped(1, num_features, **options)
+
+
+def _grouped(groups: int, num_features: int, **options: Any) -> nn.GroupNorm:
+    return (_SingleChannels if groups == num_features else nn.GroupNorm)(groups, num_features, **options)
+
+
+class _SingleChannels(nn.GroupNorm):
+    """torch's layer with one channel per group; it rejects an input with one value per group, which it would erase."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[2:].numel() == 1:
+            raise ValueError(
+                f"group normalization expects more than one value per group, got {list(input.shape)} with "
+                f"{self.num_groups} groups, whose values would be erased. Choose fewer groups, or another norm."
+            )
+        return super().forward(input)
 
 
 class _InstanceNorm1d(nn.InstanceNorm1d):

@@ -16,7 +16,7 @@ from batchnorm import walk
 from batchnorm.models.report import Change, Report, Result, describe
 from batchnorm.models.selection import Choice, select
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
-from batchnorm.surgery.convert import replacement
+from batchnorm.surgery.convert import per_sample, replacement
 from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible, origin_of
 from batchnorm.walk import class_of
 
@@ -59,9 +59,11 @@ def convert(
             The model is then unchanged.
 
     `LayerNorm` becomes `GroupNorm(1, C)`: layer normalization over channels and positions, with weight and bias for
-    each channel. `GroupNorm` uses the largest number of groups up to 32 that divides C, unless `num_groups` is given.
-    `InstanceNorm1d` takes `[N, C, L]` only. These classes and `Identity` keep no running statistics, and cannot be
-    converted back.
+    each channel. `GroupNorm` uses the largest number of groups up to 32 that leaves at least 2 channels in each, or 16
+    if the layer may get `[N, C]`, unless `num_groups` is given. A `BatchNorm1d`, and a layer for any rank, may get
+    `[N, C]`. They are left if a group would then have one value, which normalization erases: this applies to
+    `InstanceNorm1d`. If the input is `[N, C, L]`, pass `lambda layer: torch.nn.InstanceNorm1d(layer.num_features,
+    affine=True)`. These classes and `Identity` keep no running statistics, and cannot be converted back.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -155,10 +157,8 @@ def _replacement(found: walk.Found, to: Target, options: dict[str, Any]) -> Repl
         raise Unconvertible("it is one already")
     if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
         return back
-    if issubclass(kind, nn.LayerNorm):
-        made = replacement.make(old, nn.GroupNorm, {"num_groups": 1, **options}, found.path)
-        made.reason = "layer normalization over channels and positions"
-        return made
+    if per_sample.is_per_sample(kind):
+        return per_sample.make(old, kind, options, found.path, rank_of(old))
     return replacement.make(old, kind, options, found.path)
 
 

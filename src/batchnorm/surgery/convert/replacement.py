@@ -252,9 +252,6 @@ def _arguments(
     if batch_norm:
         lazy = any(is_lazy(t) for t in old.buffers())
         given["track_running_stats"] = lazy or getattr(old, "running_mean", None) is not None
-    if issubclass(kind, nn.GroupNorm):
-        size = int(old.num_features)  # type: ignore[arg-type]
-        given["num_groups"] = max((n for n in range(1, 33) if size % n == 0), default=1)
     for name in signature.parameters:
         if batch_norm and name not in given and name != "bias":
             # A layer without the attribute has the default of all layers: above all, no activation.
