@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from batchnorm.models.samples import samples_in
 
 Forward = Callable[[nn.Module, Any], object]
 MaskOf = Callable[[Any], Tensor | Mapping[str, Tensor] | None]
@@ -41,12 +43,18 @@ class Batches:
     Args:
         data: An iterable of batches.
         max_samples: Stop after the batch that reaches this many samples; None reads all.
+
+    Attributes:
+        count: The number of batches.
+        samples: The number of samples in them.
+        shape: The shape of the first layer's input for the current batch, which the caller sets (see `samples_in`).
     """
 
     def __init__(self, data: Iterable[Any], max_samples: int | None) -> None:
         self._data = data
         self._max_samples = max_samples
-        self.samples = self.count = 0
+        self.samples = self.count = self._estimate = 0
+        self.shape: Sequence[int] | None = None
 
     @property
     def length(self) -> int | None:
@@ -68,27 +76,12 @@ class Batches:
         """Read the data and count batches and samples."""
         for batch in self._data:
             self.count += 1
-            self.samples += samples_in(batch)
+            self._estimate += samples_in(batch)
+            self.shape = None
             yield batch
+            self.samples += samples_in(batch, self.shape)
             if self._max_samples is not None and self.samples >= self._max_samples:
                 return
-
-
-def _first_array(batch: object) -> Tensor | np.ndarray[Any, Any] | None:
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return batch
-    children: Iterable[object] = ()
-    if isinstance(batch, Mapping):
-        children = batch.values()
-    elif isinstance(batch, (list, tuple)):
-        children = batch
-    return next((found for child in children if (found := _first_array(child)) is not None), None)
-
-
-def samples_in(batch: object) -> int:
-    """Return the size of the first dimension of the first tensor in the batch; 1 if there is none."""
-    array = _first_array(batch)
-    return int(array.shape[0]) if array is not None and array.ndim else 1
 
 
 def tensors_in(batch: Any) -> list[Tensor]:

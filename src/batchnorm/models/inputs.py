@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from batchnorm.models.batches import tensors_in
 from batchnorm.walk import is_hooked
 
 
@@ -53,7 +54,7 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor in the inputs."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_in((self.args, self.kwargs))
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Return the inputs with floating-point tensors converted to this dtype."""
@@ -72,11 +73,19 @@ class Inputs:
         return self.map(draw)
 
     def first(self, samples: int) -> Inputs:
-        """Return at most this many first samples if all tensors have the same number of samples; otherwise, all."""
+        """Return at most this many first samples if all tensors have the same number of samples; otherwise, all.
+
+        Tensors in a list may each be a sample, and are not cut.
+        """
         sizes = {x.shape[0] if x.dim() else 0 for x in self.tensors()}
-        if len(sizes) != 1 or next(iter(sizes)) <= samples:
+        if len(sizes) != 1 or next(iter(sizes)) <= samples or self._holds_lists():
             return self
         return self.map(lambda x: x[:samples])
+
+    def _holds_lists(self) -> bool:
+        values: list[Any] = [*self.args, *self.kwargs.values()]
+        values += [inner for value in values if isinstance(value, Mapping) for inner in value.values()]
+        return any(isinstance(value, (list, tuple)) and tensors_in(value) for value in values)
 
     def resized(self) -> Iterator[Inputs]:
         """Yield the inputs with other numbers of samples, and with other sizes of images, volumes and sequences."""
@@ -84,7 +93,7 @@ class Inputs:
         if not tensors:
             return
         batch = tensors[0].shape[0]
-        if all(x.shape[0] == batch for x in tensors):
+        if all(x.shape[0] == batch for x in tensors) and not self._holds_lists():
             yield self.map(lambda x: _with_sizes(x, (batch + 1, *x.shape[1:])) if x.dim() else x)
             if batch != 1:
                 yield self.map(lambda x: x[:1] if x.dim() else x)

@@ -40,12 +40,16 @@ class Pass:
     Args:
         statistics_for: Returns the statistics that a layer normalizes by, from the call and the moments of its input.
         mask: The values of this batch that count, for layers that the model calls without a mask.
+
+    Attributes:
+        shape: The shape of the input of the first layer that was called; None before.
     """
 
     def __init__(self, statistics_for: Callable[[LayerCall, Rows], Statistics], mask: Mask = None) -> None:
         self.calls: Counter[int] = Counter()
         self.statistics_for = statistics_for
         self.mask = mask
+        self.shape: torch.Size | None = None
 
 
 class Observer:
@@ -79,6 +83,7 @@ class Observer:
                 return
             given = parameters.bind(*args, **kwargs).arguments
             x: Tensor = args[0] if args else next(iter(given.values()))
+            running.shape = running.shape or x.shape
             mask = given.get("mask")
             if mask is None:
                 mask = _mask_for(self._caller, found, x, running.mask)

@@ -72,6 +72,7 @@ class Run:
         try:
             work()
         finally:
+            self.batches.shape = self.observer.current.shape
             self.observer.current = None
 
 
@@ -135,7 +136,7 @@ class _WaitingPass:
     """A forward pass that waits at the first layer whose statistics are not yet known."""
 
     def __init__(self, run: Run, batch: Any, statistics: dict[LayerCall, Statistics]) -> None:
-        self._observer = run.observer
+        self._observer, self._batches = run.observer, run.batches
         self._statistics = statistics
         self.at: tuple[LayerCall, Rows] | None = None
         self._pass, work = run.start(batch, self._statistics_for)
@@ -155,6 +156,7 @@ class _WaitingPass:
         try:
             self._paused.resume()
         finally:
+            self._batches.shape = self._pass.shape
             self._observer.current = None
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.models.batches import Batches, samples_in
+from batchnorm.models.batches import Batches
+from batchnorm.models.samples import samples_in
 
 
 class RepeatableBatches(Batches):
@@ -40,10 +41,10 @@ class RepeatableBatches(Batches):
                 yield batch
             if count == self.count:
                 break
-        if (count, samples) != (self.count, self.samples):
+        if (count, samples) != (self.count, self._estimate):
             raise ValueError(
                 f"recalibrate with passes='sequential' expects the same batches each time data are read, got {samples} "
-                f"samples in {count} batches after {self.samples} in {self.count}. Fix the order, or raise "
+                f"samples in {count} batches after {self._estimate} in {self.count}. Fix the order, or raise "
                 "cache_bytes so that all batches are kept."
             )
 

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.passes import Passes
-from batchnorm.models.batches import moved, samples_in
+from batchnorm.models.batches import moved
+from batchnorm.models.samples import samples_in
 from batchnorm.moments import Moments
 
 # Share of the positions from which padding is reported.

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.wording import counted
-from batchnorm.models.batches import Batches, ThreadSettings, device_of, moved, samples_in, size_of
+from batchnorm.models.batches import Batches, ThreadSettings, device_of, moved, size_of
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.observe import (
     LayerCall,
@@ -30,6 +30,7 @@ from batchnorm.models.observe import (
 )
 from batchnorm.models.outputs import outputs
 from batchnorm.models.progress import Bar
+from batchnorm.models.samples import samples_in
 from batchnorm.moments import Moments
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -135,14 +136,15 @@ class Passes:
 
         for number, given in enumerate(self.bar.over(batches, "training and evaluation", batches.length)):
             batch = moved(given, device)
-            size = samples_in(batch)
-            self.sizes.append(size)
             with self._hooked():
                 times = [time.perf_counter()]
-                self.observer.current = Pass(record)
+                self.observer.current = by_its_own = Pass(record)
                 by_batch = self._run(batch)
                 self.observer.current = None
                 self._put({})
+                batches.shape = by_its_own.shape
+                size = samples_in(batch, by_its_own.shape)
+                self.sizes.append(size)
                 self._batch, self._done = (number, size), set()
                 times.append(time.perf_counter())
                 by_running = self._run(batch)
@@ -207,7 +209,7 @@ class Passes:
         one row per sample.
         """
         kept = [moved(given, None) for given in self.kept]  # arrays as tensors
-        sizes = [samples_in(given) for given in kept]
+        sizes = self.sizes[: len(kept)]
         leaves, specs = zip(*(pytree.tree_flatten(given) for given in kept), strict=True)
         pairs = [(leaf, size) for of, size in zip(leaves, sizes, strict=True) for leaf in of]
         rows = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size for leaf, size in pairs)
