@@ -61,6 +61,81 @@ def test_padded_photographs_are_recognised_to_the_pixel(value: float, multiple: 
     assert found.share == float(expected.double().mean()) > 0.2
 
 
+# Where images are in their padding: the part of the padding before them, along the height and along the width.
+PLACES = {
+    "top, left": (1.0, 1.0, ("top", "left")),
+    "top, right": (1.0, 0.0, ("top", "right")),
+    "bottom, left": (0.0, 1.0, ("bottom", "left")),
+    "middle": (0.5, 0.5, ("top", "bottom", "left", "right")),
+    "middle, right": (0.5, 0.0, ("top", "bottom", "right")),
+}
+
+
+def placed(images: Images, down: float, across: float, value: Tensor, side: int = 64) -> tuple[Tensor, Tensor]:
+    """Return images in frames of one size, padded by a vector, and which positions are padding."""
+    x, padding = value[:, None, None].expand(len(images), -1, side, side).clone(), torch.ones(len(images), side, side)
+    for frame, inside, image in zip(x, padding, images, strict=True):
+        _, height, width = image.shape
+        top, left = int(down * (side - height)), int(across * (side - width))
+        frame[:, top : top + height, left : left + width] = image
+        inside[top : top + height, left : left + width] = 0
+    return x, padding.bool()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", [(0.0, 0.0, 0.0), (0.1, -0.2, 0.3)])
+def test_padding_on_any_side_is_recognised_to_the_pixel(place: str, value: tuple[float, ...]) -> None:
+    down, across, ends = PLACES[place]
+    every = [placed(images, down, across, torch.tensor(value)) for images in split(list(photographs()))]
+    found = find_padding([x for x, _ in every])
+    assert found is not None and found.ends == ends
+    assert torch.equal(found.positions, next(padding for x, padding in every if x is found.batch))
+
+
+def test_images_of_one_width_are_letterboxed_above_and_below() -> None:
+    images = [image[:, : 12 + 2 * (n % 10), :32] for n, image in enumerate(photographs())]
+    x, _ = placed(images, 0.5, 0.5, torch.zeros(3), side=32)
+    found = find_padding(x.split(8))
+    assert found is not None and found.ends == ("top", "bottom")
+    assert 0.2 < found.share < 0.5
+
+
+def test_volumes_may_be_padded() -> None:
+    depths = torch.arange(32) % 9
+    x = torch.randn(32, 2, 10, 8, 8) * (torch.arange(10) >= depths[:, None])[:, None, :, None, None]
+    found = find_padding(x.split(16))
+    assert found is not None and found.ends == ("front",)
+    assert torch.equal(found.positions.sum((1, 2, 3)), 64 * depths[16:])
+
+
+def ragged(left: bool, value: Tensor, kind: str = "normal", length: int = 40) -> Tensor:
+    """Sequences `[N, C, L]` of several lengths, padded by one vector."""
+    generator = torch.Generator().manual_seed(1)
+    shape = 32, len(value), length
+    x = torch.randn(shape, generator=generator)
+    if kind == "one-hot":
+        x = F.one_hot(x.argmax(1), shape[1]).mT.float()
+    elif kind == "sparse":
+        x = F.relu(x - 0.5)
+    padded = torch.arange(length) < torch.randint(0, length - 8, (32, 1, 1), generator=generator)
+    return torch.where(padded if left else padded.flip(2), value[:, None], x)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "one-hot", "sparse"])
+@pytest.mark.parametrize("value", [0.0, -11.5])
+def test_sequences_are_padded_at_either_end(left: bool, last: bool, kind: str, value: float) -> None:
+    x = ragged(left, torch.full((6,), value), kind)
+    found = find_padding((x.mT if last else x).split(8))
+    assert found is not None and found.ends == ("beginning" if left else "end",)
+    part = next(part for part in x.split(8) if torch.equal(part, found.batch.mT if last else found.batch))
+    edge = part.flip(2) if left else part
+    expected = (edge == value).all(1).flip(1).long().cumprod(1).flip(1)
+    expected *= expected.sum(1, keepdim=True) > 1  # a single position says nothing
+    assert torch.equal(found.positions, (expected.flip(1) if left else expected).bool())
+
+
 def test_only_one_side_may_be_padded() -> None:
     wide = [collated([image[:, :32] for image in images]) for images in split(list(photographs()))]
     found = find_padding(wide)
@@ -99,21 +174,25 @@ def squares() -> Tensor:
     return torch.stack([image[:, :32, :32] for image in photographs()])
 
 
-def shifted(generator: torch.Generator) -> Tensor:
+def shifted(generator: torch.Generator, side: int, by: int) -> Tensor:
     """Photographs shifted about, by the usual random crop after padding on all sides."""
-    wide = F.pad(squares(), (6, 6, 6, 6))
-    places = torch.randint(13, (len(wide), 2), generator=generator).tolist()
-    return torch.stack([image[:, a : a + 32, b : b + 32] for image, (a, b) in zip(wide, places, strict=True)])
+    wide = F.pad(squares()[:, :, :side, :side], (by,) * 4)
+    places = torch.randint(2 * by + 1, (len(wide), 2), generator=generator).tolist()
+    return torch.stack([image[:, a : a + side, b : b + side] for image, (a, b) in zip(wide, places, strict=True)])
 
 
-def letterboxed(generator: torch.Generator) -> Tensor:
-    """Photographs of several heights, in the middle of their frame."""
-    heights = torch.randint(12, 31, (48,), generator=generator).tolist()
-    above = [(32 - height) // 2 for height in heights]
-    return torch.stack([
-        F.pad(image[:, :height], (0, 0, top, 32 - height - top))
-        for image, height, top in zip(squares(), heights, above, strict=True)
-    ])  # fmt: skip
+def silhouettes(generator: torch.Generator) -> Tensor:
+    """Ellipses of several sizes in the middle of a white frame, like pictures of products."""
+    y, x = torch.meshgrid(torch.arange(-16.0, 16), torch.arange(-16.0, 16), indexing="ij")
+    radii = torch.randint(8, 15, (32, 2, 1, 1), generator=generator).float()
+    inside = ((y / radii[:, :1]) ** 2 + (x / radii[:, 1:]) ** 2 < 1).reshape(32, 1, 32, 32)
+    return torch.where(inside, torch.rand(32, 3, 32, 32, generator=generator), 1.0)
+
+
+def spectrograms(generator: torch.Generator) -> Tensor:
+    """Logarithmic spectra `[N, 1, F, T]` with a floor, above which high frequencies are seldom."""
+    fall = torch.linspace(2, -8, 40) * (0.5 + torch.rand(32, 1, generator=generator))
+    return (fall[:, None, :, None] + torch.randn(32, 1, 40, 50, generator=generator)).clamp_min(-3)
 
 
 NOT_PADDED: dict[str, Callable[[torch.Generator], Tensor]] = {
@@ -123,8 +202,11 @@ NOT_PADDED: dict[str, Callable[[torch.Generator], Tensor]] = {
     "a border that all have": lambda _: F.pad(squares(), (1, 5, 1, 5)),
     "a bottom that all have": lambda _: F.pad(squares(), (0, 0, 0, 6)),
     "silhouettes in the corner": shapes,
-    "shifted": shifted,
-    "letterboxed": letterboxed,
+    "shifted": lambda generator: shifted(generator, 32, 6),
+    "shifted by one pixel": lambda generator: shifted(generator, 9, 1),
+    "silhouettes": silhouettes,
+    "spectrograms": spectrograms,
+    "sparse maps": lambda generator: F.relu(torch.randn(32, 2, 12, 12, generator=generator) - 1),
     "photographs": lambda _: squares(),
     "noise": lambda generator: torch.randn(32, 3, 32, 32, generator=generator),
     "one colour each": lambda generator: torch.rand(32, 3, 1, 1, generator=generator).expand(-1, -1, 16, 16),
@@ -137,6 +219,42 @@ NOT_PADDED: dict[str, Callable[[torch.Generator], Tensor]] = {
 def test_backgrounds_borders_and_shifts_are_no_padding(name: str, size: int) -> None:
     images = NOT_PADDED[name](torch.Generator().manual_seed(0))
     assert find_padding(images.split(size)) is None
+
+
+def silent(generator: torch.Generator) -> Tensor:
+    """Sounds `[N, C, L]` that begin and end in silence."""
+    place = torch.arange(40)
+    begin, end = (torch.randint(2, 10, (32, 1, 1), generator=generator) for _ in range(2))
+    return torch.randn(32, 5, 40, generator=generator) * ((place >= begin) & (place < 40 - end))
+
+
+def paused(generator: torch.Generator) -> Tensor:
+    """Sounds `[N, C, L]` with a pause, most of which begin with a shorter one."""
+    place = torch.arange(40)
+    begin, pause = (torch.randint(*range_, (32, 1, 1), generator=generator) for range_ in ((0, 7), (10, 20)))
+    sounding = (place >= begin) & ((place < pause) | (place >= pause + 12))
+    return torch.randn(32, 5, 40, generator=generator) * sounding
+
+
+SEQUENCES_NOT_PADDED: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "one-hot": lambda generator: F.one_hot(torch.randint(4, (32, 20), generator=generator), 4).mT.float(),
+    "short one-hot": lambda generator: F.one_hot(torch.randint(2, (32, 8), generator=generator), 2).mT.float(),
+    "sparse": lambda generator: F.relu(torch.randn(32, 3, 20, generator=generator) - 1),
+    "rows of digits": lambda _: digits()[0][:512, 0].mT,
+    "silent at both ends": silent,
+    "with pauses": paused,
+    "a beginning that all share": lambda generator: F.pad(torch.randn(32, 3, 20, generator=generator), (6, 0)),
+    "constant": lambda _: torch.zeros(32, 3, 20),
+    "noise": lambda generator: torch.randn(32, 3, 20, generator=generator),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES_NOT_PADDED)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size", [4, 32])
+def test_runs_in_sequences_are_no_padding(name: str, last: bool, size: int) -> None:
+    x = SEQUENCES_NOT_PADDED[name](torch.Generator().manual_seed(0))
+    assert find_padding((x.mT if last else x).split(size)) is None
 
 
 # What the doctor makes of it --------------------------------------------------------------------------------------
@@ -163,6 +281,17 @@ def test_padded_images_are_found_and_those_of_one_size_are_not() -> None:
     assert 0.3 < finding.cost["padding"] < 0.6
     assert not found_in(model, with_labels(list(squares().split(8))))
     assert not found_in(model, batches())
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_sequences_padded_at_either_end_are_found(left: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Conv1d(6, 8, 1), nn.BatchNorm1d(8))
+    data = ragged(left, torch.full((6,), -4.0)).split(8)
+    for x in data:
+        model(x)
+    (finding,) = [finding for finding in diagnose(model, list(data)).findings if finding.code == "BN113"]
+    assert finding.severity == Severity.WARNING and finding.paths == ("0", "2")
+    assert f"positions at the {'beginning' if left else 'end'} of the sequences" in finding.evidence[0]
 
 
 class Masked(nn.Sequential):

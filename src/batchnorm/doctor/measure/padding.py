@@ -1,9 +1,10 @@
-"""Find padding in the data: positions at the end of sequences and of images that hold one constant."""
+"""Find padding in the data: the outer positions of sequences, images and volumes that hold one constant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,18 @@ from batchnorm.moments import Moments
 
 # Share of the positions from which padding is reported.
 _SHARE = 0.05
-# Least share of images that are padded; largest share of these that hold the constant at the top or the left too; least
-# share of their edges that are sharp.
-_PADDED, _ELSEWHERE, _SHARP = 0.25, 0.1, 0.9
-# Number of padded images that is enough, whatever their share.
+# Least share of images that are padded; least share of their edges that are sharp.
+_PADDED, _SHARP = 0.25, 0.9
+# Least number of padded samples; half of them where the data have fewer than twice as many.
 _ENOUGH = 8
+# Largest share of the padded samples that are padded at other ends than the rest.
+_ELSEWHERE = 0.1
+# The ends of each axis, by the number of axes.
+_ENDS = {
+    1: (("beginning", "end"),),
+    2: (("top", "bottom"), ("left", "right")),
+    3: (("front", "back"), ("top", "bottom"), ("left", "right")),
+}
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,13 @@ class PaddingEffect:
 
     Attributes:
         share: Share of the positions that are padding.
-        images: Whether the data are images; otherwise sequences.
+        ends: Where the padding is: "beginning" or "end" of sequences, "top", "left" and so on of images.
         shifts: Difference of the statistics with and without padding, by the layer's path: root mean square of the
             means in σ, or of ln σ where that is larger.
     """
 
     share: float
-    images: bool
+    ends: tuple[str, ...]
     shifts: Mapping[str, float]
 
 
@@ -59,7 +67,7 @@ def padding_effect(passes: Passes) -> PaddingEffect | None:
             shifts[layer.path] = max(float(shift.square().mean().sqrt()), float(scale.square().mean().sqrt()))
 
     passes.show_inputs(padded.batch, compare)
-    return PaddingEffect(padded.share, padded.positions.dim() == 3, shifts)
+    return PaddingEffect(padded.share, padded.ends, shifts)
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,13 @@ class PaddedBatch:
 
     Attributes:
         batch: The batch, unchanged.
-        positions: The positions that are padding, booleans `[N, L]` or `[N, H, W]`.
+        positions: The positions that are padding, booleans `[N, *S]`.
+        ends: Where the padding is, as in `PaddingEffect`.
     """
 
     batch: object
     positions: Tensor
+    ends: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -91,14 +101,21 @@ class PaddedBatch:
 
 
 def find_padding(batches: Iterable[object]) -> PaddedBatch | None:
-    """Return a batch with padding: the first one of sequences, or the one of images with most padding."""
+    """Return the batch with most padding; None if the data are not padded.
+
+    Padding holds one constant vector, at the same ends of all samples, and its size differs between samples. Other
+    margins are not padding: those that all samples share; a background, which has uneven parts on both sides and no
+    straight edges; the borders of images that are shifted about.
+    """
     every = list(batches)
-    for batch in every:
-        for x in _tensors(batch, 3):
-            positions = _in_sequences(x)
-            if positions is not None:
-                return PaddedBatch(batch, positions)
-    return _in_images(every)
+    for axes in _ENDS:
+        for given in zip_longest(*(_tensors(batch, axes + 2) for batch in every)):
+            for channels in (1, 2) if axes == 1 else (1,):  # [N, C, L] for convolutions, [N, L, C] for recurrent layers
+                pairs = zip(every, given, strict=True)
+                found = _padded([(batch, x.movedim(channels, 1)) for batch, x in pairs if x is not None])
+                if found is not None:
+                    return found
+    return None
 
 
 def _tensors(batch: object, dims: int) -> list[Tensor]:
@@ -111,107 +128,137 @@ def _tensors(batch: object, dims: int) -> list[Tensor]:
     ]
 
 
-def _run(same: Tensor) -> Tensor:
-    """Return the length of the run of true values at the end of each row of `[N, L]`."""
-    return same.flip(1).long().cumprod(1).sum(1)
-
-
-def _in_sequences(x: Tensor) -> Tensor | None:
-    """Return positions `[N, L]`: runs of one constant vector at the end of the samples, of several lengths."""
-    for time in (2, 1):  # [N, C, L] for convolutions, [N, L, C] for recurrent networks
-        values = x.movedim(time, 1)
-        if values.shape[1] < 4:
-            continue
-        run = _run((values == values[:, -1:]).all(2))
-        several = run > 1
-        ends = values[several, -1]
-        if several.any() and bool((ends == ends[:1]).all()) and len(run.unique()) > 1:
-            pad = torch.arange(values.shape[1]) >= (values.shape[1] - run * several)[:, None].cpu()
-            if float(pad.double().mean()) > _SHARE and not bool(pad.all(1).any()):
-                return pad
-    return None
-
-
-# Images ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Margins:
-    """Number of rows and columns at each side of each image that hold one constant vector, `[N]` each."""
-
-    same: Tensor  # [N, H, W]: positions that hold the constant
-    top: Tensor
-    bottom: Tensor
-    left: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, value: Tensor) -> _Margins:
-        same = (x == value[:, None, None]).all(1).cpu()
-        rows, columns = same.all(2), same.all(1)
-        return cls(same, _run(rows.flip(1)), _run(rows), _run(columns.flip(1)), _run(columns))
-
-    @property
-    def positions(self) -> Tensor:
-        """The padding at the bottom and the right, `[N, H, W]`."""
-        _, height, width = self.same.shape
-        below = torch.arange(height) >= (height - self.bottom)[:, None]
-        beside = torch.arange(width) >= (width - self.right)[:, None]
-        return below[:, :, None] | beside[:, None]
-
-    def sharp(self) -> Tensor:
-        """Return for each edge of the padding whether most of the image's last line there has other values."""
-        return torch.cat(
-            [
-                self._sharp_edges(self.same, self.bottom, self.right),
-                self._sharp_edges(self.same.mT, self.right, self.bottom),
-            ]
-        )
-
-    @staticmethod
-    def _sharp_edges(same: Tensor, end: Tensor, beside: Tensor) -> Tensor:
-        size, length, width = same.shape
-        line = same[torch.arange(size), (length - end - 1).clamp_min(0)]
-        inside = torch.arange(width) < (width - beside)[:, None]
-        share = (line & inside).sum(1) / inside.sum(1).clamp_min(1)
-        return (share < 0.5)[end > 0]
-
-
-def _in_images(batches: list[object]) -> PaddedBatch | None:
-    """Find areas at the bottom and the right that hold one constant and whose sizes differ between images.
-
-    A black background is not padding: it is at the top and the left too, and objects in front of it do not end along a
-    line. Margins that all images share are not padding either, nor are the borders that shifted images have on every
-    side.
-    """
-    given = [(batch, x) for batch in batches for x in _tensors(batch, 4)[:1] if min(x.shape[2:]) >= 8]
-    value = next((found for _, x in given if (found := _filling(x)) is not None), None)
+def _padded(given: list[tuple[object, Tensor]]) -> PaddedBatch | None:
+    """Return the batch with most padding; each batch comes with one of its tensors, `[N, C, *S]`."""
+    given = [(batch, x) for batch, x in given if min(x.shape[2:]) >= (4 if x.dim() == 3 else 8)]
+    value = _filling([x for _, x in given])
     if value is None:
         return None
     every = [(batch, _Margins.of(x, value)) for batch, x in given if x.shape[1] == len(value)]
-    samples = sum(len(margins.same) for _, margins in every)
-    some = sum(int(((margins.bottom > 0) | (margins.right > 0)).sum()) for _, margins in every)
-    elsewhere = sum(int(((margins.top > 0) | (margins.left > 0)).sum()) for _, margins in every)
-    edges = torch.cat([margins.sharp() for _, margins in every])
-    if some < max(_PADDED * samples, min(_ENOUGH, samples / 2)) or elsewhere > _ELSEWHERE * some:
+    ends = _ends(torch.cat([margins.sizes for _, margins in every]))
+    if ends is None:
         return None
-    if float(edges.double().mean()) < _SHARP:
+    every = [(batch, replace(margins, sizes=margins.sizes * ends)) for batch, margins in every]
+    sizes, inner, sharp = (
+        torch.cat(parts).double() for parts in zip(*((m.sizes, m.inner(), m.sharp()) for _, m in every), strict=True)
+    )
+    if sharp.mean() < _SHARP or sizes.sum() <= inner[sizes.sum(2) > 0].sum():
         return None
+    names = [name for name, there in zip(sum(_ENDS[len(ends)], ()), ends.flatten(), strict=True) if there]
     uneven = [
-        PaddedBatch(batch, margins.positions)
+        PaddedBatch(batch, margins.positions(), tuple(names))
         for batch, margins in every
-        if len(torch.stack([margins.bottom, margins.right]).unique(dim=1).T) > 1
+        if len(margins.sizes.unique(dim=0)) > 1
     ]
     most = max(uneven, key=lambda found: found.share, default=None)
     return most if most is not None and most.share > _SHARE else None
 
 
-def _filling(x: Tensor) -> Tensor | None:
-    """Return the value `[C]` that fills the last row or column of most images; None where it fills none."""
-    corner = x[:, :, -1:, -1:]
-    same = (x == corner).all(1)
-    filled = corner[same[:, -1].all(1) | same[:, :, -1].all(1)].flatten(1)
-    if not len(filled):
+def _filling(every: list[Tensor]) -> Tensor | None:
+    """Return the value `[C]` that fills the outermost lines of most samples; None where none does."""
+    found = []
+    for x in every:
+        for end in (0, -1):
+            corner = x.flatten(2)[:, :, end]
+            filled = (_sizes(_same(x, corner))[:, :, end] > 0).any(1)
+            found.append(corner[filled])
+    found = [values for values in found if values.shape[1] == found[0].shape[1]]
+    if not any(map(len, found)):
         return None
-    values, counts = filled.unique(dim=0, return_counts=True)
+    values, counts = torch.cat(found).unique(dim=0, return_counts=True)
     return values[counts.argmax()]
+
+
+def _ends(sizes: Tensor) -> Tensor | None:
+    """Return the ends of each axis that are padded, `[axes, 2]`; None where too few samples are padded, or not alike.
+
+    Images may be padded at both ends of an axis if they are in the middle.
+    """
+    samples, axes, _ = sizes.shape
+    some = int((sizes.sum((1, 2)) > 0).sum())
+    if some < min(_ENOUGH, samples / 2) or (axes > 1 and some < _PADDED * samples):
+        return None
+    ends = []
+    for first, last in sizes.permute(1, 2, 0):
+        anywhere, middle = first + last > 0, ((first - last).abs() <= 1) & (first + last > 1)
+        otherwise = {(0, 0): anywhere, (0, 1): first > 0, (1, 0): last > 0}
+        if axes > 1:
+            otherwise[1, 1] = anywhere & ~middle
+        alike = [there for there, other in otherwise.items() if int(other.sum()) <= _ELSEWHERE * some]
+        if not alike:
+            return None
+        ends.append(alike[0])
+    return torch.tensor(ends)
+
+
+def _same(x: Tensor, values: Tensor) -> Tensor:
+    """Return which positions of `x` hold these values, `[N, C]` or `[1, C]`."""
+    return (x == values.reshape(*values.shape, *(1 for _ in x.shape[2:]))).all(1)
+
+
+def _lines(same: Tensor) -> list[Tensor]:
+    """Return for each axis of `[N, *S]` which lines are all true, `[N, L]`; a line has one index along the axis."""
+    return [same.movedim(axis, 1).reshape(len(same), same.shape[axis], -1).all(2) for axis in range(1, same.dim())]
+
+
+def _sizes(same: Tensor) -> Tensor:
+    """Return how many lines at both ends of each axis are all true, `[N, axes, 2]`; none in a sample that is all true.
+
+    A single position of a sequence does not count.
+    """
+    ends = [[lines.long().cumprod(1).sum(1), lines.flip(1).long().cumprod(1).sum(1)] for lines in _lines(same)]
+    sizes = torch.stack([torch.stack(pair, 1) for pair in ends], 1)
+    sizes[same.flatten(1).all(1)] = 0
+    return sizes * (sizes > 1) if len(ends) == 1 else sizes
+
+
+@dataclass(frozen=True)
+class _Margins:
+    """The lines at both ends of each axis that hold one constant.
+
+    Attributes:
+        same: The positions that hold the constant, booleans `[N, *S]`.
+        sizes: The number of lines, `[N, axes, 2]`.
+    """
+
+    same: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, value: Tensor) -> _Margins:
+        same = _same(x, value[None])
+        return cls(same.cpu(), _sizes(same).cpu())
+
+    def outside(self) -> list[Tensor]:
+        """Return for each axis the lines that are padding, `[N, L]`."""
+        lengths = [torch.arange(length) for length in self.same.shape[1:]]
+        pairs = zip(lengths, self.sizes.unbind(1), strict=True)
+        return [(index < size[:, :1]) | (index >= len(index) - size[:, 1:]) for index, size in pairs]
+
+    def positions(self) -> Tensor:
+        """Return the positions that are padding, `[N, *S]`."""
+        found = torch.zeros_like(self.same)
+        for axis, lines in enumerate(self.outside(), start=1):
+            found |= lines.reshape(len(lines), *(-1 if axis == other else 1 for other in range(1, found.dim())))
+        return found
+
+    def inner(self) -> Tensor:
+        """Return for each axis the longest run of lines that hold the constant and are not padding, `[N, axes]`."""
+        runs = []
+        for lines, outside in zip(_lines(self.same), self.outside(), strict=True):
+            index = torch.arange(lines.shape[1])
+            before = torch.where(lines & ~outside, -1, index).cummax(1).values
+            runs.append((index - before).amax(1))
+        return torch.stack(runs, 1)
+
+    def sharp(self) -> Tensor:
+        """Return for each edge of the padding whether most of the sample's line there has other values."""
+        size, found = len(self.same), []
+        inside = ~self.positions()
+        for axis, ends in enumerate(self.sizes.unbind(1), start=1):
+            last = self.same.shape[axis] - 1
+            for lines, line in ((ends[:, 0], ends[:, 0]), (ends[:, 1], last - ends[:, 1])):
+                there, same = (values.movedim(axis, 1)[torch.arange(size), line] for values in (inside, self.same))
+                share = (same & there).reshape(size, -1).sum(1) / there.reshape(size, -1).sum(1)
+                found.append((share < 0.5)[lines > 0])
+        return torch.cat(found)

@@ -17,15 +17,18 @@ class Padding(Rule):
         the padding as values, so mean and variance, and with them every output, depend on how much padding there is.
     """
     evidence = """
-        - **Sequences**, [N, C, L] or [N, L, C]: positions at the end of the samples that hold one constant vector, the
-          same in all samples and of several lengths.
-        - **Images**, [N, C, H, W], as collate functions of detection and segmentation make them: whole rows at the
-          bottom and whole columns at the right that hold one constant vector, the same in all images. At least a
-          quarter of the images have some, of different sizes. Nine in ten of these images have none at the top and the
-          left, and nine in ten edges are sharp: most of the image's last line has other values.
+        - **Sequences**, [N, C, L] or [N, L, C]: positions at the end or at the beginning of the samples that hold one
+          constant vector, zero or not, the same in all samples and of several lengths.
+        - **Images**, [N, C, H, W], and volumes: whole rows and columns that hold one constant vector, the same in all
+          images. They may be at the bottom and the right, as collate functions of detection and segmentation put them,
+          at the other sides, or on both sides of an image in the middle (letterboxes). At least a quarter of the images
+          have some, of different sizes, and nine in ten edges are sharp: most of the image's outermost line has other
+          values.
 
-        The padding has to be at least 5 % of all positions. The input of each layer is measured with and without it, in
-        one batch: the difference of the means in σ, or of ln σ. Layers that are called with a mask are left out.
+        Nine in ten of the padded samples have to be padded at the same ends, the padding has to be longer than runs of
+        the constant inside the samples, and it has to be at least 5 % of all positions. The input of each layer is
+        measured with and without it, in one batch: the difference of the means in σ, or of ln σ. Layers that are called
+        with a mask are left out.
     """
     severity = "A warning where the statistics move by more than 0.25, a note below."
     repair = """
@@ -33,9 +36,9 @@ class Padding(Rule):
         y = layer(x, mask=mask)  # in its forward: which positions count, a boolean [N, L], for images [N, H, W]
     """
     notes = """
-        Padding that cannot be distinguished from a background is not found: images in the middle of their padding
-        (letterboxes) or shifted about in it, images whose own background is the constant, padding by reflection or by
-        the last row, volumes, and batches of one.
+        Padding that cannot be distinguished from a background is not found: sequences in the middle of their padding,
+        images that are shifted about in it or whose own background is the constant, padding that all samples share,
+        padding by reflection or by the last row, and batches of one.
     """
     source = """
         The guide to masks; PyTorch issue #70529; Carion et al. 2020, *End-to-End Object Detection with Transformers*,
@@ -53,14 +56,15 @@ class Padding(Rule):
             [layer.path for layer in m.layers if layer.path in shifts],
             f"{m.padding.share:.0%} of the positions are padding, which moves the statistics of {named(worst)} by "
             f"{shifts[worst]:.2g}σ",
-            evidence=[
-                "areas at the bottom and the right of the images that hold the same constant in every channel, of "
-                "different sizes, and none at the top and the left"
-                if m.padding.images
-                else "positions at the end of the sequences that hold the same constant in every channel, of different "
-                "lengths"
-            ],
+            evidence=[f"{_places(m.padding.ends)} that hold the same constant in every channel, of different sizes"],
             confidence="high" if m.samples >= 64 else "medium",
             cost={"padding": m.padding.share},
             layers=shifts,
         )
+
+
+def _places(ends: tuple[str, ...]) -> str:
+    if ends[0] in ("beginning", "end"):
+        return f"positions at the {ends[0]} of the sequences"
+    *most, last = ends
+    return f"areas at the {', the '.join(most)}{' and the ' if most else ''}{last} of the images"
