@@ -182,8 +182,8 @@ def test_example_inputs_of_every_kind() -> None:
     assert Inputs.of(x).args == (x,)
     assert Inputs.of([x, 3]).args == (x, 3)
     assert Inputs.of({"x": x}).kwargs == {"x": x}
-    assert [tuple(i.args[0].shape) for i in Inputs.of(x).resized()] == [
-        (3, 3, 8, 8), (1, 3, 8, 8), (2, 3, 40, 40), (2, 3, 9, 9),
+    assert [[tuple(i.args[0].shape) for i in choice] for choice in Inputs.of(x).resized()] == [
+        [(3, 3, 8, 8), (4, 3, 8, 8)], [(1, 3, 8, 8)], [(2, 3, 40, 40)], [(2, 3, 9, 9)],
     ]  # fmt: skip
     assert Inputs.of(data := object()).args == (data,)
     with pytest.raises(TypeError, match="example_inputs must be a tensor, a tuple of arguments or a dict .* got int"):

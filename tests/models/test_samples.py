@@ -139,5 +139,5 @@ def test_diagnose_counts_the_samples(given: str) -> None:
 def test_lists_of_samples_are_not_cut() -> None:
     for inputs in (Inputs.of((images(4),)), Inputs.of({"x": images(4)}), Inputs.of(({"x": images(4)},))):
         assert inputs.first(2) is inputs
-        assert all(x.shape[0] == 3 for other in inputs.resized() for x in other.tensors())
+        assert all(x.shape[0] == 3 for choice in inputs.resized() for other in choice for x in other.tensors())
     assert Inputs.of((X, {"mask": X})).first(2).tensors()[1].shape[0] == 2

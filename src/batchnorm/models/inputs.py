@@ -87,19 +87,26 @@ class Inputs:
         values += [inner for value in values if isinstance(value, Mapping) for inner in value.values()]
         return any(isinstance(value, (list, tuple)) and tensors_in(value) for value in values)
 
-    def resized(self) -> Iterator[Inputs]:
-        """Yield the inputs with other numbers of samples, and with other sizes of images, volumes and sequences."""
+    def resized(self) -> Iterator[tuple[Inputs, ...]]:
+        """Yield the inputs with other numbers of samples, and with other sizes of images, volumes and sequences.
+
+        Each is a choice: a model that does not accept the first of them may accept the next.
+        """
         tensors = [x for x in self.tensors() if x.dim()]
         if not tensors:
             return
         batch = tensors[0].shape[0]
         if all(x.shape[0] == batch for x in tensors) and not self._holds_lists():
-            yield self.map(lambda x: _with_sizes(x, (batch + 1, *x.shape[1:])) if x.dim() else x)
+            # A model that joins samples, such as the frames of a clip, accepts multiples only.
+            yield tuple(
+                self.map(lambda x, n=n: _with_sizes(x, (n, *x.shape[1:])) if x.dim() else x)  # type: ignore[misc]
+                for n in dict.fromkeys((batch + 1, 2 * batch))
+            )
             if batch != 1:
-                yield self.map(lambda x: x[:1] if x.dim() else x)
+                yield (self.map(lambda x: x[:1] if x.dim() else x),)
         if any(x.is_floating_point() and x.dim() >= 3 for x in tensors):
             for more in (32, 1):
-                yield self.map(lambda x, more=more: _larger(x, more))  # type: ignore[misc]
+                yield (self.map(lambda x, more=more: _larger(x, more)),)  # type: ignore[misc]
 
 
 def _larger(x: Tensor, more: int) -> Tensor:

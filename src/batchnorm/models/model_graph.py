@@ -244,6 +244,7 @@ def trace(
     model: nn.Module,
     inputs: Inputs,
     *,
+    expected: Any = None,
     ways: tuple[str, ...] = ("fx", "export"),
     prepare: Callable[[fx.GraphModule], fx.GraphModule] = lambda module: module,
 ) -> Trace:
@@ -252,20 +253,26 @@ def trace(
     Args:
         model: A module in evaluation mode, on the inputs' device. This calls it. The graph uses its parameters.
         inputs: The example.
+        expected: The model's result for the example, if it is known.
         ways: The ways to try, in this order. A graph for some sizes only is the last resort.
         prepare: A function that rewrites each graph before it is tried.
 
     Raises:
         Untraceable: no way gives a graph with the model's results.
     """
-    expected = evaluate(model, inputs)
+    try:
+        expected = evaluate(model, inputs) if expected is None else expected
+    except Exception as error:
+        raise Untraceable(f"it cannot be called again: {in_one_line(error)[:200]}") from error
     accepted = [(inputs, expected)]
     with _quiet():
-        for other in inputs.resized():
-            try:
-                accepted.append((other, evaluate(model, other)))
-            except Exception:  # the model does not accept this size
-                continue
+        for choice in inputs.resized():
+            for other in choice:
+                try:
+                    accepted.append((other, evaluate(model, other)))
+                    break
+                except Exception:  # the model does not accept this size
+                    continue
         reasons, fixed = [], None
         for way in ways:
             try:

@@ -1,8 +1,8 @@
-"""Run a model on example inputs, and record the arguments of its layers."""
+"""Run a model on example inputs: record the arguments of its layers, and find a smaller example."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm._checks import in_one_line
 from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.outputs import difference, outputs
 from batchnorm.walk import set_mode
 
 
@@ -57,6 +58,37 @@ def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: I
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fewer_samples(
+    model: nn.Module, inputs: Inputs, samples: int, results: Sequence[Tensor] | None = None
+) -> tuple[Inputs, Any]:
+    """Return the first samples of the example if the model computes the same for them alone; otherwise, the example.
+
+    The second value is the model's result for what is returned, or None if the model was not called on it.
+
+    The first axis need not count independent samples: a model may join frames to clips, mix the rows of a graph, or
+    take time steps first. If so, the model refuses a part of the example, or its results differ.
+
+    Args:
+        model: A module in evaluation mode. This calls it.
+        inputs: The example, which the model takes.
+        samples: The number of samples.
+        results: The tensors that the model returns for the example, if they are known.
+    """
+    few = inputs.first(samples)
+    if few is inputs:
+        return inputs, None
+    try:
+        result = evaluate(model, few)
+        expected = outputs(evaluate(model, inputs)) if results is None else results
+    except Exception:  # the model does not take the part
+        return inputs, None
+    found = outputs(result)
+    if len(found) != len(expected) or not found:
+        return inputs, None
+    rows = [whole[: part.shape[0]] if part.dim() else whole for part, whole in zip(found, expected, strict=True)]
+    return (few, result) if difference(rows, found).is_rounding else (inputs, None)
 
 
 def _with_parents(path: str) -> Iterator[str]:

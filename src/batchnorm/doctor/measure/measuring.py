@@ -29,8 +29,11 @@ from batchnorm.models.lowering import lower
 from batchnorm.models.model_graph import trace
 from batchnorm.models.neighbours import batch_norm_calls
 from batchnorm.models.observe import Statistics
+from batchnorm.models.recording import fewer_samples
 from batchnorm.walk import set_mode
 
+# Samples of the example that the model is traced with.
+_TRACED = 2
 # Samples for the test of independence: more take time and add nothing.
 _TESTED = 2048
 # Change of a deviation by dropout that rounding and chance do not explain.
@@ -67,7 +70,8 @@ def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
         return lower(module)
 
     try:
-        traced = trace(m.model, example, prepare=prepare)
+        few, result = fewer_samples(m.model, example, _TRACED)
+        traced = trace(m.model, few, expected=result, prepare=prepare)
     except Untraceable as error:
         return replace(_lacking(m, "trace", f"needs to trace the model, which failed: {error}"), dropout=dropout)
     calls = {call.path: call for call in reversed(batch_norm_calls(traced))}

@@ -72,7 +72,7 @@ class Passes:
         layers: The layers; after `first`, with their measurements.
         sizes: The size of each batch.
         kept: The batches that are kept for the later passes.
-        example: Two samples, as the model is called with them.
+        example: The arguments of the model's first call.
         by_batch: Outcome normalized by the batches, of the batches that are kept.
         by_running: Outcome normalized by the running statistics.
         by_population: Outcome normalized by the population; None where outputs cannot be compared.
@@ -275,7 +275,7 @@ class Passes:
 
     def _take_example(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.example is None:
-            self.example = Inputs(args, kwargs).first(2).map(torch.clone)
+            self.example = Inputs(args, kwargs).map(torch.clone)
 
     def _measure_input(self, number: int) -> Callable[..., None]:
         @torch.no_grad()

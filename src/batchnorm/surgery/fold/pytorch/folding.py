@@ -16,6 +16,7 @@ from batchnorm.models import model_graph as tracing
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
+from batchnorm.models.recording import fewer_samples
 from batchnorm.models.report import Change, Result
 from batchnorm.surgery.fold import gate
 from batchnorm.surgery.fold.network import Call
@@ -104,7 +105,8 @@ def _fold_checked(
     if total == 0:
         return working, FoldReport("fold", how="nothing to fold", notes=notes)
     original = _Original.of(working, inputs, tolerance)
-    found = _folded(working, inputs.first(SAMPLES), original)
+    few, _ = fewer_samples(working, inputs, SAMPLES, original.for_example)
+    found = _folded(working, few, original)
     errors = original.compared(found.model)
     gate.check_whole(errors, original.limit)
     left = count_batch_norms(found.model, inputs)
@@ -152,6 +154,11 @@ class _Original:
             exact = own
         limit = gate.tolerance_for(tolerance, [t.dtype for t in own if t.is_floating_point()])
         return cls(tried, own, exact, limit)
+
+    @property
+    def for_example(self) -> list[Tensor]:
+        """The results for the example, without those for random inputs."""
+        return self.own[: len(self.own) // len(self.inputs)]
 
     def compared(self, folded: nn.Module) -> gate.Error:
         """Return the largest errors of the original and of the folded network."""
