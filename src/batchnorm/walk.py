@@ -52,6 +52,21 @@ def is_batch_norm_class(kind: type) -> bool:
     return issubclass(kind, _NormBase) and not issubclass(kind, _InstanceNorm)
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Return whether the module normalizes by its running statistics in training, too."""
+    return getattr(type(module), "_frozen", False) is True
+
+
+def uses_batch(module: nn.Module) -> bool:
+    """Return whether batch normalization subtracts the mean of the batch in its present mode."""
+    return not is_frozen(module) and (module.training or getattr(module, "running_mean", None) is None)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Return whether the `forward` of a layer's class is neither torch's nor this library's."""
+    return class_of(layer).forward.__module__.partition(".")[0] not in ("torch", "batchnorm")
+
+
 def class_of(layer: nn.Module) -> type[nn.Module]:
     """Return the class of a layer; for a parametrized layer, its class before parametrization."""
     return parametrize.type_before_parametrizations(layer)
@@ -183,6 +198,19 @@ def set_mode(model: nn.Module, training: bool) -> None:
     """Set the mode of every module directly, because models may override `train()` and `eval()` to do more."""
     for module in model.modules():
         module.training = training
+
+
+@contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """Give the model's modules the modes that they have in training.
+
+    A model in training mode is taken as it is. For a model in evaluation mode `train()` is called and undone, because
+    many models override it to keep layers frozen.
+    """
+    with restored(model):
+        if not model.training:
+            model.train()
+        yield
 
 
 @contextmanager

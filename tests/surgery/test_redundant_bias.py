@@ -140,6 +140,79 @@ def test_what_does_something_stays(kind: str, reason: str) -> None:
     assert_same_function(fewer, model, x)
 
 
+class KeepsEvaluation(nn.Sequential):
+    """Keeps its normalization in evaluation, as detectors with `norm_eval` do."""
+
+    def train(self, mode: bool = True) -> KeepsEvaluation:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class ByRunning(nn.BatchNorm2d):
+    """Normalizes by the running statistics in its own forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def in_evaluation() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].eval()
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: bn.freeze(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).model, "is frozen"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), bn.FrozenBatchNorm2d(4, trainable_affine=True)), "is frozen"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), bn.nn.FrozenBatchNormAct2d(4)), "is frozen"),
+        (lambda: KeepsEvaluation(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "stays in evaluation mode in training"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), ByRunning(4)), "ByRunning, has its own forward"),
+        (in_evaluation, "stays in evaluation mode in training"),
+    ],
+    ids=["freeze", "frozen", "frozen act", "train overridden", "own forward", "eval within training"],
+)
+def test_a_bias_that_nothing_subtracts_stays(make: Any, reason: str, training: bool) -> None:
+    model = make().train() if make is not in_evaluation else make()
+    x = torch.randn(4, 3, 6, 6)
+    model(x).square().sum().backward()
+    assert model[0].bias.grad.abs().max() > 0.1
+    if make is not in_evaluation:  # in an evaluated model, only its `train` tells which layers stay as they are
+        model.train(training)
+    modes = [module.training for module in model.modules()]
+    for inputs in (None, x):
+        fewer, report = drop_redundant_bias(model, example_inputs=inputs)
+        assert not report.changed
+        assert [change.path for change in report.left] == ["0"]
+        assert reason in report.left[0].reason
+        assert fewer[0].bias is not None
+        assert [module.training for module in model.modules()] == modes
+    assert "BN110" not in [finding.code for finding in bn.diagnose(model).findings]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: bn.BatchRenorm2d(4, rmax=1.5, dmax=0.5),
+        lambda: bn.GhostBatchNorm2d(4, ghost_size=2),
+        lambda: bn.SyncBatchNorm(4),
+        lambda: bn.DecorrelatedBatchNorm2d(4, group_size=2),
+        lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    ],
+    ids=["renorm", "ghost", "sync", "decorrelated", "no running statistics"],
+)
+def test_every_layer_that_subtracts_the_mean_of_a_batch_makes_the_bias_redundant(norm: Any) -> None:
+    x = torch.randn(6, 3, 6, 6, dtype=torch.float64)
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), norm()), x)
+    fewer, report = drop_redundant_bias(model)
+    assert [change.path for change in report.changed] == ["0"]
+    assert_same_function(fewer, model, x)
+    assert not report.left
+
+
 def test_linear_layers_wait_for_example_inputs() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     report = drop_redundant_bias(model).report

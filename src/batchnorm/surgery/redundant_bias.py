@@ -36,7 +36,8 @@ def drop_redundant_bias(
 
     A bias of a convolution or linear layer whose output only goes to batch normalization has one effect: it moves the
     batch's mean. It is removed, and the running mean is lowered by it, so that the output is the same in both modes.
-    The module's `bias` becomes None, and is no longer a key of the `state_dict`.
+    The module's `bias` becomes None, and is no longer a key of the `state_dict`. A bias is left if the layer after it
+    does not normalize by the batch in training: a frozen layer, or one that stays in evaluation mode.
 
     Args:
         model: Any module, not yet in `DistributedDataParallel`.
@@ -72,12 +73,14 @@ def drop_redundant_bias(
     trial = walk.trial_copy(_CALLER, model)
     layers = walk.norm_layers(trial)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
+    with walk.as_in_training(trial):
+        working = {layer.path: why for layer in layers if (why := _why_working(layer.module))}
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
         before, calls = None, None
         if inputs is not None:
             before, calls = record_calls(_CALLER, trial, [f.path for f in layers], inputs)
-        pairs, left = _pairs(trial, layers, calls)
+        pairs, left = _pairs(trial, layers, working, calls)
 
     dropped = [_Drop(model.get_submodule(producer), model.get_submodule(norm)) for producer, norm in pairs]
     changes = [
@@ -155,8 +158,19 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
         )
 
 
+def _why_working(layer: nn.Module) -> str:
+    """Return why a bias before the layer may have an effect in training; empty if the layer subtracts it."""
+    if walk.has_own_forward(layer):
+        return f"the layer after it, {type(layer).__name__}, has its own forward, which may not subtract the bias"
+    if walk.is_frozen(layer):
+        return "the layer after it is frozen, so nothing subtracts the bias in training"
+    if not walk.uses_batch(layer):
+        return "the layer after it stays in evaluation mode in training, so nothing subtracts the bias"
+    return ""
+
+
 def _pairs(
-    model: nn.Module, layers: list[walk.Found], calls: dict[str, Inputs] | None
+    model: nn.Module, layers: list[walk.Found], working: dict[str, str], calls: dict[str, Inputs] | None
 ) -> tuple[list[tuple[str, str]], list[Change]]:
     """Return the paths of each module with a redundant bias and of the layer after it, and the undecided ones."""
     pairs: list[tuple[str, str]] = []
@@ -171,7 +185,7 @@ def _pairs(
         module = None if producer is None else model.get_submodule(producer)
         if producer is None or module is None:
             continue
-        if why := _why_kept(model, producer, module, layer, calls):
+        if why := working.get(layer.path) or _why_kept(model, producer, module, layer, calls):
             name = f"{type(module).__name__} with bias"
             left.append(Change.unchanged(producer, name, why))
         else:

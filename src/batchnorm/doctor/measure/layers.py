@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.models.neighbours import BatchNormCall
 from batchnorm.models.observe import Statistics, running_statistics
 from batchnorm.moments import Moments
-from batchnorm.nn.frozen import FrozenLayer
-from batchnorm.walk import Found, norm_layers, restored
+from batchnorm.walk import Found, as_in_training, is_frozen, norm_layers, uses_batch
 
 # Number of channels of a layer whose values are kept for every sample.
 KEPT_CHANNELS = 32
@@ -186,16 +185,9 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
-    """Return every layer of batch normalization, and how training would use it.
-
-    A model in training mode is taken as it is. For a model in evaluation mode `train()` is called and undone, because
-    many models override it to keep layers frozen.
-    """
-    found = norm_layers(model)
-    with restored(model):
-        if not model.training:
-            model.train()
-        return tuple(_layer(f) for f in found)
+    """Return every layer of batch normalization, and how training would use it."""
+    with as_in_training(model):
+        return tuple(map(_layer, norm_layers(model)))
 
 
 def _layer(found: Found) -> Layer:
@@ -208,8 +200,7 @@ def _layer(found: Found) -> Layer:
         and bool(getattr(module, "track_running_stats", True))
         and bool(getattr(module, "update_running_stats", True))
         and getattr(module, "momentum", None) != 0
-        and not isinstance(module, FrozenLayer)
+        and not is_frozen(module)
     )
-    by_batch = module.training and not isinstance(module, FrozenLayer)
     running = Statistics(*(statistic.cpu() for statistic in running_statistics(module))) if known else None
-    return Layer(found, running, updates, by_batch)
+    return Layer(found, running, updates, uses_batch(module))

@@ -7,6 +7,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.traced import tensor_of
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.walk import has_own_forward
 
 
 class RedundantBias(Rule):
@@ -18,7 +19,8 @@ class RedundantBias(Rule):
     """
     evidence = """
         In the traced model: convolutions, and linear layers of `[N, C]`, with a bias whose result is read by batch
-        normalization alone. Without data the model is traced on random input of a common size.
+        normalization alone. Layers that do not normalize by the batch in training, and layers with their own
+        `forward`, are left out. Without data the model is traced on random input of a common size.
     """
     severity = "Always a note: it does no harm."
     repair = "model, report = batchnorm.drop_redundant_bias(model)  # with an optimizer: optimizer=..., inplace=True"
@@ -43,8 +45,10 @@ class RedundantBias(Rule):
 def _bias(m: Measurements, layer: Layer) -> tuple[str, Tensor] | None:
     """Return the path of the layer before it, and its bias."""
     place = layer.place
-    if m.trace is None or place is None or not place.follows_linear or place.calls > 1 or not layer.by_batch:
+    if m.trace is None or place is None or not place.follows_linear or place.calls > 1:
         return None
+    if not layer.by_batch or has_own_forward(layer.module):
+        return None  # nothing may subtract the bias
     call = place.source
     if call.target is F.linear and len(m.trace.shapes.get(call, ())) != 2:
         return None  # its features are not the layer's channels
