@@ -10,6 +10,7 @@ import click
 import torch
 
 import batchnorm
+from batchnorm.files import write_whole
 from benchmarks import gpu_layers, gpu_tune, records
 from benchmarks.gpu_layers import BATCHES, COMPILED, NATIVE, OURS, TORCH, Case, all_cases, measure
 from benchmarks.gpu_network import measure_network
@@ -139,7 +140,7 @@ def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
     if path is None and not dry:
         path = gpu_tune.PATH
     if path is not None:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
         print(f"written to {path}: run the tests, and this command without --tune")
 
 

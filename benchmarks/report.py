@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from batchnorm.files import write_whole
 from benchmarks import accelerate, pictures, records, steps, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
@@ -278,7 +279,7 @@ def write(out: Path, pictures_to: Path) -> None:
     }
     texts |= {name: markdown_of(tables[name]) for name, markdown_of in writers.items() if tables.get(name)}
     for name, text in texts.items():
-        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        write_whole(out / f"{name}.md", text)
     pictures.draw(tables, pictures_to)
     _print(tables)
 

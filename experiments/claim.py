@@ -29,6 +29,7 @@ from rich.progress import track
 from scipy import stats
 
 from batchnorm.compare import Data, load
+from batchnorm.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -241,7 +242,7 @@ def main(experiment: Experiment) -> None:
     _train(experiment, cells, path, given.data_dir, given.quick, given.jobs)
     records = records_of(cells, path)
     found = summary(experiment, records)
-    (results / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_whole(results / f"{name}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     experiment.draw(records).savefig(pictures / f"{name}.png", dpi=110)
     print(f"{claim.title}\n{textwrap.fill(claim.statement, 100)} ({claim.source})\n")
     for effect in experiment.effects(records):
@@ -249,7 +250,7 @@ def main(experiment: Experiment) -> None:
     print(f"\n{textwrap.fill(found['found'], 100)}")
     if experiment.table:
         table = experiment.table(records)
-        (results / f"{name}.md").write_text(table)
+        write_whole(results / f"{name}.md", table)
         print(f"\n{table}")
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from claim import CONFIDENCE, RESULTS, ROOT, Effect, Experiment
 
+from batchnorm.files import write_whole
+
 NAMES = (
     "learning_rate",
     "distributions",
@@ -169,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.run:
         run({"mnist": given.data_dir, "fashion-mnist": given.fashion_dir}, given.jobs)
-    PAGE.write_text(page(results(), tables()))
+    write_whole(PAGE, page(results(), tables()))
 
 
 if __name__ == "__main__":

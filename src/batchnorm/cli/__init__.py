@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 EXTRA = ("click",)
+USAGE = 2
+INTERNAL = 3
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command `batchnorm` and exit: with 0 on success, 2 on a usage error, 130 after Ctrl-C.
+    """Run the command `batchnorm` and exit.
+
+    The exit code is 0 on success, 1 if `doctor` has findings, 2 after a usage error, 3 after an error of this program,
+    130 after Ctrl-C and 143 after SIGTERM. Output that cannot be written does not change it.
 
     Args:
         arguments: The arguments after `batchnorm`; by default those of the process.
     """
+    from batchnorm.cli.streams import exits_at_signals, lossy_streams
+
+    with lossy_streams(), exits_at_signals():
+        try:
+            code = _run(None if arguments is None else list(arguments))
+        except Exception:  # Python's own exit code would be 1, which stands for findings
+            traceback.print_exc()
+            code = INTERNAL
+        sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> int | None:
+    """Run the command, and return its exit code; None is 0."""
     try:
         from batchnorm.cli.app import app
     except ModuleNotFoundError as error:
@@ -25,15 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "pip install 'batchnorm[compare]'",
             file=sys.stderr,
         )
-        sys.exit(2)
+        return USAGE
     import click
 
     try:
-        given = None if arguments is None else list(arguments)
-        sys.exit(app.main(args=given, prog_name="batchnorm", standalone_mode=False))
+        code: int | None = app.main(args=arguments, prog_name="batchnorm", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.Abort:
         print("batchnorm: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    return code

@@ -35,4 +35,4 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> Non
     built = network(model, None, mistake)
     with library_errors(mistake):
         _, report = accelerate_network(built, random_inputs(shapes, built) or None, inplace=True)
-    click.echo(str(report))
+    print(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -21,7 +22,7 @@ class OneLineError(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line on standard error."""
-        click.echo(f"{self._command}: {self.format_message()}", file=file, err=file is None)
+        print(f"{self._command}: {self.format_message()}", file=file or sys.stderr)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +186,14 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
         if here.first and out is not None:
             runs = out / "runs"
             whole = len(list(runs.glob("*.jsonl")))
-            click.echo(
+            print(
                 f"{ctx.command_path}: interrupted; {whole} finished runs are in {runs}, without a summary. "
                 f"Continue with: {ctx.command_path} --resume --out {out}",
-                err=True,
+                file=sys.stderr,
             )
         ctx.exit(INTERRUPTED)
     if here.first:
-        click.echo(str(result))
+        print(result)
 
 
 def _of_report(ctx: click.Context, given: set[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from batchnorm.cli.loading import (
     shows_progress,
     weights_option,
 )
+from batchnorm.cli.streams import encodable_json
+from batchnorm.cli.writing import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +98,8 @@ def doctor(
 ) -> None:
     r"""Find what is wrong with the batch normalization of a network, with evidence and a fix.
 
-    The exit code is 0 if the network is healthy, 1 if there are findings (see --fail-on), 2 after a usage error.
+    The exit code is 0 if the network is healthy, 1 if there are findings (see --fail-on), 2 after a usage error. Output
+    that cannot be printed does not change it.
 
     \b
     Examples:
@@ -108,6 +111,8 @@ def doctor(
 
     mistake = mistakes_of(ctx)
     _check_files(output, html, mistake)
+    if not as_json:
+        console()  # tells at once that rich is missing
     built = network(model, weights, mistake)
     given = None if data is None else batches(data, batch_size, mistake)
     criterion = None if loss is None else _loss(loss, mistake)
@@ -115,16 +120,19 @@ def doctor(
         found = diagnose(
             built, given, loss=criterion, max_samples=max_samples, budget=budget, progress=shows_progress()
         )
-    if as_json:
-        click.echo(found.to_json())
-    else:
-        console().print(found)
-    for path in (output, html):  # after printing, so that nothing is lost if a file cannot be written
+    failed: list[OneLineError] = []
+    for path in (output, html):  # before printing, which may fail
         if path is not None:
             try:
                 found.save(path)
             except OSError as error:
-                raise mistake(f"{path} could not be written", error) from error
+                failed.append(mistake(f"{path} could not be written", error))
+    if as_json:
+        print(encodable_json(found.to_json()))
+    else:
+        console().print(found)
+    for failure in failed:
+        raise failure
     if found.worst is not None and found.worst >= Severity[fail_on.upper()]:
         ctx.exit(1)
 
@@ -138,8 +146,8 @@ def _check_files(output: Path | None, html: Path | None, mistake: Mistake) -> No
     if html is not None and find_spec("jinja2") is None:
         raise mistake("jinja2, which renders the page, is not installed. Run pip install 'batchnorm[doctor]'.")
     for path in (output, html):
-        if path is not None and not path.parent.is_dir():
-            raise mistake(f"{path} must be in an existing folder, and {path.parent} does not exist. Create it first.")
+        if path is not None:
+            check_output(path, True, mistake)
 
 
 def console(piped: int = _PIPED) -> Console:

@@ -49,15 +49,15 @@ def fold(
     if model.endswith(".onnx"):
         if weights is not None:
             raise mistake("--weights requires a callable; an ONNX file holds its weights. Leave it out.")
-        report = _fold_onnx(Path(model), shapes, output, mistake)
+        report = _fold_onnx(Path(model), shapes, output, overwrite, mistake)
     else:
-        report = _fold_torch(model, weights, shapes, output, mistake)
-    click.echo(str(report))
-    click.echo(f"\nWritten: {output}")
+        report = _fold_torch(model, weights, shapes, output, overwrite, mistake)
+    print(report)
+    print(f"\nWritten: {output}")
 
 
 def _fold_torch(
-    model: str, weights: Path | None, shapes: list[tuple[int, ...]], output: Path, mistake: Mistake
+    model: str, weights: Path | None, shapes: list[tuple[int, ...]], output: Path, overwrite: bool, mistake: Mistake
 ) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold import fold as fold_network
@@ -76,12 +76,14 @@ def _fold_torch(
         raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
     with library_errors(mistake, FoldError):
         folded, report = fold_network(network, inputs)
-    with open_output(output, mistake) as file:
+    with open_output(output, overwrite, mistake) as file:
         file.write(_saved(folded, inputs, program=output.suffix == ".pt2"))
     return report
 
 
-def _fold_onnx(model: Path, shapes: list[tuple[int, ...]], output: Path, mistake: Mistake) -> FoldReport:
+def _fold_onnx(
+    model: Path, shapes: list[tuple[int, ...]], output: Path, overwrite: bool, mistake: Mistake
+) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold.onnx import fold_onnx
 
@@ -89,7 +91,7 @@ def _fold_onnx(model: Path, shapes: list[tuple[int, ...]], output: Path, mistake
         raise mistake(f"{output} must end in .onnx, as {model} does. Change the name.")
     try:
         with library_errors(mistake, FoldError, ModuleNotFoundError):
-            return fold_onnx(model, output, inputs=shapes).report
+            return fold_onnx(model, output, inputs=shapes, overwrite=overwrite).report
     except OSError as error:
         raise mistake(f"{output} could not be written", error) from error
 

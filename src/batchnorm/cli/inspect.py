@@ -41,7 +41,7 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
     with library_errors(mistake):
         layers = inspect_layers(built, inputs)
     if as_json:
-        click.echo(json.dumps([asdict(layer) for layer in layers], indent=2))
+        print(json.dumps([asdict(layer) for layer in layers], indent=2))
     else:
         shown = console(piped=_PIPED)
         from batchnorm.doctor.report.terminal import layer_table

@@ -87,7 +87,7 @@ def recalibrate(
             progress=shows_progress(),
             inplace=True,
         )
-    with open_output(output, mistake) as file:
+    with open_output(output, overwrite, mistake) as file:
         file.write(save_in_memory(torch.save, recalibrated.state_dict()))
-    click.echo(str(report))
-    click.echo(f"\nWritten: {output}")
+    print(report)
+    print(f"\nWritten: {output}")

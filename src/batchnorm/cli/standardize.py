@@ -70,10 +70,10 @@ def standardize(
     with library_errors(mistake):
         standardizer = Standardizer(channel_axis=channel_axis, nan_policy=nan_policy).fit(source)
         first = standardizer.transform(x[:1])
-    with open_output(output, mistake) as file, library_errors(mistake):  # NaN may come later in the file
+    with open_output(output, overwrite, mistake) as file, library_errors(mistake):  # NaN may come later in the file
         _write(file, x, first.dtype, standardizer)
-    click.echo(_summary(standardizer, source))
-    click.echo(f"\nWritten: {output}")
+    print(_summary(standardizer, source))
+    print(f"\nWritten: {output}")
 
 
 def _opened(path: Path, mistake: Mistake) -> NDArray[Any]:

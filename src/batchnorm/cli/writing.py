@@ -12,7 +12,7 @@ import click
 
 from batchnorm.cli.command import OneLineError
 from batchnorm.cli.loading import Mistake
-from batchnorm.files import whole_file
+from batchnorm.files import check_target, whole_file
 
 
 def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -31,23 +31,25 @@ def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], C
 
 def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
     """Check the output path before anything is computed, which may take minutes."""
-    if output.exists() and not overwrite:
-        raise mistake(f"{output} must not exist yet. Choose another name, or give --overwrite.")
-    if not output.parent.is_dir():
-        raise mistake(f"{output} must be in a directory that exists, but {output.parent} does not. Create it first.")
+    try:
+        check_target(output, overwrite=overwrite)
+    except OSError as error:
+        raise mistake(str(error)) from error
 
 
 @contextmanager
-def open_output(output: Path, mistake: Mistake) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `output` if the block ends without an exception.
+def open_output(output: Path, overwrite: bool, mistake: Mistake) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes `output` if the block ends without an exception.
 
     Save results of torch with `save_in_memory` first: on a full disk, torch's own writer aborts the process later.
     """
     try:
-        with whole_file(output) as part, part.open("wb") as file:
+        with whole_file(output, overwrite=overwrite) as part, part.open("wb") as file:
             yield file
     except OneLineError:
         raise
+    except FileExistsError as error:
+        raise mistake(str(error)) from error
     except Exception as error:
         raise mistake(f"{output} could not be written", error) from error
 

@@ -143,9 +143,9 @@ def test_mistakes_are_reported_before_anything_is_written(tmp_path: Path) -> Non
         fold_onnx(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"output must be another file than the model"):
         fold_onnx(path, path)
-    with pytest.raises(ValueError, match=r"output must be in a directory that exists"):
+    with pytest.raises(ValueError, match=r"output .* must be in a directory that exists"):
         fold_onnx(path, tmp_path / "absent" / "f.onnx")
-    with pytest.raises(ValueError, match=r"output must be a file, but .* is a directory"):
+    with pytest.raises(ValueError, match=r"output .* must be a regular file, got a directory"):
         fold_onnx(path, tmp_path)
     with pytest.raises(ValueError, match=r"the model must run with its inputs \(x \['n', 4, 'h', 'w'\]\), but: "):
         fold_onnx(path, tmp_path / "f.onnx", inputs=np.zeros((1, 5, 6, 6), np.float32))

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
-from batchnorm.files import whole_file
+from batchnorm.files import check_target, whole_file
 from batchnorm.surgery.fold.onnx.graph import tensors
 
 LARGE = 2**31 - 2**22  # bytes of weights that fit into one file with everything else
@@ -51,7 +51,22 @@ def store(model: onnx.ModelProto, path: Path, *, external: bool, data: str = "mo
         onnx.save_model(model, path)
 
 
-def write(model: onnx.ModelProto, output: Path, *, external: bool) -> None:
+def check_output(output: Path, *, external: bool, overwrite: bool = True) -> Path:
+    """Check that the model can be written, and return the path with links followed.
+
+    Raises:
+        OSError: There can be no file, or it would need weights beside it but is a link to another folder.
+    """
+    target = check_target(output, overwrite=overwrite)
+    if external and target.parent != Path(os.path.realpath(output.parent)):
+        raise OSError(
+            f"{output} must be the file itself if its weights are in a separate file, but it is a link to {target}. "
+            "Write to that path."
+        )
+    return target
+
+
+def write(model: onnx.ModelProto, output: Path, *, external: bool, overwrite: bool = True) -> None:
     """Write the model. An earlier file stays intact until the new one replaces it.
 
     Separate weights get a name that no file has yet, so that the earlier model keeps its own until then.
@@ -60,17 +75,17 @@ def write(model: onnx.ModelProto, output: Path, *, external: bool) -> None:
         OSError: The model cannot be written. Earlier files are then unchanged.
     """
     external = external or is_large(model)
+    output = check_output(output, external=external, overwrite=overwrite)
     data = _free_name(output) if external else ""
     before = _own_data(output)
-    try:
-        with whole_file(output) as part:
+    with contextlib.ExitStack() as undo:
+        with whole_file(output, overwrite=overwrite) as part:
             store(model, part, external=external, data=data)
             if external and (part.parent / data).exists():
-                os.replace(part.parent / data, output.parent / data)
-    except BaseException:
-        if external:
-            (output.parent / data).unlink(missing_ok=True)
-        raise
+                with whole_file(output.parent / data, overwrite=False) as weights:
+                    os.replace(part.parent / data, weights)
+                undo.callback((output.parent / data).unlink)
+        undo.pop_all()  # the model is in its place, so its weights stay
     for name in before:
         with contextlib.suppress(OSError):
             (output.parent / name).unlink()

@@ -34,6 +34,7 @@ def fold_onnx(
     *,
     inputs: Mapping[str, Any] | Sequence[Any] | Any | None = None,
     tolerance: float | None = None,
+    overwrite: bool = True,
 ) -> OnnxResult:
     """Return the ONNX model without batch normalization, for inference, and a report of each one.
 
@@ -44,11 +45,13 @@ def fold_onnx(
 
     Args:
         model: A model, or the path of its file and of weights in files beside it. It is not changed.
-        output: The path for the folded model. An earlier file is replaced when the new one is complete. Weights are
-            written into a file beside it (`.data`) if the original has such files, or if one file cannot hold them.
+        output: The path for the folded model. An earlier file is replaced when the new one is complete, and keeps its
+            permissions. Weights are written into a file beside it (`.data`) if the original has such files, or if one
+            file cannot hold them.
         inputs: Arrays to check with, or their shapes, by name or in the model's order. By default they are random, of
             the sizes that the model gives; for open sizes, several are tried.
         tolerance: The relative error that one fold may make, as in `batchnorm.fold`.
+        overwrite: Whether to replace an earlier file at `output`.
 
     Returns:
         The folded model, with the versions, names and metadata of the original; and the report, whose `how` names the
@@ -57,7 +60,7 @@ def fold_onnx(
     Raises:
         ModuleNotFoundError: onnx or onnxruntime is not installed.
         TypeError: The model is neither a ModelProto nor a path.
-        ValueError: The file is no model, the model cannot be run, or output cannot be written there.
+        ValueError: The file is no model, the model cannot be run, or output is no place for a file.
         FoldError: The folded model's results are not the original's.
         OSError: output could not be written. An earlier file is then unchanged.
 
@@ -97,10 +100,12 @@ def fold_onnx(
     from batchnorm.surgery.fold.onnx.in_place import fold_in_place
 
     working, external = _working_copy(model)
-    target = None if output is None else _checked_path(Path(output), model)
+    target = None if output is None else Path(output)
+    if target is not None:
+        _check_output(target, model, external=external, overwrite=overwrite)
     report = fold_in_place(working, inputs, tolerance)
     if target is not None:
-        files.write(working, target, external=external)
+        files.write(working, target, external=external, overwrite=overwrite)
     return OnnxResult(working, report)
 
 
@@ -131,13 +136,12 @@ def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:
         ) from error
 
 
-def _checked_path(output: Path, model: Any) -> Path:
-    if not output.parent.is_dir():
-        raise ValueError(
-            f"output must be in a directory that exists, but {output.parent} does not exist. Create it first."
-        )
-    if output.is_dir():
-        raise ValueError(f"output must be a file, but {output} is a directory. Choose another name.")
+def _check_output(output: Path, model: Any, *, external: bool, overwrite: bool) -> None:
+    from batchnorm.surgery.fold.onnx import files
+
     if isinstance(model, (str, os.PathLike)) and output.exists() and output.samefile(model):
         raise ValueError(f"output must be another file than the model, got {output} for both. Choose another name.")
-    return output
+    try:
+        files.check_output(output, external=external, overwrite=overwrite)
+    except OSError as error:
+        raise ValueError(f"output {error}") from error
