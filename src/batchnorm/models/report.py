@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -43,11 +43,13 @@ class Report:
         verb: The function's name.
         changed: The layers that were changed, in the model's order.
         left: The layers that were considered but left, each with the reason.
+        notes: What the change means for other objects, such as the optimizer; a sentence or two each.
     """
 
     verb: str
     changed: tuple[Change, ...] = ()
     left: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
         lines = [self.summary()]
@@ -55,6 +57,8 @@ class Report:
             header = ("layer", "was", "now", "why")
             rows = [header, *self._rows("", self.changed), *self._rows("left", self.left)]
             lines += ["", *_table(rows)]
+        for note in self.notes:
+            lines += ["", note]
         return "\n".join(lines)
 
     def summary(self) -> str:

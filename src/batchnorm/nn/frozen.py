@@ -31,6 +31,8 @@ class FrozenLayer(NormLayer):
     @trainable_affine.setter
     def trainable_affine(self, trainable: bool) -> None:
         self.requires_grad_(trainable)
+        if not trainable:
+            self.zero_grad(set_to_none=True)  # an optimizer would go on with momentum and weight decay
 
     def extra_repr(self) -> str:
         """Describe the layer: torch's description, and whether γ and β are trained."""

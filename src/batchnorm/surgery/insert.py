@@ -18,6 +18,7 @@ from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 _FOR_DIMS: dict[int, type[nn.Module]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 _CALLER = "insert_batchnorm"
+_NOTE = "An existing optimizer does not hold the new parameters: pass them with add_param_group, or create a new one."
 
 
 def insert_batchnorm(
@@ -96,7 +97,8 @@ def insert_batchnorm(
         for module, both in reversed(inserted):
             root = walk.replace(root, both, module)
         raise
-    return Result(root, Report(_CALLER, tuple(changes)))
+    notes = (_NOTE,) if inplace else ()
+    return Result(root, Report(_CALLER, tuple(changes), notes=notes))
 
 
 class _Output:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from batchnorm.nn import act, batch, domain, frozen, ghost, renorm, sync
 from batchnorm.surgery import convert, unfreeze
-from batchnorm.surgery.convert import freeze
+from batchnorm.surgery.convert import freeze, replacement
 
 LAYERS: dict[str, Any] = {
     "torch": lambda: nn.BatchNorm2d(4, momentum=0.3, eps=1e-3),
@@ -226,3 +226,72 @@ def test_a_model_of_others_fine_tunes_with_batches_of_one() -> None:
     assert losses[-1] < losses[0]
     for name, value in model.named_buffers():
         assert torch.equal(value, statistics[name]), name
+
+
+@pytest.mark.parametrize("how", ["freeze", "convert", "attribute"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+        lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+    ],
+    ids=["SGD", "AdamW", "RMSprop"],
+)
+def test_an_optimizer_does_not_move_what_was_frozen_in_training(optimizer: Any, how: str) -> None:
+    layer = batch.BatchNorm2d(4) if how != "attribute" else frozen.FrozenBatchNorm2d(4, trainable_affine=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer)
+    optimizer = optimizer(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.randn(2, 3, 5, 5)).pow(3).sum().backward()
+        optimizer.step()
+
+    step()
+    if how == "freeze":
+        freeze(model, inplace=True)
+    elif how == "convert":
+        convert(model, to=frozen.FrozenBatchNorm, inplace=True)
+    else:
+        layer.trainable_affine = False
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step()
+    step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"0.weight", "0.bias"}
+    assert model[1].weight.grad is None
+    assert model[1].bias.grad is None
+
+
+def test_the_report_says_what_an_optimizer_holds() -> None:
+    model = network(LAYERS["ours"])
+    (note,) = freeze(model, inplace=True).report.notes
+    assert note.startswith("Parameters that no longer train: 2. They have no gradient")
+    (note,) = unfreeze(model, inplace=True).report.notes
+    assert note.startswith("Parameters that train now but did not before: 2; removed: 0.")
+    assert convert(model, to=torch.nn, inplace=True).report.notes == ()
+    (note,) = convert(
+        model, to=domain.DomainBatchNorm, num_domains=2, affine_per_domain=True, inplace=True
+    ).report.notes
+    assert note.startswith("Parameters that train now but did not before: 2; removed: 2.")
+    report = convert(model, to=nn.Identity, inplace=True).report
+    assert "did not before: 0; removed: 2. Pass the first" in str(report)
+    assert freeze(network(LAYERS["ours"])).report.notes == ()  # no optimizer holds the parameters of a copy
+    assert freeze(network(LAYERS["ours"]), trainable_affine=True, inplace=True).report.notes == ()
+
+
+def test_a_failure_restores_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(batch.BatchNorm2d(4), batch.BatchNorm2d(4))
+    model(torch.randn(2, 4, 3, 3)).pow(3).sum().backward()
+    before = [p.grad for p in model.parameters()]
+    commit = replacement.Replacement.commit
+
+    def failing(self: Any, *args: Any) -> nn.Module:
+        commit(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replacement.Replacement, "commit", failing)
+    with pytest.raises(KeyboardInterrupt):
+        freeze(model, inplace=True)
+    assert all(p.grad is grad and p.requires_grad for p, grad in zip(model.parameters(), before, strict=True))

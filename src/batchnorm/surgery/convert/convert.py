@@ -121,13 +121,37 @@ def replace_layers(
     if excluded and not planned and all(isinstance(reason, Refused) for _, reason in excluded):
         first, cause = excluded[0]
         raise ValueError(f"{caller} cannot change any layer; {first.path or 'the model'}: {cause}") from cause
-    report = Report(caller, tuple(change for *_, change in planned), tuple(change for change, _ in excluded))
+    changes, left = tuple(change for *_, change in planned), tuple(change for change, _ in excluded)
+    before = {p: p.requires_grad for found, *_ in planned for p in found.module.parameters()}
     with replacement.undone_on_failure(model, [(found, made) for found, made, _ in planned]):
         for found, made, _ in planned:
             model = made.commit(model, found)
         if finish is not None:
             finish(model)
-        return Result(model, report)
+        # The optimizer of a model cannot hold the parameters of its copy.
+        notes = _notes_on_optimizer(before, [made.new for _, made, _ in planned]) if inplace else ()
+        return Result(model, Report(caller, changes, left, notes=notes))
+
+
+def _notes_on_optimizer(before: dict[nn.Parameter, bool], layers: list[nn.Module]) -> tuple[str, ...]:
+    """Return the consequences for an optimizer that holds the former parameters, as notes of the report."""
+    after = {p for layer in layers for p in layer.parameters()}
+    stopped = sum(trained and not p.requires_grad for p, trained in before.items() if p in after)
+    gone = sum(trained for p, trained in before.items() if p not in after)
+    new = sum(p.requires_grad and not before.get(p, False) for p in after)
+    notes = []
+    if stopped:
+        notes.append(
+            f"Parameters that no longer train: {stopped}. They have no gradient, so torch's optimizers skip them, "
+            "except LBFGS. An optimizer that holds them resumes with their momentum after unfreeze: create a new one to "
+            "avoid this."
+        )
+    if gone or new:
+        notes.append(
+            f"Parameters that train now but did not before: {new}; removed: {gone}. Pass the first to the optimizer "
+            "with add_param_group if it does not hold them, or create a new optimizer."
+        )
+    return tuple(notes)
 
 
 def _check_target(to: object) -> None:

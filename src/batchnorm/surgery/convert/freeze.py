@@ -22,6 +22,9 @@ def freeze(
     Each layer, of torch or of this library, becomes a `FrozenBatchNorm` of its rank, as `convert` would make it.
     `model.train()` does not change that. `unfreeze` restores the same layers.
 
+    Parameters that stop training lose their gradients. torch's optimizers then skip them (except `LBFGS`), also with
+    momentum and weight decay. They keep their momentum, and resume with it after `unfreeze`.
+
     Args:
         model: Any module.
         only: The layers to freeze, as in `convert`.

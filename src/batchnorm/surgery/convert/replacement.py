@@ -63,6 +63,8 @@ class Replacement:
                 for parameter, trains in zip(_parameters_of(self.new, name), value, strict=True):
                     if parameter.requires_grad != trains:
                         parameter.requires_grad_(trains)
+                        if not trains:
+                            parameter.grad = None  # otherwise, momentum and weight decay go on moving the parameter
             elif getattr(self.new, name, value) != value:
                 setattr(self.new, name, value)
         _own_hooks(self.new)
@@ -81,16 +83,17 @@ class Replacement:
 
 @contextmanager
 def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Replacement]]) -> Iterator[None]:
-    """Withdraw the replacements if the block raises, and restore classes and which parameters require gradients."""
-    required = [(p, p.requires_grad) for p in model.parameters()]
+    """Withdraw the replacements if the block raises, and restore classes and the gradients of parameters."""
+    required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     classes = [(module, type(module)) for module in model.modules()]
     try:
         yield
     except BaseException:
         for found, made in planned:
             made.withdraw(found)
-        for parameter, trains in required:
+        for parameter, trains, grad in required:
             parameter.requires_grad_(trains)
+            parameter.grad = grad
         for module, kind in classes:
             module.__class__ = kind
         raise
