@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 ON_NONFINITE = ("propagate", "skip")
+ON_SINGLE = ("error", "running")
 
 CAPTURED_STATISTICS = (
     "Under torch.func, running statistics can be updated only if they are arguments of the transformed function; "
     "here they are captured, or one buffer serves many vmapped batches. Pass the buffers as arguments "
     "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
+)
+
+_NO_VARIANCE = (
+    "One value has no variance: use a larger batch, on_single='running' (normalizes by the running statistics), or "
+    "evaluation mode."
 )
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -154,33 +160,58 @@ def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def check_batch(caller: str, x: Tensor) -> None:
-    """Check that each channel has more than one value, or none (an empty batch), because one value has no variance."""
+def uses_running(caller: str, x: Tensor, on_single: str) -> bool:
+    """Return whether a batch in training is normalized by running statistics: if each channel has a single value.
+
+    Raises:
+        ValueError: it has, and on_single is "error", because one value has no variance; while tracing, on_single is
+            "running".
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors while tracing
+        if on_single == "running":
+            raise ValueError(
+                f"{caller} expects on_single='error' in a traced training graph, got 'running'. A trace does not "
+                "depend on the batch size: set it to 'error', or trace in evaluation mode."
+            )
+        return False
     # math.prod, not numel() // C: C may be 0, and sizes may be symbolic.
-    if math.prod((x.shape[0], *x.shape[2:])) == 1:
+    if math.prod((x.shape[0], *x.shape[2:])) != 1:
+        return False
+    if on_single == "error":
         raise ValueError(
             f"{caller} expects more than one value per channel in training, got x of shape {list(x.shape)}. "
-            "One value has no variance: use a larger batch, or evaluation mode."
+            f"{_NO_VARIANCE}"
         )
+    return True
 
 
 def check_joint_count(caller: str, count: float) -> None:
     """Check that all processes together have more than one value per channel."""
     if count == 1:
         raise ValueError(
-            f"{caller} expects more than one value per channel in training over all processes, got one. "
-            "One value has no variance: use a larger batch, or evaluation mode."
+            f"{caller} expects more than one value per channel in training over all processes, got one. {_NO_VARIANCE}"
         )
 
 
 def check_running(
-    caller: str, mean: Tensor | None, second: Tensor | None, *, needed: bool, second_name: str = "running_var"
+    caller: str,
+    mean: Tensor | None,
+    second: Tensor | None,
+    *,
+    needed: bool,
+    on_single: str = "error",
+    second_name: str = "running_var",
 ) -> None:
     if (mean is None) != (second is None):
         given, missing = (second_name, "running_mean") if mean is None else ("running_mean", second_name)
         raise ValueError(
             f"{caller} expects running_mean and {second_name} both or neither, got {given} without {missing}. "
             "Pass the missing one, or None for both."
+        )
+    if on_single == "running" and mean is None:
+        raise ValueError(
+            f"{caller} expects running_mean and {second_name} with on_single='running', got None. They normalize a "
+            "batch with one value per channel: keep running statistics, or use on_single='error'."
         )
     if needed and mean is None:
         raise ValueError(

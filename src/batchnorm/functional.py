@@ -30,6 +30,8 @@ def batch_norm(
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     on_nonfinite: str = "propagate",
+    on_single: str = "error",
+    update_running_stats: bool = True,
     caller: str = "batch_norm",
 ) -> Tensor:
     """Normalize each channel, then add `residual` and apply `activation`.
@@ -59,11 +61,15 @@ def batch_norm(
             broadcastable to it. Positions that do not count (padding) may hold any value, even NaN (treated as 0), and
             are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and the unbiased variance is
             σ²·V₁²/(V₁² - V₂) with V₁ = Σw and V₂ = Σw². If no position counts, the running statistics do not change.
-            If a single value counts, its output is β, and only the running mean is updated. In evaluation, a mask has
-            no effect.
+            If a single value counts, its output is β, and only the running mean is updated (see `on_single`). In
+            evaluation, a mask has no effect.
         num_batches_tracked: int64 scalar that counts the updates of the running statistics.
         on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
             batch's mean or variance is not finite, as after an overflow in float16.
+        on_single: What training does with one value per channel, which has no variance: "error", or "running" to
+            normalize by the running statistics, as in evaluation, and leave them and their count unchanged. With a
+            mask, "running" also applies if at most one position counts.
+        update_running_stats: Whether training updates the running statistics.
         caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
@@ -72,10 +78,10 @@ def batch_norm(
     Raises:
         TypeError: x is not a floating-point tensor, or the dtype of weight, bias, a running statistic or the residual
             does not match x's (vectors may be float32 if x is float16 or bfloat16).
-        ValueError: x has the wrong rank or one value per channel in training; a vector is not `[C]`; the residual's
-            shape differs from x's; the mask does not broadcast to `[N, *S]` or has a weight below 0 (checked on the
-            CPU, but not on other devices or in a compiled graph); eps, activation, alpha or on_nonfinite is invalid;
-            a required statistic is missing.
+        ValueError: x has the wrong rank; in training, x has one value per channel and on_single is "error"; a vector
+            is not `[C]`; the residual's shape differs from x's; the mask does not broadcast to `[N, *S]` or has a
+            weight below 0 (checked on the CPU, but not on other devices or in a compiled graph); eps, activation,
+            alpha, on_nonfinite or on_single is invalid; a required statistic is missing.
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
 
     Numerics:
@@ -97,7 +103,8 @@ def batch_norm(
             batch_norm, (input, running_mean, running_var, weight, bias, residual, mask),
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
-            num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
+            num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
+            update_running_stats=update_running_stats, caller=caller,
         )  # fmt: skip
     _checks.check_input(caller, input)
     if input.dim() == 1:  # [0], without samples and channels, which torch accepts
@@ -107,8 +114,10 @@ def batch_norm(
     _checks.check_alpha(caller, alpha)
     parameter = ops.parameter_of(activation, negative_slope=negative_slope, alpha=alpha)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
-    _checks.check_running(caller, running_mean, running_var, needed=not training)
-    if training and running_mean is not None:
+    _checks.check_choice(caller, "on_single", on_single, _checks.ON_SINGLE)
+    _checks.check_running(caller, running_mean, running_var, needed=not training, on_single=on_single)
+    updates = training and update_running_stats and running_mean is not None
+    if updates:
         _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if not tracing:  # sizes are tensors while tracing, and torch warns if a branch depends on them
@@ -116,13 +125,13 @@ def batch_norm(
             caller, input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
         )
         _checks.check_residual(caller, input, residual)
-        if training:
-            _checks.check_batch(caller, input)
+    if training and _checks.uses_running(caller, input, on_single):
+        training = updates = False
     weights = None if mask is None else _checks.mask_as_weights(caller, input, mask)
 
     if tracing or torch.compiler.is_exporting():
         return _portable_batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, parameter,
+            input, running_mean, running_var, weight, bias, training, updates, momentum, eps, activation, parameter,
             residual, weights, num_batches_tracked, on_nonfinite, caller,
         )  # fmt: skip
     if not training:
@@ -136,11 +145,16 @@ def batch_norm(
         y, mean, mean_low, var = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
     else:
         statistics = ops.batch_moments(input, weights=weights)
+        if on_single == "running":
+            assert running_mean is not None
+            assert running_var is not None
+            statistics = ops.running_where_single(statistics, running_mean, running_var)
         y = ops.batch_statistics_norm_by_parts(
             input, statistics, weight, bias, residual, eps, activation, parameter, weights=weights
         )
         _, mean, mean_low, var, count = (t.detach() for t in statistics)
-    if running_mean is not None:
+    if updates:
+        assert running_mean is not None
         assert running_var is not None
         m = values_per_channel(input)
         ops.update_running_(
@@ -157,6 +171,7 @@ def _portable_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    updates: bool,
     momentum: float | None,
     eps: float,
     activation: str,
@@ -178,6 +193,8 @@ def _portable_batch_norm(
             f"{caller} expects on_nonfinite='propagate' in an exported training graph, got 'skip'. The graph uses "
             "torch's own batch_norm, which cannot skip: set it to 'propagate', or export in evaluation mode."
         )
+    if training and not updates:
+        running_mean = running_var = num_batches_tracked = None
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if not training or running_mean is None or momentum is not None:

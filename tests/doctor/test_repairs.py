@@ -104,6 +104,18 @@ def test_a_last_batch_of_one_is_dropped() -> None:
     assert not left("BN104", model, loader, max_samples=None)
 
 
+def test_a_last_batch_of_one_is_normalized_by_the_running_statistics() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    loader = DataLoader(TensorDataset(torch.randn(193, 4)), 64)
+    (finding,) = left("BN104", model, loader, max_samples=None)
+    repair = finding.repair.partition("# or: ")[2]
+    names = {"batchnorm": batchnorm, "model": model}
+    exec(repair, names)
+    assert not left("BN104", names["model"], loader, max_samples=None)
+    alone = DataLoader(TensorDataset(torch.randn(3, 4)), 1)
+    assert left("BN104", names["model"], alone)[0].severity == Severity.ERROR
+
+
 def test_shuffled_batches_are_independent() -> None:
     case, finding = planted("BN105")
     dataset = TensorDataset(*(torch.cat(part) for part in zip(*case.data, strict=True)))

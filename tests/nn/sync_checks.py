@@ -224,6 +224,24 @@ def one_value_in_all_is_refused_on_every_process(group: Group) -> None:
     assert layer.num_batches_tracked == 0
 
 
+def one_value_in_all_is_normalized_by_running_statistics(group: Group) -> None:
+    layer = group.layer(3, on_single="running")
+    layer.running_mean += 2.0
+    layer.running_var += 3.0
+    x = torch.randn(int(group.rank == 1), 3, requires_grad=True)
+    y, expected = layer(x), copy.deepcopy(layer).eval()(x)
+    assert torch.equal(y, expected)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(dx, torch.autograd.grad(expected.square().sum(), x)[0])
+    mask = torch.arange(4) == (0 if group.rank == 1 else 4)
+    padded = torch.randn(4, 3)
+    assert_close(layer(padded, mask), copy.deepcopy(layer).eval()(padded))
+    assert layer.num_batches_tracked == 0
+    joined = torch.randn(group.size, 3, generator=torch.Generator().manual_seed(3))
+    assert_close(layer(joined[group.rank : group.rank + 1]), bn.BatchNorm1d(3)(joined)[group.rank : group.rank + 1])
+    assert layer.num_batches_tracked == 1
+
+
 def compiled_layers_do_what_eager_ones_do(group: Group, backend: str) -> None:
     torch._dynamo.reset()
     eager = nn.Sequential(nn.Conv2d(3, 4, 1), group.layer(4, name="first"), nn.ReLU(), group.layer(4, momentum=None))
@@ -381,6 +399,7 @@ EVERY_SIZE = [
     renormalization_joins_statistics_too,
     one_sample_on_each_process_is_enough,
     one_value_in_all_is_refused_on_every_process,
+    one_value_in_all_is_normalized_by_running_statistics,
 ]
 OF_SIZE = {
     2: [

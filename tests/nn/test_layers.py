@@ -169,7 +169,8 @@ def test_lazy_refuses_a_wrong_rank_before_it_makes_anything() -> None:
                                       r"got \[3\]. Give the layer num_features=4"),
         ("BatchNorm2d", (8, 5, 5, 3), r"Channels must be the second dimension: move them with x.movedim\(-1, 1\)"),
         ("BatchNorm1d", (1, 3), r"BatchNorm1d expects more than one value per channel in training, got x of shape "
-                                r"\[1, 3\]. One value has no variance: use a larger batch, or evaluation mode."),
+                                r"\[1, 3\]. One value has no variance: use a larger batch, on_single='running' "
+                                r"\(normalizes by the running statistics\), or evaluation mode."),
     ],
 )  # fmt: skip
 def test_a_wrong_input_is_told_and_moves_nothing(name: str, shape: tuple[int, ...], message: str) -> None:

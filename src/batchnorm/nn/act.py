@@ -14,14 +14,15 @@ class _BatchNormAct(NormLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", activation: str = "relu", negative_slope: float = 0.01,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        activation: str = "relu", negative_slope: float = 0.01,
         alpha: float = 1.0,
     ) -> None:  # fmt: skip
         _checks.check_choice(self.layer_name, "activation", activation, ops.ACTIVATIONS)
         _checks.check_alpha(self.layer_name, alpha)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
         )  # fmt: skip
         self.activation = activation
         self.negative_slope = negative_slope

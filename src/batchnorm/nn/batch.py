@@ -26,6 +26,9 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: Whether there is β (keyword only).
         on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
             (keyword only).
+        on_single: What training does with a batch that has one value per channel, which has no variance: "error", or
+            "running" to normalize it by the running statistics, as in evaluation, and update nothing (keyword only).
+            With a mask, "running" also applies if at most one position counts.
 
     Attributes:
         update_running_stats: Whether training updates the running statistics, independently of train() and eval();
@@ -37,8 +40,9 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
     Raises:
         TypeError: num_features is not an int; in forward, x is not a floating-point tensor, or its dtype does not match
             that of the parameters.
-        ValueError: eps, momentum or on_nonfinite out of range; in forward, a wrong rank or number of channels, or one
-            value per channel in training.
+        ValueError: eps, momentum, on_nonfinite or on_single out of range; on_single is "running" without running
+            statistics; in forward, a wrong rank or number of channels, or one value per channel in training if
+            on_single is "error".
 
     Numerics: as `batchnorm.functional.batch_norm`.
 

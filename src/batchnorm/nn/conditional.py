@@ -58,7 +58,8 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", num_classes: int | None = None,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        num_classes: int | None = None,
     ) -> None:  # fmt: skip
         if num_classes is not None:
             hint = "Pass the number of classes, or None to pass weight and bias in each call."
@@ -70,7 +71,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
             )
         super().__init__(
             num_features, eps, momentum, affine and num_classes is not None, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
         )  # fmt: skip
         self.num_classes = num_classes
         if num_classes is not None:

@@ -29,6 +29,8 @@ def decorrelated_batch_norm(
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     on_nonfinite: str = "propagate",
+    on_single: str = "error",
+    update_running_stats: bool = True,
     caller: str = "decorrelated_batch_norm",
 ) -> Tensor:
     """Whiten each group of channels: `y = γ·W(x - μ) + β` with `W ≈ Σ^(-1/2)`.
@@ -54,10 +56,12 @@ def decorrelated_batch_norm(
         mask: The positions that count in the statistics: booleans, or weights w >= 0, of shape `[N, *S]` or
             broadcastable to it. Positions that do not count (padding) are whitened like the rest; NaN and infinity
             there are treated as 0. If no position counts, the running statistics do not change. If a single value
-            counts, only the running mean is updated. In evaluation, a mask has no effect.
+            counts, only the running mean is updated (see `on_single`). In evaluation, a mask has no effect.
         num_batches_tracked: int64 scalar that counts the updates of the running statistics.
         on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
             batch's statistics are not finite.
+        on_single: As in `batchnorm.functional.batch_norm`.
+        update_running_stats: Whether training updates the running statistics.
         caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
@@ -79,7 +83,8 @@ def decorrelated_batch_norm(
         return handle_torch_function(
             decorrelated_batch_norm, (input, running_mean, running_whitening, weight, bias, mask), input, running_mean,
             running_whitening, weight, bias, training, momentum, eps, group_size=group_size, iterations=iterations,
-            mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
+            mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
+            update_running_stats=update_running_stats, caller=caller,
         )  # fmt: skip
     x = input
     _checks.check_input(caller, x)
@@ -87,17 +92,26 @@ def decorrelated_batch_norm(
         return x.clone()
     _checks.check_eps(caller, eps)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
+    _checks.check_choice(caller, "on_single", on_single, _checks.ON_SINGLE)
     _check_options(caller, group_size, iterations)
-    _checks.check_running(caller, running_mean, running_whitening, needed=not training, second_name="running_whitening")
-    if training and running_mean is not None:
+    _checks.check_running(
+        caller,
+        running_mean,
+        running_whitening,
+        needed=not training,
+        on_single=on_single,
+        second_name="running_whitening",
+    )
+    updates = training and update_running_stats and running_mean is not None
+    if updates:
         _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
         _checks.check_channel_vectors(caller, x, weight=weight, bias=bias, running_mean=running_mean)
         _check_whitening_shape(caller, x, running_whitening, group_size)
-        if training:
-            _checks.check_batch(caller, x)
         if x.shape[1] == 0:
             return x.clone()
+    if training and _checks.uses_running(caller, x, on_single):
+        training = updates = False
     weights = None if mask is None else _checks.mask_as_weights(caller, x, mask).flatten()
 
     with _without_autocast(x):
@@ -105,6 +119,11 @@ def decorrelated_batch_norm(
         rows = channels_first.flatten(1).to(eager.statistics_dtype(x))
         if training:
             found = whitening.batch_whitening(rows, weights, group_size, eps, iterations)
+            if on_single == "running" and weights is not None:
+                assert running_mean is not None
+                assert running_whitening is not None
+                mean, packed = _detached(running_mean, running_whitening)
+                found = whitening.running_where_single(found, rows, mean, whitening.unpack_matrices(packed, group_size))
             y = whitening.apply_whitening(found.deviations, found.low, found.matrices, group_size, weight, bias)
         else:
             assert running_mean is not None
@@ -113,7 +132,8 @@ def decorrelated_batch_norm(
             matrices = whitening.unpack_matrices(packed, group_size)
             y = whitening.apply_whitening(rows - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
         y = _in_format_of(x, y.reshape(channels_first.shape).movedim(0, 1))
-    if training and running_mean is not None and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
+    if updates and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
+        assert running_mean is not None
         assert running_whitening is not None
         wide = eager.wide_dtype(x)
         whitening.update_whitening_(
@@ -173,12 +193,13 @@ class _Decorrelated(NormLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", group_size: int = 64, iterations: int = 5,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        group_size: int = 64, iterations: int = 5,
     ) -> None:  # fmt: skip
         _check_options(self.layer_name, group_size, iterations)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
         )  # fmt: skip
         self.group_size, self.iterations = group_size, iterations
         # Absent, not None, so that a tool that folds or replaces the layer fails instead of losing W.
@@ -218,13 +239,14 @@ class _Decorrelated(NormLayer):
         """Return y for x of the layer's shape; positions where `mask [N, *S]` is 0 do not enter the statistics."""
         running_mean, running_whitening, updates = self.running_mean, self.running_whitening, self._updates_running
         training = self.training or running_mean is None
-        if running_mean is None or (self.training and not updates):
+        if running_mean is None or (self.training and not updates and self.on_single == "error"):
             running_mean = running_whitening = None
         return decorrelated_batch_norm(
             input, running_mean, running_whitening, self.weight, self.bias, training, self.momentum, self.eps,
             group_size=self.group_size, iterations=self.iterations, mask=mask,
             num_batches_tracked=self.num_batches_tracked if updates else None,
-            on_nonfinite=self.on_nonfinite, caller=self.layer_name,
+            on_nonfinite=self.on_nonfinite, on_single=self.on_single, update_running_stats=updates,
+            caller=self.layer_name,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -92,6 +92,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         num_features: C. All arguments that are not listed here are those of `BatchNorm`.
         momentum: Weight of the new batch; None gives the cumulative average over the domain's batches.
         on_nonfinite: "propagate" or "skip", separately for each domain.
+        on_single: "error" or "running"; "running" applies to each domain separately.
         num_domains: K (keyword only).
         affine_per_domain: Whether weight and bias are `[K, C]`, one row per domain, instead of `[C]` (keyword only).
 
@@ -104,8 +105,9 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         x and y: `[N, C, *S]`; domain: an int, or int64 `[N]`.
 
     A domain without samples does not change. A domain with a single value in a mixed batch has no variance: its output
-    is β, and only the running mean is updated. The `state_dict` of plain batch normalization loads (with
-    `strict=True`) into every domain; `select` returns the plain layer of one domain.
+    is β, and only the running mean is updated. With `on_single="running"`, it is normalized by its running statistics,
+    and nothing is updated. The `state_dict` of plain batch normalization loads (with `strict=True`) into every domain;
+    `select` returns the plain layer of one domain.
 
     Raises:
         TypeError: as `BatchNorm`; the domain is neither an int nor an int64 tensor.
@@ -140,13 +142,14 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", num_domains: int, affine_per_domain: bool = False,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        num_domains: int, affine_per_domain: bool = False,
     ) -> None:  # fmt: skip
         requirement = f"{self.layer_name} expects num_domains to be an int >= 1"
         check_number_of_rows(requirement, num_domains, "Pass the number of domains.")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
         )  # fmt: skip
         self.num_domains = num_domains
         self.affine_per_domain = affine_per_domain

@@ -19,13 +19,14 @@ class _GhostBatchNorm(PartsLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", ghost_size: int = 32,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        ghost_size: int = 32,
     ) -> None:  # fmt: skip
         hint = "Pass the number of samples that are normalized together."
         _checks.check_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
         )  # fmt: skip
         self.ghost_size = ghost_size
 
@@ -34,10 +35,11 @@ class _GhostBatchNorm(PartsLayer):
         n, size, positions = x.shape[0], self.ghost_size, math.prod(x.shape[2:])
         if n <= size:
             return None, 1
-        if size == positions == 1:
+        if size == positions == 1 and self.on_single == "error":
             raise ValueError(
                 f"{self.layer_name} expects more than one value per channel and ghost batch in training, got "
-                f"ghost_size=1 for x of shape {list(x.shape)}. One value has no variance: use a larger ghost_size."
+                f"ghost_size=1 for x of shape {list(x.shape)}. One value has no variance: use a larger ghost_size, or "
+                "on_single='running'."
             )
         parts = (n + size - 1) // size
         if positions == 1 and n % size == 1:
@@ -87,6 +89,7 @@ class GhostBatchNorm(_GhostBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
         num_features: C. All arguments that are not listed here are those of `BatchNorm`.
         momentum: Weight of the whole batch in the update of the running statistics.
         track_running_stats: Whether there are running statistics; without them, evaluation uses ghost batches, too.
+        on_single: As in `BatchNorm`, for each part (keyword only).
         ghost_size: Samples in a part (keyword only). A batch of at most this size is normalized as by `BatchNorm`.
 
     Shape:
@@ -94,7 +97,8 @@ class GhostBatchNorm(_GhostBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
 
     Raises:
         TypeError: as `BatchNorm`; ghost_size is not an int.
-        ValueError: as `BatchNorm`; ghost_size < 1; in training, every part has one value per channel.
+        ValueError: as `BatchNorm`; ghost_size < 1; in training, every part has one value per channel and
+            on_single is "error".
 
     Numerics: as `batchnorm.functional.batch_norm`.
 

@@ -22,6 +22,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
 
     # Class attributes, so that layers have them even if they were pickled by an older version or converted.
     on_nonfinite: str = "propagate"
+    on_single: str = "error"
     update_running_stats: bool = True
     activation: str = "none"
     negative_slope: float = 0.01
@@ -30,20 +31,29 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
     ) -> None:  # fmt: skip
         hint = "Pass the number of channels C of its input."
         _checks.check_integer(self.layer_name, "num_features", num_features, 0, hint)
-        self._check_options(eps, momentum, on_nonfinite)
+        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # set here, because older torch has no such argument
             self.register_parameter("bias", None)
         self.on_nonfinite = on_nonfinite
+        self.on_single = on_single
 
-    def _check_options(self, eps: float, momentum: float | None, on_nonfinite: str) -> None:
+    def _check_options(
+        self, eps: float, momentum: float | None, track_running_stats: bool, on_nonfinite: str, on_single: str
+    ) -> None:
         _checks.check_eps(self.layer_name, eps)
         _checks.check_momentum(self.layer_name, momentum)
         _checks.check_choice(self.layer_name, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
+        _checks.check_choice(self.layer_name, "on_single", on_single, _checks.ON_SINGLE)
+        if on_single == "running" and not track_running_stats:
+            raise ValueError(
+                f"{self.layer_name} expects track_running_stats=True with on_single='running', got False. The running "
+                "statistics normalize a batch with one value per channel: keep them, or use on_single='error'."
+            )
 
     def reset_parameters(self) -> None:
         """Set γ to 1, β to 0, and the running statistics to their initial values."""
@@ -73,14 +83,14 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         activation: tuple[str, float] | None = None,
     ) -> Tensor:
         """Normalize, add the residual, and apply the activation: the given name and parameter, or the layer's own."""
-        updates = self._updates_running
         # Module.__getattr__ takes half a microsecond. The dictionaries hold all tensors except parametrized ones.
         held = {**self._parameters, **self._buffers}
         weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401  (avoids a needless lookup)
         bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
         running_mean, running_var = held["running_mean"], held["running_var"]
         training = not self._frozen and (self.training or (running_mean is None and running_var is None))
-        if training and not updates:
+        updates = self._updates_running
+        if training and not updates and self.on_single == "error":
             running_mean = running_var = None
         own = self.activation, self.negative_slope, self.alpha
         name, negative_slope, alpha = own if activation is None else (*activation, activation[1])
@@ -88,7 +98,8 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
             x, running_mean, running_var, weight, bias, training, self.momentum, self.eps,
             activation=name, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
             num_batches_tracked=held["num_batches_tracked"] if updates else None,
-            on_nonfinite=self.on_nonfinite, caller=self.layer_name,
+            on_nonfinite=self.on_nonfinite, on_single=self.on_single,
+            update_running_stats=updates, caller=self.layer_name,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -96,6 +107,8 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         parts = [super().extra_repr()]
         if self.on_nonfinite != "propagate":
             parts.append(f"on_nonfinite={self.on_nonfinite!r}")
+        if self.on_single != "error":
+            parts.append(f"on_single={self.on_single!r}")
         if not self.update_running_stats:
             parts.append("update_running_stats=False")
         return ", ".join(parts)
@@ -106,14 +119,16 @@ class LazyNormLayer(NormLayer):
 
     def __init__(
         self, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
-        device: Any = None, dtype: Any = None, *, bias: bool = True, on_nonfinite: str = "propagate",
+        device: Any = None, dtype: Any = None, *,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
     ) -> None:  # fmt: skip
-        self._check_options(eps, momentum, on_nonfinite)
+        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single)
         torch_lazy: Any = super(NormLayer, self)  # its constructor has no num_features
         torch_lazy.__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.on_nonfinite = on_nonfinite
+        self.on_single = on_single
 
     def reset_parameters(self) -> None:
         """Reset the parameters if the number of channels is known."""

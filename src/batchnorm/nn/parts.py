@@ -66,11 +66,16 @@ class PartsLayer(NormLayer):
         )  # fmt: skip
         weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask)
         peers = self._peers()
-        if peers is None:  # otherwise other processes may have more values
-            _checks.check_batch(self.layer_name, x)
+        # With peers, other processes may have more values.
+        if peers is None and _checks.uses_running(self.layer_name, x, self.on_single):
+            return self._normalize(x, mask=mask)
         index, groups = self._index(x)
         statistics = ops.batch_moments(x, index, weights, groups, peers)
-        if peers is not None and weights is None and self._has_at_most_one(x):
+        if self.on_single == "running":
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            statistics = ops.running_where_single(statistics, self.running_mean, self.running_var)
+        elif peers is not None and weights is None and self._has_at_most_one(x):
             _checks.check_joint_count(self.layer_name, float(statistics.count))  # raises on all processes or on none
         weight, bias = self._affine(statistics)
         y = ops.batch_statistics_norm_by_parts(

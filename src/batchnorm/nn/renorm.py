@@ -91,7 +91,8 @@ class _BatchRenorm(PartsLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", rmax: Limit = 3.0, dmax: Limit = 5.0, sync: bool = False,
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        rmax: Limit = 3.0, dmax: Limit = 5.0, sync: bool = False,
         process_group: Any = None,
     ) -> None:  # fmt: skip
         for name, limit, least in (("rmax", rmax, 1.0), ("dmax", dmax, 0.0)):
@@ -102,7 +103,10 @@ class _BatchRenorm(PartsLayer):
                 f"{self.layer_name} expects track_running_stats=True, got False. It corrects the batch's statistics "
                 "toward the running statistics. Use BatchNorm for a layer without them."
             )
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, on_nonfinite=on_nonfinite)
+        super().__init__(
+            num_features, eps, momentum, affine, True, device, dtype,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+        )  # fmt: skip
         self.rmax = rmax
         self.dmax = dmax
         self.sync = sync

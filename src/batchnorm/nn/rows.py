@@ -43,7 +43,7 @@ class RowsLayer(NormLayer):
         kind = getattr(batch, f"BatchNorm{suffix}" if (suffix := self.layer_name[-2:]) in _RANKS else "BatchNorm")
         layer = kind(
             self.num_features, self.eps, self.momentum, self.weight is not None, self.track_running_stats,
-            device="meta", bias=self.bias is not None, on_nonfinite=self.on_nonfinite,
+            device="meta", bias=self.bias is not None, on_nonfinite=self.on_nonfinite, on_single=self.on_single,
         )  # fmt: skip
         for name, blank in (*layer.named_parameters(), *layer.named_buffers()):
             own = getattr(self, name)
@@ -68,12 +68,13 @@ class RowsLayer(NormLayer):
     ) -> Tensor:
         """Return y, with the layer's settings for `batch_norm_by_rows`."""
         updates = self._updates_running
-        held = updates or not self.training
+        held = updates or not self.training or self.on_single == "running"
         return batch_norm_by_rows(
             x, choice, rows, self.running_mean if held else None, self.running_var if held else None,
             self.num_batches_tracked if updates else None, weight, bias, mask, own_statistics=own_statistics,
             training=self.training or self.running_mean is None, momentum=self.momentum, eps=self.eps,
-            on_nonfinite=self.on_nonfinite, caller=self.layer_name, name=choice_name,
+            on_nonfinite=self.on_nonfinite, on_single=self.on_single, update_running_stats=updates,
+            caller=self.layer_name, name=choice_name,
         )  # fmt: skip
 
 
@@ -100,6 +101,8 @@ def batch_norm_by_rows(
     momentum: float | None,
     eps: float,
     on_nonfinite: str,
+    on_single: str,
+    update_running_stats: bool,
     caller: str,
     name: str,
 ) -> Tensor:
@@ -120,6 +123,8 @@ def batch_norm_by_rows(
         momentum: Weight of the new batch.
         eps: Added to the variance.
         on_nonfinite: As in `batch_norm`.
+        on_single: As in `batch_norm`, for each row that has separate statistics.
+        update_running_stats: As in `batch_norm`.
         caller: The layer's name, for error messages.
         name: The layer's name for `choice`, for error messages.
 
@@ -132,7 +137,8 @@ def batch_norm_by_rows(
         return handle_torch_function(
             batch_norm_by_rows, tensors, x, choice, rows, running_mean, running_var, num_batches_tracked, weight, bias,
             mask, own_statistics=own_statistics, training=training, momentum=momentum, eps=eps,
-            on_nonfinite=on_nonfinite, caller=caller, name=name,
+            on_nonfinite=on_nonfinite, on_single=on_single, update_running_stats=update_running_stats, caller=caller,
+            name=name,
         )  # fmt: skip
     _checks.check_input(caller, x)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
@@ -145,25 +151,31 @@ def batch_norm_by_rows(
         weight, bias = (_row(t, choice) if t is not None and t.dim() == 2 else t for t in (weight, bias))
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
-            mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, caller=caller,
+            mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
+            update_running_stats=update_running_stats, caller=caller,
         )  # fmt: skip
 
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _checks.check_channel_vectors(caller, x, **{name: _one_row(vector) for name, vector in vectors.items()})
     weights = None if mask is None else _checks.mask_as_weights(caller, x, mask)
     index = choice.expand(x.shape[0])
-    if not training:
+    if not training or _checks.uses_running(caller, x, on_single):
         assert running_mean is not None
         assert running_var is not None
         return ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
-    _checks.check_batch(caller, x)
-    if running_mean is not None:
+    updates = update_running_stats and running_mean is not None
+    if updates:
         _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     statistics = ops.batch_moments(x, index, weights, rows) if own_statistics else ops.batch_moments(x, None, weights)
+    if on_single == "running":
+        assert running_mean is not None
+        assert running_var is not None
+        statistics = ops.running_where_single(statistics, running_mean, running_var)
     y = ops.batch_statistics_norm_by_parts(
         x, statistics, weight, bias, None, eps, index=index, weights=weights, groups=rows
     )
-    if running_mean is not None:
+    if updates:
+        assert running_mean is not None
         assert running_var is not None
         buffers = (running_mean, running_var, num_batches_tracked)
         _, mean, mean_low, var, count = (t.detach() for t in statistics)

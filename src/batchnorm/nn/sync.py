@@ -38,6 +38,8 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: Whether there is β (keyword only).
         on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
             (keyword only).
+        on_single: As in `BatchNorm`, for the values of all processes together; the same on every process (keyword
+            only).
         name: The layer's name in errors, usually its path in the model; the same on every process (keyword only).
 
     Attributes:
@@ -52,8 +54,9 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     Raises:
         TypeError: num_features is not an int; process_group is not a process group; in forward, x is not a
             floating-point tensor, or its dtype does not match that of the parameters.
-        ValueError: eps, momentum or on_nonfinite out of range; this process is not in process_group; in forward, a
-            wrong rank or number of channels, or one value per channel over all processes in training.
+        ValueError: eps, momentum, on_nonfinite or on_single out of range; this process is not in process_group; in
+            forward, a wrong rank or number of channels, or one value per channel over all processes in training if
+            on_single is "error".
         RuntimeError: in forward or backward, a process died, has another number of channels or is in another layer.
             Every remaining process raises this error within the group's timeout. It names the layer and the ranks.
 
@@ -74,11 +77,12 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", name: str = "",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        name: str = "",
     ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
         )  # fmt: skip
         self.process_group = process_group
         self.name = name

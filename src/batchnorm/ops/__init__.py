@@ -15,6 +15,7 @@ from batchnorm.ops.routes import (
     batch_statistics_norm,
     batch_statistics_norm_by_parts,
     fixed_statistics_norm,
+    running_where_single,
     update_running_,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "module_activation",
     "parameter_of",
     "renorm_correction",
+    "running_where_single",
     "update_running_",
 ]

@@ -87,7 +87,7 @@ def differentiable_gradients(
     kept: Kept,
     needs: tuple[bool, ...],
     attributes: Attributes,
-    statistics: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    statistics: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     index: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients as differentiable functions of dy and of the kept tensors.

@@ -129,10 +129,15 @@ class PartsFunction(torch.autograd.Function):
             dy = torch.zeros_like(kept.x)  # the others wait for this process's sums
         if torch.is_grad_enabled():
             by_row = kept.mean.dim() == 2  # else index selects rows of weight and bias only
+            mean, mean_low, var = kept.mean, kept.mean_low, kept.var
+            assert mean_low is not None
 
-            def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            def statistics(x: Tensor) -> tuple[Tensor, ...]:
                 rows, number = (index, groups) if by_row else (None, 1)
-                return statistics_by_parts(x, rows, weights, number, peers, eager.moments)[1:4]
+                found = statistics_by_parts(x, rows, weights, number, peers, eager.moments)[1:4]
+                counted = count.unsqueeze(-1) > 0  # others are constants
+                held = (mean, mean_low, var)
+                return tuple(torch.where(counted, *pair) for pair in zip(found, held, strict=True))
 
             gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, statistics, index)
         else:
@@ -160,6 +165,7 @@ def _gradients_by_parts(
             sums = sums.sum(1)
         if peers is not None:
             sums = distributed.sum_over(sums, peers)
-        means = (sums / eager.positive(count).unsqueeze(-1)).to(sum_dz.dtype).unbind()
+        count = count.unsqueeze(-1)
+        means = torch.where(count > 0, sums / eager.positive(count), 0.0).to(sum_dz.dtype).unbind()
         dx, dz = _backward_apply(dy, *kept, *means, index, weights, *attributes, need_dz)
     return needed_gradients(needs, kept, attributes, dy, dx, sum_dz_xhat, sum_dz, dz)

@@ -129,6 +129,26 @@ def batch_moments(
         return statistics_by_parts(x, index, weights, groups, peers, _ops.moments.default)
 
 
+def running_where_single(statistics: BatchStatistics, running_mean: Tensor, running_var: Tensor) -> BatchStatistics:
+    """Replace the statistics of each group with at most one value by running statistics, `[C]` or `[K, C]`.
+
+    The group's counts become 0, so that it has no gradient through its statistics and updates no running statistics.
+    """
+    count, mean, mean_low, var, effective_count = statistics
+    held_mean, held_var = running_mean.detach(), running_var.detach()
+    if torch.compiler.is_compiling():  # as in `fixed_statistics_norm`
+        held_mean, held_var = _ops.copy_running(held_mean, held_var)
+    single = effective_count <= 1
+    rows = single.unsqueeze(-1)
+    return BatchStatistics(
+        torch.where(single, 0.0, count),
+        torch.where(rows, held_mean.to(mean.dtype), mean),
+        torch.where(rows, 0.0, mean_low),
+        torch.where(rows, held_var.to(var.dtype), var),
+        torch.where(single, 0.0, effective_count),
+    )
+
+
 def batch_statistics_norm_by_parts(
     x: Tensor,
     statistics: BatchStatistics,
@@ -146,7 +166,8 @@ def batch_statistics_norm_by_parts(
     """Return y from the statistics that `batch_moments` returned for the same index, weights, groups and peers.
 
     weight and bias are `[C]`, or `[groups, C]` with `index`. If the statistics were computed without an index, an index
-    here selects only rows of weight and bias. The gradient of x includes the path through its statistics.
+    here selects only rows of weight and bias. The gradient of x includes the path through its statistics,
+    except for those with count 0.
     """
     attributes = named(Attributes, (eps, activation, negative_slope))
     _, mean, mean_low, var, _ = statistics

@@ -117,6 +117,25 @@ def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float,
     return BatchWhitening(deviations, origin, low, matrices, count)
 
 
+def running_where_single(
+    found: BatchWhitening, rows: Tensor, mean: Tensor, matrices: Sequence[Tensor]
+) -> BatchWhitening:
+    """Replace the whitening of weighted `rows [C, m]` by the running one if at most one value counts.
+
+    The count becomes 0, which updates nothing.
+    """
+    assert found.effective_count is not None
+    single = found.effective_count <= 1
+    held = mean.unsqueeze(1)
+    return BatchWhitening(
+        torch.where(single, rows - held, found.deviations),
+        torch.where(single, held, found.origin),
+        torch.where(single, 0.0, found.low),
+        [torch.where(single, running, own) for running, own in zip(matrices, found.matrices, strict=True)],
+        torch.where(single, 0.0, found.effective_count),
+    )
+
+
 def apply_whitening(
     deviations: Tensor,
     low: Tensor | None,

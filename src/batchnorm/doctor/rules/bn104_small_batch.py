@@ -22,7 +22,8 @@ class SmallBatch(Rule):
         number of samples in a batch. It is measured from whole samples, so similar pixels do not count as independent.
         It falls as 1/√N; the finding says how many samples bring the noisiest layer down to 0.1σ.
 
-        Batches with a single value per channel are counted.
+        Batches with a single value per channel are counted, except at layers that normalize some of them by the running
+        statistics (`on_single="running"`).
     """
     severity = """
         The cost of the batches' statistics against the population's, on the same batches, decides. One value per
@@ -40,15 +41,24 @@ class SmallBatch(Rule):
     needs = ("data",)
 
     def check(self, m: Measurements) -> Findings:
-        single = [layer for layer in m.measured if layer.single_value_batches and layer.by_batch]
+        number = len(m.batch_sizes)
+        single = [
+            layer
+            for layer in m.measured
+            if layer.single_value_batches
+            and layer.by_batch
+            and (layer.single_value_batches == number or getattr(layer.module, "on_single", "error") == "error")
+        ]
         if single:
-            most, number = max(layer.single_value_batches for layer in single), len(m.batch_sizes)
+            most = max(layer.single_value_batches for layer in single)
             yield self.finding(
                 Severity.ERROR if most == number else Severity.WARNING,
                 [layer.path for layer in single],
                 f"one value per channel in {most} of {counted(number, 'batch')} at "
-                f"{listed(layer.path for layer in single)}: training raises an error there, or returns β",
-                repair="loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)",
+                f"{listed(layer.path for layer in single)}: training raises an error there, or cannot normalize by "
+                "the batch",
+                repair="loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)\n"
+                '# or: model, report = batchnorm.convert(model, batchnorm.nn, on_single="running")',
                 batches=most,
             )
             if most == number:

@@ -21,7 +21,7 @@ from batchnorm.nn.layer import NormLayer
 
 # Parameters and buffers with the same meaning in every batch normalization that has them.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-SETTINGS = ("momentum", "eps", "track_running_stats", "update_running_stats", "on_nonfinite")
+SETTINGS = ("momentum", "eps", "track_running_stats", "update_running_stats", "on_nonfinite", "on_single")
 
 _ORIGIN = "_converted_from"
 _MISSING: Any = object()
