@@ -30,10 +30,22 @@ if TYPE_CHECKING:
     help="Shape of an input, such as 1,3,224,224; once for each argument. Required for a callable. A .pt2 file holds "
     "its own example. An ONNX file gives its sizes; common ones are tried where they are open.",
 )
+@click.option(
+    "--trust",
+    is_flag=True,
+    help="Load a .pt2 file that holds more than tensors and operators on them. Such a file can run any code.",
+)
 @output_options("FILE", "the folded network (.pt2: exported program; .onnx; otherwise the module by torch.save)")
 @click.pass_context
 def fold(
-    ctx: click.Context, /, model: str, weights: Path | None, sizes: tuple[str, ...], output: Path, overwrite: bool
+    ctx: click.Context,
+    /,
+    model: str,
+    weights: Path | None,
+    sizes: tuple[str, ...],
+    trust: bool,
+    output: Path,
+    overwrite: bool,
 ) -> None:
     r"""Write a network without batch normalization for inference, and print where each layer went.
 
@@ -46,18 +58,26 @@ def fold(
     mistake = mistakes_of(ctx)
     check_output(output, overwrite, mistake)
     shapes = [shape_of(text, mistake) for text in sizes]
+    if trust and not model.endswith(".pt2"):
+        raise mistake("--trust applies to a .pt2 file only, got another model. Leave it out.")
     if model.endswith(".onnx"):
         if weights is not None:
             raise mistake("--weights requires a callable; an ONNX file holds its weights. Leave it out.")
         report = _fold_onnx(Path(model), shapes, output, overwrite, mistake)
     else:
-        report = _fold_torch(model, weights, shapes, output, overwrite, mistake)
+        report = _fold_torch(model, weights, shapes, trust, output, overwrite, mistake)
     print(report)
     print(f"\nWritten: {output}")
 
 
 def _fold_torch(
-    model: str, weights: Path | None, shapes: list[tuple[int, ...]], output: Path, overwrite: bool, mistake: Mistake
+    model: str,
+    weights: Path | None,
+    shapes: list[tuple[int, ...]],
+    trust: bool,
+    output: Path,
+    overwrite: bool,
+    mistake: Mistake,
 ) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold import fold as fold_network
@@ -68,7 +88,7 @@ def _fold_torch(
     if model.endswith(".pt2"):
         if weights is not None:
             raise mistake("--weights requires a callable; a .pt2 file holds its weights. Leave it out.")
-        network, example = _program(Path(model), mistake)
+        network, example = _program(Path(model), trust, mistake)
     else:
         network = loading.network(model, weights, mistake, "the model, if no .pt2 or .onnx file,")
     inputs = loading.random_inputs(shapes, network) or example
@@ -96,22 +116,29 @@ def _fold_onnx(
         raise mistake(f"{output} could not be written", error) from error
 
 
-def _program(path: Path, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _program(path: Path, trust: bool, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Return the module of an exported program, and the example that it was exported with."""
     import torch
 
+    from batchnorm.cli import program
     from batchnorm.models.model_graph import from_program
 
     if not path.is_file():
         raise mistake(f"{path} must be a file of torch.export.save, but there is none. Check the path.")
     try:
-        program = torch.export.load(path)
+        exported = program.load(path, trust=trust)
+        network = from_program(exported)
+    except program.UntrustedError as error:
+        raise mistake(
+            f"{path} must hold only tensors and operators on them, but it holds {error}, which can run code. If you "
+            "trust the file, add --trust."
+        ) from error
     except Exception as error:
         raise mistake(f"{path} must be a file of torch.export.save, but loading it failed", error) from error
-    args, kwargs = program.example_inputs or ((), {})
+    args, kwargs = exported.example_inputs or ((), {})
     if kwargs or not all(isinstance(x, torch.Tensor) for x in args):
         raise mistake(f"{path} must take positional tensors only. Export it that way, or fold it in Python.")
-    return from_program(program), tuple(args)
+    return network, tuple(args)
 
 
 def _saved(folded: nn.Module, inputs: tuple[Tensor, ...], *, program: bool) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -69,7 +70,10 @@ def network(written: str, weights: Path | None, mistake: Mistake, what: str = "t
         raise mistake(f"{written} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
     if weights is not None:
         try:
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            with warnings.catch_warnings():  # torch warns about files that it then refuses
+                warnings.simplefilter("ignore")
+                held = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict(held)
         except Exception as error:
             raise mistake(
                 f"{weights} must be the state_dict of the network, saved with torch.save, but", error
