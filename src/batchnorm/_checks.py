@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection
 
 import torch
@@ -46,12 +47,26 @@ def check_module(caller: str, model: object) -> None:
         raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
 
 
-def check_integer(caller: str, name: str, value: object, least: int, hint: str) -> None:
-    """Check that an argument is an int and not below `least`."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def as_integer(value: object) -> int | None:
+    """Return an integer of any type, such as NumPy's, as an int; None for booleans and everything else."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def checked_integer(caller: str, name: str, value: object, least: int, hint: str) -> int:
+    """Return an argument as an int; it must be an integer and not below `least`."""
+    number = as_integer(value)
+    if number is None:
         raise TypeError(f"{caller} expects {name} to be an int, got {value!r} ({type(value).__name__}). {hint}")
-    if value < least:
-        raise ValueError(f"{caller} expects {name} >= {least}, got {value}. {hint}")
+    if number < least:
+        raise ValueError(f"{caller} expects {name} >= {least}, got {number}. {hint}")
+    return number
 
 
 def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:

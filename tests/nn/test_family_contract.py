@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -310,3 +311,76 @@ def test_padding_does_not_count(name: str) -> None:
     y, z = layer(x, *extra, mask=mask), other(noise, *extra, mask=mask)
     assert_close(y.movedim(1, -1)[mask], z.movedim(1, -1)[mask], rtol=0, atol=0)
     assert_close(dict(layer.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
+@MEMBERS
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
+def test_a_checkpoint_without_a_counter_loads(name: str, assign: bool, device: str) -> None:
+    source = layer_of(name)
+    state = {key: value for key, value in source.state_dict().items() if key != "num_batches_tracked"}
+    layer = FAMILY[name].make(4, dtype=torch.float64, device=device)
+    result = layer.load_state_dict(dict(state), strict=True, assign=assign)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert layer.num_batches_tracked.shape == source.num_batches_tracked.shape
+    assert layer.num_batches_tracked.is_meta == (device == "meta" and not assign)
+    if assign or device == "cpu":
+        assert not layer.num_batches_tracked.any()
+        assert_close(dict(layer.state_dict()), dict(source.state_dict()))
+        x = data()
+        assert layer(x, *FAMILY[name].extra(len(x))).shape == x.shape
+
+
+@MEMBERS
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_checkpoint_of_this_version_without_a_counter_is_incomplete(name: str, plain: bool) -> None:
+    source = nn.BatchNorm2d(4) if plain and FAMILY[name].as_batch_norm else FAMILY[name].make(4)
+    state = source.state_dict()  # with the version of its format
+    del state["num_batches_tracked"]
+    layer = FAMILY[name].make(4, device="meta")
+    if isinstance(layer, FrozenBatchNorm2d):  # which never counts
+        assert not layer.load_state_dict(state, assign=True).missing_keys
+        return
+    with pytest.raises(RuntimeError, match='Missing key.s. in state_dict: "num_batches_tracked"'):
+        layer.load_state_dict(state, assign=True)
+
+
+INTEGERS = {
+    "numpy": np.int64, "unsigned": np.uint8, "array": lambda n: np.array([n]).sum(), "tensor": torch.tensor,
+}  # fmt: skip
+
+
+@MEMBERS
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_of_any_type_are_sizes(name: str, kind: str) -> None:
+    integer, make = INTEGERS[kind], FAMILY[name].make
+    if isinstance(make, partial):
+        whole = {key: integer(n) for key, n in make.keywords.items() if type(n) is int}
+        make = partial(make, **whole)
+    layer = make(integer(4))
+    sizes = {key: value for key, value in vars(FAMILY[name].make(4)).items() if isinstance(value, int)}
+    assert {key: (type(value), value) for key, value in vars(layer).items() if key in sizes} == {
+        key: (type(value), value) for key, value in sizes.items()
+    }
+    x = data(torch.float32)
+    assert layer(x, *FAMILY[name].extra(len(x))).shape == x.shape
+
+
+@MEMBERS
+@pytest.mark.parametrize("size", [True, np.True_, torch.tensor(True), 4.0, np.float64(4), "4", None])
+def test_other_sizes_are_refused(name: str, size: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} expects num_features to be an int, got "):
+        FAMILY[name].make(size)
+
+
+def test_domains_and_labels_of_any_integer_type() -> None:
+    x = data(torch.float32)
+    for layer in (DomainBatchNorm2d(4, num_domains=2), ConditionalBatchNorm2d(4, num_classes=2)):
+        assert_close(layer.eval()(x, np.int64(1)), layer(x, 1))
+        assert layer.select(np.int64(1)).num_features == 4
+        with pytest.raises(TypeError, match="to be an int or an int64 tensor"):
+            layer(x, np.True_)
+    with nn.use_domain(np.int64(1)):
+        assert DomainBatchNorm2d(4, num_domains=2)(x).shape == x.shape

@@ -38,7 +38,7 @@ def momentum_per_microbatch(momentum: float | None, k: int) -> float | None:
         0.9
     """
     _checks.check_momentum("momentum_per_microbatch", momentum)
-    _checks.check_integer("momentum_per_microbatch", "k", k, 1, _HINT)
+    k = _checks.checked_integer("momentum_per_microbatch", "k", k, 1, _HINT)
     if momentum is None or momentum == 1.0:
         return momentum
     return -math.expm1(math.log1p(-momentum) / k)
@@ -70,7 +70,7 @@ class microbatch_momentum(LayerSetting):
     """
 
     def __init__(self, model: torch.nn.Module, k: int) -> None:
-        _checks.check_integer("microbatch_momentum", "k", k, 1, _HINT)
+        k = _checks.checked_integer("microbatch_momentum", "k", k, 1, _HINT)
         layers = [(path, module) for path, module in model.named_modules() if is_batch_norm(module)]
         if not layers:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, check_number_of_rows, check_row
+from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, checked_number_of_rows, checked_row
 
 
 class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
@@ -63,7 +63,8 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     ) -> None:  # fmt: skip
         if num_classes is not None:
             hint = "Pass the number of classes, or None to pass weight and bias in each call."
-            check_number_of_rows(f"{self.layer_name} expects num_classes to be an int >= 1 or None", num_classes, hint)
+            requirement = f"{self.layer_name} expects num_classes to be an int >= 1 or None"
+            num_classes = checked_number_of_rows(requirement, num_classes, hint)
         if num_classes is not None and not affine:
             raise ValueError(
                 f"{self.layer_name} expects affine=True with num_classes, got affine=False and num_classes="
@@ -139,8 +140,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
                 f"{self.layer_name} expects num_classes to select a class, got None. "
                 "Each call passes weight and bias: create the layer with num_classes= to have classes to select."
             )
-        check_row(self.layer_name, "label", label, self.num_classes)
-        return self._plain(label)
+        return self._plain(checked_row(self.layer_name, "label", label, self.num_classes))
 
     def extra_repr(self) -> str:
         """Describe the batch normalization and the classes."""

@@ -93,7 +93,7 @@ def decorrelated_batch_norm(
     _checks.check_eps(caller, eps)
     _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
     _checks.check_choice(caller, "on_single", on_single, _checks.ON_SINGLE)
-    _check_options(caller, group_size, iterations)
+    group_size, iterations = _checked_options(caller, group_size, iterations)
     _checks.check_running(
         caller,
         running_mean,
@@ -168,10 +168,11 @@ def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(y)
 
 
-def _check_options(caller: str, group_size: int, iterations: int) -> None:
+def _checked_options(caller: str, group_size: int, iterations: int) -> tuple[int, int]:
     hint = "It is the number of channels that are whitened together; 64 is common."
-    _checks.check_integer(caller, "group_size", group_size, 1, hint)
-    _checks.check_integer(caller, "iterations", iterations, 1, "It is the number of Newton steps; 5 is common.")
+    group_size = _checks.checked_integer(caller, "group_size", group_size, 1, hint)
+    hint = "It is the number of Newton steps; 5 is common."
+    return group_size, _checks.checked_integer(caller, "iterations", iterations, 1, hint)
 
 
 def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, group_size: int) -> None:
@@ -196,7 +197,7 @@ class _Decorrelated(NormLayer):
         bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
         group_size: int = 64, iterations: int = 5,
     ) -> None:  # fmt: skip
-        _check_options(self.layer_name, group_size, iterations)
+        group_size, iterations = _checked_options(self.layer_name, group_size, iterations)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
@@ -204,7 +205,7 @@ class _Decorrelated(NormLayer):
         self.group_size, self.iterations = group_size, iterations
         # Absent, not None, so that a tool that folds or replaces the layer fails instead of losing W.
         del self.running_var
-        shape = (num_features, min(group_size, num_features))
+        shape = (self.num_features, min(group_size, self.num_features))
         matrices = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
         self.register_buffer("running_whitening", matrices)
         self.reset_running_stats()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, check_number_of_rows, check_row
+from batchnorm import _checks
+from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, checked_number_of_rows, checked_row
 
 
 class _Current(threading.local):
@@ -49,13 +50,14 @@ def use_domain(domain: int | Tensor) -> Iterator[None]:
         >>> model[1].num_batches_tracked
         tensor([0, 1])
     """
-    if not isinstance(domain, int | Tensor) or isinstance(domain, bool):
+    chosen = domain if isinstance(domain, Tensor) else _checks.as_integer(domain)
+    if chosen is None:
         raise TypeError(
             f"use_domain expects an int or an int64 tensor [N], got {domain!r} ({type(domain).__name__}). "
             "Pass the number of the domain, counted from 0."
         )
     former = _current.domain, _current.backward
-    _current.domain, _current.backward = domain, _backward_pass()
+    _current.domain, _current.backward = chosen, _backward_pass()
     try:
         yield
     finally:
@@ -146,7 +148,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         num_domains: int, affine_per_domain: bool = False,
     ) -> None:  # fmt: skip
         requirement = f"{self.layer_name} expects num_domains to be an int >= 1"
-        check_number_of_rows(requirement, num_domains, "Pass the number of domains.")
+        num_domains = checked_number_of_rows(requirement, num_domains, "Pass the number of domains.")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
@@ -199,8 +201,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         Raises:
             ValueError: domain is not in `[0, num_domains)`.
         """
-        check_row(self.layer_name, "domain", domain, self.num_domains)
-        return self._plain(domain)
+        return self._plain(checked_row(self.layer_name, "domain", domain, self.num_domains))
 
     def extra_repr(self) -> str:
         """Describe the batch normalization and the domains."""

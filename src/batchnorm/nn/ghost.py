@@ -23,7 +23,7 @@ class _GhostBatchNorm(PartsLayer):
         ghost_size: int = 32,
     ) -> None:  # fmt: skip
         hint = "Pass the number of samples that are normalized together."
-        _checks.check_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
+        ghost_size = _checks.checked_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,

@@ -34,7 +34,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
     ) -> None:  # fmt: skip
         hint = "Pass the number of channels C of its input."
-        _checks.check_integer(self.layer_name, "num_features", num_features, 0, hint)
+        num_features = _checks.checked_integer(self.layer_name, "num_features", num_features, 0, hint)
         self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # set here, because older torch has no such argument

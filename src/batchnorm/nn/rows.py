@@ -32,6 +32,10 @@ class RowsLayer(NormLayer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         """Copy `[C]` tensors from a checkpoint of plain batch normalization into every row."""
+        tracked, key = self.num_batches_tracked, prefix + "num_batches_tracked"
+        if (local_metadata.get("version") or 0) < 2 and tracked is not None and tracked.is_meta:
+            # The checkpoint may have no counter. torch then adds one of shape [].
+            state_dict.setdefault(key, torch.zeros(tracked.shape, dtype=tracked.dtype, device="cpu"))
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             given = state_dict.get(prefix + name)
             if own is not None and isinstance(given, Tensor) and own.dim() > 0 and given.shape == own.shape[1:]:
@@ -143,8 +147,8 @@ def batch_norm_by_rows(
     _checks.check_input(caller, x)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
-    _check_choice(caller, name, choice, rows, x)
     if not isinstance(choice, Tensor):
+        choice = checked_row(caller, name, choice, rows)
         if own_statistics:
             running_mean, running_var = _row(running_mean, choice), _row(running_var, choice)
             num_batches_tracked = _row(num_batches_tracked, choice)
@@ -155,6 +159,7 @@ def batch_norm_by_rows(
             update_running_stats=update_running_stats, caller=caller,
         )  # fmt: skip
 
+    _check_choice(caller, name, choice, rows, x)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _checks.check_channel_vectors(caller, x, **{name: _one_row(vector) for name, vector in vectors.items()})
     weights = None if mask is None else _checks.mask_as_weights(caller, x, mask)
@@ -200,29 +205,30 @@ def _one_row(t: Tensor | None) -> Tensor | None:
     return t[0] if t.shape[0] else None
 
 
-def check_number_of_rows(requirement: str, rows: object, hint: str) -> None:
-    """Check that a number of rows is an int >= 1."""
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+def checked_number_of_rows(requirement: str, rows: object, hint: str) -> int:
+    """Return a number of rows as an int; it must be at least 1."""
+    number = _checks.as_integer(rows)
+    if number is None or number < 1:
         raise ValueError(f"{requirement}, got {rows!r}. {hint}")
+    return number
 
 
-def check_row(caller: str, name: str, row: object, rows: int) -> None:
-    """Check one row, given as an int."""
-    if not isinstance(row, int) or isinstance(row, bool):
+def checked_row(caller: str, name: str, row: object, rows: int) -> int:
+    """Return a row as an int; it must be in `[0, rows)`."""
+    number = _checks.as_integer(row)
+    if number is None:
         raise TypeError(
             f"{caller} expects {name} to be an int or an int64 tensor [N], got {row!r} ({type(row).__name__}). "
             f"Pass int(...), or a tensor with one {name} for each sample."
         )
-    if not 0 <= row < rows:
+    if not 0 <= number < rows:
         raise ValueError(
-            f"{caller} expects {name} in [0, {rows}), got {row}. Count from 0, or create the layer with more rows."
+            f"{caller} expects {name} in [0, {rows}), got {number}. Count from 0, or create the layer with more rows."
         )
+    return number
 
 
-def _check_choice(caller: str, name: str, choice: object, rows: int, x: Tensor) -> None:
-    if not isinstance(choice, Tensor):
-        check_row(caller, name, choice, rows)
-        return
+def _check_choice(caller: str, name: str, choice: Tensor, rows: int, x: Tensor) -> None:
     if choice.dtype != torch.int64:
         raise TypeError(f"{caller} expects {name} of dtype torch.int64, got {choice.dtype}. Use {name}.long().")
     if choice.dim() > 0 and choice.shape != x.shape[:1]:

@@ -143,8 +143,8 @@ def _notes_on_optimizer(before: dict[nn.Parameter, bool], layers: list[nn.Module
     if stopped:
         notes.append(
             f"Parameters that no longer train: {stopped}. They have no gradient, so torch's optimizers skip them, "
-            "except LBFGS. An optimizer that holds them resumes with their momentum after unfreeze: create a new one to "
-            "avoid this."
+            "except LBFGS. An optimizer that holds them resumes with their momentum after unfreeze: create a new one "
+            "to avoid this."
         )
     if gone or new:
         notes.append(

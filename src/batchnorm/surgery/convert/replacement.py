@@ -241,10 +241,11 @@ def _arguments(
             f"{kind.__name__} expects options among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
             "Options of convert are those of the class that it converts to."
         )
+    channels = int(old.num_features)  # type: ignore[arg-type]  # torch also takes NumPy's integers
     tensors = [t for name in ("running_mean", "weight", "bias") if (t := getattr(old, name, None)) is not None]
     given: dict[str, Any] = {
-        "num_features": old.num_features,
-        "num_channels": old.num_features,
+        "num_features": channels,
+        "num_channels": channels,
         "eps": old.eps,
         "momentum": old.momentum,
         "affine": bool(old.affine),
