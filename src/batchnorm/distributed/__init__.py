@@ -1,5 +1,7 @@
 """Exchange data between the processes of a group: moments in forward, sums of gradients in backward.
 
+`owners` knows the wrappers that shard parameters, or reduce their gradients.
+
 Each exchange is one collective. The messages of a collective must have equal sizes: otherwise, gloo calls `abort()`,
 and NCCL waits forever. Therefore, before a kind of layer communicates for the first time, the processes check through
 the group's store, which needs no collective, that all are in a layer of that kind. After that, each message identifies

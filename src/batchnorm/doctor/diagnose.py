@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.finding import Finding, NotChecked
 from batchnorm.doctor.inspection import check_model, guessed_inputs
 from batchnorm.doctor.measure.layers import Layer
@@ -64,8 +65,8 @@ def diagnose(
     Raises:
         TypeError: model is not a module, data is not an iterable of batches, or a batch does not fit the model's
             `forward`.
-        ValueError: the model has no batch normalization, or layers that have not seen their first batch; an argument is
-            out of range; data are empty.
+        ValueError: the model has no batch normalization, or layers that have not seen their first batch; its parameters
+            are sharded (FSDP, tensor parallel); an argument is out of range; data are empty.
         ImportError: progress without rich.
 
     Examples:
@@ -148,6 +149,7 @@ def _reason(layer: Layer) -> str:
 
 def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int) -> None:
     check_model("diagnose", model)
+    check_not_sharded("diagnose", model)
     if data is not None:
         check_data("diagnose", data)
     if max_samples is not None and max_samples < 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
+from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.measuring import add_trace, measure_model
 from batchnorm.models.batches import device_of, eager
@@ -26,8 +27,8 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
 
     Raises:
         TypeError: model is not a module.
-        ValueError: the model has no batch normalization, or layers that have not seen their first batch, or it fails
-            when called with example_inputs.
+        ValueError: the model has no batch normalization, or layers that have not seen their first batch; its parameters
+            are sharded; it fails when called with example_inputs.
 
     Examples:
         >>> (layer,) = inspect_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -35,6 +36,7 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
         ('1', '0 (conv2d)', 'relu', True)
     """
     check_model("inspect_layers", model)
+    check_not_sharded("inspect_layers", model)
     with restored(model, buffers=True), eager():
         measurements = measure_model(model)
         set_mode(model, training=False)

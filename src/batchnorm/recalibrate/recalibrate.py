@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
+from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of, eager
 from batchnorm.models.observe import (
     Observer,
@@ -106,7 +107,8 @@ def recalibrate(
     Raises:
         TypeError: data is not an iterable of batches, or a batch does not fit the model's `forward`.
         ValueError: an argument is out of range; no layer is selected or reached; a layer gets values that are not
-            finite, or only one per channel; data is empty.
+            finite, or only one per channel; data is empty; the model is sharded (FSDP, tensor parallel), without
+            `inplace=True` and `passes="single"`, or with another number of batches on each rank.
         RuntimeError: another rank failed; every rank's model is unchanged.
 
     Numerics: moments are float64. The statistics equal two-pass float64, rounded once to the buffers' dtype.
@@ -128,6 +130,8 @@ def recalibrate(
     check_data(_CALLER, data)
     if isinstance(only, Iterator):
         only = list(only)  # it is read twice
+    if not inplace or passes == "sequential" or shared == "separate":
+        check_not_sharded(_CALLER, model)
     if not inplace:
         _select(model, only)  # fail before anything is copied
         with torch.inference_mode(False):  # a copy made in inference mode could not be trained

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import _checks, walk
+from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
 from batchnorm.models.batches import Forward, check_data, default_forward, device_of, moved
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.report import Change, Report, Result
@@ -56,7 +57,7 @@ def insert_batchnorm(
         TypeError: model is no module; data are no batches, or do not fit the model's `forward`.
         ValueError: a pattern matches no module, or no module is chosen; the data do not reach one; an output is not
             `[N, C, *S]`, not finite, or has one value per channel; the model fails or computes something else with the
-            layers. The model is then unchanged.
+            layers; it is sharded, or in DistributedDataParallel. The model is then unchanged.
 
     Numerics: moments are float64. γ and β are computed from the stored statistics.
 
@@ -72,6 +73,7 @@ def insert_batchnorm(
     """
     _checks.check_module(_CALLER, model)
     check_data(_CALLER, data)
+    check_not_sharded(_CALLER, model)
     if not inplace:
         model = walk.copied(_CALLER, model)
     chosen = _chosen(model, after)
@@ -87,11 +89,12 @@ def insert_batchnorm(
     inserted: list[tuple[nn.Module, nn.Sequential]] = []
     root = model
     try:
-        for found, layer in zip(chosen, layers, strict=True):
-            both = nn.Sequential(found.module, layer)
-            both.training = layer.training = found.module.training
-            root = walk.replace(root, found.module, both)
-            inserted.append((found.module, both))
+        with reduced_parameters_kept(_CALLER, model):
+            for found, layer in zip(chosen, layers, strict=True):
+                both = nn.Sequential(found.module, layer)
+                both.training = layer.training = found.module.training
+                root = walk.replace(root, found.module, both)
+                inserted.append((found.module, both))
         _compare(root, before, first, forward)
     except BaseException:
         for module, both in reversed(inserted):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm import _checks, walk
+from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models import forward_graph as forward_tracing
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
@@ -52,7 +53,8 @@ def drop_redundant_bias(
     Raises:
         TypeError: model is no module.
         ValueError: an optimizer without inplace=True, or for other parameters; the model does not take the example
-            inputs, or its output on them would change; it is in DistributedDataParallel. The model is then unchanged.
+            inputs, or its output on them would change; it is in DistributedDataParallel or sharded. The model is then
+            unchanged.
 
     Numerics: the running mean is computed in float64 and rounded once.
 
@@ -138,6 +140,7 @@ class _Drop:
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:
     _checks.check_module(_CALLER, model)
+    check_not_sharded(_CALLER, model)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "

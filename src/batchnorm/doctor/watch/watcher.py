@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from batchnorm.distributed.owners import sharded_modules
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.inspection import check_model
 from batchnorm.doctor.measure.layers import layers_of
@@ -137,6 +138,7 @@ class Watch:
         self._optimizer = optimizer
         self._parameters = {id(parameter) for parameter in model.parameters()}
         self._number = {layer.module: number for number, layer in enumerate(self._layers)}
+        self._sharded = sharded_modules(model)
         self._signatures = [inspect.signature(layer.module.forward) for layer in self._layers]
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._recent = [RecentBatches() for _ in self._layers]
@@ -233,7 +235,12 @@ class Watch:
 
     def _states(self) -> list[LayerState]:
         names = ("running_mean", "running_var", "weight", "num_batches_tracked")
-        vectors = [[vector(getattr(layer.module, name, None)) for name in names] for layer in self._layers]
+        # Between steps a process holds only its part of a sharded γ, or freed memory.
+        unreadable = {(module, "weight") for module in self._sharded}
+        vectors = [
+            [None if (m, name) in unreadable else vector(getattr(m, name, None)) for name in names]
+            for m in (layer.module for layer in self._layers)
+        ]
         copies = iter(copied([v for row in vectors for v in row if v is not None]))
         rows = [[None if v is None else next(copies) for v in row] for row in vectors]
         return [LayerState(plain(m), plain(v), plain(w), None if n is None else int(n.max())) for m, v, w, n in rows]

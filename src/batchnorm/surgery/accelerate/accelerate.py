@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm import _checks, walk
+from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference
 from batchnorm.models.recording import record_calls
@@ -83,7 +84,8 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
 
     Raises:
         TypeError: model is no module.
-        ValueError: the model does not take the example inputs, or cannot be copied. The model is then unchanged.
+        ValueError: the model does not take the example inputs, cannot be copied, or is sharded. The model is then
+            unchanged.
 
     Numerics: as `batchnorm.functional.batch_norm`; in float64 a training run has the same losses to rounding.
 
@@ -95,6 +97,7 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
         BatchNorm2d(8) + relu
     """
     _checks.check_module("accelerate", model)
+    check_not_sharded("accelerate", model)
     if not inplace:
         model = walk.copied("accelerate", model)
     layers = walk.norm_layers(model)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import batchnorm.nn
 from batchnorm import walk
+from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
 from batchnorm.models.report import Change, Report, Result, describe
 from batchnorm.models.selection import Choice, select
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
@@ -55,8 +56,9 @@ def convert(
 
     Raises:
         TypeError: `to` is none of these; the class does not have an option, or requires one that is missing.
-        ValueError: a pattern matches no layer; the class rejects the options for every layer; the model is scripted.
-            The model is then unchanged.
+        ValueError: a pattern matches no layer; the class rejects the options for every layer; the model is scripted, or
+            its parameters are sharded (FSDP, tensor parallel); in `DistributedDataParallel`, the change would add or
+            freeze parameters. The model is then unchanged.
 
     `LayerNorm` becomes `GroupNorm(1, C)`: layer normalization over channels and positions, with weight and bias for
     each channel. `GroupNorm` uses the largest number of groups up to 32 that leaves at least 2 channels in each, or 16
@@ -105,10 +107,13 @@ def replace_layers(
             f"{caller} expects a model in Python, got {type(model).__name__}. Convert it before torch.jit.script."
         )
     if not inplace:
+        check_not_sharded(caller, model)
         model = walk.copied(caller, model)
     planned: list[tuple[walk.Found, Replacement, Change]] = []
     excluded: list[tuple[Change, Unconvertible]] = []
-    for found in select(caller, walk.norm_layers(model, kinds), only):
+    chosen = select(caller, walk.norm_layers(model, kinds), only)
+    check_not_sharded(caller, model, [(found.path, found.module) for found in chosen])
+    for found in chosen:
         was = describe(found.module)
         try:
             replacement.check_plain(found.module)
@@ -124,8 +129,9 @@ def replace_layers(
     changes, left = tuple(change for *_, change in planned), tuple(change for change, _ in excluded)
     before = {p: p.requires_grad for found, *_ in planned for p in found.module.parameters()}
     with replacement.undone_on_failure(model, [(found, made) for found, made, _ in planned]):
-        for found, made, _ in planned:
-            model = made.commit(model, found)
+        with reduced_parameters_kept(caller, model):
+            for found, made, _ in planned:
+                model = made.commit(model, found)
         if finish is not None:
             finish(model)
         # The optimizer of a model cannot hold the parameters of its copy.

@@ -36,7 +36,8 @@ def freeze(
         can.
 
     Raises:
-        ValueError: a pattern matches no layer; no layer can be frozen. The model is then unchanged.
+        ValueError: a pattern matches no layer; no layer can be frozen; the model is sharded, or in
+            `DistributedDataParallel` without `find_unused_parameters=True`. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -73,7 +74,8 @@ def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = Fa
         The model, and the report.
 
     Raises:
-        ValueError: a pattern matches no frozen layer. The model is then unchanged.
+        ValueError: a pattern matches no frozen layer; the model is sharded; it is in `DistributedDataParallel`, which
+            does not know the parameters that would train again. The model is then unchanged.
 
     Examples:
         >>> from batchnorm.nn import FrozenBatchNorm2d

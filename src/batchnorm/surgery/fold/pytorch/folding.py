@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import walk
+from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models import lowering
 from batchnorm.models import model_graph as tracing
 from batchnorm.models.errors import Untraceable
@@ -61,7 +62,7 @@ def fold(
 
     Raises:
         TypeError: The model is no module.
-        ValueError: The model cannot be called with the inputs, or cannot be copied.
+        ValueError: The model cannot be called with the inputs, cannot be copied, or is sharded (FSDP, tensor parallel).
         FoldError: The folded network's results are not the original's. After any error the model is unchanged.
 
     Numerics: Weights are computed in float64 and rounded once to each parameter's dtype. Each fold is computed before
@@ -84,6 +85,7 @@ def fold(
         raise TypeError(
             f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass the network."
         )
+    check_not_sharded("fold", model)
     inputs = Inputs.of(example_inputs)
     with walk.restored(model):
         folded, report = _fold_checked(model, inputs, inplace, tolerance)
