@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -269,6 +270,85 @@ def test_the_layer_does_what_transform_does(options: dict[str, bool]) -> None:
     assert_close(exact(x.double()), s.transform(x.double()), rtol=1e-11, atol=1e-11)
     assert type(Standardizer().fit(table()).to_layer()) is FrozenBatchNorm1d
     assert_close(nn.Sequential(layer, nn.Flatten()).train()(x[:1]), s.transform(x[:1]).flatten(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_the_layer_is_right_for_every_unit_or_says_that_it_cannot_be(dtype: torch.dtype, offset: float) -> None:
+    number, right = torch.finfo(dtype), set()
+    # All units whose values and reciprocals the dtype has.
+    small, large = {torch.float16: (-4, 3), torch.float64: (-150, 150)}.get(dtype, (-36, 36))
+    exponents = range(-310, 300, 3 if dtype == torch.float64 else 1)
+    for exponent in exponents:
+        x = torch.from_numpy(table(40, 2, offset=offset) * np.array([10.0**exponent, 1.0]))
+        given = x.to(dtype)
+        with contextlib.suppress(ValueError):  # the data overflow, or the error says what cannot be represented
+            s = Standardizer().fit(x)
+            layer, expected = s.to_layer(dtype=dtype), s.transform(given.double())
+            right.add(exponent)
+            assert_close(layer(given).double(), expected, rtol=16 * number.eps, atol=64 * number.eps)
+    assert {e for e in exponents if small <= e <= large} <= right
+
+
+def test_only_variances_out_of_range_need_a_weight() -> None:
+    x = torch.from_numpy(table(columns=3) * np.array([1e-22, 1.0, 1e20]))
+    layer = Standardizer().fit(x).to_layer(dtype=torch.float32)
+    assert layer.weight.tolist()[1] == 1 and layer.bias is None and not layer.weight.requires_grad
+    assert_close(layer.running_var[1].item(), float(x[:, 1].var(correction=0)), rtol=1e-6, atol=0)
+    with pytest.raises(
+        ValueError, match=r"that torch.float16 can represent, got mean .*e-22 .* of feature 0. Use another"
+    ):
+        Standardizer().fit(x).to_layer(dtype=torch.float16)
+
+
+# Masked arrays and outputs
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("shape", [(30, 4), (9, 4, 3)])
+def test_masked_values_count_as_missing(dtype: Any, shape: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(0)
+    x = np.ma.MaskedArray(generator.integers(0, 99, shape).astype(dtype), generator.random(shape) < 0.3)
+    missing = x.astype(float).filled(np.nan)
+    s = Standardizer(nan_policy="omit").fit(x)
+    assert_same(s, Standardizer(nan_policy="omit").fit(missing))
+    assert_same(s, Standardizer(nan_policy="omit").partial_fit(x[:5]).partial_fit(x[5:]))
+    assert_same(s, Standardizer(nan_policy="omit").fit([x[:5], x[5:]]))
+    for change in (s.transform, s.inverse_transform):
+        y = change(x)
+        assert isinstance(y, np.ma.MaskedArray) and (y.mask == x.mask).all()
+        np.testing.assert_allclose(y.filled(np.nan), change(missing), rtol=1e-5)
+        out = np.ma.MaskedArray(np.empty(shape), mask=True)
+        assert change(x, out=out) is out and (out.mask == x.mask).all()
+        np.testing.assert_allclose(change(x, out=np.empty(shape)), change(missing), rtol=1e-12)
+    assert np.isnan(Standardizer(nan_policy="propagate").fit(x).mean_).all()
+    for use in (Standardizer().fit, Standardizer().partial_fit, Standardizer().fit(x.filled(0)).transform):
+        with pytest.raises(ValueError, match=rf"expects no masked values, got {x.mask.sum()} of them"):
+            use(x)
+    whole = np.ma.MaskedArray(x.filled(0))
+    assert_same(Standardizer().fit(whole), Standardizer().fit(x.filled(0)))
+
+
+def test_a_masked_tensor_is_refused() -> None:
+    with pytest.warns(UserWarning, match="prototype"):
+        x = torch.masked.masked_tensor(torch.ones(3, 2), torch.ones(3, 2) > 0)
+    with pytest.raises(TypeError, match="expects a plain tensor, got a MaskedTensor"):
+        Standardizer().fit(x)
+
+
+@pytest.mark.parametrize("name", ["transform", "inverse_transform"])
+def test_an_output_that_cannot_hold_fractions_is_refused(name: str) -> None:
+    x = table()
+    change = getattr(Standardizer().fit(x), name)
+    for out in (np.zeros(x.shape, int), np.zeros(x.shape, bool), np.zeros(x.shape, complex), np.zeros(x.shape, object),
+                torch.zeros(x.shape, dtype=torch.int32), x.tolist()):  # fmt: skip
+        before = copy.deepcopy(out)
+        with pytest.raises(TypeError, match="expects out to be an array or tensor of a floating-point dtype, got"):
+            change(x, out=out)
+        assert np.array_equal(np.asarray(out), np.asarray(before))
+    for out in (np.zeros(x.shape, np.float32), torch.zeros(x.shape, dtype=torch.float64)):
+        np.testing.assert_allclose(np.asarray(change(x, out=out)), change(x), rtol=1e-5, atol=1e-5)
 
 
 # Larger than memory

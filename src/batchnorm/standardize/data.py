@@ -49,6 +49,11 @@ def as_array(x: Any) -> Array:
             f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would make "
             "it dense: use x.toarray(), or a scaler that does not center."
         )
+    if torch.masked.is_masked_tensor(x):
+        raise TypeError(
+            "Standardizer expects a plain tensor, got a MaskedTensor. Use x.to_tensor(float('nan')) with "
+            "nan_policy='omit'."
+        )
     if isinstance(x, Tensor):
         if x.is_complex():
             raise ValueError(f"Standardizer expects real numbers, got {x.dtype}. Complex data not supported.")
@@ -79,11 +84,19 @@ def parts(x: Array) -> Iterator[slice]:
 
 
 def float64(part: Array) -> Tensor:
-    """Return a copy in float64, on the same device if that has float64."""
+    """Return a copy in float64, on the same device if that has float64, with NaN instead of masked values."""
     if isinstance(part, Tensor):
         device = "cpu" if part.device.type == "mps" else part.device
         return part.detach().to(device, torch.float64)
-    return torch.from_numpy(np.array(part, dtype=np.float64))
+    values = np.array(np.ma.getdata(part), dtype=np.float64)
+    if isinstance(part, np.ma.MaskedArray):
+        values[mask_of(part)] = np.nan
+    return torch.from_numpy(values)
+
+
+def mask_of(x: Array) -> NDArray[Any]:
+    """Return the mask of a masked array, of x's shape; otherwise one value, False."""
+    return np.ma.getmaskarray(x) if isinstance(x, np.ma.MaskedArray) else np.zeros((), bool)
 
 
 def result_dtype(x: Array) -> Any:
@@ -97,7 +110,20 @@ def new_like(x: Array) -> Array:
     """Return an uninitialized array or tensor for x's standardized values."""
     if isinstance(x, Tensor):
         return torch.empty_like(x, dtype=result_dtype(x), requires_grad=False)
-    return np.empty(x.shape, result_dtype(x))
+    empty = np.empty(x.shape, result_dtype(x))
+    return np.ma.MaskedArray(empty) if isinstance(x, np.ma.MaskedArray) else empty
+
+
+def check_out(out: Array, x: Array) -> None:
+    """Check that standardized values can be written into `out`."""
+    floating = out.is_floating_point() if isinstance(out, Tensor) else getattr(out, "dtype", np.dtype("O")).kind == "f"
+    if not isinstance(out, (Tensor, np.ndarray)) or not floating:
+        raise TypeError(
+            "Standardizer expects out to be an array or tensor of a floating-point dtype, got "
+            f"{getattr(out, 'dtype', type(out).__name__)}. Standardized values are fractions: use float32 or float64."
+        )
+    if tuple(out.shape) != tuple(x.shape):
+        raise ValueError(f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Reshape it.")
 
 
 def write(out: Array, part: slice, values: Tensor) -> None:
@@ -105,4 +131,4 @@ def write(out: Array, part: slice, values: Tensor) -> None:
     if isinstance(out, Tensor):
         out[part] = values.to(out.device, out.dtype)
     else:
-        out[part] = values.cpu().numpy()
+        np.ma.getdata(out)[part] = values.cpu().numpy()

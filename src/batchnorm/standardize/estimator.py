@@ -38,7 +38,8 @@ class Standardizer(Estimator):
         with_mean: Whether to subtract the mean.
         with_std: Whether to divide by the standard deviation.
         nan_policy: "raise" rejects NaN and infinity. "omit" excludes NaN from the statistics, keeps it in the result,
-            and rejects infinity. "propagate" accepts both.
+            and rejects infinity. "propagate" accepts both. A masked value of a NumPy masked array counts as NaN, and
+            the result has the same mask.
         channel_axis: The axis of features: 1 for `[N, C, *S]`, -1 for channels last.
 
     Attributes:
@@ -51,7 +52,7 @@ class Standardizer(Estimator):
         feature_names_in_: The column names of the data frame that it was fitted on, if any.
 
     Raises:
-        TypeError: the data are sparse, or batches are dicts.
+        TypeError: the data are sparse, or batches are dicts; `out` holds integers.
         ValueError: data are empty, not numbers, of the wrong shape or not finite; a weight is negative.
         NotFittedError: data are transformed before `fit`.
 
@@ -160,8 +161,8 @@ class Standardizer(Estimator):
         Args:
             X: As in `fit`. For batches, the result is an iterator of standardized batches, which keep the other items
                 of a tuple.
-            out: An array, memory map or tensor of x's shape to write to, for data larger than memory. It may be x
-                itself.
+            out: An array, memory map or tensor of x's shape and a floating-point dtype to write to, for data larger
+                than memory. It may be x itself.
 
         Returns:
             An array (or the type chosen by `set_output`); for tensors a tensor on their device; `out` if given.
@@ -192,11 +193,8 @@ class Standardizer(Estimator):
         x = self._checked(data.as_array(X), self.n_features_in_, least=0)
         if out is None:
             out = data.new_like(x)
-        elif tuple(out.shape) != tuple(x.shape):
-            raise ValueError(
-                f"Standardizer expects out of x's shape {list(x.shape)}, got {list(out.shape)}. Reshape it."
-            )
-        else:  # check all data before writing anything
+        else:  # check everything before writing anything
+            data.check_out(out, x)
             for part in data.parts(x):
                 self._check_finite(data.float64(x[part]))
         source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
@@ -209,6 +207,8 @@ class Standardizer(Estimator):
             values = data.float64(source[part])
             self._check_finite(values)
             data.write(target, part, formula(values, *(v.to(values.device) for v in vectors)))
+        if isinstance(out, np.ma.MaskedArray):
+            out.mask = data.mask_of(x)
         return out
 
     def _apply_to_batches(self, X: Iterable[Any], formula: Any) -> Iterator[Any]:
@@ -276,9 +276,10 @@ class Standardizer(Estimator):
             device: The device of its buffers.
 
         Raises:
-            ValueError: a feature has no finite mean or standard deviation.
+            ValueError: a feature has no finite mean or standard deviation, or the dtype cannot represent them.
 
-        Numerics: if the mean is m standard deviations, its rounding to float32 shifts the result by up to 6e-8·m.
+        Numerics: if the mean is m standard deviations, its rounding to float32 shifts the result by up to 6e-8·m. If a
+            variance is outside the range of the dtype, the layer has a weight, which contains the rest of the scale.
         """
         self._check_fitted()
         if not (np.isfinite(self.mean_).all() and np.isfinite(self.scale_).all()):
@@ -286,15 +287,23 @@ class Standardizer(Estimator):
                 "Standardizer.to_layer expects finite statistics of every feature, got others. Fit it on data with "
                 "values of every feature."
             )
-        var = torch.from_numpy(self.scale_).square()
+        scale = torch.from_numpy(self.scale_)
+        mean = torch.from_numpy(self.mean_) if self.with_mean else torch.zeros_like(scale)
+        dtype = dtype or torch.get_default_dtype()
+        number = torch.finfo(dtype)
+        var = scale.square().clamp(number.smallest_normal, number.max / 4)
+        weight = torch.where(var == scale.square(), 1.0, var.sqrt() / scale)
+        _check_representable(mean, scale, weight, dtype)
         # The layer adds eps > 0 to the variance, so subtract it first. It is far below the rounding.
         eps = var.min().item() * 1e-12
         kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
-        layer = kind(self.n_features_in_, eps=eps, affine=False, device=device, dtype=dtype)
+        affine = bool((weight != 1).any())
+        layer = kind(self.n_features_in_, eps=eps, affine=affine, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
-            if self.with_mean:
-                layer.get_buffer("running_mean").copy_(torch.from_numpy(self.mean_))
+            layer.get_buffer("running_mean").copy_(mean)
             layer.get_buffer("running_var").copy_(var - eps)
+            if affine:
+                layer.get_parameter("weight").copy_(weight)
         return layer.eval()
 
     # Checks
@@ -313,6 +322,11 @@ class Standardizer(Estimator):
             raise ValueError(
                 f"Standardizer expects features, found array with 0 feature(s) (shape={shape}) while a minimum of 1 "
                 "is required."
+            )
+        if self.nan_policy == "raise" and data.mask_of(x).any():
+            raise ValueError(
+                f"Standardizer expects no masked values, got {int(data.mask_of(x).sum())} of them. "
+                "nan_policy='omit' leaves them out of the statistics; x.filled(value) replaces them."
             )
         if shape[0] < least:
             raise ValueError(
@@ -339,6 +353,21 @@ class Standardizer(Estimator):
                 "Standardizer expects finite values, got NaN in its data. nan_policy='omit' leaves NaN out of the "
                 "statistics."
             )
+
+
+def _check_representable(mean: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    """Check that a layer of this dtype can hold these numbers, and compute with the scale."""
+    held, computed = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
+    fits = mean.abs() <= held.max
+    for values, number in ((weight, held), (1 / scale, computed)):
+        fits &= (values >= number.smallest_normal) & (values <= number.max)
+    if not bool(fits.all()):
+        i = int(fits.int().argmin())
+        raise ValueError(
+            f"Standardizer.to_layer expects means and standard deviations that {dtype} can represent, got mean "
+            f"{mean[i]:.3g} and standard deviation {scale[i]:.3g} of feature {i}. Use another dtype, such as "
+            "torch.float64, or another unit for the data."
+        )
 
 
 def _channels_second(x: Array, axis: int) -> Array:
