@@ -35,9 +35,7 @@ class Frame {
     const int64_t* strides = t.strides().data();
     bool same = dtype_code(t) == code_of(dtype);
     for (int64_t d = 0; same && d < dim_; ++d) same = sizes_[d] == 1 || strides[d] == strides_[d];
-    if (same) return t.const_data_ptr();
-    copies_.push_back(copy_with(t, strides_, code_of(dtype)));
-    return copies_.back().const_data_ptr();
+    return data(name, t, same, strides_, code_of(dtype));
   }
   const void* read(const char* name, const MaybeTensor& t) { return t ? read(name, *t) : nullptr; }
 
@@ -62,10 +60,7 @@ class Frame {
     for (int64_t d = 2; fits && d < dim_; ++d) fits = sizes[d - 1] == sizes_[d];
     STD_TORCH_CHECK(fits, "batchnorm expects weights of shape [N, *S], that of x without its channels.");
     STD_TORCH_CHECK(t->is_cpu(), "batchnorm expects weights on the CPU, where x is. Move them with .to().");
-    const int32_t code = code_of(statistics_of(dtype));
-    if (dtype_code(*t) == code && t->is_contiguous()) return t->const_data_ptr();
-    copies_.push_back(copy_with(*t, contiguous_strides(sizes, dim_ - 1), code));
-    return copies_.back().const_data_ptr();
+    return contiguous_data("weights", *t, code_of(statistics_of(dtype)));
   }
 
   // A [C] or, with an index, [K, C] vector.
@@ -76,15 +71,10 @@ class Frame {
     STD_TORCH_CHECK((dim == 1 || (dim == 2 && indexed)) && sizes[dim - 1] == shape.c, "batchnorm expects ", name,
                     " of shape [", shape.c, "], or [K, ", shape.c, "] with an index. Pass one value per channel.");
     STD_TORCH_CHECK(t->is_cpu(), "batchnorm expects ", name, " on the CPU, where x is. Move it with .to().");
-    Vector v{nullptr, floating(name, *t), dim == 2 ? sizes[0] : 1};
-    if (dim == 2) rows_ = std::min(rows_, v.rows);
-    if (t->is_contiguous()) {
-      v.data = t->const_data_ptr();
-    } else {
-      copies_.push_back(copy_with(*t, contiguous_strides(sizes, dim), code_of(v.dtype)));
-      v.data = copies_.back().const_data_ptr();
-    }
-    return v;
+    const DType own = floating(name, *t);
+    const int64_t rows = dim == 2 ? sizes[0] : 1;
+    if (dim == 2) rows_ = std::min(rows_, rows);
+    return {contiguous_data(name, *t, code_of(own)), own, rows};
   }
 
   // index [N], checked against the rows of all vectors read so far and against `groups`.
@@ -92,8 +82,7 @@ class Frame {
     if (!t) return nullptr;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == shape.n && dtype_code(*t) == codes().int64 && t->is_cpu(),
                     "batchnorm expects index of shape [", shape.n, "] and dtype int64 on the CPU.");
-    copies_.push_back(t->is_contiguous() ? *t : copy_with(*t, {1}, codes().int64));
-    const auto* p = static_cast<const int64_t*>(copies_.back().const_data_ptr());
+    const auto* p = static_cast<const int64_t*>(contiguous_data("index", *t, codes().int64));
     const int64_t rows = std::min(rows_, groups);
     for (int64_t n = 0; n < shape.n; ++n) {
       STD_TORCH_CHECK(p[n] >= 0 && p[n] < rows, "batchnorm expects each index in [0, ", rows, "), got ", p[n],
@@ -106,6 +95,17 @@ class Frame {
   Shape shape;
 
  private:
+  // The data of a tensor, or of a copy with these strides and dtype unless it has both.
+  const void* data(const char* name, const Tensor& t, bool same, const std::vector<int64_t>& strides, int32_t code) {
+    check_memory(name, t);
+    if (same) return t.const_data_ptr();
+    copies_.push_back(copy_with(t, strides, code));
+    return copies_.back().const_data_ptr();
+  }
+  const void* contiguous_data(const char* name, const Tensor& t, int32_t code) {
+    const bool same = dtype_code(t) == code && t.is_contiguous();
+    return data(name, t, same, same ? std::vector<int64_t>() : contiguous_strides(t.sizes().data(), t.dim()), code);
+  }
   bool take(const Tensor& t) {
     const int64_t* strides = t.strides().data();
     const bool plain = contiguous(sizes_.data(), strides, dim_);

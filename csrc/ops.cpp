@@ -36,14 +36,24 @@ void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* co
 
 Threads threads() { return {run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
 
+// The arguments that are not tensors. An operator reads them first, so that an error in another argument does not leak
+// the activation's name, which the operator owns.
+struct Attributes {
+  Attributes(double eps_, StringHandle name, double parameter_)
+      : eps(eps_), activation(activation_of(name)), parameter(parameter_) {}
+  double eps;
+  Activation activation;
+  double parameter;
+};
+
 // The map from x to y. If `indexed`, its vectors may have rows, and each sample uses one of them.
 Normalization normalization_of(Frame& frame, bool indexed, const MaybeTensor& mean, const MaybeTensor& mean_low,
-                               const MaybeTensor& var, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
-                               StringHandle activation, double parameter) {
+                               const MaybeTensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+                               const Attributes& attributes) {
   Normalization n;
-  n.activation = activation_of(activation);
-  n.parameter = parameter;
-  n.eps = eps;
+  n.activation = attributes.activation;
+  n.parameter = attributes.parameter;
+  n.eps = attributes.eps;
   n.mean = frame.vector("mean", mean, indexed);
   n.mean_low = frame.vector("mean_low", mean_low, indexed);
   n.var = frame.vector("var", var, indexed);
@@ -57,12 +67,13 @@ Normalization normalization_of(Frame& frame, bool indexed, const MaybeTensor& me
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const MaybeTensor& weight,
                                                          const MaybeTensor& bias, const MaybeTensor& residual,
                                                          double eps, StringHandle activation, double parameter) {
+  const Attributes attributes(eps, activation, parameter);
   TrainForward args{};
   Frame frame(x);
   const DType statistics = statistics_of(frame.dtype);
   Tensor y = frame.result(), mean = empty_vector(frame.shape.c, statistics);
   Tensor mean_low = empty_vector(frame.shape.c, statistics), var = empty_vector(frame.shape.c, statistics);
-  args.normalization = normalization_of(frame, false, {}, {}, {}, weight, bias, eps, activation, parameter);
+  args.normalization = normalization_of(frame, false, {}, {}, {}, weight, bias, attributes);
   args.shape = frame.shape;
   args.x = frame.read("x", x);
   args.residual = frame.read("residual", residual);
@@ -77,11 +88,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const 
 Tensor normalize(const Tensor& x, const Tensor& mean, const MaybeTensor& mean_low, const Tensor& var,
                  const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
                  const MaybeTensor& index, double eps, StringHandle activation, double parameter) {
+  const Attributes attributes(eps, activation, parameter);
   Normalize args{};
   Frame frame(x);
   Tensor y = frame.result();
-  args.normalization = normalization_of(frame, index.has_value(), mean, mean_low, var, weight, bias, eps, activation,
-                                        parameter);
+  args.normalization = normalization_of(frame, index.has_value(), mean, mean_low, var, weight, bias, attributes);
   args.normalization.index = frame.index(index, kAnyGroups);
   args.shape = frame.shape;
   args.x = frame.read("x", x);
@@ -133,10 +144,10 @@ struct BackwardCall {
   Backward args{};
   Tensor sum_dz, sum_dz_xhat, dx, dz;
 
-  BackwardCall(const Kept& kept, bool indexed_, double eps, StringHandle activation, double parameter)
+  BackwardCall(const Kept& kept, bool indexed_, const Attributes& attributes)
       : frame(kept.x), indexed(indexed_) {
     args.normalization = normalization_of(frame, indexed, kept.mean, kept.mean_low, kept.var, kept.weight, kept.bias,
-                                          eps, activation, parameter);
+                                          attributes);
     args.shape = frame.shape;
     args.x = frame.read("x", kept.x);
     args.dy = frame.read("dy", kept.dy);
@@ -174,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(const Tensor& dy, cons
                                                           const Tensor& var, const MaybeTensor& weight,
                                                           const MaybeTensor& bias, double eps, StringHandle activation,
                                                           double parameter, bool need_dz) {
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, false, eps, activation, parameter);
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, false, {eps, activation, parameter});
   call.want_sums(1);
   call.want_dx(need_dz);
   call.args.through_batch = true;
@@ -189,8 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy, 
                                                               const MaybeTensor& bias, const MaybeTensor& index,
                                                               int64_t groups, double eps, StringHandle activation,
                                                               double parameter, bool need_dz) {
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(), eps, activation,
-                    parameter);
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(),
+                    {eps, activation, parameter});
   call.want_sums(groups);
   call.want_dx(need_dz);
   call.run(index, groups);
@@ -202,8 +213,8 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, co
                                            const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
                                            const MaybeTensor& index, int64_t groups, double eps,
                                            StringHandle activation, double parameter) {
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(), eps, activation,
-                    parameter);
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(),
+                    {eps, activation, parameter});
   call.want_sums(groups);
   call.run(index, groups);
   return {call.sum_dz, call.sum_dz_xhat};
@@ -216,7 +227,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
                                           const MaybeTensor& index, const MaybeTensor& weights, double eps,
                                           StringHandle activation, double parameter, bool need_dz) {
   const bool indexed = index.has_value();
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, eps, activation, parameter);
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, {eps, activation, parameter});
   if (mean_dxhat && mean_dxhat_xhat) {
     call.args.mean_dxhat = call.frame.vector("mean_dxhat", mean_dxhat, indexed);
     call.args.mean_dxhat_xhat = call.frame.vector("mean_dxhat_xhat", mean_dxhat_xhat, indexed);
@@ -229,29 +240,46 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
 
 // ---- running statistics --------------------------------------------------------------------------------------------
 
-// Reads a small tensor's values as float64, and writes them back. torch copies them, so any dtype and strides work, and
-// autograd notices the change.
-std::vector<double> values_of(const Tensor& t) {
+// Whether the values of a small tensor can be read and written without torch.
+bool plain_float(const Tensor& t) { return dtype_code(t) == code_of(DType::float32) && t.is_contiguous(); }
+
+// Reads a small tensor's values as float64. torch converts other dtypes and strides.
+std::vector<double> values_of(const char* name, const Tensor& t) {
+  check_memory(name, t);
   std::vector<double> values(static_cast<size_t>(t.numel()));
   if (values.empty()) return values;
-  const int32_t wide = code_of(DType::float64);
-  const auto copy = [&](const Tensor& from) {
-    std::memcpy(values.data(), from.const_data_ptr(), values.size() * sizeof(double));
-  };
-  if (dtype_code(t) == code_of(DType::float32) && t.is_contiguous()) {
+  if (plain_float(t)) {
     const auto* p = static_cast<const float*>(t.const_data_ptr());
     std::copy(p, p + values.size(), values.begin());
-  } else if (dtype_code(t) == wide && t.is_contiguous()) {
-    copy(t);
   } else {
-    copy(copy_with(t, contiguous_strides(t.sizes().data(), t.dim()), wide));
+    const Tensor wide = copy_with(t, contiguous_strides(t.sizes().data(), t.dim()), code_of(DType::float64));
+    std::memcpy(values.data(), wide.const_data_ptr(), values.size() * sizeof(double));
   }
   return values;
 }
 
+std::tuple<Tensor, Tensor> copy_running(const Tensor& running_mean, const Tensor& running_var) {
+  const auto copy = [](const char* name, const Tensor& t) {
+    check_memory(name, t);
+    const int32_t code = code_of(statistics_of(floating(name, t)));
+    return copy_with(t, contiguous_strides(t.sizes().data(), t.dim()), code);
+  };
+  return {copy("running_mean", running_mean), copy("running_var", running_var)};
+}
+
+// Checks that a tensor can be written, and tells autograd of the change: a copy to itself changes only the version.
+void announce_write(const char* name, const Tensor& t) {
+  check_memory(name, t);
+  bool writable = true;
+  for (int64_t d = 0; d < t.dim(); ++d) writable &= t.stride(d) != 0 || t.size(d) < 2;
+  STD_TORCH_CHECK(writable && aoti_torch_copy_(t.get(), t.get(), 0) == 0, "batchnorm::update_running_ expects ", name,
+                  " to be a buffer that can be written, got an expanded tensor, an inference tensor or a leaf that "
+                  "requires a gradient. Make a copy with .detach().clone() outside inference_mode.");
+}
+
+// Writes each value once, because other threads may read at any time.
 void write(const Tensor& t, const std::vector<double>& values) {
-  if (dtype_code(t) == code_of(DType::float32) && t.is_contiguous()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));  // tells autograd of the change
+  if (plain_float(t)) {
     std::copy(values.begin(), values.end(), static_cast<float*>(t.mutable_data_ptr()));
     return;
   }
@@ -265,40 +293,40 @@ void update_running_(const Tensor& running_mean, const Tensor& running_var, cons
                      const Tensor& mean, const Tensor& mean_low, const Tensor& var, int64_t m, const MaybeTensor& count,
                      std::optional<double> momentum, bool skip_nonfinite) {
   if (torch::autograd::get_current_graph_task_id() != -1) return;
-  const std::vector<double> high = values_of(mean), low = values_of(mean_low), biased = values_of(var);
-  std::vector<double> new_mean = values_of(running_mean), new_var = values_of(running_var);
+  STD_TORCH_CHECK(momentum || num_batches_tracked,
+                  "update_running_ expects num_batches_tracked where momentum is None, got None for both.");
+  const std::vector<double> high = values_of("mean", mean), low = values_of("mean_low", mean_low);
+  const std::vector<double> biased = values_of("var", var);
+  std::vector<double> new_mean = values_of("running_mean", running_mean);
+  std::vector<double> new_var = values_of("running_var", running_var);
   const size_t c = new_mean.size();
   for (const size_t size : {high.size(), low.size(), biased.size(), new_var.size()}) {
     STD_TORCH_CHECK(size == c, "batchnorm::update_running_ expects mean, mean_low, var and running_var of ",
                     "running_mean's size ", c, ", got ", size, ".");
   }
   double n = static_cast<double>(m);
-  if (count) {
-    STD_TORCH_CHECK(count->numel() == 1, "batchnorm::update_running_ expects a count of one value, got ",
-                    count->numel(), ".");
-    n = values_of(*count)[0];
+  for (const auto& [name, t] : {std::pair{"num_batches_tracked", &num_batches_tracked}, std::pair{"count", &count}}) {
+    STD_TORCH_CHECK(!*t || (*t)->numel() == 1, "batchnorm::update_running_ expects ", name, " of one value, got ",
+                    (*t)->numel(), ".");
   }
+  if (count) n = values_of("count", *count)[0];
   bool moves = n > 0.0;
   for (size_t i = 0; moves && skip_nonfinite && i < c; ++i) {
     moves = std::isfinite(high[i]) && std::isfinite(low[i]) && std::isfinite(biased[i]);
   }
-  double tracked = 0.0;
-  if (num_batches_tracked) {
-    STD_TORCH_CHECK(num_batches_tracked->numel() == 1, "batchnorm::update_running_ expects one num_batches_tracked.");
-    if (dtype_code(*num_batches_tracked) == codes().int64) {
-      auto* p = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
-      const int64_t after = *p + moves;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(num_batches_tracked->get()));  // tells autograd of the change
-      *p = after;
-      tracked = static_cast<double>(after);
-    } else {
-      tracked = values_of(*num_batches_tracked)[0] + moves;
-      write(*num_batches_tracked, {tracked});
-    }
-  }
-  STD_TORCH_CHECK(momentum || num_batches_tracked,
-                  "update_running_ expects num_batches_tracked where momentum is None, got None for both.");
   if (!moves) return;
+  announce_write("running_mean", running_mean);  // all of them, before the first is written
+  announce_write("running_var", running_var);
+  if (num_batches_tracked) announce_write("num_batches_tracked", *num_batches_tracked);
+
+  double tracked = 0.0;
+  if (num_batches_tracked && dtype_code(*num_batches_tracked) == codes().int64) {
+    auto* p = static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
+    tracked = static_cast<double>(++*p);
+  } else if (num_batches_tracked) {
+    tracked = values_of("num_batches_tracked", *num_batches_tracked)[0] + 1.0;
+    write(*num_batches_tracked, {tracked});
+  }
   const double rate = momentum ? *momentum : 1.0 / std::max(tracked, 1.0), unbiased = n / (n - 1.0);
   for (size_t i = 0; i < c; ++i) {
     new_mean[i] = new_mean[i] * (1.0 - rate) + (high[i] + low[i]) * rate;
@@ -318,6 +346,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
   m.impl("backward_reduce", TORCH_BOX(&backward_reduce));
   m.impl("backward_apply", TORCH_BOX(&backward_apply));
+  m.impl("copy_running", TORCH_BOX(&copy_running));
   if (&torch::autograd::get_current_graph_task_id != nullptr) {
     m.impl("update_running_", TORCH_BOX(&update_running_));
   }

@@ -53,6 +53,23 @@ inline DType floating(const char* name, const Tensor& t) {
                   torch::headeronly::toString(t.scalar_type()), ". Convert it with .to().");
 }
 
+// Checks that a tensor's memory is there. FSDP, for example, frees the storage of parameters between uses, and such a
+// tensor would point to address 0, or near it.
+inline void check_memory(const char* name, const Tensor& t) {
+  int64_t bytes, offset, last = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  const int64_t *sizes = t.sizes().data(), *strides = t.strides().data(), dim = t.dim();
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] == 0) return;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  const int64_t needed = (offset + last + 1) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(needed <= bytes, "batchnorm expects ", name, " with its memory allocated, got a storage of ", bytes,
+                  " bytes for a tensor of ", t.numel(), " values. It was freed or resized: allocate it and fill it ",
+                  "first. With FSDP, call the wrapped module, which gathers its parameters.");
+}
+
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }

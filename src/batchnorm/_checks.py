@@ -98,12 +98,55 @@ def check_choice(caller: str, name: str, value: str, choices: Collection[str]) -
         raise ValueError(f"{caller} expects {name} to be one of {listed}, got {value!r}. Choose one of them.")
 
 
-def check_momentum_known(caller: str, momentum: float | None, num_batches_tracked: Tensor | None) -> None:
+def check_update(
+    caller: str, momentum: float | None, num_batches_tracked: Tensor | None, **running: Tensor | None
+) -> None:
+    """Check that the running statistics can be updated, before one of them is."""
     if momentum is None and num_batches_tracked is None:
         raise ValueError(
             f"{caller} expects num_batches_tracked where momentum is None, got None for both. The cumulative "
             "average divides by the number of batches: pass the counter, or a momentum in [0, 1]."
         )
+    running["num_batches_tracked"] = num_batches_tracked
+    compiling = torch.compiler.is_compiling()  # a compiler cannot trace is_inference(); the operator refuses then
+    for name, t in running.items():
+        if t is not None and (t.requires_grad or not t.is_contiguous() or (not compiling and t.is_inference())):
+            _check_writable(caller, name, t)
+
+
+def _check_writable(caller: str, name: str, t: Tensor) -> None:
+    if torch._C._are_functorch_transforms_active():
+        return
+    if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+        kind = "an expanded tensor, whose values share memory"
+    elif not torch.compiler.is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
+        kind = "a tensor made under torch.inference_mode"
+    elif t.requires_grad and t.is_leaf and torch.is_grad_enabled():
+        kind = "a leaf that requires a gradient"
+    else:
+        return
+    raise RuntimeError(
+        f"{caller} expects {name} to be a buffer that training can write, got {kind}. Replace it by a copy, made "
+        f"outside inference_mode by {name}.detach().clone()."
+    )
+
+
+def check_allocated(caller: str, **tensors: object) -> None:
+    """Check that the memory of tensors was not freed, as FSDP frees that of parameters between uses.
+
+    The compiled operators check this themselves. torch's own operations would read address 0.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or type(t) not in (Tensor, torch.nn.Parameter):
+            continue  # a subclass may have no memory of its own
+        if not t.untyped_storage().nbytes() and t.numel():
+            raise RuntimeError(
+                f"{caller} expects {name} with its memory allocated, got a tensor of shape {list(t.shape)} whose "
+                "storage was freed. Allocate and fill it first; with FSDP, call the wrapped module, which gathers its "
+                "parameters."
+            )
 
 
 def check_input(caller: str, x: Tensor) -> None:
@@ -238,6 +281,7 @@ def check_running(
 def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
     """Return the weights `[N, *S]` of a mask: booleans or weights >= 0, broadcastable to `[N, *S]`."""
     positions = (x.shape[0], *x.shape[2:])
+    check_allocated(caller, mask=mask)
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = type(mask).__name__ if not isinstance(mask, Tensor) else mask.dtype
         raise TypeError(f"{caller} expects a mask of booleans or of weights, got {kind}. Use mask.bool().")

@@ -82,7 +82,9 @@ def batch_norm(
             is not `[C]`; the residual's shape differs from x's; the mask does not broadcast to `[N, *S]` or has a
             weight below 0 (checked on the CPU, but not on other devices or in a compiled graph); eps, activation,
             alpha, on_nonfinite or on_single is invalid; a required statistic is missing.
-        RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments.
+        RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments; in training, a
+            running statistic or the counter cannot be written (it is expanded, an inference tensor or a leaf that
+            requires a gradient), and nothing is updated; the storage of a tensor was freed.
 
     Numerics:
         Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean. The mean is stored
@@ -118,7 +120,7 @@ def batch_norm(
     _checks.check_running(caller, running_mean, running_var, needed=not training, on_single=on_single)
     updates = training and update_running_stats and running_mean is not None
     if updates:
-        _checks.check_momentum_known(caller, momentum, num_batches_tracked)
+        _checks.check_update(caller, momentum, num_batches_tracked, running_mean=running_mean, running_var=running_var)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if not tracing:  # sizes are tensors while tracing, and torch warns if a branch depends on them
         _checks.check_channel_vectors(

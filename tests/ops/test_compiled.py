@@ -13,6 +13,7 @@ import torch
 
 import batchnorm
 from batchnorm.ops import compiled
+from batchnorm.ops.schemas import SIGNATURES
 
 needs_compiled = pytest.mark.skipif(not compiled.cpu_capabilities(), reason="no compiled operators in this build")
 
@@ -127,3 +128,25 @@ def test_the_compiled_operators_check_what_memory_depends_on() -> None:
     ):
         with pytest.raises(RuntimeError, match="batchnorm expects|expects"):
             wrong()
+
+
+@needs_compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
+def test_a_refused_call_leaks_nothing() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def refuse() -> None:
+        for name, signature in SIGNATURES.items():
+            if "activation" in signature.arguments:
+                given = [values.get(argument, wrong) for argument in signature.arguments]
+                with pytest.raises(RuntimeError, match="batchnorm expects"):
+                    getattr(torch.ops.batchnorm, name)(*given)
+
+    wrong = torch.ones(7)  # as x without a channel dimension, and in every other place of another shape than x
+    values = {"eps": 1e-5, "activation": "none" + "x" * 1_000_000, "negative_slope": 0.0, "need_dz": True, "groups": 1}
+    refuse()
+    before = resident()
+    for _ in range(12):
+        refuse()
+    assert resident() - before < 20_000_000  # a leak of the name would be 72 MB

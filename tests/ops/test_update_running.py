@@ -1,6 +1,8 @@
-"""The one operator that changes its arguments."""
+"""The operators that change their arguments."""
 
 from __future__ import annotations
+
+import threading
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 from torch import Tensor
 
 from batchnorm import reference
-from batchnorm.ops import eager
+from batchnorm.ops import compiled, eager
 from tests.tolerance import assert_within, bound
 
 IMPLEMENTATIONS = {"eager": eager.update_running_, "dispatched": lambda *a: torch.ops.batchnorm.update_running_(*a)}
+
+needs_compiled = pytest.mark.skipif(not compiled.cpu_capabilities(), reason="no compiled operators in this build")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS, ids=str)
@@ -139,3 +143,56 @@ def test_no_counter_with_a_momentum_is_fine_and_without_is_an_error(update) -> N
     update(state.mean, state.var, None, *statistics(torch.randn(5, 3)), 5, None, 0.5, False)
     with pytest.raises(RuntimeError, match="update_running_ expects num_batches_tracked"):
         update(state.mean, state.var, None, *statistics(torch.randn(5, 3)), 5, None, None, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["update_running_", "update_whitening_"])
+def test_another_thread_never_reads_values_in_between(name: str, dtype: torch.dtype) -> None:
+    buffers = (torch.ones(2048, dtype=dtype), torch.ones(2048, dtype=dtype), torch.tensor(1))
+    batch = (torch.rand(2048),) * 3 + (8,) if name == "update_running_" else (torch.rand(2048),) * 2
+    update, stop, seen = getattr(torch.ops.batchnorm, name), threading.Event(), []
+
+    def write() -> None:
+        while not stop.is_set():
+            update(*buffers, *batch, None, 0.0, False)  # momentum 0: the values stay
+
+    torch.set_num_threads(1)
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(4000):
+        snapshot = [t.clone() for t in buffers]
+        seen.append(all(bool((t != 0).all()) for t in snapshot))
+    stop.set()
+    writer.join()
+    assert all(seen)
+    assert (buffers[0] == 1).all()
+    assert (buffers[1] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [torch.int64, torch.float32, torch.int32], ids=str)
+def test_autograd_is_told_of_the_change(update, dtype: torch.dtype, count: torch.dtype) -> None:
+    state = State(dtype=dtype)
+    state.batches = state.batches.to(count)
+    before = [t._version for t in state.buffers]
+    update(*state.buffers, *statistics(torch.randn(5, 3)), 5, None, 0.1, False)
+    assert all(t._version > version for t, version in zip(state.buffers, before, strict=True))
+    assert state.batches == 5
+
+
+@needs_compiled
+@pytest.mark.parametrize("unwritable", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["expanded", "inference", "leaf"])
+def test_the_operator_writes_all_or_nothing(kind: str, unwritable: int) -> None:
+    buffers = [torch.zeros(3), torch.ones(3), torch.tensor(4.0)]
+    if kind == "expanded":
+        buffers[unwritable] = buffers[unwritable].flatten()[:1].expand(3)  # of a counter: too many values
+    elif kind == "inference":
+        with torch.inference_mode():
+            buffers[unwritable] = buffers[unwritable].clone()
+    else:
+        buffers[unwritable].requires_grad_()
+    before = [t.detach().clone() for t in buffers]
+    with pytest.raises(RuntimeError, match="to be a buffer that can be written|of one value"):
+        torch.ops.batchnorm.update_running_(*buffers, *statistics(torch.randn(5, 3)), 5, None, 0.1, False)
+    assert all(torch.equal(t, old) for t, old in zip(buffers, before, strict=True))

@@ -104,7 +104,13 @@ def decorrelated_batch_norm(
     )
     updates = training and update_running_stats and running_mean is not None
     if updates:
-        _checks.check_momentum_known(caller, momentum, num_batches_tracked)
+        _checks.check_update(
+            caller, momentum, num_batches_tracked, running_mean=running_mean, running_whitening=running_whitening
+        )
+    _checks.check_allocated(
+        caller, x=x, weight=weight, bias=bias, running_mean=running_mean, running_whitening=running_whitening,
+        num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
         _checks.check_channel_vectors(caller, x, weight=weight, bias=bias, running_mean=running_mean)
         _check_whitening_shape(caller, x, running_whitening, group_size)

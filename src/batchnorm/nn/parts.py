@@ -64,6 +64,11 @@ class PartsLayer(NormLayer):
             self.layer_name, x, weight=self.weight, bias=self.bias,
             running_mean=self.running_mean, running_var=self.running_var,
         )  # fmt: skip
+        if self._updates_running:
+            _checks.check_update(
+                self.layer_name, self.momentum, self.num_batches_tracked,
+                running_mean=self.running_mean, running_var=self.running_var,
+            )  # fmt: skip
         weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask)
         peers = self._peers()
         # With peers, other processes may have more values.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import ops
+from batchnorm import _checks, ops
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
 
@@ -125,6 +125,10 @@ class _BatchRenorm(PartsLayer):
                 f"{self.layer_name} expects running_mean, running_var and num_batches_tracked, got None. It corrects "
                 "the batch's statistics toward the running statistics. Keep them, or use BatchNorm."
             )
+        _checks.check_allocated(
+            self.layer_name, running_mean=running_mean, running_var=running_var, num_batches_tracked=batches,
+            weight=self.weight, bias=self.bias,
+        )  # fmt: skip
         rmax = self.rmax(batches) if callable(self.rmax) else self.rmax
         dmax = self.dmax(batches) if callable(self.dmax) else self.dmax
         r, d = ops.renorm_correction(

@@ -147,6 +147,9 @@ def batch_norm_by_rows(
     _checks.check_input(caller, x)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
+    updates = training and update_running_stats and running_mean is not None
+    if updates:  # before a row is taken, because rows may share memory
+        _checks.check_update(caller, momentum, num_batches_tracked, running_mean=running_mean, running_var=running_var)
     if not isinstance(choice, Tensor):
         choice = checked_row(caller, name, choice, rows)
         if own_statistics:
@@ -168,9 +171,6 @@ def batch_norm_by_rows(
         assert running_mean is not None
         assert running_var is not None
         return ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
-    updates = update_running_stats and running_mean is not None
-    if updates:
-        _checks.check_momentum_known(caller, momentum, num_batches_tracked)
     statistics = ops.batch_moments(x, index, weights, rows) if own_statistics else ops.batch_moments(x, None, weights)
     if on_single == "running":
         assert running_mean is not None
@@ -241,6 +241,7 @@ def _check_choice(caller: str, name: str, choice: Tensor, rows: int, x: Tensor) 
             f"{caller} expects {name} on x's device, got {name} on {choice.device} and x on {x.device}. "
             f"Move it with {name}.to(x.device)."
         )
+    _checks.check_allocated(caller, **{name: choice})
     # Values are checked here only if this does not wait for a device. Otherwise, the operators check them.
     if not _checks.can_be_read(choice) or not choice.numel():
         return

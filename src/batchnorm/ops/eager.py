@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchnorm.ops.activations import ACTIVATIONS
 from batchnorm.ops.reduce import sum_pairwise, sum_positions
-from batchnorm.ops.schemas import Attributes, Kept, Vectors, grouped
+from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -302,32 +302,22 @@ def normalize_backward(
     return dx, sum_dz_xhat, sum_dz, _returned_dz(dz, dy, kept.x, need_dz)
 
 
-def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    m: int,
-    count: Tensor | None,
-    momentum: float | None,
-    skip_nonfinite: bool,
-) -> None:
+@grouped
+def update_running_(running: Running, batch: Batch, momentum: float | None, skip_nonfinite: bool) -> None:
     """Update the running statistics by one batch's. Section "Running statistics".
 
-    `m` is the number of values per channel. `count` replaces it if the number is a tensor (with masks or other
-    processes); it may be fractional. There is no update in a backward pass (where activation checkpointing repeats
-    forward), for a batch without values, or, with `skip_nonfinite`, for a batch whose statistics are not finite. A
-    single value updates the mean only, because its unbiased variance is undefined.
+    There is no update in a backward pass (where activation checkpointing repeats forward), for a batch without values,
+    or, with `skip_nonfinite`, for a batch whose statistics are not finite. A single value updates the mean only,
+    because its unbiased variance is undefined.
     """
     if torch._C._current_graph_task_id() != -1:
         return
+    mean, mean_low, var, m, count = batch
     wide = wide_dtype(mean)
     n = mean.new_full((), m, dtype=wide) if count is None else count.to(wide)
-    batch = (mean.to(wide) + mean_low.to(wide), var.to(wide) * (n / positive(n - 1.0)))
+    new = (mean.to(wide) + mean_low.to(wide), var.to(wide) * (n / positive(n - 1.0)))
     checked = (mean, mean_low, var) if skip_nonfinite else ()
-    update_toward_(batch, (running_mean, running_var), num_batches_tracked, n, checked, momentum)
+    update_toward_(new, running[:2], running.num_batches_tracked, n, checked, momentum)
 
 
 def update_toward_(
@@ -362,5 +352,6 @@ def update_toward_(
 
 def copy_running(running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
     """Return copies of running statistics, which may change before backward, in the statistics' dtype."""
-    mean, var = (t.to(statistics_dtype(t), copy=True) for t in (running_mean, running_var))
+    kept = torch.contiguous_format
+    mean, var = (t.to(statistics_dtype(t), copy=True, memory_format=kept) for t in (running_mean, running_var))
     return mean, var

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm import _checks
 from batchnorm.ops import eager, triton
 from batchnorm.ops.schemas import SCHEMAS, SIGNATURES
 
@@ -29,12 +30,14 @@ def eager_implementation(name: str) -> Callable[..., Any]:
     """Return the eager operator, with the strides of results that the contract requires."""
     function = getattr(eager, name)
     arguments, results = SIGNATURES[name]
-    if not set(results) & set(_LIKE_X):
-        return function
-    x_at = arguments.index("x")
 
     def implementation(*args: Any) -> Any:
-        x, found = args[x_at], function(*args)
+        given = dict(zip(arguments, args, strict=True))
+        _checks.check_allocated(f"batchnorm::{name}", **given)
+        found = function(*args)
+        if not set(results) & set(_LIKE_X):
+            return found
+        x = given["x"]
         if isinstance(found, Tensor):
             return _with_strides_of(x, found)
         named = zip(results, found, strict=True)
@@ -65,7 +68,7 @@ def _fake(name: str) -> Callable[..., Any]:
 
 
 def _fake_copy_running(*running: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, dtype=eager.statistics_dtype(t)) for t in running)
+    return tuple(t.new_empty(t.shape, dtype=eager.statistics_dtype(t)) for t in running)
 
 
 for _name, _schema in SCHEMAS.items():

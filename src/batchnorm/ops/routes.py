@@ -88,13 +88,12 @@ def fixed_statistics_norm(
     mean, var = mean.detach(), var.detach()
     if index is not None and (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
         return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)  # needs only torch
-    if not needs_gradient:
-        dtype = eager.statistics_dtype(x)
-        mean, var = mean.to(dtype), var.to(dtype)
-    elif compiling:  # backward would recompute a plain clone, from changed buffers
-        mean, var = _ops.copy_running(mean, var)
-    else:
+    dtype = eager.statistics_dtype(x)
+    if _transforms_active():
         mean, var = eager.copy_running(mean, var)
+    elif needs_gradient or not mean.dtype == var.dtype == dtype:
+        # A compiler's backward would recompute a plain clone, from changed buffers.
+        mean, var = _ops.copy_running.default(mean, var)
     if needs_gradient and not compiling and not _transforms_active():
         return _apply_normalize(x, weight, bias, residual, mean, var, index, attributes)
     return _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
@@ -136,8 +135,8 @@ def running_where_single(statistics: BatchStatistics, running_mean: Tensor, runn
     """
     count, mean, mean_low, var, effective_count = statistics
     held_mean, held_var = running_mean.detach(), running_var.detach()
-    if torch.compiler.is_compiling():  # as in `fixed_statistics_norm`
-        held_mean, held_var = _ops.copy_running(held_mean, held_var)
+    if not _transforms_active():  # as in `fixed_statistics_norm`
+        held_mean, held_var = _ops.copy_running.default(held_mean, held_var)
     single = effective_count <= 1
     rows = single.unsqueeze(-1)
     return BatchStatistics(
@@ -179,21 +178,9 @@ def batch_statistics_norm_by_parts(
     return _normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
 
 
-def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    m: int,
-    count: Tensor | None,
-    momentum: float | None,
-    skip_nonfinite: bool,
-) -> None:
-    """Update the running statistics once; `ops.eager.update_running_` documents the arguments."""
-    statistics = (running_mean, running_var, num_batches_tracked, mean, mean_low, var)
-    update_once(_ops.update_running_, eager.update_running_, (*statistics, m, count, momentum, skip_nonfinite))
+def update_running_(*arguments: Any) -> None:
+    """Update the running statistics once; `ops.eager.update_running_` documents the operator's arguments."""
+    update_once(_ops.update_running_, eager.update_running_, arguments)
 
 
 def update_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -92,6 +92,27 @@ class Kept(NamedTuple):
         return Vectors(*self[3:])
 
 
+class Running(NamedTuple):
+    """The buffers that training updates; mean and var are `[C]`, num_batches_tracked is an int64 scalar."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+
+
+class Batch(NamedTuple):
+    """A batch's statistics `[C]` and its number of values per channel.
+
+    `count` replaces `m` if the number is a tensor (with masks or other processes); it may be fractional.
+    """
+
+    mean: Tensor
+    mean_low: Tensor
+    var: Tensor
+    m: int
+    count: Tensor | None  # type: ignore[assignment]  # a tuple's method of this name is not needed
+
+
 class Attributes(NamedTuple):
     """The arguments that are not tensors. negative_slope is the activation's parameter: for elu, it is α."""
 
@@ -106,13 +127,13 @@ _Result = TypeVar("_Result")
 def grouped(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
     """Make an implementation callable with the flat arguments of its schema.
 
-    Each parameter annotated as `Vectors`, `Kept` or `Attributes` receives as many arguments as it has fields.
+    Each parameter annotated as one of the tuples above receives as many arguments as it has fields.
     """
     places: list[tuple[slice, Callable[..., object] | None]] = []
     at = 0
     for name, kind in typing.get_type_hints(implementation).items():
         if name != "return":
-            width = len(kind._fields) if kind in (Vectors, Kept, Attributes) else 1
+            width = len(getattr(kind, "_fields", (name,)))
             places.append((slice(at, at + width), kind if width > 1 else None))
             at += width
 

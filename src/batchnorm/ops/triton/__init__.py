@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm import _checks
 from batchnorm.ops.schemas import SIGNATURES
 from batchnorm.ops.triton import support
 
@@ -29,6 +30,7 @@ def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_cuda(*args: Any) -> Any:
         decides = args[at]
+        _checks.check_allocated(f"batchnorm::{name}", **dict(zip(arguments, args, strict=True)))
         if decides.dtype not in _DTYPES or decides.numel() == 0 or support.problem(decides.device) is not None:
             return eager(*args)
         if name == "update_running_" and not _writable(*args[:3]):

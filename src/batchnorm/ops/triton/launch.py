@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from batchnorm.ops.schemas import Attributes, Kept, Vectors, grouped
+from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
 from batchnorm.ops.triton import tiling
 from batchnorm.ops.triton.frame import Frame, KernelVectors, on_device
 from batchnorm.ops.triton.kernels.backward import (
@@ -247,29 +247,18 @@ def backward_apply(
 
 
 @_launcher
-def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    mean_low: Tensor,
-    var: Tensor,
-    m: int,
-    count: Tensor | None,
-    momentum: float | None,
-    skip_nonfinite: bool,
-) -> None:
+def update_running_(running: Running, batch: Batch, momentum: float | None, skip_nonfinite: bool) -> None:
     """Update the running statistics, which are contiguous, in one launch."""
     if torch._C._current_graph_task_id() != -1:
         return
-    if momentum is None and num_batches_tracked is None:
+    if momentum is None and running.num_batches_tracked is None:
         raise RuntimeError("update_running_ expects num_batches_tracked where momentum is None, got None for both.")
+    statistics = (t.contiguous() for t in batch[:3])
     update_running_kernel[(1,)](
-        running_mean, running_var, num_batches_tracked, mean.contiguous(), mean_low.contiguous(),
-        var.contiguous(), count, m, 0.0 if momentum is None else momentum, running_mean.numel(),
+        *running, *statistics, batch.count, batch.m, 0.0 if momentum is None else momentum, running.mean.numel(),
         SKIP=skip_nonfinite, CUMULATIVE=momentum is None, BLOCK=_RUNNING_BLOCK, num_warps=4,
     )  # fmt: skip
-    changed = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+    changed = [t for t in running if t is not None]
     torch.autograd.graph.increment_version(changed)
 
 
