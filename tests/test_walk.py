@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +186,141 @@ def test_a_copy_has_what_is_kept_from_a_forward_pass_and_shares_what_is_asked_fo
         ValueError, match="mine expects a model that can be copied, got Sequential with TypeError: .*It is"
     ):
         copied("mine", model, instead="It is not.")
+
+
+def buffers_of_every_kind() -> dict[str, torch.Tensor]:
+    """Constants that a model may hold, most of which cannot be written, copied or compared like ordinary tensors."""
+    ones = torch.ones(3)
+    with torch.inference_mode():
+        inference = torch.ones(3)
+    np.save("table.npy", np.ones(3, np.float32))
+    return {
+        "plain": torch.tensor([float("nan"), -0.0, 1.0]),
+        "scalar": torch.tensor(3),
+        "expanded": torch.ones(1).expand(3),
+        "overlapping": torch.arange(10.0).as_strided((4, 4), (1, 1)),
+        "sparse": torch.eye(4).to_sparse(),
+        "sparse rows": torch.eye(4).to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(ones, 0.1, 0, torch.quint8),
+        "nested": torch.nested.nested_tensor([torch.ones(2), ones]),
+        "meta": torch.empty(3, device="meta"),
+        "leaf": torch.ones(3, requires_grad=True),
+        "not a leaf": torch.ones(3, requires_grad=True) * 2,
+        "float8": ones.to(torch.float8_e4m3fn),
+        "complex": torch.ones(3, dtype=torch.complex64),
+        "bool": ones > 0,
+        "uint16": ones.to(torch.uint16),
+        "mkldnn": torch.ones(3, 3).to_mkldnn(),
+        "subclass": ones.clone().as_subclass(type("T", (torch.Tensor,), {})),
+        "empty": torch.empty(0),
+        "inference": inference,
+        "zero": torch._efficientzerotensor((3,)),
+        "masked": torch.masked.masked_tensor(ones, torch.tensor([True, False, True])),
+        "memory map": torch.from_numpy(np.load("table.npy", mmap_mode="r")),  # writing ends the process
+    }
+
+
+class Constant(nn.Module):
+    """Two layers, with a constant between them."""
+
+    def __init__(self, constant: torch.Tensor) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.register_buffer("constant", constant)
+        self.tail = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.norm(self.conv(x)))
+
+
+BATCH = torch.randn(4, 3, 5, 5)
+VERBS: dict[str, Callable[[nn.Module], object]] = {
+    "diagnose": lambda model: bn.diagnose(model, [BATCH] * 2),
+    "recalibrate": lambda model: bn.recalibrate(model, [BATCH]),
+    "recalibrate in place": lambda model: bn.recalibrate(model, [BATCH], inplace=True),
+    "sequentially": lambda model: bn.recalibrate(model, [BATCH], passes="sequential"),
+    "accelerate": lambda model: bn.accelerate(model, BATCH),
+    "freeze": lambda model: bn.freeze(model),
+    "convert": lambda model: bn.convert(model, to="BatchRenorm"),
+    "insert_batchnorm": lambda model: bn.insert_batchnorm(model, nn.Conv2d, [BATCH]),
+    "drop_redundant_bias": lambda model: bn.drop_redundant_bias(model, example_inputs=BATCH),
+    "fold": lambda model: bn.fold(model.eval(), BATCH),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # most kinds are prototypes or deprecated
+@pytest.mark.parametrize("verb", VERBS)
+def test_constants_of_every_kind_are_left_alone(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind, constant in buffers_of_every_kind().items():
+        if verb in ("fold", "diagnose") and kind not in ("expanded", "inference", "zero", "memory map", "nested"):
+            continue  # they take a while
+        model = Constant(constant)
+        version = None if constant.is_inference() else constant._version
+        VERBS[verb](model)
+        assert model.constant is constant, kind
+        assert version is None or constant._version == version, kind
+
+
+@pytest.mark.parametrize("write", ["in place", "through .data", "through NumPy", "resized", "in inference mode"])
+def test_values_that_changed_are_put_back_however_they_were_written(write: str) -> None:
+    model = nn.BatchNorm1d(3)
+    if write == "in inference mode":
+        with torch.inference_mode():
+            model.running_mean = torch.zeros(3)
+    held = model.running_mean
+    with restored(model, buffers=True):
+        if write == "in place":
+            held.fill_(-0.0)
+        elif write == "through .data":
+            held.data.fill_(float("nan"))
+        elif write == "through NumPy":
+            held.numpy()[:] = 7
+        elif write == "resized":
+            held.data = torch.ones(5)
+        else:
+            with torch.inference_mode():
+                held.add_(1.0)
+    assert model.running_mean is held
+    assert held.tolist() == [0.0, 0.0, 0.0]
+    assert not held.signbit().any()
+
+
+def test_what_cannot_be_put_back_is_reported_and_the_rest_is_put_back() -> None:
+    model = Twice()
+    model.bn.register_buffer("grown", torch.zeros(3))
+    before, generators = list(everything(model)), random_states()
+
+    def spoil() -> None:
+        disturb(model)
+        model.bn.grown.data = torch.ones(1).expand(3)  # nothing can be written into it
+
+    def work(error: type[Exception] | None) -> None:
+        with restored(model, buffers=True, gradients=True):
+            spoil()
+            if error is not None:
+                raise error
+
+    with pytest.raises(RuntimeError, match=r"got bn\.grown \(RuntimeError: .*\)\. Everything else is as before"):
+        work(None)
+    model.bn.grown = torch.zeros(3)
+    with pytest.raises(KeyError):
+        work(KeyError)
+    model.bn.grown = torch.zeros(3)
+    assert [e for e in everything(model) if "grown" not in e[0]] == [e for e in before if "grown" not in e[0]]
+    assert random_states() == generators
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_statistics_that_cannot_be_written(name: str) -> None:
+    """They are an error of `recalibrate`, which writes them; functions that only read them work."""
+    model = Constant(torch.ones(3))
+    model.tail.momentum = None
+    value = getattr(model.tail, name)
+    zero = torch._efficientzerotensor((), dtype=torch.long)
+    setattr(model.tail, name, value.new_ones(1).expand(8) if value.dim() else zero)
+    before = [(b, b.clone()) for b in model.buffers()]
+    bn.diagnose(model, [BATCH] * 2)
+    with pytest.raises(ValueError, match=rf"recalibrate expects running .* got {name} of 'tail' with .*\.clone\(\)"):
+        bn.recalibrate(model, [BATCH], inplace=True)
+    assert all(b is kept and torch.equal(b, was) for b, (kept, was) in zip(model.buffers(), before, strict=True))

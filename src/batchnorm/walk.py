@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
+from batchnorm.undo import Steps, Undo
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
@@ -153,8 +155,8 @@ def copied(
 ) -> nn.Module:
     """Return a copy of the model.
 
-    Unlike `copy.deepcopy`, this also copies lazy buffers and non-leaf tensors on a module, such as the weight computed
-    by the old `weight_norm`. Copies of non-leaf tensors are detached.
+    Unlike `copy.deepcopy`, this also copies lazy buffers, buffers without a storage (such as sparse and nested ones),
+    and non-leaf tensors, such as the weight computed by the old `weight_norm`. Copies of non-leaf tensors are detached.
 
     Args:
         caller: The function that the user called, for the error message.
@@ -165,16 +167,15 @@ def copied(
     Raises:
         ValueError: the model cannot be copied.
     """
-    known: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    known: dict[int, Any] = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    shared = {id(tensor): tensor for tensor in share}
     for buffer in model.buffers():
         if is_lazy(buffer):
             known[id(buffer)] = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
-    known |= {id(tensor): tensor for tensor in share}
+        elif id(buffer) not in shared and not _can_be_copied(buffer):
+            known[id(buffer)] = buffer.detach().clone()
+    known |= shared
     try:
         return copy.deepcopy(model, known)
     except Exception as error:
@@ -182,6 +183,17 @@ def copied(
             f"{caller} expects a model that can be copied, got {type(model).__name__} with {in_one_line(error)}. "
             f"{instead}"
         ) from error
+
+
+def _can_be_copied(buffer: Tensor) -> bool:
+    """Return whether `copy.deepcopy` takes the buffer; it takes none without a storage of its own kind."""
+    if buffer.is_leaf and type(buffer) is Tensor and buffer.layout == torch.strided and not buffer._is_zerotensor():
+        return not buffer.is_nested
+    try:
+        copy.deepcopy(buffer)
+    except Exception:
+        return False
+    return True
 
 
 def trial_copy(caller: str, model: nn.Module) -> nn.Module:
@@ -213,14 +225,14 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
 def restored(
     model: nn.Module, *, buffers: bool = False, gradients: bool = False, random_state: bool = True
-) -> Iterator[None]:
-    """Restore the model when the block ends, also after an exception.
+) -> AbstractContextManager[object]:
+    """Restore the model when the block ends, also after an exception or an interruption.
 
     Every module gets back its mode, momentum, switches of running statistics and instance `forward`, and every
     parameter its `requires_grad`. Hooks that were added within the block are removed. Replaced modules stay replaced.
+    Only tensors that changed are written. If one cannot be written, everything else is restored nevertheless.
 
     Args:
         model: Any module.
@@ -228,74 +240,137 @@ def restored(
         gradients: Whether to restore `.grad` of the parameters too.
         random_state: Whether to restore the global random generators of Python, NumPy and torch (of GPUs only if CUDA
             is initialized).
+
+    Raises:
+        RuntimeError: at the end of the block: a tensor that changed cannot be written. After another exception, that
+            one is raised, with a note.
     """
-    kept = [_Kept(module, buffers) for module in model.modules()]
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()] if gradients else []
-    with ExitStack() as stack:
+    return _Restored(model, buffers, gradients, random_state)
+
+
+class _Restored(Undo):
+    def __init__(self, model: nn.Module, buffers: bool, gradients: bool, random_state: bool) -> None:
+        self._steps: Steps = []
+        for path, module in model.named_modules():
+            self._steps += _steps_for(path, module, buffers)
+        for path, parameter in model.named_parameters():
+            self._steps.append((path, partial(_require_grad, parameter, parameter.requires_grad)))
+            if gradients:
+                self._steps.append((f"the gradient of {path}", _gradient_step(parameter)))
+        self._steps.append(("the gradient mode", partial(torch.set_grad_enabled, torch.is_grad_enabled())))
         if random_state:
-            stack.callback(random.setstate, random.getstate())
-            stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  (others draw from it)
-            devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-            stack.enter_context(torch.random.fork_rng(devices))
-        try:
-            yield
-        finally:
-            for module in kept:
-                module.put_back()
-            for parameter, requires_grad in required:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
-            for parameter, grad, value in grads:
-                if grad is not None and value is not None:
-                    with torch.no_grad():
-                        grad.copy_(value)
-                parameter.grad = grad
+            self._steps += _random_state_steps()
+
+    def undo(self, error: BaseException | None) -> Steps:
+        return self._steps
+
+
+def _random_state_steps() -> Steps:
+    steps: Steps = [
+        ("random", partial(random.setstate, random.getstate())),
+        ("numpy.random", partial(np.random.set_state, np.random.get_state())),  # noqa: NPY002  (others draw from it)
+        ("torch's random state", partial(torch.set_rng_state, torch.get_rng_state())),
+    ]
+    if torch.cuda.is_initialized():
+        steps.append(("CUDA's random state", partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())))
+    return steps
+
+
+def _require_grad(parameter: nn.Parameter, requires_grad: bool) -> None:
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+
+
+def _gradient_step(parameter: nn.Parameter) -> Callable[[], None]:
+    grad = parameter.grad
+    put_back = None if grad is None else kept(grad)
+
+    def step() -> None:
+        parameter.grad = grad
+        if put_back is not None:
+            put_back()
+
+    return step
 
 
 _MISSING = object()
 
+# An attribute that only the class had before is removed from the instance.
+_ATTRIBUTES = (
+    "training", "momentum", "track_running_stats", "update_running_stats", "forward", "_is_full_backward_hook",
+)  # fmt: skip
 
-class _Kept:
-    """The state of one module."""
 
-    # An attribute that only the class had before is removed from the instance.
-    ATTRIBUTES = (
-        "training", "momentum", "track_running_stats", "update_running_stats", "forward", "_is_full_backward_hook",
-    )  # fmt: skip
+def _steps_for(path: str, module: nn.Module, with_buffers: bool) -> Steps:
+    """Return the steps that restore the state of one module."""
+    held = vars(module)
+    attributes = {name: held.get(name, _MISSING) for name in _ATTRIBUTES}
+    hooks = {name: set(hooks) for name, hooks in held.items() if "_hooks" in name and isinstance(hooks, dict)}
+    buffers = dict(module._buffers)
 
-    def __init__(self, module: nn.Module, buffers: bool) -> None:
-        self.module = module
-        held = vars(module)
-        self.attributes: dict[str, Any] = {name: held.get(name, _MISSING) for name in self.ATTRIBUTES}
-        self.hooks = {name: set(hooks) for name, hooks in held.items() if "_hooks" in name and isinstance(hooks, dict)}
-        self.buffers: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        if buffers:
-            for name, buffer in module._buffers.items():
-                value = None if buffer is None or is_lazy(buffer) else buffer.detach().clone()
-                self.buffers[name] = (buffer, value)
-        self.with_buffers = buffers
-
-    def put_back(self) -> None:
-        held = vars(self.module)
-        for name, value in self.attributes.items():
+    def put_back() -> None:
+        for name, value in attributes.items():
             if value is _MISSING:
                 held.pop(name, None)
             else:
                 held[name] = value
-        for name, before in self.hooks.items():
-            hooks = held.get(name, {})
-            for key in [key for key in hooks if key not in before]:
-                del hooks[key]
-        if self.with_buffers:
-            self._put_back_buffers()
+        for name, before in hooks.items():
+            added = held.get(name, {})
+            for key in [key for key in added if key not in before]:
+                del added[key]
+        if with_buffers:
+            for name in [name for name in module._buffers if name not in buffers]:
+                del module._buffers[name]
+            module._buffers.update(buffers)
 
-    @torch.no_grad()
-    def _put_back_buffers(self) -> None:
-        held = self.module._buffers
-        for name in [name for name in held if name not in self.buffers]:
-            del held[name]
-        for name, (buffer, value) in self.buffers.items():
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-            held[name] = buffer
+    steps: Steps = [(path or type(module).__name__, put_back)]
+    if with_buffers:
+        for name, buffer in buffers.items():
+            if buffer is not None and not is_lazy(buffer):
+                steps.append((f"{path}.{name}".lstrip("."), kept(buffer)))
+    return steps
+
+
+def kept(tensor: Tensor) -> Callable[[], None]:
+    """Return a function that gives the tensor its present value again, and does not write to it if it still has it."""
+    version = _version(tensor)
+    try:
+        value = tensor.detach().clone()
+    except Exception:  # a kind of tensor that cannot be copied; what wrote to it could write its value too
+        value = None
+
+    def put_back() -> None:
+        if value is not None and not _has_value(tensor, value, version):
+            overwrite(tensor, value)
+
+    return put_back
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Copy the value into the tensor, also into one that was made in inference mode."""
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        if tensor.shape == value.shape:
+            tensor.copy_(value)
+        else:  # it was resized
+            tensor.data = value
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _has_value(tensor: Tensor, value: Tensor, version: int | None) -> bool:
+    """Return whether the tensor has this value, bit for bit; versions decide if the values cannot be compared."""
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:  # others may communicate with other processes
+        try:
+            return tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
+        except Exception:
+            pass
+    return _version(tensor) == version
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # Versions do not suffice: writing to `.data`, or to a NumPy array with the same memory, does not change them.
+    tensor = tensor.detach()
+    return (tensor.int_repr() if tensor.is_quantized else tensor).reshape(-1).contiguous().view(torch.uint8)

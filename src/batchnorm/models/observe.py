@@ -1,4 +1,4 @@
-"""Observe the inputs of layers in a forward pass, and set the statistics that they normalize by."""
+"""Observe the inputs of layers in a forward pass, and choose the statistics that they normalize by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import DomainBatchNorm
-from batchnorm.walk import Found
+from batchnorm.walk import Found, overwrite
 
 # The moments of one layer's input: a single `Moments`, or one for each domain of the layer.
 Rows = tuple[Moments, ...]
@@ -55,8 +55,8 @@ class Pass:
 class Observer:
     """Hooks on the layers; `current` is the running forward pass.
 
-    The layers are in evaluation mode, and the hooks set their running statistics before each call. Every class of batch
-    normalization then behaves alike: it updates nothing, and does not communicate with other processes.
+    The layers are in evaluation mode, and the hooks replace their running statistics before each call. Every class of
+    batch normalization then behaves alike: it updates nothing, and does not communicate with other processes.
     """
 
     def __init__(self, caller: str, layers: Sequence[Found]) -> None:
@@ -93,7 +93,7 @@ class Observer:
             moments = _moments(x, mask, domain, _row_count(layer))
             call = LayerCall(number, running.calls[number])
             running.calls[number] += 1
-            set_running_statistics(layer, running.statistics_for(call, moments))
+            put_running_statistics(layer, running.statistics_for(call, moments))
 
         return hook
 
@@ -122,12 +122,18 @@ def running_statistics(layer: nn.Module) -> Statistics:
     return Statistics(mean, var)
 
 
-def set_running_statistics(layer: nn.Module, statistics: Statistics) -> None:
-    """Copy the statistics into the layer's buffers."""
-    with torch.no_grad():
-        for name, value in zip(("running_mean", "running_var"), statistics, strict=True):
-            tensor = running_buffer(layer, name)
-            tensor.copy_(value.reshape(tensor.shape))
+def put_running_statistics(layer: nn.Module, statistics: Statistics) -> None:
+    """Let the layer normalize by the statistics, in new buffers. Its own ones are not written; `restored` returns them.
+
+    Its own may be read-only, such as a memory map, or expanded.
+    """
+    for name, value in zip(("running_mean", "running_var"), statistics, strict=True):
+        own = running_buffer(layer, name)
+        new = value.reshape(own.shape).to(own.device, own.dtype, copy=True)
+        if name in layer._buffers:
+            layer._buffers[name] = new
+        else:
+            overwrite(own, new)
 
 
 def empty_moments(layer: nn.Module) -> Rows:

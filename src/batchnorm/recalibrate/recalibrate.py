@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from batchnorm.models.observe import (
     merged,
     running_buffer,
     running_statistics,
-    set_running_statistics,
 )
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import bar
@@ -33,7 +31,8 @@ from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
-from batchnorm.walk import Found, copied, norm_layers, restored, set_mode
+from batchnorm.undo import UndoOnFailure
+from batchnorm.walk import Found, copied, kept, norm_layers, overwrite, restored, set_mode
 
 _CALLER = "recalibrate"
 
@@ -136,7 +135,7 @@ def recalibrate(
         _select(model, only)  # fail before anything is copied
         with torch.inference_mode(False):  # a copy made in inference mode could not be trained
             model = copied(_CALLER, model)
-    with ExitStack() as undo:
+    with UndoOnFailure() as undo:
         if shared == "separate":
             _separate(model, undo)
         selected, left = _select(model, only)
@@ -164,15 +163,10 @@ def recalibrate(
             )
         report = _report(selected, left, before, measured, new_statistics, passes, processes.count)
         measured_at = {layer.path: Statistics(layer.mean, layer.var) for layer in report.layers}
-        for found, former in zip(selected, before, strict=True):
-            if found.path in measured_at:
-                undo.callback(set_running_statistics, found.module, former)
-                set_running_statistics(found.module, measured_at[found.path])
         for found in selected:
             if found.path in measured_at:
-                _count_batches(found.module, measured.batches)
-        undo.pop_all()
-    return Result(model, report)
+                _write(found, measured_at[found.path], measured.batches, undo)
+        return Result(model, report)
 
 
 def _check_arguments(
@@ -192,7 +186,7 @@ def _check_arguments(
         raise ValueError(f"{_CALLER} expects cache_bytes >= 0, got {cache_bytes}. 0 keeps nothing between layers.")
 
 
-def _separate(model: nn.Module, undo: ExitStack) -> None:
+def _separate(model: nn.Module, undo: UndoOnFailure) -> None:
     """Put a separate module in each place of a shared module, with the same parameters and separate statistics."""
     for found in norm_layers(model):
         for parent, key in found.slots[1:]:
@@ -201,8 +195,8 @@ def _separate(model: nn.Module, undo: ExitStack) -> None:
                 if isinstance(value, dict):  # parameters, buffers or hooks
                     vars(own)[name] = value.copy()
             own._buffers.update({n: None if b is None else b.clone() for n, b in own._buffers.items()})
+            undo.before(parent._modules.__setitem__, key, found.module)
             parent._modules[key] = own
-            undo.callback(parent._modules.__setitem__, key, found.module)
 
 
 def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Change]]:
@@ -350,8 +344,19 @@ def _remarks(layer: LayerStatistics) -> str:
     return "; ".join(parts)
 
 
-def _count_batches(layer: nn.Module, batches: int) -> None:
-    tracked = getattr(layer, "num_batches_tracked", None)
-    if tracked is not None and getattr(layer, "momentum", None) is None:
-        with torch.no_grad():
-            tracked.fill_(batches)
+def _write(found: Found, statistics: Statistics, batches: int, undo: UndoOnFailure) -> None:
+    """Write the statistics into the layer's buffers, and count the batches if the layer averages by their number."""
+    values = {"running_mean": statistics.mean, "running_var": statistics.var}
+    tracked = getattr(found.module, "num_batches_tracked", None)
+    if tracked is not None and getattr(found.module, "momentum", None) is None:
+        values["num_batches_tracked"] = torch.full_like(tracked, batches)
+    for name, value in values.items():
+        buffer = running_buffer(found.module, name)
+        undo.before(kept(buffer))
+        try:
+            overwrite(buffer, value.reshape(buffer.shape))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{_CALLER} expects running statistics that can be written, got {name} of {found.path!r} with "
+                f"{_checks.in_one_line(error).rstrip('.')}. Give the layer a copy: layer.{name} = layer.{name}.clone()."
+            ) from error

@@ -16,6 +16,7 @@ from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select, some_paths
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.undo import UndoOnFailure
 
 _FOR_DIMS: dict[int, type[nn.Module]] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 _CALLER = "insert_batchnorm"
@@ -86,22 +87,17 @@ def insert_batchnorm(
     for found, layer in zip(chosen, layers, strict=True):
         was = type(found.module).__name__
         changes.append(Change(found.path, was, f"{was}, {type(layer).__name__}({layer.num_features})"))
-    inserted: list[tuple[nn.Module, nn.Sequential]] = []
     root = model
-    try:
+    with UndoOnFailure() as undo:
         with reduced_parameters_kept(_CALLER, model):
             for found, layer in zip(chosen, layers, strict=True):
                 both = nn.Sequential(found.module, layer)
                 both.training = layer.training = found.module.training
+                for parent, key in found.slots:
+                    undo.before(parent._modules.__setitem__, key, found.module)
                 root = walk.replace(root, found.module, both)
-                inserted.append((found.module, both))
         _compare(root, before, first, forward)
-    except BaseException:
-        for module, both in reversed(inserted):
-            root = walk.replace(root, both, module)
-        raise
-    notes = (_NOTE,) if inplace else ()
-    return Result(root, Report(_CALLER, tuple(changes), notes=notes))
+        return Result(root, Report(_CALLER, tuple(changes), notes=(_NOTE,) if inplace else ()))
 
 
 class _Output:

@@ -18,6 +18,7 @@ from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.surgery.accelerate.find_fusions import caller_of
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
+from batchnorm.undo import UndoOnFailure
 from batchnorm.walk import is_hooked
 
 _CONVOLUTIONS = (
@@ -90,27 +91,20 @@ def drop_redundant_bias(
         for producer, norm in pairs
     ]
     report = Report(_CALLER, tuple(changes), tuple(left))
-    groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
-    state = {} if optimizer is None else dict(optimizer.state)
-    try:
+    with UndoOnFailure() as undo:
         for drop in dropped:
-            drop.do()
+            drop.do(undo)
         if inputs is not None:
             with walk.restored(model, buffers=True):
                 walk.set_mode(model, training=False)
                 after = evaluate(model, inputs)
             check_unchanged(_CALLER, before, after, "Something uses a bias outside the forward that was traced")
         if optimizer is not None:
+            for group in optimizer.param_groups:
+                undo.before(group.update, dict(group))
+            undo.before(optimizer.state.update, dict(optimizer.state))
             _forget(optimizer, [drop.bias for drop in dropped])
         return Result(model, report)
-    except BaseException:
-        for drop in reversed(dropped):
-            drop.undo()
-        if optimizer is not None:
-            for group, was in zip(optimizer.param_groups, groups, strict=True):
-                group.update(was)
-            optimizer.state.update(state)
-        raise
 
 
 class _Drop:
@@ -123,19 +117,14 @@ class _Drop:
         self.bias = bias
         mean = norm.running_mean
         self.mean = mean if isinstance(mean, Tensor) else None
-        self.former = None if self.mean is None else self.mean.detach().clone()
 
     @torch.no_grad()
-    def do(self) -> None:
+    def do(self, undo: UndoOnFailure) -> None:
+        undo.before(self.producer.register_parameter, "bias", self.bias)
         self.producer.register_parameter("bias", None)
         if self.mean is not None:
-            self.mean.copy_(self.mean.double() - self.bias.double())
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        self.producer.register_parameter("bias", self.bias)
-        if self.mean is not None and self.former is not None:
-            self.mean.copy_(self.former)
+            undo.before(walk.kept(self.mean))
+            walk.overwrite(self.mean, self.mean.double() - self.bias.double())
 
 
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:

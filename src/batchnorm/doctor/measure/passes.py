@@ -25,8 +25,8 @@ from batchnorm.models.observe import (
     Pass,
     Rows,
     Statistics,
+    put_running_statistics,
     running_statistics,
-    set_running_statistics,
 )
 from batchnorm.models.outputs import outputs
 from batchnorm.models.progress import Bar
@@ -262,7 +262,7 @@ class Passes:
         """Give the layers these running statistics, and all others their own."""
         for number, layer in enumerate(self.layers):
             assert layer.running is not None
-            set_running_statistics(layer.module, statistics.get(number, layer.running))
+            put_running_statistics(layer.module, statistics.get(number, layer.running))
 
     def _find_moved(self) -> None:
         for number, layer in enumerate(self.layers):

@@ -27,6 +27,7 @@ from batchnorm.nn import (
 )
 from batchnorm.surgery.accelerate.find_fusions import Fused, Fusions, find_fusions
 from batchnorm.surgery.accelerate.fused_forward import fused_class, original_class, undo_fusion
+from batchnorm.undo import UndoOnFailure
 
 __all__ = ["AccelerateReport", "accelerate", "undo_fusion"]
 
@@ -174,14 +175,10 @@ def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions
     """Give the layers and the rewritten modules their new classes; if an exception is raised, change none."""
     new = {model.get_submodule(path): kind for path, kind in swapped.items()}
     new |= {model.get_submodule(path): fused_class(rewrite) for path, rewrite in found.rewrites.items()}
-    former = {module: type(module) for module in new}
-    try:
+    with UndoOnFailure() as undo:
         for module, kind in new.items():
+            undo.before(setattr, module, "__class__", type(module))
             module.__class__ = kind
-    except BaseException:
-        for module, kind in former.items():
-            module.__class__ = kind
-        raise
 
 
 def _undo(model: nn.Module, found: Fusions, path: str, why: str) -> None:

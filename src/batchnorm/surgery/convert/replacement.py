@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrize
 from batchnorm import walk
 from batchnorm.models.report import describe
 from batchnorm.nn.layer import NormLayer
+from batchnorm.undo import UndoOnFailure
 
 # Parameters and buffers with the same meaning in every batch normalization that has them.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -81,22 +81,17 @@ class Replacement:
         _own_hooks(found.module)
 
 
-@contextmanager
-def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Replacement]]) -> Iterator[None]:
+def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Replacement]]) -> UndoOnFailure:
     """Withdraw the replacements if the block raises, and restore classes and the gradients of parameters."""
-    required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    classes = [(module, type(module)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for found, made in planned:
-            made.withdraw(found)
-        for parameter, trains, grad in required:
-            parameter.requires_grad_(trains)
-            parameter.grad = grad
-        for module, kind in classes:
-            module.__class__ = kind
-        raise
+    undo = UndoOnFailure()
+    for parameter in model.parameters():
+        undo.before(setattr, parameter, "grad", parameter.grad)
+        undo.before(parameter.requires_grad_, parameter.requires_grad)
+    for module in model.modules():
+        undo.before(setattr, module, "__class__", type(module))
+    for found, made in planned:
+        undo.before(made.withdraw, found)
+    return undo
 
 
 def _own_hooks(layer: nn.Module) -> None:

@@ -29,6 +29,7 @@ from batchnorm.surgery.fold.pytorch.states import TorchLinear
 from batchnorm.surgery.fold.pytorch.trial import try_plan
 from batchnorm.surgery.fold.report import FoldReport
 from batchnorm.surgery.fold.search import Search
+from batchnorm.undo import UndoOnFailure
 
 SAMPLES = 2  # samples of the example that every fold is tried on
 
@@ -205,8 +206,11 @@ def _folded(working: nn.Module, inputs: Inputs, original: _Original) -> _Folded:
 
 def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
     """Turn the model into the folded network, for everything that refers to it."""
-    model.__class__ = type(folded)
-    model.__dict__ = folded.__dict__
+    with UndoOnFailure() as undo:
+        undo.before(setattr, model, "__class__", type(model))
+        undo.before(object.__setattr__, model, "__dict__", model.__dict__)
+        model.__class__ = type(folded)
+        model.__dict__ = folded.__dict__
     return model
 
 

@@ -1,0 +1,148 @@
+"""Undo changes at the end of a block, completely even if a signal interrupts it."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound="Undo")
+Steps = list[tuple[str, Callable[[], object]]]
+
+_blocks: list[Undo] = []  # the blocks that the main thread is in
+_handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that `_handle` stands in for
+_held: list[int] = []  # signals that arrived at a time when they must not raise
+
+
+class Undo:
+    """A block at whose end changes are undone.
+
+    In the main thread, the handlers of signals run as usual within the block, and may raise, as that of Ctrl-C does.
+    While the block begins or ends, they wait. Python calls handlers between any two instructions, so each handler is
+    replaced within the block, and the replacement examines which code was interrupted.
+
+    Subclasses define `undo`. It is not interrupted.
+    """
+
+    def undo(self, error: BaseException | None) -> Steps:
+        """Return the steps that undo the changes, each with its name, after the block raised `error` or ended.
+
+        The steps may be taken twice.
+        """
+        raise NotImplementedError
+
+    def __enter__(self: T) -> T:
+        if _is_main_thread():
+            try:
+                _blocks.append(self)
+                _install()
+                _deliver(sys._getframe(1))
+            except BaseException:
+                self._leave()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        failed = self._take_steps(error)
+        try:
+            self._leave()
+        except BaseException as interruption:  # a signal that was held since the block ended
+            if error is None:
+                failed += self._take_steps(interruption)
+            error = interruption
+            raise
+        finally:
+            if failed:
+                _report(failed, error)
+
+    def _take_steps(self, error: BaseException | None) -> list[tuple[str, Exception]]:
+        failed = []
+        for name, step in self.undo(error):
+            try:
+                step()
+            except Exception as problem:  # the other steps are taken nevertheless
+                failed.append((name, problem))
+        return failed
+
+    def _leave(self) -> None:
+        if self in _blocks:  # otherwise, this is another thread, in which handlers never run
+            _blocks.remove(self)
+            if not _blocks:
+                _uninstall()
+            _deliver(sys._getframe(2))
+
+
+class UndoOnFailure(Undo):
+    """A block that either makes all its changes or, if it raises, none."""
+
+    def __init__(self) -> None:
+        self._steps: Steps = []
+
+    def before(self, step: Callable[..., object], *args: Any) -> None:
+        """Register how a change is undone, before it is made; undoing it must do no harm if it was not made."""
+        self._steps.append((getattr(step, "__name__", "a step"), functools.partial(step, *args)))
+
+    def undo(self, error: BaseException | None) -> Steps:
+        """Return the registered steps, the last one first, after a failure."""
+        return [] if error is None else self._steps[::-1]
+
+
+def _is_main_thread() -> bool:
+    """Return whether Python runs the handlers of signals in this thread."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _install() -> None:
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if callable(handler) and handler is not _handle:
+            _handlers[number] = handler
+            signal.signal(number, _handle)
+
+
+def _uninstall() -> None:
+    for number, handler in _handlers.items():
+        if signal.getsignal(number) is _handle:  # the block may have set another
+            signal.signal(number, handler)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _is_undoing(frame):
+        _held.append(number)
+    else:
+        _handlers[number](number, frame)
+
+
+_UNDOING = {Undo.__enter__.__code__, Undo.__exit__.__code__}
+
+
+def _is_undoing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code not in _UNDOING:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _deliver(frame: FrameType | None) -> None:
+    """Call the handlers of the signals that were held, unless code further out is undoing changes too."""
+    while _held and not _is_undoing(frame):
+        number = _held.pop(0)
+        _handlers[number](number, frame)
+
+
+def _report(failed: list[tuple[str, Exception]], error: BaseException | None) -> None:
+    names = ", ".join(f"{name} ({type(problem).__name__}: {problem})" for name, problem in failed)
+    text = (
+        f"The end of a call must find state that can be put back, got {names}. Everything else is as before. Load this "
+        "part of the model again."
+    )
+    if error is None:
+        raise RuntimeError(text) from failed[0][1]
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(text)
+    else:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
