@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
+from batchnorm.foreign import foreign_eps
 from batchnorm.undo import Steps, Undo
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
@@ -45,8 +46,11 @@ class Found:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether the module is batch normalization: of torch, of this library, or of a subclass of either."""
-    return is_batch_norm_class(type(module))
+    """Return whether the module is batch normalization.
+
+    This is a layer of torch, of this library, of a subclass of either, or another library's frozen layer.
+    """
+    return is_batch_norm_class(type(module)) or foreign_eps(module) is not None
 
 
 def is_batch_norm_class(kind: type) -> bool:
@@ -56,7 +60,20 @@ def is_batch_norm_class(kind: type) -> bool:
 
 def is_frozen(module: nn.Module) -> bool:
     """Return whether the module normalizes by its running statistics in training, too."""
-    return getattr(type(module), "_frozen", False) is True
+    return getattr(type(module), "_frozen", False) is True or foreign_eps(module) is not None
+
+
+def num_channels(layer: nn.Module) -> int | None:
+    """Return the number of channels of batch normalization; None if it is unknown."""
+    mean = getattr(layer, "running_mean", None)
+    known = getattr(layer, "num_features", None)  # other libraries' frozen layers may not have it
+    return int(known) if known is not None else mean.numel() if isinstance(mean, Tensor) else None
+
+
+def eps_of(layer: nn.Module) -> float:
+    """Return ε of batch normalization; 0 if it is unknown."""
+    eps = foreign_eps(layer)
+    return float(getattr(layer, "eps", 0.0)) if eps is None else eps
 
 
 def uses_batch(module: nn.Module) -> bool:

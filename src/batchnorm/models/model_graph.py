@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from batchnorm import walk
 from batchnorm._checks import in_one_line
+from batchnorm.foreign import foreign_eps
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
@@ -62,6 +63,9 @@ class _Tracer(fx.Tracer):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self._inputs = inputs
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or foreign_eps(m) is not None
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

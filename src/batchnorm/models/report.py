@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from batchnorm.walk import class_of
+from batchnorm.walk import class_of, is_batch_norm, num_channels
 
 R = TypeVar("R", bound="Report", covariant=True)
 
@@ -86,6 +86,8 @@ def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
     """Return a short description of the layer, such as `BatchNorm2d(64)`, with its own class or the class `kind`."""
     name = (kind or class_of(layer)).__name__
     sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
+    if not sizes and is_batch_norm(layer):
+        sizes = [num_channels(layer)]
     return f"{name}({', '.join(map(str, sizes))})" if sizes else name
 
 

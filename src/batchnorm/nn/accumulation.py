@@ -8,7 +8,7 @@ import torch
 
 from batchnorm import _checks
 from batchnorm.nn.statistics import LayerSetting
-from batchnorm.walk import is_batch_norm
+from batchnorm.walk import is_batch_norm_class
 
 _HINT = "It is the number of microbatches per optimizer step."
 
@@ -71,7 +71,7 @@ class microbatch_momentum(LayerSetting):
 
     def __init__(self, model: torch.nn.Module, k: int) -> None:
         k = _checks.checked_integer("microbatch_momentum", "k", k, 1, _HINT)
-        layers = [(path, module) for path, module in model.named_modules() if is_batch_norm(module)]
+        layers = [(path, module) for path, module in model.named_modules() if is_batch_norm_class(type(module))]
         if not layers:
             raise ValueError(
                 f"microbatch_momentum expects a model with batch normalization, got {type(model).__name__} with none. "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.foreign import VECTORS, foreign_eps
 from batchnorm.nn.act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 from batchnorm.nn.layer import NormLayer
 
@@ -135,6 +136,23 @@ class FrozenBatchNorm2d(FrozenBatchNorm):
     """
 
     layer_name = "FrozenBatchNorm2d"
+
+
+def adopted(layer: torch.nn.Module) -> FrozenBatchNorm2d:
+    """Return another library's frozen layer as one of this library's, with the same statistics; see `foreign_eps`."""
+    eps = foreign_eps(layer)
+    assert eps is not None
+    vectors: dict[str, Tensor] = {name: getattr(layer, name) for name in VECTORS}
+    mean = vectors["running_mean"]
+    new = FrozenBatchNorm2d(mean.numel(), device="meta")
+    new.eps = eps  # not checked, because torchvision's was 0 once
+    for name, vector in vectors.items():
+        if name in new._parameters:
+            new._parameters[name] = torch.nn.Parameter(vector.detach(), requires_grad=False)
+        else:
+            new._buffers[name] = vector
+    new.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
+    return new.train(layer.training)
 
 
 class FrozenBatchNorm3d(FrozenBatchNorm):

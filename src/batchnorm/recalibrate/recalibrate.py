@@ -27,12 +27,11 @@ from batchnorm.models.processes import Processes
 from batchnorm.models.progress import bar
 from batchnorm.models.report import Change, Result, describe
 from batchnorm.models.selection import Choice, select
-from batchnorm.nn.frozen import FrozenLayer
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.undo import UndoOnFailure
-from batchnorm.walk import Found, copied, kept, norm_layers, overwrite, restored, set_mode
+from batchnorm.walk import Found, copied, is_frozen, kept, norm_layers, overwrite, restored, set_mode
 
 _CALLER = "recalibrate"
 
@@ -227,7 +226,7 @@ def _exclusion(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None
         return "no running mean and variance"
     if is_lazy(mean):
         return "number of channels not yet known: run the model once first"
-    if not named and isinstance(layer, FrozenLayer):
+    if not named and is_frozen(layer):
         return "frozen"
     if not named and model.training and not layer.training:
         return "frozen: in evaluation mode within a model in training mode"

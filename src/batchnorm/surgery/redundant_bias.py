@@ -152,10 +152,10 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
 
 def _why_working(layer: nn.Module) -> str:
     """Return why a bias before the layer may have an effect in training; empty if the layer subtracts it."""
-    if walk.has_own_forward(layer):
-        return f"the layer after it, {type(layer).__name__}, has its own forward, which may not subtract the bias"
     if walk.is_frozen(layer):
         return "the layer after it is frozen, so nothing subtracts the bias in training"
+    if walk.has_own_forward(layer):
+        return f"the layer after it, {type(layer).__name__}, has its own forward, which may not subtract the bias"
     if not walk.uses_batch(layer):
         return "the layer after it stays in evaluation mode in training, so nothing subtracts the bias"
     return ""

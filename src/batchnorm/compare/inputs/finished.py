@@ -35,7 +35,7 @@ def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: s
         )
 
     def made(layer: nn.Module) -> nn.Module:
-        if hasattr(layer, "activation"):
+        if "activation" in vars(layer):
             raise ValueError(
                 f"{type(layer).__name__} contains an activation, which would be lost. Write the two as separate layers"
             )

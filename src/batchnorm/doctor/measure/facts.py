@@ -11,6 +11,7 @@ from torch.fx.node import Node
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.walk import num_channels
 
 # |γ| below which the output of a channel is its β alone, and the share of such channels that is reported.
 DEAD, DEAD_SHARE = 1e-3, 0.25
@@ -121,7 +122,7 @@ def _facts(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
         layer.path,
         layer.found.paths[1:],
         type(module).__name__,
-        int(getattr(module, "num_features", 0)),
+        num_channels(module) or 0,
         "" if place is None else _name(place.source, paths),
         "" if place is None else place.activation or ", ".join(_name(reader, paths) for reader in place.readers),
         module.training,

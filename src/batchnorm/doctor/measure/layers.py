@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.models.neighbours import BatchNormCall
 from batchnorm.models.observe import Statistics, running_statistics
 from batchnorm.moments import Moments
-from batchnorm.walk import Found, as_in_training, is_frozen, norm_layers, uses_batch
+from batchnorm.walk import Found, as_in_training, eps_of, is_frozen, norm_layers, uses_batch
 
 # Number of channels of a layer whose values are kept for every sample.
 KEPT_CHANNELS = 32
@@ -137,7 +137,7 @@ class Layer:
     @property
     def eps(self) -> float:
         """ε, which is added to the variance."""
-        return float(getattr(self.module, "eps", 0.0))
+        return eps_of(self.module)
 
     @property
     def momentum(self) -> float | None:

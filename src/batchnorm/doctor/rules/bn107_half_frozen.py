@@ -3,7 +3,7 @@ from __future__ import annotations
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
-from batchnorm.nn.frozen import FrozenLayer
+from batchnorm.walk import is_frozen
 
 _AFTER_TRAINING = "model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training"
 
@@ -54,11 +54,7 @@ class HalfFrozen(Rule):
                 ],
                 repair=_AFTER_TRAINING,
             )
-        bare = [
-            layer.path
-            for layer in m.layers
-            if not (layer.affine or layer.by_batch or isinstance(layer.module, FrozenLayer))
-        ]
+        bare = [layer.path for layer in m.layers if not (layer.affine or layer.by_batch or is_frozen(layer.module))]
         if bare and any(layer.by_batch for layer in m.layers):
             yield self.finding(
                 Severity.NOTE,

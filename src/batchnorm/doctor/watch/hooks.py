@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.nn.parameter import is_lazy
 
-from batchnorm.nn.frozen import FrozenLayer
+from batchnorm.walk import is_frozen
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def is_compiled(module: nn.Module) -> bool:
 def has_one_batch(module: nn.Module) -> bool:
     """Return whether it normalizes all samples by one set of batch statistics."""
     mean = getattr(module, "running_mean", None)
-    return not isinstance(module, FrozenLayer) and not (isinstance(mean, Tensor) and mean.dim() > 1)
+    return not is_frozen(module) and not (isinstance(mean, Tensor) and mean.dim() > 1)
 
 
 def vector(held: object) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch.fx.node import Node
 from torch.nn import functional as F
 
 from batchnorm import ops
+from batchnorm.foreign import foreign_eps
 from batchnorm.models.lowering.calls import CONVOLUTIONS, TRANSPOSED, replace_by_activation
 from batchnorm.models.lowering.nodes import Function, remove, replace_call
 
@@ -33,6 +34,7 @@ _LAYERS: dict[type, Callable[[Any], tuple[Function, tuple[Any, ...]]]] = {
         for n in (1, 2, 3)
     },
 }
+_BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
 _PADDINGS: dict[type, str] = {
     getattr(nn, f"{name}Pad{n}d"): mode
     for name, mode in (
@@ -70,12 +72,14 @@ def lower_layer(module: fx.GraphModule, node: Node) -> None:
     if isinstance(layer, (nn.Identity, nn.modules.dropout._DropoutNd)):
         remove(node, x)
     elif kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
-        held = tensors("running_mean", "running_var", "weight", "bias")
+        held = tensors(*_BATCH_NORM)
         replace_call(node, F.batch_norm, x, *held, layer.running_mean is None, layer.momentum or 0.0, layer.eps)
     elif isinstance(layer, nn.modules.batchnorm._NormBase) and getattr(layer, "_uses_batch", True) is False:
         # This library's layers with statistics by parts are one node each, and plain normalization in evaluation.
-        held = tensors("running_mean", "running_var", "weight", "bias")
+        held = tensors(*_BATCH_NORM)
         replace_call(node, F.batch_norm, x, *held, False, 0.0, layer.eps)
+    elif (eps := foreign_eps(layer)) is not None:
+        replace_call(node, F.batch_norm, x, *tensors(*_BATCH_NORM), False, 0.0, eps)
     elif kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":

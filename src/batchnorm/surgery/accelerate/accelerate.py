@@ -129,6 +129,8 @@ def _why_left(layer: nn.Module) -> str:
     kind = type(layer)
     if kind.__module__.startswith("batchnorm."):
         return ""
+    if walk.is_frozen(layer):
+        return "is another library's frozen layer; batchnorm.convert(model, batchnorm.nn) replaces it"
     if kind is nn.SyncBatchNorm:
         return "synchronizes processes; batchnorm.convert replaces it"
     if kind not in _OURS:

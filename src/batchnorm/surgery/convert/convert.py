@@ -81,8 +81,8 @@ def convert(
     """
     _check_target(to)
 
-    def choose(found: walk.Found) -> Replacement:
-        return _replacement(found, to, options)
+    def choose(found: walk.Found, layer: nn.Module) -> Replacement:
+        return _replacement(found, layer, to, options)
 
     finish = undo_fusion if to is torch.nn and only is None else None
     return replace_layers("convert", model, choose, only=only, inplace=inplace, finish=finish)
@@ -91,7 +91,7 @@ def convert(
 def replace_layers(
     caller: str,
     model: nn.Module,
-    choose: Callable[[walk.Found], Replacement],
+    choose: Callable[[walk.Found, nn.Module], Replacement],
     *,
     only: Choice | None,
     inplace: bool,
@@ -100,6 +100,7 @@ def replace_layers(
 ) -> Result[Report]:
     """Replace each chosen layer by the result of `choose`: all layers, or none if an exception is raised.
 
+    `choose` gets the place and the layer; for another library's frozen layer, this library's that is equal to it.
     `finish` is called with the model afterwards, and may change the classes of its modules.
     """
     if isinstance(model, torch.jit.ScriptModule):
@@ -116,8 +117,9 @@ def replace_layers(
     for found in chosen:
         was = describe(found.module)
         try:
-            replacement.check_plain(found.module)
-            made = choose(found)
+            layer = replacement.adopt(found.module)
+            replacement.check_plain(layer)
+            made = choose(found, layer)
         except Unconvertible as reason:
             excluded.append((Change.unchanged(found.path, was, str(reason)), reason))
             continue
@@ -174,8 +176,7 @@ def _check_target(to: object) -> None:
         )
 
 
-def _replacement(found: walk.Found, to: Target, options: dict[str, Any]) -> Replacement:
-    old = found.module
+def _replacement(found: walk.Found, old: nn.Module, to: Target, options: dict[str, Any]) -> Replacement:
     if not isinstance(to, (ModuleType, str, type)):
         return replacement.from_function(old, to)
     if not options and isinstance(to, ModuleType) and not _is_of(class_of(old), to):
@@ -184,6 +185,8 @@ def _replacement(found: walk.Found, to: Target, options: dict[str, Any]) -> Repl
             return back
     kind = class_for(old, to)
     if kind is class_of(old) and not options:
+        if old is not found.module:
+            return Replacement(old, {})
         raise Unconvertible("it is one already")
     if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
         return back

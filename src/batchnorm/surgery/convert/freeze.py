@@ -48,8 +48,7 @@ def freeze(
         BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
 
-    def choose(found: walk.Found) -> Replacement:
-        layer = found.module
+    def choose(found: walk.Found, layer: nn.Module) -> Replacement:
         if isinstance(layer, FrozenLayer):
             affine = f", with trainable_affine={layer.trainable_affine}: unfreeze it first to change that"
             raise Unconvertible("it is frozen already" + affine * (layer.trainable_affine != trainable_affine))
@@ -63,7 +62,8 @@ def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = Fa
     """Restore the model's frozen layers: class, options, momentum, and which parameters are trained.
 
     Changes since then are kept: momentum, `requires_grad`, mode, values loaded from a checkpoint. A layer that was
-    created as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β.
+    created as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β. So does the
+    `FrozenBatchNorm2d` of torchvision, detectron2, DETR and similar models, which becomes a `BatchNorm2d`.
 
     Args:
         model: Any module.
@@ -85,8 +85,7 @@ def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = Fa
         )
     """
 
-    def choose(found: walk.Found) -> Replacement:
-        layer = found.module
+    def choose(found: walk.Found, layer: nn.Module) -> Replacement:
         back = replacement.restore(layer, lambda kind: not issubclass(kind, FrozenLayer))
         if back is not None:
             return back
@@ -98,4 +97,4 @@ def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = Fa
         made.origin = None
         return made
 
-    return replace_layers("unfreeze", model, choose, only=only, inplace=inplace, kinds=FrozenLayer)
+    return replace_layers("unfreeze", model, choose, only=only, inplace=inplace, kinds=walk.is_frozen)

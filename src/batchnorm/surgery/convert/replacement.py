@@ -15,7 +15,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm import walk
+from batchnorm.foreign import foreign_eps
 from batchnorm.models.report import describe
+from batchnorm.nn.frozen import adopted
 from batchnorm.nn.layer import NormLayer
 from batchnorm.undo import UndoOnFailure
 
@@ -113,6 +115,15 @@ def settings_of(layer: nn.Module) -> dict[str, Any]:
     for name in ("weight", "bias"):
         held[name] = [p.requires_grad for p in _parameters_of(layer, name)]
     return held
+
+
+def adopt(layer: nn.Module) -> nn.Module:
+    """Return another library's frozen layer as a `FrozenBatchNorm2d`, and any other layer itself."""
+    if foreign_eps(layer) is None:
+        return layer
+    new = adopted(layer)
+    _carry_hooks(layer, new)
+    return new
 
 
 def check_plain(layer: nn.Module) -> None:

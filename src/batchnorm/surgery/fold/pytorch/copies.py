@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from batchnorm import walk
+from batchnorm.foreign import foreign_eps
+from batchnorm.nn.frozen import adopted
 
 
 def working_copy(model: nn.Module, *, share: bool) -> tuple[nn.Module, tuple[str, ...]]:
@@ -27,6 +29,8 @@ def working_copy(model: nn.Module, *, share: bool) -> tuple[nn.Module, tuple[str
                 else:
                     removed += 1
             hooks.clear()
+    for found in walk.norm_layers(working, lambda module: foreign_eps(module) is not None):
+        working = walk.replace(working, found, adopted(found.module))
     hooks_are = "1 hook is" if removed == 1 else f"{removed} hooks are"
     return working, (f"{hooks_are} not carried over",) if removed else ()
 

@@ -18,7 +18,7 @@ from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
 from batchnorm.models.recording import fewer_samples
-from batchnorm.models.report import Change, Result
+from batchnorm.models.report import Change, Result, describe
 from batchnorm.surgery.fold import gate
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
@@ -266,7 +266,7 @@ def _fold_modules(working: nn.Module, inputs: Inputs, original: _Original, ways:
                 continue
             done.add(child)
             if walk.is_batch_norm(child):
-                was = f"{type(child).__name__}({getattr(child, 'num_features', '')})"
+                was = describe(child)
                 found.left.append(Change.unchanged(path, was, "the module that calls it cannot be traced"))
                 continue
             part = _fold_part(working, child, calls.get(child), original, path, ways)

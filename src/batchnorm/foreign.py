@@ -1,0 +1,78 @@
+"""Recognize frozen batch normalization of other libraries, by its buffers and its results.
+
+torchvision, detectron2, DETR and its successors each define a `FrozenBatchNorm2d` for `[N, C, H, W]`, with γ, β, mean
+and variance as four buffers. They share no base class. Some have an attribute `eps`, others use 1e-5, and older ones 0.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.jit import ScriptModule
+from torch.nn.modules.batchnorm import _NormBase
+
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+# For each class: the attribute that holds ε, or ε itself; None if it is another kind of layer.
+_WAYS = ("eps", 1e-5, 0.0)
+_known: weakref.WeakKeyDictionary[type, str | float | None] = weakref.WeakKeyDictionary()
+
+
+def foreign_eps(module: nn.Module) -> float | None:
+    """Return ε of another library's frozen batch normalization; None if the module is anything else."""
+    if not _has_the_vectors(module):
+        return None
+    kind = type(module)
+    if kind not in _known:
+        _known[kind] = next((eps for eps in _WAYS if _computes(module, eps)), None)
+    eps = _known[kind]
+    return float(getattr(module, eps)) if isinstance(eps, str) else eps
+
+
+def _has_the_vectors(module: nn.Module) -> bool:
+    """Return whether the module holds four vectors as buffers, and nothing else."""
+    held = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    if set(held) != set(VECTORS) or isinstance(module, (_NormBase, ScriptModule)) or "forward" in vars(module):
+        return False
+    if module._modules or any(parameter is not None for parameter in module._parameters.values()):
+        return False
+    shape = held["weight"].shape
+    return len(shape) == 1 and shape[0] > 0 and all(buffer.shape == shape for buffer in held.values())
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, eps: str | float) -> bool:
+    """Return whether the class normalizes by the running statistics, in training too, with this ε or attribute as ε.
+
+    The `forward` of the class runs on an object with the module's attributes and other buffers, so that neither the
+    module nor its hooks take part.
+    """
+    if isinstance(eps, str) and type(vars(module).get(eps)) not in (int, float):
+        return False
+    trial = object.__new__(type(module))
+    vars(trial).update(vars(module))
+    channels = module._buffers["weight"].numel()  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+
+    weight, bias, mean, var = vectors = [drawn(channels) for _ in VECTORS]
+    before = [vector.clone() for vector in vectors]
+    vars(trial)["_buffers"] = {**module._buffers, **dict(zip(VECTORS, vectors, strict=True))}
+    value = eps if isinstance(eps, float) else 0.25  # no default
+    if isinstance(eps, str):
+        vars(trial)[eps] = value
+    x = drawn(2, channels, 3, 2)
+    expected = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training=False, eps=value)
+    for training in (True, False):
+        trial.training = training
+        try:
+            y = type(module).forward(trial, x.clone())
+        except Exception:  # it is anything
+            return False
+        if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y, expected, rtol=1e-9, atol=1e-9):
+            return False
+    return all(map(torch.equal, vectors, before))
