@@ -175,6 +175,8 @@ def test_what_is_not_given_is_as_before_when_a_comparison_is_resumed(file, tmp_p
         invoke("--resume", "--out", out, "--epochs", 1), "epochs was None and is 1; steps was 4 and is None"
     )
     assert_one_line(invoke("--resume"), "resume needs out, the directory of the comparison to continue")
+    assert_one_line(invoke("--resume", "--out", tmp_path / "uot"), f"but {tmp_path / 'uot'} does not exist. Check the")
+    assert not (tmp_path / "uot").exists()
 
 
 def test_a_report_is_built_anew(file, tmp_path):

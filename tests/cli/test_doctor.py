@@ -114,6 +114,8 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
         (["{net}:build", "--data", "{net}:three"], "batchnorm doctor: diagnose expects batches that are tensors"),
         (["{net}:build", "--loss", "hinge"], "batchnorm doctor: --loss must be module.path:callable, got 'hinge'"),
         (["{net}:build", "-o", "bn.html"], "batchnorm doctor: --output must end in .json or .txt"),
+        (["{net}:build", "--batch-size", "9" * 30], "batchnorm doctor: Invalid value for '--batch-size': 9999"),
+        (["{net}:build", "--budget", "9" * 30], "batchnorm doctor: Invalid value for '--budget': 9999"),
         (["{net}:build", "--fail-on", "never"], "batchnorm doctor: Invalid value for '--fail-on'"),
         ([], "batchnorm doctor: Missing argument"),
     ],
@@ -149,6 +151,10 @@ def test_inspect_prints_every_layer(place, capsys) -> None:
     ("words", "line"),
     [
         (["{net}:build", "--input", "1,x"], "batchnorm inspect: --input must be positive numbers"),
+        (
+            ["{net}:build", "--input", "1,3,99999999999999,8"],
+            "batchnorm inspect: --input must be the shape of a tensor",
+        ),
         (["{net}:build", "--input", "1,3"], "batchnorm inspect: inspect_layers expects inputs that the model takes"),
         (["{net}:fails"], "batchnorm inspect: {net}:fails must return the network"),
     ],

@@ -121,6 +121,11 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
             ["net_for_fold:build", "--input", "1,3,0,8", "-o", "f.pt2"],
             "--input must be positive numbers separated by commas",
         ),
+        (
+            ["net_for_fold:build", "--input", "1,3,99999999999999,8", "-o", "f.pt2"],
+            "that fits into memory, got 1,3,9999",
+        ),
+        (["net_for_fold:build", "--input", f"1,{10**30}", "-o", "f.pt2"], "--input must be the shape of a tensor that"),
         (["net_for_fold:build", "--input", "1,5,8,8", "-o", "f.pt2"], "example_inputs must be what the model takes"),
         (["net_for_fold:build", "--weights", "no.pth", "--input", "1,3,8,8", "-o", "f.pt2"], "FileNotFoundError"),
         (["net_for_fold:build", "--input", "1,3,8,8", "-o", "f.onnx"], "must not be .onnx for a network of PyTorch"),
@@ -183,6 +188,9 @@ def test_an_onnx_file_that_cannot_be_read_or_run_is_told(folder: Path) -> None:
     (folder / "bad.onnx").write_text("nothing")
     assert_one_line(invoke("bad.onnx", "-o", "f.onnx"), "bad.onnx must be an ONNX file with all its weights")
     assert_one_line(invoke("net.onnx", "--input", "1,5,8,8", "-o", "f.onnx"), "the model must run with its inputs")
+    for size in (10**14, 10**30):
+        result = invoke("net.onnx", "--input", f"1,3,{size},8", "-o", "f.onnx")
+        assert_one_line(result, f"inputs must be shapes of arrays that fit into memory, got [1, 3, {size}, 8]")
     assert_one_line(invoke("net.onnx", "-o", "net.onnx", "--overwrite"), "output must be another file than the model")
     assert not (folder / "f.onnx").exists()
 

@@ -126,6 +126,9 @@ def test_what_would_be_accelerated_is_told(folder: Path) -> None:
         "accelerate: 2 changed, 0 left, 1 fused with following operations; outputs differ by "
     )
     assert invoke("accelerate", "net_for_surgery:build").exit_code == 0
+    assert_one_line(
+        invoke("accelerate", "net_for_surgery:build", "--input", "2,4,99999999999999,7"), "fits into memory"
+    )
     text = "accelerate expects example_inputs that Sequential takes, got a tensor [2, 5, 7, 7]"
     assert_one_line(invoke("accelerate", "net_for_surgery:build", "--input", "2,5,7,7"), text)
 

@@ -195,6 +195,8 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
         ),
         ({"seeds": 0}, "seeds must be a positive integer"),
         ({"threads": -1}, "threads must be a positive integer"),
+        ({"threads": 99_999}, r"threads must be at most \d+, got 99999. Choose a smaller number"),
+        ({"seeds": 10**12}, "seeds must be at most 10000, got 1000000000000"),
         ({"evaluate_every": 0}, "evaluate_every must be a positive integer"),
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
         ({"lr": float("nan")}, "lr must be above 0 and finite"),

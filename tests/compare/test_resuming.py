@@ -83,12 +83,13 @@ def test_a_finished_comparison_is_widened(data, tmp_path, trained):
     assert again.headline == found.headline
 
 
-def test_resuming_what_is_not_there_begins_it(data, tmp_path):
-    assert len(small(data, tmp_path / "new", resume=True).runs) == 4
+def test_resuming_what_is_not_there_is_refused(data, tmp_path, trained):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "summary.json").write_text("mine")
-    with pytest.raises(ComparisonError, match="must not hold an earlier comparison"):
-        small(data, tmp_path / "other", resume=True)
+    for name, missing in (("new", "does not exist"), ("other", "has no settings.json")):
+        with pytest.raises(ComparisonError, match=f"directory of an earlier comparison, but .*{name} {missing}"):
+            small(data, tmp_path / name, resume=True)
+    assert trained == [] and [path.name for path in tmp_path.rglob("*")] == ["other", "summary.json"]
     assert (tmp_path / "other" / "summary.json").read_text() == "mine"
 
 

@@ -34,5 +34,5 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> Non
     shapes = [shape_of(text, mistake) for text in sizes]
     built = network(model, None, mistake)
     with library_errors(mistake):
-        _, report = accelerate_network(built, random_inputs(shapes, built) or None, inplace=True)
+        _, report = accelerate_network(built, random_inputs(shapes, built, mistake) or None, inplace=True)
     print(report)

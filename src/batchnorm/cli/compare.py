@@ -129,8 +129,8 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the comparison in the directory, or start one if there is none. Finished runs are not trained "
-    "again, and omitted options keep their values. You may add norms, rates, batch sizes and seeds.",
+    help="Continue the comparison in the directory. Finished runs are not trained again, and omitted options keep "
+    "their values. You may add norms, rates, batch sizes and seeds.",
 )
 @click.option(
     "--records",
@@ -158,6 +158,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
       batchnorm compare --report result
     """
     from batchnorm import compare as comparison
+    from batchnorm.compare.directory import SETTINGS
     from batchnorm.compare.resuming import earlier_arguments
     from batchnorm.compare.training.parallel import launched
 
@@ -186,9 +187,11 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
         if here.first and out is not None:
             runs = out / "runs"
             whole = len(list(runs.glob("*.jsonl")))
+            further = f"Continue with: {ctx.command_path} --resume --out {out}"
+            if not (out / SETTINGS).is_file():
+                further = "Start again: training had not begun."
             print(
-                f"{ctx.command_path}: interrupted; {whole} finished runs are in {runs}, without a summary. "
-                f"Continue with: {ctx.command_path} --resume --out {out}",
+                f"{ctx.command_path}: interrupted; {whole} finished runs are in {runs}, without a summary. {further}",
                 file=sys.stderr,
             )
         ctx.exit(INTERRUPTED)

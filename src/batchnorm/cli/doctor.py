@@ -11,6 +11,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand, OneLineError
 from batchnorm.cli.loading import (
+    COUNT,
     Mistake,
     batch_size_option,
     batches,
@@ -48,14 +49,14 @@ _PIPED = 120  # columns without a terminal
 @batch_size_option
 @click.option(
     "--max-samples",
-    type=click.IntRange(1),
+    type=COUNT,
     default=1000,
     metavar="N",
     help="Samples to read.",
 )
 @click.option(
     "--budget",
-    type=click.IntRange(0),
+    type=click.IntRange(0, COUNT.max),
     default=5,
     metavar="N",
     help="Number of passes over the data for single layers, in addition to three for all layers.",

@@ -91,7 +91,7 @@ def _fold_torch(
         network, example = _program(Path(model), trust, mistake)
     else:
         network = loading.network(model, weights, mistake, "the model, if no .pt2 or .onnx file,")
-    inputs = loading.random_inputs(shapes, network) or example
+    inputs = loading.random_inputs(shapes, network, mistake) or example
     if not inputs:
         raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
     with library_errors(mistake, FoldError):

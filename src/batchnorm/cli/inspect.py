@@ -37,7 +37,7 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
 
     mistake = mistakes_of(ctx)
     built = network(model, weights, mistake)
-    inputs = None if size is None else random_inputs([shape_of(size, mistake)], built)
+    inputs = None if size is None else random_inputs([shape_of(size, mistake)], built, mistake)
     with library_errors(mistake):
         layers = inspect_layers(built, inputs)
     if as_json:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Mistake = Callable[..., OneLineError]
 
+COUNT = click.IntRange(1, 2**31 - 1)
+
 weights_option = click.option(
     "--weights",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -27,9 +29,7 @@ weights_option = click.option(
     help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
 )
 
-batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), default=64, metavar="N", help="Batch size, for FILE.npz."
-)
+batch_size_option = click.option("--batch-size", type=COUNT, default=64, metavar="N", help="Batch size, for FILE.npz.")
 
 
 def mistakes_of(ctx: click.Context) -> Mistake:
@@ -103,7 +103,7 @@ def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
         raise mistake(f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
-    split = [part.split(batch_size) for part in parts]
+    split = [part.split(min(batch_size, max(1, len(x)))) for part in parts]
     return list(split[0]) if y is None else list(zip(*split, strict=True))
 
 
@@ -120,13 +120,19 @@ def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
     return shape
 
 
-def random_inputs(shapes: list[tuple[int, ...]], network: nn.Module) -> tuple[Tensor, ...]:
+def random_inputs(shapes: list[tuple[int, ...]], network: nn.Module, mistake: Mistake) -> tuple[Tensor, ...]:
     """Return random tensors of these shapes in the network's dtype."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    try:
+        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise mistake(
+            "--input must be the shape of a tensor that fits into memory, got "
+            f"{' and '.join(','.join(map(str, shape)) for shape in shapes)}. Choose smaller sizes."
+        ) from error
 
 
 @contextmanager

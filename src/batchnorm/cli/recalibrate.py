@@ -8,6 +8,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand, SeveralValues
 from batchnorm.cli.loading import (
+    COUNT,
     batch_size_option,
     batches,
     mistakes_of,
@@ -30,7 +31,7 @@ from batchnorm.cli.writing import check_output, open_output, output_options, sav
     "or a file with x (or x_train), which is shuffled.",
 )
 @batch_size_option
-@click.option("--max-samples", type=click.IntRange(1), metavar="N", help="Stop after the batch that reaches N samples.")
+@click.option("--max-samples", type=COUNT, metavar="N", help="Stop after the batch that reaches N samples.")
 @click.option(
     "--passes",
     type=click.Choice(("single", "sequential")),

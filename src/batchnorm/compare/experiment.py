@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from batchnorm.compare.directory import SCHEMA, SETTINGS, SUMMARY, finished_runs, prepare, read_facts, write_json
+from batchnorm.compare.directory import SCHEMA, SETTINGS, SUMMARY, finished_runs, prepare, write_json
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs import models
 from batchnorm.compare.inputs.choices import Choice, Grid
@@ -30,7 +30,7 @@ from batchnorm.compare.records import Run
 from batchnorm.compare.report.formats import check_formats
 from batchnorm.compare.report.headline import percent
 from batchnorm.compare.report.results import Result, conclude
-from batchnorm.compare.resuming import check_same, fingerprint
+from batchnorm.compare.resuming import check_same, earlier_facts, fingerprint
 from batchnorm.compare.training import parallel
 from batchnorm.compare.training.cells import Cells
 from batchnorm.compare.training.environment import restored
@@ -103,7 +103,7 @@ def run(
         schedule: How the rate changes during training: `constant`, `cosine`, `step` or `linear`, with options after a
             colon: `cosine:warmup=100`.
         optimizer: `sgd`, `momentum` (SGD with momentum 0.9), `adam`, `adamw` or `rmsprop`.
-        seeds: Number of seeds, counted from 0.
+        seeds: Number of seeds, counted from 0; at most 10,000.
         target_accuracy: The test accuracy to reach, above 0 and at most 1; the report says when each run reached it.
         evaluate_every: Steps from one evaluation to the next; by default about 80 evaluations, at least 5 steps apart.
         threads: Number of threads that torch uses. One is as fast for small networks, and gives the same bits and
@@ -112,9 +112,8 @@ def run(
         out: Directory for all output, created if necessary; by default a new one in `batchnorm-compare/` named after
             the time.
         overwrite: Whether to replace an earlier comparison in `out`.
-        resume: Whether to continue an earlier comparison in `out`, if there is one, without training its finished runs
-            again. You may add norms, values and seeds; every other setting that decides a run's result must be the
-            same.
+        resume: Whether to continue the earlier comparison in `out` without training its finished runs again. You may
+            add norms, values and seeds; every other setting that decides a run's result must be the same.
         records: `jsonl`, each run as lines of JSON in `runs/`; or `parquet`, which adds tables of all runs.
         tensorboard: Whether to write TensorBoard logs of every run to `out/tensorboard`.
         progress: Whether to show progress on standard error.
@@ -233,11 +232,9 @@ def _compare(
     )
 
 
-def _earlier(directory: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], Known] | None:
-    """Return the facts, with the start time of the earlier comparison, and its finished runs; None if there is none."""
-    before = read_facts(directory)
-    if before is None:
-        return None
+def _earlier(directory: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], Known]:
+    """Return the facts, with the start time of the earlier comparison, and its finished runs."""
+    before = earlier_facts(directory)
     check_same(directory, before, facts)
     return {**facts, "started": before["started"]}, {(run.choice, run.seed): run for run in finished_runs(directory)}
 

@@ -57,14 +57,29 @@ def check_same(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         )
 
 
+def earlier_facts(directory: Path) -> dict[str, Any]:
+    """Return what the comparison in the directory wrote before training.
+
+    Raises:
+        ComparisonError: If there is no comparison, or another version of the package wrote it.
+    """
+    facts = read_facts(directory)
+    if facts is None:
+        missing = "has no settings.json" if directory.is_dir() else "does not exist"
+        raise ComparisonError(
+            f"to resume, out must be the directory of an earlier comparison, but {directory} {missing}. Check the "
+            "path, or start a comparison there without resume (--resume)."
+        )
+    return facts
+
+
 def earlier_arguments(directory: str | Path) -> dict[str, Any]:
-    """Return the arguments of `run` that started a comparison; empty if there is no comparison yet.
+    """Return the arguments of `run` that started a comparison.
 
     Args:
         directory: The `out` of a comparison.
 
     Raises:
-        ComparisonError: If another version of the package wrote it.
+        ComparisonError: If there is no comparison, or another version of the package wrote it.
     """
-    facts = read_facts(Path(directory))
-    return {} if facts is None else Settings.read(facts["settings"]).arguments
+    return Settings.read(earlier_facts(Path(directory))["settings"]).arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ T = TypeVar("T")
 EPOCHS = 10
 EVALUATIONS = 80
 CLOSEST = 5  # steps between evaluations, which cost more than steps do
+# More threads than processors are slower, and some thousands end the process.
+_MOST = {"seeds": 10_000, "threads": max(256, os.cpu_count() or 1)}
 SEVERAL = {"norms": "norm"} | {name: name for name in ("placement", "lr", "batch_size", "sampling")}
 
 
@@ -114,7 +117,7 @@ def several(name: str, given: T | Iterable[T]) -> tuple[T, ...]:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Check that each count is None or a positive integer.
+    """Check that each count is None or a positive integer, and not absurdly large.
 
     Raises:
         ComparisonError: If one is not.
@@ -122,6 +125,8 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise ComparisonError(f"{name} must be a positive integer, got {count!r}. Choose 1 or more.")
+        if count is not None and count > _MOST.get(name, math.inf):
+            raise ComparisonError(f"{name} must be at most {_MOST[name]}, got {count}. Choose a smaller number.")
 
 
 def check_length(samples: int, batch_sizes: Iterable[int], epochs: int | None, steps: int | None) -> None:

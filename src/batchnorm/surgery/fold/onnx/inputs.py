@@ -138,9 +138,14 @@ def _dtype(kind: int) -> Any:
 
 
 def _random(shape: tuple[int, ...], dtype: Any, generator: np.random.Generator) -> Array:
-    if np.dtype(dtype).kind in "iub":
-        return generator.integers(0, 2, shape).astype(dtype)
-    return generator.standard_normal(shape).astype(dtype)
+    try:
+        if np.dtype(dtype).kind in "iub":
+            return generator.integers(0, 2, shape).astype(dtype)
+        return generator.standard_normal(shape).astype(dtype)
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise ValueError(
+            f"inputs must be shapes of arrays that fit into memory, got {list(shape)}. Choose smaller sizes."
+        ) from error
 
 
 def _described(value: onnx.ValueInfoProto) -> str:
