@@ -121,7 +121,7 @@ def _program(path: Path, trust: bool, mistake: Mistake) -> tuple[nn.Module, tupl
     import torch
 
     from batchnorm.cli import program
-    from batchnorm.models.model_graph import from_program
+    from batchnorm.models.tracing.exported import from_program
 
     if not path.is_file():
         raise mistake(f"{path} must be a file of torch.export.save, but there is none. Check the path.")

@@ -13,7 +13,8 @@ Graphs:
     forward_graph: One module's `forward` as a graph that is valid in training and in evaluation.
     lowering: Rewrite a graph as calls of plain functions.
     neighbours: The calls before and after each batch normalization in a graph.
-    errors: The error that both tracers raise.
+    tracing: The two ways to trace, without a change that other threads see.
+    errors: The error that tracing raises.
 
 Functions that change a model:
     selection: The layers that the user chooses, as with `only=`.

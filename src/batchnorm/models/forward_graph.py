@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs
+from batchnorm.models.tracing.symbolic import Tracer
 from batchnorm.walk import is_hooked, set_mode
 
 ABSENT: Any = object()
@@ -138,14 +139,20 @@ def trace(
     Raises:
         Untraceable: there is no such graph.
     """
-    # fx replaces the functions of `math` while it traces. Imported meanwhile, as a checkpoint does, dynamo would take
-    # the replacements for the functions, and could not compile calls of math.prod any more.
-    importlib.import_module("torch._dynamo")
+    try:
+        return _trace(module, expected, inlined, known, functions=False)
+    except Untraceable:
+        return _trace(module, expected, inlined, known, functions=True)
+
+
+def _trace(
+    module: nn.Module, expected: Sequence[Expected], inlined: Sequence[nn.Module], known: bool, functions: bool
+) -> tuple[fx.Graph, fx.graph.PythonCode]:
     graphs = []
     for training in (True, False):
         set_mode(module, training)
         before, drawn = [_attributes_of(m) for m in (module, *inlined)], _random_state()
-        tracer = _Tracer(expected, inlined, known)
+        tracer = _Tracer(expected, inlined, known, functions)
         try:
             with _gradients_and_autocast(training):
                 graph = tracer.trace(module)
@@ -233,11 +240,11 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
     setattr(_Value, f"__i{_name}__", _in_place(f"i{_name}"))
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # so that operations on buffers are traced instead of executed
-
-    def __init__(self, expected: Sequence[Expected], inlined: Sequence[nn.Module], known: bool) -> None:
-        super().__init__()
+class _Tracer(Tracer):
+    def __init__(
+        self, expected: Sequence[Expected], inlined: Sequence[nn.Module], known: bool, functions: bool
+    ) -> None:
+        super().__init__(functions=functions)
         self.expected = expected
         self.inlined = {id(module) for module in inlined}
         self.known = known

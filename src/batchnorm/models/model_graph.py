@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,9 @@ from batchnorm._checks import in_one_line
 from batchnorm.foreign import foreign_eps
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
-from batchnorm.models.outputs import outputs
+from batchnorm.models.outputs import outputs, same_containers
+from batchnorm.models.tracing.exported import exported
+from batchnorm.models.tracing.symbolic import Tracer, graph_module
 
 # The sizes of one dimension in all recorded runs. Equal tuples mean that two dimensions are equal for every input.
 Dim = tuple[int, ...]
@@ -55,14 +55,17 @@ class Trace:
         return self.module.graph
 
 
-class _Tracer(fx.Tracer):
-    """Inlines all modules except torch's layers and untraceable ones; omitted arguments keep their defaults."""
+class _Tracer(Tracer):
+    """Inlines all modules except torch's layers; omitted arguments keep their defaults.
 
-    proxy_buffer_attributes = True
+    Args:
+        inputs: The example.
+        lenient: Whether modules that cannot be traced stay whole, and calls of functions are recorded.
+    """
 
-    def __init__(self, inputs: Inputs) -> None:
-        super().__init__()
-        self._inputs = inputs
+    def __init__(self, inputs: Inputs, *, lenient: bool) -> None:
+        super().__init__(functions=lenient)
+        self._inputs, self._lenient = inputs, lenient
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or foreign_eps(m) is not None
@@ -76,12 +79,9 @@ class _Tracer(fx.Tracer):
         except Exception:
             self.module_stack.clear()
             self.module_stack.update(stack)
-            if any(map(walk.is_batch_norm, m.modules())):
+            if not self._lenient or any(map(walk.is_batch_norm, m.modules())):
                 raise
-            for node in list(reversed(self.graph.nodes)):
-                if node is last:
-                    break
-                self.graph.erase_node(node)
+            self.erase(itertools.takewhile(lambda node: node is not last, list(reversed(self.graph.nodes))))
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     def create_args_for_root(
@@ -111,10 +111,11 @@ class _Tracer(fx.Tracer):
 
 
 def _by_fx(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
-    tracer = _Tracer(sizes[0])
-    graph = tracer.trace(model)
-    graph._tracer_cls = fx.Tracer  # unpickling traces the code again with this class
-    return fx.GraphModule(model, graph, type(model).__name__)
+    try:
+        graph = _Tracer(sizes[0], lenient=False).trace(model)
+    except Exception:
+        graph = _Tracer(sizes[0], lenient=True).trace(model)
+    return graph_module(model, graph, type(model).__name__)
 
 
 def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
@@ -132,53 +133,7 @@ def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
 
     in_order = pytree.tree_map(dimensions, (example.args, example.kwargs))
     names = inspect.signature(model.forward).bind(*in_order[0], **in_order[1]).arguments
-    with torch.no_grad():
-        program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=dict(names), strict=False)
-    return from_program(program)
-
-
-def from_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Return an exported program as a graph module with the model's arguments and results, without guards."""
-    lifted = program.module()
-    graph = fx.Graph()
-    copies: dict[Node, Any] = {}
-    names = iter(_argument_names(program))
-    for node in lifted.graph.nodes:
-        if node.op == "call_module" and node.target == "_guards_fn":
-            continue
-        if node.op == "placeholder":
-            copies[node] = graph.placeholder(next(names, node.name))
-        elif node.op == "output":
-            leaves = fx.node.map_arg(node.args[0], copies.__getitem__)
-            structure = program.call_spec.out_spec
-            result = pytree.tree_unflatten(list(leaves), structure) if structure is not None else leaves
-            graph.output(_constructed(graph, result))
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code()  # removes attributes for training, and sizes that only guards read
-    return fx.GraphModule(lifted, graph, "Exported")
-
-
-def _argument_names(program: torch.export.ExportedProgram) -> list[str]:
-    spec = program.call_spec.in_spec
-    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec) if spec is not None else ((), {})
-    if len(pytree.tree_leaves((args, kwargs))) != len(args) + len(kwargs):
-        raise Untraceable("arguments that are containers of tensors cannot be exported here")
-    user = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
-    return [*user[: len(args)], *kwargs]
-
-
-def _constructed(graph: fx.Graph, result: Any) -> Any:
-    """Build the result in the graph; to build an instance of a user's class, call that class as the model does."""
-    if isinstance(result, dict):
-        items = {key: _constructed(graph, value) for key, value in result.items()}
-        return items if type(result) is dict else graph.call_function(type(result), (), items)
-    if isinstance(result, (tuple, list)):
-        items_ = [_constructed(graph, value) for value in result]
-        if hasattr(result, "_fields"):
-            return graph.call_function(type(result), tuple(items_))
-        return tuple(items_) if isinstance(result, tuple) else items_
-    return result
+    return exported(model, example.args, example.kwargs, dict(names))
 
 
 class _Recorder(fx.Interpreter):
@@ -217,28 +172,10 @@ def record(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> _Recorder:
 
 def _same(found: Any, expected: Any) -> bool:
     theirs, ours = outputs(expected), outputs(found)
-    if len(theirs) != len(ours):
-        return False
-    return all(
+    return same_containers(found, expected) and all(
         a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
         for a, b in zip(ours, theirs, strict=True)
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch, because a failed trace is no error if the next way succeeds."""
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch.export", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 _WAYS: dict[str, Callable[[nn.Module, Sequence[Inputs]], fx.GraphModule]] = {"fx": _by_fx, "export": _by_export}
@@ -269,30 +206,29 @@ def trace(
     except Exception as error:
         raise Untraceable(f"it cannot be called again: {in_one_line(error)[:200]}") from error
     accepted = [(inputs, expected)]
-    with _quiet():
-        for choice in inputs.resized():
-            for other in choice:
-                try:
-                    accepted.append((other, evaluate(model, other)))
-                    break
-                except Exception:  # the model does not accept this size
-                    continue
-        reasons, fixed = [], None
-        for way in ways:
+    for choice in inputs.resized():
+        for other in choice:
             try:
-                module = prepare(_WAYS[way](model, [i for i, _ in accepted]))
-                if not _same(evaluate(module, inputs), expected):
-                    reasons.append(f"{way}: its graph gives other results")
-                    continue
-            except Exception as error:
-                reasons.append(f"{way}: {in_one_line(error)[:200]}")
+                accepted.append((other, evaluate(model, other)))
+                break
+            except Exception:  # the model does not accept this size
                 continue
-            refused = tuple(other for other, result in accepted[1:] if not _gives(module, other, result))
-            found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
-            if not refused:
-                return found
-            if fixed is None or len(refused) < len(fixed.refused):
-                fixed = found
+    reasons, fixed = [], None
+    for way in ways:
+        try:
+            module = prepare(_WAYS[way](model, [i for i, _ in accepted]))
+            if not _same(evaluate(module, inputs), expected):
+                reasons.append(f"{way}: its graph gives other results")
+                continue
+        except Exception as error:
+            reasons.append(f"{way}: {in_one_line(error)[:200]}")
+            continue
+        refused = tuple(other for other, result in accepted[1:] if not _gives(module, other, result))
+        found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
+        if not refused:
+            return found
+        if fixed is None or len(refused) < len(fixed.refused):
+            fixed = found
     if fixed is not None:
         return fixed
     raise Untraceable("; ".join(reasons))

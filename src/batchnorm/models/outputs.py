@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
 def outputs(result: Any) -> list[Tensor]:
-    """Return every tensor in the result of a model."""
-    if not pytree.tree_leaves(result) and hasattr(result, "__dict__"):
-        result = vars(result)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    """Return every tensor in the result of a model, also in attributes of objects."""
+    return [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
+
+
+def same_containers(result: Any, other: Any) -> bool:
+    """Return whether two results hold tensors at the same places, in containers and objects of the same classes."""
+    places: list[Any] = []
+    other_places: list[Any] = []
+    ones, others = _leaves(result, places), _leaves(other, other_places)
+    kinds = zip(ones, others, strict=False)
+    return places == other_places and all(isinstance(a, Tensor) == isinstance(b, Tensor) for a, b in kinds)
+
+
+def _leaves(value: Any, places: list[Any] | None = None, inside: tuple[int, ...] = ()) -> list[Any]:
+    """Return the values in containers and objects, and append the classes and keys on the way to `places`."""
+    children = None if id(value) in inside else _children(value)  # an object may hold itself
+    if children is None:
+        return [value]
+    if places is not None:
+        # By name, because a function may create its class again in each call.
+        places.append((type(value).__module__, type(value).__qualname__, list(children)))
+    return [leaf for child in children.values() for leaf in _leaves(child, places, (*inside, id(value)))]
+
+
+def _children(value: Any) -> dict[Any, Any] | None:
+    """Return the values that a container or object holds, by key or name; None for a leaf."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+        return None
+    if (kind := pytree.SUPPORTED_NODES.get(type(value))) is not None:
+        return dict(enumerate(kind.flatten_fn(value)[0]))
+    return vars(value) if hasattr(value, "__dict__") else None
 
 
 class Difference(NamedTuple):
@@ -39,14 +71,13 @@ _DIFFERENT = Difference(float("inf"), 0.0)
 
 def difference(expected: Any, found: Any) -> Difference:
     """Return the difference of the floating-point tensors in two results."""
-    (ones, spec), (others, other_spec) = pytree.tree_flatten(expected), pytree.tree_flatten(found)
-    if spec != other_spec:
+    if not same_containers(expected, found):
         return _DIFFERENT
     worst, rounding = 0.0, 0.0
-    for one, other in zip(ones, others, strict=True):
-        if not isinstance(one, Tensor) or not one.is_floating_point():
+    for one, other in zip(outputs(expected), outputs(found), strict=True):
+        if not one.is_floating_point():
             continue
-        if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+        if one.shape != other.shape or one.dtype != other.dtype:
             return _DIFFERENT
         rounding = max(rounding, torch.finfo(one.dtype).eps ** 0.5)
         wide, wide_other = one.double(), other.double()
