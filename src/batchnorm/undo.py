@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -90,6 +91,25 @@ class UndoOnFailure(Undo):
     def undo(self, error: BaseException | None) -> Steps:
         """Return the registered steps, the last one first, after a failure."""
         return [] if error is None else self._steps[::-1]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold signals back until the block has ended, for work that must not stop halfway."""
+    if not _is_main_thread():
+        yield
+        return
+    handlers = {int(n): handler for n in signal.valid_signals() if callable(handler := signal.getsignal(n))}
+    held: list[tuple[int, FrameType | None]] = []
+    for number in handlers:
+        signal.signal(number, lambda *arrived: held.append(arrived))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for arrived, frame in held:
+            handlers[arrived](arrived, frame)
 
 
 def _is_main_thread() -> bool:

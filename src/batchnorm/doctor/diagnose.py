@@ -19,6 +19,7 @@ from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, listed
 from batchnorm.models.batches import Batches, check_data, default_forward, eager
+from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar, bar
 from batchnorm.walk import restored, set_mode
 
@@ -68,6 +69,7 @@ def diagnose(
         ValueError: the model has no batch normalization, or layers that have not seen their first batch; its parameters
             are sharded (FSDP, tensor parallel); an argument is out of range; data are empty.
         ImportError: progress without rich.
+        RuntimeError: with process_group, another process failed.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -75,16 +77,18 @@ def diagnose(
         >>> [finding.code for finding in diagnosis.findings if finding.code == "BN110"]
         ['BN110']
     """
-    _check(model, data, max_samples, budget)
-    inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
-    kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
-    with restored(kept, buffers=True), bar("diagnose", progress) as shown, eager():
-        measurements = add_processes(measure_model(inner, optimizer), process_group)
-        call = ModelCall(forward or default_forward("diagnose"), loss)
-        batches = None if data is None else Batches(data, max_samples)
-        measurements = _measure(measurements, call, batches, budget, shown)
-        findings, not_checked = _apply_rules(measurements)
-    return Diagnosis.of(measurements, findings, not_checked + _layers_left_out(measurements))
+    together = process_group is not None
+    with Processes("diagnose", process_group, synchronize=together) as processes:
+        _check(model, data, max_samples, budget)
+        inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+        kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
+        with restored(kept, buffers=True), bar("diagnose", progress, processes.check) as shown, eager():
+            measurements = add_processes(measure_model(inner, optimizer), processes if together else None)
+            call = ModelCall(forward or default_forward("diagnose"), loss)
+            batches = None if data is None else Batches(data, max_samples)
+            measurements = _measure(measurements, call, batches, budget, shown)
+            findings, not_checked = _apply_rules(measurements)
+        return Diagnosis.of(measurements, findings, not_checked + _layers_left_out(measurements))
 
 
 def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: int, shown: Bar) -> Measurements:

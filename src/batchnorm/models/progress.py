@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,21 +10,27 @@ T = TypeVar("T")
 
 
 class Bar:
-    """Shows the number of processed batches; without a display, shows nothing."""
+    """Shows the number of processed batches; without a display, shows nothing.
 
-    def __init__(self, display: Any = None) -> None:
+    Args:
+        display: Draws the bar.
+        before_each: Called before each batch.
+    """
+
+    def __init__(self, display: Any = None, before_each: Callable[[], None] = lambda: None) -> None:
         self._display = display
+        self._before_each = before_each
         self._task = None if display is None else display.add_task("", total=None)
 
     def over(self, batches: Iterable[T], title: str, total: int | None) -> Iterator[T]:
         """Yield the batches and count them."""
-        if self._display is None:
-            yield from batches
-            return
-        self._display.reset(self._task, description=title, total=total)
+        if self._display is not None:
+            self._display.reset(self._task, description=title, total=total)
         for batch in batches:
+            self._before_each()
             yield batch
-            self._display.update(self._task, advance=1)
+            if self._display is not None:
+                self._display.update(self._task, advance=1)
 
     def expect(self, total: int, text: str) -> None:
         """Set the total number of batches, and print a line of text."""
@@ -34,14 +40,14 @@ class Bar:
 
 
 @contextmanager
-def bar(caller: str, show: bool) -> Iterator[Bar]:
-    """Show a progress bar on standard error within the block.
+def bar(caller: str, show: bool, before_each: Callable[[], None] = lambda: None) -> Iterator[Bar]:
+    """Show a progress bar on standard error within the block, and call a function before each batch.
 
     Raises:
         ImportError: rich, which draws the bar, is not installed.
     """
     if not show:
-        yield Bar()
+        yield Bar(before_each=before_each)
         return
     try:
         from rich.console import Console
@@ -53,4 +59,4 @@ def bar(caller: str, show: bool) -> Iterator[Bar]:
         ) from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        yield Bar(display)
+        yield Bar(display, before_each)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.distributed.owners import sharded_modules
 from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, moved, size_of, tensors_in
 from batchnorm.models.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
 from batchnorm.models.processes import Processes
@@ -103,18 +104,16 @@ def single(run: Run, processes: Processes) -> Measured:
     """Measure all layers in one pass; each batch is normalized by its own statistics, as in training."""
     layers = run.observer.layers
 
-    def measure() -> Measured:
-        calls: dict[LayerCall, Rows] = {}
+    calls: dict[LayerCall, Rows] = {}
 
-        def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
-            calls[call] = merged(calls[call], rows) if call in calls else rows
-            return _batch_statistics(layers[call.layer], rows)
+    def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
+        calls[call] = merged(calls[call], rows) if call in calls else rows
+        return _batch_statistics(layers[call.layer], rows)
 
-        for batch in run.bar.over(run.batches, "recalibrate", run.batches.length):
-            run.run_pass(batch, statistics_for)
-        return _of_this_process(run, calls)
-
-    return _merged_over_ranks(processes.gather(measure))
+    batches = processes.in_step(run.batches) if sharded_modules(run.model) else run.batches
+    for batch in run.bar.over(batches, "recalibrate", run.batches.length):
+        run.run_pass(batch, statistics_for)
+    return _merged_over_ranks(processes.gather(_of_this_process(run, calls)))
 
 
 def _of_this_process(run: Run, calls: dict[LayerCall, Rows]) -> Measured:
@@ -272,7 +271,7 @@ def sequential(
     work = here.first
     try:
         while True:
-            reached = _merged_over_ranks(processes.gather(work))
+            reached = _merged_over_ranks(processes.gather(work()))
             # Batches may take different paths through the model and reach different calls, so handle one at a time.
             call = next(iter(reached.calls), None)
             if call is None:

@@ -124,30 +124,29 @@ def recalibrate(
         >>> report["0"].moments[0].count.item()
         5.0
     """
-    _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
-    check_data(_CALLER, data)
-    if isinstance(only, Iterator):
-        only = list(only)  # it is read twice
-    if not inplace or passes == "sequential" or shared == "separate":
-        check_not_sharded(_CALLER, model)
-    if not inplace:
-        _select(model, only)  # fail before anything is copied
-        with torch.inference_mode(False):  # a copy made in inference mode could not be trained
-            model = copied(_CALLER, model)
-    with UndoOnFailure() as undo:
+    with Processes(_CALLER, process_group, synchronize=synchronize) as processes, UndoOnFailure() as undo:
+        _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
+        check_data(_CALLER, data)
+        if isinstance(only, Iterator):
+            only = list(only)  # it is read twice
+        if not inplace or passes == "sequential" or shared == "separate":
+            check_not_sharded(_CALLER, model)
+        if not inplace:
+            _select(model, only)  # fail before anything is copied
+            with torch.inference_mode(False):  # a copy made in inference mode could not be trained
+                model = copied(_CALLER, model)
         if shared == "separate":
             _separate(model, undo)
         selected, left = _select(model, only)
         before = [running_statistics(found.module) for found in selected]
-        processes = Processes(_CALLER, process_group, synchronize=synchronize)
-        _check_same([found.paths for found in selected], processes)
+        _check_same(processes, [found.paths for found in selected], passes=passes, prior=prior, shared=shared)
 
         def new_statistics(number: int, rows: Rows, samples: int) -> Statistics:
             return _new_statistics(selected[number], before[number], rows, samples, prior)
 
         inner = _unwrapped(model)
         target = torch.device(device) if device is not None else device_of(model)
-        with restored(model, buffers=True), bar(_CALLER, progress) as shown, eager():
+        with restored(model, buffers=True), bar(_CALLER, progress, processes.check) as shown, eager():
             set_mode(model, training=False)
             observer = Observer(_CALLER, selected)
             observer.install()
@@ -165,6 +164,7 @@ def recalibrate(
         for found in selected:
             if found.path in measured_at:
                 _write(found, measured_at[found.path], measured.batches, undo)
+        processes.end()
         return Result(model, report)
 
 
@@ -233,13 +233,19 @@ def _exclusion(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None
     return None
 
 
-def _check_same(paths: list[tuple[str, ...]], processes: Processes) -> None:
-    for rank, others in enumerate(processes.gather(lambda: paths)):
+def _check_same(processes: Processes, paths: list[tuple[str, ...]], **arguments: Any) -> None:
+    for rank, (others, other_arguments) in enumerate(processes.gather((paths, arguments))):
         if others != paths:
             raise ValueError(
                 f"{_CALLER} expects the same model and layers on every rank, got {len(paths)} layers here and "
                 f"{len(others)} on rank {rank}, or different paths. Use the same model, or pass synchronize=False."
             )
+        for name, value in arguments.items():
+            if other_arguments[name] != value:
+                raise ValueError(
+                    f"{_CALLER} expects the same {name} on every rank, got {value!r} here and "
+                    f"{other_arguments[name]!r} on rank {rank}. Pass the same, or synchronize=False."
+                )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

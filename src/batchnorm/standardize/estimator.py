@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm import _checks
+from batchnorm.models.processes import Processes
 from batchnorm.nn import frozen
 from batchnorm.standardize import data
 from batchnorm.standardize.data import Array
@@ -251,13 +252,12 @@ class Standardizer(Estimator):
         if not (dist.is_available() and dist.is_initialized()):
             self._check_fitted()
             return self
-        gathered: list[Any] = [None] * dist.get_world_size(process_group)
-        mine = copy.copy(self) if hasattr(self, "_features") else None
-        dist.all_gather_object(gathered, mine, group=process_group)
-        fitted = [other for other in gathered if other is not None]
-        if not fitted:
-            self._check_fitted()
-        merged = fitted[0].merge(*fitted[1:])
+        with Processes("Standardizer.all_reduce", process_group) as processes:
+            mine = copy.copy(self) if hasattr(self, "_features") else None
+            fitted: list[Any] = [other for other in processes.gather(mine) if other is not None]
+            if not fitted:
+                self._check_fitted()
+            merged = fitted[0].merge(*fitted[1:])
         if hasattr(merged, "feature_names_in_"):
             self.feature_names_in_ = merged.feature_names_in_
         self._set_fitted(merged._features, merged._ndim)

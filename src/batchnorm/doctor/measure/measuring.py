@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,6 +28,7 @@ from batchnorm.models.lowering import lower
 from batchnorm.models.model_graph import trace
 from batchnorm.models.neighbours import batch_norm_calls
 from batchnorm.models.observe import Statistics
+from batchnorm.models.processes import Processes
 from batchnorm.models.recording import fewer_samples
 from batchnorm.walk import set_mode
 
@@ -49,14 +49,14 @@ def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return Measurements(model, layers_of(model), model.training, trains, optimizer, missing)
 
 
-def add_processes(m: Measurements, group: Any) -> Measurements:
-    """Compare the processes of a group, each of which has to call this; None only counts them."""
-    processes = number_of_processes(group)
-    if group is not None:
-        return replace(m, processes=processes, process_states=ProcessStates.gather(m.layers, group))
-    if processes > 1:
+def add_processes(m: Measurements, processes: Processes | None) -> Measurements:
+    """Compare the processes, each of which has to call this; None only counts them."""
+    if processes is not None:
+        return replace(m, processes=processes.count, process_states=ProcessStates.gather(m.layers, processes))
+    count = number_of_processes()
+    if count > 1:
         m = _lacking(m, "ranks", "needs the other processes (process_group= on each of them)")
-    return replace(m, processes=processes)
+    return replace(m, processes=count)
 
 
 def add_trace(m: Measurements, example: Inputs | None) -> Measurements:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.doctor.measure.layers import Layer
+from batchnorm.models.processes import Processes
 
 _NAMES = ("weight", "bias", "running_mean", "running_var")
 
@@ -26,8 +26,8 @@ class ProcessStates:
     states: tuple[dict[str, dict[str, Tensor]], ...]
 
     @classmethod
-    def gather(cls, layers: Iterable[Layer], group: Any) -> ProcessStates:
-        """Gather the states of all processes of the group, each of which has to call this."""
+    def gather(cls, layers: Iterable[Layer], processes: Processes) -> ProcessStates:
+        """Gather the states of all processes, each of which has to call this."""
         own = {
             layer.path: {
                 name: tensor.detach().cpu().clone()
@@ -36,9 +36,7 @@ class ProcessStates:
             }
             for layer in layers
         }
-        states: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(states, own, group=group)
-        return cls(tuple(states))
+        return cls(tuple(processes.gather(own)))
 
     @property
     def comparable(self) -> bool:
@@ -74,6 +72,6 @@ def _finite(value: Tensor) -> float:
     return float(value) if bool(value.isfinite()) else float("inf")
 
 
-def number_of_processes(group: Any) -> int:
-    """Return the number of processes, without communication."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def number_of_processes() -> int:
+    """Return the number of all processes, without communication."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
