@@ -40,6 +40,33 @@ class Computed:
         self.half = self.logits / 2
 
 
+@dataclass(slots=True)
+class Slots:
+    logits: Tensor
+
+
+@dataclass
+class Doubled:
+    """Created from its own contents, it would hold twice as much."""
+
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = self.logits * 2
+
+
+class Noted(dict[str, Any]):
+    """A dictionary with an attribute that it is not created with."""
+
+    note: Tensor
+
+
+def noted(y: Tensor) -> Noted:
+    found = Noted(a=y)
+    found.note = y + 1
+    return found
+
+
 class Plain:
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -73,7 +100,10 @@ CONTAINERS = {
     "defaultdict": lambda y: defaultdict(list, {"a": y}),
     "NamedTuple": lambda y: Pair(y, Pair(y)),
     "dataclass": lambda y: Data(y, {"a": Data(y)}),
+    "dataclass with slots": lambda y: Slots(y),
     "dataclass with computed fields": lambda y: Computed(y),
+    "dataclass that changes its fields": lambda y: Doubled(y),
+    "subclass of dict": noted,
     "class": lambda y: [Plain(y)],
     "pytree": lambda y: Registered(y),
     "local class": local_class,
