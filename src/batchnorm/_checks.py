@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 ON_NONFINITE = ("propagate", "skip")
 ON_SINGLE = ("error", "running")
@@ -201,6 +203,31 @@ def _raise_channels(caller: str, x: Tensor, name: str, vector: Tensor) -> None:
         f"{caller} expects {name} of shape [C] = [{channels}] for x of shape {list(x.shape)}, "
         f"got {list(vector.shape)}. {hint}"
     )
+
+
+def check_quantization(caller: str, training: bool, *values: object) -> None:
+    """Refuse to become part of a graph that torch quantizes in training, and warn in evaluation.
+
+    `torch.ao.quantization` fuses and quantizes torch's own layers only. It would keep this one in floating point, and
+    in training mode for good, because a call of a function does not follow `eval()` of the graph.
+    """
+    if not any(isinstance(value, Proxy) and _quantizes(type(value.tracer)) for value in values):
+        return
+    fix = (
+        "Convert the model first, with batchnorm.convert(model, torch.nn), or fold it in evaluation; the guide on "
+        "quantization shows both."
+    )
+    if training:
+        raise ValueError(
+            f"{caller} expects to be converted before quantization-aware training, got a trace of it. {fix}"
+        )
+    warnings.warn(
+        f"{caller} stays in floating point, and is not fused, when torch quantizes this model. {fix}", stacklevel=2
+    )
+
+
+def _quantizes(tracer: type) -> bool:
+    return any(kind.__module__.startswith("torch.ao.quantization") for kind in tracer.__mro__)
 
 
 def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:

@@ -101,6 +101,7 @@ def batch_norm(
     """
     # This makes the call one node of an fx graph. fx.wrap would put its own wrapper there, which does not pickle.
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask):
+        _checks.check_quantization(caller, training, input)
         return handle_torch_function(
             batch_norm, (input, running_mean, running_var, weight, bias, residual, mask),
             input, running_mean, running_var, weight, bias, training, momentum, eps,

@@ -80,6 +80,7 @@ def decorrelated_batch_norm(
     """
     # This also makes the call one node of an fx graph.
     if has_torch_function_variadic(input, running_mean, running_whitening, weight, bias, mask):
+        _checks.check_quantization(caller, training, input)
         return handle_torch_function(
             decorrelated_batch_norm, (input, running_mean, running_whitening, weight, bias, mask), input, running_mean,
             running_whitening, weight, bias, training, momentum, eps, group_size=group_size, iterations=iterations,

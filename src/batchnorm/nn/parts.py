@@ -27,6 +27,7 @@ class PartsLayer(NormLayer):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return y for x of the layer's shape; positions where `mask [N, *S]` is 0 do not enter the statistics."""
         if isinstance(input, Proxy):  # a module node of the fx graph, because some arguments are not tensors
+            _checks.check_quantization(self.layer_name, self.training, input)
             tracer: Any = input.tracer
             kwargs = {} if mask is None else {"mask": mask}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), kwargs)

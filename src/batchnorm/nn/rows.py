@@ -138,6 +138,7 @@ def batch_norm_by_rows(
     # Makes this one node of an fx graph, as `functional.batch_norm` is.
     tensors = (x, choice, running_mean, running_var, num_batches_tracked, weight, bias, mask)
     if has_torch_function_variadic(*tensors):
+        _checks.check_quantization(caller, training, x)
         return handle_torch_function(
             batch_norm_by_rows, tensors, x, choice, rows, running_mean, running_var, num_batches_tracked, weight, bias,
             mask, own_statistics=own_statistics, training=training, momentum=momentum, eps=eps,

@@ -89,11 +89,16 @@ class TorchLinear(Linear):
 
     def calls(self, call: Callable[..., Any], x: Any, weight: Any, bias: Any, border: Any) -> Any:
         """Return the result of the calls that compute the layer, each made by `call(function, args, kwargs)`."""
-        y = call(self.kind, (x, weight, bias), self.options | ({} if self.groups == 1 else {"groups": self.groups}))
+
+        def groups(number: int) -> dict[str, int]:
+            # Torch's quantization needs it, although 1 is the default.
+            return {} if self.kind is F.linear else {"groups": number}
+
+        y = call(self.kind, (x, weight, bias), self.options | groups(self.groups))
         if border is None:
             return y
         ones = call(torch.ones_like, (call(operator.getitem, (x, (slice(0, 1), slice(0, 1)))),))
-        return call(operator.add, (y, call(self.kind, (ones, border, None), self.options)))
+        return call(operator.add, (y, call(self.kind, (ones, border, None), self.options | groups(1))))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
