@@ -61,6 +61,8 @@ BY_SHAPE: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "the batch is a list of images": (images(8), (8, 4, 9, 9), 8),
     "as many images as a multiple of the channels": (images(9), (9, 4, 9, 9), 9),
     "flattened positions": ((torch.randn(8, 5, 3), Y), (40, 3), 8),
+    "list of dicts, and several values of each": ([{"image": i} for i in images(8)], (24, 4), 8),
+    "list of one dict of tensors": ([{"x": X}], (8, 4, 9, 9), 8),
     "regions of images": ((X, Y), (37, 4), 8),
     "channels transposed into the first place": (X, (1, 4, 72, 9), 8),
 }

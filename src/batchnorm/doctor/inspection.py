@@ -13,7 +13,7 @@ from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.measuring import add_trace, measure_model
 from batchnorm.models.batches import device_of, eager
-from batchnorm.models.inputs import Inputs
+from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.walk import norm_layers, restored, set_mode
 
 
@@ -45,11 +45,10 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
     return facts_of(measurements)
 
 
-@torch.no_grad()
 def _checked_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     inputs = Inputs.of(example_inputs)
     try:
-        inputs.call(model)
+        evaluate(model, inputs)
     except Exception as error:
         raise ValueError(
             f"inspect_layers expects inputs that the model takes, but calling it raised {type(error).__name__}: "

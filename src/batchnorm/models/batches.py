@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.models.samples import samples_in
@@ -94,23 +96,58 @@ def size_of(batch: Any) -> int:
     return sum(t.nbytes for t in tensors_in(batch))
 
 
-def moved(batch: Any, device: torch.device | None) -> Any:
-    """Return the batch with every tensor on the device and every array as a tensor, in the same structure."""
-    if isinstance(batch, np.ndarray) and batch.dtype.kind in "buif":
-        batch = torch.from_numpy(batch)
-    if isinstance(batch, Tensor):
-        return batch if device is None else batch.to(device, non_blocking=True)
-    if hasattr(batch, "to"):  # graphs, encodings of text, packed sequences
-        return batch if device is None else batch.to(device)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(part, device) for part in batch))
-    if type(batch) in (list, tuple):
-        return type(batch)(moved(part, device) for part in batch)
-    if isinstance(batch, MutableMapping):
-        own = copy.copy(batch)
-        own.update({key: moved(part, device) for key, part in batch.items()})
+def own_copy(batch: Any, device: torch.device | None) -> Any:
+    """Return a copy of the batch on the device, in the same structure, with arrays as tensors.
+
+    The copy belongs to one call of the model, which may write into its inputs.
+    """
+
+    def of_tensor(x: Tensor) -> Tensor:
+        own = x.detach() if device is None else x.detach().to(device, non_blocking=True)
+        own = own.clone() if own.device == x.device else own
+        return own.requires_grad_() if x.requires_grad else own
+
+    def of_other(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if hasattr(value, "to"):  # graphs, encodings of text, packed sequences
+            value = value if device is None else value.to(device)
+            return value._replace(data=value.data.clone()) if isinstance(value, PackedSequence) else _cloned(value)
+        return value
+
+    return _mapped(batch, of_tensor, of_other)
+
+
+def as_tensors(batch: Any) -> Any:
+    """Return the batch with every array as a tensor of the same memory, in the same structure."""
+    return _mapped(batch, lambda x: x, lambda value: value)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if callable(getattr(value, "clone", None)) else value
+
+
+def _mapped(value: Any, of_tensor: Callable[[Tensor], Tensor], of_other: Callable[[Any], Any]) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "buif":
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    if isinstance(value, MutableMapping) and not hasattr(value, "clone"):
+        own = copy.copy(value)
+        own.update({key: _mapped(part, of_tensor, of_other) for key, part in value.items()})
         return own
-    return batch
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+        parts = [_mapped(part, of_tensor, of_other) for part in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*parts)
+        return type(value)(parts) if type(value) in (list, tuple) else of_other(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "to"):
+        instance: Any = copy.copy(value)
+        for field in dataclasses.fields(value):
+            part = _mapped(getattr(value, field.name), of_tensor, of_other)
+            object.__setattr__(instance, field.name, part)  # it may be frozen
+        return instance
+    return of_other(value)
 
 
 def default_forward(caller: str) -> Forward:

@@ -166,7 +166,7 @@ def record(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> _Recorder:
     """Run the graph, and record the shapes of its nodes and, if `keep`, their values."""
     recorder = _Recorder(module, keep)
     with torch.no_grad():
-        recorder.run(*flat_arguments(module, inputs), enable_io_processing=False)
+        recorder.run(*flat_arguments(module, inputs.map(torch.clone)), enable_io_processing=False)
     return recorder
 
 

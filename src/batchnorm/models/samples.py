@@ -25,9 +25,9 @@ def samples_in(batch: object, shape: Sequence[int] | None = None) -> int:
             multiple of the number of samples, and is 1 if the batch is a single sample without a batch dimension.
     """
     items = list(batch) if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence) else []
-    if items and all(isinstance(item, Mapping) for item in items) and set.intersection(*map(set, items)):
-        return len(items)
     votes = Counter[int]()  # in the order of the parts
+    if items and all(isinstance(item, Mapping) for item in items) and set.intersection(*map(set, items)):
+        votes[len(items)] = len(items) + 1  # more than any dimension of the items gets
     for part in list(batch.values()) if isinstance(batch, Mapping) else items or [batch]:
         votes.update(_sizes(part))
     if len({x.ndim if isinstance(x, Tensor) else None for x in items} - {0, None}) == 1:

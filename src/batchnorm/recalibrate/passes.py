@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm.distributed.owners import sharded_modules
-from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, moved, size_of, tensors_in
+from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, as_tensors, own_copy, size_of, tensors_in
 from batchnorm.models.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar
@@ -57,7 +57,7 @@ class Run:
 
     def start(self, batch: Any, statistics_for: StatisticsFor) -> tuple[Pass, Callable[[], None]]:
         """Return the forward pass of a batch, and a function that runs it."""
-        batch = moved(batch, self.device)
+        batch = own_copy(batch, self.device)
         forward_pass = Pass(statistics_for, None if self.mask_of is None else self.mask_of(batch))
         _, domain = keep_domain()  # the domain of this thread, for the thread that runs the pass
 
@@ -234,17 +234,16 @@ class _MemoryEstimate:
         self._first: tuple[int, int] | None = None
 
     def bytes_for(self, batch: Any) -> int:
-        """Return the bytes of the batch plus the most that its pass holds at a layer."""
+        """Return the most that the pass of the batch holds at a layer, including its copy of the batch."""
         if self._first is None:
             self._first = size_of(batch), self._measured_peak(batch)
         size, peak = self._first
-        return size_of(batch) + (peak * size_of(batch) // size if size else peak)
+        return peak * size_of(batch) // size if size else peak
 
     def _measured_peak(self, batch: Any) -> int:
         layers = self._run.observer.layers
-        batch = moved(batch, self._run.device)
         model = self._run.model
-        alive = Alive((*model.parameters(), *model.buffers(), *tensors_in(batch)))
+        alive = Alive((*model.parameters(), *model.buffers(), *tensors_in(as_tensors(batch))))
 
         def statistics_for(call: LayerCall, rows: Rows) -> Statistics:
             alive.update_peak()

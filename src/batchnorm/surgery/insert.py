@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm import _checks, walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
-from batchnorm.models.batches import Forward, check_data, default_forward, device_of, moved
+from batchnorm.models.batches import Forward, check_data, default_forward, device_of, own_copy
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select, some_paths
@@ -140,7 +140,7 @@ def _measure(
     device, first, before, count = device_of(model), None, None, 0
     try:
         for batch in data:
-            y = forward(model, moved(batch, device))
+            y = forward(model, own_copy(batch, device))
             if count == 0:
                 first, before = batch, y
             count += 1
@@ -201,7 +201,7 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
     with walk.restored(model, buffers=True), torch.no_grad():
         walk.set_mode(model, training=False)
         try:
-            after = (forward or default_forward(_CALLER))(model, moved(batch, device_of(model)))
+            after = (forward or default_forward(_CALLER))(model, own_copy(batch, device_of(model)))
         except Exception as error:
             raise ValueError(
                 f"{_CALLER} expects a model that only calls the chosen modules, got "

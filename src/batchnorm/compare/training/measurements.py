@@ -78,7 +78,7 @@ def evaluate(network: nn.Module, data: Data, step: int, train_seconds: float) ->
 def _loss_and_accuracy(network: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float | None, float]:
     loss, right = 0.0, 0
     for x, y in zip(inputs.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True):
-        scores = network(x)
+        scores = network(x.clone())  # it may write into its input
         loss += float(F.cross_entropy(scores, y, reduction="sum"))
         right += int((scores.argmax(1) == y).sum())
     return finite(loss / len(labels)), right / len(labels)

@@ -21,7 +21,7 @@ from batchnorm.doctor.measure.passes import Passes
 from batchnorm.doctor.measure.processes import ProcessStates, number_of_processes
 from batchnorm.doctor.measure.traced import dropout_before
 from batchnorm.doctor.measure.training_step import StepError, TrainingStep, training_step
-from batchnorm.models.batches import Batches, device_of, moved
+from batchnorm.models.batches import Batches, device_of, own_copy
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.lowering import lower
@@ -119,7 +119,7 @@ def _add_step(m: Measurements, passes: Passes) -> Measurements:
     if not m.trains:
         return _lacking(m, "step", "no parameter requires a gradient, so there is no training step")
     try:
-        batch = moved(passes.kept[0], device_of(m.model))
+        batch = own_copy(passes.kept[0], device_of(m.model))
         return replace(m, step=training_step(m.model, m.layers, passes.call, batch))
     except StepError as error:
         return _lacking(m, "step", f"needs a training step, and {error}")

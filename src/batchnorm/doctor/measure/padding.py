@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.passes import Passes
-from batchnorm.models.batches import moved
+from batchnorm.models.batches import as_tensors
 from batchnorm.models.samples import samples_in
 from batchnorm.moments import Moments
 
@@ -123,7 +123,7 @@ def _tensors(batch: object, dims: int) -> list[Tensor]:
     size = samples_in(batch)
     return [
         leaf
-        for leaf in pytree.tree_leaves(moved(batch, None))
+        for leaf in pytree.tree_leaves(as_tensors(batch))
         if isinstance(leaf, Tensor) and leaf.dim() == dims and len(leaf) == size > 1 and leaf.is_floating_point()
     ]
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.wording import counted
-from batchnorm.models.batches import Batches, ThreadSettings, device_of, moved, size_of
+from batchnorm.models.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.observe import (
     LayerCall,
@@ -111,7 +111,7 @@ class Passes:
 
     def _run(self, batch: Any) -> tuple[Tensor | None, float | None]:
         """Return the output and the loss of one batch."""
-        batch = pytree.tree_map_only(Tensor, torch.clone, batch)  # some models change their input in place
+        batch = own_copy(batch, device_of(self.model))
         with self._ambient.entered():
             returned = self.call.forward(self.model, batch)
             loss = None if self.call.loss is None else float(self.call.loss_of(returned, batch))
@@ -123,7 +123,7 @@ class Passes:
         After the first batch the bar says how long all will take, including the budget.
         """
         calls: dict[LayerCall, Moments] = {}
-        device, room = device_of(self.model), _KEPT_BYTES
+        room = _KEPT_BYTES
 
         def record(call: LayerCall, rows: Rows) -> Statistics:
             for moments in rows:
@@ -135,19 +135,18 @@ class Passes:
             return self._training_statistics(call, rows)
 
         for number, given in enumerate(self.bar.over(batches, "training and evaluation", batches.length)):
-            batch = moved(given, device)
             with self._hooked():
                 times = [time.perf_counter()]
                 self.observer.current = by_its_own = Pass(record)
-                by_batch = self._run(batch)
+                by_batch = self._run(given)
                 self.observer.current = None
                 self._put({})
                 batches.shape = by_its_own.shape
-                size = samples_in(batch, by_its_own.shape)
+                size = samples_in(given, by_its_own.shape)
                 self.sizes.append(size)
                 self._batch, self._done = (number, size), set()
                 times.append(time.perf_counter())
-                by_running = self._run(batch)
+                by_running = self._run(given)
                 times.append(time.perf_counter())
                 self._batch = None
             if number == 0:
@@ -183,7 +182,6 @@ class Passes:
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:
         """Run the kept batches with other statistics in some layers; a tuple has one for each call of the layer."""
         outcome = Outcome()
-        device = device_of(self.model)
         self._put({number: s for number, s in statistics.items() if isinstance(s, Statistics)})
         by_call = {number: s for number, s in statistics.items() if not isinstance(s, Statistics)}
 
@@ -198,7 +196,7 @@ class Passes:
         with self._hooked() if by_call else nullcontext():
             for given in self.bar.over(self.kept, title, len(self.kept)):
                 self.observer.current = Pass(choose)
-                outcome.add(*self._run(moved(given, device)))
+                outcome.add(*self._run(given))
         self._put({})
         return outcome
 
@@ -208,7 +206,7 @@ class Passes:
         The outputs are in the order of the other passes. Returns None where a batch does not consist of tensors with
         one row per sample.
         """
-        kept = [moved(given, None) for given in self.kept]  # arrays as tensors
+        kept = [as_tensors(given) for given in self.kept]
         sizes = self.sizes[: len(kept)]
         leaves, specs = zip(*(pytree.tree_flatten(given) for given in kept), strict=True)
         pairs = [(leaf, size) for of, size in zip(leaves, sizes, strict=True) for leaf in of]
@@ -218,12 +216,12 @@ class Passes:
             return None
         joined = [torch.cat(parts) for parts in zip(*leaves, strict=True)]
         order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
-        device, outcome = device_of(self.model), Outcome()
+        outcome = Outcome()
         with self._hooked():
             for chosen in self.bar.over(order.split(sizes), "the same samples in other batches", len(sizes)):
                 self.observer.current = Pass(self._training_statistics)
                 batch = pytree.tree_unflatten([leaf[chosen.to(leaf.device)] for leaf in joined], specs[0])
-                outcome.add(*self._run(moved(batch, device)))
+                outcome.add(*self._run(batch))
         self._put({})
         if any(len(y) != n for y, n in zip(outcome.outputs, sizes, strict=True)):
             return None
@@ -245,7 +243,7 @@ class Passes:
 
         with self._hooked(hook_of):
             self.observer.current = Pass(self._training_statistics)
-            self._run(moved(batch, device_of(self.model)))
+            self._run(batch)
         self._put({})
 
     def _training_statistics(self, call: LayerCall, rows: Rows) -> Statistics:
