@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from batchnorm.nn import domain as domain_module
 from batchnorm.nn.domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, keep_domain, use_domain
 from tests.nn.by_rows import randomized, step_results
 
@@ -128,3 +132,122 @@ def test_use_domain_refuses_what_is_no_domain() -> None:
     for domain in ("real", 1.0, True, None):
         with pytest.raises(TypeError, match="use_domain expects an int or an int64 tensor"), use_domain(domain):
             pass
+
+
+X = torch.randn(4, 3, dtype=torch.float64)
+
+
+def distinct() -> DomainBatchNorm:
+    layer = make(DomainBatchNorm1d).eval()
+    for domain in range(3):
+        layer.running_mean[domain] = 10.0 * domain
+    return layer
+
+
+def domain_of(call: Callable[[Tensor], Tensor], layer: DomainBatchNorm) -> int | None:
+    """The domain that a call uses now; None if it has none."""
+    try:
+        y = call(X)
+    except ValueError:
+        return None
+    return next(domain for domain in range(3) if torch.allclose(y, layer(X, domain)))
+
+
+def in_tasks(call: Callable[[Tensor], Tensor], layer: DomainBatchNorm) -> dict[str, list[int | None]]:
+    """The domains that interleaved tasks see."""
+    found: dict[str, list[int | None]] = {}
+
+    async def look(name: str, times: int) -> None:
+        for _ in range(times):
+            await asyncio.sleep(0)
+            found.setdefault(name, []).append(domain_of(call, layer))
+
+    async def plain(domain: int) -> None:
+        with use_domain(domain):
+            await look(f"{domain}", 2)
+            with use_domain(0):
+                await look(f"{domain} within", 1)
+            await look(f"{domain} again", 1)
+
+    async def stacked(domain: int) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(use_domain(domain))
+            await look(f"{domain} in a stack", 2)
+
+    @use_domain(2)
+    def in_another_thread() -> int | None:
+        return domain_of(call, layer)
+
+    async def stream(domain: int) -> AsyncIterator[int | None]:
+        with use_domain(domain):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                yield domain_of(call, layer)
+
+    async def consume() -> None:
+        found["stream"] = [domain async for domain in stream(2)]
+
+    async def main() -> None:
+        await asyncio.gather(plain(1), plain(2), look("none", 4), stacked(0), stacked(1), consume())
+        with use_domain(1):
+            found["thread"] = [
+                await asyncio.to_thread(domain_of, call, layer),
+                await asyncio.to_thread(in_another_thread),
+            ]
+            found["task"] = [await asyncio.create_task(asyncio.to_thread(domain_of, call, layer))]
+
+    asyncio.run(main())
+    return found
+
+
+IN_TASKS: dict[str, list[int | None]] = {
+    "1": [1, 1], "1 within": [0], "1 again": [1], "2": [2, 2], "2 within": [0], "2 again": [2], "none": [None] * 4,
+    "0 in a stack": [0, 0], "1 in a stack": [1, 1], "stream": [2, 2], "thread": [1, 2], "task": [1],
+}  # fmt: skip
+
+
+def test_each_task_has_its_own_domain() -> None:
+    layer = distinct()
+    assert in_tasks(layer, layer) == IN_TASKS
+    assert (domain_module._blocks.get(), domain_module._current.blocks, domain_module._current.domain) == ((), (), None)
+    with pytest.raises(ValueError, match=r"got none.*in the same thread and task"):
+        layer(X)
+
+
+def test_each_task_has_its_own_domain_in_compiled_code() -> None:
+    layer = distinct()
+    compiled = torch.compile(layer, backend="eager")
+    assert in_tasks(compiled, layer) == IN_TASKS
+    torch.compiler.reset()
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    for chosen in (1, 2, 1):  # outside of tasks there is no graph break, as before
+        with use_domain(chosen):
+            assert domain_of(whole, layer) == chosen
+
+    async def main() -> None:
+        with use_domain(1), pytest.raises(torch._dynamo.exc.Unsupported, match="ContextVar"):
+            whole(X)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_generators_leave_no_domain_behind(first_ends_first: bool) -> None:
+    layer = distinct()
+
+    def generator(domain: int) -> Iterator[int | None]:
+        with use_domain(domain):
+            while True:
+                yield domain_of(layer, layer)
+
+    with use_domain(0):
+        one, two = generator(1), generator(2)
+        assert [next(one), next(two)] == [1, 2]
+        first, second = (one, two) if first_ends_first else (two, one)
+        first.close()
+        assert domain_of(layer, layer) == (2 if first_ends_first else 1)
+        second.close()
+        assert domain_of(layer, layer) == 0
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert domain_of(compiled, layer) == 0
+    assert domain_of(layer, layer) is None

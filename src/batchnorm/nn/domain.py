@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +18,68 @@ from batchnorm import _checks
 from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, checked_number_of_rows, checked_row
 
 
-class _Current(threading.local):
-    """The domain of this thread's innermost `use_domain`; `torch.compile` does not support context variables."""
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A `use_domain` that has been entered.
 
-    domain: int | Tensor | None = None
-    backward: int = -1  # the backward pass that was running when it was entered; -1: none
+    Attributes:
+        domain: Its domain.
+        backward: The backward pass that was running when it was entered; -1: none.
+        waits: Whether it may be suspended, because it is in a coroutine.
+    """
+
+    domain: int | Tensor
+    backward: int
+    waits: bool
+
+
+# The blocks of this context, which are those of this task in asyncio. The last one applies.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("batchnorm.nn.use_domain", default=())
+# Instead of a domain, if the blocks of a thread belong to several contexts.
+_SEVERAL = "several"
+
+
+class _Current(threading.local):
+    """The same for `torch.compile`, which does not support context variables: the domain of this thread.
+
+    Compiled code has to look into the context, with a graph break, if the thread has no blocks of its own, also has
+    some of other contexts, or will have when it runs another task.
+    """
+
+    domain: int | Tensor | str | None = None
+    backward: int = -1
+    blocks: tuple[_Block, ...] = ()
 
 
 _current = _Current()
 
 
+def _set_blocks(of_context: tuple[_Block, ...], of_thread: tuple[_Block, ...]) -> None:
+    _blocks.set(of_context)
+    _current.blocks = of_thread
+    if of_context != of_thread or any(block.waits for block in of_thread):
+        _current.domain, _current.backward = _SEVERAL, -1
+    else:
+        last = of_context[-1:]
+        _current.domain = last[0].domain if last else None
+        _current.backward = last[0].backward if last else -1
+
+
+def _domain_and_backward() -> tuple[int | Tensor | None, int]:
+    """Return the domain of the innermost `use_domain`, and the backward pass that it was entered in."""
+    if torch.compiler.is_compiling() and _current.domain is not None and not isinstance(_current.domain, str):
+        return _current.domain, _current.backward
+    blocks = _blocks.get()
+    return (blocks[-1].domain, blocks[-1].backward) if blocks else (None, -1)
+
+
 def _backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _is_in_coroutine(depth: int) -> bool:
+    """Return whether the code `depth` frames further out is that of a coroutine or an asynchronous generator."""
+    return bool(sys._getframe(depth + 1).f_code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR))
 
 
 @contextmanager
@@ -33,9 +87,10 @@ def use_domain(domain: int | Tensor) -> Iterator[None]:
     """Set the domain of every `DomainBatchNorm` called within the block, for models that do not pass a domain.
 
     It also works as a decorator. Blocks can be nested, and the innermost one applies. An argument of the layer's call
-    overrides it. The block applies to the current thread. Replicas that `DataParallel` creates within it inherit the
-    domain if it is an int. Activation checkpointing repeats layers inside backward, when this block has ended or
-    another is active. There, the layers raise an error unless `context_fn=keep_domain` restores the domain.
+    overrides it. The block applies to the current thread, and in asyncio to the current task. Replicas that
+    `DataParallel` creates within it inherit the domain if it is an int. Activation checkpointing repeats layers inside
+    backward, when this block has ended or another is active. There, the layers raise an error unless
+    `context_fn=keep_domain` restores the domain.
 
     Args:
         domain: An int for all samples, or an int64 tensor `[N]`, one for each.
@@ -56,12 +111,20 @@ def use_domain(domain: int | Tensor) -> Iterator[None]:
             f"use_domain expects an int or an int64 tensor [N], got {domain!r} ({type(domain).__name__}). "
             "Pass the number of the domain, counted from 0."
         )
-    former = _current.domain, _current.backward
-    _current.domain, _current.backward = chosen, _backward_pass()
+    if torch.compiler.is_compiling():  # nothing is suspended within compiled code
+        former = _current.domain, _current.backward
+        _current.domain, _current.backward = chosen, -1
+        try:
+            yield
+        finally:
+            _current.domain, _current.backward = former
+        return
+    block = _Block(chosen, _backward_pass(), _is_in_coroutine(2))
+    _set_blocks((*_blocks.get(), block), (*_current.blocks, block))
     try:
         yield
-    finally:
-        _current.domain, _current.backward = former
+    finally:  # blocks of generators may end in any order
+        _set_blocks(*(tuple(b for b in blocks if b is not block) for blocks in (_blocks.get(), _current.blocks)))
 
 
 def keep_domain() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -77,7 +140,8 @@ def keep_domain() -> tuple[AbstractContextManager[None], AbstractContextManager[
         ...     y = checkpoint(block, torch.rand(8, 3), use_reentrant=False, context_fn=keep_domain)
         >>> y.sum().backward()
     """
-    return nullcontext(), nullcontext() if _current.domain is None else use_domain(_current.domain)
+    domain, _ = _domain_and_backward()
+    return nullcontext(), nullcontext() if domain is None else use_domain(domain)
 
 
 class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
@@ -175,8 +239,9 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         )
 
     def _current_domain(self) -> int | Tensor:
-        domain = self._replica_domain if _current.domain is None else _current.domain
-        if _backward_pass() not in (-1, _current.backward):
+        domain, backward = _domain_and_backward()
+        domain = self._replica_domain if domain is None else domain
+        if _backward_pass() not in (-1, backward):
             raise RuntimeError(
                 f"{self.layer_name} expects the domain of the first pass when activation checkpointing repeats it, "
                 "got an unknown one: `use_domain` of the forward pass has ended, or another is active. Pass "
@@ -185,14 +250,15 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         if domain is None:
             raise ValueError(
                 f"{self.layer_name} expects a domain, got none. Pass layer(x, domain), or call the model within "
-                "`with batchnorm.nn.use_domain(domain):` in the same thread."
+                "`with batchnorm.nn.use_domain(domain):` in the same thread and task."
             )
         return domain
 
     def _replicate_for_data_parallel(self) -> DomainBatchNorm:
         replica: DomainBatchNorm = super()._replicate_for_data_parallel()
-        if isinstance(_current.domain, int):  # replicas run in other threads
-            replica._replica_domain = _current.domain
+        domain, _ = _domain_and_backward()
+        if isinstance(domain, int):  # replicas run in other threads
+            replica._replica_domain = domain
         return replica
 
     def select(self, domain: int) -> PlainBatchNorm:
