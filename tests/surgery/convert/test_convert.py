@@ -20,7 +20,7 @@ from batchnorm.models.report import Result
 from batchnorm.nn import act, batch, conditional, decorrelated, domain, frozen, ghost, renorm, sync
 from batchnorm.surgery import convert
 from batchnorm.surgery.accelerate.accelerate import accelerate
-from batchnorm.surgery.convert.convert import rank_of
+from batchnorm.surgery.convert.ranks import rank_of
 
 RANKS = ("1d", "2d", "3d")
 SHAPES = {"1d": (6, 4, 5), "2d": (6, 4, 3, 5), "3d": (6, 4, 3, 2, 3)}

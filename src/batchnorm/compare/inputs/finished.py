@@ -7,7 +7,8 @@ from torch import nn
 from batchnorm import walk
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs.norms import Norm
-from batchnorm.surgery.convert.convert import convert, rank_of
+from batchnorm.surgery.convert.convert import convert
+from batchnorm.surgery.convert.ranks import rank_of
 
 
 def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: str) -> nn.Module:

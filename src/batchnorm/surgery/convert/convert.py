@@ -18,16 +18,21 @@ from batchnorm.models.report import Change, Report, Result, describe
 from batchnorm.models.selection import Choice, select
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.convert import per_sample, replacement
-from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible, origin_of
+from batchnorm.surgery.convert.ranks import RANKS, rank_next_to, rank_of, ranks_in_run
+from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible
 from batchnorm.walk import class_of
 
 Target = str | type[nn.Module] | ModuleType | Callable[[nn.Module], nn.Module]
 
-_RANKS = ("1d", "2d", "3d")
-
 
 def convert(
-    model: nn.Module, to: Target, *, only: Choice | None = None, inplace: bool = False, **options: Any
+    model: nn.Module,
+    to: Target,
+    *,
+    only: Choice | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    **options: Any,
 ) -> Result[Report]:
     """Replace the model's batch normalization by another normalization.
 
@@ -48,6 +53,10 @@ def convert(
             `batchnorm.nn` mean their class of the same name, so `torch.nn` converts back.
         only: The layers to replace: a pattern for paths such as `"layer4.*"`, several patterns, a class, or a
             predicate of path and layer.
+        example_inputs: As in `accelerate`. In a run on them, a layer that takes any number of dimensions, such as
+            `SyncBatchNorm`, shows whether it becomes a `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`. Without them, the
+            convolution, pooling or linear layer next to it shows this. If there is none, the new layer takes any number
+            of dimensions too.
         inplace: Whether to change the model itself instead of a copy.
         **options: Arguments of the class, such as `ghost_size=16` or `momentum=0.01`. Others are taken from the layer.
 
@@ -56,9 +65,9 @@ def convert(
 
     Raises:
         TypeError: `to` is none of these; the class does not have an option, or requires one that is missing.
-        ValueError: a pattern matches no layer; the class rejects the options for every layer; the model is scripted, or
-            its parameters are sharded (FSDP, tensor parallel); in `DistributedDataParallel`, the change would add or
-            freeze parameters. The model is then unchanged.
+        ValueError: a pattern matches no layer; the class rejects the options for every layer; the model does not take
+            the example inputs; it is scripted, or its parameters are sharded (FSDP, tensor parallel); in
+            `DistributedDataParallel`, the change would add or freeze parameters. The model is then unchanged.
 
     `LayerNorm` becomes `GroupNorm(1, C)`: layer normalization over channels and positions, with weight and bias for
     each channel. `GroupNorm` uses the largest number of groups up to 32 that leaves at least 2 channels in each, or 16
@@ -81,8 +90,13 @@ def convert(
     """
     _check_target(to)
 
+    shown = None if example_inputs is None else ranks_in_run("convert", model, example_inputs)
+
     def choose(found: walk.Found, layer: nn.Module) -> Replacement:
-        return _replacement(found, layer, to, options)
+        if not isinstance(to, (ModuleType, str, type)):
+            return replacement.from_function(layer, to)
+        rank = rank_of(layer) or (rank_next_to(model, found.path) if shown is None else shown.get(found.path, ""))
+        return _replacement(found, layer, to, options, rank)
 
     finish = undo_fusion if to is torch.nn and only is None else None
     return replace_layers("convert", model, choose, only=only, inplace=inplace, finish=finish)
@@ -169,21 +183,21 @@ def _check_target(to: object) -> None:
             f"convert expects `to` to be a class of normalization, its name, torch.nn or batchnorm.nn, or a function "
             f"of the layer, got {to!r}. For a class of your own pass lambda layer: Mine(layer.num_features)."
         )
-    named = (getattr(place, f"{to}{rank}", None) for place in (batchnorm.nn, nn) for rank in ("", *_RANKS))
+    named = (getattr(place, f"{to}{rank}", None) for place in (batchnorm.nn, nn) for rank in ("", *RANKS))
     if isinstance(to, str) and not any(isinstance(found, type) for found in named):
         raise TypeError(
             f"convert expects `to` to name a class of batchnorm.nn or torch.nn, got {to!r}. For example 'BatchRenorm'."
         )
 
 
-def _replacement(found: walk.Found, old: nn.Module, to: Target, options: dict[str, Any]) -> Replacement:
-    if not isinstance(to, (ModuleType, str, type)):
-        return replacement.from_function(old, to)
+def _replacement(
+    found: walk.Found, old: nn.Module, to: str | type[nn.Module] | ModuleType, options: dict[str, Any], rank: str
+) -> Replacement:
     if not options and isinstance(to, ModuleType) and not _is_of(class_of(old), to):
         back = replacement.restore(old, lambda kind: _is_of(kind, to))
         if back is not None:
             return back
-    kind = class_for(old, to)
+    kind = class_for(old, to, rank)
     if kind is class_of(old) and not options:
         if old is not found.module:
             return Replacement(old, {})
@@ -191,7 +205,7 @@ def _replacement(found: walk.Found, old: nn.Module, to: Target, options: dict[st
     if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
         return back
     if per_sample.is_per_sample(kind):
-        return per_sample.make(old, kind, options, found.path, rank_of(old))
+        return per_sample.make(old, kind, options, found.path, rank)
     return replacement.make(old, kind, options, found.path)
 
 
@@ -199,19 +213,8 @@ def _is_of(kind: type, namespace: ModuleType) -> bool:
     return getattr(namespace, kind.__name__, None) is kind
 
 
-def rank_of(layer: nn.Module) -> str:
-    """Return the rank that the layer takes, "1d", "2d" or "3d", or that of the layer it replaced; "" for any rank."""
-    for cls in class_of(layer).__mro__:
-        name = vars(cls).get("layer_name", cls.__name__)
-        if cls.__module__.startswith(("torch.", "batchnorm.")) and issubclass(cls, _NormBase) and name[-2:] in _RANKS:
-            return str(name[-2:])
-    origin = origin_of(layer)
-    return "" if origin is None else rank_of(origin.layer)
-
-
-def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType) -> type[nn.Module]:
-    """Return the class that `to` means for this layer: of the layer's rank, and lazy if the layer is."""
-    rank = rank_of(old)
+def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType, rank: str) -> type[nn.Module]:
+    """Return the class that `to` means for this layer: of this rank, and lazy if the layer is."""
     lazy = isinstance(old, nn.modules.lazy.LazyModuleMixin)
     if isinstance(to, ModuleType):
         names = [cls.__name__ for cls in class_of(old).__mro__ if issubclass(cls, _NormBase)]
@@ -221,11 +224,11 @@ def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType) -> type[nn
                 return kind
         raise Unconvertible(f"it takes any number of dimensions, and {to.__name__} has no such layer: pass a class")
     if isinstance(to, str):
-        namespace = next(n for n in (batchnorm.nn, nn) if any(hasattr(n, to + s) for s in ("", *_RANKS)))
+        namespace = next(n for n in (batchnorm.nn, nn) if any(hasattr(n, to + s) for s in ("", *RANKS)))
         name = to
     else:
         namespace, name = sys.modules[to.__module__], to.__name__
-    if name[-2:] not in _RANKS:
+    if name[-2:] not in RANKS:
         middle = "Act" if "activation" in vars(old) and not name.endswith("Act") else ""
         siblings = [f"{name}{middle}{rank}", f"{name}{rank}", name]
     elif rank and name[-2:] != rank:

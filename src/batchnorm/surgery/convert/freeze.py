@@ -10,7 +10,8 @@ from batchnorm.models.selection import Choice
 from batchnorm.nn import act, batch
 from batchnorm.nn.frozen import FrozenBatchNorm, FrozenLayer
 from batchnorm.surgery.convert import replacement
-from batchnorm.surgery.convert.convert import class_for, rank_of, replace_layers
+from batchnorm.surgery.convert.convert import class_for, replace_layers
+from batchnorm.surgery.convert.ranks import rank_of
 from batchnorm.surgery.convert.replacement import Replacement, Unconvertible
 
 
@@ -53,7 +54,7 @@ def freeze(
             affine = f", with trainable_affine={layer.trainable_affine}: unfreeze it first to change that"
             raise Unconvertible("it is frozen already" + affine * (layer.trainable_affine != trainable_affine))
         options = {"trainable_affine": trainable_affine}
-        return replacement.make(layer, class_for(layer, FrozenBatchNorm), options, found.path)
+        return replacement.make(layer, class_for(layer, FrozenBatchNorm, rank_of(layer)), options, found.path)
 
     return replace_layers("freeze", model, choose, only=only, inplace=inplace)
 
