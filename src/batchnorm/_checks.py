@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import warnings
 from collections.abc import Collection
 
@@ -13,6 +14,7 @@ from torch.fx import Proxy
 
 ON_NONFINITE = ("propagate", "skip")
 ON_SINGLE = ("error", "running")
+CHANNEL_DIMS = (1, -1)
 
 CAPTURED_STATISTICS = (
     "Under torch.func, running statistics can be updated only if they are arguments of the transformed function; "
@@ -100,6 +102,19 @@ def check_choice(caller: str, name: str, value: str, choices: Collection[str]) -
         raise ValueError(f"{caller} expects {name} to be one of {listed}, got {value!r}. Choose one of them.")
 
 
+def check_channel_dim(caller: str, channel_dim: int) -> None:
+    if channel_dim not in CHANNEL_DIMS:
+        raise ValueError(
+            f"{caller} expects channel_dim to be 1 or -1, got {channel_dim!r}. Use 1 for channels in the second "
+            "dimension ([N, C, *]), and -1 for channels in the last ([N, *, C])."
+        )
+
+
+def positions_of(x: Tensor, channel_dim: int = 1) -> tuple[int, ...]:
+    """Return `[N, *S]`: the sizes of all dimensions of x except that of the channels."""
+    return tuple(x.shape[:-1]) if channel_dim == -1 else (x.shape[0], *x.shape[2:])
+
+
 def check_update(
     caller: str, momentum: float | None, num_batches_tracked: Tensor | None, **running: Tensor | None
 ) -> None:
@@ -151,7 +166,7 @@ def check_allocated(caller: str, **tensors: object) -> None:
             )
 
 
-def check_input(caller: str, x: Tensor) -> None:
+def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
     """Check type, dtype and rank of `x`; a caller that ends in 1d, 2d or 3d accepts only those ranks."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{caller} expects x to be a torch.Tensor, got {type(x).__name__}. Convert it first.")
@@ -168,19 +183,22 @@ def check_input(caller: str, x: Tensor) -> None:
         hint = f"For {other} use {caller[:-2]}{suffix}."
     elif ranks is not None and x.dim() > 5:
         hint = "For more than three spatial dimensions use a layer without 1d, 2d or 3d in its name."
+    if channel_dim == -1:
+        layout, hint = (re.sub(r"N, C, (.+?)\]", r"N, \1, C]", text) for text in (layout, hint))
     raise ValueError(f"{caller} expects x of shape {layout}, got {list(x.shape)} ({x.dim()} dims). {hint}")
 
 
-def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> None:
+def check_channel_vectors(caller: str, x: Tensor, channel_dim: int = 1, /, **vectors: Tensor | None) -> None:
     """Check that every vector is `[C]`, on x's device, and in x's dtype, or in float32 if x is float16 or bfloat16."""
-    shape, dtype, device = x.shape[1:2], x.dtype, x.device  # read once, because this runs in every forward
+    # Read once, because this runs in every forward.
+    shape, dtype, device = x.shape[1:2] if channel_dim == 1 else x.shape[-1:], x.dtype, x.device
     for name, vector in vectors.items():
         if vector is None:
             continue
         if vector.shape == shape and vector.dtype == dtype and vector.device == device:
             continue
         if vector.shape != shape:
-            _raise_channels(caller, x, name, vector)
+            _raise_channels(caller, x, channel_dim, name, vector)
         if vector.dtype != dtype and not (vector.dtype == torch.float32 and dtype in _HALF):
             wanted = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
             raise TypeError(
@@ -194,11 +212,13 @@ def check_channel_vectors(caller: str, x: Tensor, **vectors: Tensor | None) -> N
             )
 
 
-def _raise_channels(caller: str, x: Tensor, name: str, vector: Tensor) -> None:
-    channels = x.shape[1]
+def _raise_channels(caller: str, x: Tensor, channel_dim: int, name: str, vector: Tensor) -> None:
+    channels = x.shape[channel_dim]
     hint = f"Give the layer num_features={channels}, or check the layer before it."
-    if vector.dim() == 1 and x.dim() > 2 and x.shape[-1] == vector.shape[0]:
-        hint = "Channels must be the second dimension: move them with x.movedim(-1, 1)."
+    if vector.dim() == 1 and x.dim() > 2 and x.shape[-channel_dim] == vector.shape[0]:
+        hint = "Channels must be the second dimension: move them with x.movedim(-1, 1), or pass channel_dim=-1."
+        if channel_dim == -1:
+            hint = "With channel_dim=-1, channels must be the last dimension: move them, or leave out channel_dim."
     raise ValueError(
         f"{caller} expects {name} of shape [C] = [{channels}] for x of shape {list(x.shape)}, "
         f"got {list(vector.shape)}. {hint}"
@@ -245,7 +265,7 @@ def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def uses_running(caller: str, x: Tensor, on_single: str) -> bool:
+def uses_running(caller: str, x: Tensor, on_single: str, channel_dim: int = 1) -> bool:
     """Return whether a batch in training is normalized by running statistics: if each channel has a single value.
 
     Raises:
@@ -260,7 +280,7 @@ def uses_running(caller: str, x: Tensor, on_single: str) -> bool:
             )
         return False
     # math.prod, not numel() // C: C may be 0, and sizes may be symbolic.
-    if math.prod((x.shape[0], *x.shape[2:])) != 1:
+    if math.prod(positions_of(x, channel_dim)) != 1:
         return False
     if on_single == "error":
         raise ValueError(
@@ -305,9 +325,9 @@ def check_running(
         )
 
 
-def mask_as_weights(caller: str, x: Tensor, mask: Tensor) -> Tensor:
+def mask_as_weights(caller: str, x: Tensor, mask: Tensor, channel_dim: int = 1) -> Tensor:
     """Return the weights `[N, *S]` of a mask: booleans or weights >= 0, broadcastable to `[N, *S]`."""
-    positions = (x.shape[0], *x.shape[2:])
+    positions = positions_of(x, channel_dim)
     check_allocated(caller, mask=mask)
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = type(mask).__name__ if not isinstance(mask, Tensor) else mask.dtype

@@ -32,6 +32,7 @@ def batch_norm(
     on_nonfinite: str = "propagate",
     on_single: str = "error",
     update_running_stats: bool = True,
+    channel_dim: int = 1,
     caller: str = "batch_norm",
 ) -> Tensor:
     """Normalize each channel, then add `residual` and apply `activation`.
@@ -42,8 +43,8 @@ def batch_norm(
     `torch.nn.functional.batch_norm`.
 
     Args:
-        input: x of shape `[N, C, *S]`, any number of spatial dimensions; float64, float32, bfloat16 or float16;
-            any memory layout. An empty batch gives an empty result and updates nothing.
+        input: x of shape `[N, C, *S]` (or `[N, *S, C]`, see `channel_dim`), any number of spatial dimensions; float64,
+            float32, bfloat16 or float16; any memory layout. An empty batch gives an empty result and updates nothing.
         running_mean: `[C]`, updated in place in training; None if there are no running statistics.
         running_var: `[C]`, updated in the same way.
         weight: γ of shape `[C]`, or None for 1.
@@ -70,6 +71,8 @@ def batch_norm(
             normalize by the running statistics, as in evaluation, and leave them and their count unchanged. With a
             mask, "running" also applies if at most one position counts.
         update_running_stats: Whether training updates the running statistics.
+        channel_dim: The dimension of x that holds the channels: 1, or -1 for x and residual of shape `[N, *S, C]`, as
+            transformers have it. This costs no copy, and the result has x's layout. A mask is `[N, *S]` in both cases.
         caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
@@ -81,7 +84,7 @@ def batch_norm(
         ValueError: x has the wrong rank; in training, x has one value per channel and on_single is "error"; a vector
             is not `[C]`; the residual's shape differs from x's; the mask does not broadcast to `[N, *S]` or has a
             weight below 0 (checked on the CPU, but not on other devices or in a compiled graph); eps, activation,
-            alpha, on_nonfinite or on_single is invalid; a required statistic is missing.
+            alpha, on_nonfinite, on_single or channel_dim is invalid; a required statistic is missing.
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments; in training, a
             running statistic or the counter cannot be written (it is expanded, an inference tensor or a leaf that
             requires a gradient), and nothing is updated; the storage of a tensor was freed.
@@ -107,9 +110,10 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
             num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
-            update_running_stats=update_running_stats, caller=caller,
+            update_running_stats=update_running_stats, channel_dim=channel_dim, caller=caller,
         )  # fmt: skip
-    _checks.check_input(caller, input)
+    _checks.check_channel_dim(caller, channel_dim)
+    _checks.check_input(caller, input, channel_dim)
     if input.dim() == 1:  # [0], without samples and channels, which torch accepts
         return input.clone()
     _checks.check_eps(caller, eps, zero_allowed=not training)
@@ -125,24 +129,29 @@ def batch_norm(
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if not tracing:  # sizes are tensors while tracing, and torch warns if a branch depends on them
         _checks.check_channel_vectors(
-            caller, input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+            caller, input, channel_dim, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
         )
         _checks.check_residual(caller, input, residual)
-    if training and _checks.uses_running(caller, input, on_single):
+    if training and _checks.uses_running(caller, input, on_single, channel_dim):
         training = updates = False
-    weights = None if mask is None else _checks.mask_as_weights(caller, input, mask)
+    weights = None if mask is None else _checks.mask_as_weights(caller, input, mask, channel_dim)
 
+    # A view in the channels-last layout of the kernels, which they neither copy nor change.
+    input = channels_second(input, channel_dim)
+    residual = None if residual is None else channels_second(residual, channel_dim)
     if tracing or torch.compiler.is_exporting():
-        return _portable_batch_norm(
+        y = _portable_batch_norm(
             input, running_mean, running_var, weight, bias, training, updates, momentum, eps, activation, parameter,
             residual, weights, num_batches_tracked, on_nonfinite, caller,
         )  # fmt: skip
+        return channels_back(y, channel_dim)
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        return ops.fixed_statistics_norm(
+        y = ops.fixed_statistics_norm(
             input, running_mean, running_var, weight, bias, residual, eps, activation, parameter
         )
+        return channels_back(y, channel_dim)
     count = None
     if weights is None:
         y, mean, mean_low, var = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
@@ -164,7 +173,17 @@ def batch_norm(
             running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, count, momentum,
             on_nonfinite == "skip",
         )  # fmt: skip
-    return y
+    return channels_back(y, channel_dim)
+
+
+def channels_second(x: Tensor, channel_dim: int) -> Tensor:
+    """Return a view of x, whose channels are in `channel_dim`, as `[N, C, *S]`."""
+    return x if channel_dim == 1 or x.dim() < 3 else x.movedim(channel_dim, 1)
+
+
+def channels_back(y: Tensor, channel_dim: int) -> Tensor:
+    """Undo `channels_second`."""
+    return y if channel_dim == 1 or y.dim() < 3 else y.movedim(1, channel_dim)
 
 
 def _portable_batch_norm(

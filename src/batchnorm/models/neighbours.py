@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx.node import Node
 from torch.nn import functional as F
 
@@ -20,6 +21,8 @@ class BatchNormCall:
     Attributes:
         path: The path of the module that makes the call, or else the name of the node.
         node: The call of `F.batch_norm`.
+        start: The first node of the call, which reads its input: `node`, or one that moves the channels from the last
+            dimension to the second.
         source: The node that computes its input.
         readers: The nodes that use its result.
         calls: The number of calls that use the same running statistics (or parameters, if there are no statistics).
@@ -28,6 +31,7 @@ class BatchNormCall:
 
     path: str
     node: Node
+    start: Node
     source: Node
     readers: tuple[Node, ...]
     calls: int
@@ -36,8 +40,13 @@ class BatchNormCall:
     @property
     def follows_linear(self) -> bool:
         """Whether its input comes from a convolution or linear layer whose result nothing else reads."""
-        alone = [reader for reader in self.source.users if not asks_sizes(reader)] == [self.node]
-        return alone and self.source.target in _LINEAR
+        alone = [reader for reader in self.source.users if not asks_sizes(reader)] == [self.start]
+        return alone and self.source.target in ({F.linear} if self.channels_last else _LINEAR)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the channels of its input are in the last dimension."""
+        return self.start is not self.node
 
     @property
     def activation(self) -> str | None:
@@ -59,17 +68,24 @@ def batch_norm_calls(trace: Trace) -> list[BatchNormCall]:
     """
     nodes = [node for node in trace.graph.nodes if node.op == "call_function" and node.target is F.batch_norm]
     keys = [_tensors(node) for node in nodes]
-    return [
-        BatchNormCall(
-            trace.paths.get(node) or node.name,
-            node,
-            node.all_input_nodes[0],
-            tuple(reader for reader in node.users if not asks_sizes(reader)),
-            keys.count(key),
-            node.args[1] is not None and not node.args[5],
-        )
-        for node, key in zip(nodes, keys, strict=True)
-    ]
+    found = []
+    for node, key in zip(nodes, keys, strict=True):
+        start, end = _ends(node)
+        readers = tuple(reader for reader in end.users if not asks_sizes(reader))
+        fixed = node.args[1] is not None and not node.args[5]
+        path = trace.paths.get(node) or node.name
+        call = BatchNormCall(path, node, start, start.all_input_nodes[0], readers, keys.count(key), fixed)
+        found.append(call)
+    return found
+
+
+def _ends(node: Node) -> tuple[Node, Node]:
+    """Return the first and the last node of a call: with `channel_dim=-1`, those that move the channels."""
+    before, after = node.all_input_nodes[0], list(node.users)
+    moves = [n for n in (before, *after) if n.target is torch.movedim]
+    if len(after) == 1 and [tuple(n.args[1:]) for n in moves] == [(-1, 1), (1, -1)]:
+        return before, after[0]
+    return node, node
 
 
 def _tensors(node: Node) -> tuple[str, ...]:

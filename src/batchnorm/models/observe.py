@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import DomainBatchNorm
+from batchnorm.nn.layer import channels_second
 from batchnorm.walk import Found, overwrite
 
 # The moments of one layer's input: a single `Moments`, or one for each domain of the layer.
@@ -82,7 +83,7 @@ class Observer:
             if running is None:
                 return
             given = parameters.bind(*args, **kwargs).arguments
-            x: Tensor = args[0] if args else next(iter(given.values()))
+            x: Tensor = channels_second(layer, args[0] if args else next(iter(given.values())))
             running.shape = running.shape or x.shape
             mask = given.get("mask")
             if mask is None:

@@ -14,7 +14,7 @@ class _BatchNormAct(NormLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         activation: str = "relu", negative_slope: float = 0.01,
         alpha: float = 1.0,
     ) -> None:  # fmt: skip
@@ -22,7 +22,7 @@ class _BatchNormAct(NormLayer):
         _checks.check_alpha(self.layer_name, alpha)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.activation = activation
         self.negative_slope = negative_slope

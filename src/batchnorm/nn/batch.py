@@ -15,7 +15,7 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
     evaluation, μ and σ² are the running statistics.
 
     Args:
-        num_features: C, the size of x's second dimension.
+        num_features: C, the size of x's second dimension, or of its last with `channel_dim=-1`.
         eps: Added to the variance; positive.
         momentum: Weight of the new batch, in [0, 1], as in torch (1 minus the momentum of Keras and Flax). None gives
             the cumulative average of all batches.
@@ -29,19 +29,22 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         on_single: What training does with a batch that has one value per channel, which has no variance: "error", or
             "running" to normalize it by the running statistics, as in evaluation, and update nothing (keyword only).
             With a mask, "running" also applies if at most one position counts.
+        channel_dim: The dimension of x that holds the channels: 1, or -1 for x of shape `[N, *S, C]`, as transformers
+            have it. This costs no copy (keyword only).
 
     Attributes:
         update_running_stats: Whether training updates the running statistics, independently of train() and eval();
             `batchnorm.update_running_stats` sets it for a whole model.
 
     Shape:
-        x and y: `[N, C, *S]`; an empty batch gives an empty y and updates nothing.
+        x and y: `[N, C, *S]`, or `[N, *S, C]` with `channel_dim=-1`; an empty batch gives an empty y and updates
+            nothing. mask: `[N, *S]` in both cases.
 
     Raises:
         TypeError: num_features is not an int; in forward, x is not a floating-point tensor, or its dtype does not match
             that of the parameters.
-        ValueError: eps, momentum, on_nonfinite or on_single out of range; on_single is "running" without running
-            statistics; in forward, a wrong rank or number of channels, or one value per channel in training if
+        ValueError: eps, momentum, on_nonfinite, on_single or channel_dim out of range; on_single is "running" without
+            running statistics; in forward, a wrong rank or number of channels, or one value per channel in training if
             on_single is "error".
 
     Numerics: as `batchnorm.functional.batch_norm`.
@@ -55,6 +58,8 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
                 [ 1.0000,  1.0000]])
         >>> layer.running_mean
         tensor([0.2000, 2.0000])
+        >>> BatchNorm(64, channel_dim=-1)(torch.rand(8, 100, 64)).shape
+        torch.Size([8, 100, 64])
     """
 
     layer_name = "BatchNorm"

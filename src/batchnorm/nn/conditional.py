@@ -58,7 +58,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         num_classes: int | None = None,
     ) -> None:  # fmt: skip
         if num_classes is not None:
@@ -72,7 +72,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
             )
         super().__init__(
             num_features, eps, momentum, affine and num_classes is not None, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.num_classes = num_classes
         if num_classes is not None:
@@ -122,9 +122,11 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
                 )
             return self.num_classes, label
         for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and not has_torch_function_variadic(x, tensor) and tensor.shape != x.shape[:2]:
+            if tensor is None or has_torch_function_variadic(x, tensor):
+                continue
+            if tensor.shape != (wanted := (x.shape[0], x.shape[self.channel_dim])):
                 raise ValueError(
-                    f"{self.layer_name} expects {name} of shape [N, C] = {list(x.shape[:2])} for x of shape "
+                    f"{self.layer_name} expects {name} of shape [N, C] = {list(wanted)} for x of shape "
                     f"{list(x.shape)}, got {list(tensor.shape)}. Pass one row for each sample."
                 )
         return x.shape[0], torch.arange(x.shape[0], device=x.device)

@@ -31,6 +31,7 @@ def decorrelated_batch_norm(
     on_nonfinite: str = "propagate",
     on_single: str = "error",
     update_running_stats: bool = True,
+    channel_dim: int = 1,
     caller: str = "decorrelated_batch_norm",
 ) -> Tensor:
     """Whiten each group of channels: `y = γ·W(x - μ) + β` with `W ≈ Σ^(-1/2)`.
@@ -62,6 +63,7 @@ def decorrelated_batch_norm(
             batch's statistics are not finite.
         on_single: As in `batchnorm.functional.batch_norm`.
         update_running_stats: Whether training updates the running statistics.
+        channel_dim: As in `batchnorm.functional.batch_norm`.
         caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
@@ -85,10 +87,11 @@ def decorrelated_batch_norm(
             decorrelated_batch_norm, (input, running_mean, running_whitening, weight, bias, mask), input, running_mean,
             running_whitening, weight, bias, training, momentum, eps, group_size=group_size, iterations=iterations,
             mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
-            update_running_stats=update_running_stats, caller=caller,
+            update_running_stats=update_running_stats, channel_dim=channel_dim, caller=caller,
         )  # fmt: skip
     x = input
-    _checks.check_input(caller, x)
+    _checks.check_channel_dim(caller, channel_dim)
+    _checks.check_input(caller, x, channel_dim)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
     _checks.check_eps(caller, eps)
@@ -113,16 +116,16 @@ def decorrelated_batch_norm(
         num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
-        _checks.check_channel_vectors(caller, x, weight=weight, bias=bias, running_mean=running_mean)
-        _check_whitening_shape(caller, x, running_whitening, group_size)
-        if x.shape[1] == 0:
+        _checks.check_channel_vectors(caller, x, channel_dim, weight=weight, bias=bias, running_mean=running_mean)
+        _check_whitening_shape(caller, x.shape[channel_dim], running_whitening, group_size)
+        if x.shape[channel_dim] == 0:
             return x.clone()
-    if training and _checks.uses_running(caller, x, on_single):
+    if training and _checks.uses_running(caller, x, on_single, channel_dim):
         training = updates = False
-    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask).flatten()
+    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask, channel_dim).flatten()
 
     with _without_autocast(x):
-        channels_first = x.movedim(1, 0)
+        channels_first = x.movedim(channel_dim, 0)
         rows = channels_first.flatten(1).to(eager.statistics_dtype(x))
         if training:
             found = whitening.batch_whitening(rows, weights, group_size, eps, iterations)
@@ -138,7 +141,7 @@ def decorrelated_batch_norm(
             mean, packed = _detached(running_mean, running_whitening)
             matrices = whitening.unpack_matrices(packed, group_size)
             y = whitening.apply_whitening(rows - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
-        y = _in_format_of(x, y.reshape(channels_first.shape).movedim(0, 1))
+        y = _in_format_of(x, y.reshape(channels_first.shape).movedim(0, channel_dim))
     if updates and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
         assert running_mean is not None
         assert running_whitening is not None
@@ -182,8 +185,8 @@ def _checked_options(caller: str, group_size: int, iterations: int) -> tuple[int
     return group_size, _checks.checked_integer(caller, "iterations", iterations, 1, hint)
 
 
-def _check_whitening_shape(caller: str, x: Tensor, matrices: Tensor | None, group_size: int) -> None:
-    shape = (x.shape[1], min(group_size, x.shape[1]))
+def _check_whitening_shape(caller: str, channels: int, matrices: Tensor | None, group_size: int) -> None:
+    shape = (channels, min(group_size, channels))
     if matrices is not None and matrices.shape != shape:
         raise ValueError(
             f"{caller} expects running_whitening of shape [C, min(group_size, C)] = {list(shape)}, "
@@ -201,13 +204,13 @@ class _Decorrelated(NormLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         group_size: int = 64, iterations: int = 5,
     ) -> None:  # fmt: skip
         group_size, iterations = _checked_options(self.layer_name, group_size, iterations)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.group_size, self.iterations = group_size, iterations
         # Absent, not None, so that a tool that folds or replaces the layer fails instead of losing W.
@@ -254,7 +257,7 @@ class _Decorrelated(NormLayer):
             group_size=self.group_size, iterations=self.iterations, mask=mask,
             num_batches_tracked=self.num_batches_tracked if updates else None,
             on_nonfinite=self.on_nonfinite, on_single=self.on_single, update_running_stats=updates,
-            caller=self.layer_name,
+            channel_dim=self.channel_dim, caller=self.layer_name,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

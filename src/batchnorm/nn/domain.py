@@ -208,14 +208,14 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         num_domains: int, affine_per_domain: bool = False,
     ) -> None:  # fmt: skip
         requirement = f"{self.layer_name} expects num_domains to be an int >= 1"
         num_domains = checked_number_of_rows(requirement, num_domains, "Pass the number of domains.")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.num_domains = num_domains
         self.affine_per_domain = affine_per_domain

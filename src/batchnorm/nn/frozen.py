@@ -77,6 +77,7 @@ class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: Whether there is β (keyword only).
         on_nonfinite: Not used, like momentum (keyword only).
         on_single: Not used, like momentum (keyword only).
+        channel_dim: As in `BatchNorm` (keyword only).
         trainable_affine: Whether γ and β require gradients (keyword only). They are parameters in both cases.
 
     Shape:
@@ -105,13 +106,13 @@ class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         trainable_affine: bool = False,
     ) -> None:  # fmt: skip
         self._check_tracks(track_running_stats)
         super().__init__(
             num_features, eps, momentum, affine, True, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.trainable_affine = trainable_affine
 
@@ -170,14 +171,14 @@ class _FrozenAct(FrozenLayer, _BatchNormAct):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         activation: str = "relu", negative_slope: float = 0.01,
         alpha: float = 1.0, trainable_affine: bool = False,
     ) -> None:  # fmt: skip
         self._check_tracks(track_running_stats)
         super().__init__(
             num_features, eps, momentum, affine, True, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
             activation=activation, negative_slope=negative_slope, alpha=alpha,
         )  # fmt: skip
         self.trainable_affine = trainable_affine

@@ -19,14 +19,14 @@ class _GhostBatchNorm(PartsLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         ghost_size: int = 32,
     ) -> None:  # fmt: skip
         hint = "Pass the number of samples that are normalized together."
         ghost_size = _checks.checked_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.ghost_size = ghost_size
 

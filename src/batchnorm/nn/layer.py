@@ -23,6 +23,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     # Class attributes, so that layers have them even if they were pickled by an older version or converted.
     on_nonfinite: str = "propagate"
     on_single: str = "error"
+    channel_dim: int = 1
     update_running_stats: bool = True
     activation: str = "none"
     negative_slope: float = 0.01
@@ -31,24 +32,27 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
     ) -> None:  # fmt: skip
         hint = "Pass the number of channels C of its input."
         num_features = _checks.checked_integer(self.layer_name, "num_features", num_features, 0, hint)
-        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single)
+        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # set here, because older torch has no such argument
             self.register_parameter("bias", None)
         self.on_nonfinite = on_nonfinite
         self.on_single = on_single
+        self.channel_dim = channel_dim
 
     def _check_options(
-        self, eps: float, momentum: float | None, track_running_stats: bool, on_nonfinite: str, on_single: str
-    ) -> None:
+        self, eps: float, momentum: float | None, track_running_stats: bool, on_nonfinite: str, on_single: str,
+        channel_dim: int,
+    ) -> None:  # fmt: skip
         _checks.check_eps(self.layer_name, eps)
         _checks.check_momentum(self.layer_name, momentum)
         _checks.check_choice(self.layer_name, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
         _checks.check_choice(self.layer_name, "on_single", on_single, _checks.ON_SINGLE)
+        _checks.check_channel_dim(self.layer_name, channel_dim)
         if on_single == "running" and not track_running_stats:
             raise ValueError(
                 f"{self.layer_name} expects track_running_stats=True with on_single='running', got False. The running "
@@ -64,7 +68,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
             init.zeros_(self.bias)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _checks.check_input(self.layer_name, input)
+        _checks.check_input(self.layer_name, input, self.channel_dim)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return y for x of the layer's shape; positions where `mask [N, *S]` is 0 do not enter the statistics."""
@@ -99,7 +103,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
             activation=name, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
             num_batches_tracked=held["num_batches_tracked"] if updates else None,
             on_nonfinite=self.on_nonfinite, on_single=self.on_single,
-            update_running_stats=updates, caller=self.layer_name,
+            update_running_stats=updates, channel_dim=self.channel_dim, caller=self.layer_name,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -109,9 +113,16 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
             parts.append(f"on_nonfinite={self.on_nonfinite!r}")
         if self.on_single != "error":
             parts.append(f"on_single={self.on_single!r}")
+        if self.channel_dim != 1:
+            parts.append(f"channel_dim={self.channel_dim}")
         if not self.update_running_stats:
             parts.append("update_running_stats=False")
         return ", ".join(parts)
+
+
+def channels_second(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """Return the input of any batch normalization, of torch or of this library, as a view `[N, C, *S]`."""
+    return functional.channels_second(x, getattr(layer, "channel_dim", 1))
 
 
 class LazyNormLayer(NormLayer):
@@ -120,15 +131,16 @@ class LazyNormLayer(NormLayer):
     def __init__(
         self, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
         device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
     ) -> None:  # fmt: skip
-        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single)
+        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
         torch_lazy: Any = super(NormLayer, self)  # its constructor has no num_features
         torch_lazy.__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.on_nonfinite = on_nonfinite
         self.on_single = on_single
+        self.channel_dim = channel_dim
 
     def reset_parameters(self) -> None:
         """Reset the parameters if the number of channels is known."""
@@ -138,4 +150,4 @@ class LazyNormLayer(NormLayer):
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Create parameters and buffers for x's channels."""
         self._check_input_dim(input)  # before anything is created from a wrong shape
-        super().initialize_parameters(input)  # type: ignore[misc]
+        super().initialize_parameters(functional.channels_second(input, self.channel_dim))  # type: ignore[misc]

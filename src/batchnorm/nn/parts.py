@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from batchnorm import _checks, distributed, ops
+from batchnorm import _checks, distributed, functional, ops
 from batchnorm.nn.layer import NormLayer
 from batchnorm.ops import BatchStatistics
 from batchnorm.ops.eager import values_per_channel
@@ -58,11 +58,11 @@ class PartsLayer(NormLayer):
     def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self._uses_batch:
             return self._normalize(x, mask=mask)
-        _checks.check_input(self.layer_name, x)
+        _checks.check_input(self.layer_name, x, self.channel_dim)
         if x.dim() == 1:  # [0], without samples and channels, which torch accepts
             return x.clone()
         _checks.check_channel_vectors(
-            self.layer_name, x, weight=self.weight, bias=self.bias,
+            self.layer_name, x, self.channel_dim, weight=self.weight, bias=self.bias,
             running_mean=self.running_mean, running_var=self.running_var,
         )  # fmt: skip
         if self._updates_running:
@@ -70,11 +70,12 @@ class PartsLayer(NormLayer):
                 self.layer_name, self.momentum, self.num_batches_tracked,
                 running_mean=self.running_mean, running_var=self.running_var,
             )  # fmt: skip
-        weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask)
+        weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask, self.channel_dim)
         peers = self._peers()
         # With peers, other processes may have more values.
-        if peers is None and _checks.uses_running(self.layer_name, x, self.on_single):
+        if peers is None and _checks.uses_running(self.layer_name, x, self.on_single, self.channel_dim):
             return self._normalize(x, mask=mask)
+        x = functional.channels_second(x, self.channel_dim)
         index, groups = self._index(x)
         statistics = ops.batch_moments(x, index, weights, groups, peers)
         if self.on_single == "running":
@@ -89,7 +90,7 @@ class PartsLayer(NormLayer):
         )
         if self._updates_running:
             self._update_running(x, statistics)
-        return y
+        return functional.channels_back(y, self.channel_dim)
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
         """Return the group of each sample `[N]`, and the number of groups; None: all samples are one group."""

@@ -91,7 +91,7 @@ class _BatchRenorm(PartsLayer):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         rmax: Limit = 3.0, dmax: Limit = 5.0, sync: bool = False,
         process_group: Any = None,
     ) -> None:  # fmt: skip
@@ -105,7 +105,7 @@ class _BatchRenorm(PartsLayer):
             )
         super().__init__(
             num_features, eps, momentum, affine, True, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.rmax = rmax
         self.dmax = dmax

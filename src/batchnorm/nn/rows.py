@@ -48,6 +48,7 @@ class RowsLayer(NormLayer):
         layer = kind(
             self.num_features, self.eps, self.momentum, self.weight is not None, self.track_running_stats,
             device="meta", bias=self.bias is not None, on_nonfinite=self.on_nonfinite, on_single=self.on_single,
+            channel_dim=self.channel_dim,
         )  # fmt: skip
         for name, blank in (*layer.named_parameters(), *layer.named_buffers()):
             own = getattr(self, name)
@@ -78,7 +79,7 @@ class RowsLayer(NormLayer):
             self.num_batches_tracked if updates else None, weight, bias, mask, own_statistics=own_statistics,
             training=self.training or self.running_mean is None, momentum=self.momentum, eps=self.eps,
             on_nonfinite=self.on_nonfinite, on_single=self.on_single, update_running_stats=updates,
-            caller=self.layer_name, name=choice_name,
+            channel_dim=self.channel_dim, caller=self.layer_name, name=choice_name,
         )  # fmt: skip
 
 
@@ -107,13 +108,14 @@ def batch_norm_by_rows(
     on_nonfinite: str,
     on_single: str,
     update_running_stats: bool,
+    channel_dim: int,
     caller: str,
     name: str,
 ) -> Tensor:
     """Normalize each sample with its row of the statistics, of weight and bias, or of both.
 
     Args:
-        x: `[N, C, *S]`.
+        x: `[N, C, *S]`, or `[N, *S, C]` if `channel_dim` is -1.
         choice: The row: an int for all samples, or int64 `[N]`, one for each sample.
         rows: K.
         running_mean: `[C]`, or `[K, C]` with `own_statistics`; None if there are no running statistics.
@@ -129,6 +131,7 @@ def batch_norm_by_rows(
         on_nonfinite: As in `batch_norm`.
         on_single: As in `batch_norm`, for each row that has separate statistics.
         update_running_stats: As in `batch_norm`.
+        channel_dim: As in `batch_norm`.
         caller: The layer's name, for error messages.
         name: The layer's name for `choice`, for error messages.
 
@@ -142,10 +145,10 @@ def batch_norm_by_rows(
         return handle_torch_function(
             batch_norm_by_rows, tensors, x, choice, rows, running_mean, running_var, num_batches_tracked, weight, bias,
             mask, own_statistics=own_statistics, training=training, momentum=momentum, eps=eps,
-            on_nonfinite=on_nonfinite, on_single=on_single, update_running_stats=update_running_stats, caller=caller,
-            name=name,
+            on_nonfinite=on_nonfinite, on_single=on_single, update_running_stats=update_running_stats,
+            channel_dim=channel_dim, caller=caller, name=name,
         )  # fmt: skip
-    _checks.check_input(caller, x)
+    _checks.check_input(caller, x, channel_dim)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
     updates = training and update_running_stats and running_mean is not None
@@ -160,18 +163,23 @@ def batch_norm_by_rows(
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
             mask=mask, num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
-            update_running_stats=update_running_stats, caller=caller,
+            update_running_stats=update_running_stats, channel_dim=channel_dim, caller=caller,
         )  # fmt: skip
 
     _check_choice(caller, name, choice, rows, x)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    _checks.check_channel_vectors(caller, x, **{name: _one_row(vector) for name, vector in vectors.items()})
-    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask)
+    _checks.check_channel_vectors(
+        caller, x, channel_dim, **{name: _one_row(vector) for name, vector in vectors.items()}
+    )
+    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask, channel_dim)
     index = choice.expand(x.shape[0])
-    if not training or _checks.uses_running(caller, x, on_single):
+    fixed = not training or _checks.uses_running(caller, x, on_single, channel_dim)
+    x = functional.channels_second(x, channel_dim)
+    if fixed:
         assert running_mean is not None
         assert running_var is not None
-        return ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
+        y = ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
+        return functional.channels_back(y, channel_dim)
     statistics = ops.batch_moments(x, index, weights, rows) if own_statistics else ops.batch_moments(x, None, weights)
     if on_single == "running":
         assert running_mean is not None
@@ -188,11 +196,11 @@ def batch_norm_by_rows(
         m, skip = values_per_channel(x), on_nonfinite == "skip"
         if not own_statistics:
             ops.update_running_(*buffers, mean, mean_low, var, m, count, momentum, skip)
-            return y
+            return functional.channels_back(y, channel_dim)
         for k in range(rows):  # a row without samples has count 0, which updates nothing
             r_mean, r_var, tracked = running_mean[k], running_var[k], _row(num_batches_tracked, k)
             ops.update_running_(r_mean, r_var, tracked, mean[k], mean_low[k], var[k], m, count[k], momentum, skip)
-    return y
+    return functional.channels_back(y, channel_dim)
 
 
 def _row(t: Tensor | None, k: int) -> Tensor | None:

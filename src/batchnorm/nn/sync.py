@@ -27,7 +27,7 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     Every process must call the same synchronized layers in the same order, forward and backward.
 
     Args:
-        num_features: C, the size of x's second dimension; the same on every process.
+        num_features: C, the number of x's channels; the same on every process.
         eps: Added to the variance; positive.
         momentum: Weight of the new batch, in [0, 1]. None gives the cumulative average of all batches.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
@@ -40,6 +40,7 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
             (keyword only).
         on_single: As in `BatchNorm`, for the values of all processes together; the same on every process (keyword
             only).
+        channel_dim: As in `BatchNorm` (keyword only).
         name: The layer's name in errors, usually its path in the model; the same on every process (keyword only).
 
     Attributes:
@@ -54,9 +55,9 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     Raises:
         TypeError: num_features is not an int; process_group is not a process group; in forward, x is not a
             floating-point tensor, or its dtype does not match that of the parameters.
-        ValueError: eps, momentum, on_nonfinite or on_single out of range; this process is not in process_group; in
-            forward, a wrong rank or number of channels, or one value per channel over all processes in training if
-            on_single is "error".
+        ValueError: eps, momentum, on_nonfinite, on_single or channel_dim out of range; this process is not in
+            process_group; in forward, a wrong rank or number of channels, or one value per channel over all processes
+            in training if on_single is "error".
         RuntimeError: in forward or backward, a process died, has another number of channels or is in another layer.
             Every remaining process raises this error within the group's timeout. It names the layer and the ranks.
 
@@ -77,12 +78,12 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None, *,
-        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error",
+        bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         name: str = "",
     ) -> None:  # fmt: skip
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single,
+            bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,
         )  # fmt: skip
         self.process_group = process_group
         self.name = name

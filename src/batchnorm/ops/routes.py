@@ -134,6 +134,7 @@ def running_where_single(statistics: BatchStatistics, running_mean: Tensor, runn
     The group's counts become 0, so that it has no gradient through its statistics and updates no running statistics.
     """
     count, mean, mean_low, var, effective_count = statistics
+    _checks.check_allocated("on_single='running'", running_mean=running_mean, running_var=running_var)
     held_mean, held_var = running_mean.detach(), running_var.detach()
     if not _transforms_active():  # as in `fixed_statistics_norm`
         held_mean, held_var = _ops.copy_running.default(held_mean, held_var)

@@ -200,7 +200,10 @@ def _why_kept(
         return "it or the layer after it has hooks"
     if bias.numel() != getattr(layer.module, "num_features", None):
         return "the layer after it has other channels"
-    if isinstance(module, nn.Linear):
+    channels_last = getattr(layer.module, "channel_dim", 1) == -1
+    if channels_last and not isinstance(module, nn.Linear):
+        return "its channels are not those of the layer after it, which are in the last dimension"
+    if isinstance(module, nn.Linear) and not channels_last:
         if calls is None:
             return "only example_inputs show whether its output is [N, C] or [N, L, C]"
         call = calls.get(layer.path)

@@ -32,6 +32,7 @@ from batchnorm.models.outputs import outputs
 from batchnorm.models.progress import Bar
 from batchnorm.models.samples import samples_in
 from batchnorm.moments import Moments
+from batchnorm.nn.layer import channels_second
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[..., Any]
@@ -234,7 +235,7 @@ class Passes:
 
         def hook_of(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = input_of(args, kwargs)
+                x = input_of(module, args, kwargs)
                 if x is not None and number not in shown and len(args) + len(kwargs) == 1:
                     shown.add(number)
                     show(self.layers[number], x.detach())
@@ -278,7 +279,7 @@ class Passes:
     def _measure_input(self, number: int) -> Callable[..., None]:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer, x = self.layers[number], input_of(args, kwargs)
+            layer, x = self.layers[number], input_of(module, args, kwargs)
             if self._batch is None or number in self._done or x is None or layer.running is None:
                 return
             self._done.add(number)
@@ -298,10 +299,10 @@ class Passes:
         return hook
 
 
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the tensor that a layer is called with."""
+def input_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the tensor that a layer is called with, as `[N, C, *S]`."""
     x = args[0] if args else kwargs.get("input")
-    return x if isinstance(x, Tensor) else None
+    return channels_second(layer, x) if isinstance(x, Tensor) else None
 
 
 def _output_of(returned: Any) -> Tensor | None:

@@ -95,7 +95,7 @@ def _loss(call: ModelCall, returned: Any, batch: Any) -> Tensor:
 
 def _recorder(path: str, inputs: dict[str, Moments]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = input_of(args, kwargs)
+        x = input_of(module, args, kwargs)
         if path not in inputs and x is not None:
             inputs[path] = Moments.of(x)
 

@@ -50,7 +50,7 @@ def _bias(m: Measurements, layer: Layer) -> tuple[str, Tensor] | None:
     if not layer.by_batch or has_own_forward(layer.module):
         return None  # nothing may subtract the bias
     call = place.source
-    if call.target is F.linear and len(m.trace.shapes.get(call, ())) != 2:
+    if call.target is F.linear and not place.channels_last and len(m.trace.shapes.get(call, ())) != 2:
         return None  # its features are not the layer's channels
     bias = tensor_of(call.args[2] if len(call.args) > 2 else call.kwargs.get("bias"), m.trace)
     return None if bias is None else (m.trace.paths.get(call) or call.name, bias)

@@ -45,6 +45,7 @@ from batchnorm.doctor.watch.records import (
 from batchnorm.doctor.watch.table import table
 from batchnorm.doctor.wording import named
 from batchnorm.models.outputs import outputs
+from batchnorm.nn.layer import channels_second
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -302,7 +303,7 @@ class Watch:
                 if given.get("mask") is not None:
                     seen.batch_size = x.shape[0]
                     return
-            seen.measure(x, self._before[number].mean)
+            seen.measure(channels_second(module, x), self._before[number].mean)
 
     # Results ---------------------------------------------------------------------------------------------------------
 

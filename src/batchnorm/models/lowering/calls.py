@@ -25,14 +25,16 @@ _FUNCTIONS: dict[str, Function] = {
     **{f"adaptive_avg_pool{n}d": getattr(F, f"adaptive_avg_pool{n}d") for n in (1, 2, 3)},
     **{
         name: getattr(torch, name)
-        for name in ("cat", "flatten", "unflatten", "permute", "transpose", "unsqueeze", "squeeze", "mean", "reshape")
+        for name in ("cat", "flatten", "unflatten", "permute", "transpose", "movedim", "unsqueeze", "squeeze", "mean")
     },
+    "reshape": torch.reshape,
     **{name: getattr(operator, name) for name in ("add", "sub", "mul")},
     **dict.fromkeys(("split", "split_with_sizes"), torch.split),
     "chunk": torch.chunk,
     "view": torch.reshape,  # `view` would fail if lowering changes the tensor's strides
     "_unsafe_view": torch.reshape,
     "swapaxes": torch.transpose,
+    "moveaxis": torch.movedim,
 }
 _SAME: dict[Any, Function] = {
     torch.add: operator.add,
@@ -105,10 +107,9 @@ def _lower_own_batch_norm(node: Node) -> None:
         return
     activation, residual = given.get("activation", "none"), given.get("residual")
     given["momentum"] = given["momentum"] or 0.0
-    with node.graph.inserting_before(node):
-        y = node.graph.call_function(F.batch_norm, tuple(given[name] for name in _BATCH_NORM))
-        y.meta = dict(node.meta)
-        if residual is not None:
+    y = normalized(node, tuple(given[name] for name in _BATCH_NORM), given.get("channel_dim", 1))
+    if residual is not None:
+        with node.graph.inserting_before(node):
             y = node.graph.call_function(operator.add, (y, residual))
             y.meta = dict(node.meta)
     if activation == "none":
@@ -116,6 +117,21 @@ def _lower_own_batch_norm(node: Node) -> None:
     else:
         row = ops.ACTIVATIONS[activation]
         replace_by_activation(node, y, activation, given.get(row.parameter or "", row.default))
+
+
+def normalized(node: Node, arguments: tuple[Any, ...], channel_dim: int) -> Node:
+    """Insert `F.batch_norm` with these arguments before the node, for channels in this dimension; return its result."""
+
+    def insert(function: Function, *args: Any) -> Node:
+        with node.graph.inserting_before(node):
+            y = node.graph.call_function(function, args)
+        y.meta = dict(node.meta)
+        return y
+
+    if channel_dim == 1:
+        return insert(F.batch_norm, *arguments)
+    y = insert(F.batch_norm, insert(torch.movedim, arguments[0], channel_dim, 1), *arguments[1:])
+    return insert(torch.movedim, y, 1, channel_dim)
 
 
 # Activations -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from batchnorm.models.lowering.nodes import Function, name_of, replace_call
 _VIEWS = {
     "getitem", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "swapaxes",
     "squeeze", "unsqueeze", "expand", "expand_as", "chunk", "split", "unbind", "select", "narrow", "slice", "t", "T",
-    "movedim", "contiguous", "detach", "alias", "diagonal", "getattr",
+    "movedim", "moveaxis", "contiguous", "detach", "alias", "diagonal", "getattr",
 }  # fmt: skip
 _IN_PLACE_FUNCTIONS: dict[Any, Function] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from batchnorm import ops
 from batchnorm.foreign import foreign_eps
-from batchnorm.models.lowering.calls import CONVOLUTIONS, TRANSPOSED, replace_by_activation
+from batchnorm.models.lowering.calls import CONVOLUTIONS, TRANSPOSED, normalized, replace_by_activation
 from batchnorm.models.lowering.nodes import Function, remove, replace_call
 
 
@@ -77,7 +77,7 @@ def lower_layer(module: fx.GraphModule, node: Node) -> None:
     elif isinstance(layer, nn.modules.batchnorm._NormBase) and getattr(layer, "_uses_batch", True) is False:
         # This library's layers with statistics by parts are one node each, and plain normalization in evaluation.
         held = tensors(*_BATCH_NORM)
-        replace_call(node, F.batch_norm, x, *held, False, 0.0, layer.eps)
+        remove(node, normalized(node, (x, *held, False, 0.0, layer.eps), getattr(layer, "channel_dim", 1)))
     elif (eps := foreign_eps(layer)) is not None:
         replace_call(node, F.batch_norm, x, *tensors(*_BATCH_NORM), False, 0.0, eps)
     elif kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

@@ -190,7 +190,7 @@ def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Repl
             break
     else:
         return None
-    if _parametrized(layer) != _parametrized(current):
+    if _parametrized(layer) != _parametrized(current) or _channel_dim(layer) != _channel_dim(current):
         return None
     if _parametrized(current):
         current.parametrizations = layer.parametrizations
@@ -221,6 +221,10 @@ def from_function(old: nn.Module, function: Callable[[nn.Module], nn.Module]) ->
 
 def _is_known(cls: type) -> bool:
     return cls is object or cls.__module__.startswith(("torch.", "batchnorm."))
+
+
+def _channel_dim(layer: nn.Module) -> int:
+    return getattr(layer, "channel_dim", NormLayer.channel_dim)
 
 
 def _parametrized(layer: nn.Module) -> set[str]:
@@ -279,6 +283,8 @@ def _construct(old: nn.Module, kind: type[nn.Module], arguments: dict[str, Any])
     own = getattr(old, "activation", "none")
     if "activation" in inspect.signature(walk.class_of(old)).parameters and "activation" not in arguments:
         raise Unconvertible(f"it also adds a residual and applies {own!r}, which {kind.__name__} cannot")
+    if _channel_dim(old) != 1 and "channel_dim" not in arguments and not issubclass(kind, nn.Identity):
+        raise Unconvertible(f"its channels are in the last dimension, and {kind.__name__} has them in the second")
     try:
         return kind(**arguments)
     except ValueError as error:

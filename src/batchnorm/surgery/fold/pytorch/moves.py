@@ -52,12 +52,8 @@ def _pad(node: Node, move: Move) -> ScaleShift:
 
 
 def _permute(node: Node, move: Move) -> ScaleShift:
-    order = list(range(len(move.given)))
-    if node.target is torch.transpose:
-        first, second = _argument(node, 1, "dim0", 0), _argument(node, 2, "dim1", 1)
-        order[first], order[second] = order[second], order[first]
-    else:
-        order = [int(axis) % len(order) for axis in _argument(node, 1, "dims", ())]
+    axes = torch.empty(tuple(range(1, len(move.given) + 1)), device="meta")  # each axis has its number as its size
+    order = [size - 1 for size in node.target(axes, *node.args[1:], **node.kwargs).shape]  # type: ignore[operator]
     return moves.permuted(move.s, order, back=move.back)
 
 
@@ -89,6 +85,6 @@ RULES: dict[Any, Callable[[Node, Move], ScaleShift]] = {
     **dict.fromkeys(_interpolations(), _unchanged),
     F.pad: _pad,
     **dict.fromkeys((torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze), _reshape),
-    **dict.fromkeys((torch.permute, torch.transpose), _permute),
+    **dict.fromkeys((torch.permute, torch.transpose, torch.movedim), _permute),
     torch.mean: _mean,
 }
