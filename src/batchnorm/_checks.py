@@ -171,9 +171,10 @@ def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{caller} expects x to be a torch.Tensor, got {type(x).__name__}. Convert it first.")
     if not x.is_floating_point():
-        raise TypeError(
-            f"{caller} expects x of a floating-point dtype, got {x.dtype}. Convert it, for example x.float()."
-        )
+        fix = "Convert it, for example x.float()."
+        if x.is_quantized:
+            fix = "Call batchnorm.convert(model, torch.nn) before you quantize: torch quantizes its own layers only."
+        raise TypeError(f"{caller} expects x of a floating-point dtype, got {x.dtype}. {fix}")
     ranks, layout = _LAYOUTS.get(caller[-2:], (None, "[N, C, *]"))
     if x.dim() in ranks if ranks is not None else x.dim() >= 2 or x.shape == (0,):
         return

@@ -127,6 +127,14 @@ def test_eager_mode() -> None:
     groups = [["0", "1", "2"], ["3", "4"]]
     with pytest.raises(AssertionError, match="did not find fuser method for"):
         quantization.fuse_modules(copy.deepcopy(model).eval(), groups)
+    unfused = nn.Sequential(quantization.QuantStub(), model, quantization.DeQuantStub()).eval()
+    unfused.qconfig = quantization.get_default_qconfig("fbgemm")
+    prepared = quantization.prepare(unfused)
+    prepared(X)
+    with pytest.raises(
+        TypeError, match=r"got torch.quint8. Call batchnorm.convert\(model, torch.nn\) before you quant"
+    ):
+        quantization.convert(prepared)(X)
     converted = bn.convert(model, torch.nn).model
     fused = quantization.fuse_modules(copy.deepcopy(converted).eval(), groups)
     assert_close(fused(X), model.eval()(X))

@@ -57,13 +57,11 @@ class Report:
             header = ("layer", "was", "now", "why")
             rows = [header, *self._rows("", self.changed), *self._rows("left", self.left)]
             lines += ["", *_table(rows)]
-        for note in self.notes:
-            lines += ["", note]
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Return one line with the numbers of layers that were changed and left."""
-        return f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left"
+        """Return the numbers of layers that were changed and left, and the notes, a line each."""
+        return "\n".join([f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *self.notes])
 
     @staticmethod
     def _rows(now: str, changes: Iterable[Change]) -> list[tuple[str, str, str, str]]:

@@ -457,6 +457,13 @@ def test_one_value_per_group_is_left_with_the_reason(to: Any, options: dict[str,
     assert "would erase an input [N, C], which has one value per group: choose fewer groups" in report.left[0].reason
     model = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.InstanceNorm1d(8, affine=True)).model
     assert type(model[0]) is nn.InstanceNorm1d
+    for rank, expected in (("1d", nn.BatchNorm1d), ("2d", nn.InstanceNorm2d)):
+        layer = getattr(nn, f"BatchNorm{rank}")(8)
+        assert type(convert(nn.Sequential(layer), to="InstanceNorm").model[0]) is expected
+        any_rank = convert(nn.Sequential(batch.BatchNorm(8)), to=getattr(nn, f"InstanceNorm{rank}"))
+        assert type(any_rank.model[0]) is (batch.BatchNorm if rank == "1d" else expected)
+    report = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.GroupNorm(8, 8)).report
+    assert report.changed[0].reason == "one channel per group: an input with one position would be erased"
 
 
 @pytest.mark.parametrize("channels", [2, 6, 32, 33])

@@ -94,7 +94,9 @@ def convert(
 
     def choose(found: walk.Found, layer: nn.Module) -> Replacement:
         if not isinstance(to, (ModuleType, str, type)):
-            return replacement.from_function(layer, to)
+            made = replacement.from_function(layer, to)
+            made.reason = per_sample.note_on(made.new)
+            return made
         rank = rank_of(layer) or (rank_next_to(model, found.path) if shown is None else shown.get(found.path, ""))
         return _replacement(found, layer, to, options, rank)
 

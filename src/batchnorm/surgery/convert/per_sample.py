@@ -34,24 +34,27 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
         Unconvertible: a group may have one value, because the input may be `[N, C]`; otherwise as `replacement.make`.
     """
     channels = int(old.num_features)  # type: ignore[arg-type]
-    has_positions = rank in ("2d", "3d") or (rank == "" and issubclass(kind, _InstanceNorm))
+    has_positions = rank in ("2d", "3d") or (rank == "" and issubclass(kind, (nn.InstanceNorm2d, nn.InstanceNorm3d)))
     is_layer_norm = issubclass(kind, nn.LayerNorm)
     if is_layer_norm:
         kind, options = nn.GroupNorm, {"num_groups": 1, **options}
     elif issubclass(kind, nn.GroupNorm):
         options = {"num_groups": number_of_groups(channels, has_positions), **options}
     made = replacement.make(old, kind, options, path)
-    alone = getattr(made.new, "num_groups", channels) == channels
-    if alone and not has_positions:
+    if getattr(made.new, "num_groups", channels) == channels and not has_positions:
         raise Unconvertible(
             f"{describe(made.new)} would erase an input [N, C], which has one value per group: choose "
             f"{'fewer groups' if channels > 1 else 'another layer'}, or pass a function if its input is [N, C, L]"
         )
-    if is_layer_norm:
-        made.reason = "layer normalization over channels and positions"
-    elif alone and isinstance(made.new, nn.GroupNorm):
-        made.reason = "one channel per group: an input with one position would be erased"
+    made.reason = "layer normalization over channels and positions" if is_layer_norm else note_on(made.new)
     return made
+
+
+def note_on(layer: nn.Module) -> str:
+    """Return the condition under which the layer erases its input without an error; empty if there is none."""
+    if isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels:
+        return "one channel per group: an input with one position would be erased"
+    return ""
 
 
 def number_of_groups(channels: int, has_positions: bool) -> int:

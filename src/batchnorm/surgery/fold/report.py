@@ -26,7 +26,6 @@ class FoldReport(Report):
         remaining: Batch normalizations that one forward pass still runs on their own, counted at the dispatcher.
         before: Batch normalizations that one forward pass of the original runs.
         fused: Batch normalizations that became one operation with the addition or activation that follows them.
-        notes: Remarks, one sentence each.
     """
 
     how: str = ""
@@ -35,7 +34,6 @@ class FoldReport(Report):
     remaining: int = 0
     before: int = 0
     fused: int = 0
-    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """Return the counts, the errors and the notes, a line each."""
