@@ -22,6 +22,7 @@ PUBLIC_NAMES = {
     "drop_redundant_bias",
     "insert_batchnorm",
     "parameter_groups",
+    "prune_channels",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",

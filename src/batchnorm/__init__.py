@@ -25,6 +25,7 @@ from batchnorm.surgery import (
 
 if _TYPE_CHECKING:
     from batchnorm.doctor import diagnose, watch
+    from batchnorm.surgery.prune import prune_channels
 
 __version__ = _version("batchnorm")
 
@@ -44,6 +45,7 @@ __all__ = [
     "insert_batchnorm",
     "nn",
     "parameter_groups",
+    "prune_channels",
     "recalibrate",
     "unfreeze",
     "watch",
@@ -52,7 +54,9 @@ __all__ += nn.__all__
 
 
 def __getattr__(name: str) -> _Any:
-    """Import the doctor when it is first used, so that `import batchnorm` stays fast."""
+    """Import the doctor and pruning when they are first used, so that `import batchnorm` stays fast."""
+    if name == "prune_channels":
+        return _import_module("batchnorm.surgery.prune").prune_channels
     if name in ("diagnose", "doctor", "watch"):
         doctor = _import_module("batchnorm.doctor")
         return doctor if name == "doctor" else getattr(doctor, name)

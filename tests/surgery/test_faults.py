@@ -82,6 +82,13 @@ def small() -> nn.Module:
     )
 
 
+def slim() -> nn.Module:
+    model = residual()
+    with torch.no_grad():
+        model.layer1[1].bn1.weight[2:5] = 0.0
+    return model
+
+
 def recalibrate(passes: str) -> Callable[[nn.Module, torch.optim.Optimizer], object]:
     return lambda model, _: bn.recalibrate(model, [X, 2 * X], passes=passes, inplace=True)
 
@@ -100,11 +107,13 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, torch.optim
     ),
     "insert_batchnorm": (plain, lambda model, _: bn.insert_batchnorm(model, nn.Conv2d, [X, 2 * X], inplace=True)),
     "parameter_groups": (residual, lambda model, _: bn.parameter_groups(model, 0.1)),
+    "prune_channels": (slim, lambda model, _: bn.prune_channels(model, X, inplace=True)),
     "fold": (small, lambda model, _: bn.fold(model, X, inplace=True)),
 }
 # Of so many places one, where each takes a while.
 SAMPLE = {
     "accelerate": 4, "undo": 3, "fold": 3, "recalibrate": 2, "recalibrate sequentially": 5, "drop_redundant_bias": 3,
+    "prune_channels": 30,
 }  # fmt: skip
 
 
