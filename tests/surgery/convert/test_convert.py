@@ -454,7 +454,7 @@ def test_rows_without_positions_are_not_erased(make: Any, to: Any, channels: int
 )
 def test_one_value_per_group_is_left_with_the_reason(to: Any, options: dict[str, Any]) -> None:
     report = convert(nn.Sequential(nn.BatchNorm1d(8)), to=to, **options).report
-    assert "would erase an input [N, C], which has one value per group: choose fewer groups" in report.left[0].reason
+    assert "would erase an input with one position, such as [N, C], because a group" in report.left[0].reason
     model = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.InstanceNorm1d(8, affine=True)).model
     assert type(model[0]) is nn.InstanceNorm1d
     for rank, expected in (("1d", nn.BatchNorm1d), ("2d", nn.InstanceNorm2d)):
@@ -464,6 +464,24 @@ def test_one_value_per_group_is_left_with_the_reason(to: Any, options: dict[str,
         assert type(any_rank.model[0]) is (batch.BatchNorm if rank == "1d" else expected)
     report = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.GroupNorm(8, 8)).report
     assert report.changed[0].reason == "one channel per group: an input with one position would be erased"
+
+
+def test_a_convolution_or_an_example_shows_that_there_are_positions() -> None:
+    alone = nn.Sequential(nn.BatchNorm1d(8))
+    beside = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.BatchNorm1d(8))
+    linear = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
+    for to, expected in (("InstanceNorm", nn.InstanceNorm1d), (nn.GroupNorm, nn.GroupNorm)):
+        options = {"num_groups": 8} if to is nn.GroupNorm else {}
+        assert type(convert(beside, to=to, **options).model[2]) is expected
+        assert type(convert(linear, to=to, **options).model[1]) is nn.BatchNorm1d
+        assert type(convert(alone, to=to, example_inputs=torch.randn(4, 8, 5), **options).model[0]) is expected
+        for shape in ((4, 8), (4, 8, 1)):
+            report = convert(alone, to=to, example_inputs=torch.randn(shape), **options).report
+            assert [change.path for change in report.left] == ["0"]
+    assert convert(beside, to=nn.GroupNorm).model[2].num_groups == 4
+    assert convert(alone, to=nn.GroupNorm, example_inputs=torch.randn(4, 8, 5)).model[0].num_groups == 4
+    one = convert(nn.Sequential(nn.BatchNorm2d(8)), to=nn.GroupNorm, example_inputs=torch.randn(4, 8, 1, 1)).model
+    assert one[0].num_groups == 1
 
 
 @pytest.mark.parametrize("channels", [2, 6, 32, 33])

@@ -18,7 +18,7 @@ from batchnorm.models.report import Change, Report, Result, describe
 from batchnorm.models.selection import Choice, select
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.convert import per_sample, replacement
-from batchnorm.surgery.convert.ranks import RANKS, rank_next_to, rank_of, ranks_in_run
+from batchnorm.surgery.convert.ranks import RANKS, Given, shapes_in_run
 from batchnorm.surgery.convert.replacement import Refused, Replacement, Unconvertible
 from batchnorm.walk import class_of
 
@@ -54,9 +54,9 @@ def convert(
         only: The layers to replace: a pattern for paths such as `"layer4.*"`, several patterns, a class, or a
             predicate of path and layer.
         example_inputs: As in `accelerate`. In a run on them, a layer that takes any number of dimensions, such as
-            `SyncBatchNorm`, shows whether it becomes a `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`. Without them, the
-            convolution, pooling or linear layer next to it shows this. If there is none, the new layer takes any number
-            of dimensions too.
+            `SyncBatchNorm`, shows whether it becomes a `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, and a
+            `BatchNorm1d` whether its input is `[N, C]` or `[N, C, L]`. Without them, the convolution, pooling or linear
+            layer next to it shows this. If there is none, the new layer takes any number of dimensions too.
         inplace: Whether to change the model itself instead of a copy.
         **options: Arguments of the class, such as `ghost_size=16` or `momentum=0.01`. Others are taken from the layer.
 
@@ -71,10 +71,9 @@ def convert(
 
     `LayerNorm` becomes `GroupNorm(1, C)`: layer normalization over channels and positions, with weight and bias for
     each channel. `GroupNorm` uses the largest number of groups up to 32 that leaves at least 2 channels in each, or 16
-    if the layer may get `[N, C]`, unless `num_groups` is given. A `BatchNorm1d`, and a layer for any rank, may get
-    `[N, C]`. They are left if a group would then have one value, which normalization erases: this applies to
-    `InstanceNorm1d`. If the input is `[N, C, L]`, pass `lambda layer: torch.nn.InstanceNorm1d(layer.num_features,
-    affine=True)`. These classes and `Identity` keep no running statistics, and cannot be converted back.
+    if the layer may get `[N, C]`, unless `num_groups` is given. A layer that may get `[N, C]` is left if a group would
+    then have one value, which normalization erases: this applies to `InstanceNorm1d`. These classes and `Identity` keep
+    no running statistics, and cannot be converted back.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -90,15 +89,14 @@ def convert(
     """
     _check_target(to)
 
-    shown = None if example_inputs is None else ranks_in_run("convert", model, example_inputs)
+    shapes = None if example_inputs is None else shapes_in_run("convert", model, example_inputs)
 
     def choose(found: walk.Found, layer: nn.Module) -> Replacement:
         if not isinstance(to, (ModuleType, str, type)):
             made = replacement.from_function(layer, to)
             made.reason = per_sample.note_on(made.new)
             return made
-        rank = rank_of(layer) or (rank_next_to(model, found.path) if shown is None else shown.get(found.path, ""))
-        return _replacement(found, layer, to, options, rank)
+        return _replacement(found, layer, to, options, Given.of(layer, model, found.path, shapes))
 
     finish = undo_fusion if to is torch.nn and only is None else None
     return replace_layers("convert", model, choose, only=only, inplace=inplace, finish=finish)
@@ -193,13 +191,13 @@ def _check_target(to: object) -> None:
 
 
 def _replacement(
-    found: walk.Found, old: nn.Module, to: str | type[nn.Module] | ModuleType, options: dict[str, Any], rank: str
+    found: walk.Found, old: nn.Module, to: str | type[nn.Module] | ModuleType, options: dict[str, Any], given: Given
 ) -> Replacement:
     if not options and isinstance(to, ModuleType) and not _is_of(class_of(old), to):
         back = replacement.restore(old, lambda kind: _is_of(kind, to))
         if back is not None:
             return back
-    kind = class_for(old, to, rank)
+    kind = class_for(old, to, given.rank)
     if kind is class_of(old) and not options:
         if old is not found.module:
             return Replacement(old, {})
@@ -207,7 +205,7 @@ def _replacement(
     if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
         return back
     if per_sample.is_per_sample(kind):
-        return per_sample.make(old, kind, options, found.path, rank)
+        return per_sample.make(old, kind, options, found.path, given.has_positions())
     return replacement.make(old, kind, options, found.path)
 
 
