@@ -29,8 +29,8 @@ struct BackwardSteps {
 struct PlaneBackward final : PlaneSteps {
   const BackwardSteps& steps;
   explicit PlaneBackward(const BackwardSteps& steps_) : steps(steps_) {}
-  bool finish(int64_t c, double sum_dz, double sum_dz_deviation, bool) override {
-    steps.one(c, sum_dz, sum_dz_deviation);
+  bool finish(int64_t c, const WideSums& sums, bool) override {
+    steps.one(c, sum_lanes(sums.u), sum_lanes(sums.uv));
     return false;
   }
 };

@@ -37,8 +37,9 @@ struct PlaneMoments final : PlaneSteps {
       pivot[c0 + k] = rounded(pivot[c0 + k], sum_lanes(sums[k].u) / static_cast<double>(few * samples));
     }
   }
-  bool finish(int64_t c, double sum, double sum_squares, bool again) override {
-    auto found = moments_of<T>(pivot[c], sum, sum_squares, static_cast<double>(shape.n * shape.s));
+  bool finish(int64_t c, const WideSums& sums, bool again) override {
+    const double values = static_cast<double>(shape.n * shape.s);
+    const auto found = moments_of<T>(pivot[c], sum_lanes(sums.u), sum_lanes(sums.uv), values);
     if (found.far && !again) {
       pivot[c] = static_cast<A>(found.mean);
       return true;

@@ -15,8 +15,9 @@ inline constexpr int64_t kCacheBytes = 512 << 10;
 // The steps before and after the sums of a channel.
 struct PlaneSteps {
   virtual void begin(int64_t /*c0*/, int64_t /*channels*/) {}  // at most kChannelsAtOnce of them
-  // Returns true to sum the channel once more; always false if `again`.
-  virtual bool finish(int64_t c, double u, double uv, bool again) = 0;
+  // Returns true to sum this channel once more, and only this one: each channel is finished once, whatever the others
+  // hold. Always false if `again`.
+  virtual bool finish(int64_t c, const WideSums& sums, bool again) = 0;
 
  protected:
   ~PlaneSteps() = default;
@@ -75,13 +76,13 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
       for (int64_t c0 = c_begin; c0 < c_end; c0 += group) {
         const int64_t channels = c_end - c0 < group ? c_end - c0 : group;
         steps.begin(c0, channels);
-        for (bool again = false, unfinished = true; unfinished; again = true) {
-          WideSums sums[kChannelsAtOnce];
-          for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0, channels, sums);
-          unfinished = false;
-          for (int64_t k = 0; k < channels; ++k) {
-            unfinished |= steps.finish(c0 + k, sum_lanes(sums[k].u), sum_lanes(sums[k].uv), again);
-          }
+        WideSums sums[kChannelsAtOnce];
+        for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0, channels, sums);
+        for (int64_t k = 0; k < channels; ++k) {
+          if (!steps.finish(c0 + k, sums[k], false)) continue;
+          WideSums more;
+          for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0 + k, 1, &more);
+          steps.finish(c0 + k, more, true);
         }
         // Mapping writes more than it reads, so it prefetches the next channels.
         const int64_t ahead = c0 + group < c_end ? group * s.s : 0;
@@ -96,22 +97,27 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
 
   Scratch scratch;
   auto* sums = scratch.get<WideSums>(s.c * blocks.count);
+  auto* finished = scratch.get<bool>(s.c);
+  for (int64_t c = 0; c < s.c; ++c) finished[c] = false;
   for (int64_t c = 0; c < s.c; c += kChannelsAtOnce) steps.begin(c, s.c - c < kChannelsAtOnce ? s.c - c : kChannelsAtOnce);
   for (bool again = false, unfinished = true; unfinished; again = true) {
     parallel(threads, s.c * blocks.count, blocks.piece, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
+        if (finished[i / blocks.count]) continue;
         sums[i] = WideSums{};
         blocks.reduce(reducer, i % blocks.count, i / blocks.count, 1, sums + i);
       }
     });
     unfinished = false;
     for (int64_t c = 0; c < s.c; ++c) {
+      if (finished[c]) continue;
       WideSums total;
       for (int64_t b = 0; b < blocks.count; ++b) {
         total.u = total.u + sums[c * blocks.count + b].u;
         total.uv = total.uv + sums[c * blocks.count + b].uv;
       }
-      unfinished |= steps.finish(c, sum_lanes(total.u), sum_lanes(total.uv), again);
+      finished[c] = !steps.finish(c, total, again);
+      unfinished |= !finished[c];
     }
   }
   if (mapper.map) map_all_planes(threads, s, mapper, streamed, nullptr);
