@@ -38,7 +38,7 @@ NormalizeMap<T, F> normalize_map(F, const Args& args, const Coefficients<A>& coe
           static_cast<A>(args.normalization.parameter)};
 }
 
-void train_forward(const Threads& threads, const TrainForward& args) {
+void fused_forward(const Threads& threads, const TrainForward& args) {
   const Shape& s = args.shape;
   A *mean = static_cast<A*>(args.mean), *low = static_cast<A*>(args.mean_low), *var = static_cast<A*>(args.var);
   if (s.numel() == 0) {
@@ -134,6 +134,37 @@ void normalize(const Threads& threads, const Normalize& args) {
     const auto to_y = normalize_map(f, args, coefficients.lanes.view());
     map_all_rows(threads, r, mapper(to_y), streams(s), kValues, nullptr);
   });
+}
+
+// ---- batch statistics ----------------------------------------------------------------------------------------------
+
+// Sums can overflow although mean and variance do not. Such channels are summed again with tiny equal weights.
+void train_forward(const Threads& threads, const TrainForward& args) {
+  fused_forward(threads, args);
+  const Shape& s = args.shape;
+  A *mean = static_cast<A*>(args.mean), *low = static_cast<A*>(args.mean_low), *var = static_cast<A*>(args.var);
+  const auto overflowed = [&](int64_t c) { return !std::isfinite(var[c]); };
+  bool any = false;
+  for (int64_t c = 0; c < s.c; ++c) any |= overflowed(c);
+  if (!any) return;
+
+  const A tiny = static_cast<A>(std::ldexp(1.0, sizeof(A) == 8 ? -700 : -100));
+  Scratch scratch;
+  A* weights = scratch.get<A>(s.n * s.s);
+  fill(weights, s.n * s.s, tiny);
+  double sum_of_weights;
+  A *found_mean = scratch.get<A>(s.c), *found_low = scratch.get<A>(s.c), *m2 = scratch.get<A>(s.c);
+  moments(threads, {s, args.x, nullptr, weights, 1, &sum_of_weights, found_mean, found_low, m2});
+  for (int64_t c = 0; c < s.c; ++c) {
+    if (!overflowed(c)) continue;
+    mean[c] = found_mean[c], low[c] = found_low[c];
+    var[c] = static_cast<A>(static_cast<double>(m2[c]) / sum_of_weights);
+  }
+  Normalize again{s, args.x, args.residual, args.normalization, args.y};
+  const DType dtype = sizeof(A) == 8 ? DType::float64 : DType::float32;
+  again.normalization.mean = {mean, dtype, 1}, again.normalization.mean_low = {low, dtype, 1};
+  again.normalization.var = {var, dtype, 1};
+  normalize(threads, again);
 }
 
 }  // namespace

@@ -27,6 +27,9 @@ _NO_VARIANCE = (
     "evaluation mode."
 )
 
+# The largest weight of a mask, so that weighted sums of ordinary values neither overflow nor vanish in float32.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
+
 _HALF = (torch.float16, torch.bfloat16)
 _LAYOUTS = {
     "1d": ((2, 3), "[N, C] or [N, C, L]"),
@@ -358,6 +361,11 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor, channel_dim: int = 1) 
             raise ValueError(
                 f"{caller} expects a mask of finite weights >= 0, got values from {least} to {most}. "
                 "Use weight 0 for positions that do not count."
+            )
+        if most > 0 and not _LEAST_WEIGHT <= most <= _MOST_WEIGHT:
+            raise ValueError(
+                f"{caller} expects the largest weight of a mask from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, got "
+                f"{most:g}. Sums could overflow or vanish. Only the ratios of weights matter: use mask / mask.max()."
             )
     return weights.contiguous()
 

@@ -58,10 +58,11 @@ def batch_norm(
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu", which tends to -α below zero.
         residual: Of x's shape and dtype; added before the activation.
-        mask: The positions that count in the statistics: booleans, or finite weights w >= 0, of shape `[N, *S]` or
-            broadcastable to it. Positions that do not count (padding) may hold any value, even NaN (treated as 0), and
-            are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and the unbiased variance is
-            σ²·V₁²/(V₁² - V₂) with V₁ = Σw and V₂ = Σw². If no position counts, the running statistics do not change.
+        mask: The positions that count in the statistics: booleans, or weights w >= 0, the largest of them from 1e-15
+            to 1e15, of shape `[N, *S]` or broadcastable to it. Positions that do not count (padding) may hold any
+            value, even NaN (treated as 0), and are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and the
+            unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw and V₂ = Σw². If no position counts, the running
+            statistics do not change.
             If a single value counts, its output is β, and only the running mean is updated (see `on_single`). In
             evaluation, a mask has no effect.
         num_batches_tracked: int64 scalar that counts the updates of the running statistics.

@@ -301,6 +301,8 @@ def test_export_takes_a_mask_in_evaluation_and_refuses_it_in_training() -> None:
         (torch.ones(4, 3, 5), ValueError, r"BatchNorm2d expects a mask of shape \[N, \*S\] = \[4, 5, 6\] \(or broad"
                                           r".*got \[4, 3, 5\]. It has no channel dimension"),
         (torch.ones(4, 3, 5, 6), ValueError, r"It has no channel dimension"),
+        (torch.full((4, 5, 6), 1e37), ValueError, r"expects the largest weight .* from 1e-15 to 1e\+15, got 1e\+37"),
+        (torch.full((4, 5, 6), 1e-30), ValueError, r"largest weight .* got 1e-30\. .* use mask / mask.max\(\)"),
         (torch.ones(4, 5, 6) - 1.5, ValueError, r"expects a mask of finite weights >= 0, got values from -0.5"),
         (torch.full((4, 5, 6), torch.nan), ValueError, r"got values from nan to nan"),
         (torch.full((4, 1, 1), torch.inf), ValueError, r"got values from inf to inf"),

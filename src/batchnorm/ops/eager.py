@@ -92,8 +92,8 @@ def positive(count: Tensor) -> Tensor:
 
 def _deviations(
     x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int, divisor: Tensor | int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, mean_low and the sum of squared deviations, each `[C]` or `[groups, C]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, mean_low, sum of squared deviations, each `[C]` or `[groups, C]`, and the unit of the deviations."""
     dtype = statistics_dtype(x)
     values = x.to(dtype)
     w = None if weights is None else _spread_weights(weights, x)
@@ -105,12 +105,17 @@ def _deviations(
 
     held = values.detach()
     pivot = _first_values(held, index, weights, groups)
-    mean = pivot + (total(held - _spread(pivot, x, index)) / divisor).to(dtype)
+    offset = held - _spread(pivot, x, index)
+    unit = torch.ones_like(pivot)
+    if index is None and weights is None:  # sums of large values could overflow
+        limit, large = (2.0**400, 2.0**600) if dtype == torch.float64 else (2.0**50, 2.0**100)
+        unit = torch.where(offset.abs().amax((0, *range(2, x.dim()))) > limit, large, unit)
+    units = _spread(unit, x, index)
+    mean = pivot + (total(offset / units) / divisor).to(dtype) * unit
     mean = mean.to(x.dtype).to(dtype)
-    deviation = values - _spread(mean, x, index)
-    mean_low = (total(deviation) / divisor).to(dtype)
-    deviation = deviation - _spread(mean_low, x, index)
-    return mean, mean_low, total(deviation.square())
+    deviation = (values - _spread(mean, x, index)) / units
+    low = (total(deviation) / divisor).to(dtype)
+    return mean, low * unit, total((deviation - _spread(low, x, index)).square()), unit
 
 
 def moments(
@@ -126,7 +131,8 @@ def moments(
         mean, mean_low, m2 = (x.new_zeros(shape, dtype=statistics_dtype(x)) for _ in range(3))
         return count, mean, mean_low, m2
     divisor = positive(count).unsqueeze(-1)
-    return count, *_deviations(x, index, weights, groups, divisor)
+    mean, mean_low, m2, unit = _deviations(x, index, weights, groups, divisor)
+    return count, mean, mean_low, m2 * unit * unit
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +141,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, mean_low, var = (x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) for _ in range(3))
         return mean, mean_low, var
     m = values_per_channel(x)
-    mean, mean_low, m2 = _deviations(x, None, None, 1, m)
-    return mean, mean_low, m2 / m
+    mean, mean_low, m2, unit = _deviations(x, None, None, 1, m)
+    return mean, mean_low, m2 / m * unit * unit
 
 
 def moments_backward(
