@@ -166,3 +166,24 @@ def _report(failed: list[tuple[str, Exception]], error: BaseException | None) ->
         error.add_note(text)
     else:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def package_of(hook: Any) -> str:
+    """Return the name of the package that defines a function, method or class."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).partition(".")[0]
+
+
+def flags_of(holder: object) -> dict[str, bool]:
+    """Return the attributes of an object that are True or False."""
+    return {name: value for name, value in vars(holder).items() if type(value) is bool}
+
+
+def put_back_flags(flags: list[tuple[Any, type, dict[str, bool]]], removed: list[Any]) -> None:
+    """Restore the flags of objects whose class is still the same, if hooks of others than this library were removed."""
+    if all(package_of(hook) == package_of(package_of) for hook in removed):
+        return
+    for holder, kind, before in flags:
+        if type(holder) is kind:
+            for name in flags_of(holder).keys() - before.keys():
+                del vars(holder)[name]
+            vars(holder).update(before)

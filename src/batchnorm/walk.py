@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
 from batchnorm.foreign import foreign_eps
-from batchnorm.undo import Steps, Undo
+from batchnorm.undo import Steps, Undo, flags_of, put_back_flags
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
@@ -248,8 +248,9 @@ def restored(
     """Restore the model when the block ends, also after an exception or an interruption.
 
     Every module gets back its mode, momentum, switches of running statistics and instance `forward`, and every
-    parameter its `requires_grad`. Hooks that were added within the block are removed. Replaced modules stay replaced.
-    Only tensors that changed are written. If one cannot be written, everything else is restored nevertheless.
+    parameter its `requires_grad`. Hooks that were added within the block are removed. If the model added them, its
+    flags are restored too, so that it adds the hooks again. Replaced modules stay replaced. Only tensors that changed
+    are written. If one cannot be written, everything else is restored nevertheless.
 
     Args:
         model: Any module.
@@ -268,8 +269,11 @@ def restored(
 class _Restored(Undo):
     def __init__(self, model: nn.Module, buffers: bool, gradients: bool, random_state: bool) -> None:
         self._steps: Steps = []
+        removed: list[Any] = []
+        flags = [(module, type(module), flags_of(module)) for module in model.modules() if not is_batch_norm(module)]
         for path, module in model.named_modules():
-            self._steps += _steps_for(path, module, buffers)
+            self._steps += _steps_for(path, module, buffers, removed)
+        self._steps.append(("flags", partial(put_back_flags, flags, removed)))
         for path, parameter in model.named_parameters():
             self._steps.append((path, partial(_require_grad, parameter, parameter.requires_grad)))
             if gradients:
@@ -318,8 +322,8 @@ _ATTRIBUTES = (
 )  # fmt: skip
 
 
-def _steps_for(path: str, module: nn.Module, with_buffers: bool) -> Steps:
-    """Return the steps that restore the state of one module."""
+def _steps_for(path: str, module: nn.Module, with_buffers: bool, removed: list[Any]) -> Steps:
+    """Return the steps that restore the state of one module. They append the hooks that they remove to `removed`."""
     held = vars(module)
     attributes = {name: held.get(name, _MISSING) for name in _ATTRIBUTES}
     hooks = {name: set(hooks) for name, hooks in held.items() if "_hooks" in name and isinstance(hooks, dict)}
@@ -333,8 +337,7 @@ def _steps_for(path: str, module: nn.Module, with_buffers: bool) -> Steps:
                 held[name] = value
         for name, before in hooks.items():
             added = held.get(name, {})
-            for key in [key for key in added if key not in before]:
-                del added[key]
+            removed.extend(added.pop(key) for key in added.keys() - before)
         if with_buffers:
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]

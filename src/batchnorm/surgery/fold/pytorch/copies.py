@@ -1,4 +1,4 @@
-"""The copy of a model that is folded: it has no hooks, and its weights are plain parameters."""
+"""The copy of a model that is folded: it has no hooks without need, and its weights are plain parameters."""
 
 from __future__ import annotations
 
@@ -10,29 +10,60 @@ from torch.nn.utils import parametrize
 
 from batchnorm import walk
 from batchnorm.foreign import foreign_eps
+from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.outputs import difference
 from batchnorm.nn.frozen import adopted
+from batchnorm.undo import package_of
 
 
-def working_copy(model: nn.Module, *, share: bool) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a copy in evaluation mode, and notes on it; `share` keeps the model's own parameters."""
+def working_copy(model: nn.Module, inputs: Inputs, *, share: bool) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a copy in evaluation mode, and notes on it; `share` keeps the model's own parameters.
+
+    The copy keeps the hooks if it raises without them, or if a hook of the model's own package changes its results.
+    """
     working = copied(model, share=share).eval()
-    removed = 0
+    hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []  # each dictionary of hooks, and its contents
     for module in list(working.modules()):
         if parametrize.is_parametrized(module):
             _make_plain(module)
-        for name, hooks in list(vars(module).items()):
-            if not name.endswith("_hooks") or "state_dict" in name or not isinstance(hooks, dict):
+        for name, held in list(vars(module).items()):
+            if not name.endswith("_hooks") or "state_dict" in name or not isinstance(held, dict):
                 continue
-            for hook in hooks.values():
+            for key, hook in list(held.items()):
                 if type(hook).__module__.startswith("torch.nn.utils"):
-                    _keep_computed(module, hook)
-                else:
-                    removed += 1
-            hooks.clear()
-    for found in walk.norm_layers(working, lambda module: foreign_eps(module) is not None):
+                    _keep_computed(module, held.pop(key))
+            if held:
+                hooks.append((held, dict(held)))
+    notes: tuple[str, ...] = ()
+    if count := sum(len(held) for held, _ in hooks):
+        result = "kept, because the network needs them" if _needs(working, inputs, hooks) else "not carried over"
+        notes = (f"{count} hooks are {result}" if count > 1 else f"1 hook is {result}".replace("them", "it"),)
+    for found in walk.norm_layers(working, lambda m: foreign_eps(m) is not None and not walk.is_hooked(m)):
         working = walk.replace(working, found, adopted(found.module))
-    hooks_are = "1 hook is" if removed == 1 else f"{removed} hooks are"
-    return working, (f"{hooks_are} not carried over",) if removed else ()
+    return working, notes
+
+
+def _needs(working: nn.Module, inputs: Inputs, hooks: list[tuple[dict[int, Any], dict[int, Any]]]) -> bool:
+    """Remove the hooks if the network does not need them. Return whether it does."""
+    packages = {package_of(kind) for module in working.modules() for kind in type(module).__mro__}
+    own = any(package_of(hook) in packages - {"torch", "builtins"} for held, _ in hooks for hook in held.values())
+    expected = None
+    if own:
+        try:
+            expected = evaluate(working, inputs)
+        except Exception:
+            own = False
+    for held, _ in hooks:
+        held.clear()
+    try:
+        found = evaluate(working, inputs)
+        needed = own and not difference(expected, found).is_rounding
+    except Exception:
+        needed = True
+    if needed:
+        for held, contents in hooks:
+            held.update(contents)
+    return needed
 
 
 def _make_plain(module: nn.Module) -> None:

@@ -58,8 +58,9 @@ def fold(
     Returns:
         A graph module in evaluation mode, and the report. Its parameters have the model's names; it can be copied,
         pickled, saved, exported, and moved between devices and dtypes. Its forward takes the arguments that the example
-        has; others keep their defaults. It has no hooks and ignores `train()`. If the model cannot be traced as a
-        whole, the result is a copy of it with such graph modules as parts.
+        has; others keep their defaults. It returns the containers that the model returns, and ignores `train()`. Hooks
+        are not carried over, except if the model raises without them, or if hooks of its own package change its
+        results. If the model cannot be traced as a whole, the result is a copy of it with such graph modules as parts.
 
     Raises:
         TypeError: The model is no module.
@@ -96,10 +97,15 @@ def fold(
 def _fold_checked(
     model: nn.Module, inputs: Inputs, share: bool, tolerance: float | None
 ) -> tuple[nn.Module, FoldReport]:
-    working, notes = working_copy(model, share=share)
+    working, notes = working_copy(model, inputs, share=share)
     try:
         counts = count_batch_norms(working, inputs)
     except Exception as error:
+        if _takes(model, inputs):
+            raise ValueError(
+                f"model must compute the same as its copy, but the copy raised {type(error).__name__}: {error}. "
+                "Let its hooks use the module that they are called with, because those of the copy refer to the model."
+            ) from error
         raise ValueError(
             f"example_inputs must be what the model takes, but calling it raised {type(error).__name__}: {error}. "
             "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
@@ -125,6 +131,16 @@ def _fold_checked(
         fused=left.fused,
         notes=(*notes, *found.notes),
     )
+
+
+def _takes(model: nn.Module, inputs: Inputs) -> bool:
+    with walk.restored(model, buffers=True):
+        walk.set_mode(model, training=False)
+        try:
+            evaluate(model, inputs)
+        except Exception:
+            return False
+    return True
 
 
 @dataclass
