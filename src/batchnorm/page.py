@@ -12,6 +12,8 @@ from typing import Any
 
 import jinja2
 
+from batchnorm.text import printable
+
 # In the order of execution: the libraries, then the code that all our charts share.
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "chart.js")
 _SHARED = "batchnorm"
@@ -31,6 +33,7 @@ def render(package: str, charts: Any, filters: Mapping[str, Callable[..., str]] 
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_function"] = _dumps
     environment.filters |= {"number": number, **(filters or {})}
+    environment.finalize = _printable
     scripts = [_read(_SHARED, name) for name in SCRIPTS] + [_read(package, "report.js")]
     return environment.get_template("report.html.j2").render(
         charts=charts,
@@ -61,7 +64,13 @@ def _finite(value: Any) -> Any:
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
+    if isinstance(value, str):
+        return printable(value, lines=True)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _printable(value: Any) -> Any:
+    return printable(value, lines=True) if type(value) is str else value
 
 
 def _read(package: str, name: str) -> str:

@@ -360,7 +360,7 @@ def test_the_command_writes_the_page(network: str, tmp_path: Path, capsys: pytes
     ("words", "line"),
     [
         (["--html", "bn.pdf"], "--html must end in .html, got bn.pdf"),
-        (["--html", "none/bn.html"], "none/bn.html must be in an existing folder"),
+        (["--html", "none/bn.html"], "none/bn.html must be in a directory that exists"),
         (
             ["-o", "bn.html"],
             "--output must end in .json or .txt, got bn.html. Change the name, or use --html for a page.",

@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import click
 
+from batchnorm.text import printable
+
 
 class OneLineError(click.ClickException):
     """A usage error, printed in one line."""
@@ -17,7 +19,7 @@ class OneLineError(click.ClickException):
 
     def __init__(self, command: str, message: str) -> None:
         """Take the command, such as `batchnorm compare`, and the message."""
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self._command = command
 
     def show(self, file: IO[Any] | None = None) -> None:

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
+from batchnorm.text import printable
+
 
 class _Lossy(io.RawIOBase):
     """Writes to a stream until that fails, and drops everything afterwards."""
@@ -92,12 +94,13 @@ def _opened(stream: TextIO | None, errors: str) -> tuple[TextIO, _Lossy | None]:
 
 
 def encodable_json(text: str) -> str:
-    """Return the JSON with escapes for characters that standard output cannot encode."""
+    """Return the JSON with escapes for control characters, and for those that standard output cannot encode."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
+        plain = printable(text, lines=True) == text
     except UnicodeEncodeError:
-        return json.dumps(json.loads(text), indent=2)
-    return text
+        plain = False
+    return text if plain else json.dumps(json.loads(text), indent=2)
 
 
 @contextmanager

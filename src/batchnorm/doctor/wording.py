@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from batchnorm.text import printable
+
 
 def counted(number: int, singular: str, plural: str = "") -> str:
     """Return a number with its noun, such as `1 layer`; with a verb where `plural` is given, as `layers move`."""
@@ -23,8 +25,8 @@ def layers_listed(paths: Collection[str]) -> str:
 
 
 def named(path: str) -> str:
-    """Return the path of a layer, or `(model)` for a model that is itself a layer."""
-    return path or "(model)"
+    """Return the path of a layer, with control characters escaped, or `(model)` for a model that is itself a layer."""
+    return printable(path) or "(model)"
 
 
 def signed(value: float) -> str:

@@ -178,9 +178,12 @@ def source(code: fx.graph.PythonCode) -> str:
     """Return the code with its imports, so that it compiles in any module.
 
     Raises:
-        Untraceable: something in it cannot be imported by name.
+        Untraceable: something in it cannot be imported by name, or is no name.
     """
-    used = compile(code.src, "<traced>", "exec").co_consts
+    try:
+        used = compile(code.src, "<traced>", "exec").co_consts
+    except (SyntaxError, ValueError) as error:  # torch.fx writes names of submodules without escapes
+        raise Untraceable("has a submodule whose name cannot be written as source code") from error
     names = {name for const in used if inspect.iscode(const) for name in const.co_names}
     lines = []
     for name, value in sorted(code.globals.items()):

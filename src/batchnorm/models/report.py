@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from batchnorm.text import printable
 from batchnorm.walk import class_of, is_batch_norm, num_channels
 
 R = TypeVar("R", bound="Report", covariant=True)
@@ -52,7 +53,7 @@ class Report:
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
-        lines = [self.summary()]
+        lines = [printable(self.summary(), lines=True)]
         if self.changed or self.left:
             header = ("layer", "was", "now", "why")
             rows = [header, *self._rows("", self.changed), *self._rows("left", self.left)]
@@ -61,7 +62,7 @@ class Report:
 
     def summary(self) -> str:
         """Return the numbers of layers that were changed and left, and the notes, a line each."""
-        return "\n".join([f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *self.notes])
+        return "\n".join([f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *map(printable, self.notes)])
 
     @staticmethod
     def _rows(now: str, changes: Iterable[Change]) -> list[tuple[str, str, str, str]]:
@@ -90,5 +91,6 @@ def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity, by_reason
 from batchnorm.doctor.measure.facts import Channels, LayerFacts, LayerMeasures
-from batchnorm.doctor.report.plain import facts_in_words
+from batchnorm.doctor.report.plain import displayed, facts_in_words
 from batchnorm.doctor.report.results import Results
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, named, signed
@@ -55,6 +55,7 @@ class Row:
 
 def as_html(results: Results) -> str:
     """Return the page."""
+    results = displayed(results)
     rows = rows_of(results)
     ranks = ranked(results, rows)
     return render(

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from batchnorm.doctor.finding import not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
 from batchnorm.doctor.report.results import Results
+from batchnorm.text import printable
 
 # Grows by one when a field is removed or changes its meaning; new fields leave it as it is.
 SCHEMA_VERSION = 1
 
 
+def displayed(results: Results) -> Results:
+    """Return the results with all texts safe to print; paths of layers stay as they are."""
+    findings = tuple(
+        replace(
+            finding,
+            summary=printable(finding.summary),
+            evidence=tuple(map(printable, finding.evidence)),
+            repair=printable(finding.repair, lines=True),
+        )
+        for finding in results.findings
+    )
+    rules = tuple(replace(rule, reason=printable(rule.reason)) for rule in results.not_checked)
+    return replace(results, model=printable(results.model), findings=findings, not_checked=rules)
+
+
 def as_text(results: Results) -> str:
     """Return the report as text."""
+    results = displayed(results)
     lines = [results.summary()]
     for finding in results.findings:
         sure = "" if finding.confidence == "certain" else f" [confidence {finding.confidence}]"
@@ -51,9 +68,9 @@ def as_dict(results: Results) -> dict[str, Any]:
 def facts_in_words(layer: LayerFacts) -> dict[str, str]:
     """Return the facts of a layer in words, by name."""
     return {
-        "kind": f"{layer.kind}({layer.channels})",
-        "after": layer.after or "?",
-        "before": layer.before or "?",
+        "kind": printable(f"{layer.kind}({layer.channels})"),
+        "after": printable(layer.after) or "?",
+        "before": printable(layer.before) or "?",
         "mode": "training" if layer.training else "evaluation",
         "momentum": "average" if layer.momentum is None else f"{layer.momentum:g}",
         "ε": f"{layer.eps:g}",

@@ -46,6 +46,7 @@ from batchnorm.doctor.watch.table import table
 from batchnorm.doctor.wording import named
 from batchnorm.models.outputs import outputs
 from batchnorm.nn.layer import channels_second
+from batchnorm.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,10 +253,10 @@ class Watch:
         rank = ""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = f"[rank {torch.distributed.get_rank()}] "
-        lines = [f"{rank}{finding.code} {finding.title}: {finding.summary}"]
-        lines += [f"  {line}" for line in finding.evidence]
+        lines = [f"{rank}{finding.code} {finding.title}: {printable(finding.summary)}"]
+        lines += [f"  {printable(line)}" for line in finding.evidence]
         if finding.repair:
-            lines += ["Fix:", *(f"  {line}" for line in finding.repair.splitlines())]
+            lines += ["Fix:", *(f"  {printable(line)}" for line in finding.repair.splitlines())]
         warnings.warn("\n".join(lines), BatchNormWarning, stacklevel=user_stacklevel())
 
     # Hooks ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchnorm.models.report import Report
+from batchnorm.text import printable
 
 
 class FoldError(RuntimeError):
@@ -44,6 +45,6 @@ class FoldReport(Report):
             [
                 f"{self.verb}: of {self.before} batch normalizations in a forward pass, {kept}",
                 f"relative error against float64: {self.error:.1e}; before folding: {self.error_before:.1e}",
-                *self.notes,
+                *map(printable, self.notes),
             ]
         )
