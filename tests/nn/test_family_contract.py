@@ -384,3 +384,23 @@ def test_domains_and_labels_of_any_integer_type() -> None:
             layer(x, np.True_)
     with nn.use_domain(np.int64(1)):
         assert DomainBatchNorm2d(4, num_domains=2)(x).shape == x.shape
+
+
+@MEMBERS
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace.:DeprecationWarning")
+def test_a_trace_computes_the_same_for_other_sizes(name: str, training: bool) -> None:
+    def arguments(samples: int, *size: int) -> tuple[Any, ...]:
+        return torch.randn(samples, 4, *size, requires_grad=True), *FAMILY[name].extra(samples)
+
+    layer = FAMILY[name].make(4)
+    layer(*arguments(6, 3, 5))
+    layer.train(training)
+    traced = torch.jit.trace(layer, arguments(6, 3, 5))  # compared with a second trace, without gradients
+    assert "batchnorm::" not in str(traced.inlined_graph)  # it loads without this library
+    plain, given = copy.deepcopy(layer), arguments(8, 4, 2)
+    expected, found = plain(*given), traced(*given)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = (torch.autograd.grad(y.square().sum(), given[0])[0] for y in (found, expected))
+    assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert_close(layer.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)

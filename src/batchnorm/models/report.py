@@ -62,7 +62,9 @@ class Report:
 
     def summary(self) -> str:
         """Return the numbers of layers that were changed and left, and the notes, a line each."""
-        return "\n".join([f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *map(printable, self.notes)])
+        return "\n".join(
+            [f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *map(printable, self.notes)]
+        )
 
     @staticmethod
     def _rows(now: str, changes: Iterable[Change]) -> list[tuple[str, str, str, str]]:

@@ -164,7 +164,8 @@ def _without_autocast(x: Tensor) -> Any:
 def _detached(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
     """Return the running statistics without gradient, copied if they may change before backward."""
     mean, matrices = running_mean.detach(), running_whitening.detach()
-    if not torch.is_grad_enabled():
+    # torch.jit.trace traces with gradients, compares with a trace without, and must get the same graph.
+    if not torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return mean.to(eager.statistics_dtype(mean)), matrices.to(eager.statistics_dtype(matrices))
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return torch.ops.batchnorm.copy_running(mean, matrices)  # a plain clone would be recomputed in backward

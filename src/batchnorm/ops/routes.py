@@ -1,9 +1,9 @@
 """Choose how the derivative of a call is computed. This is the only place that does.
 
 No single registration covers every case. With a registered formula, `torch.func.grad` raises an error and forward-mode
-tangents are dropped silently. A Function with a forward-mode rule does not compile. Therefore, compiled code uses the
-registered operator, `torch.func` and forward mode use plain torch operations, and everything else uses an
-`autograd.Function` that calls the operators.
+tangents are dropped silently. A Function with a forward-mode rule does not compile, and `torch.jit.trace` cannot record
+one. Therefore, compiled code uses the registered operator, `torch.func`, forward mode and traces use plain torch
+operations, and everything else uses an `autograd.Function` that calls the operators.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ _apply_parts = super(torch.autograd.Function, PartsFunction).apply
 
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _plain() -> bool:
+    """Whether to use plain torch operations: for transforms, and in a trace, which cannot contain a Function."""
+    return _transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -101,7 +106,7 @@ def fixed_statistics_norm(
 
 def _normalize(*arguments: Any) -> Tensor:
     """Return y of the operator `normalize` without an `autograd.Function`."""
-    if _transforms_active():
+    if _plain():
         return eager.normalize(*arguments)
     if torch.compiler.is_compiling():
         return _ops.normalize(*arguments)
@@ -120,7 +125,7 @@ def batch_moments(
 
     Only that function handles their gradient. For any other computation, detach them.
     """
-    if _transforms_active():
+    if _plain():
         return statistics_by_parts(x, index, weights, groups, peers, eager.moments)
     if torch.compiler.is_compiling():
         return statistics_by_parts(x, index, weights, groups, peers, _ops.moments)
@@ -171,7 +176,7 @@ def batch_statistics_norm_by_parts(
     """
     attributes = named(Attributes, (eps, activation, negative_slope))
     _, mean, mean_low, var, _ = statistics
-    plain = torch.compiler.is_compiling() or _transforms_active()
+    plain = torch.compiler.is_compiling() or _plain()
     if weights is not None:
         x = finite(x) if plain else FiniteFunction.apply(x)
     if not plain and _needs_gradient(x, weight, bias, residual):
@@ -186,6 +191,9 @@ def update_running_(*arguments: Any) -> None:
 
 def update_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Update running statistics by the operator, or under `torch.func` by plain torch operations, if possible."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # so that the trace loads without this library
+        plain(*arguments)
+        return
     if not torch._C._are_functorch_transforms_active():
         operator(*arguments)
         return
