@@ -20,7 +20,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import undo
-from batchnorm.undo import UndoOnFailure
+from batchnorm.undo import UndoOnFailure, Uninterrupted
 from batchnorm.walk import restored
 from tests.surgery.accelerate.test_failures import Snapshot
 
@@ -84,7 +84,8 @@ def network() -> nn.Module:
 
 
 def state(model: nn.Module) -> object:
-    return [type(m) for m in model.modules()], {key: value.tolist() for key, value in model.state_dict().items()}
+    classes = [f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()]  # fold makes a class each time
+    return classes, {key: value.tolist() for key, value in model.state_dict().items()}
 
 
 X = torch.linspace(0.0, 9.0, 2 * 2 * 4 * 4).cos().reshape(2, 2, 4, 4)
@@ -191,6 +192,27 @@ def test_handlers_wait_while_changes_are_undone(number: int) -> None:
         work()
     assert isinstance(raised.value.__context__, KeyError)
     assert done == ["undone", "the other"]
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_handlers_wait_within_an_uninterrupted_block(number: int, outer: bool) -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with UndoOnFailure() if outer else contextlib.nullcontext():
+            with Uninterrupted():
+                signal.raise_signal(number)
+                with UndoOnFailure() as inner:
+                    inner.before(done.append, "never")
+                    signal.raise_signal(number)
+                done.append("all of it")
+            done.append("never")
+
+    with pytest.raises(Stop):
+        work()
+    assert done == ["all of it"]
+    with pytest.raises(Stop):  # the handler is back
+        signal.raise_signal(number)
 
 
 def test_a_handler_that_the_block_sets_stays(number: int) -> None:

@@ -324,3 +324,55 @@ def test_statistics_that_cannot_be_written(name: str) -> None:
     with pytest.raises(ValueError, match=rf"recalibrate expects running .* got {name} of 'tail' with .*\.clone\(\)"):
         bn.recalibrate(model, [BATCH], inplace=True)
     assert all(b is kept and torch.equal(b, was) for b, (kept, was) in zip(model.buffers(), before, strict=True))
+
+
+NEEDS_VALUES: dict[str, Callable[[nn.Module], object]] = {
+    **{name: run for name, run in VERBS.items() if name not in ("freeze", "convert")},
+    "diagnose without data": bn.diagnose,
+    "watch": bn.watch,
+    "fold on meta": lambda model: bn.fold(model, BATCH.to("meta")),
+}
+
+
+@pytest.mark.parametrize("where", ["everything", "one layer", "running_var"])
+@pytest.mark.parametrize("verb", NEEDS_VALUES)
+def test_a_model_without_values_is_refused(verb: str, where: str) -> None:
+    model = Constant(torch.ones(3))
+    if where == "running_var":
+        model.tail.running_var = torch.empty(8, device="meta")
+    else:
+        (model if where == "everything" else model.tail).to("meta")
+    name = {"everything": "conv.weight", "one layer": "tail.weight", "running_var": "tail.running_var"}[where]
+    before = {path: (module, module.training) for path, module in model.named_modules()}
+    expected = rf"expects a model with values, got '{name}' on the meta device\. Call model\.to_empty"
+    with pytest.raises(ValueError, match=expected):
+        NEEDS_VALUES[verb](model)
+    if "fold" not in verb:  # here, its model is first set to evaluation mode
+        assert {path: (module, module.training) for path, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("verb", ["freeze", "convert", "accelerate"])
+def test_functions_that_need_no_values_take_a_model_on_meta(verb: str) -> None:
+    run = bn.accelerate if verb == "accelerate" else VERBS[verb]
+    assert run(Constant(torch.ones(3)).to("meta")).report.changed
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("what", ["statistics", "model"])
+def test_a_model_made_in_inference_mode_is_taken(verb: str, what: str) -> None:
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        model = Constant(torch.ones(3))
+        made = {name: b for name, b in model.named_buffers() if "running" in name or "tracked" in name}
+    if what == "statistics":
+        torch.manual_seed(0)
+        model = Constant(torch.ones(3))
+        for name, buffer in made.items():
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, buffer)
+    VERBS[verb](model)
+    if verb == "recalibrate in place":
+        torch.manual_seed(0)
+        expected = bn.recalibrate(Constant(torch.ones(3)), [BATCH]).model
+        assert torch.equal(model.tail.running_var, expected.tail.running_var)
+        assert model.tail.running_var.is_inference()

@@ -7,10 +7,13 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 T = TypeVar("T", bound="Undo")
 Steps = list[tuple[str, Callable[[], object]]]
@@ -29,6 +32,8 @@ class Undo:
 
     Subclasses define `undo`. It is not interrupted.
     """
+
+    waits = False  # whether handlers wait within the block too
 
     def undo(self, error: BaseException | None) -> Steps:
         """Return the steps that undo the changes, each with its name, after the block raised `error` or ended.
@@ -93,23 +98,14 @@ class UndoOnFailure(Undo):
         return [] if error is None else self._steps[::-1]
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold signals back until the block has ended, for work that must not stop halfway."""
-    if not _is_main_thread():
-        yield
-        return
-    handlers = {int(n): handler for n in signal.valid_signals() if callable(handler := signal.getsignal(n))}
-    held: list[tuple[int, FrameType | None]] = []
-    for number in handlers:
-        signal.signal(number, lambda *arrived: held.append(arrived))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for arrived, frame in held:
-            handlers[arrived](arrived, frame)
+class Uninterrupted(Undo):
+    """A block within which the handlers of signals wait, for work that must not stop halfway."""
+
+    waits = True
+
+    def undo(self, error: BaseException | None) -> Steps:
+        """Return no steps."""
+        return []
 
 
 def _is_main_thread() -> bool:
@@ -132,13 +128,18 @@ def _uninstall() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if _is_undoing(frame):
+    if _must_wait(frame):
         _held.append(number)
     else:
         _handlers[number](number, frame)
 
 
 _UNDOING = {Undo.__enter__.__code__, Undo.__exit__.__code__}
+
+
+def _must_wait(frame: FrameType | None) -> bool:
+    """Return whether handlers wait, if they interrupt the code of this frame."""
+    return any(block.waits for block in _blocks) or _is_undoing(frame)
 
 
 def _is_undoing(frame: FrameType | None) -> bool:
@@ -149,9 +150,12 @@ def _is_undoing(frame: FrameType | None) -> bool:
 
 def _deliver(frame: FrameType | None) -> None:
     """Call the handlers of the signals that were held, unless code further out is undoing changes too."""
-    while _held and not _is_undoing(frame):
+    if _held and not _must_wait(frame):
         number = _held.pop(0)
-        _handlers[number](number, frame)
+        try:
+            _handlers[number](number, frame)
+        finally:
+            _deliver(frame)
 
 
 def _report(failed: list[tuple[str, Exception]], error: BaseException | None) -> None:
@@ -187,3 +191,48 @@ def put_back_flags(flags: list[tuple[Any, type, dict[str, bool]]], removed: list
             for name in flags_of(holder).keys() - before.keys():
                 del vars(holder)[name]
             vars(holder).update(before)
+
+
+def kept(tensor: Tensor) -> Callable[[], None]:
+    """Return a function that gives the tensor its present value again, and does not write to it if it still has it."""
+    version = _version(tensor)
+    try:
+        value = tensor.detach().clone()
+    except Exception:  # a kind of tensor that cannot be copied; what wrote to it could write its value too
+        value = None
+
+    def put_back() -> None:
+        if value is not None and not _has_value(tensor, value, version):
+            overwrite(tensor, value)
+
+    return put_back
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Copy the value into the tensor, also into one that was made in inference mode."""
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        if tensor.shape == value.shape:
+            tensor.copy_(value)
+        else:  # it was resized
+            tensor.data = value
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _has_value(tensor: Tensor, value: Tensor, version: int | None) -> bool:
+    """Return whether the tensor has this value, bit for bit; versions decide if the values cannot be compared."""
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:  # others may communicate with other processes
+        try:
+            return tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
+        except Exception:
+            pass
+    return _version(tensor) == version
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # Versions do not suffice: writing to `.data`, or to a NumPy array with the same memory, does not change them.
+    tensor = tensor.detach()
+    return (tensor.int_repr() if tensor.is_quantized else tensor).reshape(-1).contiguous().view(torch.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
 from batchnorm.foreign import foreign_eps
-from batchnorm.undo import Steps, Undo, flags_of, put_back_flags
+from batchnorm.undo import Steps, Undo, flags_of, kept, put_back_flags
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
@@ -122,6 +122,21 @@ def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
             if child in paths:
                 slots.setdefault(child, []).append((parent, key))
     return [Found(module, tuple(found), tuple(slots.get(module, ()))) for module, found in paths.items()]
+
+
+def check_has_values(caller: str, model: nn.Module) -> None:
+    """Check that parameters, and the buffers of batch normalization, have values: none is on the meta device.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for path, module in model.named_modules():
+        held = {**module._parameters, **(module._buffers if is_batch_norm(module) else {})}
+        if name := next((name for name, tensor in held.items() if tensor is not None and tensor.is_meta), None):
+            raise ValueError(
+                f"{caller} expects a model with values, got {f'{path}.{name}'.lstrip('.')!r} on the meta device. "
+                "Call model.to_empty(device=...), and load its state or initialize it."
+            )
 
 
 def replace(model: nn.Module, where: str | nn.Module | Found, new: nn.Module) -> nn.Module:
@@ -349,48 +364,3 @@ def _steps_for(path: str, module: nn.Module, with_buffers: bool, removed: list[A
             if buffer is not None and not is_lazy(buffer):
                 steps.append((f"{path}.{name}".lstrip("."), kept(buffer)))
     return steps
-
-
-def kept(tensor: Tensor) -> Callable[[], None]:
-    """Return a function that gives the tensor its present value again, and does not write to it if it still has it."""
-    version = _version(tensor)
-    try:
-        value = tensor.detach().clone()
-    except Exception:  # a kind of tensor that cannot be copied; what wrote to it could write its value too
-        value = None
-
-    def put_back() -> None:
-        if value is not None and not _has_value(tensor, value, version):
-            overwrite(tensor, value)
-
-    return put_back
-
-
-@torch.no_grad()
-def overwrite(tensor: Tensor, value: Tensor) -> None:
-    """Copy the value into the tensor, also into one that was made in inference mode."""
-    with torch.inference_mode() if tensor.is_inference() else nullcontext():
-        if tensor.shape == value.shape:
-            tensor.copy_(value)
-        else:  # it was resized
-            tensor.data = value
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _has_value(tensor: Tensor, value: Tensor, version: int | None) -> bool:
-    """Return whether the tensor has this value, bit for bit; versions decide if the values cannot be compared."""
-    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:  # others may communicate with other processes
-        try:
-            return tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
-        except Exception:
-            pass
-    return _version(tensor) == version
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    # Versions do not suffice: writing to `.data`, or to a NumPy array with the same memory, does not change them.
-    tensor = tensor.detach()
-    return (tensor.int_repr() if tensor.is_quantized else tensor).reshape(-1).contiguous().view(torch.uint8)

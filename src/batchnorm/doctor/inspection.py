@@ -14,7 +14,7 @@ from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.measuring import add_trace, measure_model
 from batchnorm.models.batches import device_of, eager
 from batchnorm.models.inputs import Inputs, evaluate
-from batchnorm.walk import norm_layers, restored, set_mode
+from batchnorm.walk import check_has_values, norm_layers, restored, set_mode
 
 
 def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerFacts, ...]:
@@ -72,6 +72,7 @@ def check_model(caller: str, model: Any) -> None:
             f"{caller} expects layers that know their channels, got {lazy[0]!r}, which has not seen a batch. "
             "Run the model once first."
         )
+    check_has_values(caller, model)
 
 
 _SIZES = {

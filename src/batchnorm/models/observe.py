@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import DomainBatchNorm
 from batchnorm.nn.layer import channels_second
-from batchnorm.walk import Found, overwrite
+from batchnorm.undo import overwrite
+from batchnorm.walk import Found
 
 # The moments of one layer's input: a single `Moments`, or one for each domain of the layer.
 Rows = tuple[Moments, ...]

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from batchnorm.distributed import group_name
-from batchnorm.undo import uninterrupted
+from batchnorm.undo import Uninterrupted
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class Processes:
     def _exchange(self, kind: str, value: Any = None) -> list[Any]:
         gathered: list[Any] = [None] * self.count
         try:
-            with uninterrupted():  # half of an exchange would leave the others waiting
+            with Uninterrupted():  # half of an exchange would leave the others waiting
                 dist.all_gather_object(gathered, (kind, value), group=self._group)
         except RuntimeError as error:
             self._over = True

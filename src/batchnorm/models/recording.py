@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm._checks import in_one_line
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference, outputs
-from batchnorm.walk import set_mode
+from batchnorm.walk import check_has_values, set_mode
 
 
 def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: Inputs) -> tuple[Any, dict[str, Inputs]]:
@@ -28,13 +28,14 @@ def record_calls(caller: str, model: nn.Module, layers: Iterable[str], inputs: I
         The model's output, and by path, the arguments of the first call of each layer and each of its parents.
 
     Raises:
-        ValueError: the model does not accept the inputs, or is lazy.
+        ValueError: the model does not accept the inputs, is lazy, or is on the meta device.
     """
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError(
             f"{caller} with example_inputs expects a model whose parameters have shapes, got a lazy one. "
             "Run it once on a batch, or leave example_inputs out."
         )
+    check_has_values(f"{caller} with example_inputs", model)
     wanted = {part for path in layers for part in _with_parents(path)}
     calls: dict[str, Inputs] = {}
     handles = []

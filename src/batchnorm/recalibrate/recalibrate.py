@@ -30,8 +30,8 @@ from batchnorm.models.selection import Choice, select
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
-from batchnorm.undo import UndoOnFailure
-from batchnorm.walk import Found, copied, is_frozen, kept, norm_layers, overwrite, restored, set_mode
+from batchnorm.undo import UndoOnFailure, kept, overwrite
+from batchnorm.walk import Found, check_has_values, copied, is_frozen, norm_layers, restored, set_mode
 
 _CALLER = "recalibrate"
 
@@ -172,6 +172,7 @@ def _check_arguments(
     model: nn.Module, passes: str, prior: float, shared: str, max_samples: int | None, cache_bytes: int
 ) -> None:
     _checks.check_module(_CALLER, model)
+    check_has_values(_CALLER, model)
     _checks.check_choice(_CALLER, "passes", passes, ("single", "sequential"))
     _checks.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
     if not 0 <= prior < math.inf:

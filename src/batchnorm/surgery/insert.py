@@ -75,6 +75,7 @@ def insert_batchnorm(
     _checks.check_module(_CALLER, model)
     check_data(_CALLER, data)
     check_not_sharded(_CALLER, model)
+    walk.check_has_values(_CALLER, model)
     if not inplace:
         model = walk.copied(_CALLER, model)
     chosen = _chosen(model, after)

@@ -88,6 +88,7 @@ def fold(
             f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass the network."
         )
     check_not_sharded("fold", model)
+    walk.check_has_values("fold", model)
     inputs = Inputs.of(example_inputs)
     with walk.restored(model):
         folded, report = _fold_checked(model, inputs, inplace, tolerance)
