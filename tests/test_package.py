@@ -71,6 +71,7 @@ PUBLIC_NAMES = {
     "fold_onnx",
     "freeze",
     "functional",
+    "join",
     "keep_domain",
     "microbatch_momentum",
     "momentum_per_microbatch",

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = 2.0  # seconds to wait for reports from the other processes of a failed group
 
@@ -66,6 +67,13 @@ def _group_of_several(group: str | None) -> str | None:
                 "Call torch.distributed.init_process_group and new_group, or set its process_group to None."
             )
         return None
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is not None and wrapper._join_config.enable and not wrapper._join_config.throw_on_early_termination:
+        raise RuntimeError(
+            "a synchronized layer expects that every process exchanges statistics in every step, got a model in "
+            "DistributedDataParallel.join(), where a process that has run out of batches does not. Use "
+            "batchnorm.join(parallel), or parallel.join(throw_on_early_termination=True)."
+        )
     found = dist.group.WORLD if group is None else resolve(group)
     assert found is not None
     return str(found.group_name) if dist.get_world_size(found) > 1 else None

@@ -65,6 +65,7 @@ from batchnorm.nn.statistics import (
 )
 from batchnorm.nn.sync import (
     SyncBatchNorm,
+    join,
 )
 
 __all__ = [
@@ -107,6 +108,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "PaperSchedule",
     "SyncBatchNorm",
+    "join",
     "keep_domain",
     "microbatch_momentum",
     "momentum_per_microbatch",

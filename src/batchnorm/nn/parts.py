@@ -21,6 +21,8 @@ class PartsLayer(NormLayer):
     sync: bool = False
     # The layer's path in its model, shown in errors; `convert` sets it.
     name: str = ""
+    # Whether x counts nothing in the statistics, because this process has run out of batches (see `join`).
+    _absent: bool = False
     # The group's name instead of the group, so that layers can be copied, pickled and compiled. None: all processes.
     _group_name: str | None = None
 
@@ -70,6 +72,8 @@ class PartsLayer(NormLayer):
                 self.layer_name, self.momentum, self.num_batches_tracked,
                 running_mean=self.running_mean, running_var=self.running_var,
             )  # fmt: skip
+        if self._absent:
+            mask = x.new_zeros(1, dtype=torch.bool)
         weights = None if mask is None else _checks.mask_as_weights(self.layer_name, x, mask, self.channel_dim)
         peers = self._peers()
         # With peers, other processes may have more values.
@@ -82,7 +86,7 @@ class PartsLayer(NormLayer):
             assert self.running_mean is not None
             assert self.running_var is not None
             statistics = ops.running_where_single(statistics, self.running_mean, self.running_var)
-        elif peers is not None and weights is None and self._has_at_most_one(x):
+        elif peers is not None and (self._absent or (weights is None and self._has_at_most_one(x))):
             _checks.check_joint_count(self.layer_name, float(statistics.count))  # raises on all processes or on none
         weight, bias = self._affine(statistics)
         y = ops.batch_statistics_norm_by_parts(

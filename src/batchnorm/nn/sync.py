@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from batchnorm import walk
 from batchnorm.nn.parts import PartsLayer
 
 
@@ -100,3 +106,129 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         parts += [f"process_group={self._group_name!r}"] * (self._group_name is not None)
         parts += [f"name={self.name!r}"] * bool(self.name)
         return ", ".join(parts)
+
+
+@contextmanager
+def join(parallel: DistributedDataParallel, example_inputs: tuple[Any, ...] | None = None) -> Iterator[None]:
+    """Let the processes of `DistributedDataParallel` train on different numbers of batches, also with `SyncBatchNorm`.
+
+    Use it in place of `parallel.join()`, which cannot serve synchronized layers. When a process has run out of batches,
+    it makes every step of the others with them: it runs the model on its last batch, whose values count nothing in any
+    statistics, and whose gradients are 0. The others therefore compute the statistics and gradients of the samples that
+    exist. `parallel` divides the sum of gradients by the number of all processes, including those that ran out. At the
+    end, every process gets the parameters and buffers of one that ran out last.
+
+    In a process that ran out, layers without synchronization keep their running statistics until the end. If the block
+    raises on one process, the others raise an error after the group's timeout.
+
+    Args:
+        parallel: The model. Its synchronized layers must belong to its process group.
+        example_inputs: Positional arguments of the model, for a process that may have no batch at all.
+
+    Raises:
+        TypeError: parallel is not a DistributedDataParallel.
+        RuntimeError: this process had no batch, and there are no example_inputs.
+
+    Examples:
+        >>> def train(parallel, batches, optimizer):
+        ...     with join(parallel):
+        ...         for x, labels in batches:
+        ...             optimizer.zero_grad()
+        ...             torch.nn.functional.cross_entropy(parallel(x), labels).backward()
+        ...             optimizer.step()
+    """
+    if not isinstance(parallel, DistributedDataParallel):
+        raise TypeError(
+            f"join expects a model in DistributedDataParallel, got {type(parallel).__name__}. Wrap it first; one "
+            "process alone needs no join."
+        )
+    shared = _Join(parallel, example_inputs)
+    with shared.watching():
+        yield
+    last = True
+    while any(step := shared.count(here=False)):
+        shared.take_part(*step[1:])
+        last = False
+    shared.copy_from_one(last)
+
+
+class _Join:
+    def __init__(self, parallel: DistributedDataParallel, example: tuple[Any, ...] | None) -> None:
+        self.parallel = parallel
+        self.group = parallel.process_group
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None if example is None else (example, {})
+        self.used: set[int] = set()  # the outputs that the last loss depended on
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Tell the others of every call of the model, and keep its arguments."""
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.count(here=True)
+            self.inputs = tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+
+        def after(_: Any, args: Any, output: Any) -> None:
+            self.used = set()
+            for number, tensor in enumerate(_trained(output)):
+                tensor.register_hook(lambda _, number=number, used=self.used: used.add(number))
+
+        handles = [
+            self.parallel.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            self.parallel.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def count(self, *, here: bool) -> list[bool]:
+        """Return whether any process has a batch; and if so, whether with gradients, in training, and reduced."""
+        parallel = self.parallel
+        state = (True, torch.is_grad_enabled(), parallel.training, parallel.require_backward_grad_sync)
+        flags = torch.tensor([here and flag for flag in state], dtype=torch.float32, device=parallel.join_device)
+        dist.all_reduce(flags, group=self.group)
+        return [flag > 0 for flag in flags.tolist()]
+
+    def take_part(self, gradients: bool, training: bool, reduced: bool) -> None:
+        """Run the model as the other processes do, with values that count nothing."""
+        if self.inputs is None:
+            raise RuntimeError(
+                "join expects at least one batch on every process, got none on this one. Pass example_inputs=, "
+                "arguments that the model takes."
+            )
+        parallel = self.parallel
+        layers = [m for m in parallel.modules() if isinstance(m, PartsLayer) and m.sync]
+        others = [b for m in parallel.modules() if m not in layers for b in m.buffers(recurse=False)]
+        kept = [buffer.clone() for buffer in others]
+        args, kwargs = self.inputs
+        with ExitStack() as undo:
+            undo.enter_context(walk.restored(parallel))
+            undo.enter_context(torch.set_grad_enabled(gradients))
+            undo.enter_context(nullcontext() if reduced else parallel.no_sync())
+            if not training:
+                walk.set_mode(parallel, training=False)
+            for layer in layers:
+                layer._absent = True
+                undo.callback(layer.__dict__.pop, "_absent")
+            results = _trained(parallel(*args, **kwargs))
+            if gradients and results:
+                chosen = [results[number] for number in sorted(self.used)] or results
+                torch.autograd.backward(chosen, [torch.zeros_like(result) for result in chosen])
+        with torch.no_grad():
+            for buffer, value in zip(others, kept, strict=True):
+                buffer.copy_(value)
+        parallel.zero_grad()
+
+    @torch.no_grad()
+    def copy_from_one(self, last: bool) -> None:
+        """Give every process the parameters and buffers of one of those that ran out last."""
+        rank = torch.tensor(dist.get_rank(self.group) if last else -1, device=self.parallel.join_device)
+        dist.all_reduce(rank, op=dist.ReduceOp.MAX, group=self.group)
+        source = dist.get_global_rank(self.group, int(rank))
+        for tensor in (*self.parallel.module.parameters(), *self.parallel.module.buffers()):
+            dist.broadcast(tensor, source, group=self.group)
+
+
+def _trained(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
