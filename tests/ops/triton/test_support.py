@@ -220,6 +220,15 @@ def test_float64_empty_and_odd_running_statistics_stay_with_the_eager_implementa
     assert len(asked) == 4
 
 
+def test_a_kernel_is_not_launched_with_a_freed_tensor(gpu: None) -> None:
+    x, weight = torch.ones(4, 3), torch.ones(3)
+    weight.untyped_storage().resize_(0)
+    for name, arguments in (("train_forward", (x, weight)), ("update_running_", (torch.ones(3), weight))):
+        operator = triton.implementation(name, lambda *_: pytest.fail("eager"))
+        with pytest.raises(RuntimeError, match=f"batchnorm::{name} expects .* with its memory allocated, got"):
+            operator(*arguments, None)
+
+
 def test_every_operator_has_an_implementation_for_cuda() -> None:
     for name in triton.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"batchnorm::{name}", "CUDA")

@@ -30,11 +30,11 @@ def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_cuda(*args: Any) -> Any:
         decides = args[at]
-        _checks.check_allocated(f"batchnorm::{name}", **dict(zip(arguments, args, strict=True)))
         if decides.dtype not in _DTYPES or decides.numel() == 0 or support.problem(decides.device) is not None:
             return eager(*args)
         if name == "update_running_" and not _writable(*args[:3]):
             return eager(*args)
+        _checks.check_allocated(f"batchnorm::{name}", **dict(zip(arguments, args, strict=False)))
         try:
             return _launcher(name)(*args)
         except Exception as error:
