@@ -393,20 +393,23 @@ def test_an_accelerated_model_is_pruned() -> None:
 
 
 class Auxiliary(nn.Module):
-    """Training calls one more layer, which the trace in evaluation does not show."""
+    """Training, or a larger image, calls one more layer, which the trace of the example does not show."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int | None = None) -> None:
         super().__init__()
+        self.size = size
         self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
         self.head, self.more = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        return self.head(x) + self.more(x) if self.training else self.head(x)
+        more = self.training if self.size is None else x.shape[-1] > self.size
+        return self.head(x) + self.more(x) if more else self.head(x)
 
 
-def test_layers_that_only_training_calls_are_noticed() -> None:
-    model = slimmed(Auxiliary())
+@pytest.mark.parametrize("size", [None, 5])
+def test_layers_that_only_training_or_larger_images_call_are_noticed(size: int | None) -> None:
+    model = slimmed(Auxiliary(size))
     with pytest.raises(PruneError, match=r"expects a model that runs with fewer channels.*only="):
         prune_channels(model, torch.randn(2, 3, 7, 7), inplace=True)
     assert model.norm.num_features == len(model.norm.weight) == 8

@@ -20,7 +20,8 @@ class DeadChannels(Rule):
     """
     severity = "A note: the network works without these channels."
     repair = """
-        groups = batchnorm.parameter_groups(model, weight_decay=1e-4)  # keeps γ out of weight decay; or prune them
+        groups = batchnorm.parameter_groups(model, weight_decay=1e-4)  # keeps γ out of weight decay
+        # or remove the channels: model, report = batchnorm.prune_channels(model, example_inputs)
     """
     source = """
         Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*; Mehta et al. 2019, *On

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,13 +96,14 @@ def prune_channels(
     """
     _check(model, share, threshold)
     inputs = Inputs.of(example_inputs)
+    tried = (inputs, inputs.random())
     layers = walk.norm_layers(model)
     chosen = select(_CALLER, layers, only)
     with walk.restored(model):
         trial = walk.trial_copy(_CALLER, model)
         walk.set_mode(trial, training=False)
         try:
-            before = _results(trial, inputs)
+            before = _results(trial, tried)
         except Exception as error:
             raise ValueError(
                 f"{_CALLER} expects example_inputs that the model takes, but calling it raised "
@@ -128,9 +129,10 @@ def prune_channels(
         edits = Edits(channels, owners, removal)
         edits.apply(pruned)
         zeroed = {path: removal.zeroed[call] for path, call in norms.items() if call in removal.zeroed}
-        after = _checked(pruned, model, inputs, zeroed if removal.exact else None)
+        others = (*trace.sizes, *trace.refused)  # the model may call other layers for other sizes
+        after = _checked(pruned, model, (*tried, *others), zeroed if removal.exact else None)
         changed, left = choice.rows(removal, layers)
-        difference = max((gate.relative(*pair) for pair in zip(after, before, strict=True)), default=0.0)
+        difference = max((gate.relative(*pair) for pair in zip(after, before, strict=False)), default=0.0)
         report = replace(
             report, changed=tuple(changed), left=tuple(left), difference=difference, notes=edits.notes(),
             **_measured(pruned, inputs),
@@ -158,11 +160,11 @@ def _check(model: nn.Module, share: float | None, threshold: float | None) -> No
         raise ValueError(f"{_CALLER} expects threshold >= 0, got {threshold}. It is the largest |γ| to remove.")
 
 
-def _results(model: nn.Module, inputs: Inputs, *, training: bool = False) -> list[Tensor]:
-    """Return the results for the example and for random inputs, and restore the model."""
+def _results(model: nn.Module, tried: Sequence[Inputs], *, training: bool = False) -> list[Tensor]:
+    """Return the results for these inputs, and restore the model."""
     with walk.restored(model, buffers=True):
         walk.set_mode(model, training)
-        return [tensor for each in (inputs, inputs.random()) for tensor in outputs(evaluate(model, each))]
+        return [tensor for each in tried for tensor in outputs(evaluate(model, each))]
 
 
 def _measured(model: nn.Module, inputs: Inputs, suffix: str = "") -> dict[str, Any]:
@@ -186,26 +188,28 @@ def _measured(model: nn.Module, inputs: Inputs, suffix: str = "") -> dict[str, A
     return {name + suffix: value for name, value in found.items()}
 
 
-def _checked(pruned: nn.Module, model: nn.Module, inputs: Inputs, zeroed: Mapping[str, Tensor] | None) -> list[Tensor]:
-    """Return the results of the pruned network, after a run in training too.
+def _checked(
+    pruned: nn.Module, model: nn.Module, tried: Sequence[Inputs], zeroed: Mapping[str, Tensor] | None
+) -> list[Tensor]:
+    """Return the results of the pruned network for these inputs, after a run in training with the first of them.
 
     They are compared, as in folding, with those of the model with γ = 0 in the channels `zeroed`, by the layer's path.
     """
     masked = walk.copied(_CALLER, model)
     try:
-        _results(masked, inputs, training=True)
+        _results(masked, tried[:1], training=True)
         trains = True
     except Exception:  # it needs targets
         trains = False
     try:
-        after = _results(pruned, inputs)
+        after = _results(pruned, tried)
         if trains:
-            _results(pruned, inputs, training=True)
+            _results(pruned, tried[:1], training=True)
     except Exception as error:
         raise PruneError(
             f"{_CALLER} expects a model that runs with fewer channels, but the pruned one raised "
             f"{_checks.in_one_line(error)}. Its forward may contain numbers of channels, or call other layers in "
-            "training: leave out the layers concerned with only=. Nothing was changed."
+            "training or for other sizes: leave out the layers concerned with only=. Nothing was changed."
         ) from error
     if zeroed is None:
         return after
@@ -213,9 +217,9 @@ def _checked(pruned: nn.Module, model: nn.Module, inputs: Inputs, zeroed: Mappin
         for path, which in zeroed.items():
             if which.any():
                 masked.get_parameter(f"{path}.weight")[which] = 0.0
-    own = _results(masked, inputs)
+    own = _results(masked, tried)
     try:
-        exact = _results(masked.double(), inputs.to(torch.float64))
+        exact = _results(masked.double(), [each.to(torch.float64) for each in tried])
     except Exception:  # it casts by itself, or has no float64 kernels
         exact = own
     errors = gate.Error.of(gate.Results(own, after, exact))
