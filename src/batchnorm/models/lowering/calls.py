@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import batchnorm.functional
 from batchnorm import ops
-from batchnorm.models.lowering.nodes import Function, name_of, remove, replace_call
+from batchnorm.models.lowering.nodes import Function, is_shape, name_of, remove, replace_call
 
 CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED: dict[Any, int] = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
@@ -83,9 +83,12 @@ def lower_call(node: Node) -> None:
         with node.graph.inserting_before(node):
             shape = node.graph.call_function(getattr, (args[1], "shape"))
         replace_call(node, torch.reshape, x, shape)
+    elif target is getattr and args[1] == "mT":
+        replace_call(node, torch.transpose, x, -2, -1)
     elif name in ("view", "reshape", "permute") and node.op == "call_method":
-        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-        if not kwargs and not any(isinstance(size, torch.dtype) for size in sizes):
+        as_one = len(args) == 2 and (isinstance(args[1], (tuple, list)) or is_shape(args[1]))
+        sizes: Any = args[1] if as_one else args[1:]
+        if not kwargs and (isinstance(sizes, Node) or not any(isinstance(size, torch.dtype) for size in sizes)):
             replace_call(node, _FUNCTIONS[name], x, sizes)
     elif name in _FUNCTIONS and not kwargs.get("alpha"):
         replace_call(node, _FUNCTIONS[name], *args, **kwargs)

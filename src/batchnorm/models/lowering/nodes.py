@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +36,14 @@ def remove(node: Node, result: Node) -> None:
     """Remove a node, and let its readers read `result`."""
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
+
+
+def is_shape(value: object) -> bool:
+    """Return whether the value is a node that gives a tuple of sizes: a shape, a part of one, or a sum of these."""
+    if not isinstance(value, Node):
+        return False
+    if value.target is getattr or (value.op == "call_method" and value.target == "size"):
+        return value.args[1:] in ((), ("shape",)) and not value.kwargs
+    if value.target is operator.getitem:
+        return is_shape(value.args[0]) and isinstance(value.args[1], slice)
+    return value.target is operator.add and any(map(is_shape, value.args))

@@ -18,9 +18,9 @@ _SAME_RANK = {*_SAME_SHAPE, *CONVOLUTIONS, *TRANSPOSED, F.linear}
 def asks_sizes(node: Node) -> bool:
     """Return whether the call reads its tensor's sizes, but not its values."""
     if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "device")
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
     name = name_of(node)
-    return name in ("size", "dim", "sym_size", "sym_numel") or (
+    return name in ("size", "dim", "numel", "nelement", "sym_size", "sym_numel") or (
         node.op == "call_method" and node.target == "ndimension"
     )
 
@@ -30,7 +30,7 @@ def ask_the_source(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if not asks_sizes(node) or not isinstance(node.args[0], Node):
             continue
-        rank = node.args[1:] in (("ndim",), ("device",)) or node.target in ("dim", "ndimension")
+        rank = node.args[1:] in (("ndim",), ("device",), ("dtype",)) or node.target in ("dim", "ndimension")
         source = node.args[0]
         while source.op == "call_function" and source.target in (_SAME_RANK if rank else _SAME_SHAPE):
             source = source.args[0]  # type: ignore[assignment]
