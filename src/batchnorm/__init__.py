@@ -10,7 +10,6 @@ from batchnorm.moments import Moments
 from batchnorm.nn import *  # noqa: F403  (the names in nn.__all__, which are added to ours below)
 from batchnorm.ops import backends
 from batchnorm.recalibrate import recalibrate
-from batchnorm.standardize import Standardizer
 from batchnorm.surgery import (
     accelerate,
     convert,
@@ -25,6 +24,7 @@ from batchnorm.surgery import (
 
 if _TYPE_CHECKING:
     from batchnorm.doctor import diagnose, watch
+    from batchnorm.standardize import Standardizer
     from batchnorm.surgery.prune import prune_channels
 
 __version__ = _version("batchnorm")
@@ -53,13 +53,21 @@ __all__ = [
 __all__ += nn.__all__
 
 
+# Imported when first used, so that `import batchnorm` stays fast.
+_LATE = {
+    "Standardizer": "batchnorm.standardize",
+    "diagnose": "batchnorm.doctor",
+    "prune_channels": "batchnorm.surgery.prune",
+    "watch": "batchnorm.doctor",
+}
+
+
 def __getattr__(name: str) -> _Any:
-    """Import the doctor and pruning when they are first used, so that `import batchnorm` stays fast."""
-    if name == "prune_channels":
-        return _import_module("batchnorm.surgery.prune").prune_channels
-    if name in ("diagnose", "doctor", "watch"):
-        doctor = _import_module("batchnorm.doctor")
-        return doctor if name == "doctor" else getattr(doctor, name)
+    """Import what is used for the first time."""
+    if name in _LATE:
+        return getattr(_import_module(_LATE[name]), name)
+    if name == "doctor":
+        return _import_module("batchnorm.doctor")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
