@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Data = Tensor | NDArray[Any]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Data: TypeAlias = "Tensor | NDArray[Any]"
 
 # The number of values that are converted to float64 at a time. No array is copied whole, and each part stays in cache.
 _PART = 2**18

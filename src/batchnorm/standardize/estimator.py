@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm import _checks
@@ -19,6 +18,9 @@ from batchnorm.standardize import data
 from batchnorm.standardize.data import Array
 from batchnorm.standardize.features import Features
 from batchnorm.standardize.protocol import Estimator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _NAN_POLICIES = ("raise", "omit", "propagate")
 _LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.FrozenBatchNorm2d,

@@ -6,12 +6,14 @@ import copy
 import inspect
 import sys
 import warnings
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _checks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _OUTPUTS = ("default", "pandas", "polars")
 

@@ -93,6 +93,7 @@ class Diagnosis(Results):
         Raises:
             ValueError: the path has another ending.
             ImportError: it ends in `.html`, and jinja2 is missing.
+            OSError: there is something else than a file at the path, or it cannot be written; nothing is changed.
         """
         path = Path(path)
         texts = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
