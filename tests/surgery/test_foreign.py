@@ -119,6 +119,17 @@ def test_verbs_that_leave_it_say_why(name: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+@ALL
+def test_prune(name: str) -> None:
+    model = network(name).eval()
+    model[1].weight[:2] = 0
+    pruned, report = bn.prune_channels(model, X)
+    assert (report.channels_before, report.channels) == (4, 2)
+    assert [change.now for change in report.changed] == [f"{FOREIGN[name].__name__}(2)"]
+    assert_close(pruned(X), model(X))
+    assert str(report).count("create the optimizer after pruning") == 1
+
+
 def test_no_epsilon_is_refused_where_a_batch_would_need_one() -> None:
     with pytest.raises(ValueError, match=r"unfreeze cannot change any layer; 1: BatchNorm2d expects eps > 0, got 0"):
         bn.unfreeze(network("maskrcnn"))

@@ -180,7 +180,7 @@ def _measured(model: nn.Module, inputs: Inputs, suffix: str = "") -> dict[str, A
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     found = {
-        "channels": sum(getattr(layer.module, "num_features", 0) for layer in walk.norm_layers(model)),
+        "channels": sum(walk.num_channels(layer.module) or 0 for layer in walk.norm_layers(model)),
         "parameters": sum(p.numel() for p in parameters),
         "bytes": sum(t.numel() * t.element_size() for t in (*parameters, *buffers)),
         "seconds": min(times),
@@ -216,7 +216,7 @@ def _checked(
     with torch.no_grad():
         for path, which in zeroed.items():
             if which.any():
-                masked.get_parameter(f"{path}.weight")[which] = 0.0
+                masked.get_submodule(path).weight[which] = 0.0  # type: ignore[operator]
     own = _results(masked, tried)
     try:
         exact = _results(masked.double(), [each.to(torch.float64) for each in tried])

@@ -26,7 +26,6 @@ class PruneReport(Report):
         seconds: The same after pruning.
         difference: Largest difference of the outputs before and after, relative to the largest output, over the
             example and a random input.
-        notes: Remarks, one sentence each.
     """
 
     channels_before: int = 0
@@ -38,10 +37,9 @@ class PruneReport(Report):
     seconds_before: float = 0.0
     seconds: float = 0.0
     difference: float = 0.0
-    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """Return the channels, sizes, times, the difference and the notes, a line each."""
+        """Return the counts, the notes, the channels, sizes and times, and the difference, a line each."""
         return "\n".join(
             [
                 super().summary(),
@@ -50,6 +48,5 @@ class PruneReport(Report):
                 f"{self.bytes_before / 1e6:.3g} MB -> {self.bytes / 1e6:.3g} MB",
                 f"forward pass: {self.seconds_before * 1e3:.3g} ms -> {self.seconds * 1e3:.3g} ms",
                 f"largest relative difference of the output: {self.difference:.1e}",
-                *self.notes,
             ]
         )
