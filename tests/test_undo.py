@@ -98,8 +98,8 @@ VERBS: dict[str, tuple[Callable[[nn.Module], object], int]] = {
     "drop_redundant_bias": (lambda model: bn.drop_redundant_bias(model, inplace=True), 5),
     "recalibrate": (lambda model: bn.recalibrate(model, [X], inplace=True), 3),
     "recalibrate separately": (lambda model: bn.recalibrate(model, [X], shared="separate", inplace=True), 3),
-    "fold": (lambda model: bn.fold(model, X, inplace=True), 50),
-    "diagnose": (lambda model: bn.diagnose(model, [X, X]), 40),
+    "fold": (lambda model: bn.fold(model, X, inplace=True), 40),
+    "diagnose": (lambda model: bn.diagnose(model, [X, X]), 30),
 }
 
 

@@ -38,10 +38,10 @@ def diagnose(
 ) -> Diagnosis:
     """Find what is wrong with the batch normalization of a model, with evidence and a fix.
 
-    The model is only read: parameters, modes, buffers, gradients, hooks and the random state are unchanged, bit for
-    bit, also after an exception. With data, the model runs over them three times: normalized by the batches, by the
-    running statistics, and by the statistics of the whole population. One batch goes through a training step with its
-    backward pass. Only in that step are dropout and other modules in training mode.
+    The model and the data are only read: parameters, modes, buffers, gradients, hooks and the random state are
+    unchanged, bit for bit, also after an exception. With data, the model runs over them three times: normalized by the
+    batches, by the running statistics, and by the statistics of the whole population. One batch goes through a training
+    step with its backward pass. Only in that step are dropout and other modules in training mode.
 
     Args:
         model: The network. A network in training mode is examined as it is, one in evaluation mode as `train()` sets
