@@ -232,6 +232,7 @@ MISTAKES = {
         r"more than one value per channel in training, got x of shape \[1, 3",
     ),
     "eps": ({"eps": 0.0}, ValueError, r"expects eps > 0, got 0.0. .*1e-5"),
+    "tiny eps": ({"eps": 5e-324}, ValueError, r"expects eps of at least 1e-70, got 5e-324. .*1e-5"),
     "negative eps": ({"eps": -1e-5, "training": False}, ValueError, r"expects eps > 0, got -1e-05"),
     "nan eps": ({"eps": float("nan")}, ValueError, r"expects eps > 0, got nan"),
     "weight": (

@@ -27,6 +27,9 @@ _NO_VARIANCE = (
     "evaluation mode."
 )
 
+# The least positive eps, so that 1/sqrt(eps) times a weight fits float32.
+_LEAST_EPS = 1e-70
+
 # The largest weight of a mask, so that weighted sums of ordinary values neither overflow nor vanish in float32.
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
 
@@ -77,8 +80,13 @@ def checked_integer(caller: str, name: str, value: object, least: int, hint: str
 
 
 def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
-    if eps > 0.0 or (zero_allowed and eps == 0.0):
+    if eps >= _LEAST_EPS or (zero_allowed and eps == 0.0):
         return
+    if eps > 0.0:
+        raise ValueError(
+            f"{caller} expects eps of at least {_LEAST_EPS:g}, got {eps}. For a constant channel, 1/sqrt(eps) must fit "
+            "float32; the usual value is 1e-5."
+        )
     raise ValueError(
         f"{caller} expects eps > 0, got {eps}. It keeps 1/sqrt(var + eps) finite if a channel is constant; "
         "the usual value is 1e-5."
