@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 import batchnorm as bn
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.model_graph import trace
+from batchnorm.models.uncompiled import eager
 
 X = torch.randn(3, 4)
 SERVED = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
@@ -146,6 +147,23 @@ def test_threads_trace_at_the_same_time(way: str, kind: type[Net]) -> None:
         thread.join()
     assert errors == []
     assert of_the_process() == before
+
+
+def test_compiled_models_run_compiled_again_after_blocks_of_several_threads() -> None:
+    import torch._dynamo.eval_frame as dynamo
+
+    before = dynamo._stance.stance
+    first, second = eager(), eager()
+    first.__enter__()
+    assert dynamo._stance.stance == "force_eager"
+    second.__enter__()
+    first.__exit__(None, None, None)  # in another order than nested blocks
+    assert dynamo._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert dynamo._stance.stance == before
+    with eager():
+        assert dynamo._stance.stance == "force_eager"
+    assert dynamo._stance.stance == before
 
 
 @pytest.mark.parametrize("kind", [Net, Sizes, Decides])

@@ -18,9 +18,10 @@ from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, listed
-from batchnorm.models.batches import Batches, check_data, default_forward, eager
+from batchnorm.models.batches import Batches, check_data, default_forward
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar, bar
+from batchnorm.models.uncompiled import eager
 from batchnorm.walk import restored, set_mode
 
 

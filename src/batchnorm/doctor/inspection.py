@@ -12,8 +12,9 @@ from batchnorm import _checks
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.measuring import add_trace, measure_model
-from batchnorm.models.batches import device_of, eager
+from batchnorm.models.batches import device_of
 from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.uncompiled import eager
 from batchnorm.walk import check_has_values, norm_layers, restored, set_mode
 
 

@@ -5,6 +5,7 @@ Data and calls:
     inputs: The arguments of one call of a model, also with other sizes.
     outputs: The tensors that a model returns, and the difference of two results.
     recording: Run a model on example inputs: record the arguments of its layers, and find a smaller example.
+    uncompiled: Run compiled models uncompiled.
     observe: Observe the inputs of layers, and set the statistics that they normalize by.
     progress, processes: The progress bar of a pass, and the processes that share it.
 

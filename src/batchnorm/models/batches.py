@@ -6,9 +6,8 @@ import copy
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -217,10 +216,3 @@ class ThreadSettings:
             for device_type, dtype in self._active.items():
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
             yield
-
-
-def eager() -> AbstractContextManager[object]:
-    """Run compiled models uncompiled within the block, because a compiled model does not run the hooks of layers."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and importing it takes seconds
-        return ExitStack()
-    return torch.compiler.set_stance("force_eager")

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of, eager
+from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of
 from batchnorm.models.observe import (
     Observer,
     Rows,
@@ -27,6 +27,7 @@ from batchnorm.models.processes import Processes
 from batchnorm.models.progress import bar
 from batchnorm.models.report import Change, Result, describe
 from batchnorm.models.selection import Choice, select
+from batchnorm.models.uncompiled import eager
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
