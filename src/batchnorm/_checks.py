@@ -181,6 +181,11 @@ def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
     """Check type, dtype and rank of `x`; a caller that ends in 1d, 2d or 3d accepts only those ranks."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{caller} expects x to be a torch.Tensor, got {type(x).__name__}. Convert it first.")
+    if x.is_nested:
+        raise ValueError(
+            f"{caller} expects a dense x, got a nested tensor. Pad it with x.to_padded_tensor(0.0) and pass a mask of "
+            "the real positions. BatchNorm with channel_dim=-1 takes jagged tensors [N, j, *S, C]."
+        )
     if not x.is_floating_point():
         fix = "Convert it, for example x.float()."
         if x.is_quantized:

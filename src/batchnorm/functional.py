@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +77,7 @@ def batch_norm(
         update_running_stats: Whether training updates the running statistics.
         channel_dim: The dimension of x that holds the channels: 1, or -1 for x and residual of shape `[N, *S, C]`, as
             transformers have it. This costs no copy, and the result has x's layout. A mask is `[N, *S]` in both cases.
+            With -1, x may be a jagged nested tensor `[N, j, *S, C]`, and residual and mask jagged like it.
         caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
@@ -103,16 +107,22 @@ def batch_norm(
         tensor([[0.0000, 0.0000],
                 [1.0000, 1.0000]])
     """
-    # This makes the call one node of an fx graph. fx.wrap would put its own wrapper there, which does not pickle.
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask):
-        _checks.check_quantization(caller, training, input)
-        return handle_torch_function(
-            batch_norm, (input, running_mean, running_var, weight, bias, residual, mask),
-            input, running_mean, running_var, weight, bias, training, momentum, eps,
-            activation=activation, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
-            num_batches_tracked=num_batches_tracked, on_nonfinite=on_nonfinite, on_single=on_single,
-            update_running_stats=update_running_stats, channel_dim=channel_dim, caller=caller,
-        )  # fmt: skip
+    overridden = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask)
+    if overridden or (isinstance(input, Tensor) and input.is_nested):
+        fixed = (running_mean, running_var, weight, bias, training, momentum, eps)
+        options: dict[str, Any] = {
+            "activation": activation, "negative_slope": negative_slope, "alpha": alpha,
+            "num_batches_tracked": num_batches_tracked, "on_nonfinite": on_nonfinite, "on_single": on_single,
+            "update_running_stats": update_running_stats, "channel_dim": channel_dim, "caller": caller,
+        }  # fmt: skip
+        if overridden:  # makes the call one node of an fx graph; fx.wrap would put its own wrapper there, not picklable
+            tensors = (input, running_mean, running_var, weight, bias, residual, mask)
+            return handle_torch_function(batch_norm, tensors, input, *fixed, residual=residual, mask=mask, **options)
+
+        def normalize(x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+            return batch_norm(x, *fixed, residual=residual, mask=mask, **options)
+
+        return on_values(normalize, input, residual, mask, channel_dim, caller)
     _checks.check_channel_dim(caller, channel_dim)
     _checks.check_input(caller, input, channel_dim)
     if input.dim() == 1:  # [0], without samples and channels, which torch accepts
@@ -185,6 +195,48 @@ def channels_second(x: Tensor, channel_dim: int) -> Tensor:
 def channels_back(y: Tensor, channel_dim: int) -> Tensor:
     """Undo `channels_second`."""
     return y if channel_dim == 1 or y.dim() < 3 else y.movedim(1, channel_dim)
+
+
+def on_values(
+    normalize: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    channel_dim: int,
+    caller: str,
+) -> Tensor:
+    """Return y for jagged nested x `[N, j, *S, C]`: its values `[1, total, *S, C]` hold no padding."""
+    check_jagged(caller, x, channel_dim, residual=residual, mask=mask)
+    residual, mask = (None if t is None else t.values().unsqueeze(0) for t in (residual, mask))
+    y = normalize(x.values().unsqueeze(0), residual, mask).squeeze(0)
+    return torch.nested.nested_tensor_from_jagged(y, x.offsets())  # type: ignore[attr-defined]
+
+
+def check_jagged(caller: str, x: Tensor, channel_dim: int, **others: Tensor | None) -> None:
+    """Check that a nested tensor holds nothing but values of its channels, and that `others` have its structure."""
+    if x.layout != torch.jagged:
+        came = "the strided layout"
+    elif x._ragged_idx != 1 or x.dim() < 3:  # type: ignore[attr-defined]
+        came = f"{list(x.shape)}"
+    elif channel_dim != -1:
+        came = f"channel_dim={channel_dim}"
+    elif x.lengths() is not None:  # type: ignore[attr-defined]
+        came = "a view with holes"
+    else:
+        for name, other in others.items():
+            wanted = x.shape[:-1] if name == "mask" else x.shape
+            if other is not None and (other.layout != torch.jagged or other.shape != wanted):
+                strided = other.is_nested and other.layout != torch.jagged  # it has no shape
+                raise ValueError(
+                    f"{caller} expects {name} to be a jagged nested tensor of shape {list(wanted)}, as x, got "
+                    f"{'the strided layout' if strided else list(other.shape)}. Make it with "
+                    f"torch.nested.nested_tensor_from_jagged({name}_values, x.offsets())."
+                )
+        return
+    raise ValueError(
+        f"{caller} expects a nested x to be jagged and contiguous, [N, j, *S, C], with channel_dim=-1, got {came}. "
+        "Otherwise pad it with x.to_padded_tensor(0.0), and pass a mask of the real positions."
+    )
 
 
 def _portable_batch_norm(

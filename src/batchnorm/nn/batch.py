@@ -30,7 +30,7 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
             "running" to normalize it by the running statistics, as in evaluation, and update nothing (keyword only).
             With a mask, "running" also applies if at most one position counts.
         channel_dim: The dimension of x that holds the channels: 1, or -1 for x of shape `[N, *S, C]`, as transformers
-            have it. This costs no copy (keyword only).
+            have it, and jagged nested x `[N, j, *S, C]`. This costs no copy (keyword only).
 
     Attributes:
         update_running_stats: Whether training updates the running statistics, independently of train() and eval();

@@ -15,6 +15,7 @@ from batchnorm.ops import BatchStatistics
 
 class _GhostBatchNorm(PartsLayer):
     ghost_size: int
+    _groups_samples = True
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,

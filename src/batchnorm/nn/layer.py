@@ -149,5 +149,8 @@ class LazyNormLayer(NormLayer):
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Create parameters and buffers for x's channels."""
+        if isinstance(input, Tensor) and input.is_nested:
+            functional.check_jagged(self.layer_name, input, self.channel_dim)
+            input = input.values().unsqueeze(0)
         self._check_input_dim(input)  # before anything is created from a wrong shape
         super().initialize_parameters(functional.channels_second(input, self.channel_dim))  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class PartsLayer(NormLayer):
 
     # Whether training uses the merged statistics of all processes of `process_group`.
     sync: bool = False
+    # Whether groups of samples have separate statistics, so that x must have samples.
+    _groups_samples: ClassVar[bool] = False
     # The layer's path in its model, shown in errors; `convert` sets it.
     name: str = ""
     # Whether x counts nothing in the statistics, because this process has run out of batches (see `join`).
@@ -60,6 +62,10 @@ class PartsLayer(NormLayer):
     def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self._uses_batch:
             return self._normalize(x, mask=mask)
+        if isinstance(x, Tensor) and x.is_nested and not self._groups_samples:
+            return functional.on_values(
+                lambda x, _, mask: self._normalize_by_parts(x, mask), x, None, mask, self.channel_dim, self.layer_name
+            )
         _checks.check_input(self.layer_name, x, self.channel_dim)
         if x.dim() == 1:  # [0], without samples and channels, which torch accepts
             return x.clone()
