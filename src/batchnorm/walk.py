@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
 from batchnorm.foreign import foreign_eps
-from batchnorm.undo import Steps, Undo, flags_of, kept, put_back_flags
+from batchnorm.undo import Steps, Undo, flags_of, kept, package_of, put_back_flags
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
@@ -350,9 +350,13 @@ def _steps_for(path: str, module: nn.Module, with_buffers: bool, removed: list[A
                 held.pop(name, None)
             else:
                 held[name] = value
+        added = {key: hook for name in hooks for key, hook in held.get(name, {}).items() if callable(hook)}
+        # A wrapper of torch, such as FSDP, installs its hooks once, in the first forward.
+        of_torch = {key for key, hook in added.items() if package_of(hook) == "torch"}
         for name, before in hooks.items():
-            added = held.get(name, {})
-            removed.extend(added.pop(key) for key in added.keys() - before)
+            for key in held.get(name, {}).keys() - before - of_torch:
+                hook = held[name].pop(key)
+                removed.extend([hook] * callable(hook))  # `_forward_hooks_with_kwargs` and others hold flags
         if with_buffers:
             for name in [name for name in module._buffers if name not in buffers]:
                 del module._buffers[name]

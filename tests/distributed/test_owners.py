@@ -110,6 +110,10 @@ def sharded_statistics_are_recalibrated(rank: int) -> None:
         expected = bn.recalibrate(network(), [X, X, X + 1, X + 1], synchronize=False).model
         buffers = {name.replace("_fsdp_wrapped_module.", ""): b for name, b in model.named_buffers()}
         assert_close(buffers, dict(expected.named_buffers()), msg=shard.__name__)
+        twin = shard(network())
+        twin(X)
+        hooks = [[len(h) for n, h in vars(m).items() if "_hooks" in n] for m in (*model.modules(), *twin.modules())]
+        assert hooks[: len(hooks) // 2] == hooks[len(hooks) // 2 :]  # those that FSDP installs in its first forward
         train(model)
 
 
