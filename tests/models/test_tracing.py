@@ -88,6 +88,12 @@ def wrapped(x: Tensor) -> Tensor:
 fx.wrap("wrapped")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """Import what an export imports, because that may add filters of warnings."""
+    trace(Net().eval(), Inputs.of(X), ways=("export",))
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_nothing_of_the_process_changes_while_a_model_is_traced(verb: str) -> None:
     seen: list[tuple[Any, ...]] = []
