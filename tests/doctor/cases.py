@@ -346,21 +346,28 @@ def one_of_four() -> Case:
     return replace(batches_of_two(), around=four_processes)
 
 
-@contextmanager
-def other_statistics() -> Iterator[None]:
-    """Be the first of two processes; the other one trained on other data, and buffers are not broadcast."""
-
-    def gather(every: list[Any], own: dict[str, dict[str, Tensor]], group: Any = None) -> None:
-        every[:] = [own, {path: {**of, "running_mean": of["running_mean"] + 2} for path, of in own.items()}]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_gather_object", gather)
-        patch.setattr(dist, "get_world_size", lambda group=None: 2)
-        yield
-
-
 def apart() -> Case:
-    return Case(trained("plain"), None, {"process_group": object()}, Severity.WARNING, other_statistics)
+    """Be the first of two processes; the other one trained on other data, and buffers are not broadcast."""
+    options: dict[str, Any] = {}
+
+    def gather(every: list[Any], own: tuple[str, Any], group: Any = None) -> None:
+        kind, states = own
+        if states is not None:
+            states = {path: {**of, "running_mean": of["running_mean"] + 2} for path, of in states.items()}
+        every[:] = [own, (kind, states)]
+
+    @contextmanager
+    def two_processes() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_gather_object", gather)
+            dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
+            options["process_group"] = dist.group.WORLD
+            try:
+                yield
+            finally:
+                dist.destroy_process_group()
+
+    return Case(trained("plain"), None, options, Severity.WARNING, two_processes)
 
 
 def tracking_off() -> Case:
