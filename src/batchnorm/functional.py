@@ -116,6 +116,7 @@ def batch_norm(
             "update_running_stats": update_running_stats, "channel_dim": channel_dim, "caller": caller,
         }  # fmt: skip
         if overridden:  # makes the call one node of an fx graph; fx.wrap would put its own wrapper there, not picklable
+            _checks.check_quantization(caller, training, input)
             tensors = (input, running_mean, running_var, weight, bias, residual, mask)
             return handle_torch_function(batch_norm, tensors, input, *fixed, residual=residual, mask=mask, **options)
 
