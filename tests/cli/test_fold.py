@@ -126,7 +126,10 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
             "that fits into memory, got 1,3,9999",
         ),
         (["net_for_fold:build", "--input", f"1,{10**30}", "-o", "f.pt2"], "--input must be the shape of a tensor that"),
-        (["net_for_fold:build", "--input", "1,5,8,8", "-o", "f.pt2"], "example_inputs must be what the model takes"),
+        (
+            ["net_for_fold:build", "--input", "1,5,8,8", "-o", "f.pt2"],
+            "fold expects example_inputs that the model takes",
+        ),
         (["net_for_fold:build", "--weights", "no.pth", "--input", "1,3,8,8", "-o", "f.pt2"], "FileNotFoundError"),
         (["net_for_fold:build", "--input", "1,3,8,8", "-o", "f.onnx"], "must not be .onnx for a network of PyTorch"),
         (["net_for_fold:build", "--input", "1,3,8,8", "-o", "no/f.pt2"], "must be in a directory that exists"),

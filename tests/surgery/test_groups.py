@@ -69,5 +69,5 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="got ReLU with none"):
         parameter_groups(nn.ReLU(), 0.1)
     for wrong in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="expects weight_decay >= 0, got"):
+        with pytest.raises(ValueError, match="expects a finite weight_decay >= 0, got"):
             parameter_groups(nn.Linear(2, 2), wrong)

@@ -175,7 +175,7 @@ GOOD = [torch.zeros(2, 3, 9, 9).random_(0, 9, generator=torch.Generator().manual
         (nn.Conv2d, [NAN], ValueError, r"expects finite outputs, got NaN or infinity from 0 \(Conv2d\)"),
         (nn.Conv2d, GOOD[0], TypeError, "insert_batchnorm expects data to be an iterable of batches, got one Tensor"),
         (nn.Conv2d, [3], TypeError, "insert_batchnorm expects batches that are tensors"),
-        (nn.Conv3d, GOOD, ValueError, r"chooses none of 9. There are: 0, 1, 2"),
+        (nn.Conv3d, GOOD, ValueError, r"chooses none of 9. Choose from: 0, 1, 2"),
         (None, GOOD, ValueError, "expects `after` to choose a module, got None"),
         ("nothing*", GOOD, ValueError, "got 'nothing\\*', which matches none"),
         ("6", [GOOD[0][:1]], ValueError, "more than one value per channel, got one from 6"),
@@ -209,9 +209,9 @@ class Unusual(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "after", "text"),
     [
-        ("last", nn.Linear, r"channels in the second place, got \[2, 3, 9, 4\] from fc"),
+        ("last", nn.Linear, r"channels in the second dimension, got \[2, 3, 9, 4\] from fc"),
         ("tuple", "lstm", "return one tensor .*, got a tuple from lstm"),
-        ("attribute", "conv", "which then raised AttributeError: 'Sequential' object has no attribute 'weight'"),
+        ("attribute", "conv", "which raised AttributeError: 'Sequential' object has no attribute 'weight'"),
         ("asks", "conv", "whose output changed by"),
         ("conv", ["conv", "unused"], r"got data that do not reach unused \(Conv2d\)"),
     ],

@@ -127,7 +127,7 @@ class Net(nn.Module):
         ("read", "the bias of conv has other uses too"),
         ("by mode", "the model (Net) does not compute the same in training and in evaluation"),
         ("shapes", "the model (Net) branches on shapes or values in its forward"),
-        ("features last", "its output is not [N, C] in the example, where its features would be the layer's channels"),
+        ("features last", "its output is not [N, C] in the example, so its features are not the layer's channels"),
     ],
 )
 def test_what_does_something_stays(kind: str, reason: str) -> None:

@@ -18,19 +18,19 @@ def parameter_groups(
     the weights before it sets the effective learning rate, because their scale does not matter.
 
     Args:
-        model: Any module. A parameter that several modules share is listed once, without decay if one of them is of
+        model: Any module. A shared parameter is listed once, without decay if one of the modules that share it is of
             `kinds`.
         weight_decay: The weight decay of the first group; at least 0.
-        kinds: The modules without decay: a class, a tuple of classes or a predicate. By default batch normalization;
-            `(torch.nn.LayerNorm, ...)` or `lambda m: ...` for others.
-        biases: Whether every parameter named `bias` is excluded from decay too.
+        kinds: The modules whose parameters do not decay: a class, a tuple of classes or a predicate, such as
+            `(torch.nn.LayerNorm, ...)` or `lambda m: ...`. The default is batch normalization.
+        biases: Whether to exclude every parameter named `bias` from decay, too.
 
     Returns:
         `[{"params": ..., "weight_decay": weight_decay}, {"params": ..., "weight_decay": 0.0}]`, in the model's order;
         a group without parameters is left out.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: weight_decay is negative or not finite, or the model has no parameters.
 
     Examples:
@@ -44,14 +44,14 @@ def parameter_groups(
     _checks.check_module("parameter_groups", model)
     if not 0.0 <= weight_decay < float("inf"):
         raise ValueError(
-            f"parameter_groups expects weight_decay >= 0, got {weight_decay}. The usual values are 1e-5 to 1e-2."
+            f"parameter_groups expects a finite weight_decay >= 0, got {weight_decay}. Usual values are 1e-5 to 1e-2."
         )
-    free = {id(p) for found in walk.norm_layers(model, kinds) for p in found.module.parameters()}
+    without_decay = {id(p) for found in walk.norm_layers(model, kinds) for p in found.module.parameters()}
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        alone = id(parameter) in free or (biases and name.rpartition(".")[2] == "bias")
-        (undecayed if alone else decayed).append(parameter)
+        exempt = id(parameter) in without_decay or (biases and name.rpartition(".")[2] == "bias")
+        (undecayed if exempt else decayed).append(parameter)
     if not decayed and not undecayed:
         raise ValueError(
             f"parameter_groups expects a model with parameters, got {type(model).__name__} with none. "

@@ -37,16 +37,16 @@ def insert_batchnorm(
 
     One pass over the data measures the mean μ and the unbiased variance σ² of each module's output. They become the
     running statistics, with γ = √(σ² + eps) and β = μ. In evaluation the new layer is the identity up to rounding. In
-    training it differs from the identity as far as a batch's statistics differ from those of the data. A module becomes
-    `Sequential(module, BatchNorm)`, and its keys in the `state_dict` begin with `0.`.
+    training it normalizes by the batch's statistics, which differ from those of the data. A module becomes
+    `Sequential(module, BatchNorm)`, so its keys in the `state_dict` get the prefix `0.`.
 
     Args:
         model: Any module, trained or not.
         after: The modules: a pattern for paths such as `"features.*"`, several patterns, module classes such as
             `torch.nn.Conv2d`, or a predicate of path and module. Each returns one tensor `[N, C, *S]`.
-        data: An iterable of batches, read once: tensors, tuples (the model gets as many leading parts as its `forward`
-            requires, so that labels are left out), or dicts. Use the data that training continues with.
-        forward: `forward(model, batch)` calls the model in another way.
+        data: An iterable of batches, read once: tensors, tuples (the model gets as many of the first items as its
+            `forward` requires, so that labels are left out), or dicts. Use the data that training continues with.
+        forward: A function `forward(model, batch)` that calls the model, for other batches or calls.
         eps: As in `BatchNorm`.
         momentum: As in `BatchNorm`.
         inplace: Whether to change the model itself instead of a copy.
@@ -55,10 +55,11 @@ def insert_batchnorm(
         The model (the new `Sequential`, if the model itself was chosen), and the report.
 
     Raises:
-        TypeError: model is no module; data are no batches, or do not fit the model's `forward`.
-        ValueError: a pattern matches no module, or no module is chosen; the data do not reach one; an output is not
-            `[N, C, *S]`, not finite, or has one value per channel; the model fails or computes something else with the
-            layers; it is sharded, or in DistributedDataParallel. The model is then unchanged.
+        TypeError: model is not a module; data are not batches, or do not fit the model's `forward`.
+        ValueError: a pattern matches no module, or no module is chosen; the data do not reach a chosen module; an
+            output is not `[N, C, *S]`, is not finite, or has one value per channel; the model raises or computes
+            something else with the new layers; the model is sharded, or in DistributedDataParallel. The model is then
+            unchanged.
 
     Numerics: moments are float64. γ and β are computed from the stored statistics.
 
@@ -78,7 +79,7 @@ def insert_batchnorm(
     walk.check_has_values(_CALLER, model)
     if not inplace:
         model = walk.copied(_CALLER, model)
-    chosen = _chosen(model, after)
+    chosen = _chosen_modules(model, after)
     with walk.restored(model, buffers=True), torch.no_grad():
         walk.set_mode(model, training=False)
         outputs, first, before = _measure(model, chosen, data, forward)
@@ -92,16 +93,16 @@ def insert_batchnorm(
     with UndoOnFailure() as undo:
         with reduced_parameters_kept(_CALLER, model):
             for found, layer in zip(chosen, layers, strict=True):
-                both = nn.Sequential(found.module, layer)
-                both.training = layer.training = found.module.training
+                normalized = nn.Sequential(found.module, layer)
+                normalized.training = layer.training = found.module.training
                 for parent, key in found.slots:
                     undo.before(parent._modules.__setitem__, key, found.module)
-                root = walk.replace(root, found.module, both)
+                root = walk.replace(root, found.module, normalized)
         _compare(root, before, first, forward)
         return Result(root, Report(_CALLER, tuple(changes), notes=(_NOTE,) if inplace else ()))
 
 
-class _Output:
+class _MeasuredOutput:
     """The moments of a module's output over all the data."""
 
     def __init__(self) -> None:
@@ -111,22 +112,22 @@ class _Output:
         self.device = torch.device("cpu")
 
 
-def _chosen(model: nn.Module, after: Choice) -> list[walk.Found]:
+def _chosen_modules(model: nn.Module, after: Choice) -> list[walk.Found]:
     everything = walk.norm_layers(model, nn.Module)
     found = [] if after is None else select(_CALLER, everything, after, argument="after")  # None would choose all
     if not found:
         raise ValueError(
             f"{_CALLER} expects `after` to choose a module, got {after!r}, which chooses none of {len(everything)}. "
-            f"There are: {some_paths(everything[1:])}."
+            f"Choose from: {some_paths(everything[1:])}."
         )
     return found
 
 
 def _measure(
     model: nn.Module, chosen: list[walk.Found], data: Iterable[Any], forward: Forward | None
-) -> tuple[dict[nn.Module, _Output], Any, object]:
+) -> tuple[dict[nn.Module, _MeasuredOutput], Any, object]:
     """Return the outputs of the chosen modules over the data, the first batch, and the model's output for it."""
-    outputs = {found.module: _Output() for found in chosen}
+    outputs = {found.module: _MeasuredOutput() for found in chosen}
     paths = {found.module: found.path for found in chosen}
 
     def note(module: nn.Module, args: Any, y: Any) -> None:
@@ -163,12 +164,12 @@ def _check_output(path: str, module: nn.Module, y: Any) -> None:
         )
     if isinstance(module, nn.Linear) and y.dim() > 2:
         raise ValueError(
-            f"{_CALLER} expects channels in the second place, got {list(y.shape)} from {name}, where they come last. "
-            "Choose a module after which the output is [N, C]."
+            f"{_CALLER} expects channels in the second dimension, got {list(y.shape)} from {name}, with channels in "
+            "the last. Choose a module whose output is [N, C]."
         )
 
 
-def _layer(found: walk.Found, output: _Output, eps: float, momentum: float | None) -> nn.Module:
+def _layer(found: walk.Found, output: _MeasuredOutput, eps: float, momentum: float | None) -> nn.Module:
     """Return batch normalization that is the identity for these statistics."""
     moments, name = output.moments, f"{found.path or 'the model'} ({type(found.module).__name__})"
     if moments is None:
@@ -206,6 +207,6 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
         except Exception as error:
             raise ValueError(
                 f"{_CALLER} expects a model that only calls the chosen modules, got "
-                f"{type(model).__name__}, which then raised {_checks.in_one_line(error)}. Choose other modules."
+                f"{type(model).__name__}, which raised {_checks.in_one_line(error)}. Choose other modules."
             ) from error
-    check_unchanged(_CALLER, before, after, "Something in it reads a module that was chosen without calling it")
+    check_unchanged(_CALLER, before, after, "Some code in it reads a chosen module without calling it")

@@ -1,4 +1,4 @@
-"""Remove biases that batch normalization subtracts again."""
+"""Remove biases that batch normalization cancels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 _CALLER = "drop_redundant_bias"
-_DEEPEST = 16  # modules between a layer and the one before it
+_DEEPEST = 16  # the most modules to search between a layer and the one before it
 
 
 def drop_redundant_bias(
@@ -34,12 +34,13 @@ def drop_redundant_bias(
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> Result[Report]:
-    """Remove the biases that batch normalization subtracts again.
+    """Remove the biases that batch normalization cancels.
 
-    A bias of a convolution or linear layer whose output only goes to batch normalization has one effect: it moves the
-    batch's mean. It is removed, and the running mean is lowered by it, so that the output is the same in both modes.
-    The module's `bias` becomes None, and is no longer a key of the `state_dict`. A bias is left if the layer after it
-    does not normalize by the batch in training: a frozen layer, or one that stays in evaluation mode.
+    If the output of a convolution or linear layer only goes to batch normalization, its bias only shifts the mean of
+    the batch, which is subtracted. Such a bias is removed, and subtracted from the running mean, so that the output
+    stays the same in both modes. The module's `bias` becomes None, and disappears from the `state_dict`. A bias is left
+    if the layer after it does not normalize by the batch in training: a frozen layer, or one that stays in evaluation
+    mode.
 
     Args:
         model: Any module, not yet in `DistributedDataParallel`.
@@ -52,10 +53,10 @@ def drop_redundant_bias(
         The model, and the report: the biases that were removed, and the others with the reason.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: an optimizer without inplace=True, or for other parameters; the model does not take the example
-            inputs, or its output on them would change; it is in DistributedDataParallel or sharded. The model is then
-            unchanged.
+        TypeError: model is not a module.
+        ValueError: an optimizer is passed without inplace=True, or holds other parameters; the model does not take the
+            example inputs, or its output on them would change; the model is in DistributedDataParallel or sharded. The
+            model is then unchanged.
 
     Numerics: the running mean is computed in float64 and rounded once.
 
@@ -77,33 +78,33 @@ def drop_redundant_bias(
     layers = walk.norm_layers(trial)
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     with walk.as_in_training(trial):
-        working = {layer.path: why for layer in layers if (why := _why_working(layer.module))}
+        uncancelled = {layer.path: why for layer in layers if (why := _why_uncancelled(layer.module))}
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
         before, calls = None, None
         if inputs is not None:
             before, calls = record_calls(_CALLER, trial, [f.path for f in layers], inputs)
-        pairs, left = _pairs(trial, layers, working, calls)
+        pairs, left = _redundant_biases(trial, layers, uncancelled, calls)
 
-    dropped = [_Drop(model.get_submodule(producer), model.get_submodule(norm)) for producer, norm in pairs]
+    drops = [_Drop(model.get_submodule(producer), model.get_submodule(norm)) for producer, norm in pairs]
     changes = [
         Change(producer, f"{type(model.get_submodule(producer)).__name__} with bias", "without bias", f"before {norm}")
         for producer, norm in pairs
     ]
     report = Report(_CALLER, tuple(changes), tuple(left))
     with UndoOnFailure() as undo:
-        for drop in dropped:
+        for drop in drops:
             drop.do(undo)
         if inputs is not None:
             with walk.restored(model, buffers=True):
                 walk.set_mode(model, training=False)
                 after = evaluate(model, inputs)
-            check_unchanged(_CALLER, before, after, "Something uses a bias outside the forward that was traced")
+            check_unchanged(_CALLER, before, after, "Some code outside the traced forward uses a bias")
         if optimizer is not None:
             for group in optimizer.param_groups:
                 undo.before(group.update, dict(group))
             undo.before(optimizer.state.update, dict(optimizer.state))
-            _forget(optimizer, [drop.bias for drop in dropped])
+            _remove_parameters(optimizer, [drop.bias for drop in drops])
         return Result(model, report)
 
 
@@ -133,7 +134,7 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "
-            "It waits for the gradient of every parameter: drop the biases first, then wrap the model."
+            "The wrapper waits for the gradient of every parameter: drop the biases first, then wrap the model."
         )
     if optimizer is None:
         return
@@ -150,7 +151,7 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
         )
 
 
-def _why_working(layer: nn.Module) -> str:
+def _why_uncancelled(layer: nn.Module) -> str:
     """Return why a bias before the layer may have an effect in training; empty if the layer subtracts it."""
     if walk.is_frozen(layer):
         return "the layer after it is frozen, so nothing subtracts the bias in training"
@@ -161,10 +162,10 @@ def _why_working(layer: nn.Module) -> str:
     return ""
 
 
-def _pairs(
-    model: nn.Module, layers: list[walk.Found], working: dict[str, str], calls: dict[str, Inputs] | None
+def _redundant_biases(
+    model: nn.Module, layers: list[walk.Found], uncancelled: dict[str, str], calls: dict[str, Inputs] | None
 ) -> tuple[list[tuple[str, str]], list[Change]]:
-    """Return the paths of each module with a redundant bias and of the layer after it, and the undecided ones."""
+    """Return the paths of each module with a redundant bias and of the layer after it, and the biases that are left."""
     pairs: list[tuple[str, str]] = []
     left: list[Change] = []
     for layer in layers:
@@ -177,7 +178,7 @@ def _pairs(
         module = None if producer is None else model.get_submodule(producer)
         if producer is None or module is None:
             continue
-        if why := working.get(layer.path) or _why_kept(model, producer, module, layer, calls):
+        if why := uncancelled.get(layer.path) or _why_kept(model, producer, module, layer, calls):
             name = f"{type(module).__name__} with bias"
             left.append(Change.unchanged(producer, name, why))
         else:
@@ -208,7 +209,7 @@ def _why_kept(
             return "only example_inputs show whether its output is [N, C] or [N, L, C]"
         call = calls.get(layer.path)
         if call is None or not call.args or call.args[0].dim() != 2:
-            return "its output is not [N, C] in the example, where its features would be the layer's channels"
+            return "its output is not [N, C] in the example, so its features are not the layer's channels"
     return ""
 
 
@@ -254,7 +255,7 @@ def _graph(model: nn.Module, holder: str, inner: list[str], calls: dict[str, Inp
 
 
 def _input_of(call: fx.Node, root: nn.Module) -> fx.Node:
-    """Return the node whose output the layer gets, without identities in between."""
+    """Return the node that computes the input of a call; identities in between are skipped."""
     node = call
     while node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -274,7 +275,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _has_one_use(graph: fx.Graph, root: nn.Module, call: fx.Node) -> bool:
-    """Whether the module is called once, its output has one user, and its parameters have no other use."""
+    """Return whether the module is called once, its output has one user, and its parameters have no other use."""
     module = root.get_submodule(call.target)  # type: ignore[arg-type]
     others = [n for n in graph.nodes if n.op == "call_module" and root.get_submodule(n.target) is module]
     read = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{call.target}.")]
@@ -288,13 +289,13 @@ def _joined(holder: str, path: Any) -> str:
     return f"{holder}.{path}" if holder else str(path)
 
 
-def _forget(optimizer: torch.optim.Optimizer, biases: list[nn.Parameter]) -> None:
+def _remove_parameters(optimizer: torch.optim.Optimizer, biases: list[nn.Parameter]) -> None:
     """Remove parameters from an optimizer's groups and state; empty groups stay, because schedulers count them."""
     gone = {id(bias) for bias in biases}
     for group in optimizer.param_groups:
-        kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
+        remaining = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
         if "param_names" in group:
-            group["param_names"] = [group["param_names"][i] for i in kept]
-        group["params"] = [group["params"][i] for i in kept]
+            group["param_names"] = [group["param_names"][i] for i in remaining]
+        group["params"] = [group["params"][i] for i in remaining]
     for bias in biases:
         optimizer.state.pop(bias, None)

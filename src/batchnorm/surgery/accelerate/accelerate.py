@@ -1,4 +1,4 @@
-"""Make an existing network faster to train: this library's layers, fused with additions and activations."""
+"""Speed up the training of an existing network: this library's layers, fused with additions and activations."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class AccelerateReport(Report):
 def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> Result[AccelerateReport]:
     """Replace batch normalization with this library's, and fuse it with the additions and activations after it.
 
-    Each `torch.nn.BatchNorm*d` becomes this library's: a subclass, with the same parameters, buffers, hooks and mode
-    (in place, the same object). Where an activation, or an addition and then an activation, follows a layer, the
+    Each `torch.nn.BatchNorm*d` becomes this library's layer: a subclass, with the same parameters, buffers, hooks and
+    mode. With `inplace=True` it stays the same object. If an addition, an activation or both follow a layer, the
     `forward` of the smallest module that contains them is rewritten to compute `activation(BN(x) + residual)` in one
-    operation. This is done only if the module's graph is the same in training and in evaluation. Calls for which the
+    operation. This requires that the module's graph is the same in training and in evaluation. Calls for which the
     graph is not valid (other arguments, changed attributes, hooks) use the class's own `forward`.
 
     The rewritten module's class is a subclass of its former class, with the same name. It can be copied and pickled,
@@ -75,16 +75,17 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
 
     Args:
         model: Any module.
-        example_inputs: A tensor, or a tuple of positional or a mapping of named arguments that the model takes, a few
-            samples in the dtype and on the device of training. With them each rewritten `forward` is compared with
-            the original in both modes, and modules that take lists of tensors are understood.
+        example_inputs: The arguments of one call of the model: a tensor, a tuple of positional arguments, or a mapping
+            of named arguments. Pass a few samples in the dtype and on the device of training. Each rewritten `forward`
+            is then compared with the original in both modes, and modules that take lists of tensors can be rewritten.
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and a report of each layer: its replacement and the operations fused with it, or the reason for none.
+        The model, and a report of each layer: its replacement and the operations fused with it, or the reason why
+        there are none.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: the model does not take the example inputs, cannot be copied, or is sharded. The model is then
             unchanged.
 

@@ -75,7 +75,7 @@ def find_fusions(model: nn.Module, norms: dict[str, nn.Module], calls: dict[str,
     waiting: dict[str, tuple[str, tuple[str, ...]]] = {}
     waiting.update({path: (caller, ()) for path in norms if (caller := caller_of(model, path)) is not None})
     while waiting:
-        # Inner modules first; within one, the layers that it calls itself before those further in.
+        # Inner modules come first; in a module, the layers that it calls itself come before deeper ones.
         place = max(waiting.values(), key=lambda at: (at[0].count(".") + bool(at[0]), at[0], -len(at[1]), at[1]))
         group = [path for path, at in waiting.items() if at == place]
         holder, passed = place
@@ -185,7 +185,7 @@ class _LayerCall:
         value = self._after_identities(self.norm)
         user = self._only_user(value)
         if isinstance(user, fx.Node) and (residual := self._added(user, value)) is not None:
-            if reason := self._cannot_wait_for(user):
+            if reason := self._why_not_as_late_as(user):
                 return reason
             self.add, self.residual = user, residual
             self.replaced.append(user)
@@ -262,7 +262,7 @@ class _LayerCall:
     def _is_tensor(node: fx.Node) -> bool:
         return node.target is not getattr  # such as x.shape; everything else is checked at the call
 
-    def _cannot_wait_for(self, add: fx.Node) -> str:
+    def _why_not_as_late_as(self, add: fx.Node) -> str:
         """Return why the layer cannot be called as late as the addition; empty if it can."""
         x, layer = self.norm.args[0], self._module(self.norm)
         order = list(self.graph.nodes)

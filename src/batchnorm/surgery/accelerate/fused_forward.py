@@ -1,8 +1,8 @@
 """A module's `forward`, rewritten to fuse batch normalization with the addition and the activation after it.
 
-The layers themselves do not change. The rewritten `forward` of their holder calls them through `norm_act`, which fuses
-them where it can and calls them one by one otherwise. So a tool can replace, fold or hook a layer afterwards, and
-restoring the class's own `forward` undoes everything.
+The layers themselves do not change. The rewritten `forward` of the module that contains them calls `norm_act`, which
+runs them in one operation if it can, and one by one otherwise. A tool can therefore replace, fold or hook a layer
+afterwards, and restoring the class's own `forward` undoes everything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FUSABLE = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def named_activation(activation: Activation) -> tuple[str, float] | None:
-    """Return an activation's name and parameter; None for a module with hooks, or that computes anything else."""
+    """Return an activation's name and parameter; None for a module that has hooks or computes anything else."""
     if activation is None:
         return "none", 0.0
     if isinstance(activation, tuple):
@@ -40,7 +40,7 @@ def named_activation(activation: Activation) -> tuple[str, float] | None:
 def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
     """Return `activation(norm(x) + residual)`: in one operation if layer, activation and residual allow it."""
     named = named_activation(activation)
-    if named is not None and type(norm) in _FUSABLE and not is_hooked(norm) and _same_kind(x, residual):
+    if named is not None and type(norm) in _FUSABLE and not is_hooked(norm) and _can_add(x, residual):
         return norm._normalize(x, residual, activation=named)  # type: ignore[operator]
     y: Tensor = norm(x)
     if residual is not None:
@@ -50,7 +50,7 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activat
     return y if activation is None else ops.ACTIVATIONS[activation[0]].forward(y, activation[1])
 
 
-def _same_kind(x: Tensor, residual: Any) -> bool:
+def _can_add(x: Tensor, residual: Any) -> bool:
     return residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
@@ -109,9 +109,9 @@ class Rewrite:
     Attributes:
         base: The class whose `forward` it replaces.
         source: Python source of a function `forward(self, *tensors)`, with its imports.
-        arguments: The requirement on each argument.
-        positional: How many of the arguments may be given by position.
-        assumed: The states in which the modules must be.
+        arguments: The arguments that it expects.
+        positional: The number of arguments that may be passed by position.
+        assumed: The states of the modules in which it is valid.
     """
 
     base: type[nn.Module]
@@ -169,7 +169,7 @@ def fused_class(rewrite: Rewrite) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         default: tuple[Any, ...] = base.__reduce_ex__(self, max(int(protocol), 2))  # type: ignore[assignment]
-        # A further subclass must make its instances itself.
+        # Instances of a further subclass must not become instances of this class.
         return (_new, (rewrite,), *default[2:]) if type(self) is fused else default
 
     namespace = {

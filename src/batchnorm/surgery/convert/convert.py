@@ -36,14 +36,15 @@ def convert(
 ) -> Result[Report]:
     """Replace the model's batch normalization by another normalization.
 
-    Parameters and buffers with the same meaning are kept; the parameters are the same objects, so that an optimizer
-    can continue with them. Modes, hooks and their handles, parametrizations, devices, dtypes and `requires_grad` are
-    kept as well, as are absent weights, biases and running statistics. A layer that is used in several places stays
-    one layer. A new layer remembers the one that it replaced: converting back restores it, with the current state.
+    Parameters and buffers with the same meaning are kept. The parameters are the same objects, so an optimizer can
+    continue with them. Modes, hooks and their handles, parametrizations, devices, dtypes and `requires_grad` are kept,
+    too. A layer without weight, bias or running statistics does not get them. A layer that is used in several places
+    stays one layer. A new layer remembers the one that it replaced. Converting back restores that one, with the current
+    state.
 
-    A layer is left unchanged if the conversion would lose something, and the report says why. Examples are a subclass
-    with its own `forward` (such as one with an activation), additional parameters, and statistics that the new class
-    cannot hold.
+    A layer is left unchanged if the conversion would lose something, and the report gives the reason. Examples are a
+    subclass with its own `forward` (such as one with an activation), additional parameters, and statistics that the new
+    class cannot hold.
 
     Args:
         model: Any module; it may itself be such a layer.
@@ -53,10 +54,11 @@ def convert(
             `batchnorm.nn` mean their class of the same name, so `torch.nn` converts back.
         only: The layers to replace: a pattern for paths such as `"layer4.*"`, several patterns, a class, or a
             predicate of path and layer.
-        example_inputs: As in `accelerate`. In a run on them, a layer that takes any number of dimensions, such as
-            `SyncBatchNorm`, shows whether it becomes a `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, and a
-            `BatchNorm1d` whether its input is `[N, C]` or `[N, C, L]`. Without them, the convolution, pooling or linear
-            layer next to it shows this. If there is none, the new layer takes any number of dimensions too.
+        example_inputs: As in `accelerate`. A run on them shows the number of dimensions of each layer's input. It
+            decides whether a layer that takes any number, such as `SyncBatchNorm`, becomes a `BatchNorm1d`,
+            `BatchNorm2d` or `BatchNorm3d`, and shows whether the input of a `BatchNorm1d` is `[N, C]` or `[N, C, L]`.
+            Without them, the convolution, pooling or linear layer next to the layer shows this. If there is none, the
+            new layer takes any number of dimensions, too.
         inplace: Whether to change the model itself instead of a copy.
         **options: Arguments of the class, such as `ghost_size=16` or `momentum=0.01`. Others are taken from the layer.
 
@@ -70,10 +72,10 @@ def convert(
             `DistributedDataParallel`, the change would add or freeze parameters. The model is then unchanged.
 
     `LayerNorm` becomes `GroupNorm(1, C)`: layer normalization over channels and positions, with weight and bias for
-    each channel. `GroupNorm` uses the largest number of groups up to 32 that leaves at least 2 channels in each, or 16
-    if the layer may get `[N, C]`, unless `num_groups` is given. A layer that may get `[N, C]` is left if a group would
-    then have one value, which normalization erases: this applies to `InstanceNorm1d`. These classes and `Identity` keep
-    no running statistics, and cannot be converted back.
+    each channel. Unless `num_groups` is given, `GroupNorm` uses the largest number of groups up to 32 that leaves at
+    least 2 channels in each, or 16 if the input may be `[N, C]`. A layer whose input may be `[N, C]` is left if a group
+    would have one value, because normalization erases a single value. This applies to `InstanceNorm1d`. These classes
+    and `Identity` keep no running statistics, and cannot be converted back.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -112,10 +114,10 @@ def replace_layers(
     kinds: walk.Kinds = walk.is_batch_norm,
     finish: Callable[[nn.Module], object] | None = None,
 ) -> Result[Report]:
-    """Replace each chosen layer by the result of `choose`: all layers, or none if an exception is raised.
+    """Replace each chosen layer by the result of `choose`; if an exception is raised, replace none.
 
-    `choose` gets the place and the layer; for another library's frozen layer, this library's that is equal to it.
-    `finish` is called with the model afterwards, and may change the classes of its modules.
+    `choose` gets the places of a layer and the layer. A frozen layer of another library is passed as this library's
+    equivalent. `finish` is called with the model afterwards, and may change the classes of its modules.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(

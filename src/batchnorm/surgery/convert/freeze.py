@@ -33,8 +33,7 @@ def freeze(
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, and the report. A layer is left if it has no running statistics, or does more than a frozen layer
-        can.
+        The model, and the report. A layer is left if it has no running statistics, or does more than a frozen layer.
 
     Raises:
         ValueError: a pattern matches no layer; no layer can be frozen; the model is sharded, or in
@@ -60,11 +59,11 @@ def freeze(
 
 
 def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
-    """Restore the model's frozen layers: class, options, momentum, and which parameters are trained.
+    """Restore the class, options, momentum and `requires_grad` of the model's frozen layers.
 
-    Changes since then are kept: momentum, `requires_grad`, mode, values loaded from a checkpoint. A layer that was
-    created as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β. So does the
-    `FrozenBatchNorm2d` of torchvision, detectron2, DETR and similar models, which becomes a `BatchNorm2d`.
+    Changes made since freezing are kept: momentum, `requires_grad`, mode, values loaded from a checkpoint. A layer that
+    was created as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β. The `FrozenBatchNorm2d` of
+    torchvision, detectron2, DETR and similar models becomes a `BatchNorm2d` that trains γ and β, too.
 
     Args:
         model: Any module.

@@ -12,7 +12,7 @@ from batchnorm.surgery.convert import replacement
 from batchnorm.surgery.convert.replacement import Replacement, Unconvertible
 
 _MOST_GROUPS = 32
-_LEAST_CHANNELS = 16  # of a group, if the input may be [N, C]: the paper's other choice
+_LEAST_CHANNELS = 16  # in a group, if the input may be [N, C]; the paper also uses 16
 
 
 def is_per_sample(kind: type[nn.Module]) -> bool:
@@ -31,7 +31,7 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
         positions: Whether the layer's input is known to have several positions.
 
     Raises:
-        Unconvertible: a group may have one value, if the input has one position; otherwise as `replacement.make`.
+        Unconvertible: a group would have one value if the input has one position; or as in `replacement.make`.
     """
     channels = int(old.num_features)  # type: ignore[arg-type]
     is_layer_norm = issubclass(kind, nn.LayerNorm)
@@ -41,7 +41,7 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
         options = {"num_groups": number_of_groups(channels, positions), **options}
     made = replacement.make(old, kind, options, path)
     alone = getattr(made.new, "num_groups", channels) == channels
-    if alone and not positions and not issubclass(kind, (nn.InstanceNorm2d, nn.InstanceNorm3d)):  # which raise errors
+    if alone and not positions and not issubclass(kind, (nn.InstanceNorm2d, nn.InstanceNorm3d)):  # they raise errors
         raise Unconvertible(
             f"{describe(made.new)} would erase an input with one position, such as [N, C], because a group has one "
             f"value: choose {'fewer groups' if channels > 1 else 'another layer'}, or pass example_inputs with several "

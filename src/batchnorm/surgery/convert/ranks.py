@@ -57,7 +57,7 @@ def shapes_in_run(caller: str, model: nn.Module, example_inputs: Any) -> dict[st
 
 @dataclass(frozen=True)
 class Given:
-    """The input that a layer gets, as far as it is known.
+    """The known properties of a layer's input.
 
     Attributes:
         rank: "1d", "2d" or "3d"; "" if it is unknown.

@@ -29,7 +29,7 @@ _ORIGIN = "_converted_from"
 _MISSING: Any = object()
 # Members that a subclass may define without changing its `forward`.
 _HARMLESS = {"_check_input_dim", "extra_repr", "reset_parameters", "layer_name", "cls_to_become"}
-_MATTERS = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+_HARMFUL = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 
 
 class Unconvertible(Exception):
@@ -69,7 +69,7 @@ class Replacement:
                             parameter.grad = None  # otherwise, momentum and weight decay go on moving the parameter
             elif getattr(self.new, name, value) != value:
                 setattr(self.new, name, value)
-        _own_hooks(self.new)
+        _rebind_hooks(self.new)
         vars(self.new).pop(_ORIGIN, None)
         if self.origin is not None:
             self.origin.made = self.origin.made or settings_of(self.new)
@@ -80,7 +80,7 @@ class Replacement:
         """Put the old layer back into its places, whether committed or not."""
         for parent, key in found.slots:
             parent._modules[key] = found.module
-        _own_hooks(found.module)
+        _rebind_hooks(found.module)
 
 
 def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Replacement]]) -> UndoOnFailure:
@@ -96,7 +96,7 @@ def undone_on_failure(model: nn.Module, planned: Sequence[tuple[walk.Found, Repl
     return undo
 
 
-def _own_hooks(layer: nn.Module) -> None:
+def _rebind_hooks(layer: nn.Module) -> None:
     """Rebind the hooks that refer to the replaced module to this one."""
     for hooks in (h for n, h in vars(layer).items() if "_hooks" in n and isinstance(h, dict)):
         for hook in hooks.values():
@@ -127,15 +127,15 @@ def adopt(layer: nn.Module) -> nn.Module:
 
 
 def check_plain(layer: nn.Module) -> None:
-    """Raise Unconvertible if the layer does or holds more than its known class: that would be lost."""
+    """Raise Unconvertible if the layer does or holds more than its known class, because a conversion would lose it."""
     kind = walk.class_of(layer)
     for cls in kind.__mro__:
         if _is_known(cls):
             continue
         for name, value in vars(cls).items():
-            does = callable(value) or isinstance(value, (property, staticmethod, classmethod))
+            is_code = callable(value) or isinstance(value, (property, staticmethod, classmethod))
             dunder = name.startswith("__") and name.endswith("__")
-            if does and name not in _HARMLESS and (not dunder or name in _MATTERS):
+            if is_code and name not in _HARMLESS and (not dunder or name in _HARMFUL):
                 raise Unconvertible(f"its class {kind.__name__} has its own {name}, which would be lost")
     if "forward" in vars(layer):
         raise Unconvertible("its forward was replaced on the instance, which would be lost")
@@ -183,7 +183,7 @@ def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Repl
     """Return the layer of a wanted class that this one replaced, with this one's state; None if there is none."""
     settings, current = settings_of(layer), layer
     while (origin := origin_of(current)) is not None:
-        # Keep what was set since; undo what the conversion itself changed.
+        # Keep the settings that were changed later; undo those that the conversion itself changed.
         settings = {k: v if settings[k] == origin.made[k] else settings[k] for k, v in origin.before.items()}
         current = origin.layer
         if wanted(walk.class_of(current)):
@@ -197,12 +197,12 @@ def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Repl
     _carry_state(layer, current, STATE)
     _carry_hooks(layer, current)
     current.train(layer.training)
-    _move_rest(current)
+    _move_other_buffers(current)
     return Replacement(current, settings, origin_of(current))
 
 
 def from_function(old: nn.Module, function: Callable[[nn.Module], nn.Module]) -> Replacement:
-    """Return the layer that a user's function makes in place of `old`, with its weight and bias where shapes agree."""
+    """Return the layer that a user's function makes in place of `old`, with its weight and bias if shapes agree."""
     new = function(old)
     if not isinstance(new, nn.Module):
         raise TypeError(
@@ -268,7 +268,7 @@ def _arguments(
         given["track_running_stats"] = lazy or getattr(old, "running_mean", None) is not None
     for name in signature.parameters:
         if batch_norm and name not in given and name != "bias":
-            # A layer without the attribute has the default of all layers: above all, no activation.
+            # A layer without the attribute has the default of all layers; most importantly, no activation.
             value = getattr(old, name, getattr(NormLayer, name, _MISSING))
             if value is not _MISSING and not isinstance(value, Tensor) and not inspect.ismethod(value):
                 given[name] = value
@@ -292,7 +292,7 @@ def _construct(old: nn.Module, kind: type[nn.Module], arguments: dict[str, Any])
 
 
 def _carry_state(old: nn.Module, new: nn.Module, names: tuple[str, ...]) -> None:
-    """Give `new` the parameters and buffers of `old` themselves, or their values where its shapes differ."""
+    """Give `new` the parameters and buffers of `old` themselves, or only their values if its shapes differ."""
     values: dict[str, Tensor] = {}
     parametrized = _parametrized(old)
     for name in names:
@@ -358,7 +358,7 @@ def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
     vars(new)["_is_full_backward_hook"] = vars(old).get("_is_full_backward_hook")
 
 
-def _move_rest(layer: nn.Module) -> None:
+def _move_other_buffers(layer: nn.Module) -> None:
     """Move the buffers that only this class has to the current device of the others."""
     devices = [t.device for name in STATE if (t := getattr(layer, name, None)) is not None]
     for name, buffer in layer._buffers.items():
@@ -369,5 +369,5 @@ def _move_rest(layer: nn.Module) -> None:
 
 
 def is_norm_class(kind: object) -> bool:
-    """Whether `make` can construct this class."""
+    """Return whether `make` can construct this class."""
     return isinstance(kind, type) and issubclass(kind, (_NormBase, nn.GroupNorm, nn.Identity))

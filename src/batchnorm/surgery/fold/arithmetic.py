@@ -104,10 +104,10 @@ def into_consumer(
 ) -> tuple[Tensor, Tensor]:
     """Return the weight of the operation preceded by the scale and shift, and the kernel of the shift.
 
-    `W′ = W·s` along the input channels. Where every output sees the whole kernel, the shift adds the kernel's sum to
-    the bias. Where zeros are padded *after* the shift, and in a transposed convolution, it adds less near the border:
-    the result of the operation with this kernel, one input channel, `groups = 1` and the same stride, padding and
-    dilation, applied to ones.
+    `W′ = W·s` along the input channels. If every output sees the whole kernel, the shift adds the kernel's sum to the
+    bias. If zeros are padded *after* the shift, or if the convolution is transposed, the shift adds less near the
+    border: the result of the operation with this kernel, one input channel, `groups = 1` and the same stride, padding
+    and dilation, applied to ones.
 
     Returns:
         W′ in the weight's shape; the kernel `[out, 1, *kernel]`, or `[1, out, *kernel]` if transposed.
@@ -128,7 +128,7 @@ def into_consumer(
 
 
 def interior(kernel: Tensor) -> Tensor:
-    """Return the shift's contribution to the bias `[out]`, where every output sees the whole kernel of the shift."""
+    """Return the shift's contribution to the bias `[out]` if every output sees the whole kernel of the shift."""
     return kernel.flatten(1).sum(1)
 
 
@@ -154,7 +154,7 @@ def embedded(weight: Any, kernel: Sequence[int], offset: Sequence[int], step: Se
 
 
 def regrouped(weight: Any, *, groups: int, into: int) -> Tensor:
-    """Return a weight of `groups` groups as one of fewer, larger groups, zero where nothing was connected."""
+    """Return a weight of `groups` groups as one of fewer, larger groups, with zeros for new connections."""
     w = wide(weight)
     if groups == into:
         return w

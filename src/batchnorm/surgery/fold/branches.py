@@ -48,12 +48,12 @@ def merged(network: Network, call: Call) -> FoldPlan:
     left, right = (_as_linear(branch, first) for branch in branches)
     state = _sum(left, right.negated() if call.kind is Kind.DIFFERENCE else right)
     return FoldPlan(
-        network, {call: state}, gone=gone, sources={call: sources.pop()}, same=[call.results[0]], where=[call]
+        network, {call: state}, gone=gone, sources={call: sources.pop()}, same=[call.results[0]], absorbers=[call]
     )
 
 
 def _feeds_a_norm(network: Network, call: Call) -> bool:
-    """Whether only a batch normalization reads the sum, perhaps after more has been added."""
+    """Return whether only a batch normalization reads the sum, perhaps after further additions."""
     readers = network.readers(call.results[0])
     return len(readers) == 1 and (
         readers[0].kind is Kind.NORM or (readers[0].kind is Kind.SUM and _feeds_a_norm(network, readers[0]))
@@ -102,7 +102,7 @@ def _sum(first: Linear, second: Linear) -> Linear:
 def _joined(first: Linear, second: Linear) -> tuple[Tensor, int]:
     """Return the sum of two convolutions' kernels, of the first one's size, and its groups.
 
-    Only the kernels' first taps must be aligned. Where the padding at the ends makes the results' sizes differ, the
+    Only the kernels' first taps must be aligned. If the padding at the ends makes the results' sizes differ, the
     original cannot add them either.
 
     Raises:

@@ -57,7 +57,7 @@ class Error(NamedTuple):
         return max(map(cls.of, runs), key=lambda error: error.after - 2.0 * error.before)
 
     def allowed(self, tolerance: float, amplification: float = 1.0) -> bool:
-        """Whether the error is at most the tolerance or twice the original's own error, times the amplification.
+        """Return whether the error is at most the tolerance or twice the original's error, times the amplification.
 
         The original and the folded network round differently, so either may happen to be closer to float64. Twice the
         original's error is therefore no evidence of a mistake. The whole network has the bound of one fold, multiplied:

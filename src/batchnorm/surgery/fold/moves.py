@@ -35,7 +35,7 @@ class Move(NamedTuple):
     back: bool
 
 
-Rule = Callable[[Move], ScaleShift]  # the equivalent at the other side; raises CannotFold where there is none
+Rule = Callable[[Move], ScaleShift]  # the equivalent at the other side; raises CannotFold if there is none
 
 
 def unchanged(move: Move) -> ScaleShift:
@@ -93,7 +93,7 @@ def averaged(s: ScaleShift, axes: Sequence[int], *, keep: bool, back: bool) -> S
     return ScaleShift(scale, shift)
 
 
-def _groups(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
+def _matching_axes(given: Shape, wanted: Shape) -> list[tuple[range, range]]:
     """Return the smallest runs of axes that a reshape maps to each other; their sizes always have equal products."""
 
     def times(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ def reshaped(s: ScaleShift, given: Shape, wanted: Shape) -> ScaleShift:
     """Move the scale and shift past a reshape from one shape to another."""
     expanded: list[int] = []
     result: list[int] = []
-    for from_axes, to_axes in _groups(given, wanted):
+    for from_axes, to_axes in _matching_axes(given, wanted):
         sizes = [s.scale.shape[a] for a in from_axes]
         large_from = [a for a in from_axes if set(given[a]) != {1}]
         large_to = [a for a in to_axes if set(wanted[a]) != {1}]

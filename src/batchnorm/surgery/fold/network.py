@@ -179,7 +179,7 @@ class Network(ABC):
         return self.shapes[value]
 
     def same_shape(self, first: Value, second: Value) -> bool:
-        """Whether two values are known to have the same shape."""
+        """Return whether two values are known to have the same shape."""
         return first in self.shapes and self.shapes[first] == self.shapes.get(second)
 
     def size(self, value: Value, axis: int) -> int:

@@ -26,7 +26,7 @@ class FoldPlan:
         alias: The values that are replaced, each by another.
         through: The other calls whose results change.
         same: The values that must not change.
-        where: The calls that absorb the batch normalization, for the report.
+        absorbers: The calls that absorb the batch normalization, for the report.
     """
 
     network: Network
@@ -36,7 +36,7 @@ class FoldPlan:
     alias: dict[Value, Value] = field(default_factory=dict)
     through: list[Call] = field(default_factory=list)
     same: list[Value] = field(default_factory=list)
-    where: list[Call] = field(default_factory=list)
+    absorbers: list[Call] = field(default_factory=list)
 
     def carry_out(self, values: Mapping[Value, Any]) -> None:
         """Make the change; `values` holds the new values of tensors."""
@@ -120,7 +120,7 @@ class FoldPlan:
         if call.kind in (Kind.LINEAR, Kind.NORM):
             layer = self._layer(call)
             self.states[call] = layer.after(self._channels(s, value, layer, layer.out_channels))
-            self.where.append(call)
+            self.absorbers.append(call)
             return
         self.through.append(call)
         if call.kind is Kind.SUM:
@@ -205,7 +205,7 @@ class FoldPlan:
             raise CannotFold(f"{reader.description} reads its result")
 
     def _absorb(self, call: Call, state: Layer) -> None:
-        self.where.append(call)
+        self.absorbers.append(call)
         self.states[call] = state
         if isinstance(state, Linear) and state.bias is not None and not state.takes_bias:
             addition = self._addition_of_constant(call, state)

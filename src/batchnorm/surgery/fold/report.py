@@ -14,7 +14,7 @@ class FoldError(RuntimeError):
 
 @dataclass(frozen=True)
 class FoldReport(Report):
-    """The fate of every batch normalization, one row for each call.
+    """The result for every batch normalization, one row per call.
 
     Attributes:
         how: "fx" or "export": the result takes every size that the model takes; "modules": the model could not be

@@ -112,4 +112,4 @@ class Search:
         if not error.allowed(self._tolerance):
             raise CannotFold(f"folding it has an error of {error.after:.1e}, the layer itself of {error.before:.1e}")
         plan.carry_out(trial.values)
-        return plan.where
+        return plan.absorbers

@@ -28,7 +28,7 @@ class Window(NamedTuple):
     Attributes:
         stride: Along each dimension.
         dilation: Along each dimension.
-        padding: The zeros before and after each dimension; None where they depend on the input's size.
+        padding: The zeros before and after each dimension; None if they depend on the input's size.
         enlarged: Whether a transposed convolution's output is larger than its kernel reaches.
     """
 
@@ -124,7 +124,7 @@ class Linear:
         return self.bias + more
 
     def _sees_whole_kernel(self) -> bool:
-        """Whether the whole kernel is inside the input for every output."""
+        """Return whether the whole kernel is inside the input for every output."""
         window = self.window
         pointwise = {*self.weight.shape[2:], *window.stride} == {1}
         padded = not pointwise if window.padding is None else any(map(any, window.padding))

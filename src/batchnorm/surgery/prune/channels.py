@@ -77,7 +77,7 @@ class Channels:
                 self._of[value] = numbers
 
     def _results(self, call: Call) -> list[Tensor]:
-        """Return the numbers of the call's results; raise CannotFold where the channels of its inputs have to stay."""
+        """Return the numbers of the call's results; raise CannotFold if the channels of its inputs have to stay."""
         if call.kind is Kind.SIZE:
             return []
         if is_pointwise(call.node):
@@ -99,7 +99,7 @@ class Channels:
         found = moved(self.network, call, ScaleShift(numbers, torch.zeros_like(numbers))).scale
         sizes = call.node.args[1] if call.node.target is torch.reshape else None
         axes = [axis for axis, size in enumerate(found.shape) if size != 1]
-        if len(axes) > 1 or (isinstance(sizes, (tuple, list)) and any(_written(sizes[axis]) for axis in axes)):
+        if len(axes) > 1 or (isinstance(sizes, (tuple, list)) and any(_is_fixed(sizes[axis]) for axis in axes)):
             raise CannotFold("a reshape needs their number")
         return found
 
@@ -182,12 +182,12 @@ def moved(network: TorchNetwork, call: Call, s: ScaleShift) -> ScaleShift:
 
 
 def is_depthwise(layer: Linear) -> bool:
-    """Whether each channel of the input has its own channels of the result."""
+    """Return whether each channel of the input has its own channels of the result."""
     return layer.groups > 1 and layer.groups == layer.in_channels
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether each value of the call's result depends on the values at the same position only."""
+    """Return whether each value of the call's result only depends on the values at the same position."""
     if node.op == "call_module":
         layer = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
         return type(layer) in _LAYERS and not is_hooked(layer)
@@ -200,5 +200,5 @@ def slopes_of(node: Node) -> Tensor | None:
     return layer.weight.detach() if type(layer) is nn.PReLU else None
 
 
-def _written(size: object) -> bool:
+def _is_fixed(size: object) -> bool:
     return isinstance(size, int) and size != -1

@@ -44,14 +44,14 @@ def prune_channels(
     """Remove channels whose γ is zero or small from the layers around each batch normalization (network slimming).
 
     A channel whose γ is zero has the constant value β. The layers that compute it lose their filters for it, and the
-    layers that read it lose their weights for it; the constant, after the activation, goes into their bias, or into the
+    layers that read it lose their weights for it. The constant, after the activation, goes into their bias, or into the
     running mean of the batch normalization after them. Channels that are added or multiplied are removed together, and
-    so are those before and after a depthwise convolution. The model keeps its classes and its forward.
+    so are the channels before and after a depthwise convolution. The model keeps its classes and its forward.
 
-    By default, only channels with γ = 0 are removed, and only where the output stays the same: a constant other than
-    zero stays in front of a convolution that pads zeros. With `share` or `threshold`, channels with the smallest |γ|
-    are removed as if their γ were zero, and a convolution that pads zeros adds the constant that is right inside its
-    borders. The output then changes: prune in steps, and train the model further.
+    By default, only channels with γ = 0 are removed, and only if the output stays the same: a channel stays if its
+    constant is not zero and a convolution that pads zeros reads it. With `share` or `threshold`, channels with the
+    smallest |γ| are removed as if their γ were zero. A convolution that pads zeros then gets a bias that is exact only
+    inside its borders. The output changes, so prune in steps, and train the model further.
 
     Args:
         model: Any module that can be traced, in any mode.
@@ -68,7 +68,7 @@ def prune_channels(
         create the optimizer after pruning.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: the model cannot be called with the inputs, cannot be copied, is in `DistributedDataParallel` or
             sharded; share or threshold is out of range, or both are given; a pattern matches no layer.
         PruneError: the pruned network does not run, or its output is not that of the original with γ = 0 in the
@@ -148,7 +148,7 @@ def _check(model: nn.Module, share: float | None, threshold: float | None) -> No
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "
-            "It holds the parameters that are replaced: prune the model first, then wrap it."
+            "The wrapper holds the parameters that are replaced: prune the model first, then wrap it."
         )
     if share is not None and threshold is not None:
         raise ValueError(f"{_CALLER} expects share or threshold, got both ({share} and {threshold}). Pass one of them.")
@@ -193,7 +193,8 @@ def _checked(
 ) -> list[Tensor]:
     """Return the results of the pruned network for these inputs, after a run in training with the first of them.
 
-    They are compared, as in folding, with those of the model with γ = 0 in the channels `zeroed`, by the layer's path.
+    The results are compared, as in folding, with those of the model with γ = 0 in the channels `zeroed`, by the layer's
+    path.
     """
     masked = walk.copied(_CALLER, model)
     try:

@@ -47,14 +47,14 @@ class Removal:
 
 
 def removal(channels: Channels, small: Mapping[Call, Tensor], largest: Mapping[int, float], exactly: bool) -> Removal:
-    """Return the channels that can be removed if γ is zero where it is small.
+    """Return the channels that can be removed if every small γ is taken as zero.
 
     Args:
         channels: The channels of the network.
         small: For each batch normalization, the channels whose γ may be taken as zero.
         largest: The largest |γ| of the channels with this number.
-        exactly: Whether to remove only channels whose constant the next layers take in exactly, also where they pad
-            zeros. Otherwise such a layer adds the constant that is right inside.
+        exactly: Whether to remove only channels whose constant the next layers can absorb exactly, also at a border of
+            padded zeros. Otherwise a layer that pads zeros gets a constant that is exact only inside its borders.
     """
     chosen = {int(n) for call, which in small.items() for n in channels.held[call][which]} - channels.kept.keys()
     found = Removal(chosen, small)
@@ -94,7 +94,7 @@ def _vector(s: ScaleShift, layer: Any) -> ScaleShift:
 
 
 def _constant(layer: Linear, constants: Tensor) -> tuple[Tensor, bool]:
-    """Return what constant channels add to the layer's result inside its borders, and whether also at them."""
+    """Return what constant channels add to the layer's result inside its borders, and whether also at its borders."""
     moved = layer.before(ScaleShift(torch.ones_like(constants), constants))
     bias = torch.zeros(layer.out_channels).double() if layer.bias is None else layer.bias
     if moved.border is None:
@@ -152,7 +152,7 @@ class _Constants:
         zeroed, beta = self._zeroed.get(call, torch.tensor(False)), call.node.args[4]
         at_zero = torch.zeros(()).double() if beta is None else arithmetic.wide(self._network.attribute(beta))
         values = layer.scale_shift.scale * s.shift + layer.scale_shift.shift
-        return _where((s.scale == 0) | zeroed, torch.where(zeroed, at_zero, values))
+        return _constant_where((s.scale == 0) | zeroed, torch.where(zeroed, at_zero, values))
 
     def _depthwise(self, layer: Linear, s: ScaleShift) -> ScaleShift:
         added, everywhere = _constant(layer, s.shift)
@@ -163,7 +163,7 @@ class _Constants:
             else:
                 self.exact = False
         each = layer.out_channels // layer.in_channels
-        return _where(constant.repeat_interleave(each), added if layer.bias is None else added + layer.bias)
+        return _constant_where(constant.repeat_interleave(each), added if layer.bias is None else added + layer.bias)
 
     def _pointwise(self, call: Call) -> ScaleShift:
         node, slopes = call.node, slopes_of(call.node)
@@ -180,16 +180,16 @@ class _Constants:
         if node.target is operator.mul:
             constant = constant | reduce(or_, ((s.scale == 0) & (s.shift == 0) for s in inputs))
         with torch.no_grad():
-            return _where(*torch.broadcast_tensors(constant, function(*args, **kwargs)))
+            return _constant_where(*torch.broadcast_tensors(constant, function(*args, **kwargs)))
 
     def _moved(self, call: Call, s: ScaleShift) -> ScaleShift:
         try:
             return moved(self._network, call, s)
         except CannotFold:  # it keeps only zeros
-            return moved(self._network, call, _where((s.scale == 0) & (s.shift == 0), s.shift))
+            return moved(self._network, call, _constant_where((s.scale == 0) & (s.shift == 0), s.shift))
 
 
-def _where(constant: Tensor, values: Tensor) -> ScaleShift:
-    """Return values that are constant there, if they are finite."""
+def _constant_where(constant: Tensor, values: Tensor) -> ScaleShift:
+    """Return constant channels with these values, for the channels that are `constant` and finite."""
     constant = constant & values.isfinite()
     return ScaleShift((~constant).double(), torch.where(constant, values, 0.0))

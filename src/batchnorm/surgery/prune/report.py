@@ -8,7 +8,7 @@ from batchnorm.models.report import Report
 
 
 class PruneError(RuntimeError):
-    """The pruned network does not compute what it should. Nothing was changed."""
+    """The pruned network does not run, or computes a wrong result. Nothing was changed."""
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,19 @@ def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("model", "inputs", "error", "text"),
     [
-        ("net.pth", torch.randn(IMAGE), TypeError, "model must be a torch.nn.Module that is not scripted, got str"),
+        (
+            "net.pth",
+            torch.randn(IMAGE),
+            TypeError,
+            "fold expects a torch.nn.Module that is not scripted, got str",
+        ),
         (nn.BatchNorm2d(3), 3, TypeError, "example_inputs must be a tensor, a tuple of arguments or a dict"),
-        (nn.BatchNorm2d(3), torch.randn(2, 4, 5, 5), ValueError, "must be what the model takes, but calling it raised"),
+        (
+            nn.BatchNorm2d(3),
+            torch.randn(2, 4, 5, 5),
+            ValueError,
+            "inputs that the model takes, but calling it raised",
+        ),
     ],
 )
 def test_a_mistake_is_reported(model, inputs, error, text: str) -> None:

@@ -95,7 +95,7 @@ def test_a_copy_that_does_not_work_is_not_blamed_on_the_example() -> None:
     ):
         bn.fold(model, X)
     assert len(model._modules["body"]._forward_hooks) == 1
-    with pytest.raises(ValueError, match="example_inputs must be what the model takes"):
+    with pytest.raises(ValueError, match="fold expects example_inputs that the model takes"):
         bn.fold(model, X[0, 0])
 
 

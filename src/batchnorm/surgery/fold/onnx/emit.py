@@ -34,7 +34,7 @@ def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
         return name
 
     def store(name: str, value: Tensor) -> str:
-        """Store a tensor, under its own name unless something else still reads that."""
+        """Store a tensor under its own name, or under a new name if other calls still read the old value."""
         if name in new or name in still or (name not in stored and constants.tensor(name) is None):
             name = fresh(f"{name}_folded")
         new[name] = as_tensor(name, value)
@@ -63,7 +63,7 @@ def _names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 
 
 def _needed(network: OnnxNetwork) -> list[Call]:
-    """Return the calls, without those that compute constants which nothing reads any more."""
+    """Return the calls, without calls that compute constants that are no longer read."""
     calls = [call for call in network.calls if not call.gone]
     while True:
         read = _read_by(calls)

@@ -17,7 +17,7 @@ LARGE = 2**31 - 2**22  # bytes of weights that fit into one file with everything
 
 
 def is_large(model: onnx.ModelProto) -> bool:
-    """Whether the model does not fit into one file."""
+    """Return whether the model is too large for one file."""
     return sum(len(tensor.raw_data) for tensor in tensors(model)) > LARGE
 
 
@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, bool]:
     """Return the model with all its weights, and whether they were in separate files.
 
     Raises:
-        Exception: The file is no model, or weights are missing.
+        Exception: The file is not a model, or weights are missing.
     """
     model = onnx.load_model(path, load_external_data=False)
     if not model.HasField("graph"):
@@ -55,7 +55,7 @@ def check_output(output: Path, *, external: bool, overwrite: bool = True) -> Pat
     """Check that the model can be written, and return the path with links followed.
 
     Raises:
-        OSError: There can be no file, or it would need weights beside it but is a link to another folder.
+        OSError: No file can be written there, or the path is a link to another folder and needs weights beside it.
     """
     target = check_target(output, overwrite=overwrite)
     if external and target.parent != Path(os.path.realpath(output.parent)):
@@ -100,7 +100,7 @@ def _own_data(output: Path) -> set[str]:
     """Return the files with the weights of an earlier result, if `write` could have named them."""
     try:
         held = data_files(onnx.load_model(output, load_external_data=False))
-    except Exception:  # there is no earlier result, or it is no model
+    except Exception:  # there is no earlier result, or it is not a model
         return set()
     own = re.compile(re.escape(output.name) + r"(\.\d+)?\.data")
     return {name for name in held if own.fullmatch(name)}

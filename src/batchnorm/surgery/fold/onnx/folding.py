@@ -60,7 +60,7 @@ def fold_onnx(
     Raises:
         ModuleNotFoundError: onnx or onnxruntime is not installed.
         TypeError: The model is neither a ModelProto nor a path.
-        ValueError: The file is no model, the model cannot be run, or output is no place for a file.
+        ValueError: The file is not a model, the model cannot be run, or no file can be written at output.
         FoldError: The folded model's results are not the original's.
         OSError: output could not be written. An earlier file is then unchanged.
 
@@ -124,7 +124,9 @@ def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:
         copy.CopyFrom(model)
         return copy, False
     if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"model must be an onnx.ModelProto or the path of a file, got {type(model).__name__}.")
+        raise TypeError(
+            f"model must be an onnx.ModelProto or the path of a file, got {type(model).__name__}. Pass one of these."
+        )
     path = Path(model)
     if not path.is_file():
         raise ValueError(f"{path} must be an ONNX file, but there is none. Check the path.")

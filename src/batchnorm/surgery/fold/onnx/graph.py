@@ -131,7 +131,7 @@ class Constants:
         arrays: dict[str, Array] = {}
         for i, each in enumerate(operator.node.input):
             array = self.array(each)
-            if array is None and i == 1 and operator.op == "CastLike":  # its type is all that matters
+            if array is None and i == 1 and operator.op == "CastLike":  # only its type matters
                 array = self._values.get(each)
             if array is None:
                 return None

@@ -48,7 +48,7 @@ def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> list[Feeds]:
     reason = " ".join(str(error).split())[:300].rstrip(".")
     raise ValueError(
         f"the model must run with its inputs ({', '.join(_described(value) for value in wanted)}), but: {reason}. "
-        "Give inputs= that it takes, or their shapes."
+        "Pass inputs= that it takes, or their shapes."
     ) from error
 
 
@@ -99,7 +99,7 @@ def _drawn(
     if isinstance(given, tuple):
         return _random(given, _dtype(kind.elem_type), generator)
     if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
-        raise ValueError(f"inputs must hold {value.name}, whose shape the model leaves open. Give it.")
+        raise ValueError(f"inputs must include {value.name}, whose shape the model leaves open. Pass it.")
     shape = []
     for axis, dim in enumerate(kind.shape.dim):
         if not _is_open(dim):
@@ -127,7 +127,7 @@ def _resized(
 
 
 def _is_open(dim: onnx.TensorShapeProto.Dimension) -> bool:
-    """Whether the size is not fixed; some exporters write -1."""
+    """Return whether the size is not fixed; some exporters write -1."""
     return not dim.HasField("dim_value") or dim.dim_value < 1
 
 

@@ -24,7 +24,7 @@ class Arguments(NamedTuple):
     constants: Constants
 
     def has(self, position: int) -> bool:
-        """Whether this input is given."""
+        """Return whether this input is given."""
         return len(self.operator.node.input) > position and bool(self.operator.node.input[position])
 
     def array(self, position: int) -> Array | None:

@@ -30,7 +30,7 @@ _AVERAGE_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_poo
 
 
 def fast(model: onnx.ModelProto) -> bool:
-    """Whether the reference runs the model in reasonable time."""
+    """Return whether the reference runs the model in reasonable time."""
     return all(node.op_type not in _SLOW for node in every_node(model))
 
 

@@ -102,7 +102,7 @@ def exact(model: onnx.ModelProto, *runs: Feeds) -> list[Outputs] | None:
 
 
 def is_floating(array: Any) -> bool:
-    """Whether it is an array of floating-point numbers, including bfloat16."""
+    """Return whether it is an array of floating-point numbers, including bfloat16."""
     return isinstance(array, np.ndarray) and (array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 

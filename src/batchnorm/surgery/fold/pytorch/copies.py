@@ -1,4 +1,4 @@
-"""The copy of a model that is folded: it has no hooks without need, and its weights are plain parameters."""
+"""The copy of a model that is folded: with plain parameters, and without hooks unless the network needs them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def working_copy(model: nn.Module, inputs: Inputs, *, share: bool) -> tuple[nn.M
                 hooks.append((held, dict(held)))
     notes: tuple[str, ...] = ()
     if count := sum(len(held) for held, _ in hooks):
-        result = "kept, because the network needs them" if _needs(working, inputs, hooks) else "not carried over"
+        result = "kept, because the network needs them" if _needs_hooks(working, inputs, hooks) else "not carried over"
         notes = (f"{count} hooks are {result}" if count > 1 else f"1 hook is {result}".replace("them", "it"),)
     for found in walk.norm_layers(working, lambda m: foreign_eps(m) is not None and not walk.is_hooked(m)):
         working = walk.replace(working, found, adopted(found.module))
     return working, notes
 
 
-def _needs(working: nn.Module, inputs: Inputs, hooks: list[tuple[dict[int, Any], dict[int, Any]]]) -> bool:
-    """Remove the hooks if the network does not need them. Return whether it does."""
+def _needs_hooks(working: nn.Module, inputs: Inputs, hooks: list[tuple[dict[int, Any], dict[int, Any]]]) -> bool:
+    """Remove the hooks unless the network needs them. Return whether it does."""
     packages = {package_of(kind) for module in working.modules() for kind in type(module).__mro__}
     own = any(package_of(hook) in packages - {"torch", "builtins"} for held, _ in hooks for hook in held.values())
     expected = None
@@ -92,4 +92,4 @@ def copied(model: nn.Module, *, share: bool) -> nn.Module:
     """Return a copy of the model, which shares the parameters that can be shared if `share`."""
     named = model.named_parameters() if share else ()
     shared = [p for name, p in named if "parametrizations." not in name]
-    return walk.copied("fold", model, share=shared, instead="Take out what cannot be copied.")
+    return walk.copied("fold", model, share=shared, instead="Remove the part that cannot be copied.")

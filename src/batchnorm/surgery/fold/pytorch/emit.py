@@ -70,7 +70,7 @@ class Emitter:
     # Parameters ----------------------------------------------------------------------------------------------------
 
     def _own(self, name: str, value: Tensor, like: Tensor) -> str:
-        """Add a parameter. Return its name: the name of the tensor that it replaces, if nothing else uses that."""
+        """Add a parameter. Return its name: that of the replaced tensor, or a new one if other calls use it."""
         if self._uses.get(name, 0) > 1:
             self._uses[name] -= 1
             stem, _, last = name.rpartition(".")

@@ -41,12 +41,12 @@ def fold(
 
     In evaluation, batch normalization is a scale and a shift. They move backward into the convolution or linear layer
     that computes the input, or forward into the layers that read the result, through concatenation, splitting,
-    addition, pooling, reshaping and another batch normalization, if that is exact for every reader. The border stays
-    exact where the next convolution pads zeros. Parallel linear branches that are added become one. A batch
+    addition, pooling, reshaping and another batch normalization, if that is exact for every reader. If the next
+    convolution pads zeros, its border stays exact, too. Parallel linear branches that are added become one. A batch
     normalization that must stay is fused with the activation after it.
 
     Args:
-        model: Any module, in any mode. `fold` folds what it computes in evaluation.
+        model: Any module, in any mode. `fold` folds its computation in evaluation mode.
         example_inputs: An example of its inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on the
             model's device. If the report's `how` is not "fixed", the result takes every batch and image size that the
             model takes.
@@ -63,7 +63,7 @@ def fold(
         results. If the model cannot be traced as a whole, the result is a copy of it with such graph modules as parts.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is not a module.
         ValueError: The model cannot be called with the inputs, cannot be copied, or is sharded (FSDP, tensor parallel).
         FoldError: The folded network's results are not the original's. After any error the model is unchanged.
 
@@ -85,7 +85,7 @@ def fold(
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass the network."
+            f"fold expects a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass the network."
         )
     check_not_sharded("fold", model)
     walk.check_has_values("fold", model)
@@ -104,11 +104,12 @@ def _fold_checked(
     except Exception as error:
         if _takes(model, inputs):
             raise ValueError(
-                f"model must compute the same as its copy, but the copy raised {type(error).__name__}: {error}. "
-                "Let its hooks use the module that they are called with, because those of the copy refer to the model."
+                "fold expects a model that computes the same as its copy, but the copy raised "
+                f"{type(error).__name__}: {error}. Let its hooks use the module that they are called with, because the "
+                "hooks of the copy still refer to the model."
             ) from error
         raise ValueError(
-            f"example_inputs must be what the model takes, but calling it raised {type(error).__name__}: {error}. "
+            f"fold expects example_inputs that the model takes, but calling it raised {type(error).__name__}: {error}. "
             "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
         ) from error
     total = counts.batch_norm + counts.fused
@@ -190,7 +191,7 @@ def _results(model: nn.Module, inputs: Iterable[Inputs]) -> list[Tensor]:
 
 
 def _folded(working: nn.Module, inputs: Inputs, original: _Original) -> _Folded:
-    """Fold the model as a whole, in parts, or exported, whichever leaves the fewest batch normalizations.
+    """Fold the model as a whole, in parts, or exported; choose the way that leaves the fewest batch normalizations.
 
     Traced models, and traced parts that Python code calls, take every size. Exported models may not, and export is
     slow.
@@ -222,7 +223,7 @@ def _folded(working: nn.Module, inputs: Inputs, original: _Original) -> _Folded:
 
 
 def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
-    """Turn the model into the folded network, for everything that refers to it."""
+    """Turn the model object itself into the folded network, so that references to it remain valid."""
     with UndoOnFailure() as undo:
         undo.before(setattr, model, "__class__", type(model))
         undo.before(object.__setattr__, model, "__dict__", model.__dict__)
@@ -313,7 +314,7 @@ def _fold_part(
     walk.replace(working, part, found.model)
     try:
         same = original.compared(working).allowed(original.limit, gate.AMPLIFICATION)
-    except Exception:  # the rest uses the part's inside
+    except Exception:  # the rest of the model reads modules inside the part
         same = False
     if not same:
         walk.replace(working, found.model, part)

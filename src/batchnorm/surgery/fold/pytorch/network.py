@@ -162,5 +162,5 @@ def operands(node: Node) -> list[Node]:
 
 
 def _is_part(node: Node) -> bool:
-    """Whether the node takes one part of a split by its number."""
+    """Return whether the node takes one part of a split by its number."""
     return node.target is operator.getitem and isinstance(node.args[1], int) and node.args[1] >= 0

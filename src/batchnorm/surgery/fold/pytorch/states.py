@@ -91,7 +91,7 @@ class TorchLinear(Linear):
         """Return the result of the calls that compute the layer, each made by `call(function, args, kwargs)`."""
 
         def groups(number: int) -> dict[str, int]:
-            # Torch's quantization needs it, although 1 is the default.
+            # torch's quantization needs the argument, although 1 is the default.
             return {} if self.kind is F.linear else {"groups": number}
 
         y = call(self.kind, (x, weight, bias), self.options | groups(self.groups))
@@ -174,7 +174,7 @@ def linear_arguments(node: Node) -> dict[str, Any] | None:
 
 
 def is_linear_layer(node: Node, layer: nn.Module) -> bool:
-    """Whether a call that was not traced, such as a convolution that pads by its input's size, is linear in a weight.
+    """Return whether an untraced call, such as a convolution that pads by its input's size, is linear in a weight.
 
     The class suggests this. Like every fold, it is tried before it is used.
     """
