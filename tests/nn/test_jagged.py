@@ -134,7 +134,7 @@ def ragged() -> Tensor:
         (nn.ConditionalBatchNorm1d(4, num_classes=2), strided, "expects a dense x, got a nested tensor"),
         (nn.DecorrelatedBatchNorm1d(4), ragged, "expects a dense x, got a nested tensor"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or getattr(value, "layer_name", ""),
 )  # fmt: skip
 def test_other_nested_tensors_are_told_what_to_do(layer: NormLayer, make: Callable[[], Tensor], message: str) -> None:
     extra = (0,) if isinstance(layer, nn.DomainBatchNorm1d | nn.ConditionalBatchNorm1d) else ()
