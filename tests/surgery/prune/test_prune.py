@@ -370,6 +370,29 @@ def test_a_model_that_cannot_be_traced_is_left() -> None:
     assert "cannot be traced" in report.left[0].reason and pruned[1].num_features == 8
 
 
+JOINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "frames of clips": lambda y: y.view(-1, 4, *y.shape[1:]).mean(1),
+    "triplets": lambda y: operator.sub(*y[: y.shape[0] // 3 * 3].view(-1, 3, *y.shape[1:]).unbind(1)[:2]),
+    "one sample by its number": lambda y: y[5],
+    "time first": lambda y: y.reshape(4, -1, *y.shape[1:]).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_networks_that_join_the_first_axis_are_pruned(name: str) -> None:
+    class Joined(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return JOINED[name](super().forward(x))
+
+    model, x = (
+        slimmed(Joined(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))).eval(),
+        torch.randn(12, 3, 7, 7),
+    )
+    pruned, report = prune_channels(model, x)
+    assert pruned[1].num_features < 8 and not report.left, str(report)
+    assert relative(pruned(x), model(x)) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize(
     "kind", ["BatchNorm2d", "BatchNormAct2d", "BatchRenorm2d", "FrozenBatchNorm2d", "GhostBatchNorm"]
 )
@@ -472,6 +495,8 @@ def test_wrong_models_and_examples_are_refused() -> None:
     model, x = made("vgg")
     with pytest.raises(ValueError, match="prune_channels expects example_inputs that the model takes"):
         prune_channels(model, x[:, :2])
+    with pytest.raises(ValueError, match="prune_channels expects a model with values, got '0.weight' on the meta"):
+        prune_channels(model.to("meta"), x)
 
 
 def test_the_report_prints_sizes_and_times() -> None:

@@ -17,6 +17,7 @@ from batchnorm.models import model_graph as tracing
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import outputs
+from batchnorm.models.recording import fewer_samples
 from batchnorm.models.report import Change, Result, describe
 from batchnorm.models.selection import Choice as Only
 from batchnorm.models.selection import select
@@ -69,8 +70,9 @@ def prune_channels(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: the model cannot be called with the inputs, cannot be copied, is in `DistributedDataParallel` or
-            sharded; share or threshold is out of range, or both are given; a pattern matches no layer.
+        ValueError: the model cannot be called with the inputs, cannot be copied, is on the meta device, in
+            `DistributedDataParallel` or sharded; share or threshold is out of range, or both are given; a pattern
+            matches no layer.
         PruneError: the pruned network does not run, or its output is not that of the original with γ = 0 in the
             removed channels. After any error the model is unchanged.
 
@@ -112,7 +114,8 @@ def prune_channels(
         report = PruneReport(_CALLER, **_measured(trial, inputs, "_before"))
         pruned = walk.copied(_CALLER, model)
         try:
-            trace = tracing.trace(trial, inputs.first(_SAMPLES), prepare=lowering.lower)
+            few, _ = fewer_samples(trial, inputs, _SAMPLES)
+            trace = tracing.trace(trial, few, prepare=lowering.lower)
         except Untraceable as error:
             why = f"the model cannot be traced: {error}"
             left = [Change.unchanged(found.path, describe(found.module), why) for found in chosen]
@@ -145,6 +148,7 @@ def prune_channels(
 def _check(model: nn.Module, share: float | None, threshold: float | None) -> None:
     _checks.check_module(_CALLER, model)
     check_not_sharded(_CALLER, model)
+    walk.check_has_values(_CALLER, model)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "
