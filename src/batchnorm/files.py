@@ -14,8 +14,8 @@ def check_target(path: Path, *, overwrite: bool = True) -> Path:
     """Check that a file can be written at `path`, and return the path with links followed.
 
     Raises:
-        FileExistsError: There is something at the path, and `overwrite` is False.
-        OSError: Its folder does not exist, or it is a folder, a device, a FIFO or a socket.
+        FileExistsError: Something exists at the path, and `overwrite` is False.
+        OSError: The folder of the path does not exist, or the path is a folder, a device, a FIFO or a socket.
     """
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"{path} must not exist yet. Choose another name, or overwrite it (--overwrite).")
@@ -77,7 +77,7 @@ def _replace(part: Path, target: Path) -> None:
             try:
                 os.chown(part, -1, before.st_gid)
             except PermissionError:
-                mode &= ~stat.S_IRWXG  # they were meant for the other group
+                mode &= ~stat.S_IRWXG  # the permissions were meant for the former group
         part.chmod(mode)
     part.replace(target)
 

@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 
-# For each class: the attribute that holds ε, or ε itself; None if it is another kind of layer.
-_WAYS = ("eps", 1e-5, 0.0)
+# The attribute that may hold ε, and the values that ε may have.
+_CANDIDATES: tuple[str | float, ...] = ("eps", 1e-5, 0.0)
+# For each class, one of these; None if it is another kind of layer.
 _known: weakref.WeakKeyDictionary[type, str | float | None] = weakref.WeakKeyDictionary()
 
 
@@ -26,7 +27,7 @@ def foreign_eps(module: nn.Module) -> float | None:
         return None
     kind = type(module)
     if kind not in _known:
-        _known[kind] = next((eps for eps in _WAYS if _computes(module, eps)), None)
+        _known[kind] = next((eps for eps in _CANDIDATES if _computes(module, eps)), None)
     eps = _known[kind]
     return float(getattr(module, eps)) if isinstance(eps, str) else eps
 
@@ -44,10 +45,10 @@ def _has_the_vectors(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes(module: nn.Module, eps: str | float) -> bool:
-    """Return whether the class normalizes by the running statistics, in training too, with this ε or attribute as ε.
+    """Return whether the class normalizes by the running statistics, in training too, with ε or this attribute as ε.
 
-    The `forward` of the class runs on an object with the module's attributes and other buffers, so that neither the
-    module nor its hooks take part.
+    The `forward` of the class runs on an object with the module's attributes and other buffers. Neither the module nor
+    its hooks run.
     """
     if isinstance(eps, str) and type(vars(module).get(eps)) not in (int, float):
         return False
@@ -62,7 +63,7 @@ def _computes(module: nn.Module, eps: str | float) -> bool:
     weight, bias, mean, var = vectors = [drawn(channels) for _ in VECTORS]
     before = [vector.clone() for vector in vectors]
     vars(trial)["_buffers"] = {**module._buffers, **dict(zip(VECTORS, vectors, strict=True))}
-    value = eps if isinstance(eps, float) else 0.25  # no default
+    value = eps if isinstance(eps, float) else 0.25  # unlike every default
     if isinstance(eps, str):
         vars(trial)[eps] = value
     x = drawn(2, channels, 3, 2)
@@ -71,7 +72,7 @@ def _computes(module: nn.Module, eps: str | float) -> bool:
         trial.training = training
         try:
             y = type(module).forward(trial, x.clone())
-        except Exception:  # it is anything
+        except Exception:  # another kind of layer may raise anything
             return False
         if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y, expected, rtol=1e-9, atol=1e-9):
             return False

@@ -1,4 +1,4 @@
-"""Objects that the user names as `module.path:name`."""
+"""Import objects that the user names as `module.path:name`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 
 def is_named(written: str) -> bool:
-    """Whether the text has the form `module.path:name`."""
+    """Return whether the text has the form `module.path:name`."""
     path, colon, name = written.partition(":")
     return bool(colon) and all(part.isidentifier() for part in (*path.split("."), *name.split(".")))
 
 
 def import_module(written: str) -> ModuleType:
-    """Import the module of `module.path:name`, also from the working directory; let all its exceptions pass."""
+    """Import the module of `module.path:name`, also from the working directory; all its exceptions propagate."""
     with working_directory_importable():
         return importlib.import_module(written.partition(":")[0])
 

@@ -99,7 +99,7 @@ class Moments:
         shape = (x.shape[0], *x.shape[2:])
         mask, weights = _check_mask(mask, shape), _check_weights(weights, shape)
         device = _float64(x[:0]).device
-        parts = [_of_part(x[part], mask, weights, part, shape) for part in _parts(x)]
+        parts = [_moments_of_part(x[part], mask, weights, part, shape) for part in _parts(x)]
         return cls.empty(x.shape[1], device=device).merge(*parts)
 
     def update(self, x: Data, mask: Data | None = None, weights: Data | None = None, *, axis: int = 1) -> Moments:
@@ -180,7 +180,7 @@ def _parts(x: Data) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _of_part(x: Data, mask: Data | None, weights: Data | None, part: slice, shape: tuple[int, ...]) -> Moments:
+def _moments_of_part(x: Data, mask: Data | None, weights: Data | None, part: slice, shape: tuple[int, ...]) -> Moments:
     values = _float64(x)
     dims = [0, *range(2, values.dim())]
     w = None
@@ -233,7 +233,7 @@ def _check_data(x: Data, axis: int) -> None:
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
             f"Moments.of expects axis in [{-x.ndim}, {x.ndim}) for x of shape {list(x.shape)}, got {axis}. "
-            "It is x's channel axis."
+            "Pass the axis of x's channels."
         )
 
 

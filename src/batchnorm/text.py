@@ -1,4 +1,4 @@
-"""Names of layers and other strings of the user, as text that is safe to print."""
+"""Make strings of the user, such as names of layers, safe to print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""Return the text with escapes, such as `\x1b`, instead of control characters, which a terminal would obey.
+    r"""Return the text with escapes, such as `\x1b`, for control characters, which a terminal would execute.
 
     Args:
         text: Any string.

@@ -19,16 +19,16 @@ T = TypeVar("T", bound="Undo")
 Steps = list[tuple[str, Callable[[], object]]]
 
 _blocks: list[Undo] = []  # the blocks that the main thread is in
-_handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # those that `_handle` stands in for
-_held: list[int] = []  # signals that arrived at a time when they must not raise
+_handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # the handlers that `_handle` replaces
+_held: list[int] = []  # signals whose handlers must wait
 
 
 class Undo:
     """A block at whose end changes are undone.
 
-    In the main thread, the handlers of signals run as usual within the block, and may raise, as that of Ctrl-C does.
-    While the block begins or ends, they wait. Python calls handlers between any two instructions, so each handler is
-    replaced within the block, and the replacement examines which code was interrupted.
+    In the main thread, signal handlers run as usual within the block. They may raise an exception, as the handler of
+    Ctrl-C does. While the block begins or ends, they wait. Python calls handlers between any two instructions, so each
+    handler is replaced within the block, and the replacement examines which code was interrupted.
 
     Subclasses define `undo`. It is not interrupted.
     """
@@ -38,7 +38,7 @@ class Undo:
     def undo(self, error: BaseException | None) -> Steps:
         """Return the steps that undo the changes, each with its name, after the block raised `error` or ended.
 
-        The steps may be taken twice.
+        The steps may run twice.
         """
         raise NotImplementedError
 
@@ -54,24 +54,24 @@ class Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        failed = self._take_steps(error)
+        failed = self._run_steps(error)
         try:
             self._leave()
-        except BaseException as interruption:  # a signal that was held since the block ended
+        except BaseException as interruption:  # from a signal that waited while the block ended
             if error is None:
-                failed += self._take_steps(interruption)
+                failed += self._run_steps(interruption)
             error = interruption
             raise
         finally:
             if failed:
                 _report(failed, error)
 
-    def _take_steps(self, error: BaseException | None) -> list[tuple[str, Exception]]:
+    def _run_steps(self, error: BaseException | None) -> list[tuple[str, Exception]]:
         failed = []
         for name, step in self.undo(error):
             try:
                 step()
-            except Exception as problem:  # the other steps are taken nevertheless
+            except Exception as problem:  # the remaining steps still run
                 failed.append((name, problem))
         return failed
 
@@ -90,7 +90,7 @@ class UndoOnFailure(Undo):
         self._steps: Steps = []
 
     def before(self, step: Callable[..., object], *args: Any) -> None:
-        """Register how a change is undone, before it is made; undoing it must do no harm if it was not made."""
+        """Register the step that undoes a change, before the change is made; without the change it must do no harm."""
         self._steps.append((getattr(step, "__name__", "a step"), functools.partial(step, *args)))
 
     def undo(self, error: BaseException | None) -> Steps:
@@ -138,7 +138,7 @@ _UNDOING = {Undo.__enter__.__code__, Undo.__exit__.__code__}
 
 
 def _must_wait(frame: FrameType | None) -> bool:
-    """Return whether handlers wait, if they interrupt the code of this frame."""
+    """Return whether handlers must wait when they interrupt the code of this frame."""
     return any(block.waits for block in _blocks) or _is_undoing(frame)
 
 
@@ -149,7 +149,7 @@ def _is_undoing(frame: FrameType | None) -> bool:
 
 
 def _deliver(frame: FrameType | None) -> None:
-    """Call the handlers of the signals that were held, unless code further out is undoing changes too."""
+    """Call the handlers of signals that wait, unless an outer block is undoing changes, too."""
     if _held and not _must_wait(frame):
         number = _held.pop(0)
         try:
@@ -161,8 +161,8 @@ def _deliver(frame: FrameType | None) -> None:
 def _report(failed: list[tuple[str, Exception]], error: BaseException | None) -> None:
     names = ", ".join(f"{name} ({type(problem).__name__}: {problem})" for name, problem in failed)
     text = (
-        f"The end of a call must find state that can be put back, got {names}. Everything else is as before. Load this "
-        "part of the model again."
+        f"A call must be able to restore the model's state at its end, got failures for {names}. Everything else is "
+        "restored. Load this part of the model again."
     )
     if error is None:
         raise RuntimeError(text) from failed[0][1]
@@ -183,7 +183,7 @@ def flags_of(holder: object) -> dict[str, bool]:
 
 
 def put_back_flags(flags: list[tuple[Any, type, dict[str, bool]]], removed: list[Any]) -> None:
-    """Restore the flags of objects whose class is still the same, if hooks of others than this library were removed."""
+    """Restore the flags of objects whose class is still the same, if hooks of other packages were removed."""
     if all(package_of(hook) == package_of(package_of) for hook in removed):
         return
     for holder, kind, before in flags:
@@ -193,12 +193,12 @@ def put_back_flags(flags: list[tuple[Any, type, dict[str, bool]]], removed: list
             vars(holder).update(before)
 
 
-def kept(tensor: Tensor) -> Callable[[], None]:
-    """Return a function that gives the tensor its present value again, and does not write to it if it still has it."""
+def restorer(tensor: Tensor) -> Callable[[], None]:
+    """Return a function that restores the tensor's present value; it writes only if the value has changed."""
     version = _version(tensor)
     try:
         value = tensor.detach().clone()
-    except Exception:  # a kind of tensor that cannot be copied; what wrote to it could write its value too
+    except Exception:  # a kind of tensor that cannot be copied
         value = None
 
     def put_back() -> None:
@@ -223,8 +223,8 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _has_value(tensor: Tensor, value: Tensor, version: int | None) -> bool:
-    """Return whether the tensor has this value, bit for bit; versions decide if the values cannot be compared."""
-    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:  # others may communicate with other processes
+    """Return whether the tensor has this value, bit for bit, or this version if values cannot be compared."""
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:  # other tensors may communicate with processes
         try:
             return tensor.shape == value.shape and torch.equal(_bits(tensor), _bits(value))
         except Exception:

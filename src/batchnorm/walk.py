@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm._checks import in_one_line
 from batchnorm.foreign import foreign_eps
-from batchnorm.undo import Steps, Undo, flags_of, kept, package_of, put_back_flags
+from batchnorm.undo import Steps, Undo, flags_of, package_of, put_back_flags, restorer
 
 Kinds = type | tuple[type, ...] | Callable[[nn.Module], bool]
 
@@ -48,7 +48,7 @@ class Found:
 def is_batch_norm(module: nn.Module) -> bool:
     """Return whether the module is batch normalization.
 
-    This is a layer of torch, of this library, of a subclass of either, or another library's frozen layer.
+    This covers layers of torch and of this library, their subclasses, and frozen layers of other libraries.
     """
     return is_batch_norm_class(type(module)) or foreign_eps(module) is not None
 
@@ -125,7 +125,7 @@ def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
 
 
 def check_has_values(caller: str, model: nn.Module) -> None:
-    """Check that parameters, and the buffers of batch normalization, have values: none is on the meta device.
+    """Check that no parameter, and no buffer of batch normalization, is on the meta device, which holds no values.
 
     Raises:
         ValueError: one is on the meta device.
@@ -218,7 +218,7 @@ def copied(
 
 
 def _can_be_copied(buffer: Tensor) -> bool:
-    """Return whether `copy.deepcopy` takes the buffer; it takes none without a storage of its own kind."""
+    """Return whether `copy.deepcopy` accepts the buffer; it rejects buffers without an ordinary storage."""
     if buffer.is_leaf and type(buffer) is Tensor and buffer.layout == torch.strided and not buffer._is_zerotensor():
         return not buffer.is_nested
     try:
@@ -235,7 +235,7 @@ def trial_copy(caller: str, model: nn.Module) -> nn.Module:
         ValueError: the model cannot be copied.
     """
     share = (*model.parameters(), *model.buffers())
-    return copied(caller, model, share=share, instead="Remove it: changes are tried on a copy first.")
+    return copied(caller, model, share=share, instead="Remove that part: changes are tried on a copy first.")
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
@@ -248,8 +248,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def as_in_training(model: nn.Module) -> Iterator[None]:
     """Give the model's modules the modes that they have in training.
 
-    A model in training mode is taken as it is. For a model in evaluation mode `train()` is called and undone, because
-    many models override it to keep layers frozen.
+    A model in training mode keeps its modes. For a model in evaluation mode, `train()` is called and later undone,
+    because many models override it to keep layers frozen.
     """
     with restored(model):
         if not model.training:
@@ -265,7 +265,7 @@ def restored(
     Every module gets back its mode, momentum, switches of running statistics and instance `forward`, and every
     parameter its `requires_grad`. Hooks that were added within the block are removed. If the model added them, its
     flags are restored too, so that it adds the hooks again. Replaced modules stay replaced. Only tensors that changed
-    are written. If one cannot be written, everything else is restored nevertheless.
+    are written. If one cannot be written, everything else is still restored.
 
     Args:
         model: Any module.
@@ -275,8 +275,8 @@ def restored(
             is initialized).
 
     Raises:
-        RuntimeError: at the end of the block: a tensor that changed cannot be written. After another exception, that
-            one is raised, with a note.
+        RuntimeError: at the end of the block, if a tensor that changed cannot be written. If the block raised another
+            exception, that exception gets a note instead.
     """
     return _Restored(model, buffers, gradients, random_state)
 
@@ -319,7 +319,7 @@ def _require_grad(parameter: nn.Parameter, requires_grad: bool) -> None:
 
 def _gradient_step(parameter: nn.Parameter) -> Callable[[], None]:
     grad = parameter.grad
-    put_back = None if grad is None else kept(grad)
+    put_back = None if grad is None else restorer(grad)
 
     def step() -> None:
         parameter.grad = grad
@@ -366,5 +366,5 @@ def _steps_for(path: str, module: nn.Module, with_buffers: bool, removed: list[A
     if with_buffers:
         for name, buffer in buffers.items():
             if buffer is not None and not is_lazy(buffer):
-                steps.append((f"{path}.{name}".lstrip("."), kept(buffer)))
+                steps.append((f"{path}.{name}".lstrip("."), restorer(buffer)))
     return steps

@@ -41,7 +41,7 @@ def test_every_pattern_must_match() -> None:
 
 @pytest.mark.parametrize("choice", [3, [3], b"0", nn.ReLU(), nn.Sequential(nn.ReLU()), ["0", nn.BatchNorm2d]])
 def test_anything_else_is_refused(choice: Any) -> None:
-    with pytest.raises(TypeError, match=r"f expects `only` to be a pattern, .*, got .*\. Give paths, such as 0, 1, 2"):
+    with pytest.raises(TypeError, match=r"f expects `only` to be a pattern, .*, got .*\. Pass paths, such as 0, 1, 2"):
         select("f", norm_layers(network()), choice)
 
 

@@ -269,7 +269,7 @@ def test_forward_calls_the_model_as_the_user_does() -> None:
         (A, "an iterable of batches, got one Tensor of shape \\[3, 1\\]. Pass \\[x\\]"),
         ({"a": A}, "an iterable of batches, got dict"),
         (3, "an iterable of batches, got int"),
-        ([(A,)], "at least 2 parts, because Two.forward requires \\(a, b\\), got 1"),
+        ([(A,)], "at least 2 items, because Two.forward requires \\(a, b\\), got 1"),
         ([{"a": A}], "with the keys that Two.forward requires \\(a, b\\), got 'a'"),
         (["text"], "tensors, tuples, lists or dicts, got str. Pass forward="),
     ],

@@ -171,7 +171,7 @@ def _call_with_batch(caller: str, model: nn.Module, batch: Any) -> object:
         wanted = max(1, len(required))
         if len(batch) >= wanted:
             return model(*batch[:wanted])
-        problem = f"of at least {wanted} parts, because {requires}, got {len(batch)}"
+        problem = f"of at least {wanted} items, because {requires}, got {len(batch)}"
     elif isinstance(batch, Mapping):
         accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in parameters}
@@ -187,7 +187,7 @@ def _call_with_batch(caller: str, model: nn.Module, batch: Any) -> object:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the model's device; None if it has several or none, in which case batches are not moved."""
+    """Return the model's device; None if it has several or none, so that batches are not moved."""
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     return devices.pop() if len(devices) == 1 else None
 

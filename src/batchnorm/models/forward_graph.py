@@ -36,7 +36,7 @@ class Expected:
         kind: "tensor"; "list" or "tuple" of tensors; "constant"; or "absent".
         count: The number of tensors in a list or tuple.
         value: The constant.
-        optional: Whether the argument may be omitted, in which case it has the value of the constant.
+        optional: Whether the argument may be omitted; it then has the value of the constant.
     """
 
     name: str
@@ -89,7 +89,7 @@ def expected_arguments(module: nn.Module, call: Inputs | None) -> tuple[Expected
 def graph_as_called(
     root: nn.Module, holder: str, inlined: Sequence[nn.Module], calls: dict[str, Inputs] | None, where: str
 ) -> tuple[fx.Graph, tuple[Expected, ...]]:
-    """Return the graph of the module at `holder` for its recorded call, with other modules inlined, and its arguments.
+    """Return the graph of the module at `holder` for its recorded call, with modules inlined, and its arguments.
 
     Raises:
         Untraceable: an inlined module has hooks (the message ends with `where`), the module was not called, or `trace`
@@ -178,7 +178,7 @@ def source(code: fx.graph.PythonCode) -> str:
     """Return the code with its imports, so that it compiles in any module.
 
     Raises:
-        Untraceable: something in it cannot be imported by name, or is no name.
+        Untraceable: a value in it cannot be imported by name, or the name of a submodule is not valid in Python.
     """
     try:
         used = compile(code.src, "<traced>", "exec").co_consts
@@ -319,7 +319,7 @@ def _gradients_and_autocast(training: bool) -> Iterator[None]:
 
 
 def _random_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (other people's code may draw from it)
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (other code may draw from it)
     generators = [torch.random.get_rng_state()]
     if torch.cuda.is_initialized():
         generators += torch.cuda.get_rng_state_all()

@@ -75,7 +75,7 @@ class Inputs:
     def first(self, samples: int) -> Inputs:
         """Return at most this many first samples if all tensors have the same number of samples; otherwise, all.
 
-        Tensors in a list may each be a sample, and are not cut.
+        Inputs that hold lists of tensors are not cut, because each tensor may be a sample.
         """
         sizes = {x.shape[0] if x.dim() else 0 for x in self.tensors()}
         if len(sizes) != 1 or next(iter(sizes)) <= samples or self._holds_lists():
@@ -90,7 +90,7 @@ class Inputs:
     def resized(self) -> Iterator[tuple[Inputs, ...]]:
         """Yield the inputs with other numbers of samples, and with other sizes of images, volumes and sequences.
 
-        Each is a choice: a model that does not accept the first of them may accept the next.
+        Each tuple holds alternatives: a model that does not accept the first one may accept the next.
         """
         tensors = [x for x in self.tensors() if x.dim()]
         if not tensors:

@@ -170,7 +170,7 @@ def record(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> _Recorder:
     return recorder
 
 
-def _same(found: Any, expected: Any) -> bool:
+def _same_result(found: Any, expected: Any) -> bool:
     theirs, ours = outputs(expected), outputs(found)
     return same_containers(found, expected) and all(
         a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
@@ -195,11 +195,11 @@ def trace(
         model: A module in evaluation mode, on the inputs' device. This calls it. The graph uses its parameters.
         inputs: The example.
         expected: The model's result for the example, if it is known.
-        ways: The ways to try, in this order. A graph for some sizes only is the last resort.
+        ways: The ways to trace, in this order. A graph that accepts only some sizes is the last resort.
         prepare: A function that rewrites each graph before it is tried.
 
     Raises:
-        Untraceable: no way gives a graph with the model's results.
+        Untraceable: no way to trace gives a graph with the model's results.
     """
     try:
         expected = evaluate(model, inputs) if expected is None else expected
@@ -217,13 +217,13 @@ def trace(
     for way in ways:
         try:
             module = prepare(_WAYS[way](model, [i for i, _ in accepted]))
-            if not _same(evaluate(module, inputs), expected):
+            if not _same_result(evaluate(module, inputs), expected):
                 reasons.append(f"{way}: its graph gives other results")
                 continue
         except Exception as error:
             reasons.append(f"{way}: {in_one_line(error)[:200]}")
             continue
-        refused = tuple(other for other, result in accepted[1:] if not _gives(module, other, result))
+        refused = tuple(other for other, result in accepted[1:] if not _has_result(module, other, result))
         found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
         if not refused:
             return found
@@ -234,9 +234,9 @@ def trace(
     raise Untraceable("; ".join(reasons))
 
 
-def _gives(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:
+def _has_result(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:
     try:
-        return _same(evaluate(module, inputs), expected)
+        return _same_result(evaluate(module, inputs), expected)
     except Exception:
         return False
 

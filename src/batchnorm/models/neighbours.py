@@ -26,7 +26,7 @@ class BatchNormCall:
         source: The node that computes its input.
         readers: The nodes that use its result.
         calls: The number of calls that use the same running statistics (or parameters, if there are no statistics).
-        fixed_statistics: Whether it normalizes by running statistics instead of the batch's.
+        fixed_statistics: Whether it normalizes by running statistics instead of the statistics of the batch.
     """
 
     path: str

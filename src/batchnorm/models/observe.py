@@ -125,17 +125,17 @@ def running_statistics(layer: nn.Module) -> Statistics:
 
 
 def put_running_statistics(layer: nn.Module, statistics: Statistics) -> None:
-    """Let the layer normalize by the statistics, in new buffers. Its own ones are not written; `restored` returns them.
+    """Let the layer normalize by these statistics, in new buffers; `walk.restored` puts the former buffers back.
 
-    Its own may be read-only, such as a memory map, or expanded.
+    The former buffers are not written, because they may be read-only, such as a memory map, or expanded.
     """
     for name, value in zip(("running_mean", "running_var"), statistics, strict=True):
-        own = running_buffer(layer, name)
-        new = value.reshape(own.shape).to(own.device, own.dtype, copy=True)
+        former = running_buffer(layer, name)
+        new = value.reshape(former.shape).to(former.device, former.dtype, copy=True)
         if name in layer._buffers:
             layer._buffers[name] = new
         else:
-            overwrite(own, new)
+            overwrite(former, new)
 
 
 def empty_moments(layer: nn.Module) -> Rows:
@@ -151,18 +151,18 @@ def merged(first: Rows, *others: Rows) -> Rows:
 
 def _moments(x: Tensor, mask: Tensor | None, domain: int | Tensor | None, rows: int) -> Rows:
     if domain is None:
-        return (_of(x, mask),)
+        return (_masked_moments(x, mask),)
     if not isinstance(domain, Tensor) or domain.dim() == 0:
         chosen = int(domain)
-        return tuple(_of(x, mask) if row == chosen else Moments.empty(x.shape[1], device="cpu")
+        return tuple(_masked_moments(x, mask) if row == chosen else Moments.empty(x.shape[1], device="cpu")
                      for row in range(rows))  # fmt: skip
     if mask is not None:
         mask = mask.expand(x.shape[0], *x.shape[2:])
     members = [domain == row for row in range(rows)]
-    return tuple(_of(x[m], None if mask is None else mask[m]) for m in members)
+    return tuple(_masked_moments(x[m], None if mask is None else mask[m]) for m in members)
 
 
-def _of(x: Tensor, mask: Tensor | None) -> Moments:
+def _masked_moments(x: Tensor, mask: Tensor | None) -> Moments:
     if mask is None:
         return Moments.of(x)
     return Moments.of(x, mask=mask) if mask.dtype == torch.bool else Moments.of(x, weights=mask)

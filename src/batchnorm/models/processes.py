@@ -1,4 +1,4 @@
-"""The processes that work on a model together: what fails on one fails on all, and their group stays usable."""
+"""The processes that work on a model together: a failure on one is raised on all, and the group stays usable."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _blocks: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the number of bloc
 class Processes:
     """A block that the processes of a group run together, or this process alone.
 
-    The block exchanges data with `gather`, the same number of times on every rank, and once more at its end. A rank
-    whose block raises, also by an interruption, sends its failure in place of the next exchange. All others then raise
-    an error there. A rank that is still in a long loop hears of it in `check`. Every rank makes each collective, so the
-    group remains usable.
+    The block exchanges data with `gather`, the same number of times on every rank, and once more at its end. If the
+    block of a rank raises, also because of an interruption, the rank sends its failure in place of the next exchange.
+    All other ranks raise an error in that exchange. A rank in a long loop learns of the failure in `check`. Every rank
+    takes part in each collective, so the group remains usable.
 
     Args:
         caller: The function that the user called, for error messages.
@@ -63,7 +63,7 @@ class Processes:
         if error is None:
             self.end()
             return
-        with suppress(RuntimeError):  # such as a store that has gone: the error of the block matters
+        with suppress(RuntimeError):  # such as a store that is gone; the error of the block is raised
             self._store.set(self._key, "")
             self._exchange("failed", ": ".join(filter(None, (type(error).__name__, str(error)))))
             self._store.delete_key(self._key)
@@ -100,10 +100,10 @@ class Processes:
         Raises:
             ValueError: the ranks have different numbers of items; raised on every rank.
         """
-        rest, none = iter(items), object()
+        rest, missing = iter(items), object()
         while True:
-            item: Any = next(rest, none)
-            has = self.gather(item is not none)
+            item: Any = next(rest, missing)
+            has = self.gather(item is not missing)
             if not any(has):
                 return
             if not all(has):

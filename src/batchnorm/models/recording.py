@@ -66,10 +66,10 @@ def fewer_samples(
 ) -> tuple[Inputs, Any]:
     """Return the first samples of the example if the model computes the same for them alone; otherwise, the example.
 
-    The second value is the model's result for what is returned, or None if the model was not called on it.
+    The second value is the model's result for the returned inputs, or None if the model was not called with them.
 
-    The first axis need not count independent samples: a model may join frames to clips, mix the rows of a graph, or
-    take time steps first. If so, the model refuses a part of the example, or its results differ.
+    The first axis may not count independent samples: a model may join frames to clips, mix the rows of a graph, or take
+    time steps first. Such a model refuses a part of the example, or gives other results for it.
 
     Args:
         model: A module in evaluation mode. This calls it.

@@ -15,9 +15,9 @@ def samples_in(batch: object, shape: Sequence[int] | None = None) -> int:
     """Return the number of samples in a batch; 1 if it holds no tensors.
 
     A tensor or an array has as many samples as its first dimension, and a packed sequence has one for each sequence.
-    A tuple, list or dict holds the parts of a batch, such as inputs and labels. A list within a part holds one item for
-    each sample, such as images, or several tensors that each hold all samples. The other parts decide which, or `shape`
-    does. A list of dicts with common keys has one dict for each sample.
+    A tuple, list or dict holds the parts of a batch, such as inputs and labels. A list within a part holds either one
+    item for each sample, such as images, or several tensors that each hold all samples. The other parts or `shape`
+    decide which. A list of dicts with common keys has one dict for each sample.
 
     Args:
         batch: A batch as the user's data yield it.
@@ -31,7 +31,7 @@ def samples_in(batch: object, shape: Sequence[int] | None = None) -> int:
     for part in list(batch.values()) if isinstance(batch, Mapping) else items or [batch]:
         votes.update(_sizes(part))
     if len({x.ndim if isinstance(x, Tensor) else None for x in items} - {0, None}) == 1:
-        votes[len(items)] += 0  # the batch itself may be a list of samples, but only the shape can tell
+        votes[len(items)] += 0  # the batch itself may be a list of samples, but only the shape shows this
     if shape is None or not votes:
         return max(votes, key=votes.__getitem__, default=1)
     rows, x = shape[0], _first_array(batch)
@@ -42,7 +42,7 @@ def samples_in(batch: object, shape: Sequence[int] | None = None) -> int:
 
 
 def _sizes(part: Any) -> list[int]:
-    """Return the numbers of samples that a part may have, the most likely first; empty if it does not tell."""
+    """Return the numbers of samples that a part may have, the most likely first; empty if it shows none."""
     if isinstance(part, PackedSequence):
         return [int(part.batch_sizes[0])]
     if isinstance(part, Tensor):  # a nested tensor has no shape

@@ -38,8 +38,8 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
     if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise TypeError(
             f"{caller} expects `{argument}` to be a pattern, several patterns, a class, a tuple of classes or a "
-            f"predicate, got {wrong[0]!r:.50} ({type(wrong[0]).__name__}) for a pattern. "
-            f"Give paths, such as {some_paths(layers)}."
+            f"predicate, got {wrong[0]!r:.50} ({type(wrong[0]).__name__}) as a pattern. "
+            f"Pass paths, such as {some_paths(layers)}."
         )
     chosen = set()
     for pattern in patterns:

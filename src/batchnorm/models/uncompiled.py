@@ -20,10 +20,10 @@ def eager() -> AbstractContextManager[object]:
 
 
 class _Eager(Undo):
-    """A block of one of several threads.
+    """A block in which compiled models run uncompiled; several threads may run such blocks at the same time.
 
-    The stance of `torch.compile` is one for the process. The first block sets it, and the last one restores it. If each
-    block restored what it had found, a thread could restore the stance that another had set.
+    The whole process has one stance of `torch.compile`. The first block sets it, and the last block restores it. If
+    each block restored the stance that it found, a thread could restore the stance that another thread had set.
     """
 
     _lock = threading.RLock()

@@ -22,7 +22,7 @@ from batchnorm.recalibrate.paused import Paused, Stopped
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.walk import Found
 
-# The limit for all threads. Each waiting pass is a thread, which starts its own pool of torch's threads.
+# The limit on threads. Each waiting pass is a thread, which starts its own pool of torch's threads.
 _MOST_THREADS = 1024
 
 StatisticsFor = Callable[[LayerCall, Rows], Statistics]
@@ -77,7 +77,7 @@ class Run:
             self.observer.current = None
 
 
-def _one_value(moments: Moments) -> bool:
+def _has_one_value(moments: Moments) -> bool:
     squares = moments.count if moments.count_squares is None else moments.count_squares
     return bool(moments.count**2 <= squares * (1 + 1e-12))
 
@@ -88,7 +88,7 @@ def _batch_statistics(found: Found, rows: Rows, *, strict: bool = True) -> Stati
     for row, moments in enumerate(rows):
         if moments.count == 0:
             continue
-        if _one_value(moments):
+        if _has_one_value(moments):
             if not strict or getattr(found.module, "on_single", "error") == "running":
                 continue
             raise ValueError(
@@ -159,7 +159,7 @@ class _WaitingPass:
             self._observer.current = None
 
 
-class _Sequence:
+class _SequentialPasses:
     """The forward passes of one process. Some wait between layers; the others start again for every layer."""
 
     def __init__(self, run: Run, cache_bytes: int) -> None:
@@ -192,12 +192,12 @@ class _Sequence:
         reached: list[tuple[LayerCall, Rows]] = []
         known, layers = len({call.layer for call in self.statistics}), len(self._run.observer.layers)
         title = f"layer {min(known + 1, layers)} of {layers}"
-        anew = self._run.batches.count - len(self.kept)
-        for kept in self._run.bar.over(self.kept, title, len(self.kept) + anew):
+        restarted = self._run.batches.count - len(self.kept)
+        for kept in self._run.bar.over(self.kept, title, len(self.kept) + restarted):
             if kept.at is not None and kept.at[0] in self.statistics:
                 kept.resume()
-        if anew > 0:
-            for batch in self._run.bar.over(self._run.batches.again(len(self.kept)), title, anew):
+        if restarted > 0:
+            for batch in self._run.bar.over(self._run.batches.again(len(self.kept)), title, restarted):
                 reached += self._run_to_unknown(batch)
         return self._joined(reached)
 
@@ -265,19 +265,19 @@ def sequential(
         new_statistics: Returns a layer's new statistics, from its number, its moments and the number of samples.
         cache_bytes: The limit on the memory of waiting passes.
     """
-    here = _Sequence(run, cache_bytes)
+    passes = _SequentialPasses(run, cache_bytes)
     calls: dict[LayerCall, Rows] = {}
-    work = here.first
+    work = passes.first
     try:
         while True:
             reached = _merged_over_ranks(processes.gather(work()))
             # Batches may take different paths through the model and reach different calls, so handle one at a time.
             call = next(iter(reached.calls), None)
             if call is None:
-                return replace(reached, calls=calls, kept=len(here.kept))
+                return replace(reached, calls=calls, kept=len(passes.kept))
             calls[call] = reached.calls[call]
             so_far = [rows for earlier, rows in calls.items() if earlier.layer == call.layer]
-            here.statistics[call] = new_statistics(call.layer, merged(*so_far), reached.samples)
-            work = here.next
+            passes.statistics[call] = new_statistics(call.layer, merged(*so_far), reached.samples)
+            work = passes.next
     finally:
-        here.stop()
+        passes.stop()

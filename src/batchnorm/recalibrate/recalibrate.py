@@ -31,7 +31,7 @@ from batchnorm.models.uncompiled import eager
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
 from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
-from batchnorm.undo import UndoOnFailure, kept, overwrite
+from batchnorm.undo import UndoOnFailure, overwrite, restorer
 from batchnorm.walk import Found, check_has_values, copied, is_frozen, norm_layers, restored, set_mode
 
 _CALLER = "recalibrate"
@@ -74,8 +74,8 @@ def recalibrate(
             ranks, this rank's share, which may have any length, even zero. `passes="sequential"` may read it more than
             once.
         only: The layers to recalibrate: a pattern for paths such as `"backbone.*"`, several patterns, a class, or a
-            predicate of path and layer. By default, all layers with running statistics except frozen ones, which are
-            `FrozenBatchNorm` and, in a model in training mode, layers in evaluation mode.
+            predicate of path and layer. By default, all layers with running statistics except frozen ones. Frozen
+            layers are `FrozenBatchNorm` and, in a model in training mode, layers in evaluation mode.
         passes: "single" makes one pass, and normalizes each batch by its own statistics, as in training.
             "sequential" goes layer by layer from the input. Each layer gets the output of the recalibrated layers
             before it, as in evaluation.
@@ -106,8 +106,8 @@ def recalibrate(
     Raises:
         TypeError: data is not an iterable of batches, or a batch does not fit the model's `forward`.
         ValueError: an argument is out of range; no layer is selected or reached; a layer gets values that are not
-            finite, or only one per channel; data is empty; the model is sharded (FSDP, tensor parallel), without
-            `inplace=True` and `passes="single"`, or with another number of batches on each rank.
+            finite, or only one per channel; data is empty; the model is sharded (FSDP, tensor parallel) and `inplace`
+            is False, `passes` is "sequential", or the ranks have different numbers of batches.
         RuntimeError: another rank failed; every rank's model is unchanged.
 
     Numerics: moments are float64. The statistics equal two-pass float64, rounded once to the buffers' dtype.
@@ -188,7 +188,7 @@ def _check_arguments(
 
 
 def _separate(model: nn.Module, undo: UndoOnFailure) -> None:
-    """Put a separate module in each place of a shared module, with the same parameters and separate statistics."""
+    """Replace a shared module by a separate module in each place, with the same parameters and separate statistics."""
     for found in norm_layers(model):
         for parent, key in found.slots[1:]:
             own = copy.copy(found.module)
@@ -206,7 +206,7 @@ def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Ch
     chosen = select(_CALLER, every, only)
     selected, left = [], []
     for found in every:
-        reason = _exclusion(model, found.module, named=only is not None)
+        reason = _why_left(model, found.module, named=only is not None)
         if found not in chosen:
             reason = "not named"
         if reason is None:
@@ -222,7 +222,7 @@ def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Ch
     return selected, left
 
 
-def _exclusion(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
+def _why_left(model: nn.Module, layer: nn.Module, *, named: bool) -> str | None:
     mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
     if mean is None or var is None:
         return "no running mean and variance"
@@ -251,7 +251,7 @@ def _check_same(processes: Processes, paths: list[tuple[str, ...]], **arguments:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    # Their forward communicates with other ranks, which may have fewer batches, or copies the hooks to replicas.
+    # The wrapper's forward communicates with ranks that may have fewer batches, or copies the hooks to replicas.
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inner: nn.Module = model.module
         return inner
@@ -359,7 +359,7 @@ def _write(found: Found, statistics: Statistics, batches: int, undo: UndoOnFailu
         values["num_batches_tracked"] = torch.full_like(tracked, batches)
     for name, value in values.items():
         buffer = running_buffer(found.module, name)
-        undo.before(kept(buffer))
+        undo.before(restorer(buffer))
         try:
             overwrite(buffer, value.reshape(buffer.shape))
         except RuntimeError as error:

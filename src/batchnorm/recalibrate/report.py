@@ -19,8 +19,8 @@ class LayerStatistics:
     Attributes:
         paths: All paths of the layer in the model.
         moments: The moments of all values that reached the layer, over all ranks; one `Moments` for each domain.
-        calls: The same, separately for the first call in a forward pass, the second, and so on. A layer that is called
-            several times gets the statistics of all calls together.
+        calls: The moments of the first call in a forward pass, of the second, and so on. A layer that is called several
+            times gets the statistics of all calls together.
         mean_before: The former running mean.
         var_before: The former running variance.
         mean: The new running mean: measured, or averaged with the former one by `prior`.

@@ -58,7 +58,7 @@ def _generators(data: object) -> list[torch.Generator]:
 
 def _random_state(data: object) -> tuple[Any, ...]:
     own = [g.get_state() for g in _generators(data)]
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own  # noqa: NPY002  (what others draw from)
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own  # noqa: NPY002  (other code draws from it)
 
 
 def _set_random_state(data: object, state: tuple[Any, ...]) -> None:

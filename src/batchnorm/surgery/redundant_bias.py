@@ -18,7 +18,7 @@ from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.surgery.accelerate.find_fusions import caller_of
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
-from batchnorm.undo import UndoOnFailure, kept, overwrite
+from batchnorm.undo import UndoOnFailure, overwrite, restorer
 from batchnorm.walk import is_hooked
 
 _CONVOLUTIONS = (
@@ -124,7 +124,7 @@ class _Drop:
         undo.before(self.producer.register_parameter, "bias", self.bias)
         self.producer.register_parameter("bias", None)
         if self.mean is not None:
-            undo.before(kept(self.mean))
+            undo.before(restorer(self.mean))
             overwrite(self.mean, self.mean.double() - self.bias.double())
 
 

@@ -1,4 +1,4 @@
-"""Rewrite a graph so that layers, methods, operators of an exported program and functions are all plain functions.
+"""Rewrite a graph so that layers, methods and operators of an exported program become calls of plain functions.
 
 Afterwards, every convolution is a call of `F.conv2d` with its weight as an attribute of the graph, whatever the model
 used. No known call changes its argument in place. Dropout, which has no effect in evaluation, is removed.

@@ -69,7 +69,7 @@ def _is_view(node: Node) -> bool:
 
 
 def out_of_place(node: Node) -> Node:
-    """Replace an in-place call by an out-of-place one; later readers of its argument then read its result."""
+    """Replace an in-place call by an out-of-place one, and let later readers of its argument read its result."""
     written = node.args[0] if node.args else None
     target = node.target
     if node.kwargs.get("inplace") is False:

@@ -45,7 +45,7 @@ def construction(container: Any) -> Construction | None:
 
 
 def _creates(call: Construction, container: Any) -> bool:
-    """Whether the call gives a container with the same contents and attributes."""
+    """Return whether the call gives a container with the same contents and attributes."""
     try:
         contents, again = _contents(container), _contents(call.kind(*call.args, **call.kwargs))
     except Exception:  # its class takes other arguments

@@ -1,4 +1,4 @@
-"""Trace a model by `torch.export`, alone."""
+"""Trace a model by `torch.export`, one model at a time."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _in_thread(work: Callable[[], None]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch, because a failed export is no error."""
+    """Silence torch, because a failed export is not an error."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch.export", "torch._export")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -28,12 +28,12 @@ class Tracer(fx.Tracer):
     """Records the calls of one module.
 
     The tracer of torch replaces `nn.Module.__call__` and `__getattr__` for the whole process: other models fail
-    meanwhile, and an interruption may leave the replacements there. This one changes the traced modules alone.
+    meanwhile, and an interruption may leave the replacements in place. This tracer changes only the traced modules.
 
     Args:
         functions: Whether to record calls of functions of `math` and of functions that were passed to `torch.fx.wrap`.
-            They are then replaced in the namespaces that hold them. Called by others, the replacements do the same as
-            the functions.
+            They are then replaced in the namespaces that hold them. Other callers get the same results from the
+            replacements.
     """
 
     def __init__(self, *, functions: bool = False) -> None:
@@ -66,8 +66,8 @@ class Tracer(fx.Tracer):
         record = functools.partial(self._record, function, args)
         with_modules = functools.partial(with_items, [self._items_of(module) for module in modules.values()], record)
         if self._with_functions:
-            # If it were imported meanwhile, as by a checkpoint, dynamo would take the replacements for the functions,
-            # and could not compile calls of math.prod any more.
+            # If dynamo were imported meanwhile, as by a checkpoint, it would register the replacements as functions of
+            # math, and could no longer compile calls of math.prod.
             importlib.import_module("torch._dynamo")
             with _functions_replaced:
                 with_items(_recording_functions(root), with_modules)
@@ -116,7 +116,7 @@ class Tracer(fx.Tracer):
 
 def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     """Return a graph module of a class with this name."""
-    # Unpickling traces the code again with this class. That of torch works without this library, but loses containers.
+    # Unpickling traces the code again with this class. Torch's class works without this library, but loses containers.
     graph._tracer_cls = Tracer if any(isinstance(node.target, type) for node in graph.nodes) else fx.Tracer
     return fx.GraphModule(root, graph, name)
 
