@@ -181,7 +181,7 @@ def test_a_trusted_file_is_loaded_as_torch_does(saved: Path, tmp_path: Path, mon
 def test_trust_is_refused_for_other_models(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["fold", "net:build", "--trust", "-o", "no-such-file.pt2"])
-    assert "--trust applies to a .pt2 file only" in capsys.readouterr().err
+    assert "--trust applies only to a .pt2 file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trust", [[], ["--trust"]])

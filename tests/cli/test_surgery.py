@@ -102,7 +102,7 @@ def test_arrays_of_a_file_are_data_too(folder: Path) -> None:
         (["--data", "net_for_surgery:breaks"], "the model could not be run on the data: OSError: disk gone"),
         (["--data", "net_for_surgery:wide"], "to have 4 channels, but got 5"),
         (["--data", "net_for_surgery:loader", "--only", "7"], "which matches none of 2. Choose from: 1, 4"),
-        (["--data", "none.npz"], "none.npz must be a file of numpy.savez, but"),
+        (["--data", "none.npz"], "none.npz must be a file of numpy.savez, but reading it failed"),
         (["--data", "net_for_surgery:loader", "-o", "none/new.pth"], "must be in a directory that exists"),
         ([], "Missing option '--data'"),
     ],
@@ -174,7 +174,7 @@ def test_mistakes_of_data_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch
         ("nan.npy",): "Standardizer expects finite values, got NaN",
         ("nan.npy", "--like", "x.npy"): "batchnorm standardize: Standardizer expects finite values, got NaN",
         ("several.npz",): "several.npz must hold one array",
-        ("none.npy",): "none.npy must be a file of numpy.save, but",
+        ("none.npy",): "none.npy must be a file of numpy.save, but reading it failed",
         ("x.npy", "--channel-axis", 2): "with features on axis 2",
     }.items():
         assert_one_line(invoke("standardize", *words, "-o", "done.npy", "--overwrite"), text)

@@ -43,7 +43,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     default="mlp",
     metavar="NAME|MODULE.PATH:CALLABLE",
     help="mlp, sigmoid-mlp, cnn, resnet20 or vgg; or a callable that takes (norm, in_shape, num_classes) and returns a "
-    "torch.nn.Module; or one without arguments, whose network's batch normalization is replaced.",
+    "torch.nn.Module; or one without arguments: the batch normalization of its network is replaced.",
 )
 @click.option(
     "--data",
@@ -162,7 +162,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
     from batchnorm.compare.resuming import earlier_arguments
     from batchnorm.compare.training.parallel import launched
 
-    here = launched()
+    process = launched()
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     options["lr"] = options["lr"] or None
     if out is None and not options["resume"]:
@@ -172,11 +172,11 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
             result = comparison.rebuild(report, **_of_report(ctx, given, options))
         else:
             if out is not None and options["resume"]:
-                options |= _not_given(earlier_arguments(out), given)
+                options |= _omitted(earlier_arguments(out), given)
             result = comparison.run(out=out, **options)
     except (comparison.ComparisonError, ModuleNotFoundError, OSError) as error:
         failed: int | None = getattr(error, "rank", None)
-        if here.rank != (failed or 0):
+        if process.rank != (failed or 0):
             ctx.exit(2)  # the failed process prints the error
         message = str(error)
         if isinstance(error, OSError):
@@ -184,18 +184,18 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
             message = f"{name} must be a writable directory, but {where} is not: {error}. Choose another with --{name}."
         raise OneLineError(ctx.command_path, message if failed is None else f"rank {failed}: {message}") from error
     except KeyboardInterrupt:
-        if here.first and out is not None:
+        if process.first and out is not None:
             runs = out / "runs"
-            whole = len(list(runs.glob("*.jsonl")))
-            further = f"Continue with: {ctx.command_path} --resume --out {out}"
+            finished = len(list(runs.glob("*.jsonl")))
+            advice = f"Continue with: {ctx.command_path} --resume --out {out}"
             if not (out / SETTINGS).is_file():
-                further = "Start again: training had not begun."
+                advice = "Start again: training had not begun."
             print(
-                f"{ctx.command_path}: interrupted; {whole} finished runs are in {runs}, without a summary. {further}",
+                f"{ctx.command_path}: interrupted; {finished} finished runs are in {runs}, without a summary. {advice}",
                 file=sys.stderr,
             )
         ctx.exit(INTERRUPTED)
-    if here.first:
+    if process.first:
         print(result)
 
 
@@ -211,7 +211,7 @@ def _of_report(ctx: click.Context, given: set[str], options: dict[str, Any]) -> 
     return {name: options[name] for name in given - {"report"}}
 
 
-def _not_given(earlier: dict[str, Any], given: set[str]) -> dict[str, Any]:
+def _omitted(earlier: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Return the earlier arguments that the command line does not set again."""
     length = {"epochs", "steps"}  # setting one replaces the other
     named = given | length if given & length else given

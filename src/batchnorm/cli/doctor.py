@@ -38,13 +38,13 @@ _PIPED = 120  # columns without a terminal
 @click.option(
     "--data",
     metavar="MODULE.PATH:CALLABLE|FILE.npz",
-    help="Batches as the model is trained on: a callable that returns an iterable of batches, or a file with x, and y "
+    help="Training batches: a callable that returns an iterable of batches, or a file with x, and y "
     "if there are targets (or x_train and y_train), which is shuffled.",
 )
 @click.option(
     "--loss",
     metavar="cross-entropy|mse|MODULE.PATH:CALLABLE",
-    help="Loss of output and target. Without it costs are changes of the output.",
+    help="Loss of output and target. Without it, costs are measured as changes of the output.",
 )
 @batch_size_option
 @click.option(
@@ -97,7 +97,7 @@ def doctor(
     html: Path | None,
     fail_on: str,
 ) -> None:
-    r"""Find what is wrong with the batch normalization of a network, with evidence and a fix.
+    r"""Find problems with the batch normalization of a network, with evidence and a fix.
 
     The exit code is 0 if the network is healthy, 1 if there are findings (see --fail-on), 2 after a usage error. Output
     that cannot be printed does not change it.
@@ -113,7 +113,7 @@ def doctor(
     mistake = mistakes_of(ctx)
     _check_files(output, html, mistake)
     if not as_json:
-        console()  # tells at once that rich is missing
+        console()  # raises an error now if rich is missing
     built = network(model, weights, mistake)
     given = None if data is None else batches(data, batch_size, mistake)
     criterion = None if loss is None else _loss(loss, mistake)
@@ -152,7 +152,7 @@ def _check_files(output: Path | None, html: Path | None, mistake: Mistake) -> No
 
 
 def console(piped: int = _PIPED) -> Console:
-    """Return standard output, with `piped` columns where it is not a terminal."""
+    """Return standard output, with `piped` columns if it is not a terminal."""
     try:
         from rich.console import Console
     except ModuleNotFoundError as error:

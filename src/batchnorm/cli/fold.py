@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="N,C,H,W",
     help="Shape of an input, such as 1,3,224,224; once for each argument. Required for a callable. A .pt2 file holds "
-    "its own example. An ONNX file gives its sizes; common ones are tried where they are open.",
+    "its own example. An ONNX file gives its sizes; if they are open, common sizes are tried.",
 )
 @click.option(
     "--trust",
@@ -59,10 +59,10 @@ def fold(
     check_output(output, overwrite, mistake)
     shapes = [shape_of(text, mistake) for text in sizes]
     if trust and not model.endswith(".pt2"):
-        raise mistake("--trust applies to a .pt2 file only, got another model. Leave it out.")
+        raise mistake("--trust applies only to a .pt2 file, got another model. Leave --trust out.")
     if model.endswith(".onnx"):
         if weights is not None:
-            raise mistake("--weights requires a callable; an ONNX file holds its weights. Leave it out.")
+            raise mistake("--weights requires a callable; an ONNX file holds its weights. Leave --weights out.")
         report = _fold_onnx(Path(model), shapes, output, overwrite, mistake)
     else:
         report = _fold_torch(model, weights, shapes, trust, output, overwrite, mistake)
@@ -83,14 +83,16 @@ def _fold_torch(
     from batchnorm.surgery.fold import fold as fold_network
 
     if output.suffix == ".onnx":
-        raise mistake(f"{output} must not be .onnx for a network of PyTorch. Fold it to .pt2 or export it first.")
+        raise mistake(
+            f"{output} must not end in .onnx for a network of PyTorch. Write a .pt2 file, or export it to ONNX first."
+        )
     example: tuple[Tensor, ...] = ()
     if model.endswith(".pt2"):
         if weights is not None:
-            raise mistake("--weights requires a callable; a .pt2 file holds its weights. Leave it out.")
+            raise mistake("--weights requires a callable; a .pt2 file holds its weights. Leave --weights out.")
         network, example = _program(Path(model), trust, mistake)
     else:
-        network = loading.network(model, weights, mistake, "the model, if no .pt2 or .onnx file,")
+        network = loading.network(model, weights, mistake, "the model, if it is not a .pt2 or .onnx file,")
     inputs = loading.random_inputs(shapes, network, mistake) or example
     if not inputs:
         raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
@@ -150,7 +152,7 @@ def _saved(folded: nn.Module, inputs: tuple[Tensor, ...], *, program: bool) -> m
 
 
 def _exported(folded: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Export the network, with dynamic sizes where possible."""
+    """Export the network, with dynamic sizes if possible."""
     import torch
 
     example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)

@@ -76,7 +76,7 @@ def network(written: str, weights: Path | None, mistake: Mistake, what: str = "t
             model.load_state_dict(held)
         except Exception as error:
             raise mistake(
-                f"{weights} must be the state_dict of the network, saved with torch.save, but", error
+                f"{weights} must be the state_dict of the network, saved with torch.save, but loading it failed", error
             ) from error
     return model
 
@@ -96,7 +96,7 @@ def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
         with np.load(data, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
     except Exception as error:
-        raise mistake(f"{data} must be a file of numpy.savez, but", error) from error
+        raise mistake(f"{data} must be a file of numpy.savez, but reading it failed", error) from error
     x = arrays.get("x", arrays.get("x_train"))
     y = arrays.get("y", arrays.get("y_train"))
     if x is None or (y is not None and len(x) != len(y)):
@@ -157,7 +157,7 @@ def running_on_data(caller: str, mistake: Mistake) -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Whether a progress bar can be shown: on a terminal, with rich."""
+    """Return whether a progress bar can be shown: on a terminal, with rich."""
     return sys.stderr.isatty() and find_spec("rich") is not None
 
 

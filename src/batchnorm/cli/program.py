@@ -1,8 +1,8 @@
 """Load an exported program (.pt2) without running code from the file.
 
 `torch.export.load` unpickles members of the archive, evaluates expressions for sizes as Python, looks operators up as
-attributes of torch, and loads compiled libraries. A file is therefore checked first; a file that needs more than
-tensors and operators on them is loaded only if the user trusts it.
+attributes of torch, and loads compiled libraries. A file is therefore checked first. If it needs more than tensors and
+operators on them, it is loaded only if the user trusts it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPERATORS = {
         "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_", "lshift", "rshift",
     )
 }  # fmt: skip
-# As sympy prints an expression, and as guards are written.
+# The names of functions in expressions, as sympy prints them, and in guards.
 _FUNCTIONS = {
     *("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Abs", "floor", "ceiling"),
     *("Equality", "Unequality", "GreaterThan", "LessThan", "StrictGreaterThan", "StrictLessThan", "And", "Or", "Not"),
@@ -51,7 +51,7 @@ _ARITHMETIC = re.compile(r"math\.[a-z][a-z0-9]*|torch\._?sym_[a-z_]+")
 
 
 class UntrustedError(ValueError):
-    """A file holds more than tensors and operators on them; the message says what."""
+    """A file holds more than tensors and operators on them; the message names the rest."""
 
 
 def load(path: Path, *, trust: bool) -> torch.export.ExportedProgram:
@@ -79,7 +79,7 @@ def check(path: Path) -> None:
 
     Raises:
         UntrustedError: It may run code.
-        Exception: It is no archive of a program.
+        Exception: It is not an archive of a program.
     """
     reader = torch._C.PyTorchFileReader(str(path))  # the one that torch.export.load uses
     records = reader.get_all_records()
@@ -102,7 +102,7 @@ def _pickled_payloads(config: str, content: Any) -> set[str]:
     for entry in content["config"].values():
         path = entry["path_name"]
         if path.startswith(("custom_obj_", "opaque_obj_")):
-            raise UntrustedError(f"an object that is no tensor ({path})")
+            raise UntrustedError(f"an object that is not a tensor ({path})")
         if entry["use_pickle"]:
             found.add(f"{config.rpartition('/')[0]}/{path}")
     return found
@@ -183,7 +183,7 @@ def _check_structure(text: str) -> None:
         if node["type"] is not None and node["type"] not in _CONTAINERS:
             raise UntrustedError(f"arguments or results of the type {str(node['type'])[:60]}")
         if "{" in (node["context"] or ""):
-            raise UntrustedError("keys of a dictionary that are no strings")
+            raise UntrustedError("keys of a dictionary that are not strings")
         waiting += node["children_spec"]
 
 

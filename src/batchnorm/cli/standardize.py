@@ -55,7 +55,7 @@ def standardize(
     output: Path,
     overwrite: bool,
 ) -> None:
-    r"""Write data with zero mean and unit variance in every feature or channel; files may exceed the memory.
+    r"""Write data with zero mean and unit variance in every feature or channel; files may be larger than memory.
 
     \b
     Examples:
@@ -82,7 +82,7 @@ def _opened(path: Path, mistake: Mistake) -> NDArray[Any]:
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:
-        raise mistake(f"{path} must be a file of numpy.save, but", error) from error
+        raise mistake(f"{path} must be a file of numpy.save, but reading it failed", error) from error
     if not isinstance(held, np.ndarray):
         held.close()
         raise mistake(f"{path} must hold one array, as numpy.save writes it, got several. Save the one to standardize.")
@@ -95,7 +95,7 @@ def _parts(x: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def _write(file: BinaryIO, x: NDArray[Any], dtype: np.dtype[Any], standardizer: Standardizer) -> None:
-    """Write the standardized data. Ordinary writes report a full disk; a memory map would kill the process."""
+    """Write the standardized data. A full disk raises an error here; with a memory map, it would kill the process."""
     import numpy as np
 
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": x.shape}

@@ -1,7 +1,7 @@
-"""The process around a command: its standard streams and its signals.
+"""The standard streams and the signals of the process that runs a command.
 
-Neither a reader that stops (`| head`), a full device nor a character that the terminal lacks ends a command, and a
-command that is terminated removes its temporary files.
+A command does not end because a reader stops (`| head`), a device is full, or the terminal lacks a character. A command
+that is terminated removes its temporary files.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class _Lossy(io.RawIOBase):
 
 @contextmanager
 def lossy_streams() -> Iterator[None]:
-    """Use standard streams whose errors end nothing; finally report on standard error why output is missing.
+    """Ignore errors of the standard streams within the block, and report at its end why output is missing.
 
-    Characters that an encoding lacks are replaced. An error because the reader has stopped is not reported.
+    The report goes to standard error. It is left out if the reader has stopped. Characters that an encoding lacks are
+    replaced.
     """
     for descriptor in range(3):  # otherwise the next file that is opened would become the closed stream
         try:
@@ -73,9 +74,9 @@ def lossy_streams() -> Iterator[None]:
             print(f"batchnorm: standard output is incomplete: {lossy.error.strerror}", file=err)
         err.flush()
         sys.stdout, sys.stderr = before
-        for own, given in zip((out, err), before, strict=True):
+        for ours, given in zip((out, err), before, strict=True):
             if given is None:
-                own.close()
+                ours.close()
 
 
 def _opened(stream: TextIO | None, errors: str) -> tuple[TextIO, _Lossy | None]:

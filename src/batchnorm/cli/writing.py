@@ -26,7 +26,7 @@ def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], C
         help=f"Where to write {what}.",
     )
     overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-    return lambda verb: output(overwrite(verb))
+    return lambda command: output(overwrite(command))
 
 
 def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
