@@ -73,7 +73,7 @@ sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehav
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
 
-# Test only two instruction sets, because all share the same templates with different vector sizes, and fewer large tensors.
+# Two instruction sets are enough, because all share the same templates. --quick tests fewer large tensors.
 sanitize-quick: $(STAMP) ## the same without AVX-512, in half the time
 	$(CMAKE) -B build/sanitize-quick -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON \
 	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')

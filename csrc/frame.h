@@ -9,12 +9,13 @@
 
 namespace batchnorm {
 
-// x's sizes, and the memory layout of every tensor of x's shape in the kernels. This is the layout of empty_like(x) if
-// that is contiguous or channels-last, else contiguous. Tensors with another layout are copied.
+// Holds x's sizes, and the memory layout that the kernels use for every tensor of x's shape. This layout is that of
+// empty_like(x) if it is contiguous or channels-last, and contiguous otherwise. Tensors with another layout are copied.
 class Frame {
  public:
   explicit Frame(const Tensor& x) : dtype(floating("x", x)), dim_(x.dim()), like_(x) {
-    STD_TORCH_CHECK(dim_ >= 2, "batchnorm expects x of shape [N, C, *S], got ", dim_, " dimension(s).");
+    STD_TORCH_CHECK(dim_ >= 2, "batchnorm expects x of shape [N, C, *S], got ", dim_,
+                    " dimension(s). Add the missing batch or channel dimension.");
     const int64_t* sizes = x.sizes().data();
     sizes_.assign(sizes, sizes + dim_);
     shape = {sizes[0], sizes[1], 1, false};
@@ -26,12 +27,13 @@ class Frame {
     strides_ = contiguous_strides(sizes, dim_);
   }
 
-  // The data of a tensor of x's shape, or of a copy if its strides or dtype differ.
+  // Returns the data of a tensor of x's shape, or of a copy if its strides or dtype differ.
   const void* read(const char* name, const Tensor& t) {
     const int64_t* sizes = t.sizes().data();
     STD_TORCH_CHECK(t.dim() == dim_ && std::equal(sizes_.begin(), sizes_.end(), sizes), "batchnorm expects ", name,
-                    " of x's shape, got another. Reshape or expand it.");
-    STD_TORCH_CHECK(t.is_cpu(), "batchnorm expects ", name, " on the CPU, where x is. Move it with .to().");
+                    " of x's shape ", shape_text(sizes_.data(), dim_), ", got ", shape_text(sizes, t.dim()),
+                    ". Reshape or expand it.");
+    check_device(name, t);
     const int64_t* strides = t.strides().data();
     bool same = dtype_code(t) == code_of(dtype);
     for (int64_t d = 0; same && d < dim_; ++d) same = sizes_[d] == 1 || strides[d] == strides_[d];
@@ -39,7 +41,7 @@ class Frame {
   }
   const void* read(const char* name, const MaybeTensor& t) { return t ? read(name, *t) : nullptr; }
 
-  // A result of x's shape for the kernel to write, and its conversion to the tensor to return.
+  // Allocates a result of x's shape, which the kernel writes. `returned` converts it to the tensor to return.
   Tensor result() const {
     Tensor made = empty(sizes_.data(), strides_.data(), dim_, code_of(dtype));
     advise_huge_pages(made, shape.numel() * size_of(dtype));
@@ -52,41 +54,46 @@ class Frame {
     return out;
   }
 
-  // weights [N, *S] in the statistics' dtype.
+  // Returns the data of weights [N, *S] in the statistics' dtype.
   const void* read_weights(const MaybeTensor& t) {
     if (!t) return nullptr;
     const int64_t* sizes = t->sizes().data();
     bool fits = t->dim() == dim_ - 1 && sizes[0] == sizes_[0];
     for (int64_t d = 2; fits && d < dim_; ++d) fits = sizes[d - 1] == sizes_[d];
-    STD_TORCH_CHECK(fits, "batchnorm expects weights of shape [N, *S], that of x without its channels.");
-    STD_TORCH_CHECK(t->is_cpu(), "batchnorm expects weights on the CPU, where x is. Move them with .to().");
+    STD_TORCH_CHECK(fits, "batchnorm expects weights of shape [N, *S] for x of shape ",
+                    shape_text(sizes_.data(), dim_), ", got ", shape_text(sizes, t->dim()),
+                    ". Pass one weight per position, without a dimension for channels.");
+    check_device("weights", *t);
     return contiguous_data("weights", *t, code_of(statistics_of(dtype)));
   }
 
-  // A [C] or, with an index, [K, C] vector.
+  // Returns a vector [C], or [K, C] if `indexed`.
   Vector vector(const char* name, const MaybeTensor& t, bool indexed) {
     if (!t) return {};
     const int64_t dim = t->dim();
     const int64_t* sizes = t->sizes().data();
     STD_TORCH_CHECK((dim == 1 || (dim == 2 && indexed)) && sizes[dim - 1] == shape.c, "batchnorm expects ", name,
-                    " of shape [", shape.c, "], or [K, ", shape.c, "] with an index. Pass one value per channel.");
-    STD_TORCH_CHECK(t->is_cpu(), "batchnorm expects ", name, " on the CPU, where x is. Move it with .to().");
+                    " of shape [", shape.c, "], or [K, ", shape.c, "] with an index, got ", shape_text(sizes, dim),
+                    ". Pass one value per channel.");
+    check_device(name, *t);
     const DType own = floating(name, *t);
     const int64_t rows = dim == 2 ? sizes[0] : 1;
     if (dim == 2) rows_ = std::min(rows_, rows);
     return {contiguous_data(name, *t, code_of(own)), own, rows};
   }
 
-  // index [N], checked against the rows of all vectors read so far and against `groups`.
+  // Returns the data of index [N]. Checks it against the rows of all vectors read so far and against `groups`.
   const int64_t* index(const MaybeTensor& t, int64_t groups) {
     if (!t) return nullptr;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == shape.n && dtype_code(*t) == codes().int64 && t->is_cpu(),
-                    "batchnorm expects index of shape [", shape.n, "] and dtype int64 on the CPU.");
+                    "batchnorm expects index of shape [", shape.n, "] and dtype int64 on the CPU, got ",
+                    shape_text(t->sizes().data(), t->dim()), " and ", torch::headeronly::toString(t->scalar_type()),
+                    t->is_cpu() ? "" : " on another device", ". Pass one row number per sample.");
     const auto* p = static_cast<const int64_t*>(contiguous_data("index", *t, codes().int64));
     const int64_t rows = std::min(rows_, groups);
     for (int64_t n = 0; n < shape.n; ++n) {
       STD_TORCH_CHECK(p[n] >= 0 && p[n] < rows, "batchnorm expects each index in [0, ", rows, "), got ", p[n],
-                      ". It names a sample's row.");
+                      ". Each index selects a sample's row: correct it, or pass more rows.");
     }
     return p;
   }
@@ -95,7 +102,11 @@ class Frame {
   Shape shape;
 
  private:
-  // The data of a tensor, or of a copy with these strides and dtype unless it has both.
+  void check_device(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.is_cpu(), "batchnorm expects ", name, " on x's device, the CPU, got ", name,
+                    " on another device. Move it with .to(x.device).");
+  }
+  // Returns the tensor's data if `same`, else the data of a copy with these strides and this dtype.
   const void* data(const char* name, const Tensor& t, bool same, const std::vector<int64_t>& strides, int32_t code) {
     check_memory(name, t);
     if (same) return t.const_data_ptr();

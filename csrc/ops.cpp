@@ -18,8 +18,8 @@
 #define BATCHNORM_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Returns whether a backward pass is running. It is not in the stable ABI, and therefore weak. If this torch does not
-// have it, it is null, and `update_running_` is not registered here and stays eager.
+// Returns the number of the running backward pass, or -1 if none is running. It is not in the stable ABI, so the symbol
+// is weak. In a torch without it, the address is null. `update_running_` is then not registered here and stays eager.
 namespace torch::autograd {
 __attribute__((weak)) int get_current_graph_task_id();
 }
@@ -46,7 +46,7 @@ struct Attributes {
   double parameter;
 };
 
-// The map from x to y. If `indexed`, its vectors may have rows, and each sample uses one of them.
+// Collects the arguments of the map from x to y. If `indexed`, vectors may have rows, and each sample uses one row.
 Normalization normalization_of(Frame& frame, bool indexed, const MaybeTensor& mean, const MaybeTensor& mean_low,
                                const MaybeTensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
                                const Attributes& attributes) {
@@ -107,8 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, const MaybeT
   Moments args{};
   Frame frame(x);
   const bool indexed = index.has_value();
-  STD_TORCH_CHECK(indexed ? groups >= 0 : groups == 1, "batchnorm expects groups to be 1 without an index, got ",
-                  groups, ".");
+  STD_TORCH_CHECK(indexed ? groups >= 0 : groups == 1, "batchnorm expects groups to be ",
+                  indexed ? ">= 0 with an index" : "1 without an index", ", got ", groups,
+                  ". Pass the number of groups in the index, or 1 without one.");
   const DType statistics = statistics_of(frame.dtype);
   Tensor count = empty(&groups, std::array<int64_t, 1>{1}.data(), indexed ? 1 : 0, code_of(DType::float64));
   Tensor mean = empty_rows(indexed, groups, frame.shape.c, statistics);
@@ -137,7 +138,7 @@ struct Kept {
   const MaybeTensor &weight, &bias;
 };
 
-// One call of an operator of the backward pass, with the results that it requests.
+// One call of an operator of the backward pass, with the requested results.
 struct BackwardCall {
   Frame frame;
   bool indexed;
@@ -240,7 +241,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
 
 // ---- running statistics --------------------------------------------------------------------------------------------
 
-// Whether the values of a small tensor can be read and written without torch.
+// Returns whether the values of a small tensor can be read and written without torch.
 bool plain_float(const Tensor& t) { return dtype_code(t) == code_of(DType::float32) && t.is_contiguous(); }
 
 // Reads a small tensor's values as float64. torch converts other dtypes and strides.
@@ -267,7 +268,7 @@ std::tuple<Tensor, Tensor> copy_running(const Tensor& running_mean, const Tensor
   return {copy("running_mean", running_mean), copy("running_var", running_var)};
 }
 
-// Checks that a tensor can be written, and tells autograd of the change: a copy to itself changes only the version.
+// Checks that a tensor can be written, and increments its version for autograd by copying it to itself.
 void announce_write(const char* name, const Tensor& t) {
   check_memory(name, t);
   bool writable = true;
@@ -294,7 +295,8 @@ void update_running_(const Tensor& running_mean, const Tensor& running_var, cons
                      std::optional<double> momentum, bool skip_nonfinite) {
   if (torch::autograd::get_current_graph_task_id() != -1) return;
   STD_TORCH_CHECK(momentum || num_batches_tracked,
-                  "update_running_ expects num_batches_tracked where momentum is None, got None for both.");
+                  "batchnorm::update_running_ expects num_batches_tracked if momentum is None, got None for both. Pass "
+                  "the counter, or a momentum.");
   const std::vector<double> high = values_of("mean", mean), low = values_of("mean_low", mean_low);
   const std::vector<double> biased = values_of("var", var);
   std::vector<double> new_mean = values_of("running_mean", running_mean);
@@ -302,12 +304,12 @@ void update_running_(const Tensor& running_mean, const Tensor& running_var, cons
   const size_t c = new_mean.size();
   for (const size_t size : {high.size(), low.size(), biased.size(), new_var.size()}) {
     STD_TORCH_CHECK(size == c, "batchnorm::update_running_ expects mean, mean_low, var and running_var of ",
-                    "running_mean's size ", c, ", got ", size, ".");
+                    "running_mean's size ", c, ", got ", size, ". Pass vectors of one size.");
   }
   double n = static_cast<double>(m);
   for (const auto& [name, t] : {std::pair{"num_batches_tracked", &num_batches_tracked}, std::pair{"count", &count}}) {
     STD_TORCH_CHECK(!*t || (*t)->numel() == 1, "batchnorm::update_running_ expects ", name, " of one value, got ",
-                    (*t)->numel(), ".");
+                    (*t)->numel(), ". Pass a scalar.");
   }
   if (count) n = values_of("count", *count)[0];
   bool moves = n > 0.0;
@@ -315,7 +317,7 @@ void update_running_(const Tensor& running_mean, const Tensor& running_var, cons
     moves = std::isfinite(high[i]) && std::isfinite(low[i]) && std::isfinite(biased[i]);
   }
   if (!moves) return;
-  announce_write("running_mean", running_mean);  // all of them, before the first is written
+  announce_write("running_mean", running_mean);  // check every buffer before the first is written
   announce_write("running_var", running_var);
   if (num_batches_tracked) announce_write("num_batches_tracked", *num_batches_tracked);
 

@@ -44,6 +44,13 @@ inline const Codes& codes() {
 
 inline int32_t code_of(DType dtype) { return codes().by_dtype[static_cast<int>(dtype)]; }
 
+// A shape in an error, such as "[2, 3]".
+inline std::string shape_text(const int64_t* sizes, int64_t dim) {
+  std::string text = "[";
+  for (int64_t d = 0; d < dim; ++d) text.append(d ? ", " : "").append(std::to_string(sizes[d]));
+  return text + "]";
+}
+
 inline DType floating(const char* name, const Tensor& t) {
   const int32_t code = dtype_code(t);
   for (int i = 0; i < kDTypes; ++i) {
@@ -53,8 +60,8 @@ inline DType floating(const char* name, const Tensor& t) {
                   torch::headeronly::toString(t.scalar_type()), ". Convert it with .to().");
 }
 
-// Checks that a tensor's memory is there. FSDP, for example, frees the storage of parameters between uses, and such a
-// tensor would point to address 0, or near it.
+// Checks that a tensor's memory is allocated. FSDP, for example, frees the storage of parameters between uses. The data
+// of such a tensor would be at address 0, or near it.
 inline void check_memory(const char* name, const Tensor& t) {
   int64_t bytes, offset, last = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
@@ -74,7 +81,7 @@ inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype
 
 inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
 
-// Takes ownership of the string, as operators do.
+// Returns the activation of this name. Takes ownership of the string, as operators do.
 inline Activation activation_of(StringHandle handle) {
   const char* name = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
@@ -123,7 +130,7 @@ inline Tensor empty_rows(bool rows, int64_t groups, int64_t c, DType dtype) {
   return rows ? empty(sizes, strides, 2, code_of(dtype)) : empty_vector(c, dtype);
 }
 
-// Whether a tensor of these sizes and strides is dense in memory in the order of dimensions given by `at(i)`.
+// Returns whether a tensor of these sizes and strides is dense in memory. `at(i)` gives the order of the dimensions.
 template <class At>
 inline bool dense(const int64_t* sizes, const int64_t* strides, int64_t dim, const At& at) {
   int64_t expected = 1;

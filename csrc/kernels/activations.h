@@ -1,4 +1,4 @@
-// Activations y = f(z, parameter) and dz = dy·f'(t, parameter). t is z, or y where y determines the derivative.
+// Activations y = f(z, parameter) and dz = dy·f'(t, parameter). t is z, or y if y determines the derivative.
 // At kinks and for NaN, the results equal torch's.
 #pragma once
 
@@ -90,7 +90,7 @@ struct Hardswish {
   }
 };
 
-// z·tanh(log(1 + e^z)) = z·w/(w + 2) with w = e^z·(e^z + 2). From z = 20 on the factor of z is 1 in every dtype.
+// z·tanh(log(1 + e^z)) = z·w/(w + 2) with w = e^z·(e^z + 2). For z >= 20, the factor of z is 1 in every dtype.
 struct Mish {
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {

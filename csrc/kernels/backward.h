@@ -1,4 +1,4 @@
-// Sums and gradients of the backward pass, through the batch's statistics or with constant statistics.
+// Sums and gradients of the backward pass. Statistics depend on the batch or are constants.
 #pragma once
 
 #include "forward.h"
@@ -6,7 +6,8 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// Computes the operator's sums from Σ dz and Σ dz·(x - mean), and through batch statistics also the coefficients of dx.
+// Computes the operator's sums from Σ dz and Σ dz·(x - mean). If statistics depend on the batch, also computes the
+// coefficients of dx.
 struct BackwardSteps {
   const Backward& args;
   const Channels<T>& channels;

@@ -1,4 +1,4 @@
-// Float64 arithmetic on [C] vectors: sums to statistics and gradients, and these to coefficients.
+// Float64 arithmetic on [C] vectors: computes statistics and gradients from sums, and coefficients from both.
 #pragma once
 
 #include <cmath>
@@ -49,7 +49,7 @@ class Wide {
 // Mean (as a pair) and sum of squared deviations, computed from Σ(x - pivot) and Σ(x - pivot)² of n values.
 struct MomentsOfChannel {
   double mean, mean_low, m2;
-  bool far;  // m2 cancelled because the pivot is many deviations from the mean; sum again from the mean
+  bool far;  // m2 lost digits, because the pivot is many deviations from the mean; sum again with the mean as pivot
 };
 
 template <class T>

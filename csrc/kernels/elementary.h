@@ -1,4 +1,4 @@
-// exp, expm1 and erf for vectors, to about one unit in the last place of float32. For float64: the C library, lane by
+// exp, expm1 and erf for vectors, to about one unit in the last place of float32. float64 calls the C library for each
 // lane.
 #pragma once
 
@@ -39,7 +39,7 @@ BATCHNORM_INLINE Vec<float> expm1_of_negative(Vec<float> x) {
   return select(x < -0.5f, exp(x) - 1.0f, fma(p * x, x, x));
 }
 
-// Two polynomials by |a|, after N. Juffa's single-precision erf.
+// Selects one of two polynomials by |a|, as N. Juffa's single-precision erf.
 BATCHNORM_INLINE Vec<float> erf(Vec<float> a) {
   Vec<float> t = select(a < 0.0f, -a, a), s = a * a;
   Vec<float> far = fma(broadcast(-1.72853470e-5f), t, broadcast(3.83197126e-4f));

@@ -8,7 +8,7 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// Stores the statistics, and overwrites the pivots by the coefficients of the normalization.
+// Stores the statistics, and overwrites the pivots with the coefficients of the normalization.
 struct StoreStatistics {
   A *mean, *mean_low, *var;
   double values;
@@ -75,11 +75,11 @@ void fused_forward(const Threads& threads, const TrainForward& args) {
 
 // ---- given statistics ----------------------------------------------------------------------------------------------
 
-// Rows of coefficients for [rows, c] quantities: one per row, or one per sample if there are fewer samples.
+// Rows of coefficients for vectors [rows, c]: one per row, or one per sample if there are fewer samples than rows.
 struct CoefficientRows {
   int64_t count = 1;
   const int64_t* of_sample = nullptr;  // the row of each sample; null if all share one
-  const int64_t* of_row = nullptr;     // the row of the quantities for each row here; null if equal
+  const int64_t* of_row = nullptr;     // the vectors' row for each row of coefficients; null if both are the same
 
   CoefficientRows(const Normalization& n, std::initializer_list<const Vector*> more, int64_t samples,
                   Scratch& scratch) {

@@ -1,6 +1,6 @@
 // The kernels' interface: raw pointers and sizes, no torch.
 //
-// The same sources are compiled once per instruction set; `kernels()` returns those of the set chosen at load.
+// The same sources are compiled once per instruction set. `kernels()` returns the kernels of the set chosen at load.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Shape {
   int64_t numel() const { return n * c * s; }
 };
 
-// A vector [c] (rows = 1), or [rows, c], where `index` selects a row per sample. data is null if it is absent.
+// A vector [c] (rows = 1), or rows [rows, c], from which `index` selects one per sample. data is null if it is absent.
 struct Vector {
   const void* data = nullptr;
   DType dtype = DType::float32;
@@ -54,17 +54,17 @@ struct Threads {
   int64_t count;
 };
 
-// The affine map from x to z, the activation's argument, and the activation.
+// The affine map from x to z, and the activation, whose argument is z.
 struct Normalization {
   Vector mean, mean_low, var, weight, bias;
   const int64_t* index = nullptr;  // [n]
   double eps = 0.0;
   Activation activation = Activation::none;
-  double parameter = 0.0;  // negative_slope or alpha, where the activation takes one
+  double parameter = 0.0;  // negative_slope or alpha, if the activation has one
 };
 
-// Results have the names in their operator's schema. Statistics and sums are float64 for float64 x, else float32. The
-// others have x's dtype, unless a comment gives another.
+// Results are named as in the operator's schema. Statistics and sums are float64 for float64 x, else float32. Other
+// tensors have x's dtype, unless a comment gives another.
 struct TrainForward {
   Shape shape;
   const void* x;
@@ -98,15 +98,15 @@ struct Backward {
   const void* dy;
   const void* x;
   const void* residual;  // may be null
-  const void* y;         // may be null; where it is given, it determines the activation's derivative
+  const void* y;         // may be null; otherwise it determines the activation's derivative
   Normalization normalization;
   int64_t groups;                      // rows of the sums
   void *sum_dz, *sum_dz_xhat;          // [groups, c], or both null
   void* dx;                            // may be null
   void* dz;                            // may be null
-  bool through_batch;                  // dx through the batch's own statistics, with means from the sums
-  Vector mean_dxhat, mean_dxhat_xhat;  // otherwise, the given means
-  const void* weights;                 // [n, s] in the statistics' dtype: the shares of the given means; may be null
+  bool through_batch;                  // dx through the batch's statistics; its means are computed from the sums
+  Vector mean_dxhat, mean_dxhat_xhat;  // given means, if not through_batch; absent: the statistics are constants
+  const void* weights;                 // [n, s] in the statistics' dtype, factors of the given means; may be null
 };
 
 struct Kernels {
@@ -116,19 +116,19 @@ struct Kernels {
   void (*backward)(const Threads&, const Backward&);
 };
 
-// The kernels for x's dtype in the chosen instruction set.
+// Returns the kernels for x's dtype in the chosen instruction set.
 const Kernels& kernels(DType dtype);
 
-// The chosen instruction set: "baseline", "avx2", "avx512" or "neon".
+// Returns the name of the chosen instruction set, such as "avx2" or "baseline".
 const char* capability();
 
-// Chooses an instruction set by name; false if this build or this processor does not have it.
+// Chooses an instruction set by name. Returns false if this build or this processor does not have it.
 bool set_capability(const char* name);
 
-// Instruction sets that this build and this processor have, best first, separated by spaces.
+// Returns the instruction sets that both this build and this processor have, best first, separated by spaces.
 const char* capabilities();
 
-// Why BATCHNORM_CPU_CAPABILITY was not followed, or null.
+// Returns the reason why BATCHNORM_CPU_CAPABILITY was ignored, or null.
 const char* capability_problem();
 
 }  // namespace batchnorm

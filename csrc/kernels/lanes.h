@@ -17,7 +17,7 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 bool streams(const Shape& s) { return kHasStream && s.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes; }
 
-// Whether to process x in planes (rows of one channel) rather than in rows of lanes.
+// Returns whether to process x in planes (each row is one channel) instead of rows of lanes.
 bool in_planes(const Shape& s, bool whole) { return !s.channels_last && s.s > 1 && (whole || s.s >= kLanes<A>); }
 
 // Spreads [c] coefficients over lanes if lanes and channels differ.
@@ -33,7 +33,7 @@ void spread(const RowShape& r, const A* per_channel, A* lanes) {
   }
 }
 
-// Sums lanes into channels, in place and in the order of the lanes.
+// Sums the lanes of each channel, in place and in the order of the lanes.
 void fold(const RowShape& r, double* sums) {
   if (r.positions > 1) {
     for (int64_t c = 0; c < r.channels; ++c) {

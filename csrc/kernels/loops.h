@@ -12,8 +12,8 @@ inline constexpr int64_t kChannelsAtOnce = 128;  // planes: channels summed toge
 // The number of consecutive additions in the arithmetic type; their sum is then added in float64.
 inline constexpr int64_t kAdditions = 32;
 
-// The prefetch distance of sums, in bytes. Processors also prefetch, but restart after every jump. With this, short
-// rows and many lanes are read a third faster, long rows slightly slower.
+// The prefetch distance of sums, in bytes. Processors also prefetch, but restart after every jump. This prefetch reads
+// short rows and many lanes a third faster, but long rows slightly slower.
 inline constexpr int64_t kFetchBytes = 16384, kLongRowBytes = 8192;
 template <class Term>
 inline constexpr int64_t kAhead = kFetchBytes / static_cast<int64_t>(sizeof(typename Term::Type));
@@ -23,7 +23,7 @@ struct WideSums {
   Vec<double> u{}, uv{};
 };
 
-// A mask of lanes [from, to).
+// Returns a mask of lanes [from, to).
 BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, float) {
   Int32 lane;
   for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
@@ -42,8 +42,7 @@ BATCHNORM_INLINE void fetch_lines(const Term& term, int64_t offset, int64_t coun
   for (int64_t i = 0; i < count; i += kLine) term.template fetch<cache>(offset + i);
 }
 
-// ---- planes: [n, c, s] in memory, a row is s values of one channel
-// ---------------------------------------------------
+// ---- planes: [n, c, s] in memory, a row is s values of one channel --------------------------------------------------
 
 // a += Σ u and b += Σ u·v over `length` values from `offset`; their weights start at `position`. Also prefetches the
 // values `ahead` positions later, or none if `ahead` is 0.
@@ -192,7 +191,7 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
       map.apply(c, offset + i, W, map.weights ? load(map.weights + weight + i, W) : Vec<A>{}, streamed);
     }
     if (i + W > stop) break;
-    if (i < end) {  // a vector with the end of one row and the start of the next
+    if (i < end) {  // this vector contains the end of one row and the start of the next
       if (map.weights) {
         map_some(original, channel, offset, position, length, i, i + W);
       } else {
@@ -210,8 +209,7 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
             map.weights ? load(map.weights + position - k * length + i, W) : Vec<A>{}, false);
 }
 
-// ---- rows of lanes: each lane is a channel; several lanes may share one
-// ----------------------------------------------
+// ---- rows of lanes: each lane is a channel; several lanes may share one ---------------------------------------------
 
 // u[0 .. count) += Σ u and uv[0 .. count) += Σ u·v of one vector of lanes, which may be partial.
 template <class Term>
@@ -312,7 +310,7 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
   }
 }
 
-// Maps `count` lanes of a row from j, fewer than a full vector.
+// Maps lanes [j, j + count) of a row, fewer than a full vector.
 template <class Map>
 __attribute__((noinline)) static void map_some_lanes(const Map& map, int64_t lanes, int64_t row, int64_t j,
                                                      int64_t count, int64_t channel) {
@@ -354,8 +352,7 @@ static void map_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, in
   }
 }
 
-// ---- terms and maps as values
-// ----------------------------------------------------------------------------------------
+// ---- terms and maps as values ---------------------------------------------------------------------------------------
 
 struct Reducer {
   const void* term;

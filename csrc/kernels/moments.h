@@ -6,11 +6,11 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// Moves a pivot close to the mean, in x's own precision, in which deviations are exact or nearly so.
+// Moves a pivot close to the mean. Rounds it to x's precision, so that deviations from it are exact, or nearly so.
 A rounded(A pivot, double deviation) { return static_cast<A>(round_to<T>(static_cast<double>(pivot) + deviation)); }
 
 // Sums the moments of a batch and calls record(c, MomentsOfChannel) for each channel. Deviations are taken from a
-// pivot. It is estimated from a few values spread over the batch; in a constant channel it is exactly their value.
+// pivot, which is the mean of a few values spread over the batch. The pivot of a constant channel is exactly its value.
 template <class Record>
 struct PlaneMoments final : PlaneSteps {
   const Reducer& reducer;
@@ -108,7 +108,8 @@ struct StoreMoments {
   void done() const {}
 };
 
-// Replaces each group's pivots, its first value, by the mean of a few values of its first samples (at most 1/8 of all).
+// Replaces each group's pivots, which are its first values, by means of a few values of its first samples (at most 1/8
+// of all).
 void near_the_mean(const Shape& s, const RowShape& r, bool planes, const Reducer& sums, const Moments& args, A* pivot,
                    double* u, Scratch& scratch) {
   constexpr int64_t kLeast = 16, kMost = 256, kValuesEach = 64, kShare = 8;

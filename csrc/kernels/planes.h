@@ -9,14 +9,14 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// Part of a core's own cache for values that are read twice; the same amount is prefetched.
+// The part of a core's own cache that holds values that are read twice. The same amount is prefetched.
 inline constexpr int64_t kCacheBytes = 512 << 10;
 
 // The steps before and after the sums of a channel.
 struct PlaneSteps {
   virtual void begin(int64_t /*c0*/, int64_t /*channels*/) {}  // at most kChannelsAtOnce of them
-  // Returns true to sum this channel once more, and only this one: each channel is finished once, whatever the others
-  // hold. Always false if `again`.
+  // Returns true to sum this channel, and no other, once more. A channel's result therefore does not depend on other
+  // channels. Returns false if `again`.
   virtual bool finish(int64_t c, const WideSums& sums, bool again) = 0;
 
  protected:
@@ -47,7 +47,7 @@ struct PlaneBlocks {
 static void map_all_planes(const Threads& threads, const Shape& s, const Mapper& mapper, bool streamed,
                            const int64_t* rows) {
   constexpr int64_t kPiece = 16384, kAligned = 16;
-  // Parts of a long row, or several short rows, with whole cache lines wherever possible.
+  // Parts of a long row, or several short rows. They consist of whole cache lines if possible.
   const int64_t pieces = (s.s + kPiece - 1) / kPiece, length = pieces > 1 ? kPiece : s.s;
   int64_t together = pieces > 1 ? 1 : kPiece / s.s;
   if (together > kAligned) together = together / kAligned * kAligned;

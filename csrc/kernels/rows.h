@@ -2,7 +2,8 @@
 //
 // With few channels, several positions form one longer row; [n, c, s] with a tiny s is a row of c·s lanes. Each thread
 // sums a range of rows. When all sums are complete, it maps its rows in reverse order, because the values read last are
-// still in the cache. (Tiles of channels, which read x once, were slower: their lines share few sets of the cache.)
+// still in the cache. (Tiles of channels, which read x once, were slower, because their lines map to few sets of the
+// cache.)
 #pragma once
 
 #include "loops.h"
@@ -19,7 +20,7 @@ struct RowShape {
   int64_t channel(int64_t lane) const { return positions > 1 ? lane / positions : lane % channels; }
 };
 
-// Use `whole` rows only if each row has its own coefficients or weights.
+// With `whole`, positions are not combined into longer rows. Rows with their own coefficients or weights need this.
 template <class A>
 static RowShape row_shape(const Shape& s, bool whole) {
   if (!s.channels_last && s.s > 1) return {s.c * s.s, s.n, 0, s.c, s.s, 1};
@@ -51,7 +52,7 @@ struct Chunks {
 // The steps before and after the sums of the lanes.
 struct RowSteps {
   virtual void begin() {}
-  // Returns true to sum all lanes once more; always false if `again`. May change the sums.
+  // Returns true to sum all lanes once more. Returns false if `again`. May change the sums.
   virtual bool finish(double* u, double* uv, bool again) = 0;
 
  protected:
@@ -63,8 +64,8 @@ static bool rows_streamed(const Mapper& mapper, int64_t lanes, bool streamed, co
   return streamed && lanes * values.bytes % 64 == 0 && reinterpret_cast<uintptr_t>(mapper.output) % 64 == 0;
 }
 
-// Maps rows [r0, r1) in small blocks, the last block first, because it is still in the cache if all rows were just
-// read. Within a block it goes forward, because memory is prefetched in that direction only.
+// Maps rows [r0, r1) in small blocks. The last block comes first, because it is still in the cache if all rows were
+// just read. Within a block, rows are mapped forward, because memory is prefetched in that direction only.
 static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, int64_t r1, bool streamed,
                           const Values& values) {
   const int64_t few = 64 * 1024 / (r.lanes * values.bytes) + 4;
@@ -73,8 +74,7 @@ static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, i
   }
 }
 
-// Maps all rows. `rows`, if given, holds each sample's row of coefficients [c]. Without it, and without `by_sample`,
-// coefficients are per lane.
+// Maps all rows. `rows`, if given, holds each sample's row of coefficients [c]. Otherwise, coefficients are per lane.
 static void map_all_rows(const Threads& threads, const RowShape& r, const Mapper& mapper, bool streamed,
                          const Values& values, const int64_t* rows) {
   streamed = rows_streamed(mapper, r.lanes, streamed, values);

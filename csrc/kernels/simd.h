@@ -87,7 +87,7 @@ BATCHNORM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// mask ? a : b, lane by lane; the mask is what a comparison returns.
+// Returns mask ? a : b, lane by lane, for the mask of a comparison.
 template <class M, class V>
 BATCHNORM_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
@@ -95,7 +95,7 @@ BATCHNORM_INLINE V select(M mask, V a, V b) {
 
 // ---- float16 and bfloat16 --------------------------------------------------------------------------------------
 
-// Converts 16 bits to 32 and back; g++ 12 would generate slow code for this.
+// Convert 16 bits to 32 and back by intrinsics, because g++ 12 generates slow code for __builtin_convertvector here.
 BATCHNORM_INLINE UInt32 to_32_bits(UInt16Half v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<UInt32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
@@ -134,7 +134,7 @@ BATCHNORM_INLINE UInt16Half narrow(Vec<float> v, bfloat16) {
 }
 
 #if !defined(__F16C__) && !defined(__aarch64__)
-// Without conversion instructions: shifts exponent and mantissa, and converts subnormals by a float subtraction.
+// Without conversion instructions: shift exponent and mantissa, and convert subnormals by a float subtraction.
 BATCHNORM_INLINE Vec<float> widen(UInt16Half raw, float16) {
   UInt32 h = __builtin_convertvector(raw, UInt32);
   UInt32 sign = (h & 0x8000) << 16, rest = (h & 0x7fff) << 13;
@@ -182,7 +182,7 @@ BATCHNORM_INLINE UInt16Half narrow(Vec<float> v, float16) {
 
 // ---- memory ----------------------------------------------------------------------------------------------------
 
-// Loads count <= kLanes values, the other lanes zero.
+// Loads count <= kLanes values, and sets the other lanes to zero.
 template <class T>
 BATCHNORM_INLINE Vec<Arithmetic<T>> load(const T* p, int64_t count) {
   if constexpr (sizeof(T) >= 4) {
@@ -214,7 +214,7 @@ BATCHNORM_INLINE void store(T* p, Vec<Arithmetic<T>> v, int64_t count) {
   }
 }
 
-// Prefetches the line of p into the first or second cache. The address need not be valid.
+// Prefetches the cache line at p into the first-level or second-level cache. The address need not be valid.
 template <int cache>
 BATCHNORM_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, cache == 1 ? 3 : 2);
@@ -276,7 +276,7 @@ BATCHNORM_INLINE double round_to(double v) {
   }
 }
 
-// Widens v to float64 and adds its parts into one vector of float64.
+// Widens v to float64 and adds its two halves. Returns float64 unchanged.
 BATCHNORM_INLINE Vec<double> wide_sum(Vec<double> v) { return v; }
 BATCHNORM_INLINE Vec<double> wide_sum(Vec<float> v) {
   typename VectorOf<float, kBytes / 2>::type low, high;

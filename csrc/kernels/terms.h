@@ -82,7 +82,7 @@ BATCHNORM_INLINE V preactivation(V deviation, V scale, V shift) {
   return fma(deviation, scale, shift);
 }
 
-// Stores `count` values; if `streamed`, a full aligned vector that bypasses the caches.
+// Stores `count` values. If `streamed`, stores a full aligned vector that bypasses the caches.
 template <class T>
 BATCHNORM_INLINE void put(T* p, Vec<Arithmetic<T>> v, int64_t count, bool streamed) {
   if (streamed) {
@@ -133,7 +133,7 @@ struct NormalizeMap {
   }
 };
 
-// dz = dy·f'(z) and x - mean: Σ dz and Σ dz·(x - mean).
+// u = dz = dy·f'(z) and v = x - mean, for Σ dz and Σ dz·(x - mean).
 template <class T, class F>
 struct BackwardTerm {
   using Type = T;
