@@ -288,7 +288,7 @@ MISTAKES = {
         ValueError,
         r"expects running_mean and running_var in evaluation, got None",
     ),
-    "no counter": ({"momentum": None}, ValueError, r"expects num_batches_tracked where momentum is None"),
+    "no counter": ({"momentum": None}, ValueError, r"expects num_batches_tracked if momentum is None"),
 }
 
 

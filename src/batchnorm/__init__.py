@@ -63,7 +63,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> _Any:
-    """Import what is used for the first time."""
+    """Import a name when it is first used."""
     if name in _LATE:
         return getattr(_import_module(_LATE[name]), name)
     if name == "doctor":
@@ -72,5 +72,5 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    """List the names that are imported when first used, too."""
+    """List all names, including those that are imported when first used."""
     return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@ CHANNEL_DIMS = (1, -1)
 
 CAPTURED_STATISTICS = (
     "Under torch.func, running statistics can be updated only if they are arguments of the transformed function; "
-    "here they are captured, or one buffer serves many vmapped batches. Pass the buffers as arguments "
+    "here they are captured, or several vmapped batches share one buffer. Pass the buffers as arguments "
     "(torch.func.functional_call), or use track_running_stats=False, update_running_stats=False or .eval()."
 )
 
@@ -27,10 +27,10 @@ _NO_VARIANCE = (
     "evaluation mode."
 )
 
-# The least positive eps, so that 1/sqrt(eps) times a weight fits float32.
+# The smallest positive eps, so that 1/sqrt(eps) times a weight fits float32.
 _LEAST_EPS = 1e-70
 
-# The largest weight of a mask, so that weighted sums of ordinary values neither overflow nor vanish in float32.
+# The bounds of a mask's largest weight. Within them, weighted sums of ordinary values fit float32.
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -126,17 +126,23 @@ def positions_of(x: Tensor, channel_dim: int = 1) -> tuple[int, ...]:
     return tuple(x.shape[:-1]) if channel_dim == -1 else (x.shape[0], *x.shape[2:])
 
 
+def missing_counter(caller: str) -> str:
+    """Return the error for a cumulative average without a number of batches."""
+    return (
+        f"{caller} expects num_batches_tracked if momentum is None, got None for both. The cumulative average divides "
+        "by the number of batches: pass the counter, or a momentum in [0, 1]."
+    )
+
+
 def check_update(
     caller: str, momentum: float | None, num_batches_tracked: Tensor | None, **running: Tensor | None
 ) -> None:
-    """Check that the running statistics can be updated, before one of them is."""
+    """Check that all running statistics can be updated, before any of them is."""
     if momentum is None and num_batches_tracked is None:
-        raise ValueError(
-            f"{caller} expects num_batches_tracked where momentum is None, got None for both. The cumulative "
-            "average divides by the number of batches: pass the counter, or a momentum in [0, 1]."
-        )
+        raise ValueError(missing_counter(caller))
     running["num_batches_tracked"] = num_batches_tracked
-    compiling = torch.compiler.is_compiling()  # a compiler cannot trace is_inference(); the operator refuses then
+    # A compiler cannot trace is_inference(). The operator checks this when it runs.
+    compiling = torch.compiler.is_compiling()
     for name, t in running.items():
         if t is not None and (t.requires_grad or not t.is_contiguous() or (not compiling and t.is_inference())):
             _check_writable(caller, name, t)
@@ -160,7 +166,7 @@ def _check_writable(caller: str, name: str, t: Tensor) -> None:
 
 
 def check_allocated(caller: str, **tensors: object) -> None:
-    """Check that the memory of tensors was not freed, as FSDP frees that of parameters between uses.
+    """Check that the memory of tensors is allocated. FSDP, for example, frees the storage of parameters between uses.
 
     The compiled operators check this themselves. torch's own operations would read address 0.
     """
@@ -243,10 +249,10 @@ def _raise_channels(caller: str, x: Tensor, channel_dim: int, name: str, vector:
 
 
 def check_quantization(caller: str, training: bool, *values: object) -> None:
-    """Refuse to become part of a graph that torch quantizes in training, and warn in evaluation.
+    """Raise an error if `torch.ao.quantization` traces the caller in training, and warn if it does so in evaluation.
 
-    `torch.ao.quantization` fuses and quantizes torch's own layers only. It would keep this one in floating point, and
-    in training mode for good, because a call of a function does not follow `eval()` of the graph.
+    It fuses and quantizes only torch's own layers. It would keep this layer in floating point. It would also keep it in
+    training mode, because `eval()` of the graph does not change the arguments of a function.
     """
     if not any(isinstance(value, Proxy) and _quantizes(type(value.tracer)) for value in values):
         return
@@ -283,11 +289,11 @@ def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
 
 
 def uses_running(caller: str, x: Tensor, on_single: str, channel_dim: int = 1) -> bool:
-    """Return whether a batch in training is normalized by running statistics: if each channel has a single value.
+    """Return whether training normalizes x by running statistics, because each channel has a single value.
 
     Raises:
-        ValueError: it has, and on_single is "error", because one value has no variance; while tracing, on_single is
-            "running".
+        ValueError: each channel has a single value, which has no variance, and on_single is "error"; on_single is
+            "running" in `torch.jit.trace`.
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors while tracing
         if on_single == "running":

@@ -61,23 +61,22 @@ def batch_norm(
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu", which tends to -α below zero.
         residual: Of x's shape and dtype; added before the activation.
-        mask: The positions that count in the statistics: booleans, or weights w >= 0, the largest of them from 1e-15
-            to 1e15, of shape `[N, *S]` or broadcastable to it. Positions that do not count (padding) may hold any
-            value, even NaN (treated as 0), and are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and the
-            unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw and V₂ = Σw². If no position counts, the running
-            statistics do not change.
-            If a single value counts, its output is β, and only the running mean is updated (see `on_single`). In
-            evaluation, a mask has no effect.
+        mask: The positions that count in the statistics: booleans or weights w, of shape `[N, *S]` or broadcastable to
+            it. Weights are >= 0, and the largest is from 1e-15 to 1e15. Positions that do not count (padding) may hold
+            any value, even NaN (treated as 0), and are normalized like the rest. μ = Σw·x/Σw, σ² = Σw·(x - μ)²/Σw, and
+            the unbiased variance is σ²·V₁²/(V₁² - V₂) with V₁ = Σw and V₂ = Σw². If no position counts, the running
+            statistics do not change. If a single value counts, its output is β, and only the running mean is updated
+            (see `on_single`). In evaluation, a mask has no effect.
         num_batches_tracked: int64 scalar that counts the updates of the running statistics.
         on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
             batch's mean or variance is not finite, as after an overflow in float16.
-        on_single: What training does with one value per channel, which has no variance: "error", or "running" to
-            normalize by the running statistics, as in evaluation, and leave them and their count unchanged. With a
-            mask, "running" also applies if at most one position counts.
+        on_single: How training handles a batch with one value per channel, which has no variance: "error", or
+            "running" to normalize it by the running statistics, as in evaluation, and leave them and their count
+            unchanged. With a mask, "running" also applies if at most one position counts.
         update_running_stats: Whether training updates the running statistics.
         channel_dim: The dimension of x that holds the channels: 1, or -1 for x and residual of shape `[N, *S, C]`, as
-            transformers have it. This costs no copy, and the result has x's layout. A mask is `[N, *S]` in both cases.
-            With -1, x may be a jagged nested tensor `[N, j, *S, C]`, and residual and mask jagged like it.
+            in transformers. This costs no copy, and the result has x's layout. A mask is `[N, *S]` in both cases. With
+            -1, x may be a jagged nested tensor `[N, j, *S, C]`. residual and mask then have the same structure.
         caller: The name at the start of error messages; a final "1d", "2d" or "3d" also determines x's rank.
 
     Returns:
@@ -115,7 +114,7 @@ def batch_norm(
             "num_batches_tracked": num_batches_tracked, "on_nonfinite": on_nonfinite, "on_single": on_single,
             "update_running_stats": update_running_stats, "channel_dim": channel_dim, "caller": caller,
         }  # fmt: skip
-        if overridden:  # makes the call one node of an fx graph; fx.wrap would put its own wrapper there, not picklable
+        if overridden:  # makes the call one node of an fx graph; the wrapper of fx.wrap cannot be pickled
             _checks.check_quantization(caller, training, input)
             tensors = (input, running_mean, running_var, weight, bias, residual, mask)
             return handle_torch_function(batch_norm, tensors, input, *fixed, residual=residual, mask=mask, **options)
@@ -123,7 +122,7 @@ def batch_norm(
         def normalize(x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
             return batch_norm(x, *fixed, residual=residual, mask=mask, **options)
 
-        return on_values(normalize, input, residual, mask, channel_dim, caller)
+        return normalize_jagged(normalize, input, residual, mask, channel_dim, caller)
     _checks.check_channel_dim(caller, channel_dim)
     _checks.check_input(caller, input, channel_dim)
     if input.dim() == 1:  # [0], without samples and channels, which torch accepts
@@ -148,7 +147,7 @@ def batch_norm(
         training = updates = False
     weights = None if mask is None else _checks.mask_as_weights(caller, input, mask, channel_dim)
 
-    # A view in the channels-last layout of the kernels, which they neither copy nor change.
+    # A view in a layout that the kernels support (channels-last), so that they do not copy it.
     input = channels_second(input, channel_dim)
     residual = None if residual is None else channels_second(residual, channel_dim)
     if tracing or torch.compiler.is_exporting():
@@ -198,7 +197,7 @@ def channels_back(y: Tensor, channel_dim: int) -> Tensor:
     return y if channel_dim == 1 or y.dim() < 3 else y.movedim(1, channel_dim)
 
 
-def on_values(
+def normalize_jagged(
     normalize: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
     x: Tensor,
     residual: Tensor | None,
@@ -206,7 +205,7 @@ def on_values(
     channel_dim: int,
     caller: str,
 ) -> Tensor:
-    """Return y for jagged nested x `[N, j, *S, C]`: its values `[1, total, *S, C]` hold no padding."""
+    """Normalize a jagged nested x `[N, j, *S, C]` by its values `[1, total, *S, C]`, which contain no padding."""
     check_jagged(caller, x, channel_dim, residual=residual, mask=mask)
     residual, mask = (None if t is None else t.values().unsqueeze(0) for t in (residual, mask))
     y = normalize(x.values().unsqueeze(0), residual, mask).squeeze(0)
@@ -214,7 +213,7 @@ def on_values(
 
 
 def check_jagged(caller: str, x: Tensor, channel_dim: int, **others: Tensor | None) -> None:
-    """Check that a nested tensor holds nothing but values of its channels, and that `others` have its structure."""
+    """Check that a nested x is jagged `[N, j, *S, C]` without holes, and that `others` have its structure."""
     if x.layout != torch.jagged:
         came = "the strided layout"
     elif x._ragged_idx != 1 or x.dim() < 3:  # type: ignore[attr-defined]
@@ -258,7 +257,7 @@ def _portable_batch_norm(
     on_nonfinite: str,
     caller: str,
 ) -> Tensor:
-    """Compute the same with torch's own operations, so that an exported program loads without this library."""
+    """Compute `batch_norm` by torch's own operations, so that an exported program loads without this library."""
     if training and weights is not None:
         raise ValueError(
             f"{caller} expects no mask in an exported training graph, got one. The graph uses torch's own batch_norm, "

@@ -329,5 +329,5 @@ def test_a_wrong_call_is_told_and_moves_nothing() -> None:
         decorrelated_batch_norm(x, torch.zeros(5), None, training=True)
     with pytest.raises(ValueError, match=r"running_whitening in evaluation, got None. Pass them, or training=True"):
         decorrelated_batch_norm(x, None, None)
-    with pytest.raises(ValueError, match="num_batches_tracked where momentum is None"):
+    with pytest.raises(ValueError, match="num_batches_tracked if momentum is None"):
         decorrelated_batch_norm(x, torch.zeros(5), torch.eye(5), training=True, momentum=None)

@@ -1,6 +1,6 @@
 """Exchange data between the processes of a group: moments in forward, sums of gradients in backward.
 
-`owners` knows the wrappers that shard parameters, or reduce their gradients.
+`owners` finds the wrappers that shard parameters, or reduce their gradients.
 
 Each exchange is one collective. The messages of a collective must have equal sizes: otherwise, gloo calls `abort()`,
 and NCCL waits forever. Therefore, before a kind of layer communicates for the first time, the processes check through

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from batchnorm.distributed.groups import Peers, check_same_kind, collective, history, require, resolve
 
-_MODULUS = 2**20  # of exchange numbers, whose squares, summed over 8,000 processes, are then exact in float64
+# Exchanges are numbered modulo this, so that a float64 sum of squares over 8,000 processes is exact.
+_MODULUS = 2**20
 _HEADER = 2  # number of values before the moments: the number of channels, and a hash of the layer's name
 
 
@@ -224,7 +225,7 @@ def _(t: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_merge_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    count, mean, mean_low, _, _, *ctx.where = inputs
+    count, mean, mean_low, _, _, *ctx.peers_arguments = inputs
     total, high, low, _, all_squares, call = output
     ctx.mark_non_differentiable(total, high, all_squares, call)
     ctx.save_for_backward(count, mean, mean_low, total, high, low, call)
@@ -234,7 +235,7 @@ def _backward_merge_moments(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None
     *kept, call = ctx.saved_tensors
 
     def total_over(t: Tensor) -> Tensor:
-        return torch.ops.batchnorm.sum_over(t, call, *ctx.where)
+        return torch.ops.batchnorm.sum_over(t, call, *ctx.peers_arguments)
 
     dmean_low, dm2 = _merge_gradients(tuple(kept), gradients[2], gradients[3], total_over)
     return None, None, dmean_low, dm2, *(None,) * 4

@@ -49,7 +49,7 @@ _HISTORIES: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
 
 
 def history(group: Any) -> History:
-    """Return the group's record."""
+    """Return the group's history, which the first call creates."""
     return _HISTORIES.setdefault(group, History())
 
 

@@ -17,7 +17,7 @@ _FLATTENED = "_fsdp_flattened"  # set by FullyShardedDataParallel(use_orig_param
 
 def sharded_modules(model: nn.Module) -> dict[nn.Module, str]:
     """Return each module whose parameters are sharded, with the wrapper's name."""
-    # Whoever shards a model has imported these modules. Importing them here would take time.
+    # A program that shards a model has already imported these modules. Importing them here would take time.
     fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     wrappers = {getattr(fsdp, "FullyShardedDataParallel", None): "FullyShardedDataParallel"}
     wrappers |= {getattr(fsdp, "FSDPModule", None): "fully_shard"}
@@ -61,8 +61,9 @@ def reduced_parameters_kept(caller: str, model: nn.Module) -> Iterator[None]:
     """Check that the block does not change which parameters each DistributedDataParallel in the model has to reduce.
 
     Raises:
-        ValueError: there are new parameters, whose gradients would never be reduced; or parameters are missing, for
-            whose gradients it would wait, unless it has `find_unused_parameters=True`. The caller must undo its change.
+        ValueError: the block adds parameters, whose gradients would never be reduced; it removes parameters, for whose
+            gradients DistributedDataParallel would wait, unless it has `find_unused_parameters=True`. The caller must
+            undo its change.
     """
     before = {m: _trained(m) for m in model.modules() if isinstance(m, DistributedDataParallel)}
     yield

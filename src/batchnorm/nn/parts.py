@@ -23,7 +23,7 @@ class PartsLayer(NormLayer):
     _groups_samples: ClassVar[bool] = False
     # The layer's path in its model, shown in errors; `convert` sets it.
     name: str = ""
-    # Whether x counts nothing in the statistics, because this process has run out of batches (see `join`).
+    # Whether x does not count in the statistics, because this process has run out of batches (see `join`).
     _absent: bool = False
     # The group's name instead of the group, so that layers can be copied, pickled and compiled. None: all processes.
     _group_name: str | None = None
@@ -63,7 +63,7 @@ class PartsLayer(NormLayer):
         if not self._uses_batch:
             return self._normalize(x, mask=mask)
         if isinstance(x, Tensor) and x.is_nested and not self._groups_samples:
-            return functional.on_values(
+            return functional.normalize_jagged(
                 lambda x, _, mask: self._normalize_by_parts(x, mask), x, None, mask, self.channel_dim, self.layer_name
             )
         _checks.check_input(self.layer_name, x, self.channel_dim)

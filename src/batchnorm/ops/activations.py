@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_aten = torch.ops.aten
+from batchnorm.ops.reduce import SERIAL
 
-# torch uses one thread for fewer than 32,768 elements.
-_SERIAL = 16_384
+_aten = torch.ops.aten
 
 
 def _in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -27,9 +26,9 @@ def _in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return function(*tensors)  # a compiled or exported graph must not depend on the size
-    if tensors[0].numel() <= _SERIAL or tensors[0].device.type != "cpu":
+    if tensors[0].numel() <= SERIAL or tensors[0].device.type != "cpu":
         return function(*tensors)
-    blocks = zip(*(t.flatten().split(_SERIAL) for t in tensors), strict=True)
+    blocks = zip(*(t.flatten().split(SERIAL) for t in tensors), strict=True)
     return torch.cat([function(*block) for block in blocks]).reshape(tensors[0].shape)
 
 
@@ -104,7 +103,7 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "leaky_relu": Activation(
         lambda z, slope: F.leaky_relu(z, slope),
-        # False: t stands for z. For a positive slope y has z's sign.
+        # False means that t is z. It may also be y, which has z's sign if the slope is positive.
         lambda dy, t, slope: _aten.leaky_relu_backward(dy, t, slope, False),
         (Spelling("leaky_relu", nn.LeakyReLU, {"negative_slope": 0.01}),),
         kinks=(0.0,),
@@ -163,16 +162,15 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
 }
 
-_Row = tuple[str, Activation, Spelling]
-_ROWS: list[_Row] = [(name, row, spelling) for name, row in ACTIVATIONS.items() for spelling in row.spellings]
-_BY_NAME: dict[str, list[_Row]] = {}
-_BY_MODULE: dict[type[nn.Module], list[_Row]] = {}
+_Entry = tuple[str, Activation, Spelling]
+_BY_NAME: dict[str, list[_Entry]] = {}
+_BY_MODULE: dict[type[nn.Module], list[_Entry]] = {}
 _NAMES: dict[Any, str] = {}
-for _row in _ROWS:
-    _spelling = _row[2]
-    _BY_NAME.setdefault(_spelling.name, []).append(_row)
+for _entry in [(name, entry, spelling) for name, entry in ACTIVATIONS.items() for spelling in entry.spellings]:
+    _spelling = _entry[2]
+    _BY_NAME.setdefault(_spelling.name, []).append(_entry)
     if _spelling.module is not None:
-        _BY_MODULE.setdefault(_spelling.module, []).append(_row)
+        _BY_MODULE.setdefault(_spelling.module, []).append(_entry)
     for _name in (_spelling.name, f"{_spelling.name}_"):
         _NAMES |= {getattr(source, _name): _spelling.name for source in (torch, F) if hasattr(source, _name)}
 
@@ -205,26 +203,27 @@ def called_activation(
         name = target if isinstance(target, str) else _NAMES.get(target, "")
     values = [argument for argument in args if not isinstance(argument, bool)]  # True and False are `inplace`
     options = {key: value for key, value in kwargs.items() if key != "inplace"}
-    for row in _BY_NAME.get(name.removesuffix("_"), ()):
-        arguments = row[2].arguments
+    for entry in _BY_NAME.get(name.removesuffix("_"), ()):
+        spelling = entry[2]
+        arguments = spelling.arguments
         if len(values) <= len(arguments) and options.keys() <= arguments.keys():
             given = {**arguments, **dict(zip(arguments, values, strict=False)), **options}
-            if (row[2].same_gradient or not gradients) and (found := _match(row, given)):
+            if (spelling.same_gradient or not gradients) and (found := _match(entry, given)):
                 return found
     return None
 
 
 def module_activation(module: nn.Module) -> tuple[str, float] | None:
     """Return the name and the parameter of the activation that a module applies, or None for any other module."""
-    for row in _BY_MODULE.get(type(module), ()):
-        given = {name: getattr(module, name, default) for name, default in row[2].arguments.items()}
-        if found := _match(row, given):
+    for entry in _BY_MODULE.get(type(module), ()):
+        given = {name: getattr(module, name, default) for name, default in entry[2].arguments.items()}
+        if found := _match(entry, given):
             return found
     return None
 
 
-def _match(row: _Row, given: Mapping[str, Any]) -> tuple[str, float] | None:
-    name, activation, spelling = row
+def _match(entry: _Entry, given: Mapping[str, Any]) -> tuple[str, float] | None:
+    name, activation, spelling = entry
     if any(given[argument] != value for argument, value in spelling.required.items()):
         return None
     parameter = given.get(activation.parameter, 0.0)  # type: ignore[arg-type]

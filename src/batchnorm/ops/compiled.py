@@ -80,10 +80,15 @@ def set_cpu_capability(name: str) -> None:
         name: One of `cpu_capabilities()`.
 
     Raises:
-        ValueError: this build or this processor does not have it.
+        ValueError: this build or this processor does not have it, or there are no compiled operators.
     """
-    if not _compiled.library or not _compiled.library.batchnorm_set_cpu_capability(name.encode()):
-        available = ", ".join(cpu_capabilities()) or f"none, {_compiled.reason}"
+    if not _compiled.library:
+        raise ValueError(
+            f"set_cpu_capability expects compiled operators, got none ({_compiled.reason}). Reinstall batchnorm with a "
+            "C++ compiler, or leave this call out."
+        )
+    if not _compiled.library.batchnorm_set_cpu_capability(name.encode()):
+        available = ", ".join(cpu_capabilities())
         raise ValueError(f"set_cpu_capability expects one of {available}, got {name!r}. Choose one of them.")
 
 

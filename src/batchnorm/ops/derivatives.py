@@ -72,7 +72,7 @@ def needed_gradients(
     sum_dz: Tensor,
     dz: Tensor | None,
 ) -> Gradients:
-    """Return the needed ones of dx, dγ, dβ and dr; without an activation, dz is dy."""
+    """Return dx, dγ, dβ and dr, with None for gradients that are not needed; without an activation, dz is dy."""
     needs_x, needs_weight, needs_bias, needs_residual = needs
     return (
         dx if needs_x else None,
@@ -103,7 +103,7 @@ def differentiable_gradients(
     upstream = dy.to(z.dtype)
     if kept.y is not None:  # f′ is constant between its kinks, so y's derivative adds nothing
         dz = ACTIVATIONS[activation].backward(upstream, kept.y.detach().to(z.dtype), negative_slope)
-    else:  # torch can differentiate f twice, but not its formulas of f′
+    else:  # torch can differentiate f twice, but cannot differentiate its formulas for f′
         t = z if kept.residual is None else z + kept.residual.to(z.dtype)
         (dz,) = torch.autograd.grad(ACTIVATIONS[activation].forward(t, negative_slope), t, upstream, create_graph=True)
     wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need and t is not None]

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from batchnorm import _checks
 from batchnorm.ops.activations import ACTIVATIONS
 from batchnorm.ops.reduce import sum_pairwise, sum_positions
 from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
@@ -93,7 +94,10 @@ def positive(count: Tensor) -> Tensor:
 def _deviations(
     x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int, divisor: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, mean_low, sum of squared deviations, each `[C]` or `[groups, C]`, and the unit of the deviations."""
+    """Return mean, mean_low, sum of squared deviations, and their unit, each `[C]` or `[groups, C]`.
+
+    The sum is in squares of the unit, so that it does not overflow.
+    """
     dtype = statistics_dtype(x)
     values = x.to(dtype)
     w = None if weights is None else _spread_weights(weights, x)
@@ -334,7 +338,7 @@ def update_toward_(
     checked: tuple[Tensor, ...],
     momentum: float | None,
 ) -> None:
-    """Average the batch's statistics into the running ones: the first if n > 0, the second if n > 1.
+    """Update running statistics by those of a batch: the first of each pair if n > 0, the second if n > 1.
 
     There is no update if one of the `checked` tensors is not finite.
     """
@@ -350,14 +354,14 @@ def update_toward_(
     elif num_batches_tracked is not None:
         rate = 1.0 / num_batches_tracked.clamp_min(1).to(wide)
     else:
-        raise RuntimeError("update_running_ expects num_batches_tracked where momentum is None, got None for both.")
+        raise RuntimeError(_checks.missing_counter("batchnorm::update_running_"))
     for average, new, condition in zip(running, batch, (updates, updates & (n > 1)), strict=True):
         old = average.to(wide)
         average.copy_(torch.where(condition, old * (1.0 - rate) + new.to(wide) * rate, old))
 
 
 def copy_running(running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """Return copies of running statistics, which may change before backward, in the statistics' dtype."""
+    """Return copies in the statistics' dtype, because running statistics may change before backward."""
     kept = torch.contiguous_format
     mean, var = (t.to(statistics_dtype(t), copy=True, memory_format=kept) for t in (running_mean, running_var))
     return mean, var

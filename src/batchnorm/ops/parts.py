@@ -126,16 +126,16 @@ class PartsFunction(torch.autograd.Function):
         if dy is None:
             if peers is None:
                 return (None,) * 10
-            dy = torch.zeros_like(kept.x)  # the others wait for this process's sums
+            dy = torch.zeros_like(kept.x)  # the other processes wait for this process's sums
         if torch.is_grad_enabled():
-            by_row = kept.mean.dim() == 2  # else index selects rows of weight and bias only
+            by_row = kept.mean.dim() == 2  # otherwise, index selects only rows of weight and bias
             mean, mean_low, var = kept.mean, kept.mean_low, kept.var
             assert mean_low is not None
 
             def statistics(x: Tensor) -> tuple[Tensor, ...]:
                 rows, number = (index, groups) if by_row else (None, 1)
                 found = statistics_by_parts(x, rows, weights, number, peers, eager.moments)[1:4]
-                counted = count.unsqueeze(-1) > 0  # others are constants
+                counted = count.unsqueeze(-1) > 0  # the statistics of empty groups are constants
                 held = (mean, mean_low, var)
                 return tuple(torch.where(counted, *pair) for pair in zip(found, held, strict=True))
 

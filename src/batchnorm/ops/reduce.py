@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# torch uses several threads for 32,768 or more elements. For fewer, one thread sums in a fixed order.
-_SERIAL = 16_384
+# torch uses several threads for 32,768 or more elements. For fewer, one thread computes in a fixed order.
+SERIAL = 16_384
 
 
 def sum_pairwise(t: Tensor, dim: int) -> Tensor:
     """Sum over `dim`, pairwise until one thread can sum the rest."""
-    while t.numel() > _SERIAL and t.shape[dim] > 1:
+    while t.numel() > SERIAL and t.shape[dim] > 1:
         half = t.shape[dim] // 2
         low, high, odd = (
             t.narrow(dim, 0, half),
@@ -34,10 +34,10 @@ def sum_positions(t: Tensor) -> Tensor:
     if t.dim() == 2:
         return t
     t = t.flatten(2)
-    if t.stride(2) != 1:  # channels are innermost, so this adds rows to one another
+    if t.stride(2) != 1:  # channels are innermost, so this adds whole vectors of channels
         return sum_pairwise(t, 2)
-    while t.shape[2] > _SERIAL:
-        blocks = t.shape[2] // _SERIAL
-        whole, rest = t.narrow(2, 0, blocks * _SERIAL), t.narrow(2, blocks * _SERIAL, t.shape[2] % _SERIAL)
-        t = torch.cat((whole.unflatten(2, (blocks, _SERIAL)).sum(3), rest.sum(2, keepdim=True)), 2)
+    while t.shape[2] > SERIAL:
+        blocks = t.shape[2] // SERIAL
+        whole, rest = t.narrow(2, 0, blocks * SERIAL), t.narrow(2, blocks * SERIAL, t.shape[2] % SERIAL)
+        t = torch.cat((whole.unflatten(2, (blocks, SERIAL)).sum(3), rest.sum(2, keepdim=True)), 2)
     return t.sum(2)

@@ -27,7 +27,7 @@ def _with_strides_of(x: Tensor, value: Tensor) -> Tensor:
 
 
 def eager_implementation(name: str) -> Callable[..., Any]:
-    """Return the eager operator, with the strides of results that the contract requires."""
+    """Return the eager operator, whose results have the strides that the contract requires."""
     function = getattr(eager, name)
     arguments, results = SIGNATURES[name]
 

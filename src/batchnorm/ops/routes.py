@@ -35,7 +35,7 @@ def _transforms_active() -> bool:
 
 
 def _plain() -> bool:
-    """Whether to use plain torch operations: for transforms, and in a trace, which cannot contain a Function."""
+    """Return whether to use plain torch operations: for transforms, and in a trace, which cannot contain a Function."""
     return _transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
@@ -190,7 +190,11 @@ def update_running_(*arguments: Any) -> None:
 
 
 def update_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Update running statistics by the operator, or under `torch.func` by plain torch operations, if possible."""
+    """Update running statistics by the operator; in a trace and under `torch.func`, by plain torch operations.
+
+    Raises:
+        RuntimeError: under `torch.func`, the running statistics are captured instead of passed as arguments.
+    """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]  # so that the trace loads without this library
         plain(*arguments)
         return

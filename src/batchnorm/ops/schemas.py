@@ -3,7 +3,7 @@
 | name                | result                                                                                |
 |---------------------|---------------------------------------------------------------------------------------|
 | `train_forward`     | y and the batch's mean (as a pair) and biased variance, in one fused operator         |
-| `train_backward`    | dx, dγ, dβ, and dz where a residual needs it                                          |
+| `train_backward`    | dx, dγ, dβ, and dz if a residual needs it                                             |
 | `moments`           | count, mean (as a pair), sum of squared deviations                                    |
 | `normalize`         | y from given statistics                                                               |
 | `normalize_backward`| dx, Σ dz·x̂ and Σ dz with constant statistics, and dz                                  |

@@ -117,7 +117,7 @@ def test_in_triton_running_statistics_move_as_eager_moves_them(
 
 
 def test_in_triton_running_statistics_need_a_count_of_batches_without_momentum() -> None:
-    with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked where momentum is None"):
+    with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked if momentum is None"):
         launch.update_running_(*torch.ones(2, 3), None, *torch.ones(3, 3), 12, None, None, False)
 
 

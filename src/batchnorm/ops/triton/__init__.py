@@ -24,13 +24,13 @@ _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the operator `name` for CUDA tensors: our kernels, or `eager` if they cannot be used."""
+    """Return the operator `name` for CUDA tensors: the kernels, or `eager` if they cannot be used."""
     arguments = SIGNATURES[name].arguments
-    at = arguments.index("x") if "x" in arguments else 0  # the tensor that decides: x, or the running mean
+    at = arguments.index("x") if "x" in arguments else 0  # of x, or else of the running mean
 
     def on_cuda(*args: Any) -> Any:
-        decides = args[at]
-        if decides.dtype not in _DTYPES or decides.numel() == 0 or support.problem(decides.device) is not None:
+        tensor = args[at]
+        if tensor.dtype not in _DTYPES or tensor.numel() == 0 or support.problem(tensor.device) is not None:
             return eager(*args)
         if name == "update_running_" and not _writable(*args[:3]):
             return eager(*args)
@@ -38,7 +38,7 @@ def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return _launcher(name)(*args)
         except Exception as error:
-            if not support.gives_up(decides.device, error):
+            if not support.switches_to_eager(tensor.device, error):
                 raise
             return eager(*args)
 

@@ -18,8 +18,8 @@ from batchnorm.ops.triton.tiling import Tiling
 class Frame:
     """x's sizes, and the memory layout of every tensor of x's shape in the kernels.
 
-    This is x's layout if that is contiguous or channels-last, else that of `empty_like(x)` if that is one of these.
-    Otherwise, it is contiguous. Tensors with another layout are copied.
+    This is x's layout if it is contiguous or channels-last. Otherwise, it is the layout of `empty_like(x)`, or
+    contiguous if that is neither. Tensors with another layout are copied.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -110,7 +110,7 @@ class KernelVectors:
         self.rows = min((t.shape[0] for t in self.pointers if t is not None and t.dim() == 2), default=1)
 
     @property
-    def strides(self) -> tuple[int, int, int]:
+    def rows_and_strides(self) -> tuple[int, int, int]:
         """Return the number of rows, and the strides between rows of statistics and of parameters."""
         return self.rows, self.stride_statistic, self.stride_affine
 

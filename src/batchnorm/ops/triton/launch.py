@@ -1,4 +1,4 @@
-"""The operators, each of which launches kernels. Importing this module imports Triton."""
+"""The operators, which launch kernels. Importing this module imports Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from batchnorm import _checks
 from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
 from batchnorm.ops.triton import tiling
 from batchnorm.ops.triton.frame import Frame, KernelVectors, on_device
@@ -120,7 +121,7 @@ def _launch_normalize(
     eps, activation, negative_slope = attributes
     normalize_kernel[t.grid](
         x, residual, y, *vectors.pointers, vectors.index, eps, negative_slope, *t.shape, t.channels, t.positions,
-        *vectors.strides, t.per, t.blocks, ACTIVATION=activation, **t.constants,
+        *vectors.rows_and_strides, t.per, t.blocks, ACTIVATION=activation, **t.constants,
     )  # fmt: skip
     return y
 
@@ -162,7 +163,7 @@ class _Backward:
         parts = _parts(frame, t, vectors.index, 2)
         backward_reduce_kernel[t.grid](
             *self.data, dx, dz, *vectors.pointers, vectors.index, parts, *sums, *self.scalars, *t.shape, t.channels,
-            *vectors.strides, t.per, t.splits, t.blocks, ACTIVATION=self.activation, **t.constants,
+            *vectors.rows_and_strides, t.per, t.splits, t.blocks, ACTIVATION=self.activation, **t.constants,
         )  # fmt: skip
         if parts is not None:
             merge_sums_kernel[(t.merge_blocks * groups,)](
@@ -179,7 +180,7 @@ class _Backward:
         results = self.results(need_dz)
         backward_apply_kernel[t.grid](
             *self.data, *results, *vectors.pointers, *(means or (None, None)), vectors.index, frame.weights(weights),
-            *self.scalars, frame.m, *t.shape, t.channels, t.positions, *vectors.strides, t.per, t.blocks,
+            *self.scalars, frame.m, *t.shape, t.channels, t.positions, *vectors.rows_and_strides, t.per, t.blocks,
             ACTIVATION=self.activation, SUMS=sums, **t.constants,
         )  # fmt: skip
         return self.returned(*results)
@@ -252,7 +253,7 @@ def update_running_(running: Running, batch: Batch, momentum: float | None, skip
     if torch._C._current_graph_task_id() != -1:
         return
     if momentum is None and running.num_batches_tracked is None:
-        raise RuntimeError("update_running_ expects num_batches_tracked where momentum is None, got None for both.")
+        raise RuntimeError(_checks.missing_counter("batchnorm::update_running_"))
     statistics = (t.contiguous() for t in batch[:3])
     update_running_kernel[(1,)](
         *running, *statistics, batch.count, batch.m, 0.0 if momentum is None else momentum, running.mean.numel(),
@@ -263,6 +264,6 @@ def update_running_(running: Running, batch: Batch, momentum: float | None, skip
 
 
 def start_one_kernel(device: torch.device) -> None:
-    """Compile and start the smallest kernel; if this fails, all others would fail, too."""
+    """Compile and start the smallest kernel, to find out whether the device can run any."""
     running_mean, running_var, mean, mean_low, var = torch.zeros(5, 1, device=device).unbind()
     update_running_(running_mean, running_var, None, mean, mean_low, var, 2, None, 0.5, False)

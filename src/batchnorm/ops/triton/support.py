@@ -14,7 +14,7 @@ KERNELS = "BATCHNORM_GPU_KERNELS"
 _NAMES = ("triton", "eager")
 
 # The oldest architecture that Triton supports, and the Triton of the oldest torch that this library supports.
-_LEAST = (7, 0)
+_LEAST_CAPABILITY = (7, 0)
 _LEAST_TRITON = (3, 6)
 
 
@@ -84,7 +84,7 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def gives_up(device: torch.device, error: Exception) -> bool:
+def switches_to_eager(device: torch.device, error: Exception) -> bool:
     """Return whether `error` means that a kernel cannot compile or start here; if so, warn and use eager from now on.
 
     Such an error arises before anything is computed. Other errors, such as out of memory, must reach the caller.
@@ -105,8 +105,9 @@ def _find_problem(device: torch.device) -> str | None:
     found = build_problem()
     if found is None:
         capability = torch.cuda.get_device_capability(device)
-        if capability < _LEAST:
-            found = f"compute capability {capability[0]}.{capability[1]} is below {_LEAST[0]}.{_LEAST[1]}"
+        if capability < _LEAST_CAPABILITY:
+            least = "{}.{}".format(*_LEAST_CAPABILITY)
+            found = f"compute capability {capability[0]}.{capability[1]} is below {least}"
     found = found or _import_problem() or _launch_problem(device)
     if found is not None:
         _warn(found)

@@ -108,7 +108,7 @@ def activate(z, parameter, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
-    """Return dz = dy·f′(t). t is z, or y where y determines f′."""
+    """Return dz = dy·f′(t). t is z, or y if y determines f′."""
     dz = dy
     if ACTIVATION == "relu":
         dz = tl.where(t <= 0.0, 0.0, dy)

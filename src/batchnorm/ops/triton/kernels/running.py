@@ -15,17 +15,17 @@ def update_running_kernel(
         n = tl.load(count_ptr).to(tl.float64)
     moves = n > 0.0
     if SKIP:
-        spoiled = 0
+        nonfinite = 0
         for start in range(0, channels, BLOCK):
             at = start + tl.arange(0, BLOCK)
             there = at < channels
-            all_of_them = (
+            magnitudes = (
                 tl.abs(tl.load(mean_ptr + at, there, 0.0))
                 + tl.abs(tl.load(mean_low_ptr + at, there, 0.0)).to(tl.float64)
                 + tl.abs(tl.load(var_ptr + at, there, 0.0))
             )
-            spoiled += tl.sum(tl.where(all_of_them < float("inf"), 0, 1), 0)
-        moves = moves & (spoiled == 0)
+            nonfinite += tl.sum(tl.where(magnitudes < float("inf"), 0, 1), 0)
+        moves = moves & (nonfinite == 0)
     rate = tl.cast(momentum, tl.float64)
     if tracked_ptr is not None:
         tracked = tl.load(tracked_ptr) + moves.to(tl.int64)
