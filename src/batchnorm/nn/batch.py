@@ -26,11 +26,11 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         bias: Whether there is β (keyword only).
         on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
             (keyword only).
-        on_single: What training does with a batch that has one value per channel, which has no variance: "error", or
-            "running" to normalize it by the running statistics, as in evaluation, and update nothing (keyword only).
-            With a mask, "running" also applies if at most one position counts.
-        channel_dim: The dimension of x that holds the channels: 1, or -1 for x of shape `[N, *S, C]`, as transformers
-            have it, and jagged nested x `[N, j, *S, C]`. This costs no copy (keyword only).
+        on_single: How training handles a batch with one value per channel, which has no variance: "error", or "running"
+            to normalize it by the running statistics, as in evaluation, and update nothing (keyword only). With a mask,
+            "running" also applies if at most one position counts.
+        channel_dim: The dimension of x that holds the channels: 1, or -1 for x of shape `[N, *S, C]`, as in
+            transformers, and jagged nested x `[N, j, *S, C]`. This costs no copy (keyword only).
 
     Attributes:
         update_running_stats: Whether training updates the running statistics, independently of train() and eval();

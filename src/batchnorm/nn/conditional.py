@@ -78,7 +78,7 @@ class ConditionalBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         if num_classes is not None:
             self._make_rows(num_classes, ("weight", "bias"))
 
-    def forward(  # type: ignore[override]  # a label comes second: no caller passes a mask unasked
+    def forward(  # type: ignore[override]  # the label is second, because generic callers pass only x
         self,
         input: Tensor,
         label: int | Tensor | None = None,

@@ -164,7 +164,7 @@ def _without_autocast(x: Tensor) -> Any:
 def _detached(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
     """Return the running statistics without gradient, copied if they may change before backward."""
     mean, matrices = running_mean.detach(), running_whitening.detach()
-    # torch.jit.trace traces with gradients, compares with a trace without, and must get the same graph.
+    # torch.jit.trace compares a trace with gradients to a trace without, and both must give the same graph.
     if not torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return mean.to(eager.statistics_dtype(mean)), matrices.to(eager.statistics_dtype(matrices))
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
@@ -174,7 +174,7 @@ def _detached(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """Return `y` in x's dtype and memory format."""
-    if torch._C._are_functorch_transforms_active():  # y may be batched where x is not
+    if torch._C._are_functorch_transforms_active():  # y may be batched although x is not
         return y.to(x.dtype)
     return torch.empty_like(x).copy_(y)
 
@@ -244,7 +244,7 @@ class _Decorrelated(NormLayer):
         if tracks and ours not in state_dict and isinstance(var, Tensor) and var.shape == (self.num_features,):
             invstd = (var.to(eager.wide_dtype(var)) + self.eps).rsqrt()
             state_dict[ours] = self._diagonal(invstd).to(eager.statistics_dtype(var))
-            del state_dict[theirs]  # with a wrong shape it stays, so that torch raises its error
+            del state_dict[theirs]  # a variance of a wrong shape stays, so that torch raises its error
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -270,7 +270,7 @@ class DecorrelatedBatchNorm(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm
     """Batch normalization of `[N, C, *S]` that removes the correlation between channels of a group (IterNorm).
 
     `y = γ·W(x - μ) + β`, where W approximates `Σ^(-1/2)`, the inverse square root of the covariance of a group of
-    channels, by `iterations` steps of Newton's method. `batchnorm.nn.decorrelated.decorrelated_batch_norm` states the
+    channels, by `iterations` steps of Newton's method. `batchnorm.nn.decorrelated.decorrelated_batch_norm` has the
     equations. In training, μ and W are those of the batch, and the running ones are updated. In evaluation, they are
     the running ones. With `group_size=1`, the layer computes batch normalization.
 

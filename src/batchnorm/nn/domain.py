@@ -20,30 +20,30 @@ from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, checked_number_of_rows,
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A `use_domain` that has been entered.
+    """A `use_domain` block that has been entered.
 
     Attributes:
-        domain: Its domain.
-        backward: The backward pass that was running when it was entered; -1: none.
-        waits: Whether it may be suspended, because it is in a coroutine.
+        domain: The domain that it sets.
+        backward: The backward pass in which it was entered, or -1.
+        can_suspend: Whether it is in a coroutine, which may suspend it.
     """
 
     domain: int | Tensor
     backward: int
-    waits: bool
+    can_suspend: bool
 
 
-# The blocks of this context, which are those of this task in asyncio. The last one applies.
+# The blocks of the current context. In asyncio, each task has its own context. The last block applies.
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("batchnorm.nn.use_domain", default=())
-# Instead of a domain, if the blocks of a thread belong to several contexts.
+# A value instead of a domain, if the blocks of a thread belong to several contexts.
 _SEVERAL = "several"
 
 
 class _Current(threading.local):
-    """The same for `torch.compile`, which does not support context variables: the domain of this thread.
+    """The domain of this thread, for `torch.compile`, which does not support context variables.
 
-    Compiled code has to look into the context, with a graph break, if the thread has no blocks of its own, also has
-    some of other contexts, or will have when it runs another task.
+    Compiled code must read the context, with a graph break, in three cases: the thread has no blocks, it has blocks of
+    other contexts, or it may get some when it runs another task.
     """
 
     domain: int | Tensor | str | None = None
@@ -57,7 +57,7 @@ _current = _Current()
 def _set_blocks(of_context: tuple[_Block, ...], of_thread: tuple[_Block, ...]) -> None:
     _blocks.set(of_context)
     _current.blocks = of_thread
-    if of_context != of_thread or any(block.waits for block in of_thread):
+    if of_context != of_thread or any(block.can_suspend for block in of_thread):
         _current.domain, _current.backward = _SEVERAL, -1
     else:
         last = of_context[-1:]
@@ -66,7 +66,7 @@ def _set_blocks(of_context: tuple[_Block, ...], of_thread: tuple[_Block, ...]) -
 
 
 def _domain_and_backward() -> tuple[int | Tensor | None, int]:
-    """Return the domain of the innermost `use_domain`, and the backward pass that it was entered in."""
+    """Return the domain of the innermost `use_domain`, and the backward pass in which it was entered."""
     if torch.compiler.is_compiling() and _current.domain is not None and not isinstance(_current.domain, str):
         return _current.domain, _current.backward
     blocks = _blocks.get()
@@ -78,7 +78,7 @@ def _backward_pass() -> int:
 
 
 def _is_in_coroutine(depth: int) -> bool:
-    """Return whether the code `depth` frames further out is that of a coroutine or an asynchronous generator."""
+    """Return whether the caller's frame, or the one `depth` frames above it, is a coroutine or an async generator."""
     return bool(sys._getframe(depth + 1).f_code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR))
 
 
@@ -223,7 +223,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
         if affine_per_domain:
             self._make_rows(num_domains, ("weight", "bias"))
 
-    def forward(  # type: ignore[override]  # a domain comes second: no caller passes a mask unasked
+    def forward(  # type: ignore[override]  # the domain is second, because generic callers pass only x
         self, input: Tensor, domain: int | Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
         """Return y for x of the layer's shape.

@@ -33,7 +33,7 @@ class FrozenLayer(NormLayer):
     def trainable_affine(self, trainable: bool) -> None:
         self.requires_grad_(trainable)
         if not trainable:
-            self.zero_grad(set_to_none=True)  # an optimizer would go on with momentum and weight decay
+            self.zero_grad(set_to_none=True)  # with a gradient, an optimizer would still apply momentum and decay
 
     def extra_repr(self) -> str:
         """Describe the layer: torch's description, and whether γ and β are trained."""
@@ -60,7 +60,7 @@ def _device(tensor: Tensor) -> torch.device:
 
 
 class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
-    """Batch normalization of `[N, C, *S]` by its running statistics only, in training as in evaluation.
+    """Batch normalization of `[N, C, *S]` by its running statistics only, in training and in evaluation.
 
     `y = (x - running_mean)/√(running_var + eps)·weight + bias`. The running statistics never change. Use it for
     fine-tuning if the batches are too small for good statistics (detection, segmentation), and for layers whose data
@@ -140,13 +140,13 @@ class FrozenBatchNorm2d(FrozenBatchNorm):
 
 
 def adopted(layer: torch.nn.Module) -> FrozenBatchNorm2d:
-    """Return another library's frozen layer as one of this library's, with the same statistics; see `foreign_eps`."""
+    """Return a `FrozenBatchNorm2d` with the tensors of another library's frozen layer, which has a `foreign_eps`."""
     eps = foreign_eps(layer)
     assert eps is not None
     vectors: dict[str, Tensor] = {name: getattr(layer, name) for name in VECTORS}
     mean = vectors["running_mean"]
     new = FrozenBatchNorm2d(mean.numel(), device="meta")
-    new.eps = eps  # not checked, because torchvision's was 0 once
+    new.eps = eps  # not checked, because it is 0 in old versions of torchvision
     for name, vector in vectors.items():
         if name in new._parameters:
             new._parameters[name] = torch.nn.Parameter(vector.detach(), requires_grad=False)
@@ -191,7 +191,7 @@ class FrozenBatchNormAct1d(_FrozenAct, BatchNormAct1d):
 
 
 class FrozenBatchNormAct2d(_FrozenAct, BatchNormAct2d):
-    """`BatchNormAct2d` by its running statistics only, in training as in evaluation.
+    """`BatchNormAct2d` by its running statistics only, in training and in evaluation.
 
     The arguments are those of `BatchNormAct2d` and `FrozenBatchNorm`.
 

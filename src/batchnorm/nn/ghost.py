@@ -32,7 +32,7 @@ class _GhostBatchNorm(PartsLayer):
         self.ghost_size = ghost_size
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
-        """Return the part of each sample and their number; a last part with a single value joins the one before it."""
+        """Return each sample's part, and the number of parts; a last part with a single value joins the one before."""
         n, size, positions = x.shape[0], self.ghost_size, math.prod(x.shape[2:])
         if n <= size:
             return None, 1

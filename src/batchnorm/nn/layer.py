@@ -14,7 +14,7 @@ from batchnorm import _checks, functional
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
     """A mixin before one of torch's classes; it keeps their parameters, buffers and `state_dict`."""
 
-    # The name in error messages. If it ends in 1d, 2d or 3d, this determines the rank of x. User subclasses inherit it.
+    # The name in error messages. A final 1d, 2d or 3d determines the rank of x. Users' subclasses inherit the name.
     layer_name: ClassVar[str]
 
     # Whether the layer normalizes by the running statistics in training, too.
@@ -38,6 +38,9 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         num_features = _checks.checked_integer(self.layer_name, "num_features", num_features, 0, hint)
         self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self._set_options(bias, on_nonfinite, on_single, channel_dim)
+
+    def _set_options(self, bias: bool, on_nonfinite: str, on_single: str, channel_dim: int) -> None:
         if not bias:  # set here, because older torch has no such argument
             self.register_parameter("bias", None)
         self.on_nonfinite = on_nonfinite
@@ -136,11 +139,7 @@ class LazyNormLayer(NormLayer):
         self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
         torch_lazy: Any = super(NormLayer, self)  # its constructor has no num_features
         torch_lazy.__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self.on_nonfinite = on_nonfinite
-        self.on_single = on_single
-        self.channel_dim = channel_dim
+        self._set_options(bias, on_nonfinite, on_single, channel_dim)
 
     def reset_parameters(self) -> None:
         """Reset the parameters if the number of channels is known."""

@@ -114,7 +114,7 @@ class _BatchRenorm(PartsLayer):
 
     def _normalize_by_parts(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if (self.rmax, self.dmax) == (1, 0) and self._peers() is None:
-            return self._normalize(x, mask=mask)  # bitwise the same
+            return self._normalize(x, mask=mask)  # bitwise equal
         return super()._normalize_by_parts(x, mask)
 
     def _affine(self, statistics: BatchStatistics) -> tuple[Tensor | None, Tensor | None]:
@@ -141,7 +141,7 @@ class _BatchRenorm(PartsLayer):
         return r, d if self.bias is None else d + self.bias
 
     def extra_repr(self) -> str:
-        """Describe the batch normalization, then the limits."""
+        """Describe the batch normalization and the limits."""
         limits = (f"{name}={getattr(limit, '__qualname__', limit)}" for name, limit in self._limits())
         return ", ".join([super().extra_repr(), *limits, *(["sync=True"] if self.sync else [])])
 

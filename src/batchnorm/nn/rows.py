@@ -138,7 +138,7 @@ def batch_norm_by_rows(
     Returns:
         y of x's shape and dtype.
     """
-    # Makes this one node of an fx graph, as `functional.batch_norm` is.
+    # This makes the call one node of an fx graph, as in `functional.batch_norm`.
     tensors = (x, choice, running_mean, running_var, num_batches_tracked, weight, bias, mask)
     if has_torch_function_variadic(*tensors):
         _checks.check_quantization(caller, training, x)
@@ -231,10 +231,14 @@ def checked_row(caller: str, name: str, row: object, rows: int) -> int:
             f"Pass int(...), or a tensor with one {name} for each sample."
         )
     if not 0 <= number < rows:
-        raise ValueError(
-            f"{caller} expects {name} in [0, {rows}), got {number}. Count from 0, or create the layer with more rows."
-        )
+        raise _outside(caller, name, number, rows)
     return number
+
+
+def _outside(caller: str, name: str, row: int, rows: int) -> ValueError:
+    return ValueError(
+        f"{caller} expects {name} in [0, {rows}), got {row}. Count from 0, or create the layer with more {name}s."
+    )
 
 
 def _check_choice(caller: str, name: str, choice: Tensor, rows: int, x: Tensor) -> None:
@@ -256,7 +260,4 @@ def _check_choice(caller: str, name: str, choice: Tensor, rows: int, x: Tensor) 
         return
     low, high = (int(t) for t in choice.aminmax())
     if low < 0 or high >= rows:
-        raise ValueError(
-            f"{caller} expects {name} in [0, {rows}), got {low if low < 0 else high}. Count from 0, or create the "
-            "layer with more rows."
-        )
+        raise _outside(caller, name, low if low < 0 else high, rows)

@@ -112,11 +112,11 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
 def join(parallel: DistributedDataParallel, example_inputs: tuple[Any, ...] | None = None) -> Iterator[None]:
     """Let the processes of `DistributedDataParallel` train on different numbers of batches, also with `SyncBatchNorm`.
 
-    Use it in place of `parallel.join()`, which cannot serve synchronized layers. When a process has run out of batches,
-    it makes every step of the others with them: it runs the model on its last batch, whose values count nothing in any
-    statistics, and whose gradients are 0. The others therefore compute the statistics and gradients of the samples that
-    exist. `parallel` divides the sum of gradients by the number of all processes, including those that ran out. At the
-    end, every process gets the parameters and buffers of one that ran out last.
+    Use it in place of `parallel.join()`, which does not work with synchronized layers. A process that has run out of
+    batches still takes part in every step of the others. It runs the model on its last batch, which does not count in
+    any statistics, and whose gradients are 0. The others therefore compute the statistics and gradients of their own
+    samples. `parallel` divides the sum of gradients by the number of all processes, including those that ran out. At
+    the end, every process gets the parameters and buffers of a process that ran out last.
 
     In a process that ran out, layers without synchronization keep their running statistics until the end. If the block
     raises on one process, the others raise an error after the group's timeout.
@@ -139,20 +139,22 @@ def join(parallel: DistributedDataParallel, example_inputs: tuple[Any, ...] | No
     """
     if not isinstance(parallel, DistributedDataParallel):
         raise TypeError(
-            f"join expects a model in DistributedDataParallel, got {type(parallel).__name__}. Wrap it first; one "
-            "process alone needs no join."
+            f"join expects a model in DistributedDataParallel, got {type(parallel).__name__}. Wrap it first; a "
+            "single process needs no join."
         )
     shared = _Join(parallel, example_inputs)
     with shared.watching():
         yield
     last = True
-    while any(step := shared.count(here=False)):
+    while any(step := shared.exchange_flags(has_batch=False)):
         shared.take_part(*step[1:])
         last = False
     shared.copy_from_one(last)
 
 
 class _Join:
+    """The part of one process in `join`."""
+
     def __init__(self, parallel: DistributedDataParallel, example: tuple[Any, ...] | None) -> None:
         self.parallel = parallel
         self.group = parallel.process_group
@@ -161,10 +163,10 @@ class _Join:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Tell the others of every call of the model, and keep its arguments."""
+        """Announce every call of the model to the other processes, and keep its arguments."""
 
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.count(here=True)
+            self.exchange_flags(has_batch=True)
             self.inputs = tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
 
         def after(_: Any, args: Any, output: Any) -> None:
@@ -182,16 +184,16 @@ class _Join:
             for handle in handles:
                 handle.remove()
 
-    def count(self, *, here: bool) -> list[bool]:
-        """Return whether any process has a batch; and if so, whether with gradients, in training, and reduced."""
+    def exchange_flags(self, *, has_batch: bool) -> list[bool]:
+        """Return whether any process has a batch, and whether it needs gradients, is in training, and reduces them."""
         parallel = self.parallel
         state = (True, torch.is_grad_enabled(), parallel.training, parallel.require_backward_grad_sync)
-        flags = torch.tensor([here and flag for flag in state], dtype=torch.float32, device=parallel.join_device)
+        flags = torch.tensor([has_batch and flag for flag in state], dtype=torch.float32, device=parallel.join_device)
         dist.all_reduce(flags, group=self.group)
         return [flag > 0 for flag in flags.tolist()]
 
     def take_part(self, gradients: bool, training: bool, reduced: bool) -> None:
-        """Run the model as the other processes do, with values that count nothing."""
+        """Run the model as the other processes do, with values that do not count."""
         if self.inputs is None:
             raise RuntimeError(
                 "join expects at least one batch on every process, got none on this one. Pass example_inputs=, "
@@ -222,7 +224,7 @@ class _Join:
 
     @torch.no_grad()
     def copy_from_one(self, last: bool) -> None:
-        """Give every process the parameters and buffers of one of those that ran out last."""
+        """Copy the parameters and buffers of a process that ran out last to every process."""
         rank = torch.tensor(dist.get_rank(self.group) if last else -1, device=self.parallel.join_device)
         dist.all_reduce(rank, op=dist.ReduceOp.MAX, group=self.group)
         source = dist.get_global_rank(self.group, int(rank))
