@@ -221,12 +221,12 @@ def test_it_is_immutable_and_made_from_plain_numbers() -> None:
         ((np.zeros((2, 3)), None, np.array([1.0, np.nan])), ValueError, r"weights that are finite and >= 0"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+def test_a_wrong_argument_is_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Moments.of(*arguments)
 
 
-def test_other_mistakes_are_told() -> None:
+def test_other_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"parts with 3 channels, got one with 2"):
         Moments.empty(3).merge(Moments.empty(2))
     with pytest.raises(ValueError, match=r"axis in \[-2, 2\) for x of shape \[2, 3\], got 2"):

@@ -286,7 +286,7 @@ def test_values_that_changed_are_put_back_however_they_were_written(write: str) 
     assert not held.signbit().any()
 
 
-def test_what_cannot_be_put_back_is_reported_and_the_rest_is_put_back() -> None:
+def test_state_that_cannot_be_restored_is_reported_and_the_rest_is_restored() -> None:
     model = Twice()
     model.bn.register_buffer("grown", torch.zeros(3))
     before, generators = list(everything(model)), random_states()

@@ -23,7 +23,7 @@ from batchnorm.cli.command import repeat_options
         ("--lr 1 stray", "--lr 1 stray"),
     ],
 )
-def test_an_option_takes_every_word_up_to_the_next(words, expected):
+def test_an_option_takes_every_argument_up_to_the_next(words, expected):
     assert repeat_options(words.split(), {"--norms"}) == expected.split()
 
 
@@ -41,7 +41,7 @@ def test_an_option_takes_every_word_up_to_the_next(words, expected):
         (["compare", "--lr", "high"], "batchnorm compare: Invalid value for '--lr': 'high' is not a valid float"),
     ],
 )
-def test_a_mistake_in_the_words_is_told_in_one_line(capsys, words, line):
+def test_a_usage_error_is_one_line(capsys, words, line):
     with pytest.raises(SystemExit) as exit_:
         cli.main(words)
     out, err = capsys.readouterr()
@@ -61,7 +61,7 @@ def test_help_and_version_end_well(capsys, words):
     assert err == ""
 
 
-def test_a_missing_command_line_package_is_told_in_one_line(capsys, monkeypatch):
+def test_a_missing_command_line_package_is_reported_in_one_line(capsys, monkeypatch):
     import_ = builtins.__import__
 
     def without_click(name, *arguments, **options):
@@ -89,6 +89,6 @@ def test_examples_in_the_help_keep_their_lines(verb: str) -> None:
     assert "\\b" not in text
 
 
-def test_the_list_of_verbs_says_what_each_does() -> None:
+def test_the_list_of_commands_describes_each() -> None:
     text = CliRunner().invoke(app, ["--help"], prog_name="batchnorm").output
     assert "..." not in text.partition("Commands:")[2]

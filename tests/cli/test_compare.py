@@ -100,12 +100,12 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
     assert_one_line(invoke("--data", file, "--data-dir", tmp_path), "data_dir (--data-dir) requires data mnist")
 
 
-def test_an_unknown_norm_is_told_with_the_closest(tmp_path):
+def test_an_unknown_norm_is_reported_with_the_closest_name(tmp_path):
     result = invoke("--norms", "none", "btach", "--out", tmp_path / "out")
     assert_one_line(result, f"norms must be among {', '.join(norms.names())}, got 'btach'. Did you mean batch?")
 
 
-def test_a_model_callable_that_raises_is_told(tmp_path, monkeypatch):
+def test_a_model_callable_that_raises_is_reported(tmp_path, monkeypatch):
     (tmp_path / "bad_net_for_cli.py").write_text(
         "def build(norm, in_shape, num_classes):\n    raise KeyError('width')\n"
     )
@@ -124,7 +124,7 @@ def test_a_model_callable_that_raises_is_told(tmp_path, monkeypatch):
         ("x_train", (3, 1), np.nan, "x_train must be finite in float32, got NaN or infinity in 1 of 48 samples"),
     ],
 )
-def test_unusable_data_is_told(arrays, tmp_path, key, index, value, text):
+def test_unusable_data_is_reported(arrays, tmp_path, key, index, value, text):
     arrays[key] = arrays[key].copy()
     arrays[key][index] = value
     np.savez(tmp_path / "bad.npz", **arrays)
@@ -132,13 +132,13 @@ def test_unusable_data_is_told(arrays, tmp_path, key, index, value, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_told(file, tmp_path):
+def test_a_directory_that_cannot_be_created_is_reported(file, tmp_path):
     (tmp_path / "taken").write_text("a file")
     result = invoke("--data", file, "--out", tmp_path / "taken" / "out", *SHORT)
     assert_one_line(result, "out must be a writable directory")
 
 
-def test_a_directory_that_may_not_be_written_to_is_told(file, tmp_path, monkeypatch):
+def test_a_directory_without_write_permission_is_reported(file, tmp_path, monkeypatch):
     open_ = Path.open
 
     def refuse(path, mode="r", *arguments, **options):
@@ -152,7 +152,7 @@ def test_a_directory_that_may_not_be_written_to_is_told(file, tmp_path, monkeypa
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_an_earlier_comparison_is_kept_unless_told_otherwise(file, tmp_path):
+def test_an_earlier_comparison_is_kept_without_overwrite(file, tmp_path):
     words = ["--norms", "none", "--data", file, "--out", tmp_path / "out", *SHORT]
     assert invoke(*words).exit_code == 0
     before = (tmp_path / "out" / "summary.json").read_text()
@@ -161,7 +161,7 @@ def test_an_earlier_comparison_is_kept_unless_told_otherwise(file, tmp_path):
     assert invoke(*words, "--overwrite").exit_code == 0
 
 
-def test_what_is_not_given_is_as_before_when_a_comparison_is_resumed(file, tmp_path):
+def test_omitted_options_keep_their_values_when_a_comparison_is_resumed(file, tmp_path):
     out = tmp_path / "out"
     assert invoke("--norms", "none", "--data", file, "--lr", 0.3, "--out", out, *SHORT).exit_code == 0
     before = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
@@ -179,7 +179,7 @@ def test_what_is_not_given_is_as_before_when_a_comparison_is_resumed(file, tmp_p
     assert not (tmp_path / "uot").exists()
 
 
-def test_a_report_is_built_anew(file, tmp_path):
+def test_a_report_is_rebuilt(file, tmp_path):
     out = tmp_path / "out"
     first = invoke("--norms", "none", "--data", file, "--out", out, *SHORT)
     (out / "report.html").unlink()
@@ -193,7 +193,7 @@ def test_a_report_is_built_anew(file, tmp_path):
     assert_one_line(invoke("--report", tmp_path / "none"), "report must name the directory of a comparison")
 
 
-def test_missing_extras_are_told(file, tmp_path, monkeypatch):
+def test_missing_extras_are_reported(file, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     result = invoke("--data", file, "--out", tmp_path / "out", *SHORT)

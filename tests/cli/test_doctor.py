@@ -120,7 +120,7 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
         ([], "batchnorm doctor: Missing argument"),
     ],
 )
-def test_a_mistake_is_one_line_and_exits_with_2(place, capsys, words, line) -> None:
+def test_a_usage_error_is_one_line_and_exits_with_2(place, capsys, words, line) -> None:
     code, out, err = run(["doctor", *(word.format(net=place) for word in words)], capsys)
     assert code == 2
     assert out == ""
@@ -159,7 +159,7 @@ def test_inspect_prints_every_layer(place, capsys) -> None:
         (["{net}:fails"], "batchnorm inspect: {net}:fails must return the network"),
     ],
 )
-def test_inspect_tells_mistakes_in_one_line(place, capsys, words, line) -> None:
+def test_inspect_reports_usage_errors_in_one_line(place, capsys, words, line) -> None:
     code, _, err = run(["inspect", *(word.format(net=place) for word in words)], capsys)
     assert code == 2
     assert err.startswith(line.format(net=place)) and err.count("\n") == 1

@@ -145,7 +145,7 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
         (["-o", "f.pt2"], "Missing argument"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_nothing_is_written(folder: Path, words: list[str], text: str) -> None:
+def test_a_usage_error_is_one_line_and_nothing_is_written(folder: Path, words: list[str], text: str) -> None:
     before = sorted(path.name for path in folder.iterdir())
     assert_one_line(invoke(*words), text)
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == before
@@ -157,14 +157,14 @@ def test_weights_that_would_run_code_are_refused(folder: Path) -> None:
     assert_one_line(result, "bad.pth must be the state_dict of the network")
 
 
-def test_a_file_that_is_no_program_is_told(folder: Path) -> None:
+def test_a_file_that_is_not_a_program_is_reported(folder: Path) -> None:
     (folder / "bad.pt2").write_text("nothing")
     assert_one_line(
         invoke("bad.pt2", "-o", "f.pt2"), "bad.pt2 must be a file of torch.export.save, but loading it failed"
     )
 
 
-def test_an_earlier_file_is_replaced_when_told(folder: Path) -> None:
+def test_an_earlier_file_is_replaced_with_overwrite(folder: Path) -> None:
     (folder / "f.pth").write_text("earlier")
     assert invoke("net_for_fold:build", "--input", "1,3,8,8", "-o", "f.pth", "--overwrite").exit_code == 0
     assert (folder / "f.pth").stat().st_size > 1000
@@ -189,7 +189,7 @@ def test_an_onnx_file_is_folded(folder: Path) -> None:
     assert ops(onnx.load(folder / "folded.onnx")) == ["Conv"]
 
 
-def test_an_onnx_file_that_cannot_be_read_or_run_is_told(folder: Path) -> None:
+def test_an_onnx_file_that_cannot_be_read_or_run_is_reported(folder: Path) -> None:
     write_onnx(folder / "net.onnx")
     (folder / "bad.onnx").write_text("nothing")
     assert_one_line(invoke("bad.onnx", "-o", "f.onnx"), "bad.onnx must be an ONNX file with all its weights")
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_earlier_onnx_file(folder: Path, monkeypatch: pyt
     assert (folder / "f.onnx").read_text() == "earlier"
 
 
-def test_a_directory_that_cannot_be_written_to_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_written_to_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> str:
         raise PermissionError(13, "Permission denied")
 

@@ -107,7 +107,7 @@ def test_arrays_of_a_file_are_data_too(folder: Path) -> None:
         ([], "Missing option '--data'"),
     ],
 )
-def test_a_mistake_leaves_the_file_that_is_there(folder: Path, words: list[str], text: str) -> None:
+def test_a_usage_error_leaves_the_existing_file(folder: Path, words: list[str], text: str) -> None:
     (folder / "new.pth").write_text("earlier")
     words = [*words] if "-o" in words else [*words, "-o", "new.pth"]
     assert_one_line(invoke("recalibrate", "net_for_surgery:build", *words, "--overwrite"), text)
@@ -119,7 +119,7 @@ def test_a_mistake_leaves_the_file_that_is_there(folder: Path, words: list[str],
 # accelerate
 
 
-def test_what_would_be_accelerated_is_told(folder: Path) -> None:
+def test_changes_of_accelerate_are_printed(folder: Path) -> None:
     result = invoke("accelerate", "net_for_surgery:build", "--input", "2,4,7,7")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(
@@ -162,7 +162,7 @@ def test_images_of_whole_numbers_with_channels_last(folder: Path) -> None:
     np.testing.assert_allclose(done, bn.Standardizer(channel_axis=-1).fit_transform(images), rtol=1e-12)
 
 
-def test_mistakes_of_data_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_data_are_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.zeros((50, 3))
     np.save("x.npy", x)
     x[-1] = np.nan

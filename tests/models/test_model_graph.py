@@ -118,7 +118,7 @@ def test_a_layer_that_cannot_be_traced_stays_whole_unless_it_holds_batch_normali
         trace(nn.Sequential(Decides(nn.BatchNorm2d(3))).eval(), Inputs.of(x))
 
 
-def test_a_graph_that_holds_one_size_alone_names_what_it_refuses() -> None:
+def test_a_graph_for_one_size_names_the_sizes_that_it_refuses() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.reshape(int(x.shape[0]), -1) * 2

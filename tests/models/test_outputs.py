@@ -46,7 +46,7 @@ def test_tensors_are_found_in_containers_and_objects() -> None:
         (SimpleNamespace(a=torch.ones(1)), SimpleNamespace(b=torch.ones(1))),
     ],
 )  # fmt: skip
-def test_other_containers_are_told_apart(one: object, other: object) -> None:
+def test_other_containers_are_distinguished(one: object, other: object) -> None:
     assert same_containers(one, one) and same_containers(other, other)
     assert not same_containers(one, other)
     assert difference(one, other).relative == float("inf")

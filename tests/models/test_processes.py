@@ -194,7 +194,7 @@ def dying(rank: int, folder: str) -> None:
     os._exit(0)
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(dying, (str(tmp_path),), nprocs=2)
     assert (tmp_path / "told").exists()
 

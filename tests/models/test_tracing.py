@@ -107,7 +107,7 @@ def test_nothing_of_the_process_changes_while_a_model_is_traced(verb: str) -> No
 
 @pytest.mark.parametrize("kind", [Net, Sizes, Decides])
 @pytest.mark.parametrize("verb", VERBS)
-def test_other_threads_call_models_as_ever_while_a_model_is_traced(verb: str, kind: type[Net]) -> None:
+def test_other_threads_call_models_as_usual_while_a_model_is_traced(verb: str, kind: type[Net]) -> None:
     seen: list[Tensor] = []
     expected, before = SERVED(X), of_the_process()
     x, served, plain = X, SERVED, math.sqrt(2.0)

@@ -142,7 +142,7 @@ def test_sequential_passes_calibrate_each_layer_on_calibrated_inputs(cache_bytes
     assert report.kept == (kept if kept != 1 else report.kept) and (kept != 1 or 0 < report.kept < len(SIZES))
 
 
-def test_sequential_passes_read_the_data_once_where_all_is_kept() -> None:
+def test_sequential_passes_read_the_data_once_if_all_passes_wait() -> None:
     read = []
 
     def data() -> Iterator[Tensor]:
@@ -485,7 +485,7 @@ def test_a_shared_module_can_be_given_statistics_for_each_place() -> None:
     handled.remove()
 
 
-def test_a_shared_module_stays_shared_where_it_fails() -> None:
+def test_a_shared_module_stays_shared_after_a_failure() -> None:
     model = Reused().double()
     with pytest.raises(ValueError, match="at least one batch, got empty data"):
         recalibrate(model, [], shared="separate", inplace=True)
@@ -527,7 +527,7 @@ def test_prior_blends_in_equivalent_samples(passes: str) -> None:
 # As it was
 
 
-def test_the_model_given_is_untouched() -> None:
+def test_the_given_model_is_unchanged() -> None:
     model = network().train()
     model[0].eval()
     before = snapshot(model)
@@ -550,7 +550,7 @@ def test_in_place_changes_only_the_statistics() -> None:
     assert torch.equal(before["random"][0], after["random"][0])
 
 
-def test_a_cumulative_average_goes_on_from_the_batches_seen() -> None:
+def test_a_cumulative_average_continues_from_the_batches_seen() -> None:
     model = nn.BatchNorm1d(1, momentum=None)
     data = [torch.randn(5, 1) for _ in range(3)]
     recalibrate(model, data, inplace=True)
@@ -630,7 +630,7 @@ def test_one_value_per_channel_has_no_variance() -> None:
         recalibrate(model, data[1:], passes="sequential")
 
 
-def test_data_that_cannot_be_read_again_are_refused_where_they_must_be() -> None:
+def test_data_that_cannot_be_read_twice_are_refused_if_that_is_needed() -> None:
     with pytest.raises(ValueError, match="can be read again, got an iterator"):
         recalibrate(network(), iter(batches()), passes="sequential", cache_bytes=0)
 
@@ -661,7 +661,7 @@ def test_compiled_models_are_measured_too(passes: str) -> None:
 
 
 @pytest.mark.parametrize("passes", ["single", "sequential"])
-def test_a_network_of_others_is_measured_exactly(passes: str) -> None:
+def test_a_third_party_network_is_measured_exactly(passes: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic")
@@ -677,7 +677,7 @@ def test_a_network_of_others_is_measured_exactly(passes: str) -> None:
 
 
 @pytest.mark.parametrize("passes", ["single", "sequential"])
-def test_what_comes_out_of_inference_mode_can_be_trained(passes: str) -> None:
+def test_a_model_from_inference_mode_can_be_trained(passes: str) -> None:
     expected, _ = recalibrate(network(), batches(), passes=passes)
     with torch.inference_mode():
         found, _ = recalibrate(network(), [x.clone() for x in batches()], passes=passes)

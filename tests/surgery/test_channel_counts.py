@@ -56,7 +56,7 @@ def test_options_from_numpy() -> None:
     ],
     ids=["accelerate", "freeze", "drop_redundant_bias", "insert"],
 )
-def test_verbs_that_keep_the_output(verb: Any) -> None:
+def test_functions_that_keep_the_output(verb: Any) -> None:
     model = pruned()
     changed, report = verb(model)
     assert report.changed

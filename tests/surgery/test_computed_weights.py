@@ -53,7 +53,7 @@ def evaluated(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_takes_them(verb: str, hook: str, inplace: bool) -> None:
+def test_every_function_accepts_them(verb: str, hook: str, inplace: bool) -> None:
     model = network(hook)
     expected = evaluated(model)
     model.train()[1].eval()

@@ -99,7 +99,7 @@ def test_convert_to_other_classes(name: str, to: Any) -> None:
 
 
 @ALL
-def test_verbs_that_leave_it_say_why(name: str) -> None:
+def test_functions_that_leave_it_give_the_reason(name: str) -> None:
     model = network(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for verb, path, reason in (
@@ -130,7 +130,7 @@ def test_prune(name: str) -> None:
     assert str(report).count("create the optimizer after pruning") == 1
 
 
-def test_no_epsilon_is_refused_where_a_batch_would_need_one() -> None:
+def test_eps_0_is_refused_if_the_layer_would_use_batches() -> None:
     with pytest.raises(ValueError, match=r"unfreeze cannot change any layer; 1: BatchNorm2d expects eps > 0, got 0"):
         bn.unfreeze(network("maskrcnn"))
 

@@ -216,7 +216,7 @@ class Unusual(nn.Module):
         ("conv", ["conv", "unused"], r"got data that do not reach unused \(Conv2d\)"),
     ],
 )
-def test_models_that_it_does_not_go_with(kind: str, after: Any, text: str) -> None:
+def test_models_that_are_refused(kind: str, after: Any, text: str) -> None:
     model = Unusual(kind)
     assert_untouched(model, lambda: insert_batchnorm(model, after, GOOD, inplace=True), ValueError, text)
 

@@ -130,7 +130,7 @@ class Net(nn.Module):
         ("features last", "its output is not [N, C] in the example, so its features are not the layer's channels"),
     ],
 )
-def test_what_does_something_stays(kind: str, reason: str) -> None:
+def test_biases_with_an_effect_stay(kind: str, reason: str) -> None:
     model = Net(kind).double()
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64) if kind != "features last" else torch.randn(4, 5, 5, 1).double()
     fewer, report = drop_redundant_bias(model, example_inputs=x)
@@ -299,7 +299,7 @@ class Reads(nn.Module):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_an_output_that_changes_puts_all_back(inplace: bool) -> None:
+def test_a_changed_output_undoes_everything(inplace: bool) -> None:
     model = Reads()
     with torch.no_grad():
         model.block[0].bias.fill_(2.0)

@@ -59,7 +59,7 @@ def test_twenty_steps_have_the_losses_of_the_model_as_it_was(name: str) -> None:
 
 
 @EVERY_NETWORK
-def test_the_fused_operation_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_operation_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(name)
     fast, report = accelerate(model, x[:2])
     called = []
@@ -130,7 +130,7 @@ def test_every_step_of_a_deep_network_is_the_same() -> None:
         optimizer.step()
 
 
-def test_what_the_model_is_stays() -> None:
+def test_the_class_and_state_of_the_model_stay() -> None:
     model = networks.ResNet()
     model.layer1[0].bn1.eval()
     seen: list[str] = []
@@ -159,7 +159,7 @@ def test_what_the_model_is_stays() -> None:
     assert fast.layer1[0].bn2.num_batches_tracked == 1
 
 
-def test_the_model_given_is_untouched() -> None:
+def test_the_given_model_is_unchanged() -> None:
     model = networks.ResNet()
     before, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
     fast, _ = accelerate(model, torch.randn(2, 3, 12, 12))
@@ -170,7 +170,7 @@ def test_the_model_given_is_untouched() -> None:
 
 
 @EVERY_NETWORK
-def test_a_copy_is_of_its_own(name: str) -> None:
+def test_a_copy_is_independent(name: str) -> None:
     model, x = network(name)
     fast, _ = accelerate(model, x[:2])
     copied = copy.deepcopy(fast.eval())
@@ -240,7 +240,7 @@ def test_every_pickle_protocol(protocol: int) -> None:
 
 
 @EVERY_NETWORK
-def test_undone_it_is_the_class_again(name: str) -> None:
+def test_undoing_restores_the_class(name: str) -> None:
     model, x = network(name)
     fast, report = accelerate(model, x[:2])
     undone = undo_fusion(fast)

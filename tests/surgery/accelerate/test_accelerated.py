@@ -29,7 +29,7 @@ def fast_block() -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("where", ["bn1", "bn2", "relu"])
-def test_hooks_see_what_they_saw(where: str) -> None:
+def test_hooks_see_the_same_values(where: str) -> None:
     fast, block, x = fast_block()
     seen: dict[str, list[Tensor]] = {"fast": [], "block": []}
     for name, model in (("fast", fast), ("block", block)):

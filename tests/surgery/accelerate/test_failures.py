@@ -102,7 +102,7 @@ def test_a_number_is_no_example(inplace: bool) -> None:
     before.assert_same(model)
 
 
-def test_success_leaves_nothing_but_the_classes_either() -> None:
+def test_success_changes_only_the_classes() -> None:
     model, x = networks.DenseNet(drop_rate=0.2), torch.randn(2, 3, 12, 12)
     before = Snapshot(model)
     accelerate(model, x)
@@ -137,7 +137,7 @@ def test_a_class_that_cannot_be_given_leaves_all_as_they_were(fails_at: int, mon
         before.assert_same(model)
 
 
-def test_a_rewriting_that_differs_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rewrite_that_differs_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(rewrite: Any) -> Any:
         if rewrite.base is networks.BasicBlock:
             rewrite = type(rewrite)(rewrite.base, rewrite.source.replace("return ", "return 1.01 * "), *_rest(rewrite))

@@ -122,7 +122,7 @@ def dropout_layer(self: Block, x: Tensor) -> Tensor:
         (dropout_layer, {"bn": "relu"}),
     ],
 )
-def test_what_is_fused(forward: Callable[..., Any], expected: dict[str, str]) -> None:
+def test_fused_operations(forward: Callable[..., Any], expected: dict[str, str]) -> None:
     inputs = forward.__code__.co_argcount - 1
     assert fused_in(forward, inputs)[0] == expected
     assert fused_in(forward, inputs, example=False)[0] == expected
@@ -230,7 +230,7 @@ def global_mode(self: Block, x: Tensor) -> Tensor:
         (parts, "the model (Block) iterates over a value of unknown length in its forward"),
     ],
 )
-def test_what_a_trace_would_lose_is_left(forward: Callable[..., Any], reason: str) -> None:
+def test_operations_that_a_trace_would_lose_are_left(forward: Callable[..., Any], reason: str) -> None:
     for example in (True, False):
         fused, why = fused_in(forward, example=example)
         assert fused == {}
@@ -325,7 +325,7 @@ def not_called(self: Block, x: Tensor) -> Tensor:
         (not_called, "no call of it can be traced"),
     ],
 )
-def test_what_would_not_be_the_same_is_left(forward: Callable[..., Any], reason: str) -> None:
+def test_operations_that_fusion_would_change_are_left(forward: Callable[..., Any], reason: str) -> None:
     changes = forward in (input_changes, view_changes)  # what autograd needs, as torch says at the backward
     for example in (True, False):
         fused, why = fused_in(forward, forward.__code__.co_argcount - 1, example, gradients=not changes)
@@ -387,7 +387,7 @@ def test_lists_are_understood_with_example_inputs_only() -> None:
     assert len(accelerate(model, x).report.fused) == 10
 
 
-def test_what_the_example_inputs_do_not_reach_is_not_rewritten() -> None:
+def test_modules_that_the_example_inputs_do_not_reach_are_not_rewritten() -> None:
     class Auxiliary(nn.Module):
         def __init__(self) -> None:
             super().__init__()

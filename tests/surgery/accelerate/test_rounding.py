@@ -55,7 +55,7 @@ def gradients(model: nn.Module, x: Tensor, target: Tensor, threads: int = 1) -> 
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_loss_and_gradients_of_a_step_err_as_torchs(name: str) -> None:
+def test_loss_and_gradients_of_a_step_have_torchs_errors(name: str) -> None:
     """From the same weights. The typical error over batches, as one ReLU on the other side of 0 makes it large."""
     make, shape, _, _ = NETWORKS[name]
     model, generator = make().train(), torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def test_loss_and_gradients_of_a_step_err_as_torchs(name: str) -> None:
     assert all(error <= 1.5 * theirs for error in typical.values()), typical
 
 
-def test_a_run_parts_from_float64_as_torchs_does() -> None:
+def test_a_run_diverges_from_float64_as_torchs_does() -> None:
     """A ReLU on the other side of 0 moves the weights, and the runs part: torch's from torch's as ours from torch's."""
     apart: dict[str, list[float]] = {"torch": [], "ours": []}
     for seed in range(5):

@@ -119,7 +119,7 @@ def test_each_family_class_becomes_each_other(source: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["BatchNorm", batch.BatchNorm, batch.BatchNorm2d, "BatchNorm2d", batchnorm.nn])
-def test_ways_to_say_the_same(to: Any) -> None:
+def test_equivalent_arguments(to: Any) -> None:
     assert type(only_layer(convert(nn.Sequential(trained()), to=to))) is batch.BatchNorm2d
 
 
@@ -285,7 +285,7 @@ def test_parametrizations_are_kept(make: Callable[[], nn.Module]) -> None:
     assert_close(back(x), expected)
 
 
-def test_a_parametrization_that_came_or_went_since_is_respected() -> None:
+def test_a_parametrization_added_or_removed_later_is_respected() -> None:
     model = convert(nn.Sequential(trained()), to=batch.BatchNorm).model
     parametrize.register_parametrization(model[0], "weight", Doubled())
     back = convert(model, to=torch.nn).model
@@ -347,7 +347,7 @@ def with_forward() -> nn.Module:
     ],
     ids=["activation", "train", "parameter", "forward", "pruned", "fused"],
 )  # fmt: skip
-def test_what_would_be_lost_is_left_with_its_name(layer: Callable[[], nn.Module], reason: str, to: Any) -> None:
+def test_layers_whose_conversion_loses_something_are_left(layer: Callable[[], nn.Module], reason: str, to: Any) -> None:
     model = nn.Sequential(layer(), trained())
     old = model[0]
     report = convert(model, to=to, inplace=True).report
@@ -492,7 +492,7 @@ def test_a_map_of_one_position_is_not_erased_by_the_default_groups(channels: int
     assert report.changed[0].reason == "one channel per group: an input with one position would be erased"
 
 
-def test_a_function_makes_what_it_likes() -> None:
+def test_a_function_may_make_any_module() -> None:
     model = nn.Sequential(trained(), trained()).eval()
     new = convert(model, to=lambda layer: nn.GroupNorm(2, layer.num_features), only="1").model
     assert type(new[0]) is nn.BatchNorm2d
@@ -551,7 +551,7 @@ def test_a_class_without_place_for_the_weight_is_refused() -> None:
         (nn.GroupNorm, {"num_groups": 3}, ValueError, r"convert cannot change any layer; 0: num_channels"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_and_changes_nothing(
+def test_a_wrong_argument_is_refused_and_changes_nothing(
     to: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     model = nn.Sequential(trained(), trained("1d"))
@@ -648,7 +648,7 @@ def test_spectral_norm_elsewhere_is_no_hindrance() -> None:
     assert_close(new(x), model.eval()(x))
 
 
-def test_a_model_of_others_trains_the_same_after_both_conversions() -> None:
+def test_a_third_party_model_trains_the_same_after_both_conversions() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         num_channels=3, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=5

@@ -93,7 +93,7 @@ def test_a_copy_leaves_the_model_alone() -> None:
     assert type(frozen_model[1]) is frozen.FrozenBatchNorm2d
 
 
-def test_gamma_and_beta_train_on_by_choice() -> None:
+def test_gamma_and_beta_keep_training_if_asked() -> None:
     model = network(LAYERS["torch"])
     model[1].bias.requires_grad_(False)
     trains = freeze(model, trainable_affine=True).model
@@ -107,7 +107,7 @@ def test_gamma_and_beta_train_on_by_choice() -> None:
     assert (back[1].weight.requires_grad, back[1].bias.requires_grad) == (True, False)
 
 
-def test_what_was_set_while_frozen_is_kept() -> None:
+def test_settings_changed_while_frozen_are_kept() -> None:
     model = freeze(network(LAYERS["torch"])).model
     model[1].momentum = 0.7
     model[1].weight.requires_grad_(True)
@@ -145,7 +145,7 @@ def test_a_shared_layer_is_frozen_once() -> None:
     assert model[0] is model[1][0] is shared
 
 
-def test_layers_that_cannot_be_frozen_are_left_and_told() -> None:
+def test_layers_that_cannot_be_frozen_are_left_and_reported() -> None:
     class Mine(nn.BatchNorm2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).relu()
@@ -206,7 +206,7 @@ def test_a_parametrized_weight_is_frozen_too() -> None:
     assert nn.utils.parametrize.type_before_parametrizations(model[1]) is nn.BatchNorm2d
 
 
-def test_a_model_of_others_fine_tunes_with_batches_of_one() -> None:
+def test_a_third_party_model_fine_tunes_with_batches_of_one() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         num_channels=3, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=5

@@ -92,6 +92,6 @@ def test_without_a_sign_the_layer_takes_any_rank(model: nn.Module) -> None:
     ]
 
 
-def test_a_wrong_example_is_told() -> None:
+def test_a_wrong_example_is_refused() -> None:
     with pytest.raises(ValueError, match="convert expects example_inputs that Sequential takes"):
         convert(network(), "BatchRenorm", example_inputs=torch.randn(2, 5))

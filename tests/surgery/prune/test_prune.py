@@ -274,7 +274,7 @@ def test_share_removes_the_smallest_of_all_layers(share: float) -> None:
     assert report.channels_before - report.channels == round(share * 27)
 
 
-def test_share_works_where_all_gammas_are_equal() -> None:
+def test_share_works_if_all_gammas_are_equal() -> None:
     torch.manual_seed(0)
     model, x = NETS["mobilenet"]()
     _, report = prune_channels(model, x, share=0.5)
@@ -431,7 +431,7 @@ class Auxiliary(nn.Module):
 
 
 @pytest.mark.parametrize("size", [None, 5])
-def test_layers_that_only_training_or_larger_images_call_are_noticed(size: int | None) -> None:
+def test_layers_called_only_in_training_or_for_larger_images_are_noticed(size: int | None) -> None:
     model = slimmed(Auxiliary(size))
     with pytest.raises(PruneError, match=r"expects a model that runs with fewer channels.*only="):
         prune_channels(model, torch.randn(2, 3, 7, 7), inplace=True)

@@ -52,7 +52,7 @@ def _twice_in_a_concatenation(g: Graph, x: str) -> str:
         (_twice_in_a_concatenation, 3),
     ],
 )  # fmt: skip
-def test_all_is_folded(build: Callable[[Graph, str], str], batch: int) -> None:
+def test_every_layer_is_folded(build: Callable[[Graph, str], str], batch: int) -> None:
     g = Graph()
     x = g.call("Tanh", g.input("n" if batch > 1 else 1, 4, 6, 6))
     model = g.model(g.call("Relu", build(g, x)))

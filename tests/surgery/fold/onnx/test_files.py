@@ -133,7 +133,7 @@ def test_a_file_that_is_cut_short_is_reported(tmp_path: Path) -> None:
         fold_onnx(onnx.load(tmp_path / "net.onnx", load_external_data=False))
 
 
-def test_mistakes_are_reported_before_anything_is_written(tmp_path: Path) -> None:
+def test_usage_errors_are_reported_before_anything_is_written(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     onnx.save(small(), path)
     before = contents(tmp_path)
@@ -165,7 +165,7 @@ def test_an_operator_that_nothing_here_runs_is_reported() -> None:
         fold_onnx(model)
 
 
-def test_a_fold_that_would_be_wrong_is_refused_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_fold_is_refused_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model, into = small(norms=3), OnnxLinear.after
     wrong = model.graph.node[3].input[1]
 
@@ -182,7 +182,7 @@ def test_a_fold_that_would_be_wrong_is_refused_and_the_others_are_made(monkeypat
     assert np.allclose(results(folded), results(model), atol=1e-5)
 
 
-def test_a_whole_that_would_be_wrong_is_not_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_folded_network_is_not_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emit = in_place.emit
 
     def wrong(network: Any, model: onnx.ModelProto) -> None:
@@ -204,7 +204,7 @@ def test_sizes_written_as_minus_one_are_open() -> None:
     assert report.remaining == 0
 
 
-def test_what_float64_cannot_run_is_compared_with_the_original() -> None:
+def test_models_that_float64_cannot_run_are_compared_with_the_original() -> None:
     g = Graph()
     x = g.conv(g.input("n", 4, "h", "w"), 4, 4)
     x = g.call("Resize", x, "", g.constant(np.array([1, 1, 2, 2.0])), mode="linear")

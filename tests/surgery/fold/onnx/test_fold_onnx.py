@@ -153,7 +153,7 @@ def test_matmul_on_sequences_folds_through_a_transposition() -> None:
         (lambda g, x: g.call("Relu", x), "Relu reads its result; it follows Relu"),
     ],
 )
-def test_what_stands_between_lets_it_through_or_is_named(between: Callable[[Graph, str], str], reason: str) -> None:
+def test_operations_in_between_are_passed_or_named(between: Callable[[Graph, str], str], reason: str) -> None:
     """Batch normalization, this, and batch normalization: the two become one, or both stay."""
     g = Graph()
     y = between(g, g.norm(g.input("n", 4, 8, "w"), 4, scale=[1.0, 0.5, 2.0, 0.2]))
@@ -247,7 +247,7 @@ def test_a_chain_of_batch_norms_becomes_one() -> None:
     assert_same(model, folded, (3, 4, 5, 5))
 
 
-def test_several_readers_take_it_up_where_all_can() -> None:
+def test_several_readers_absorb_it_if_all_can() -> None:
     g = Graph()
     x = g.norm(g.call("Relu", g.input("n", 4, "h", "w")), 4)
     model = g.model(g.conv(x, 3, 4, pads=[1, 1, 1, 1]), g.norm(x, 4), g.conv(x, 2, 4, (1, 1)))
@@ -257,7 +257,7 @@ def test_several_readers_take_it_up_where_all_can() -> None:
     assert_same(model, folded, (3, 4, 6, 6))
 
 
-def test_a_reader_that_cannot_keeps_it_for_all() -> None:
+def test_one_reader_that_cannot_absorb_it_keeps_it_for_all() -> None:
     g = Graph()
     x = g.norm(g.call("Relu", g.input("n", 4, "h", "w")), 4)
     model = g.model(g.conv(x, 3, 4), g.call("Sigmoid", x))

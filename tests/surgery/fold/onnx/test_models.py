@@ -72,7 +72,7 @@ def test_constants_are_found_wherever_they_are(how: str) -> None:
     assert_same(model, folded, (3, 4, 6, 6))
 
 
-def test_what_the_caller_may_replace_is_no_constant() -> None:
+def test_replaceable_initializers_are_not_constants() -> None:
     g = Graph()
     model = g.model(g.norm(g.conv(g.input("n", 4, "h", "w"), 3, 4, (1, 1)), 3))
     model.graph.input.append(helper.make_tensor_value_info("c0", TensorProto.FLOAT, [3, 4, 1, 1]))
@@ -92,7 +92,7 @@ def test_training_mode_is_left() -> None:
     assert folded == model
 
 
-def test_what_a_body_reads_from_outside_is_not_changed() -> None:
+def test_values_that_a_body_reads_from_outside_are_not_changed() -> None:
     """The branches of an If read the convolution's result, its weight and a batch normalization's result."""
     g = Graph()
     x = g.input("n", 3, "h", "w")
@@ -147,7 +147,7 @@ def test_a_loop_keeps_what_its_body_reads() -> None:
     assert_same(model, folded, (2, 3, 4, 4))
 
 
-def test_functions_are_written_out() -> None:
+def test_functions_are_inlined() -> None:
     g = Graph()
     y = g.conv(g.input("n", 3, "h", "w"), 3, 3, (1, 1))
     statistics = [g.random(3), g.random(3), g.random(3), g.constant(np.ones(3))]

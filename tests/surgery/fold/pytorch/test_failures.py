@@ -27,7 +27,7 @@ def test_a_weight_beyond_its_dtype_is_not_folded() -> None:
     assert "must be finite in torch.float16" in report.left[0].reason
 
 
-def test_a_fold_that_errs_is_refused_and_the_others_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_with_a_large_error_is_refused_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 3), nn.BatchNorm2d(3))
     )
@@ -78,7 +78,7 @@ def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.Mo
         ),
     ],
 )
-def test_a_mistake_is_reported(model, inputs, error, text: str) -> None:
+def test_a_wrong_argument_is_reported(model, inputs, error, text: str) -> None:
     with pytest.raises(error, match=text):
         fold(model, inputs)
 

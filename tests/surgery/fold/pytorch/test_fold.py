@@ -254,7 +254,7 @@ def test_a_pattern_is_folded_exactly(name: str) -> None:
     assert_folded(trained(make()), torch.randn(shape))
 
 
-def test_what_stands_between_it_and_the_next_convolution_is_crossed() -> None:
+def test_operations_before_the_next_convolution_are_passed() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), *copy.deepcopy(POOLED), nn.Conv2d(6, 3, 3, padding=1))
     assert_folded(trained(model, positive=True), torch.randn(IMAGE))
 
@@ -321,7 +321,7 @@ class Left:
         (lambda: nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(5)), 1, 0, "its channels are not the channels"),
     ],
 )  # fmt: skip
-def test_what_must_stay_stays_with_the_reason(model, remaining: int, fused: int, reason: str) -> None:
+def test_layers_that_must_stay_have_a_reason(model, remaining: int, fused: int, reason: str) -> None:
     network = trained(model())
     shape = (2, 5, 4) if isinstance(network, nn.Sequential) and isinstance(network[0], nn.Linear) else IMAGE
     x = torch.randn(shape)

@@ -213,7 +213,7 @@ def test_nothing_to_fold_gives_the_network_back() -> None:
     assert_equal(folded, model, torch.randn(IMAGE))
 
 
-def test_the_report_prints_what_went_where() -> None:
+def test_the_report_prints_the_place_of_each_fold() -> None:
     model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
     _, report = fold(model, torch.randn(IMAGE))
     lines = str(report).splitlines()
