@@ -44,7 +44,7 @@ def test_agrees_with_torch_in_values_gradients_and_running_statistics(case: Case
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
-def test_errs_no_more_than_torch_or_float32_rounding(layout: str, offset: float) -> None:
+def test_the_error_is_at_most_that_of_torch_or_of_float32_rounding(layout: str, offset: float) -> None:
     case = Case((64, 8, 32, 32), layout=layout, values="offset", offset=offset)
     x, dy = case.x(), case.random(4)
     outcomes = {}
@@ -207,7 +207,7 @@ def test_momentum_outside_zero_to_one_is_allowed_as_in_torch() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_an_empty_batch_is_empty_and_moves_nothing() -> None:
+def test_an_empty_batch_gives_an_empty_result_and_updates_nothing() -> None:
     x, weight = torch.empty(0, 2, 3, requires_grad=True), torch.ones(2, requires_grad=True)
     mean, var, batches = torch.zeros(2), torch.ones(2), torch.tensor(0)
     y = batch_norm(x, mean, var, weight, None, True, momentum=None, num_batches_tracked=batches)
@@ -293,7 +293,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_and_moves_nothing(mistake: str) -> None:
+def test_a_mistake_raises_an_error_and_changes_nothing(mistake: str) -> None:
     wrong, kind, message = MISTAKES[mistake]
     mean, var = torch.zeros(3), torch.ones(3)
     arguments = {"input": X, "running_mean": mean, "running_var": var, "weight": VECTOR, "training": True} | wrong

@@ -68,7 +68,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], **tolerance: f
 
 @TRAINING
 @LAYER
-def test_layers_compile_whole_and_do_what_eager_does(layer: str, training: bool) -> None:
+def test_layers_compile_without_a_break_and_agree_with_eager(layer: str, training: bool) -> None:
     eager, shape = LAYERS[layer]()
     eager = randomized(eager, training)
     again = copy.deepcopy(eager)
@@ -136,7 +136,7 @@ def test_inductor_trains_as_eager_does() -> None:
 
 
 @pytest.mark.parametrize(("way", "momentum"), [("mark_dynamic", None), ("dynamic=True", 0.1)])
-def test_one_graph_serves_every_batch_size(way: str, momentum: float | None) -> None:
+def test_one_graph_works_for_every_batch_size(way: str, momentum: float | None) -> None:
     eager = Block(momentum).double()
     again = copy.deepcopy(eager)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -158,7 +158,7 @@ def test_one_graph_serves_every_batch_size(way: str, momentum: float | None) -> 
     assert seen == [seen[0]] * 4
 
 
-def test_inductor_serves_every_batch_size_with_one_graph() -> None:
+def test_one_graph_of_inductor_works_for_every_batch_size() -> None:
     eager = Block().double()
     again = copy.deepcopy(eager)
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
@@ -186,7 +186,7 @@ def test_the_function_compiles_too() -> None:
     assert_close(again, running, rtol=0, atol=0)
 
 
-def test_modes_and_the_switch_are_seen() -> None:
+def test_changes_of_mode_and_update_running_stats_are_noticed() -> None:
     layer = bn.BatchNorm2d(3)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 3, 5, 5)
@@ -215,7 +215,7 @@ def test_inference_mode_and_autocast() -> None:
         assert torch.equal(compiled(x.bfloat16()), layer(x.bfloat16()))
 
 
-def test_skipping_is_decided_when_it_runs() -> None:
+def test_the_decision_to_skip_is_made_at_run_time() -> None:
     layer = bn.BatchNorm2d(3, on_nonfinite="skip")
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 3, 5, 5)
@@ -227,7 +227,7 @@ def test_skipping_is_decided_when_it_runs() -> None:
     assert layer.num_batches_tracked == 2
 
 
-def test_an_error_is_ours_where_a_graph_may_break() -> None:
+def test_the_error_is_ours_if_a_graph_may_break() -> None:
     compiled = torch.compile(bn.BatchNorm2d(3), backend="aot_eager")
     with pytest.raises(ValueError, match=r"expects weight of shape \[C\] = \[5\] .* Give the layer num_features=5"):
         compiled(torch.randn(4, 5, 6, 6))
@@ -243,7 +243,7 @@ def test_an_error_is_ours_where_a_graph_may_break() -> None:
         ("eager", "is itself a derivative and has none. .* outside torch.compile"),
     ],
 )
-def test_double_backward_is_refused_in_words(backend: str, message: str, training: bool) -> None:
+def test_double_backward_raises_a_clear_error(backend: str, message: str, training: bool) -> None:
     compiled = torch.compile(bn.BatchNorm2d(3).train(training), backend=backend, fullgraph=True)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
 

@@ -140,7 +140,7 @@ def test_transforms_of_torch_func(training: bool) -> None:
     assert_close(hessian, torch.autograd.functional.hessian(loss, leaf))
 
 
-def test_captured_buffers_under_torch_func_are_refused_and_stay() -> None:
+def test_captured_buffers_under_torch_func_raise_an_error_and_do_not_change() -> None:
     layer, x = DecorrelatedBatchNorm1d(5), torch.randn(8, 5)
     with pytest.raises(RuntimeError, match=r"running statistics can be updated only .* update_running_stats=False"):
         torch.func.grad(lambda x: layer(x).sum())(x)
@@ -162,7 +162,7 @@ def test_captured_buffers_under_torch_func_are_refused_and_stay() -> None:
 @REENTRANT
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 @pytest.mark.usefixtures("nothing_compiled_before")
-def test_checkpointing_moves_the_statistics_once(backend: str | None, reentrant: bool) -> None:
+def test_checkpointing_updates_the_statistics_once(backend: str | None, reentrant: bool) -> None:
     plain = DecorrelatedBatchNorm2d(5, momentum=None, dtype=torch.float64)
     layer = copy.deepcopy(plain)
     call = layer if backend is None else torch.compile(layer, backend=backend, fullgraph=True)
@@ -180,7 +180,7 @@ def test_checkpointing_moves_the_statistics_once(backend: str | None, reentrant:
     ("backend", "training"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)], ids=str
 )
 @pytest.mark.usefixtures("nothing_compiled_before")
-def test_compiles_whole_with_one_graph_for_every_batch_size(backend: str, training: bool) -> None:
+def test_compiles_without_a_break_with_one_graph_for_every_batch_size(backend: str, training: bool) -> None:
     eager = trained(DecorrelatedBatchNorm2d(5, group_size=3, on_nonfinite="skip", dtype=torch.float64), 4, 5, 3, 3)
     again = copy.deepcopy(eager.train(training))
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
@@ -306,12 +306,12 @@ def test_every_rank_whitens_its_shape_and_refuses_others(layer: type) -> None:
         ({"on_nonfinite": "x"}, ValueError, "expects on_nonfinite to be one of"),
     ],
 )
-def test_a_wrong_argument_is_told(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_wrong_argument_raises_an_error(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"DecorrelatedBatchNorm2d {message}"):
         DecorrelatedBatchNorm2d(5, **options)
 
 
-def test_a_wrong_call_is_told_and_moves_nothing() -> None:
+def test_a_wrong_call_raises_an_error_and_changes_nothing() -> None:
     layer = DecorrelatedBatchNorm2d(5)
     for shape, message in (
         ((1, 5, 1, 1), "expects more than one value per channel in training"),

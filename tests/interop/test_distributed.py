@@ -72,7 +72,7 @@ def expected(world: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_training_in_parallel_is_averaging_by_hand(world: int, tmp_path: Path) -> None:
+def test_training_in_parallel_agrees_with_averaging_by_hand(world: int, tmp_path: Path) -> None:
     if world == 1:
         train(0, 1, str(tmp_path))
     else:

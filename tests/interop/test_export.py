@@ -83,7 +83,7 @@ def assert_same_state(state: dict[str, Tensor], model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.(trace|save|load).:DeprecationWarning")
-def test_what_is_saved_runs_where_batchnorm_is_not_installed(tmp_path: Path) -> None:
+def test_saved_programs_run_without_batchnorm_installed(tmp_path: Path) -> None:
     models: dict[str, Network] = {}
     inputs = batches()
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -108,7 +108,7 @@ def test_what_is_saved_runs_where_batchnorm_is_not_installed(tmp_path: Path) -> 
 
 @TRAINING
 @STRICT
-def test_programs_hold_torchs_batch_norm(strict: bool, training: bool) -> None:
+def test_programs_contain_torchs_batch_norm(strict: bool, training: bool) -> None:
     model, (x, *_) = network(training), batches()
     before = copy.deepcopy(model.state_dict())
     program = torch.export.export(model, (x,), strict=strict)
@@ -136,7 +136,7 @@ def test_every_option_exports(options: dict[str, Any], training: bool, strict: b
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # torch, of itself
 @STRICT
-def test_decomposed_programs_hold_no_operator_of_ours(strict: bool) -> None:
+def test_decomposed_programs_contain_no_operator_of_ours(strict: bool) -> None:
     model, (x, *_) = network(False), batches()
     program = torch.export.export(model, (x,), strict=strict).run_decompositions()
     assert operators(program)
@@ -152,7 +152,7 @@ def test_skipping_is_refused_in_training_and_exported_in_evaluation() -> None:
     assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)
 
 
-def test_a_frozen_layer_exports_batch_statistics_that_move_nothing() -> None:
+def test_a_layer_without_updates_exports_batch_statistics_that_update_nothing() -> None:
     model, (x, *_) = network(True), batches()
     with bn.update_running_stats(model, False):
         module = torch.export.export(model, (x,)).module()
@@ -162,7 +162,7 @@ def test_a_frozen_layer_exports_batch_statistics_that_move_nothing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace.:DeprecationWarning")
-def test_a_trace_holds_torchs_batch_norm() -> None:
+def test_a_trace_contains_torchs_batch_norm() -> None:
     traced = torch.jit.trace(network(False), batches()[0])
     assert "batchnorm::" not in str(traced.inlined_graph)
     assert "aten::batch_norm" in str(traced.inlined_graph)

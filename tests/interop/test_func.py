@@ -103,7 +103,7 @@ def test_forward_over_reverse(activation: str, training: bool) -> None:
             assert_close(forward_ad.unpack_dual(dx).tangent, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_dual_numbers_move_running_statistics_without_tangents() -> None:
+def test_dual_numbers_update_running_statistics_without_tangents() -> None:
     layer, x = layer_in(True), x_of(3, 2, 2, 2)
     other = copy.deepcopy(layer)
     with forward_ad.dual_level():
@@ -140,7 +140,7 @@ def test_per_sample_gradients_in_evaluation() -> None:
             assert_close(found[key][number], parameter.grad)
 
 
-def test_functional_call_reads_and_moves_the_buffers_it_is_given() -> None:
+def test_functional_call_reads_and_updates_the_buffers_it_is_given() -> None:
     layer, x = layer_in(True), x_of(4, 2, 3, 3)
     other = copy.deepcopy(layer)
     given = {k: v.detach().clone() for k, v in layer.state_dict().items()}
@@ -151,7 +151,7 @@ def test_functional_call_reads_and_moves_the_buffers_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_buffers_made_inside_the_transformed_function_move(momentum: float | None) -> None:
+def test_buffers_made_inside_the_transformed_function_are_updated(momentum: float | None) -> None:
     layer, x = layer_in(True, momentum=momentum), x_of(4, 2, 3, 3)
     parameters = {k: v.detach() for k, v in layer.named_parameters()}
     held = {k: v.clone() for k, v in layer.named_buffers()}
@@ -197,7 +197,7 @@ def capturing(transform: str, layer: nn.Module, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jacrev", "jacfwd", "hessian", "jvp"])
-def test_captured_buffers_are_refused_with_advice_and_left_alone(transform: str, momentum: float | None) -> None:
+def test_captured_buffers_raise_an_error_with_advice_and_do_not_change(transform: str, momentum: float | None) -> None:
     layer, x = layer_in(True, momentum=momentum), x_of(3, 2, 2, 2)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(RuntimeError, match=ADVICE):
@@ -207,7 +207,7 @@ def test_captured_buffers_are_refused_with_advice_and_left_alone(transform: str,
 
 @pytest.mark.parametrize("way", ["track_running_stats=False", "update_running_stats=False", ".eval()"])
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jacrev", "jacfwd", "hessian", "jvp"])
-def test_what_the_advice_names_works(transform: str, way: str) -> None:
+def test_the_advice_works(transform: str, way: str) -> None:
     layer = layer_in(True, track_running_stats=way != "track_running_stats=False")
     if way == "update_running_stats=False":
         bn.update_running_stats(layer, False)

@@ -59,7 +59,7 @@ def assert_same_state(traced: torch.fx.GraphModule, model: nn.Module, training: 
 
 
 @TRAINING
-def test_a_call_is_one_node_and_the_graph_does_the_same(training: bool) -> None:
+def test_a_call_is_one_node_and_the_graph_computes_the_same(training: bool) -> None:
     model = network(training)
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
     traced.graph.lint()
@@ -78,7 +78,7 @@ def test_a_call_is_one_node_and_the_graph_does_the_same(training: bool) -> None:
 
 
 @TRAINING
-def test_graphs_retrace_copy_and_pickle(training: bool) -> None:
+def test_graphs_can_be_retraced_copied_and_pickled(training: bool) -> None:
     model = network(training)
     x = torch.randn(4, 3, 6, 6)
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
@@ -176,7 +176,7 @@ def test_features_are_cut_at_our_layers(training: bool) -> None:
     assert not hasattr(cut, "head")
 
 
-def test_dead_code_elimination_keeps_what_is_used() -> None:
+def test_dead_code_elimination_keeps_used_layers() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,7 +194,7 @@ def test_dead_code_elimination_keeps_what_is_used() -> None:
     assert traced.norm.num_batches_tracked == 1
 
 
-def test_fx_fusion_leaves_a_model_right() -> None:
+def test_fx_fusion_keeps_a_models_results() -> None:
     from torch.fx.experimental.optimization import fuse  # warns when imported
 
     model = network()
@@ -212,7 +212,7 @@ def test_folding_into_a_convolution_is_right() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.ao
-def test_quantizations_fusion_refuses_what_it_does_not_know() -> None:
+def test_the_fusion_for_quantization_refuses_unknown_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4)).eval()
     with pytest.raises(AssertionError, match="did not find fuser method for"):
         torch.ao.quantization.fuse_modules(model, ["0", "1"])

@@ -76,7 +76,7 @@ def test_state_from_before_the_counter_existed_loads(digit: str) -> None:
     assert_close(layer.running_var, state["running_var"])
 
 
-def test_strict_loading_names_what_is_missing_and_what_does_not_fit() -> None:
+def test_strict_loading_names_missing_and_misfitting_entries() -> None:
     layer, before = bn.BatchNorm2d(3), copy.deepcopy(bn.BatchNorm2d(3).state_dict())
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bias"'):
         layer.load_state_dict(nn.BatchNorm2d(3, bias=False).state_dict())
@@ -101,7 +101,7 @@ def test_lazy_state_loads_before_the_first_batch(digit: str) -> None:
 
 @DIGITS
 @KINDS
-def test_copies_are_alike_and_apart(kind: str, digit: str) -> None:
+def test_copies_are_equal_and_independent(kind: str, digit: str) -> None:
     layer = make(kind, digit, on_nonfinite="skip")
     layer.update_running_stats = False
     buffer = io.BytesIO()
@@ -122,7 +122,7 @@ def test_copies_are_alike_and_apart(kind: str, digit: str) -> None:
 
 
 @KINDS
-def test_shared_memory_holds_the_state(kind: str) -> None:
+def test_shared_memory_contains_the_state(kind: str) -> None:
     layer = make(kind, "2d").share_memory()
     assert all(t.is_shared() for t in layer.state_dict().values())
     layer(torch.randn(SHAPES["2d"]))
@@ -160,7 +160,7 @@ def test_memory_format_goes_through_a_model() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast_normalizes_what_the_convolution_gives(training: bool) -> None:
+def test_autocast_normalizes_the_convolutions_result(training: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), bn.BatchNormAct2d(4))
     model.train(training)
     other = copy.deepcopy(model).double()

@@ -90,7 +90,9 @@ def test_a_step_is_torchs(name: str, dtype: torch.dtype, training: bool, given: 
 
 
 @EVERY_INPUT
-def test_layouts_give_the_same_and_are_kept(name: str, dtype: torch.dtype, training: bool, given: ModuleInput) -> None:
+def test_layouts_give_the_same_result_and_are_kept(
+    name: str, dtype: torch.dtype, training: bool, given: ModuleInput
+) -> None:
     x = given.forward_input.args[0].detach()
     layouts = [torch.stack([x, x], -1)[..., 0], x.transpose(0, -1).contiguous().transpose(0, -1)]
     if x.dim() in (4, 5):
@@ -144,7 +146,7 @@ def error_inputs(name: str) -> list[ErrorModuleInput]:
 
 
 @pytest.mark.parametrize("name", INFOS)
-def test_what_torch_refuses_is_refused(name: str) -> None:
+def test_inputs_that_torch_refuses_are_refused(name: str) -> None:
     refused = error_inputs(name)
     assert refused
     for error in refused:

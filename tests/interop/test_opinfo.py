@@ -66,7 +66,7 @@ def test_samples_give_torchs_values_gradients_and_running_statistics(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_samples_not_contiguous_give_the_same(dtype: torch.dtype) -> None:
+def test_noncontiguous_samples_give_the_same(dtype: torch.dtype) -> None:
     for sample in INFO.sample_inputs("cpu", dtype, requires_grad=False):
         apart = sample.noncontiguous()
         y = functional.batch_norm(apart.input, *apart.args, **apart.kwargs)

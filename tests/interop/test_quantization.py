@@ -82,7 +82,7 @@ def test_quantization_aware_training_refuses_this_librarys_layers(name: str) -> 
 
 
 @pytest.mark.parametrize("name", [*LAYERS, "FrozenBatchNorm2d"])
-def test_a_layer_that_stays_in_floating_point_is_warned_of(name: str) -> None:
+def test_a_layer_that_stays_in_floating_point_gives_a_warning(name: str) -> None:
     make = LAYERS.get(name, lambda: Given(bn.FrozenBatchNorm2d(4)))
     model = make().train()
     model(X)

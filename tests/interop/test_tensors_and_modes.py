@@ -177,14 +177,14 @@ def test_deterministic_algorithms_are_enough() -> None:
 
 
 @TRAINING
-def test_anomaly_mode_is_quiet(training: bool) -> None:
+def test_anomaly_mode_reports_nothing(training: bool) -> None:
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
         bn.BatchNormAct2d(3).train(training)(x, x).sum().backward()
     assert x.grad.isfinite().all()
 
 
-def test_inference_mode_moves_statistics_and_makes_inference_tensors() -> None:
+def test_inference_mode_updates_statistics_and_makes_inference_tensors() -> None:
     layer, x = bn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
     with torch.inference_mode():
         y = layer(x)
@@ -195,7 +195,7 @@ def test_inference_mode_moves_statistics_and_makes_inference_tensors() -> None:
     assert layer.num_batches_tracked == 2
 
 
-def test_saved_tensor_hooks_see_what_is_kept() -> None:
+def test_saved_tensor_hooks_see_the_kept_tensors() -> None:
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "gradient-accumulation.m
 
 @pytest.mark.parametrize("k", [1, 2, 7, 1000])
 @pytest.mark.parametrize("momentum", [0.0, 1e-12, 0.01, 0.1, 0.9, 1.0])
-def test_k_updates_weigh_the_past_as_one_does(momentum: float, k: int) -> None:
+def test_k_updates_weight_the_past_like_one(momentum: float, k: int) -> None:
     each = momentum_per_microbatch(momentum, k)
     assert each is not None
     assert 0.0 <= each <= momentum
@@ -50,7 +50,7 @@ def test_one_microbatch_changes_nothing_and_no_momentum_stays_none() -> None:
         (0.1, True, TypeError, r"expects k to be an int, got True \(bool\)"),
     ],
 )
-def test_a_wrong_argument_is_told(momentum: float, k: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_argument_raises_an_error(momentum: float, k: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         momentum_per_microbatch(momentum, k)
 
@@ -83,7 +83,7 @@ def momenta(model: Iterable[nn.Module]) -> list[Any]:
     return [layer.momentum for layer in model]
 
 
-def test_a_whole_model_is_set_once_and_put_back() -> None:
+def test_a_whole_model_is_set_once_and_restored() -> None:
     model = model_of()
     former = momenta(model)
     each = momentum_per_microbatch(0.3, 4)
@@ -100,7 +100,7 @@ def test_a_whole_model_is_set_once_and_put_back() -> None:
     assert model[0].momentum == each
 
 
-def test_a_model_that_cannot_be_set_stays_as_it_was() -> None:
+def test_a_model_that_cannot_be_set_does_not_change() -> None:
     model = model_of()
     model[1].momentum = 2.0
     former = momenta(model)
@@ -186,12 +186,12 @@ def table() -> dict[str, tuple[int, int]]:
     return {way: (int(peak), int(passes)) for way, peak, passes in rows}
 
 
-def test_the_guides_table_names_every_way() -> None:
+def test_the_guides_table_names_every_method() -> None:
     assert list(table()) == list(WAYS)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_memory_and_passes_are_what_the_guide_says(way: str) -> None:
+def test_memory_and_passes_agree_with_the_guide(way: str) -> None:
     k, segment = WAYS[way]
     model, x = Network(), torch.randn(32, 3, 32, 32)
     model.segment = segment

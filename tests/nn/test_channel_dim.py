@@ -157,7 +157,7 @@ def test_another_dimension_is_refused(value: Any) -> None:
                                                      r"\[1, 1, 4\]"),
     ],
 )  # fmt: skip
-def test_a_wrong_input_is_told(layer: NormLayer, shape: tuple[int, ...], message: str) -> None:
+def test_a_wrong_input_raises_an_error(layer: NormLayer, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(torch.randn(shape))
     mask = torch.ones(3, 4, dtype=torch.bool)
@@ -249,7 +249,7 @@ def test_fold_follows_movedim() -> None:
     assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_convert_and_freeze_keep_it_and_leave_what_would_lose_it() -> None:
+def test_convert_and_freeze_keep_it_and_skip_layers_that_would_lose_it() -> None:
     model = trained(Sequential(Linear(4, 6), nn.BatchNorm(6, channel_dim=-1)), 8, 5, 4)
     x = torch.randn(2, 5, 4)
     for to in ("BatchRenorm", "GhostBatchNorm", "SyncBatchNorm", "FrozenBatchNorm"):

@@ -53,7 +53,7 @@ def spread(rows: Tensor, x: Tensor) -> Tensor:
     return rows.reshape(*rows.shape, *(1,) * (x.dim() - 2))
 
 
-def test_begins_as_plain_batch_normalization() -> None:
+def test_it_starts_as_plain_batch_normalization() -> None:
     layer, x = ConditionalBatchNorm2d(3, num_classes=4), torch.randn(6, 3, 5, 4)
     assert layer.weight.shape == layer.bias.shape == (4, 3)
     assert layer.running_mean.shape == (3,)
@@ -191,7 +191,7 @@ def test_a_mask_leaves_positions_out() -> None:
 
 
 @TRAINING
-def test_an_empty_batch_moves_nothing(training: bool) -> None:
+def test_an_empty_batch_updates_nothing(training: bool) -> None:
     layer = make().train(training)
     before = copy.deepcopy(layer.state_dict())
     x = torch.empty(0, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -253,7 +253,7 @@ def test_is_a_batch_norm_and_describes_itself() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("label", [LABELS, 1], ids=["per_sample", "int"])
-def test_checkpointing_moves_once(label: Any, reentrant: bool) -> None:
+def test_checkpointing_updates_once(label: Any, reentrant: bool) -> None:
     plain = make()
     layer, x = copy.deepcopy(plain), torch.randn(6, 3, 2, 2, dtype=torch.float64)
     found = step_results(layer, lambda m, x: checkpoint(m, x, label, use_reentrant=reentrant), x)
@@ -263,7 +263,7 @@ def test_checkpointing_moves_once(label: Any, reentrant: bool) -> None:
 @TRAINING
 @pytest.mark.parametrize("how", ["per_sample", "int", "given"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole(backend: str, how: str, training: bool) -> None:
+def test_compiles_without_a_break(backend: str, how: str, training: bool) -> None:
     layer = make().train(training)
     again = copy.deepcopy(layer)
     compiled: Any = torch.compile(again, backend=backend, fullgraph=True)
@@ -329,14 +329,14 @@ def test_an_exported_layer_needs_no_operator_of_ours(label: Any) -> None:
         ({"bias": torch.ones(4, 3).double()}, TypeError, r"expects bias in torch.float32 for x .* got torch.float64"),
     ],
 )  # fmt: skip
-def test_a_wrong_call_is_told_and_moves_nothing(arguments: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_call_raises_an_error_and_changes_nothing(arguments: Any, error: type[Exception], message: str) -> None:
     layer = ConditionalBatchNorm2d(3, num_classes=4)
     with pytest.raises(error, match=message):
         layer(torch.randn(4, 3, 2, 2), **arguments)
     assert layer.num_batches_tracked == 0
 
 
-def test_a_wrong_input_or_argument_is_told() -> None:
+def test_a_wrong_input_or_argument_raises_an_error() -> None:
     layer = ConditionalBatchNorm2d(3, num_classes=4)
     for label in (1, torch.tensor([0, 1, 2, 0])):
         with pytest.raises(ValueError, match=r"ConditionalBatchNorm2d expects x of shape \[N, C, H, W\], got \[4, 3\]"):

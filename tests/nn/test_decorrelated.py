@@ -142,7 +142,7 @@ def test_the_limit_is_the_symmetric_inverse_square_root() -> None:
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5, 8])
-def test_what_is_left_to_the_identity_is_the_iterations_error(iterations: int) -> None:
+def test_the_distance_from_the_identity_is_the_error_of_the_iteration(iterations: int) -> None:
     x = correlated(512, 8)
     y = DecorrelatedBatchNorm1d(8, eps=1e-12, iterations=iterations, dtype=torch.float64)(x).detach()
     values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).numpy()
@@ -186,7 +186,7 @@ def test_a_group_of_one_is_batch_normalization(training: bool) -> None:
     assert_close(ours.weight.grad, theirs.weight.grad)
 
 
-def test_groups_are_whitened_apart_and_the_last_has_what_is_left() -> None:
+def test_groups_are_whitened_separately_and_the_last_has_the_remaining_channels() -> None:
     x = correlated(6, 10, 5)
     whole = trained(DecorrelatedBatchNorm1d(10, group_size=4, dtype=torch.float64), 6, 10, 5)
     for training in (True, False):
@@ -229,7 +229,7 @@ def test_evaluation_repeats_training_where_the_statistics_are_the_batchs() -> No
     assert_close(layer.eval()(x), y)
 
 
-def test_statistics_can_be_left_alone_or_absent() -> None:
+def test_statistics_can_be_kept_unchanged_or_absent() -> None:
     layer = DecorrelatedBatchNorm2d(5)
     x = correlated(4, 5, 3, 3, dtype=torch.float32)
     with bn.update_running_stats(layer, False):
@@ -264,7 +264,7 @@ def test_skip_leaves_running_statistics_after_an_overflow(poison: float) -> None
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3), (4, 5, 0, 3)])
 @TRAINING
-def test_an_empty_batch_gives_an_empty_result_and_moves_nothing(shape: tuple[int, ...], training: bool) -> None:
+def test_an_empty_batch_gives_an_empty_result_and_updates_nothing(shape: tuple[int, ...], training: bool) -> None:
     layer = DecorrelatedBatchNorm2d(5).train(training)
     before = copy.deepcopy(layer.state_dict())
     x = torch.randn(shape, requires_grad=True)
@@ -294,7 +294,7 @@ def packed_and_padded(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
     return values, padded.movedim(-1, 1), mask
 
 
-def test_a_mask_is_as_the_same_values_without_padding() -> None:
+def test_a_mask_gives_the_same_as_the_values_without_padding() -> None:
     values, padded, mask = packed_and_padded()
     layers = [DecorrelatedBatchNorm1d(5, group_size=3, momentum=0.3, dtype=torch.float64) for _ in range(2)]
     found = []
@@ -312,7 +312,7 @@ def test_a_mask_is_as_the_same_values_without_padding() -> None:
     assert_close(layers[0].eval()(padded, mask), layers[0](padded), equal_nan=True)
 
 
-def test_weights_count_as_often_as_they_say() -> None:
+def test_integer_weights_are_repetitions() -> None:
     x, weights = correlated(6, 5), torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 4.0])
     layers = [DecorrelatedBatchNorm1d(5, dtype=torch.float64) for _ in range(2)]
     y = layers[0](x, mask=weights)
@@ -321,7 +321,7 @@ def test_weights_count_as_often_as_they_say() -> None:
     assert_close(layers[0].state_dict(), layers[1].state_dict())
 
 
-def test_where_nothing_counts_the_statistics_stay_and_one_value_moves_the_mean_alone() -> None:
+def test_no_counted_value_updates_nothing_and_one_updates_only_the_mean() -> None:
     layer = DecorrelatedBatchNorm1d(5)
     before = copy.deepcopy(layer.state_dict())
     x = torch.randn(4, 5, 9)

@@ -178,7 +178,7 @@ def test_under_torch_func(training: bool, domain: Any) -> None:
 # Single values, empty batches and domains, what is not finite
 
 
-def test_a_domain_with_one_value_gives_its_bias_and_moves_the_mean_alone() -> None:
+def test_a_domain_with_one_value_gives_its_bias_and_updates_only_the_mean() -> None:
     layer = make(DomainBatchNorm1d, affine_per_domain=True, momentum=0.5)
     before = copy.deepcopy(layer.state_dict())
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
@@ -191,7 +191,7 @@ def test_a_domain_with_one_value_gives_its_bias_and_moves_the_mean_alone() -> No
     assert (layer.num_batches_tracked - before["num_batches_tracked"]).tolist() == [1, 1, 0]
 
 
-def test_one_value_in_all_is_refused() -> None:
+def test_a_single_value_in_the_batch_is_refused() -> None:
     layer = make(DomainBatchNorm1d)
     for domain in (1, torch.tensor([1])):
         with pytest.raises(ValueError, match="DomainBatchNorm1d expects more than one value per channel in training"):
@@ -201,7 +201,7 @@ def test_one_value_in_all_is_refused() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("domain", [torch.empty(0, dtype=torch.int64), 1], ids=["per_sample", "int"])
-def test_an_empty_batch_moves_nothing(training: bool, domain: Any) -> None:
+def test_an_empty_batch_updates_nothing(training: bool, domain: Any) -> None:
     layer = make(affine_per_domain=True).train(training)
     before = copy.deepcopy(layer.state_dict())
     x = torch.empty(0, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -232,7 +232,7 @@ def test_a_mask_leaves_positions_out_of_each_domain() -> None:
     assert_close(layer(x, 1, mask=mask), separate[1](x, mask=mask), rtol=1e-12, atol=1e-12)
 
 
-def test_running_statistics_can_be_held() -> None:
+def test_updates_of_running_statistics_can_be_turned_off() -> None:
     layer = make()
     before = copy.deepcopy(layer.state_dict())
     layer.update_running_stats = False
@@ -316,7 +316,7 @@ def test_is_a_batch_norm_and_describes_itself() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_moves_once_with_an_argument(reentrant: bool) -> None:
+def test_checkpointing_updates_once_with_an_argument(reentrant: bool) -> None:
     plain = make()
     layer, x = copy.deepcopy(plain), torch.randn(9, 3, 2, 2, dtype=torch.float64)
     for domain in (DOMAINS, 1):
@@ -329,7 +329,7 @@ def test_checkpointing_moves_once_with_an_argument(reentrant: bool) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("domain", [DOMAINS, 1], ids=["per_sample", "int"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole(backend: str, domain: Any, training: bool) -> None:
+def test_compiles_without_a_break(backend: str, domain: Any, training: bool) -> None:
     layer = make(affine_per_domain=True, momentum=None).train(training)
     again = copy.deepcopy(layer)
     compiled = torch.compile(again, backend=backend, fullgraph=True)
@@ -391,7 +391,7 @@ def test_an_exported_layer_needs_no_operator_of_ours(domain: Any) -> None:
         (torch.zeros(4, device="meta").long(), ValueError, r"domain on x's device, got domain on meta .* Move it"),
     ],
 )
-def test_a_wrong_domain_is_told_and_moves_nothing(domain: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_domain_raises_an_error_and_changes_nothing(domain: Any, error: type[Exception], message: str) -> None:
     layer = DomainBatchNorm2d(3, num_domains=3)
     with pytest.raises(error, match=message):
         layer(torch.randn(4, 3, 2, 2), domain)
@@ -409,12 +409,14 @@ def test_a_wrong_domain_is_told_and_moves_nothing(domain: Any, error: type[Excep
     ],
 )
 @pytest.mark.parametrize("affine_per_domain", [True, False])
-def test_a_wrong_input_is_told(x: Tensor, error: Any, message: str, domain: Any, affine_per_domain: bool) -> None:
+def test_a_wrong_input_raises_an_error(
+    x: Tensor, error: Any, message: str, domain: Any, affine_per_domain: bool
+) -> None:
     with pytest.raises(error, match=message):
         DomainBatchNorm2d(3, num_domains=3, affine_per_domain=affine_per_domain)(x, domain)
 
 
-def test_a_wrong_argument_is_told() -> None:
+def test_a_wrong_argument_raises_an_error() -> None:
     for number in (0, -1, 2.0, True, None):
         with pytest.raises(ValueError, match=r"DomainBatchNorm2d expects num_domains to be an int >= 1, got .* Pass"):
             DomainBatchNorm2d(3, num_domains=number)

@@ -91,7 +91,7 @@ def step(name: str, layer: NormLayer, call: Callable[..., Tensor], x: Tensor, dy
 
 
 @MEMBERS
-def test_is_found_by_those_who_look_for_batch_normalization(name: str) -> None:
+def test_it_is_recognized_as_batch_normalization(name: str) -> None:
     layer = layer_of(name)
     assert isinstance(layer, NormLayer)
     assert isinstance(layer, torch.nn.modules.batchnorm._NormBase)
@@ -176,7 +176,7 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
 
 
 @MEMBERS
-def test_its_state_is_saved_and_goes_on(name: str) -> None:
+def test_its_state_is_saved_and_training_continues(name: str) -> None:
     layer = layer_of(name)
     step(name, layer, layer, data(seed=1))
     file = io.BytesIO()
@@ -205,7 +205,7 @@ def test_its_state_is_that_of_batch_normalization_in_both_directions(name: str) 
 
 
 @MEMBERS
-def test_statistics_move_in_training_alone_and_can_be_held(name: str) -> None:
+def test_statistics_are_updated_only_in_training_and_updates_can_be_turned_off(name: str) -> None:
     layer, extra = layer_of(name), FAMILY[name].extra(SHAPE[0])
     for training, held in ((True, True), (False, False), (True, False)):
         before = copy.deepcopy(dict(layer.state_dict()))
@@ -218,7 +218,7 @@ def test_statistics_move_in_training_alone_and_can_be_held(name: str) -> None:
 
 
 @MEMBERS
-def test_a_batch_that_is_not_finite_is_skipped_where_asked(name: str) -> None:
+def test_a_nonfinite_batch_is_skipped_with_the_option(name: str) -> None:
     layer = layer_of(name, on_nonfinite="skip")
     before = copy.deepcopy(dict(layer.state_dict()))
     x = data()
@@ -228,7 +228,7 @@ def test_a_batch_that_is_not_finite_is_skipped_where_asked(name: str) -> None:
 
 
 @MEMBERS
-def test_an_empty_batch_gives_an_empty_result_and_moves_nothing(name: str) -> None:
+def test_an_empty_batch_gives_an_empty_result_and_updates_nothing(name: str) -> None:
     layer = layer_of(name)
     before = copy.deepcopy(dict(layer.state_dict()))
     x = data(shape=(0, 4, 6, 3)).requires_grad_()
@@ -240,7 +240,7 @@ def test_an_empty_batch_gives_an_empty_result_and_moves_nothing(name: str) -> No
 
 
 @MEMBERS
-def test_a_wrong_input_is_told_and_moves_nothing(name: str) -> None:
+def test_a_wrong_input_raises_an_error_and_changes_nothing(name: str) -> None:
     layer = layer_of(name)
     before, extra = copy.deepcopy(dict(layer.state_dict())), FAMILY[name].extra(SHAPE[0])
     with pytest.raises(ValueError, match=rf"{name} expects .* of shape .* for x of shape \[5, 7, 6, 3\]"):
@@ -260,7 +260,7 @@ def test_a_wrong_input_is_told_and_moves_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"momentum": None}], ids=str)
 @MEMBERS
-def test_torchs_options_hold(name: str, options: dict[str, Any]) -> None:
+def test_torchs_options_work(name: str, options: dict[str, Any]) -> None:
     if name == "ConditionalBatchNorm2d" and "affine" in options:
         pytest.skip("its classes are what is affine")
     layer = layer_of(name, **options)
@@ -270,7 +270,7 @@ def test_torchs_options_hold(name: str, options: dict[str, Any]) -> None:
 
 
 @MEMBERS
-def test_the_gradient_is_off_where_it_is_not_wanted(name: str) -> None:
+def test_no_gradient_is_computed_if_it_is_not_needed(name: str) -> None:
     layer, extra = layer_of(name), FAMILY[name].extra(SHAPE[0])
     other = copy.deepcopy(layer)
     with torch.no_grad():

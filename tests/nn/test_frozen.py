@@ -88,7 +88,7 @@ def test_double_backward_agrees_with_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("layer", RANKS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_it_compiles_whole(layer: type[FrozenBatchNorm], training: bool) -> None:
+def test_it_compiles_without_a_break(layer: type[FrozenBatchNorm], training: bool) -> None:
     torch._dynamo.reset()
     eager = layer(3, trainable_affine=True).train(training)
     nn.init.uniform_(eager.running_mean), nn.init.uniform_(eager.weight)
@@ -126,7 +126,7 @@ def test_it_is_torchs_layer_in_evaluation_and_takes_one_value(layer: type[Frozen
     assert ours.num_batches_tracked == 7
 
 
-def test_gamma_and_beta_train_by_choice() -> None:
+def test_gamma_and_beta_train_if_requested() -> None:
     fixed, trained = FrozenBatchNorm2d(3), FrozenBatchNorm2d(3, trainable_affine=True)
     assert [p.requires_grad for p in fixed.parameters()] == [False, False]
     assert [p.requires_grad for p in trained.parameters()] == [True, True]
@@ -236,7 +236,7 @@ def test_a_mask_is_taken_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("layer", RANKS)
-def test_a_mistake_is_told(layer: type[FrozenBatchNorm]) -> None:
+def test_a_mistake_raises_an_error(layer: type[FrozenBatchNorm]) -> None:
     name = layer.__name__
     with pytest.raises(ValueError, match=rf"^{name} expects track_running_stats=True, got False. .* use BatchNorm"):
         layer(3, track_running_stats=False)

@@ -63,7 +63,7 @@ def test_each_part_is_a_batch_of_its_own(shape: tuple[int, ...], size: int, part
     assert_close(ghost.running_var, 0.9 + 0.1 * squares / sum(part.shape[1] - 1 for part in channels))
 
 
-def test_equal_parts_move_the_variance_by_the_mean_of_theirs() -> None:
+def test_equal_parts_update_the_variance_by_the_mean_of_their_variances() -> None:
     layer = GhostBatchNorm1d(2, ghost_size=4, momentum=1.0, dtype=torch.float64)
     x = torch.randn(12, 2, dtype=torch.float64) + torch.arange(12.0).view(-1, 1)  # a spread between the parts too
     layer(x)
@@ -184,7 +184,7 @@ def test_one_compiled_graph_takes_every_batch_size(shape: tuple[int, ...], backe
         ({"ghost_size": 2.0}, TypeError, r"GhostBatchNorm2d expects ghost_size to be an int, got 2.0 \(float\)"),
     ],
 )
-def test_a_wrong_argument_is_told(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_wrong_argument_raises_an_error(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GhostBatchNorm2d(3, **options)
 
@@ -199,5 +199,5 @@ def test_parts_of_one_value_are_refused() -> None:
     layer(torch.randn(4, 3, 2))
 
 
-def test_description_tells_the_size() -> None:
+def test_description_shows_the_size() -> None:
     assert repr(GhostBatchNorm2d(3, ghost_size=16)).endswith("track_running_stats=True, ghost_size=16)")

@@ -56,7 +56,7 @@ def results(layer: NormLayer, x: Tensor, dy: Tensor, **kwargs: Any) -> list[Tens
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", TAKES)
-def test_a_jagged_tensor_gives_what_its_values_give(name: str, training: bool) -> None:
+def test_a_jagged_tensor_gives_the_same_as_its_values(name: str, training: bool) -> None:
     layer = TAKES[name](4, channel_dim=-1, dtype=torch.float64).train(training)
     other = copy.deepcopy(layer)
     found = results(layer, values(), values(1), nested=True)
@@ -136,7 +136,9 @@ def ragged() -> Tensor:
     ],
     ids=lambda value: getattr(value, "__name__", None) or getattr(value, "layer_name", ""),
 )  # fmt: skip
-def test_other_nested_tensors_are_told_what_to_do(layer: NormLayer, make: Callable[[], Tensor], message: str) -> None:
+def test_errors_for_other_nested_tensors_name_the_fix(
+    layer: NormLayer, make: Callable[[], Tensor], message: str
+) -> None:
     extra = (0,) if isinstance(layer, nn.DomainBatchNorm1d | nn.ConditionalBatchNorm1d) else ()
     with pytest.raises(ValueError, match=message):
         layer(make(), *extra)

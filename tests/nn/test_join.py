@@ -183,7 +183,7 @@ def test_uneven_data_give_the_result_of_one_process(tmp_path: Path) -> None:
     assert all((tmp_path / f"{check.__name__}{rank}").exists() for check in CHECKS for rank in (0, 1))
 
 
-def test_what_is_not_parallel_is_refused() -> None:
+def test_join_refuses_other_models() -> None:
     with (
         pytest.raises(TypeError, match="join expects a model in DistributedDataParallel, got Network"),
         bn.join(network()),

@@ -173,7 +173,7 @@ def test_lazy_refuses_a_wrong_rank_before_it_makes_anything() -> None:
                                 r"\(normalizes by the running statistics\), or evaluation mode."),
     ],
 )  # fmt: skip
-def test_a_wrong_input_is_told_and_moves_nothing(name: str, shape: tuple[int, ...], message: str) -> None:
+def test_a_wrong_input_raises_an_error_and_changes_nothing(name: str, shape: tuple[int, ...], message: str) -> None:
     layer = make(name)
     with pytest.raises(ValueError, match=message):
         layer(torch.randn(shape))
@@ -182,7 +182,7 @@ def test_a_wrong_input_is_told_and_moves_nothing(name: str, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("name", [*LAYERS, "LazyBatchNorm2d"])
-def test_a_wrong_argument_is_told(name: str) -> None:
+def test_a_wrong_argument_raises_an_error(name: str) -> None:
     size = () if name.startswith("Lazy") else (3,)
     for options, message in (
         ({"eps": 0.0}, rf"{name} expects eps > 0, got 0.0. .*the usual value is 1e-5"),
@@ -200,7 +200,7 @@ def test_a_wrong_argument_is_told(name: str) -> None:
             getattr(nn, name)(-1)
 
 
-def test_an_unknown_activation_is_told_when_the_layer_is_made() -> None:
+def test_an_unknown_activation_raises_an_error_in_the_constructor() -> None:
     with pytest.raises(ValueError, match=r"BatchNormAct2d expects activation to be one of .* got 'swish'"):
         nn.BatchNormAct2d(3, activation="swish")
 
@@ -219,7 +219,7 @@ def test_skip_leaves_running_statistics_after_an_overflow(name: str) -> None:
     assert layer.running_mean.isfinite().all()
 
 
-def test_batch_statistics_are_used_in_evaluation_where_none_are_tracked() -> None:
+def test_batch_statistics_are_used_in_evaluation_if_none_are_tracked() -> None:
     layer = nn.BatchNorm1d(3, track_running_stats=False).eval()
     y = layer(torch.randn(64, 3) * 5 + 2)
     torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-6, rtol=0)

@@ -135,7 +135,7 @@ def test_weights_have_no_scale() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_a_fully_masked_batch_moves_nothing_and_stays_finite(dtype: torch.dtype, compiled: bool) -> None:
+def test_a_fully_masked_batch_updates_nothing_and_stays_finite(dtype: torch.dtype, compiled: bool) -> None:
     torch._dynamo.reset()
     layer = nn.BatchNorm2d(3)
     if dtype == torch.float64:
@@ -153,7 +153,7 @@ def test_a_fully_masked_batch_moves_nothing_and_stays_finite(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_a_single_counted_value_gives_beta_and_moves_the_mean_alone(weight: float) -> None:
+def test_a_single_counted_value_gives_beta_and_updates_only_the_mean(weight: float) -> None:
     layer = nn.BatchNorm1d(2, dtype=torch.float64)
     torch.nn.init.uniform_(layer.bias)
     x = torch.randn(4, 2, dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_padding_may_hold_anything(padding: float, compiled: bool, layout: Any) 
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_counts_and_is_not_finite_shows(value: float) -> None:
+def test_a_nonfinite_value_that_counts_is_visible(value: float) -> None:
     x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])
     x[0] = value
     layer = nn.BatchNorm1d(3)
@@ -265,7 +265,7 @@ def test_batch_statistics_in_evaluation_are_masked_too() -> None:
     torch.testing.assert_close(layer(x, mask)[:3], layer(x[:3]))
 
 
-def test_the_fused_layer_is_its_parts() -> None:
+def test_the_fused_layer_computes_the_same_as_its_parts() -> None:
     x, residual, mask = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), some((4, 3, 5, 5))
     fused, plain = nn.BatchNormAct2d(3), nn.BatchNorm2d(3)
     torch.testing.assert_close(fused(x, residual, mask=mask), torch.relu(plain(x, mask) + residual))
@@ -312,7 +312,7 @@ def test_export_takes_a_mask_in_evaluation_and_refuses_it_in_training() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_a_wrong_mask_is_told_and_moves_nothing(
+def test_a_wrong_mask_raises_an_error_and_changes_nothing(
     mask: Any, error: type[Exception], message: str, training: bool
 ) -> None:
     layer = nn.BatchNorm2d(3).train(training)

@@ -48,7 +48,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}], ids=str)
 @MEMBERS
-def test_one_value_is_normalized_as_in_evaluation_and_moves_nothing(name: str, options: dict[str, Any]) -> None:
+def test_one_value_is_normalized_as_in_evaluation_and_updates_nothing(name: str, options: dict[str, Any]) -> None:
     if name == "ConditionalBatchNorm2d" and "affine" in options:
         pytest.skip("its classes are what is affine")
     layer = single_layer(name, **options)
@@ -110,7 +110,7 @@ def test_the_default_is_an_error_that_names_the_option() -> None:
 
 
 @MEMBERS
-def test_what_cannot_be_is_told(name: str) -> None:
+def test_impossible_options_raise_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} expects on_single to be one of 'error', 'running', got 'skip'"):
         FAMILY[name].make(4, on_single="skip")
     if name not in ("BatchRenorm2d", "FrozenBatchNorm2d"):  # which need running statistics anyway
@@ -136,7 +136,7 @@ def test_the_function_normalizes_one_value_by_the_running_statistics() -> None:
         functional.batch_norm(x, mean, var, training=True, on_single="skip")
 
 
-def test_the_function_updates_nothing_where_asked() -> None:
+def test_the_function_updates_nothing_if_requested() -> None:
     x, mean, var, count = torch.randn(5, 2), torch.zeros(2), torch.ones(2), torch.tensor(0)
     y = functional.batch_norm(x, mean, var, None, None, True, num_batches_tracked=count, update_running_stats=False)
     assert torch.equal(y, functional.batch_norm(x, None, None, training=True))
@@ -274,7 +274,7 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
 
 
 @MEMBERS
-def test_copies_and_the_state_are_as_ever(name: str) -> None:
+def test_copies_and_the_state_dict_do_not_change(name: str) -> None:
     layer, x = single_layer(name), data(shape=SINGLE)
     assert layer.state_dict().keys() == layer_of(name).state_dict().keys()
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

@@ -101,7 +101,7 @@ def test_is_batch_normalization_at_one_and_zero_bit_for_bit() -> None:
         assert torch.equal(a, b)
 
 
-def test_the_general_way_is_batch_normalization_at_one_and_zero_too() -> None:
+def test_the_general_path_is_batch_normalization_at_one_and_zero_too() -> None:
     renormalizing = BatchRenorm2d(3, rmax=constant(1.0), dmax=constant(0.0), dtype=torch.float64)
     assert_close(steps(renormalizing), steps(nn.BatchNorm2d(3, dtype=torch.float64)), rtol=1e-12, atol=1e-12)
 
@@ -123,7 +123,7 @@ def frozen(layer: BatchRenorm, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_first_and_second_derivatives_hold_r_and_d(affine: bool) -> None:
+def test_first_and_second_derivatives_keep_r_and_d_constant(affine: bool) -> None:
     layer = BatchRenorm(2, rmax=1.5, dmax=0.5, affine=affine, dtype=torch.float64)
     layer.update_running_stats = False
     torch.nn.init.uniform_(layer.running_mean, -1, 1)
@@ -152,7 +152,7 @@ def test_first_and_second_derivatives_hold_r_and_d(affine: bool) -> None:
             assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_derivatives_where_both_limits_hold() -> None:
+def test_derivatives_if_both_limits_apply() -> None:
     # There r and d are constant, so that finite differences see what autograd does.
     layer = BatchRenorm(2, rmax=1.2, dmax=0.1, dtype=torch.float64)
     layer.update_running_stats = False
@@ -211,7 +211,7 @@ def test_the_papers_schedule_is_that_of_the_paper() -> None:
     assert paper.dmax(batches).tolist() == pytest.approx([0, 0, 0, 2.5, 5, 5, 5])
 
 
-def test_a_schedule_begins_as_batch_normalization_and_then_departs() -> None:
+def test_a_schedule_starts_as_batch_normalization_and_then_differs() -> None:
     short = PaperSchedule(start=2, rmax_end=4, dmax_end=3)
     layer = BatchRenorm2d(3, rmax=short.rmax, dmax=short.dmax, dtype=torch.float64)
     plain = nn.BatchNorm2d(3, dtype=torch.float64)
@@ -262,19 +262,19 @@ def test_a_layer_with_a_schedule_is_copied_and_pickled() -> None:
         ({"track_running_stats": False}, ValueError, r"expects track_running_stats=True, got False"),
     ],
 )
-def test_a_wrong_argument_is_told(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_wrong_argument_raises_an_error(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         BatchRenorm2d(3, **options)
 
 
-def test_a_wrong_schedule_is_told() -> None:
+def test_a_wrong_schedule_raises_an_error() -> None:
     with pytest.raises(ValueError, match=r"PaperSchedule expects 0 <= start < rmax_end and dmax_end, got start=9"):
         PaperSchedule(start=9, rmax_end=20, dmax_end=9)
     with pytest.raises(ValueError, match=r"PaperSchedule expects rmax_limit >= 1, got 0"):
         PaperSchedule(rmax_limit=0)
 
 
-def test_running_statistics_that_were_taken_away_are_missed() -> None:
+def test_removed_running_statistics_raise_an_error() -> None:
     layer = BatchRenorm2d(3)
     layer.running_mean = layer.running_var = None
     with pytest.raises(ValueError, match="BatchRenorm2d expects running_mean, running_var and num_batches_tracked"):

@@ -125,7 +125,7 @@ def test_a_first_pass_that_cannot_be_found_is_an_error() -> None:
         y.sum().backward()
 
 
-def test_calls_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renorm, "REMEMBERED", 2)
     layer = BatchRenorm2d(3)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
@@ -137,7 +137,7 @@ def test_calls_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(renorm._calls[layer.running_mean]) == 2
 
 
-def test_nothing_is_remembered_of_a_layer_that_is_gone() -> None:
+def test_a_deleted_layer_leaves_nothing_behind() -> None:
     before = len(renorm._calls)
     layer = BatchRenorm2d(3)
     layer(torch.randn(4, 3, 5, 5))

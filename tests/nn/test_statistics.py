@@ -16,7 +16,7 @@ def batches(m: torch.nn.Module) -> list[int]:
     return [int(b) for name, b in m.named_buffers() if name.endswith("num_batches_tracked")]
 
 
-def test_off_uses_batch_statistics_and_moves_nothing() -> None:
+def test_off_uses_batch_statistics_and_updates_nothing() -> None:
     m, x = model().train(), torch.randn(8, 4)
     moving = m(x)
     state = {k: v.clone() for k, v in m.state_dict().items()}
@@ -38,7 +38,7 @@ def test_the_mode_does_not_touch_the_switch() -> None:
     assert batches(m) == [0, 0]
 
 
-def test_with_puts_back_each_layers_own_setting_also_after_an_error() -> None:
+def test_the_end_of_a_block_restores_each_layers_setting_also_after_an_error() -> None:
     m = model()
     m[1].update_running_stats = False
 
@@ -53,7 +53,7 @@ def test_with_puts_back_each_layers_own_setting_also_after_an_error() -> None:
     assert [m[1].update_running_stats, m[2][0].update_running_stats] == [False, True]
 
 
-def test_torchs_own_layers_are_refused_and_nothing_is_set() -> None:
+def test_torchs_own_layers_are_refused_and_nothing_changes() -> None:
     m = torch.nn.Sequential(BatchNorm1d(4), torch.nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match=r"got BatchNorm1d of torch at '1'. Replace it by batchnorm.nn.BatchNorm1d"):
         update_running_stats(m, False)

@@ -83,7 +83,7 @@ def test_copies_are_equal() -> None:
         assert_close(again.state_dict(), layer.state_dict())
 
 
-def test_what_is_no_group_is_refused(one_process: Any) -> None:
+def test_other_values_than_a_group_are_refused(one_process: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group expects a torch.distributed process group or None, got str"):
         SyncBatchNorm(3, process_group="0")
     with pytest.raises(ValueError, match=r"process_group expects a group that includes this process"):
@@ -108,7 +108,7 @@ def test_a_group_that_is_gone_is_named(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_mistakes_are_told_as_by_every_layer() -> None:
+def test_mistakes_raise_the_same_errors_as_in_other_layers() -> None:
     with pytest.raises(
         ValueError, match=r"SyncBatchNorm expects x of shape \[N, C, \*\], got \[3, 4, 5\]|num_features"
     ):
@@ -211,7 +211,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(3)]
 
 
-def test_what_fails_on_one_fails_with_layer_and_ranks_on_all(told: list[dict[str, str]]) -> None:
+def test_a_failure_on_one_process_names_layer_and_ranks_on_all(told: list[dict[str, str]]) -> None:
     a, b, c = "SyncBatchNorm(8) 'net.a'", "SyncBatchNorm(8) 'net.b'", "SyncBatchNorm(16) 'net.c'"
 
     def assert_told(way: Callable[..., None], rank: int, layer: str, *texts: str, phase: str = "moments") -> None:

@@ -28,7 +28,7 @@ def make(kind: type[DomainBatchNorm] = DomainBatchNorm2d) -> DomainBatchNorm:
     return randomized(kind(3, num_domains=3, dtype=torch.float64))
 
 
-def test_the_innermost_domain_counts_and_an_argument_counts_more() -> None:
+def test_the_innermost_domain_applies_and_an_argument_overrides_it() -> None:
     layer = make(DomainBatchNorm1d).eval()
     x = torch.randn(4, 3, dtype=torch.float64)
     with use_domain(0):
@@ -43,7 +43,7 @@ def test_the_innermost_domain_counts_and_an_argument_counts_more() -> None:
         layer(x)
 
 
-def test_threads_choose_for_themselves_and_replicas_take_it_along() -> None:
+def test_threads_have_their_own_domain_and_replicas_inherit_it() -> None:
     layer, x = make(DomainBatchNorm1d).eval(), torch.randn(4, 3, dtype=torch.float64)
     found: dict[str, Any] = {}
 
@@ -108,7 +108,7 @@ def test_a_compiled_layer_keeps_the_domain_of_its_first_pass() -> None:
         assert_close(step_results(layer, kept, x), expected)
 
 
-def test_compiled_code_sees_which_domain_is_chosen() -> None:
+def test_compiled_code_uses_the_current_domain() -> None:
     layer = make().eval()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(9, 3, 2, 2, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_compiled_code_sees_which_domain_is_chosen() -> None:
         layer(x)
 
 
-def test_use_domain_refuses_what_is_no_domain() -> None:
+def test_use_domain_refuses_other_values() -> None:
     for domain in ("real", 1.0, True, None):
         with pytest.raises(TypeError, match="use_domain expects an int or an int64 tensor"), use_domain(domain):
             pass

@@ -18,7 +18,7 @@ POINTS = (-1e30, -1e4, -200.0, -104.0, -88.5, -20.5, -1.0, -0.5, -1e-6, 1e-6, 0.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", implementations.names())
-def test_values_far_out_and_at_kinks_are_those_of_torch(name: str, activation: str, dtype: torch.dtype) -> None:
+def test_large_values_and_kinks_agree_with_torch(name: str, activation: str, dtype: torch.dtype) -> None:
     x = torch.tensor([*POINTS, *KINKS[activation]], dtype=dtype).repeat(16)[:, None]  # whole vectors of each
     zero, one, attributes = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype), (0.0, activation, 0.2)
     leaf = x.clone().requires_grad_()
@@ -50,7 +50,7 @@ def test_every_spelling_is_recognized(activation: str) -> None:
             assert_close(torch.autograd.grad(y.sum(), x)[0], row.backward(torch.ones_like(x), x, row.default))
 
 
-def test_other_arguments_make_another_function() -> None:
+def test_a_call_with_other_arguments_is_not_recognized() -> None:
     for module in (nn.Hardtanh(), nn.GELU("tanh"), nn.Softplus(), nn.SELU(), nn.Identity()):
         assert ops.module_activation(module) is None
     assert ops.module_activation(nn.Hardtanh(0, 6, inplace=True)) == ("relu6", 0.0)

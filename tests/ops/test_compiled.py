@@ -31,7 +31,7 @@ def in_new_process(
 
 
 @pytest.mark.skipif(shutil.which("c++") is None or os.environ.get(compiled.CAPABILITY) == "eager", reason="no compiler")
-def test_there_are_compiled_operators_where_there_is_a_compiler() -> None:
+def test_compiled_operators_exist_if_there_is_a_compiler() -> None:
     assert batchnorm.backends()["cpu"] == f"compiled: {compiled.cpu_capability()}"
 
 
@@ -41,7 +41,7 @@ def test_backends_prints_a_line_for_each_device_and_hint() -> None:
     assert len(str(found).splitlines()) == 3 + len(found.hints)
 
 
-def test_the_allocator_is_hinted_at_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_gives_the_allocator_hint_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     assert any("MALLOC_MMAP_THRESHOLD_" in hint for hint in batchnorm.backends().hints) == (sys.platform == "linux")
@@ -71,7 +71,7 @@ def test_the_environment_chooses_at_load() -> None:
 
 
 @needs_compiled
-def test_an_unknown_instruction_set_is_warned_of_and_the_best_taken() -> None:
+def test_an_unknown_instruction_set_gives_a_warning_and_the_best_one() -> None:
     result = in_new_process("sse9")
     assert result.stdout.strip() == f"compiled: {compiled.cpu_capabilities()[0]}"
     assert "BATCHNORM_CPU_CAPABILITY must name an instruction set" in result.stderr
@@ -96,7 +96,7 @@ def test_without_a_library_the_reason_is_the_missing_compiler(tmp_path: Path, mo
     assert state.reason == "no compiler at build time"
 
 
-def test_a_library_that_does_not_load_is_warned_of_with_the_reason(
+def test_a_library_that_does_not_load_gives_a_warning_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(compiled.CAPABILITY, raising=False)
@@ -111,7 +111,7 @@ def test_a_library_that_does_not_load_is_warned_of_with_the_reason(
 
 
 @needs_compiled
-def test_the_compiled_operators_check_what_memory_depends_on() -> None:
+def test_the_compiled_operators_check_all_sizes_that_memory_accesses_depend_on() -> None:
     x, eps = torch.randn(4, 3, 5), (1e-5, "none", 0.0)
     ops = torch.ops.batchnorm
     vector = torch.ones(3)

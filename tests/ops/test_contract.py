@@ -145,7 +145,9 @@ def test_normalize_and_its_backward_agree_with_the_reference(
 
 
 @over(SEVERAL, activation=["none", "relu", "silu"], residual=ALONE_OR_NOT)
-def test_the_halves_make_the_whole(op: Ops, case: Case, activation: str, residual: str) -> None:
+def test_the_halves_compute_the_same_as_the_fused_operators(
+    op: Ops, case: Case, activation: str, residual: str
+) -> None:
     p = Pass(case, activation, residual == "residual", training=True)
     count, mean, mean_low, m2 = op("moments")(p.x, None, None, 1)
     assert count.shape == ()
@@ -176,7 +178,7 @@ ROWS = [case for case in CASES if case.shape[0] > 3 and case.m > 8 and case.shap
 
 
 @over(ROWS, kind=["mask", "weights"])
-def test_weights_count_values_as_the_reference_does(op: Ops, case: Case, kind: str) -> None:
+def test_weights_agree_with_the_reference(op: Ops, case: Case, kind: str) -> None:
     weights = mask_for(case, kind)
     p = Pass(case, "relu", False, training=True)
     options = {"activation": "relu", "eps": EPS, "weights": wide(weights)}
@@ -321,7 +323,7 @@ def test_a_constant_channel_gives_exactly_beta(op: Ops, layout: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_a_nonfinite_value_spoils_its_channel_and_no_other(op: Ops, value: float) -> None:
+def test_a_nonfinite_value_affects_only_its_channel(op: Ops, value: float) -> None:
     x = torch.randn(4, 3, 8, 8)
     x[1, 1, 2, 3] = value
     y, mean, mean_low, var = op("train_forward")(x, None, None, None, EPS, "relu", 0.0)

@@ -84,7 +84,7 @@ def test_a_fractional_count_unbiases_a_weighted_variance(update) -> None:
     torch.testing.assert_close(state.var, expected.float())
 
 
-def test_an_empty_batch_moves_nothing(update) -> None:
+def test_an_empty_batch_updates_nothing(update) -> None:
     state = State()
     before = state.copies()
     update(*state.buffers, *statistics(torch.empty(0, 3)), 0, None, 0.1, False)
@@ -92,7 +92,7 @@ def test_an_empty_batch_moves_nothing(update) -> None:
     state.assert_unmoved_from(before)
 
 
-def test_one_value_moves_the_mean_alone(update) -> None:
+def test_one_value_updates_only_the_mean(update) -> None:
     state = State()
     before = state.copies()
     update(*state.buffers, *statistics(torch.randn(1, 3)), 1, None, 0.1, False)
@@ -103,7 +103,7 @@ def test_one_value_moves_the_mean_alone(update) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_skip_nonfinite_leaves_everything(update, value: float, momentum: float | None) -> None:
+def test_skip_nonfinite_changes_nothing(update, value: float, momentum: float | None) -> None:
     x = torch.randn(5, 3)
     x[2, 1] = value
     state = State()
@@ -114,7 +114,7 @@ def test_skip_nonfinite_leaves_everything(update, value: float, momentum: float 
     assert state.batches == 5
 
 
-def test_propagate_lets_a_nonfinite_value_in(update) -> None:
+def test_propagate_accepts_a_nonfinite_value(update) -> None:
     x = torch.randn(5, 3)
     x[2, 1] = torch.nan
     state = State()
@@ -122,7 +122,7 @@ def test_propagate_lets_a_nonfinite_value_in(update) -> None:
     assert state.mean.isnan().tolist() == state.var.isnan().tolist() == [False, True, False]
 
 
-def test_nothing_moves_inside_a_backward_pass(update) -> None:
+def test_a_backward_pass_updates_nothing(update) -> None:
     state = State()
     before = state.copies()
     calls = []
@@ -138,7 +138,7 @@ def test_nothing_moves_inside_a_backward_pass(update) -> None:
     state.assert_unmoved_from(before)
 
 
-def test_no_counter_with_a_momentum_is_fine_and_without_is_an_error(update) -> None:
+def test_a_counter_is_needed_only_without_a_momentum(update) -> None:
     state = State()
     update(state.mean, state.var, None, *statistics(torch.randn(5, 3)), 5, None, 0.5, False)
     with pytest.raises(RuntimeError, match="update_running_ expects num_batches_tracked"):
@@ -147,7 +147,7 @@ def test_no_counter_with_a_momentum_is_fine_and_without_is_an_error(update) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["update_running_", "update_whitening_"])
-def test_another_thread_never_reads_values_in_between(name: str, dtype: torch.dtype) -> None:
+def test_another_thread_never_reads_intermediate_values(name: str, dtype: torch.dtype) -> None:
     buffers = (torch.ones(2048, dtype=dtype), torch.ones(2048, dtype=dtype), torch.tensor(1))
     batch = (torch.rand(2048),) * 3 + (8,) if name == "update_running_" else (torch.rand(2048),) * 2
     update, stop, seen = getattr(torch.ops.batchnorm, name), threading.Event(), []
@@ -171,7 +171,7 @@ def test_another_thread_never_reads_values_in_between(name: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("count", [torch.int64, torch.float32, torch.int32], ids=str)
-def test_autograd_is_told_of_the_change(update, dtype: torch.dtype, count: torch.dtype) -> None:
+def test_autograd_notices_the_change(update, dtype: torch.dtype, count: torch.dtype) -> None:
     state = State(dtype=dtype)
     state.batches = state.batches.to(count)
     before = [t._version for t in state.buffers]

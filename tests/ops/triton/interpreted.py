@@ -75,7 +75,7 @@ def test_in_triton_offsets_of_32_and_of_64_bits_give_the_same_bits(
         assert torch.equal(a, b)
 
 
-def test_in_triton_one_far_value_does_not_cost_the_others_their_digits() -> None:
+def test_in_triton_an_outlier_does_not_cost_the_others_precision() -> None:
     x = torch.randn(4, 3, 16, 16) + 1e4
     x[0, :, 0, 0] = 0.0  # the first value, from which sums might start
     _, mean, mean_low, m2 = launch.moments(x, None, None, 1)
@@ -88,7 +88,7 @@ def test_in_triton_one_far_value_does_not_cost_the_others_their_digits() -> None
     torch.testing.assert_close(m2.double(), (wide - center[:, None]).square().sum(1), rtol=5e-7, atol=0)
 
 
-def test_in_triton_an_index_outside_its_rows_gives_nan_there_alone() -> None:
+def test_in_triton_an_index_outside_its_rows_gives_nan_only_there() -> None:
     x, rows = torch.randn(3, 2, 5), torch.ones(2, 2)
     y = launch.normalize(x, rows, None, rows, None, None, None, torch.tensor([0, 2, -1]), *ATTRIBUTES)
     assert y[0].isfinite().all()
@@ -99,7 +99,7 @@ def test_in_triton_an_index_outside_its_rows_gives_nan_there_alone() -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("values", ["finite", "infinite"])
 @pytest.mark.parametrize("count", [None, 0.0, 1.0, 7.5])
-def test_in_triton_running_statistics_move_as_eager_moves_them(
+def test_in_triton_running_statistics_are_updated_as_in_eager(
     skip: bool, momentum: float | None, values: str, count: float | None
 ) -> None:
     mean, mean_low, var = torch.randn(3), torch.randn(3) * 1e-8, torch.rand(3)
@@ -116,7 +116,7 @@ def test_in_triton_running_statistics_move_as_eager_moves_them(
     torch.testing.assert_close(found[0], found[1], rtol=2e-7, atol=0)
 
 
-def test_in_triton_running_statistics_need_a_count_of_batches_without_momentum() -> None:
+def test_in_triton_running_statistics_need_a_counter_without_momentum() -> None:
     with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked if momentum is None"):
         launch.update_running_(*torch.ones(2, 3), None, *torch.ones(3, 3), 12, None, None, False)
 

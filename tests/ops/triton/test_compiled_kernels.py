@@ -100,7 +100,7 @@ def _channels_last(t: torch.Tensor) -> torch.Tensor:
     return t.to(memory_format=torch.channels_last)
 
 
-def test_large_tensors_are_streamed_in_wide_accesses_by_one_set_of_kernels(compiled: Compiled, tmp_path: Path) -> None:
+def test_one_set_of_kernels_reads_large_tensors_in_wide_accesses(compiled: Compiled, tmp_path: Path) -> None:
     _train((32, 64, 32, 32), torch.bfloat16, _channels_last)
     assert _names(compiled) == [
         "backward_apply_kernel",
@@ -122,7 +122,7 @@ def test_large_tensors_are_streamed_in_wide_accesses_by_one_set_of_kernels(compi
 
 @pytest.mark.parametrize("architecture", [90], indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_more_values_than_32_bits_count_take_offsets_of_64(compiled: Compiled, layout: str) -> None:
+def test_offsets_have_64_bits_for_tensors_beyond_32_bits(compiled: Compiled, layout: str) -> None:
     def laid_out(x: torch.Tensor) -> torch.Tensor:
         return x if layout == "contiguous" else x.new_empty(2, 2**30, 3).movedim(-1, 1)
 
@@ -133,13 +133,13 @@ def test_more_values_than_32_bits_count_take_offsets_of_64(compiled: Compiled, l
 
 
 @pytest.mark.parametrize("architecture", [70], indirect=True)
-def test_bfloat16_compiles_for_the_oldest_devices_that_are_served(compiled: Compiled) -> None:
+def test_bfloat16_compiles_for_the_oldest_supported_devices(compiled: Compiled) -> None:
     _train((8, 16, 14, 14), torch.bfloat16, torch.Tensor.contiguous)
     assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("architecture", [90], indirect=True)
-def test_a_kernel_holds_little_more_than_its_registers(compiled: Compiled, tmp_path: Path) -> None:
+def test_kernels_spill_few_registers(compiled: Compiled, tmp_path: Path) -> None:
     _train((256, 2048, 7, 7), torch.float32, torch.Tensor.contiguous, "meta")  # rows that no wide access fits
     assert _names(compiled) == ["backward_once_kernel", "forward_once_kernel"]
     for name, kernel in compiled:
@@ -167,7 +167,7 @@ def test_every_launch_is_made_while_the_tensors_device_is_current(monkeypatch: p
     assert set(launched) == {1}
 
 
-def test_what_fits_on_the_chip_takes_one_kernel_each_way(compiled: Compiled) -> None:
+def test_tensors_that_fit_on_the_chip_take_one_kernel_in_each_direction(compiled: Compiled) -> None:
     _train((8, 16, 14, 14), torch.float32, torch.Tensor.contiguous)
     assert _names(compiled) == ["backward_once_kernel", "forward_once_kernel"]
     assert all(_accesses_16_bytes(kernel) for _, kernel in compiled)

@@ -36,7 +36,7 @@ PARTS = {
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 @pytest.mark.parametrize("part", PARTS)
-def test_the_interpreted_kernels_keep_the_contract(part: str) -> None:
+def test_the_interpreted_kernels_fulfil_the_contract(part: str) -> None:
     selected = f"({PARTS[part]}) and not ({_LEFT_OUT})"
     files = [CONTRACT, *(["tests/ops/triton/interpreted.py"] if part == "edges" else [])]
     result = subprocess.run(

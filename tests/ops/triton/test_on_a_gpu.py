@@ -45,7 +45,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_the_kernels_serve_without_a_warning() -> None:
+def test_the_kernels_are_used_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batchnorm.BatchNorm2d(3).cuda()(torch.randn(2, 3, 4, 4, device="cuda"))
@@ -94,7 +94,7 @@ def test_a_step_is_captured_and_replayed() -> None:
         assert torch.equal(again, first)
 
 
-def test_what_is_computed_on_another_stream_waits_for_that_stream_alone() -> None:
+def test_work_on_another_stream_waits_only_for_that_stream() -> None:
     layer, x = batchnorm.BatchNorm2d(64).cuda(), torch.randn(64, 64, 56, 56, device="cuda")
     expected = layer(x)
     stream = torch.cuda.Stream()

@@ -41,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_launch_problem", lambda device: None)
 
 
-def test_a_supported_device_is_served_without_a_word(gpu: None) -> None:
+def test_a_supported_device_uses_the_kernels_without_a_warning(gpu: None) -> None:
     assert support.problem(CUDA) is None
 
 
@@ -51,7 +51,7 @@ def test_eager_is_chosen_without_a_warning(gpu: None, monkeypatch: pytest.Monkey
     assert batchnorm.backends()["cuda"] == "eager: BATCHNORM_GPU_KERNELS=eager"
 
 
-def test_an_unknown_choice_is_warned_of(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_choice_gives_a_warning(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(support.KERNELS, "cutlass")
     with pytest.warns(RuntimeWarning, match="BATCHNORM_GPU_KERNELS expects one of triton, eager, got 'cutlass'"):
         assert support.problem(CUDA) is None
@@ -66,7 +66,7 @@ def test_an_unknown_choice_is_warned_of(gpu: None, monkeypatch: pytest.MonkeyPat
         ("_launch_problem", lambda device: "a Triton kernel does not start (...)", "does not start"),
     ],
 )
-def test_where_the_kernels_cannot_serve_one_warning_says_why(
+def test_one_warning_gives_the_reason_if_the_kernels_cannot_be_used(
     gpu: None, monkeypatch: pytest.MonkeyPatch, name: str, value: object, reason: str
 ) -> None:
     owner = next(o for o in (torch.cuda, torch.version, support) if hasattr(o, name))
@@ -93,7 +93,7 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.startswith("Triton does not import (ModuleNotFoundError")
 
 
-def test_a_kernel_that_does_not_start_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_start_gives_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Launch:
         @staticmethod
         def start_one_kernel(device: torch.device) -> None:
@@ -115,7 +115,7 @@ def _train_forward(x: Tensor) -> Any:
 
 
 @needs_triton
-def test_without_a_c_compiler_one_warning_says_so_and_eager_serves(
+def test_without_a_c_compiler_one_warning_gives_the_reason_and_eager_is_used(
     gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from triton.runtime.build import compile_module_from_src
@@ -146,7 +146,7 @@ def test_without_a_c_compiler_one_warning_says_so_and_eager_serves(
 
 
 @needs_triton
-def test_a_kernel_that_does_not_compile_gives_one_warning_and_eager_serves_from_then_on(
+def test_a_kernel_that_does_not_compile_gives_one_warning_and_eager_is_used_from_then_on(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime.errors import OutOfResources
@@ -176,7 +176,7 @@ def test_a_kernel_that_does_not_compile_gives_one_warning_and_eager_serves_from_
 
 @needs_triton
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: lost")])
-def test_other_errors_are_the_callers(gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_other_errors_reach_the_caller(gpu: None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def launcher(name: str) -> Any:
         def fails(*args: Any) -> None:
             raise error
@@ -189,9 +189,7 @@ def test_other_errors_are_the_callers(gpu: None, monkeypatch: pytest.MonkeyPatch
     assert support.problem(torch.device("cpu")) is None
 
 
-def test_while_a_graph_is_captured_nothing_is_tried_and_nothing_remembered(
-    gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_capture_starts_no_kernel_and_stores_no_result(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[torch.device] = []
     monkeypatch.setattr(support, "_launch_problem", lambda device: tried.append(device))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -208,7 +206,7 @@ def test_backends_says_that_torch_has_no_cuda() -> None:
     assert batchnorm.backends()["cuda"] == "eager: this torch was built without CUDA"
 
 
-def test_float64_empty_and_odd_running_statistics_stay_with_the_eager_implementation(gpu: None) -> None:
+def test_float64_empty_and_noncontiguous_running_statistics_use_eager(gpu: None) -> None:
     asked = []
     normalize = triton.implementation("normalize", lambda *args: asked.append(args[0]))
     for x in (torch.ones(2, 3, dtype=torch.float64), torch.empty(0, 3)):
@@ -236,7 +234,9 @@ def test_every_operator_has_an_implementation_for_cuda() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_compilers_see_cuda_results_as_they_will_be(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_fake_cuda_results_have_the_shapes_and_strides_of_the_real_ones(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
     def everything(device: str) -> list[Tensor]:
         op = torch.ops.batchnorm
         x = torch.ones(4, 3, 5, 6, dtype=dtype, device=device).to(memory_format=layout)

@@ -64,21 +64,21 @@ def test_the_batch_size_does_not_choose_another_kernel(c: int, s: int, channels_
     assert len(constants) == 1
 
 
-def test_what_fits_is_read_once_where_that_fills_the_device() -> None:
+def test_tensors_that_fit_are_read_once_if_that_fills_the_device() -> None:
     assert at_once(32, 256, 196, False, 4, 1, 132, SETTINGS) is not None
     assert at_once(32, 64, 3136, False, 4, 1, 132, SETTINGS) is None  # 128 Ki values with padding
     assert at_once(32, 16, 784, False, 4, 1, 132, SETTINGS) is None  # 16 programs for 132 multiprocessors
     assert at_once(8, 16, 196, False, 4, 1, 132, SETTINGS) is not None  # nor does it matter there
 
 
-def test_more_programs_than_a_grid_holds_are_refused() -> None:
+def test_more_programs_than_a_grid_allows_raise_an_error() -> None:
     p = streamed(2**18, 2**13, 2, False, 2, True, True, 132, SETTINGS)
     with pytest.raises(ValueError, match=r"expect fewer than 2\*\*31 pairs .* got 2147483648. Split the batch"):
         _ = p.grid
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_whatever_tuning_chooses_fits_the_shared_memory_and_the_registers(rows: bool) -> None:
+def test_all_tunable_settings_fit_the_shared_memory_and_the_registers(rows: bool) -> None:
     for values in itertools.product(*CANDIDATES.values()):
         settings = Settings(*values)
         for itemsize in (2, 4):
