@@ -49,6 +49,11 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}".replace("-", "−")
 
 
+def short(value: float) -> float:
+    """Round a number to four significant digits, which is enough for a chart."""
+    return float(f"{value:.4g}")
+
+
 def _policy(scripts: list[str]) -> str:
     """Return a content security policy that loads nothing and allows only these scripts, in case escaping fails."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)

@@ -315,7 +315,7 @@ def test_a_page_is_written_whole_or_not_at_all(
     assert [path.name for path in tmp_path.iterdir()] == ["bn.html"]
 
 
-def test_without_jinja2_the_page_is_refused_in_words(
+def test_without_jinja2_the_page_raises_an_error_that_says_what_to_install(
     sick: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -279,7 +279,7 @@ def test_layers_that_train_on_fixed_statistics_are_recalibrated() -> None:
 
 
 @pytest.mark.parametrize("code", ["BN209", "BN210"])
-def test_what_the_user_has_to_change_is_said_in_words(code: str) -> None:
+def test_a_fix_without_code_says_what_to_change(code: str) -> None:
     _, finding = planted(code)
     assert finding.repair and not is_code(finding.repair)
 

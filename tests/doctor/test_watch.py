@@ -646,7 +646,7 @@ def test_the_picture_shows_every_layer(tmp_path: Path) -> None:
 
 def test_a_picture_of_nothing_or_of_another_kind_is_refused(tmp_path: Path) -> None:
     with watch(trained("plain")) as w:
-        with pytest.raises(ValueError, match="a training step before it draws"):
+        with pytest.raises(ValueError, match="Watch.plot expects at least one look, got none"):
             w.plot()
         with pytest.raises(ValueError, match="ends in .png, .svg or .pdf"):
             w.save(tmp_path / "watch.gif")

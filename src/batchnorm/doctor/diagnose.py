@@ -39,25 +39,24 @@ def diagnose(
 ) -> Diagnosis:
     """Find what is wrong with the batch normalization of a model, with evidence and a fix.
 
-    The model and the data are only read: parameters, modes, buffers, gradients, hooks and the random state are
+    The model and the data are only read: parameters, modes, buffers, gradients, hooks and the random state stay
     unchanged, bit for bit, also after an exception. With data, the model runs over them three times: normalized by the
     batches, by the running statistics, and by the statistics of the whole population. One batch goes through a training
-    step with its backward pass. Only in that step are dropout and other modules in training mode.
+    step with its backward pass. Dropout and other modules are in training mode in that step only.
 
     Args:
-        model: The network. A network in training mode is examined as it is, one in evaluation mode as `train()` sets
-            it.
-        data: An iterable of batches as the model is trained on: a tensor, a tuple of inputs and targets, or a dict.
-            Without data only the model itself is examined.
-        loss: `loss(output, target)`, with the last part of a tuple as the target, else with the whole batch. Without
-            it costs are changes of the output, and no effect is an error.
+        model: The network. In training mode it is examined as it is; in evaluation mode, as `train()` sets it.
+        data: An iterable of the batches that the model is trained on: tensors, tuples of inputs and targets, or dicts.
+            Without data, only the model itself is examined.
+        loss: `loss(output, target)`. The target is the last part of a tuple, or the whole batch if it is not a tuple.
+            Without a loss, costs are changes of the output, and no effect is an error.
         optimizer: The optimizer that trains the model.
-        forward: `forward(model, batch)` calls the model and returns its output. By default a tensor is the argument; of
-            a tuple, as many leading parts as the model's `forward` has required arguments; of a dict, the keys that are
-            its arguments.
+        forward: `forward(model, batch)` calls the model and returns its output. By default, the model gets a tensor
+            itself; as many leading parts of a tuple as its `forward` has required arguments; and the entries of a dict
+            whose keys are names of its arguments.
         max_samples: Stop after the batch that reaches this many samples; None reads all the data.
         budget: Number of further passes over the data to measure the cost of single layers.
-        process_group: Compare the processes of this group, each of which has to call this. With None there is no
+        process_group: Compare the processes of this group; each of them must call `diagnose`. With None, there is no
             communication.
         progress: Whether to show the expected time and a bar on standard error (needs rich).
 
@@ -67,8 +66,8 @@ def diagnose(
     Raises:
         TypeError: model is not a module, data is not an iterable of batches, or a batch does not fit the model's
             `forward`.
-        ValueError: the model has no batch normalization, or layers that have not seen their first batch; its parameters
-            are sharded (FSDP, tensor parallel); an argument is out of range; data are empty.
+        ValueError: the model has no batch normalization, or lazy layers before their first batch; its parameters are
+            sharded (FSDP, tensor parallel); an argument is out of range; data are empty.
         ImportError: progress without rich.
         RuntimeError: with process_group, another process failed.
 
@@ -139,7 +138,7 @@ def _reason(layer: Layer) -> str:
     kind = type(layer.module).__name__
     if layer.running is None:
         if getattr(layer.module, "running_whitening", None) is not None:
-            return f"{kind} whitens, and has a matrix in place of variances"
+            return f"{kind} whitens, and keeps a matrix instead of variances"
         return f"{kind} keeps no running mean and variance here"
     if len(layer.running.mean) != 1:
         return f"{kind} keeps statistics of {len(layer.running.mean)} domains, each with a population of its own"

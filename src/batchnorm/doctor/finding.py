@@ -28,14 +28,14 @@ class Finding:
     Attributes:
         code: Stable code of the rule, such as `BN102`; the documentation has a page for each.
         title: The problem in a few words.
-        severity: Note, warning or error; above note only if the effect was measured, or is certain.
-        paths: The layers concerned, in the model's order; worst first where they are ranked.
+        severity: Note, warning or error. It is above a note only if the effect was measured or is certain.
+        paths: The affected layers, worst first if they are ranked, otherwise in the model's order.
         summary: One line with the most important figures.
         evidence: Further lines with figures.
         repair: Code to paste.
         confidence: `certain` if it follows from the model itself; otherwise `high`, `medium` or `low`, by the amount of
             data. A finding of low confidence is never an error.
-        cost: The measured cost, such as `{"loss": 0.83}`; empty where it cannot be measured.
+        cost: The measured cost, such as `{"loss": 0.83}`; empty if it cannot be measured.
         figures: The evidence for programs.
     """
 
@@ -59,7 +59,7 @@ class NotChecked:
         code: The code of the rule.
         title: The title of the rule.
         reason: Why it could not be applied, and what it needs.
-        paths: The layers that are left out; empty where the rule could not be applied at all.
+        paths: The layers that are left out; empty if the rule could not be applied at all.
     """
 
     code: str
@@ -77,7 +77,7 @@ def by_reason(rules: Iterable[NotChecked]) -> dict[str, list[NotChecked]]:
 
 
 def not_checked_lines(rules: Iterable[NotChecked]) -> list[str]:
-    """Return a line for each reason, with the codes of the rules; with the title too if there is one rule."""
+    """Return a line for each reason, with the codes of its rules, and the title if there is only one."""
     return [
         f"{members[0].code} {members[0].title}: {reason}"
         if len(members) == 1

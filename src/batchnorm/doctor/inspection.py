@@ -23,13 +23,13 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
 
     Args:
         model: The network.
-        example_inputs: A tensor, a tuple or a dict of arguments for the model, to find the place of each layer. Without
-            it common sizes are tried.
+        example_inputs: A tensor, a tuple or a dict of arguments for the model, to find the place of each layer. By
+            default, random inputs of common sizes are tried.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: the model has no batch normalization, or layers that have not seen their first batch; its parameters
-            are sharded; it fails when called with example_inputs.
+        ValueError: the model has no batch normalization, or lazy layers before their first batch; its parameters are
+            sharded; it fails when called with example_inputs.
 
     Examples:
         >>> (layer,) = inspect_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -65,7 +65,7 @@ def check_model(caller: str, model: Any) -> None:
     if not layers:
         raise ValueError(
             f"{caller} expects a model with batch normalization, got {type(model).__name__} without any. Scripted and "
-            "exported models have no layers left: pass the model from before."
+            "exported models no longer contain layers: pass the original model."
         )
     lazy = [f.path for f in layers if any(is_lazy(t) for t in (*f.module.parameters(), *f.module.buffers()))]
     if lazy:
@@ -89,7 +89,7 @@ _SIZES = {
 
 @torch.no_grad()
 def guessed_inputs(model: nn.Module) -> Inputs | None:
-    """Return random input of a common size that the model accepts; None where it accepts none."""
+    """Return random input of a common size that the model accepts; None if it accepts none."""
     for layer in model.modules():
         kind = next((kind for kind in _SIZES if isinstance(layer, kind)), None)
         if kind is None:

@@ -1,4 +1,4 @@
-"""Numbers and layers in words, for findings and reports."""
+"""Write numbers and layers as text, for findings and reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from batchnorm.text import printable
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
-    """Return a number with its noun, such as `1 layer`; with a verb where `plural` is given, as `layers move`."""
+    """Return a number and its noun, such as `1 layer`; `plural` is needed for a phrase, such as `layers move`."""
     return f"{number} {singular if number == 1 else plural or singular + ('es' if singular.endswith('ch') else 's')}"
 
 
@@ -27,6 +27,12 @@ def layers_listed(paths: Collection[str]) -> str:
 def named(path: str) -> str:
     """Return the path of a layer, with control characters escaped, or `(model)` for a model that is itself a layer."""
     return printable(path) or "(model)"
+
+
+def noise_at(path: str, batch_size: float, noise: float) -> str:
+    """Return a clause that states the noise of a layer's batch statistics, in σ."""
+    value = f"a normalized value at {named(path)} varies by {noise:.2g}σ"
+    return f"with {batch_size:g} samples {value} with the rest of its batch"
 
 
 def signed(value: float) -> str:

@@ -19,6 +19,7 @@ from batchnorm.compare.report.figures import accuracy_floor, linear_range, posit
 from batchnorm.compare.report.headline import accuracy, duration, memory, percent, points
 from batchnorm.compare.report.summary import Difference, Outcome, reference, shown
 from batchnorm.page import render as render_page
+from batchnorm.page import short
 
 CHANNELS_SHOWN = 256
 ROWS_SHOWN = 2000  # of all tables of channels together
@@ -114,14 +115,13 @@ def _domain(points: Sequence[Point], kind: str, scale: float) -> list[float]:
     if kind == "share":
         return [scale * accuracy_floor(points), scale]
     low, high = positive_range(points) if kind == "log" else linear_range(points)
-    return [_short(scale * low), _short(scale * high)]
+    return [short(scale * low), short(scale * high)]
 
 
 def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
     """Return step, seconds, mean, lowest, highest and number of seeds of each point."""
     return [
-        [p.step, _short(p.seconds), *(_short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds]
-        for p in points
+        [p.step, short(p.seconds), *(short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds] for p in points
     ]
 
 
@@ -138,7 +138,7 @@ def _percentiles(series: dict[str, list[Run]], drawn: int) -> dict[str, Charts]:
                 "label": f"input to the {where} activation",
                 "domains": [_domain(_all(ends[:drawn]), "linear", 1), _domain(_all(ends), "linear", 1)],
                 "series": [
-                    [[low.step, *(_short(p.mid) for p in (low, mid, high))] for low, mid, high in zip(*of, strict=True)]
+                    [[low.step, *(short(p.mid) for p in (low, mid, high))] for low, mid, high in zip(*of, strict=True)]
                     for of in lines
                 ],
             }
@@ -150,7 +150,7 @@ def _activations(series: dict[str, list[Run]]) -> Charts | None:
     if found is None:
         return None
     return {
-        "edges": [_short(edge) for edge in found.edges],
+        "edges": [short(edge) for edge in found.edges],
         "most": found.most,
         "panels": {
             label: [
@@ -159,7 +159,7 @@ def _activations(series: dict[str, list[Run]]) -> Charts | None:
                     "begin": column.begin,
                     "end": column.end,
                     "shares": [round(float(share), 4) for share in column.shares],
-                    "percentiles": [_short(value) for value in column.percentiles],
+                    "percentiles": [short(value) for value in column.percentiles],
                 }
                 for column in columns
             ]
@@ -222,7 +222,3 @@ def _standard_error(found: Sequence[Outcome], samples: int) -> float | None:
         return None
     share = max(final)
     return 100 * math.sqrt(share * (1 - share) / samples)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")

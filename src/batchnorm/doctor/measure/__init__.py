@@ -1,1 +1,1 @@
-"""Measure a model: its layers, the passes over its data, and the results that the rules read."""
+"""Measure a model: its layers, the passes over its data, and the measurements that the rules read."""

@@ -1,4 +1,4 @@
-"""Find why running statistics do not fit the data: the weights have changed since, or the data are different."""
+"""Find why running statistics do not fit the data: the weights have changed, or the data are different."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from batchnorm.doctor.measure.traced import tensor_of
 from batchnorm.doctor.wording import counted, listed
 from batchnorm.models.model_graph import Trace
 
-# Share of a layer's deviation that no change of its input can cause: below the first value the data changed, above the
-# second the weights.
+# Share of a layer's deviation that no change of its input can cause. Below the first value, the data have changed.
+# Above the second, the weights have changed.
 _DATA, _WEIGHTS = 0.35, 0.7
-# Weight of the initial values, (1 - momentum)^updates, from which the running average lags behind.
+# The running average lags behind if its initial values have more than this weight, (1 - momentum)^updates.
 LAGS = 0.05
 # Distance of a running mean, in σ, from which its direction can be measured.
 _MEASURABLE = 0.1
 # Divergence up to which the first layer fits the data, in nats.
 _FITS = 0.02
-# Least common factor of σ, and largest difference of the channels' own factors, relative to it.
+# Smallest common factor of σ, and largest difference of the channels' own factors, relative to the common one.
 _SCALED, _UNEVEN = 0.2, 0.25
 
 _UNSURE = "unsure: either the weights changed after the statistics, or these are not the training data (BN103)"
@@ -35,7 +35,7 @@ _UNSURE = "unsure: either the weights changed after the statistics, or these are
 
 @dataclass(frozen=True)
 class Cause:
-    """`stale`, `shift`, `dropout` or `unknown`, and the evidence for it."""
+    """The cause: `stale`, `shift`, `dropout` or `unknown`, and the evidence for it."""
 
     kind: str
     evidence: tuple[str, ...]
@@ -87,7 +87,7 @@ class Misfit:
 def suspects(distances: tuple[Distance, ...], effect: Effect) -> tuple[Distance, ...]:
     """Return the layers that are off, worst first.
 
-    If the running statistics do harm, layers that are off by less count too, because they may cause it together.
+    If the running statistics do harm, layers that are off by less count, too, because they may cause the harm together.
     """
     ranked = sorted(distances, key=lambda distance: -distance.divergence)
     harm = effect.severity > Severity.NOTE
@@ -102,9 +102,10 @@ def cause_of(
 ) -> Cause:
     """Return why the layers `off`, among all `distances`, do not fit the data.
 
-    The mean of a convolution's output over samples and positions is S·m, with m the means of its input channels and S
-    the sums of its weights. After any change of the data, running mean and measured mean differ by a vector in the
-    range of S; after a change of the weights they do not. With more outputs than inputs the two can be distinguished.
+    The mean of a convolution's output over samples and positions is S·m, where m are the means of its input channels
+    and S are the sums of its weights. After a change of the data, running mean and measured mean differ by a vector in
+    the range of S. After a change of the weights, they do not. The two cases can be distinguished if there are more
+    outputs than inputs.
     """
     lags = [lag for distance in off if (lag := distance.layer.initial_share()) > LAGS]
     if 2 * len(lags) >= len(off):
@@ -173,7 +174,7 @@ def _unexplained_share(distance: Distance, trace: Trace | None) -> float | None:
 
 
 def _weight_of(call: Node, trace: Trace) -> Tensor | None:
-    """Return the weight of a plain convolution or linear layer; grouped ones see their own channels only."""
+    """Return the weight of a plain convolution or linear layer; a grouped one sees only its own channels."""
     argument = call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
     groups = call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)
     if "transpose" in getattr(call.target, "__name__", "") or groups != 1:

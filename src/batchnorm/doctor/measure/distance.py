@@ -10,7 +10,7 @@ import torch
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.wording import named
 
-# Distance of the means in σ, or ratio of the deviations less 1, from which calls of a layer are different populations.
+# Calls of a layer are different populations from this distance of the means in σ, or ratio of the deviations minus 1.
 _DIFFERENT = 0.25
 
 
@@ -20,12 +20,12 @@ class Distance:
 
     Attributes:
         layer: The layer.
-        shift: Root mean square over the channels of (running mean - mean)/σ, less the part that sampling explains. For
-            constant channels σ is the running one.
+        shift: Root mean square over the channels of (running mean - mean)/σ, minus the part that sampling explains. For
+            constant channels, σ is the running σ.
         scale: Median over the channels of |ln(running σ / σ)|.
         divergence: Mean over the channels of KL(population ‖ running) for normal distributions, in nats.
-        unevenness: Median over the channels of the distance of ln(running σ / σ) from its own median; infinite for
-            fewer than eight channels, which can agree by chance.
+        unevenness: Median over the channels of the distance of ln(running σ / σ) from its own median. Infinite for
+            fewer than eight channels, because these can agree by chance.
     """
 
     layer: Layer
@@ -55,7 +55,7 @@ def distance_of(layer: Layer, samples: int, batch_size: float) -> Distance | Non
     running_mean, running_var = layer.running.mean[0], layer.running.var[0] + layer.eps
     if not bool((running_mean + running_var).isfinite().all()):
         return None
-    # The σ of a constant channel would be √ε, which makes every distance huge.
+    # With the σ of a constant channel, √ε, every distance would be huge.
     varies = torch.where(population.m2 > 0, var, running_var)
     square = (running_mean - mean).square() / varies
     # Both the average over the last 1/a batches and the measured mean have a sampling error.
@@ -69,7 +69,10 @@ def distance_of(layer: Layer, samples: int, batch_size: float) -> Distance | Non
 
 
 def distance_of_calls(layer: Layer) -> tuple[float, float]:
-    """Return the root mean square of the largest distance of the calls' means, and the median largest ratio of σ."""
+    """Return the largest distance between the calls' means in σ, and the largest ratio of their σ.
+
+    The first is the root mean square over the channels, the second the median.
+    """
     means = torch.stack([moments.mean for moments in layer.calls])
     deviations = torch.stack([(moments.var + layer.eps).sqrt() for moments in layer.calls])
     pooled = deviations.square().mean(0).sqrt()

@@ -11,11 +11,12 @@ from torch import Tensor
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.wording import signed
 
-# A finding is above a note only where both the output changes, relative to its spread over the samples, and the loss
-# grows, relative to itself: a loss near zero grows by large factors that mean nothing, and outputs change at no cost.
+# A finding is above a note only if the output changes, relative to its spread over the samples, and the loss grows,
+# relative to itself. One is not enough: a loss near zero can grow by a factor that means nothing, and a change of the
+# output may have no cost.
 OUTPUT_MATTERS, OUTPUT_SEVERE = 0.1, 0.3
 LOSS_MATTERS, LOSS_SEVERE = 0.1, 0.5
-# Without a loss the cost of a change is unknown: the change has to be large, and is never an error.
+# Without a loss, the cost of a change is unknown, so the change must be larger, and it is never an error.
 OUTPUT_MATTERS_ALONE = 0.4
 
 
@@ -24,7 +25,7 @@ class Outcome:
     """The results of one pass over the batches.
 
     Attributes:
-        outputs: Of each batch, the first floating-point tensor that the model returned: `[N, K]` unchanged, any other
+        outputs: The first floating-point tensor that the model returned for each batch: `[N, K]` unchanged, any other
             as `[N, features, 1]`.
         losses: Loss of each batch; empty without a loss.
     """
@@ -54,7 +55,8 @@ class Effect:
 
     Attributes:
         output: Root mean square change of the output, over its standard deviation over the samples.
-        disagreement: Share of samples whose largest output is another one; None where the output is not `[N, K]`.
+        disagreement: Share of samples whose prediction (the largest output) changes; None if the output is not
+            `[N, K]`.
         loss: Loss of the first pass minus loss of the second; None without a loss.
         loss_interval: Its 95 % interval over the batches; None with fewer than three.
         base: Loss of the second pass.
@@ -81,10 +83,10 @@ class Effect:
 
     @property
     def severity(self) -> Severity:
-        """Severity by how much worse the first pass is; a note where it is not worse."""
+        """The severity, by the harm of the first pass; a note if it does none."""
         if self.loss is None or self.base is None:
             return Severity.WARNING if self.output > OUTPUT_MATTERS_ALONE else Severity.NOTE
-        # The lower end of the interval counts. With too few batches for one the mean counts, and is never an error.
+        # The lower end of the interval counts. Without an interval, the mean counts, and is never an error.
         lost = self.loss if self.loss_interval is None else min(self.loss, max(0.0, self.loss_interval[0]))
         relative = lost / max(abs(self.base), 1e-12)
         if relative > LOSS_SEVERE and self.output > OUTPUT_SEVERE and self.confidence != "low":
@@ -93,7 +95,7 @@ class Effect:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Added loss and share of changed predictions, where they are known."""
+        """Added loss and share of changed predictions, if known."""
         found = {} if self.loss is None else {"loss": self.loss}
         return found if self.disagreement is None else {**found, "other_class": self.disagreement}
 
@@ -111,14 +113,14 @@ class Effect:
 
 
 def effect_of(outcome: Outcome | None, baseline: Outcome | None) -> Effect | None:
-    """Return the effect of the first pass against the second; None where they cannot be compared."""
+    """Return the effect of the first pass against the second; None if they cannot be compared."""
     if outcome is None or baseline is None or not outcome.outputs or outcome.shapes != baseline.shapes:
         return None
     return compared(outcome, baseline) if outcome.finite and baseline.finite else None
 
 
 def compared(outcome: Outcome, baseline: Outcome) -> Effect:
-    """Return the effect of the first pass against the second, both finite and of the same shapes."""
+    """Return the effect of the first pass against the second; both are finite and have the same shapes."""
     samples = sum(len(y) for y in outcome.outputs)
     if len({y.shape[1:] for y in outcome.outputs}) == 1:
         y, other = torch.cat(outcome.outputs), torch.cat(baseline.outputs)
@@ -142,7 +144,7 @@ def compared(outcome: Outcome, baseline: Outcome) -> Effect:
 
 
 def student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, to 5 % for 2 degrees of freedom and 1 % from 3.
+    """Return the 97.5 % quantile of Student's t, with an error of 5 % for 2 degrees of freedom and 1 % from 3 on.
 
     Source: the Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5.
     """

@@ -1,4 +1,4 @@
-"""The facts, the measures and the channels of each layer that a diagnosis reports, as plain values."""
+"""The values that a diagnosis reports about each layer: facts, measures and channels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.layers import Layer, dead_channels
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.walk import num_channels
-
-# |γ| below which the output of a channel is its β alone, and the share of such channels that is reported.
-DEAD, DEAD_SHARE = 1e-3, 0.25
 
 
 @dataclass(frozen=True)
 class LayerFacts:
     """The facts of one layer that are known without data.
 
-    Ranges are (smallest, largest), or None where the layer has no such vector.
+    Ranges are (smallest, largest), or None if the layer has no such vector.
 
     Attributes:
         path: Its path; further paths are in `also`.
@@ -33,13 +30,13 @@ class LayerFacts:
         training: Whether it is in training mode.
         momentum: None for the cumulative average.
         eps: ε.
-        updates: Number of batches in the running statistics, where the layer counts them.
+        updates: Number of batches in the running statistics; None if the layer does not count them.
         weight: Range of γ.
         bias: Range of β.
         running_mean: Range of the running mean.
         running_var: Range of the running variance.
         dead: Share of channels with |γ| < 0.001; None without γ.
-        foldable: Whether it can be folded into the layer before it; None where it is not traced.
+        foldable: Whether it can be folded into the layer before it; None if it was not traced.
         parameters: Number of trainable and other parameters.
         buffers: Number of values in buffers.
     """
@@ -66,18 +63,18 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """The measures of one layer from the data; None where one could not be taken.
+    """The measures of one layer from the data; None if one could not be taken.
 
     Attributes:
         path: Its path.
-        order: Its number in the order in which the layers are called, from 0.
-        shift: Root mean square over the channels of (running mean - mean)/σ, less the part that sampling explains. For
-            constant channels σ is the running one.
+        order: Its number in the order of the calls, from 0.
+        shift: Root mean square over the channels of (running mean - mean)/σ, minus the part that sampling explains. For
+            constant channels, σ is the running σ.
         log_scale: Median over the channels of |ln(running σ / σ)|.
         divergence: Mean over the channels of KL(population ‖ running) for normal distributions, in nats: the distance
             between the statistics of evaluation and those of training.
-        noise: Standard deviation of a normalized value of the median channel over the choice of the other samples of
-            its batch, in σ, at the batch size of the data; falls as one over its square root.
+        noise: Standard deviation, in σ, of a normalized value when the other samples of its batch vary, for the median
+            channel, at the batch size of the data. It falls as one over the square root of the batch size.
     """
 
     path: str
@@ -90,15 +87,15 @@ class LayerMeasures:
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channels of a layer, as float32 copies on the CPU; None where there is no such vector.
+    """The channels of a layer, as float32 copies on the CPU; None if there is no such vector.
 
     Attributes:
         weight: γ.
         bias: β.
-        running_mean: `[C]`, or `[K, C]` where the layer has several.
+        running_mean: `[C]`, or `[K, C]` if the layer has several.
         running_var: The same shape.
         mean: Mean of the layer's input over all data, `[C]`.
-        var: Biased variance of the same, `[C]`.
+        var: Biased variance of that input, `[C]`.
     """
 
     weight: Tensor | None
@@ -133,7 +130,7 @@ def _facts(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
         _range(getattr(module, "bias", None)),
         _range(getattr(module, "running_mean", None)),
         _range(getattr(module, "running_var", None)),
-        (weight.detach().abs() < DEAD).double().mean().item() if isinstance(weight, Tensor) else None,
+        dead_channels(weight).double().mean().item() if isinstance(weight, Tensor) else None,
         None if place is None else place.foldable,
         sum(p.numel() for p in module.parameters(recurse=False)),
         sum(b.numel() for b in module.buffers(recurse=False)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# p-value, and mean inflation over the channels, from which batches count as dependent.
+# Batches count as dependent up to this p-value, and from this mean inflation over the channels.
 _SIGNIFICANT, _INFLATED = 0.01, 1.5
 
 
@@ -17,8 +17,8 @@ class Independence:
 
     Attributes:
         inflation: `[channels]`, mean square between batches over mean square within them: 1 for independent samples.
-        p: Probability of so large a maximum over all channels of all layers, if samples are independent.
-        permutations: Number of random orders of the samples that p comes from.
+        p: Probability that independent samples have such a large maximum over all channels of all layers.
+        permutations: Number of random orders of the samples, from which p is computed.
     """
 
     inflation: Tensor
@@ -38,7 +38,8 @@ def independence_of(values: Tensor, batch: Tensor, permutations: int = 199) -> I
     no further correction for the number of channels, and assumes no distribution.
 
     Args:
-        values: `[samples, channels]`: the mean of each sample over its positions, computed without its neighbours.
+        values: `[samples, channels]`: the mean of each sample over its positions, from a pass in which no sample
+            depends on its neighbours.
         batch: `[samples]`: the number of each sample's batch.
         permutations: Number of random orders.
 

@@ -15,18 +15,20 @@ from batchnorm.models.observe import Statistics, running_statistics
 from batchnorm.moments import Moments
 from batchnorm.walk import Found, as_in_training, eps_of, is_frozen, norm_layers, uses_batch
 
-# Number of channels of a layer whose values are kept for every sample.
+# Largest number of channels of a layer whose values are kept for every sample.
 KEPT_CHANNELS = 32
-# Noise of a normalized value, in σ, from which a batch is too small; and the noise to aim for.
+# From the first noise of a normalized value, in σ, the batch is too small. The second is the noise to aim for.
 NOISY, NOISE_AIM = 0.25, 0.1
+# Below this |γ|, the output of a channel is nearly its β alone. From this share of such channels, a layer is reported.
+DEAD, DEAD_SHARE = 1e-3, 0.25
 
 
 @dataclass
 class Samples:
     """The inputs of a layer in evaluation, sample by sample.
 
-    u is the mean of a sample over its positions less the running mean; v is its mean square deviation from the running
-    mean.
+    u is the mean of a sample over its positions, minus the running mean. v is its mean square deviation from the
+    running mean.
     """
 
     count: int = 0
@@ -45,10 +47,11 @@ class Samples:
         self.batch += [batch] * len(u)
 
     def noise(self, batch_size: float, eps: float) -> Tensor:
-        """Return the standard deviation `[C]` of a normalized value over the other samples of its batch.
+        """Return the standard deviation `[C]` of a normalized value when the other samples of its batch vary.
 
-        √((Var(u)/σ² + Var(v)/(4σ⁴))/N), where σ² includes ε: the mean of the batch shifts the value, and its deviation
-        scales it. The variances are those of whole samples, so correlated positions are not counted as independent.
+        It is √((Var(u)/σ² + Var(v)/(4σ⁴))/N), where σ² includes ε. The first term is the shift by the batch's mean, the
+        second the scale by its deviation. The variances are those of whole samples, so correlated positions do not
+        count as independent.
 
         Source: the mathematics page, "Measures", for independent values.
         """
@@ -60,7 +63,7 @@ class Samples:
         return ((var_u / var + var_v / (4 * var * var)) / batch_size).sqrt()
 
     def error_of_mean(self, number: float) -> Tensor:
-        """Return the variance `[C]` of a mean over this many samples."""
+        """Return the variance `[C]` of the mean of this many samples."""
         assert self.sums is not None
         u, uu, _, _ = self.sums / self.count
         return (uu - u * u).clamp_min(0) / number
@@ -92,22 +95,22 @@ class Precision:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer of batch normalization; fields that need data are empty without.
+    """A layer of batch normalization. Without data, the fields that need data are empty.
 
     Attributes:
         found: The module and its paths.
-        running: Its running statistics, float64 `[K, C]`; None where it keeps none that can be measured.
+        running: Its running statistics, float64 `[K, C]`; None if it keeps none that can be measured.
         updates_running: Whether training updates them.
         by_batch: Whether training normalizes by the batch.
         place: Its place in the traced model.
-        order: Its number in the order in which the layers are called; a large number where it is not called.
+        order: Its number in the order of the calls; a large number if it is not called.
         calls: Moments of its input in each call of a forward pass, with the layers before it as in training.
         first_input: Moments of its input in the first call with the first batch.
         single_value_batches: Number of batches with a single value per channel.
         moved_in_evaluation: Whether its running statistics changed in evaluation.
         samples: Its inputs in evaluation.
         precision: How precisely its input can be normalized.
-        largest_input: The largest |x| of its input, in the dtype of x; NaN where one was NaN.
+        largest_input: The largest |x| of its input, in the dtype of x; NaN if one was NaN.
     """
 
     found: Found
@@ -147,22 +150,22 @@ class Layer:
 
     @property
     def updates(self) -> int | None:
-        """Number of batches in its running statistics, of all domains together; None where it does not count them."""
+        """Number of batches in its running statistics, of all domains together; None if it does not count them."""
         tracked = getattr(self.module, "num_batches_tracked", None)
         return None if tracked is None else int(tracked.sum())
 
     @property
     def affine(self) -> list[nn.Parameter]:
-        """γ and β, where it has them."""
+        """γ and β, if it has them."""
         return list(self.module.parameters(recurse=False))
 
     @property
     def population(self) -> Moments | None:
-        """Moments of its input over all data and calls; None without data, or where they are not finite."""
+        """Moments of its input over all data and calls; None without data, or if they are not finite."""
         if not self.calls or self.running is None:
             return None
         pooled = self.calls[0].merge(*self.calls[1:])
-        # One value has no variance, and with masks there may be no value at all.
+        # A single value has no variance. With masks, there may be no value.
         return pooled if pooled.count > 1 and bool((pooled.mean + pooled.m2).isfinite().all()) else None
 
     def is_new(self) -> bool:
@@ -184,8 +187,23 @@ class Layer:
         return (self.samples.error_of_mean(batch_size) / (self.population.var + self.eps)).sqrt()
 
 
+def samples_needed(batch_size: float, noise: float) -> int:
+    """Return the batch size that reduces the noise of the batch statistics at `batch_size` to `NOISE_AIM`."""
+    return math.ceil(batch_size * (noise / NOISE_AIM) ** 2)
+
+
+def is_synchronized(module: nn.Module) -> bool:
+    """Return whether the layer computes its batch statistics over several processes."""
+    return isinstance(module, nn.SyncBatchNorm) or bool(getattr(module, "sync", False))
+
+
+def dead_channels(weight: Tensor) -> Tensor:
+    """Return which channels have a γ so near 0 that their output is nearly β alone."""
+    return weight.detach().abs() < DEAD
+
+
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
-    """Return every layer of batch normalization, and how training would use it."""
+    """Return every layer of batch normalization, with its role in training."""
     with as_in_training(model):
         return tuple(map(_layer, norm_layers(model)))
 

@@ -1,4 +1,4 @@
-"""The measurements of a model: all that the rules read."""
+"""The measurements of a model, which the rules read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from batchnorm.models.model_graph import Trace
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of a model; what could not be measured is None or empty, with the reason in `missing`.
+    """The measurements of a model. A missing measurement is None or empty, and `missing` has the reason.
 
     Attributes:
         model: The user's model, without wrappers.
@@ -30,7 +30,7 @@ class Measurements:
         training: Whether the model is in training mode.
         trains: Whether any parameter requires a gradient.
         optimizer: The user's optimizer.
-        missing: Needs of rules that are not met, with the reason.
+        missing: The needs of rules that are not met, with the reason.
         processes: Number of processes that train the model together.
         process_states: The layers of each process.
         samples: Number of samples.
@@ -39,19 +39,20 @@ class Measurements:
         step: A training step on the first batch.
         trace: The traced model.
         dropout: The layers with dropout right before them in the trace, and its probability.
-        gap: Effect of the running statistics against the batches': of evaluation against training.
+        gap: Effect of the running statistics against the batches', that is, of evaluation against training.
         running_effect: Effect of the running statistics against the population's.
         batch_effect: Effect of the batches' statistics against the population's.
         distances: Distance of the running statistics from the population's, for each layer that can be compared.
-        misfit: The layers that are off, and why; None where none is.
-        noise: Noise of a normalized value of the median channel by the choice of its batch, by the layer's path.
+        misfit: The layers that are off, and the cause; None if no layer is.
+        noise: Standard deviation of a normalized value when the rest of its batch varies, for the median channel, by
+            the layer's path.
         dropout_scale: Deviation of a layer's input in training over its deviation without dropout, by the layer's path,
-            where the two differ.
+            for layers in which the two differ.
         independence: Test of whether the batches are independent samples.
         pooled_calls: Effect of common statistics against statistics for each call, for layers that are called several
             times, by the layer's path.
-        left_by_layer: Effect that is left of `running_effect` with the population's statistics in one layer, by the
-            layer's path, worst layers first.
+        left_by_layer: The rest of `running_effect` after one layer gets the population's statistics, by the layer's
+            path, worst layers first.
         reshuffled: Effect of normalizing the samples in new random batches.
         padding: Effect of padding on the statistics.
     """
@@ -100,7 +101,7 @@ class Measurements:
 
     @property
     def gap_matters(self) -> bool:
-        """Whether evaluation is worse than training, or without a loss differs because of the running statistics."""
+        """Whether evaluation is worse than training; without a loss, whether running statistics make the two differ."""
         gap, running, batches = self.gap, self.running_effect, self.batch_effect
         if gap is None or running is None or batches is None or gap.output <= OUTPUT_MATTERS:
             return False
@@ -109,6 +110,6 @@ class Measurements:
         return gap.loss > 0 and (gap.loss_interval is None or gap.loss_interval[0] > 0)
 
     def lacks(self, need: str) -> str | None:
-        """Return why a need such as "data" or "step or trace" is not met; None where it is."""
+        """Return why a need such as "data" or "step or trace" is not met; None if it is."""
         reasons = [self.missing.get(one) for one in need.split(" or ")]
         return None if None in reasons else reasons[0]

@@ -32,11 +32,11 @@ from batchnorm.models.processes import Processes
 from batchnorm.models.recording import fewer_samples
 from batchnorm.walk import set_mode
 
-# Samples of the example that the model is traced with.
+# Number of samples that the model is traced with.
 _TRACED = 2
-# Samples for the test of independence: more take time and add nothing.
+# Largest number of samples for the test of independence; more take time and add nothing.
 _TESTED = 2048
-# Change of a deviation by dropout that rounding and chance do not explain.
+# Smallest change of a deviation by dropout that rounding and chance do not explain.
 _DROPOUT = 0.1
 
 
@@ -50,7 +50,7 @@ def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
 
 
 def add_processes(m: Measurements, processes: Processes | None) -> Measurements:
-    """Compare the processes, each of which has to call this; None only counts them."""
+    """Compare the processes, each of which must call this; with None, only count them."""
     if processes is not None:
         return replace(m, processes=processes.count, process_states=ProcessStates.gather(m.layers, processes))
     count = number_of_processes()
@@ -83,12 +83,12 @@ def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
 
 
 def add_data(m: Measurements, passes: Passes, batches: Batches) -> Measurements:
-    """Send the data through the model in three passes, and make a training step."""
+    """Pass the data through the model three times, and make a training step."""
     training = {module: module.training for module in m.model.modules()}
     set_mode(m.model, training=False)
     passes.first(batches)
     if not sum(passes.sizes):
-        raise ValueError("diagnose expects at least one batch, got data that end at once. Pass more data.")
+        raise ValueError("diagnose expects at least one batch, got empty data. Pass more data.")
     measured = iter(passes.layers)
     m = replace(
         m,
@@ -128,7 +128,7 @@ def _add_step(m: Measurements, passes: Passes) -> Measurements:
 def add_effects(m: Measurements, passes: Passes) -> Measurements:
     """Compare the passes, and make further ones for single layers within the budget.
 
-    The passes that are needed for most rules come first; those that rank the layers of BN101 use what is left.
+    The passes that most rules need come first. The rest of the budget ranks the layers of BN101.
     """
     distances = tuple(d for layer in m.measured if (d := distance_of(layer, m.samples, m.batch_size)) is not None)
     noise = {
@@ -198,10 +198,10 @@ def _pooled_calls(m: Measurements, passes: Passes) -> dict[str, Effect]:
 
 
 def _reshuffled(m: Measurements, passes: Passes) -> Effect | None:
-    """Reshuffle the batches where evaluation is worse than training, and stale statistics do not explain that."""
+    """Reshuffle the batches if evaluation is worse than training, and stale statistics do not explain that."""
     if m.gap is None or m.gap.severity == Severity.NOTE or not any(layer.by_batch for layer in m.measured):
         return None
-    # The noise of other batches changes independent samples too; only a loss distinguishes it from knowledge.
+    # The noise of other batches changes independent samples, too. Only a loss distinguishes noise from knowledge.
     stale = m.running_effect is None or m.running_effect.severity > Severity.NOTE
     if (not m.dependent and (stale or m.gap.loss is None)) or not passes.spend():
         return None

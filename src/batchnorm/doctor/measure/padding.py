@@ -17,13 +17,13 @@ from batchnorm.models.batches import as_tensors
 from batchnorm.models.samples import samples_in
 from batchnorm.moments import Moments
 
-# Share of the positions from which padding is reported.
+# Padding is reported from this share of the positions.
 _SHARE = 0.05
-# Least share of images that are padded; least share of their edges that are sharp.
+# Smallest share of padded images, and of sharp edges among their edges.
 _PADDED, _SHARP = 0.25, 0.9
-# Least number of padded samples; half of them where the data have fewer than twice as many.
+# Smallest number of padded samples; half of all samples if there are fewer than twice as many.
 _ENOUGH = 8
-# Largest share of the padded samples that are padded at other ends than the rest.
+# Largest share of the padded samples that are not padded at the same ends as the rest.
 _ELSEWHERE = 0.1
 # The ends of each axis, by the number of axes.
 _ENDS = {
@@ -40,8 +40,8 @@ class PaddingEffect:
     Attributes:
         share: Share of the positions that are padding.
         ends: Where the padding is: "beginning" or "end" of sequences, "top", "left" and so on of images.
-        shifts: Difference of the statistics with and without padding, by the layer's path: root mean square of the
-            means in σ, or of ln σ where that is larger.
+        shifts: Difference of the statistics with and without padding, by the layer's path: the root mean square
+            difference of the means in σ, or of ln σ if that is larger.
     """
 
     share: float
@@ -50,7 +50,7 @@ class PaddingEffect:
 
 
 def padding_effect(passes: Passes) -> PaddingEffect | None:
-    """Measure the input of each layer with and without padding; return None where the data have none."""
+    """Measure the input of each layer with and without padding; return None if the data have no padding."""
     padded = find_padding(passes.kept)
     if padded is None:
         return None
@@ -90,7 +90,7 @@ class PaddedBatch:
         return float(self.positions.double().mean())
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """Return which values of a layer's input are not padding, `[N, *S]`; None where x has other positions."""
+        """Return which values of a layer's input are not padding, `[N, *S]`; None if x has other positions."""
         size = len(self.positions)
         if len(x) == size and x.dim() == self.positions.dim() + 1:
             stretched = F.interpolate(self.positions[:, None].float(), size=x.shape[2:], mode="nearest")
@@ -101,11 +101,11 @@ class PaddedBatch:
 
 
 def find_padding(batches: Iterable[object]) -> PaddedBatch | None:
-    """Return the batch with most padding; None if the data are not padded.
+    """Return the batch with the most padding; None if the data are not padded.
 
     Padding holds one constant vector, at the same ends of all samples, and its size differs between samples. Other
-    margins are not padding: those that all samples share; a background, which has uneven parts on both sides and no
-    straight edges; the borders of images that are shifted about.
+    margins are not padding: a margin that is the same in all samples; a background, which has uneven parts on both
+    sides and no straight edges; the borders of images at random places.
     """
     every = list(batches)
     for axes in _ENDS:
@@ -129,7 +129,7 @@ def _tensors(batch: object, dims: int) -> list[Tensor]:
 
 
 def _padded(given: list[tuple[object, Tensor]]) -> PaddedBatch | None:
-    """Return the batch with most padding; each batch comes with one of its tensors, `[N, C, *S]`."""
+    """Return the batch with the most padding; each batch comes with one of its tensors, `[N, C, *S]`."""
     given = [(batch, x) for batch, x in given if min(x.shape[2:]) >= (4 if x.dim() == 3 else 8)]
     value = _filling([x for _, x in given])
     if value is None:
@@ -155,7 +155,7 @@ def _padded(given: list[tuple[object, Tensor]]) -> PaddedBatch | None:
 
 
 def _filling(every: list[Tensor]) -> Tensor | None:
-    """Return the value `[C]` that fills the outermost lines of most samples; None where none does."""
+    """Return the value `[C]` that fills the outermost lines of most samples; None if none does."""
     found = []
     for x in every:
         for end in (0, -1):
@@ -170,9 +170,9 @@ def _filling(every: list[Tensor]) -> Tensor | None:
 
 
 def _ends(sizes: Tensor) -> Tensor | None:
-    """Return the ends of each axis that are padded, `[axes, 2]`; None where too few samples are padded, or not alike.
+    """Return which ends of each axis are padded, `[axes, 2]`; None if too few samples are padded, or at other ends.
 
-    Images may be padded at both ends of an axis if they are in the middle.
+    Both ends of an axis may be padded if the image is in the middle.
     """
     samples, axes, _ = sizes.shape
     some = int((sizes.sum((1, 2)) > 0).sum())
@@ -202,9 +202,9 @@ def _lines(same: Tensor) -> list[Tensor]:
 
 
 def _sizes(same: Tensor) -> Tensor:
-    """Return how many lines at both ends of each axis are all true, `[N, axes, 2]`; none in a sample that is all true.
+    """Return the number of lines that are all true at both ends of each axis, `[N, axes, 2]`.
 
-    A single position of a sequence does not count.
+    A sample that is all true has none. A single position of a sequence does not count.
     """
     ends = [[lines.long().cumprod(1).sum(1), lines.flip(1).long().cumprod(1).sum(1)] for lines in _lines(same)]
     sizes = torch.stack([torch.stack(pair, 1) for pair in ends], 1)
@@ -252,7 +252,7 @@ class _Margins:
         return torch.stack(runs, 1)
 
     def sharp(self) -> Tensor:
-        """Return for each edge of the padding whether most of the sample's line there has other values."""
+        """Return for each edge of the padding whether most of the sample's adjacent line has other values."""
         size, found = len(self.same), []
         inside = ~self.positions()
         for axis, ends in enumerate(self.sizes.unbind(1), start=1):

@@ -37,30 +37,30 @@ from batchnorm.nn.layer import channels_second
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[..., Any]
 
-# Features kept of a sample's output; larger outputs are thinned out evenly.
+# Largest number of features that are kept of a sample's output; a larger output is sampled evenly.
 _KEPT_FEATURES = 1024
 # Memory for the batches that are kept for the later passes.
 _KEPT_BYTES = 2**30
-# |mean| over deviation from which the error of the computation is measured.
+# From this |mean| over deviation, the error of the computation is measured.
 _CANCELS = 30.0
 
 
 @dataclass(frozen=True)
 class ModelCall:
-    """How the model is called with a batch, and how its output is judged."""
+    """How to call the model with a batch, and how to compute the loss of its output."""
 
     forward: Forward
     loss: Loss | None = None
 
     def loss_of(self, returned: Any, batch: Any) -> Tensor:
-        """Return the loss, with the last part of a tuple as the target, else with the batch itself."""
+        """Return the loss. The target is the last part of a tuple or list, or else the batch itself."""
         assert self.loss is not None
         loss: Tensor = self.loss(returned, batch[-1] if isinstance(batch, (tuple, list)) else batch)
         return loss
 
 
 class Passes:
-    """Send batches through a model in evaluation, and choose the statistics that each layer normalizes by.
+    """Run a model in evaluation mode over batches, with chosen statistics in each layer.
 
     Args:
         model: The model, in evaluation. The caller restores its running statistics.
@@ -74,9 +74,9 @@ class Passes:
         sizes: The size of each batch.
         kept: The batches that are kept for the later passes.
         example: The arguments of the model's first call.
-        by_batch: Outcome normalized by the batches, of the batches that are kept.
+        by_batch: Outcome for the kept batches, each normalized by its own statistics.
         by_running: Outcome normalized by the running statistics.
-        by_population: Outcome normalized by the population; None where outputs cannot be compared.
+        by_population: Outcome normalized by the population's statistics; None if outputs cannot be compared.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], call: ModelCall, budget: int, bar: Bar) -> None:
@@ -97,7 +97,7 @@ class Passes:
 
     @contextmanager
     def _hooked(self, hook_of: Callable[[int], Callable[..., None]] | None = None) -> Iterator[None]:
-        """Observe the layers, with a hook on each, by default the one that measures its input."""
+        """Observe the layers, with a hook on each; by default, the hook measures the layer's input."""
         handles = self.observer.install()
         for number, layer in enumerate(self.layers):
             hook = (hook_of or self._measure_input)(number)
@@ -119,9 +119,9 @@ class Passes:
         return _output_of(returned), loss
 
     def first(self, batches: Batches) -> None:
-        """Run each batch by its own statistics, as in training, then by the running ones; measure the layers.
+        """Run each batch with its own statistics, as in training, then with the running ones; measure the layers.
 
-        After the first batch the bar says how long all will take, including the budget.
+        After the first batch, the bar shows the expected total time, including the budget.
         """
         calls: dict[LayerCall, Moments] = {}
         room = _KEPT_BYTES
@@ -152,7 +152,7 @@ class Passes:
                 self._batch = None
             if number == 0:
                 self._find_moved()
-                # The first run warms the model up; the second one takes the measurements that are taken once.
+                # The first run warms the model up. The second run includes the measurements that are made once.
                 seconds = min(times[1] - times[0], times[2] - times[1])
                 self._announce(batches.expected(size), seconds)
             if room >= size_of(given) or not self.kept:
@@ -168,7 +168,7 @@ class Passes:
             self._set(number, order=position, calls=own)
 
     def _announce(self, number: int | None, seconds: float) -> None:
-        """Say how long all will take, from the time of one batch."""
+        """Show the expected total time, from the time of one batch."""
         if number is not None:
             least, most = (timedelta(seconds=round(number * seconds * passes)) for passes in (3, 3 + self.budget))
             text = f"{counted(number, 'batch')}: about {least}"
@@ -181,7 +181,7 @@ class Passes:
         return self.budget >= 0
 
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:
-        """Run the kept batches with other statistics in some layers; a tuple has one for each call of the layer."""
+        """Run the kept batches with other statistics in some layers; a tuple has one entry for each call of a layer."""
         outcome = Outcome()
         self._put({number: s for number, s in statistics.items() if isinstance(s, Statistics)})
         by_call = {number: s for number, s in statistics.items() if not isinstance(s, Statistics)}
@@ -204,8 +204,8 @@ class Passes:
     def reshuffled(self) -> Outcome | None:
         """Run the samples of the kept batches in new random batches, each normalized by its own statistics.
 
-        The outputs are in the order of the other passes. Returns None where a batch does not consist of tensors with
-        one row per sample.
+        The outputs are in the order of the other passes. Return None if a batch does not consist of tensors with one
+        row per sample.
         """
         kept = [as_tensors(given) for given in self.kept]
         sizes = self.sizes[: len(kept)]
@@ -230,7 +230,7 @@ class Passes:
         return Outcome(list(in_order.split(sizes)), outcome.losses)
 
     def show_inputs(self, batch: Any, show: Callable[[Layer, Tensor], None]) -> None:
-        """Run a batch by its own statistics, and show the input of each layer in its first call without a mask."""
+        """Run a batch with its own statistics, and show each layer's input in its first call without a mask."""
         shown: set[int] = set()
 
         def hook_of(number: int) -> Callable[..., None]:

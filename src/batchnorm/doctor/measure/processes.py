@@ -27,7 +27,7 @@ class ProcessStates:
 
     @classmethod
     def gather(cls, layers: Iterable[Layer], processes: Processes) -> ProcessStates:
-        """Gather the states of all processes, each of which has to call this."""
+        """Gather the states of all processes, each of which must call this."""
         own = {
             layer.path: {
                 name: tensor.detach().cpu().clone()
@@ -51,8 +51,8 @@ class ProcessStates:
         """Return the largest difference of the other processes from the first.
 
         Returns:
-            For γ and β the largest absolute difference. For the running statistics the root mean square difference of
-            the means in σ, or of ln σ where that is larger. Infinite where a value is not finite.
+            The largest absolute difference of γ and β. The root mean square difference of the running means in σ, or of
+            ln σ if that is larger. Infinite if a value is not finite.
         """
         first, parameters, statistics = self.states[0][path], 0.0, 0.0
         for other in self.states[1:]:

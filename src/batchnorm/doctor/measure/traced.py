@@ -15,7 +15,7 @@ _FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
 
 
 def dropout_before(module: fx.GraphModule, layers: Collection[nn.Module]) -> dict[nn.Module, float]:
-    """Return the layers with dropout before them, no other layer in between, and its largest probability.
+    """Return the layers with dropout before them and no other of the layers between, with its largest probability.
 
     Args:
         module: The traced model, with its layers as calls of modules.
@@ -44,7 +44,7 @@ def _probability(node: Node, called: nn.Module | None) -> float:
 
 
 def tensor_of(argument: object, trace: Trace) -> Tensor | None:
-    """Return the parameter or buffer that an argument of a traced call is; None where it is none."""
+    """Return an argument of a traced call if it is a parameter or buffer, else None."""
     if not isinstance(argument, Node) or argument.op != "get_attr":
         return None
     held: Any = trace.module

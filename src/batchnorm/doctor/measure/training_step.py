@@ -1,4 +1,4 @@
-"""One training step: which running statistics it updates, and when."""
+"""Observe one training step: the running statistics that it updates, and when."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, ba
     """Make a training step without its update, and restore everything afterwards.
 
     Args:
-        model: The model, in the mode to look at.
+        model: The model, in the mode to examine.
         layers: The layers to watch.
-        call: How the model is called.
+        call: How to call the model.
         batch: A batch on the model's device.
 
     Raises:

@@ -21,8 +21,8 @@ class Conditions:
         loss: Whether there were data and a loss.
         optimizer: Whether the optimizer was given.
         training: Whether the model was in training mode.
-        device: The device of the model; all of them where there are several.
-        dtype: The dtype of its parameters and buffers; all of them where there are several.
+        device: The device of the model; all of them if there are several.
+        dtype: The dtype of its parameters and buffers; all of them if there are several.
         batchnorm: Version.
         torch: Version.
         python: Version.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diagnosis(Results):
-    """The findings on the batch normalization of a model; prints as a report, in colour with rich's `print`.
+    """The findings about a model's batch normalization. It prints as a report, in colour with rich's `print`.
 
     Attributes:
         model: The model's class.
@@ -66,7 +66,7 @@ class Diagnosis(Results):
         return as_dict(self)
 
     def to_json(self) -> str:
-        """Return the diagnosis as JSON; the documentation has its schema, and `schema` is its version."""
+        """Return the diagnosis as JSON; the documentation has its schema, and the field `schema` the version."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_html(self) -> str:
@@ -93,7 +93,7 @@ class Diagnosis(Results):
         Raises:
             ValueError: the path has another ending.
             ImportError: it ends in `.html`, and jinja2 is missing.
-            OSError: there is something else than a file at the path, or it cannot be written; nothing is changed.
+            OSError: the path is not a regular file, or it cannot be written; nothing is changed.
         """
         path = Path(path)
         texts = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}

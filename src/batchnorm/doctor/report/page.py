@@ -11,15 +11,15 @@ from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity, by_reason
 from batchnorm.doctor.measure.facts import Channels, LayerFacts, LayerMeasures
-from batchnorm.doctor.report.plain import displayed, facts_in_words
+from batchnorm.doctor.report.plain import displayed, facts_as_text
 from batchnorm.doctor.report.results import Results
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, named, signed
-from batchnorm.page import number, render
+from batchnorm.page import number, render, short
 
-# Number of channels that the page shows completely, the worst layers first; about 1 MB.
+# Number of channels for which the page shows all channels of a layer, worst layers first; about 1 MB.
 _CHANNELS = 32_768
-# Number of channels of each further layer: the ones that are farthest off.
+# Number of channels that it shows of each further layer: the channels that are farthest off.
 _FARTHEST = 64
 _BINS = 30
 # Largest number of parts that the strip of layers is divided into.
@@ -124,7 +124,7 @@ def rows_of(results: Results) -> list[Row]:
                 named(layer.path),
                 "ok" if worst is None else worst.label,
                 findings,
-                _in_words(layer, measures),
+                _row_facts(layer, measures),
             )
         )
     return rows
@@ -135,9 +135,9 @@ def _names(finding: Finding, layer: LayerFacts) -> bool:
     return any(path in own or (path and layer.after.startswith(f"{path} (")) for path in finding.paths)
 
 
-def _in_words(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
+def _row_facts(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
     return {
-        **facts_in_words(layer),
+        **facts_as_text(layer),
         "running mean off": _with_unit(measures.shift, "σ"),
         "divergence": _with_unit(measures.divergence, " nats"),
         "batch noise": _with_unit(measures.noise, "σ"),
@@ -191,7 +191,7 @@ def charts(results: Results, rows: list[Row], ranks: Iterable[int]) -> dict[str,
         return {
             "path": row.path,
             "health": row.health,
-            **{name: _short(getattr(measures, name)) for name in ("shift", "log_scale", "divergence", "noise")},
+            **{name: _short_or_none(getattr(measures, name)) for name in ("shift", "log_scale", "divergence", "noise")},
             "order": measures.order,
             "gamma": histogram(channels.weight),
             "beta": histogram(channels.bias),
@@ -219,7 +219,7 @@ def histogram(values: Tensor | None) -> dict[str, Any] | None:
         return {**found, "low": low - half, "high": low + half, "counts": [len(finite)]}
     bins = min(_BINS, max(5, len(finite) // 3))
     counts = torch.histc(finite, bins, low, high)
-    return {**found, "low": _short(low), "high": _short(high), "counts": [int(count) for count in counts]}
+    return {**found, "low": short(low), "high": short(high), "counts": [int(count) for count in counts]}
 
 
 def against_population(channels: Channels, most: int) -> dict[str, Any] | None:
@@ -237,15 +237,15 @@ def against_population(channels: Channels, most: int) -> dict[str, Any] | None:
     return {
         "number": number,
         "index": index.tolist(),
-        "running_mean": [_short(v) for v in running_mean[index].tolist()],
-        "running_var": [_short(v) for v in running_var[index].tolist()],
-        "mean": [_short(v) for v in mean[index].tolist()],
-        "var": [_short(v) for v in var[index].tolist()],
+        "running_mean": [short(v) for v in running_mean[index].tolist()],
+        "running_var": [short(v) for v in running_var[index].tolist()],
+        "mean": [short(v) for v in mean[index].tolist()],
+        "var": [short(v) for v in var[index].tolist()],
     }
 
 
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def _short_or_none(value: float | None) -> float | None:
+    return None if value is None else short(value)
 
 
 def _with_unit(value: float | None, unit: str) -> str:

@@ -12,7 +12,7 @@ from batchnorm.doctor.measure.facts import LayerFacts
 from batchnorm.doctor.report.results import Results
 from batchnorm.text import printable
 
-# Grows by one when a field is removed or changes its meaning; new fields leave it as it is.
+# Increases by one when a field is removed or changes its meaning. A new field does not change it.
 SCHEMA_VERSION = 1
 
 
@@ -65,8 +65,8 @@ def as_dict(results: Results) -> dict[str, Any]:
     return found
 
 
-def facts_in_words(layer: LayerFacts) -> dict[str, str]:
-    """Return the facts of a layer in words, by name."""
+def facts_as_text(layer: LayerFacts) -> dict[str, str]:
+    """Return the facts of a layer as text, by name."""
     return {
         "kind": printable(f"{layer.kind}({layer.channels})"),
         "after": printable(layer.after) or "?",

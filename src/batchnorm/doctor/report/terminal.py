@@ -11,7 +11,7 @@ from rich.text import Text
 
 from batchnorm.doctor.finding import Finding, Severity, not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
-from batchnorm.doctor.report.plain import displayed, facts_in_words
+from batchnorm.doctor.report.plain import displayed, facts_as_text
 from batchnorm.doctor.report.results import Results
 from batchnorm.doctor.wording import named
 
@@ -45,7 +45,7 @@ def _finding(finding: Finding) -> list[RenderableType]:
 def layer_table(layers: tuple[LayerFacts, ...]) -> Table:
     """Return a table with one row per layer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rows = [{"layer": " = ".join(map(named, (layer.path, *layer.also))), **facts_in_words(layer)} for layer in layers]
+    rows = [{"layer": " = ".join(map(named, (layer.path, *layer.also))), **facts_as_text(layer)} for layer in layers]
     for name in rows[0]:
         text = name in ("layer", "kind", "after", "before")
         table.add_column(name, justify="left" if text else "right", overflow="fold")

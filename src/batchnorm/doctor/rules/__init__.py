@@ -1,4 +1,4 @@
-"""The rules, one per file: `bn204_momentum.py` holds what BN204 looks for, and its page in the documentation."""
+"""The rules, one per file: `bn204_momentum.py` contains the rule BN204 and the text of its documentation page."""
 
 from __future__ import annotations
 

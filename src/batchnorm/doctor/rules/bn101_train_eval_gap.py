@@ -7,7 +7,7 @@ from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
-# Rules that explain a gap between training and evaluation; the first two also by a note.
+# Rules that explain a gap between training and evaluation. For the first two, a note is enough.
 _CAUSES = ("BN102", "BN103", "BN104", "BN105", "BN109", "BN111", "BN112", "BN201", "BN202", "BN204", "BN216")
 
 
@@ -15,28 +15,28 @@ class TrainEvaluationGap(Rule):
     code = "BN101"
     title = "evaluation differs from training on the same batches"
     why = """
-        Training normalizes by the batch, evaluation by the running statistics. Where the two differ on the same data,
-        the network that is evaluated is not the one that was trained.
+        Training normalizes by the batch, evaluation by the running statistics. If the two differ on the same data, the
+        evaluated network is not the one that was trained.
     """
     evidence = """
         Every batch goes through the network twice: normalized by its own statistics, and by the running ones. Dropout
         is off both times, so nothing else differs. A third pass, normalized by the population's statistics, splits the
         gap in two:
 
-        - running statistics against the population's: the running statistics are wrong (BN102, BN103, BN109);
-        - batches' statistics against the population's: what the network gains or loses from the other samples of the
-          batch (BN104, BN105).
+        - running statistics against the population's: the effect of wrong running statistics (BN102, BN103, BN109);
+        - batches' statistics against the population's: the gain or loss from the other samples of the batch (BN104,
+          BN105).
 
-        Layers whose running statistics are off are ranked. For the worst of them (`budget=`) one more pass uses the
-        population's statistics in that layer alone, and measures how much of the excess loss goes away. Passes that
-        other rules need come first.
+        Layers whose running statistics are off are ranked. For each of the worst ones (`budget=`), one more pass uses
+        the population's statistics in that layer alone, and measures how much of the excess loss this removes. Passes
+        that other rules need come first.
     """
     severity = """
-        The loss in evaluation minus the loss in training decides: a warning from 10 % more loss and a change of the
-        output by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
+        Decided by the loss in evaluation minus the loss in training: a warning if the loss grows by 10 % and the output
+        changes by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
-    notes = "Where a cause was found, the finding names its code instead: fix that first."
+    notes = "If a cause was found, the finding names its code instead of this fix. Fix that cause first."
     source = """
         Ioffe & Szegedy 2015, *Batch Normalization*, section 3.1; Wu & Johnson 2021, *Rethinking “Batch” in BatchNorm*,
         section 4.
@@ -84,7 +84,7 @@ def _in_loss(whole: Effect) -> bool:
 
 
 def _removed(left: Effect, whole: Effect) -> float:
-    """Return the share of the whole effect that is gone."""
+    """Return the share of the whole effect that was removed."""
     if _in_loss(whole):
         assert left.loss is not None and whole.loss is not None
         return 1 - left.loss / whole.loss

@@ -7,24 +7,24 @@ class StaleStatistics(Rule):
     code = "BN102"
     title = "running statistics do not fit the activations"
     why = """
-        Running statistics follow the activations with a delay. After averaging, pruning or quantizing weights, after
-        training with the layers in evaluation, or after too few updates, they belong to another network.
+        Running statistics follow the activations with a delay. They belong to another network if weights were averaged,
+        pruned or quantized, if the layers were in evaluation mode during training, or if there were too few updates.
     """
     evidence = """
-        How far the running mean and variance of each layer are from the mean and variance of all its inputs: in
-        standard deviations, as a ratio, and as the Kullback-Leibler divergence of normal distributions. The part that
-        the sample's size and the running average's own scatter explain is subtracted. Channels that are constant in the
-        data are measured in their running deviation.
+        The distance of each layer's running mean and variance from the mean and variance of all its inputs: in standard
+        deviations, as a ratio, and as the Kullback-Leibler divergence of normal distributions. The part that the sample
+        size and the running average's own scatter explain is subtracted. For channels that are constant in the data,
+        the unit is the running standard deviation.
 
-        Stale statistics and other data (BN103) look the same in these figures. The weights distinguish the two: the
-        mean of a convolution's output is S·m, with S the sums of its weights over the kernel, whatever the data are. A
-        change of the data moves it within the range of S; a change of the weights does not. The share outside that
-        range is measured for the first layer that is off, in the order of the calls, if it has at least twice as many
-        outputs as inputs. Two other signs of stale statistics are initial values that are still in the average (`(1 -
-        momentum)^updates`), and a first layer that fits while later ones do not. If no sign decides, the finding is
-        BN102 and says that it is unsure; recalibration fixes both.
+        Stale statistics and other data (BN103) look the same in these figures. The weights distinguish the two. The
+        mean of a convolution's output is S·m for any data; S are the sums of its weights over the kernel, and m are the
+        means of its input channels. A change of the data moves the mean within the range of S; a change of the weights
+        does not. The share outside that range is measured for the first layer that is off, in the order of the calls,
+        if it has at least twice as many outputs as inputs. There are two other signs of stale statistics: initial
+        values that are still in the average (`(1 - momentum)^updates`), and a first layer that fits while later ones do
+        not. If no sign decides, the finding is BN102 and says that it is unsure. Recalibration fixes both.
     """
-    severity = "The cost of the running statistics against the population's, on the same batches, decides."
+    severity = "Decided by the cost of the running statistics against the population's, on the same batches."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     source = """
         Wu & Johnson 2021, section 3; Izmailov et al. 2018, *Averaging Weights Leads to Wider Optima* (statistics after

@@ -7,15 +7,15 @@ class DomainShift(Rule):
     code = "BN103"
     title = "the data differ from the data behind the running statistics"
     why = """
-        Evaluation normalizes by the statistics of the training data. Other data, or data prepared in another way (0 to
-        255 instead of 0 to 1, another mean, another order of colours), become shifted and scaled activations.
+        Evaluation normalizes by the statistics of the training data. Other data, or data that are prepared in another
+        way (0 to 255 instead of 0 to 1, another mean, another order of colours), give shifted and scaled activations.
     """
     evidence = """
-        The figures of [BN102](bn102.md). The finding is BN103 where the deviations of the running means are within what
-        a change of the layers' inputs can cause, where σ is off by the same factor in all channels of the first layer,
-        or where the first layer normalizes the data themselves.
+        The figures of [BN102](bn102.md). The finding is BN103 in one of three cases: a change of the layers' inputs can
+        cause the deviations of the running means; σ is off by the same factor in all channels of the first layer; the
+        first layer normalizes the data themselves.
     """
-    severity = "The cost of the running statistics against the statistics of these data decides."
+    severity = "Decided by the cost of the running statistics against the statistics of these data."
     repair = """
         # first compare how training and evaluation prepare the data; if they are meant to differ:
         model, report = batchnorm.recalibrate(model, data)  # the new data; with few samples, add prior=16

@@ -1,34 +1,33 @@
 from __future__ import annotations
 
-import math
 from statistics import median
 
-from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY
+from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY, samples_needed
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.wording import counted, listed, noise_at
 
 
 class SmallBatch(Rule):
     code = "BN104"
     title = "the batch is too small for its statistics"
     why = """
-        In training the output for a sample depends on the other samples of its batch, by an amount that falls as 1/√N.
-        With few samples this is noise that evaluation does not have; with one value per channel, normalization removes
-        all of the input.
+        In training, the output for a sample depends on the other samples of its batch, by an amount that falls as 1/√N.
+        With few samples, this is noise that evaluation does not have. With one value per channel, normalization removes
+        the whole input.
     """
     evidence = """
-        The standard deviation of a normalized value over the choice of the other samples of its batch: √((Var(u)/σ² +
-        Var(v)/(4σ⁴))/N), where u is the mean of a sample over its positions, v its mean square deviation, and N the
-        number of samples in a batch. It is measured from whole samples, so similar pixels do not count as independent.
-        It falls as 1/√N; the finding says how many samples bring the noisiest layer down to 0.1σ.
+        The standard deviation of a normalized value when the other samples of its batch vary: √((Var(u)/σ² +
+        Var(v)/(4σ⁴))/N). Here u is the mean of a sample over its positions, v its mean square deviation, and N the
+        number of samples in a batch. Whole samples are measured, so similar pixels do not count as independent. The
+        finding says how many samples bring the noisiest layer down to 0.1σ.
 
         Batches with a single value per channel are counted, except at layers that normalize some of them by the running
         statistics (`on_single="running"`).
     """
     severity = """
-        The cost of the batches' statistics against the population's, on the same batches, decides. One value per
-        channel in every batch is an error, in some batches a warning: torch refuses to train on them. Without a loss
-        noise is a note, because it also regularizes.
+        Decided by the cost of the batches' statistics against the population's, on the same batches. One value per
+        channel is an error in every batch, and a warning in some batches, because torch refuses to train on them.
+        Without a loss, noise is a note, because it also regularizes.
     """
     repair = """
         # larger batches, or statistics over several processes or steps
@@ -70,12 +69,11 @@ class SmallBatch(Rule):
         noise = m.noise[worst[0]]
         if noise < NOISY and effect.severity == Severity.NOTE:
             return
-        needed = math.ceil(m.batch_size * (noise / NOISE_AIM) ** 2)
+        needed = samples_needed(m.batch_size, noise)
         yield self.finding(
             effect.severity if effect.loss is not None else Severity.NOTE,
             worst,
-            f"with {m.batch_size:g} samples a normalized value at {named(worst[0])} varies by {noise:.2g}σ "
-            f"with the rest of its batch ({median(m.noise.values()):.2g}σ in the median layer); "
+            f"{noise_at(worst[0], m.batch_size, noise)} ({median(m.noise.values()):.2g}σ in the median layer); "
             f"{NOISE_AIM}σ takes about {needed}",
             effect=effect,
             evidence=[f"batches' statistics against the population's: {effect}"],

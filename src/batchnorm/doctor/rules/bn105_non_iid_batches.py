@@ -8,24 +8,24 @@ class NonIidBatches(Rule):
     title = "batches are not independent samples of the data"
     why = """
         Batches that are sorted by class, drawn for metric learning, or cut from one video have statistics of their own.
-        The network learns to use them, and the running statistics, an average over batches, miss the spread between
-        them.
+        The network learns to use these. The running statistics average over batches, so they miss the spread between
+        batches.
     """
     evidence = """
-        An analysis of variance of the samples' means, with batches as groups: how much more the means of batches vary
-        than those of random batches. It is computed in evaluation, where no sample depends on its neighbours. The
-        largest ratio over all channels of all layers is compared with that of 199 random orders of the samples. This
-        assumes no distribution, and thousands of channels cause no false alarm.
+        An analysis of variance of the samples' means, with batches as groups. It measures how much more the means of
+        batches vary than those of random batches. It is computed in evaluation, because no sample depends on its
+        neighbours there. The largest ratio over all channels of all layers is compared with that of 199 random orders
+        of the samples. This assumes no distribution, and thousands of channels cause no false alarm.
 
-        A validation loader that is sorted by class is found too: pass the data as in training.
+        A validation loader that is sorted by class also causes this finding. Pass the data as in training.
     """
     severity = """
-        The cost of the batches' statistics against the population's decides, or the gap to evaluation where the network
-        has learned to use them.
+        Decided by the cost of the batches' statistics against the population's, or by the gap to evaluation if the
+        network has learned to use them.
     """
     repair = """
         loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
-        # where batches cannot be shuffled: exact statistics for evaluation, or none of the batch (batchnorm.convert)
+        # if batches cannot be shuffled: exact statistics for evaluation, or no batch statistics (batchnorm.convert)
         model, report = batchnorm.recalibrate(model, training_data)
     """
     source = """
@@ -38,7 +38,7 @@ class NonIidBatches(Rule):
         paths = [layer.path for layer in m.measured if layer.by_batch]
         if test is None or not test.rejected or effect is None or not paths:
             return
-        # A network that is better by its own batch is as bad: evaluation does not have that knowledge.
+        # A network that is better with its own batch is just as bad, because evaluation does not have that knowledge.
         uses_batch = gap is not None and gap.loss is not None and gap.severity > effect.severity
         worse = gap if uses_batch and gap is not None else effect
         inflation = float(test.inflation.mean())

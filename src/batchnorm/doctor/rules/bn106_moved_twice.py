@@ -7,7 +7,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
-# Error that the additional updates add to the running mean, in standard deviations, from which it is a warning.
+# A warning if the additional updates add more than this error to the running mean, in standard deviations.
 _MATTERS = 0.05
 
 
@@ -15,17 +15,17 @@ class MovedTwice(Rule):
     code = "BN106"
     title = "running statistics are updated more than once in a training step"
     why = """
-        Activation checkpointing runs a layer again in the backward pass, and a loss that calls the model twice runs all
-        layers twice. Each run updates the statistics, so the momentum is not the one that was chosen.
+        Activation checkpointing runs a layer again in the backward pass. A loss that calls the model twice runs all
+        layers twice. Each run updates the statistics, so the effective momentum is not the one that was chosen.
     """
     evidence = """
-        One training step is made on the first batch, with its backward pass and without its update, and undone. Every
+        One training step on the first batch, with its backward pass and without its update, which is then undone. Every
         call of a layer that changes its running statistics is counted, before and during the backward pass. No step is
-        made where the parameters have hooks that start an update.
+        made if the parameters have hooks that start an update.
     """
     severity = """
-        The additional scatter of the running mean decides, in standard deviations: a warning from 0.05σ. Two updates by
-        the same batch turn a momentum of 0.1 into 0.19, which often does little.
+        Decided by the additional scatter of the running mean, in standard deviations: a warning from 0.05σ. Two updates
+        by the same batch turn a momentum of 0.1 into 0.19, which often has little effect.
     """
     repair = "model, report = batchnorm.accelerate(model)  # its layers are not updated in a backward pass"
     source = """

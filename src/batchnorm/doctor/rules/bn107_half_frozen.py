@@ -17,14 +17,14 @@ class HalfFrozen(Rule):
     """
     evidence = """
         For each layer, whether γ or β is trained (`requires_grad`, and a place in the optimizer if one is given), and
-        whether training updates its statistics. A model in training mode is taken as it is. For a model in evaluation
-        mode `train()` is called and undone, so models that override it to keep layers frozen are understood. Code that
-        calls `.eval()` on layers afterwards is not seen; the confidence is then medium. With data the finding says how
-        far the statistics would move.
+        whether training updates its statistics. A model in training mode is examined as it is. For a model in
+        evaluation mode, `train()` is called and undone, so models that override it to keep layers frozen are
+        understood. Code that calls `.eval()` on layers afterwards is not seen, so the confidence is then medium. With
+        data, the finding says how far the statistics would move.
     """
     severity = """
-        A warning. The reverse, statistics that stay fixed while γ and β are trained, is common in fine-tuning and a
-        note; so are layers without γ and β that stay in evaluation while others train.
+        A warning. The reverse is a note, because it is common in fine-tuning: statistics stay fixed while γ and β are
+        trained. Layers without γ and β that stay in evaluation while others train are also a note.
     """
     repair = 'model, report = batchnorm.freeze(model, only=["layer1.0.bn1", ...])'
     source = "PyTorch's documentation of `BatchNorm2d`; Wu & Johnson 2021 (frozen batch normalization)."
@@ -59,7 +59,7 @@ class HalfFrozen(Rule):
             yield self.finding(
                 Severity.NOTE,
                 bare,
-                f"{counted(len(bare), 'layer')} without γ and β stay in evaluation where others train: {listed(bare)}",
+                f"{counted(len(bare), 'layer')} without γ and β stay in evaluation while others train: {listed(bare)}",
                 evidence=["this may be intended; their statistics become stale as the weights change"],
                 repair=_AFTER_TRAINING,
             )

@@ -3,7 +3,7 @@ from __future__ import annotations
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
-# Error of a normalized value, in standard deviations.
+# Errors of a normalized value, in standard deviations, from which there is a finding of each severity.
 _NOTE, _WARNING, _ERROR = 1e-3, 1e-2, 0.1
 
 
@@ -11,17 +11,17 @@ class Cancellation(Rule):
     code = "BN108"
     title = "a large mean leaves few digits for the deviation"
     why = """
-        x - mean cancels where |mean| is many standard deviations: only the last digits of x remain. float32 has 7
-        digits, float16 3, bfloat16 2.
+        x - mean cancels if |mean| is many standard deviations: only the last digits of x remain. float32 has 7 digits,
+        float16 has 3, bfloat16 has 2.
     """
     evidence = """
-        |mean| over √(variance + ε) of every channel of the layer's input, from the first batch. Where it is large,
-        torch's batch normalization is run on that input and compared with float64: this is the error of the
-        computation. The error that the rounding of the input itself causes is its unit in the last place.
+        The ratio |mean|/√(variance + ε) of every channel of the layer's input, from the first batch. If it is large,
+        torch's batch normalization runs on that input and is compared with float64, which gives the error of the
+        computation. The error that the rounding of the input causes follows from its unit in the last place.
     """
     severity = """
-        The larger of the two errors of a normalized value decides, in standard deviations: a note from 0.001, a warning
-        from 0.01, an error from 0.1.
+        Decided by the larger of the two errors of a normalized value, in standard deviations: a note from 0.001, a
+        warning from 0.01, an error from 0.1.
     """
     repair = """
         standardizer = batchnorm.Standardizer().fit(data)  # in float64, before conversion to the layer's dtype

@@ -11,15 +11,15 @@ class ReusedLayer(Rule):
     code = "BN109"
     title = "a layer is called several times in a forward pass"
     why = """
-        In training each call normalizes by its own batch statistics; in evaluation all calls share one pair of running
-        statistics, a mixture of all of them. Where the calls have different inputs, no pair fits.
+        In training, each call normalizes by its own batch statistics. In evaluation, all calls share one pair of
+        running statistics, a mixture of all of them. If the calls have different inputs, no pair fits.
     """
     evidence = """
         The calls of each layer in one forward pass of the model, with the mean and variance of the input of each call.
-        Where these differ, one more pass (`budget=`) normalizes every call by its own population, and measures what the
-        common statistics cost. Without data the calls are counted in the traced model.
+        If these differ, one more pass (`budget=`) normalizes every call by its own population, and measures the cost of
+        the common statistics. Without data, the calls are counted in the traced model.
     """
-    severity = "That cost decides; a note where the calls have similar inputs."
+    severity = "Decided by that cost; a note if the calls have similar inputs."
     repair = """
         # for a module in several places:
         model, report = batchnorm.recalibrate(model, training_data, shared="separate")

@@ -14,8 +14,8 @@ class RedundantBias(Rule):
     code = "BN110"
     title = "a bias before batch normalization does nothing"
     why = """
-        It shifts the mean of the batch, which is subtracted. It costs parameters and optimizer state, and the running
-        mean follows it.
+        The bias shifts the mean of the batch, which is subtracted. It costs parameters and optimizer state, and the
+        running mean follows it.
     """
     evidence = """
         In the traced model: convolutions, and linear layers of `[N, C]`, with a bias whose result is read by batch
@@ -48,7 +48,7 @@ def _bias(m: Measurements, layer: Layer) -> tuple[str, Tensor] | None:
     if m.trace is None or place is None or not place.follows_linear or place.calls > 1:
         return None
     if not layer.by_batch or has_own_forward(layer.module):
-        return None  # nothing may subtract the bias
+        return None  # perhaps nothing subtracts the bias
     call = place.source
     if call.target is F.linear and not place.channels_last and len(m.trace.shapes.get(call, ())) != 2:
         return None  # its features are not the layer's channels

@@ -10,19 +10,19 @@ class DropoutBefore(Rule):
     code = "BN111"
     title = "dropout before batch normalization shifts its variance"
     why = """
-        Dropout keeps the mean and raises the variance, in training only. The running variances contain the raised one;
-        in evaluation the layer divides by too much, and so does every layer after it.
+        Dropout keeps the mean and raises the variance, in training only. The running variance averages the raised
+        variance. In evaluation, the layer therefore divides by too much, and so does every layer after it.
     """
     evidence = """
-        The first batch goes through a training step, with dropout, and through the network normalized by the batch
-        without dropout. A layer is named where the deviation of its input differs by 10 % or more.
+        The first batch goes through a training step, with dropout, and through the network normalized by the batch,
+        without dropout. The finding names the layers whose input's standard deviation differs by 10 % or more.
 
-        Without data: the layers that follow a dropout in the trace with no other layer between, if any parameter is
-        trained.
+        Without data: the layers that follow a dropout in the trace, with no other batch normalization between, if any
+        parameter is trained.
     """
     severity = """
-        The cost of the running statistics against the population's without dropout decides, if most layers that are off
-        are among these; otherwise a note.
+        Decided by the cost of the running statistics against the population's without dropout, if these are most of the
+        layers that are off; otherwise a note.
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # or dropout after the last of these layers"
     source = "Li et al. 2019, *Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift*."

@@ -9,21 +9,21 @@ class Leakage(Rule):
     why = """
         Batch statistics carry information that the samples of a batch share: their class, their pair, whether they are
         generated. A network that is trained on such batches learns to use it, as in contrastive learning and GANs. In
-        evaluation this information is missing.
+        evaluation, this information is missing.
     """
     evidence = """
         The samples are put into new random batches of the same sizes, each normalized by its own statistics. Any change
-        of a sample's output comes from its neighbours. This takes one of the `budget=` passes, and is done only where
+        of a sample's output comes from its neighbours. This takes one of the `budget=` passes. It is done only if
         evaluation is worse than training on the same batches, and stale running statistics do not explain that.
     """
     severity = """
-        The cost of the new neighbours in loss decides, and the change of the outputs. Without a loss it is never an
-        error, and is checked only where batches are not independent ([BN105](bn105.md)): the noise of small batches
-        changes outputs just as much.
+        Decided by the added loss with the new neighbours, and by the change of the outputs. Without a loss, it is never
+        an error, and is checked only if batches are not independent ([BN105](bn105.md)), because the noise of small
+        batches changes outputs just as much.
     """
     repair = """
         loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
-        # where batches cannot be shuffled, use no statistics of the batch; then train again
+        # if batches cannot be shuffled, use no statistics of the batch; then train again
         model, report = batchnorm.convert(model, torch.nn.GroupNorm, num_groups=8)
     """
     source = """

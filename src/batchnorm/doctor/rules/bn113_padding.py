@@ -5,7 +5,7 @@ import math
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
-# Shift of the statistics, in σ or ln σ, from which padding is a warning.
+# A warning if padding shifts the statistics by more than this, in σ or ln σ.
 _MATTERS = 0.25
 
 
@@ -13,32 +13,32 @@ class Padding(Rule):
     code = "BN113"
     title = "padding enters the statistics"
     why = """
-        Sequences of several lengths, and images of several sizes, are padded to one size. Batch normalization counts
-        the padding as values, so mean and variance, and with them every output, depend on how much padding there is.
+        Sequences of different lengths and images of different sizes are padded to one size. Batch normalization counts
+        the padding as values. Mean, variance and every output therefore depend on the amount of padding.
     """
     evidence = """
         - **Sequences**, [N, C, L] or [N, L, C]: positions at the end or at the beginning of the samples that hold one
-          constant vector, zero or not, the same in all samples and of several lengths.
+          constant vector, zero or not. It is the same in all samples, and its lengths differ.
         - **Images**, [N, C, H, W], and volumes: whole rows and columns that hold one constant vector, the same in all
-          images. They may be at the bottom and the right, as collate functions of detection and segmentation put them,
-          at the other sides, or on both sides of an image in the middle (letterboxes). At least a quarter of the images
-          have some, of different sizes, and nine in ten edges are sharp: most of the image's outermost line has other
-          values.
+          images. They may be at the bottom and the right, where collate functions for detection and segmentation put
+          them, at the other sides, or on both sides of an image in the middle (letterboxes). At least a quarter of the
+          images have padding, its sizes differ, and nine in ten edges are sharp: most of the image's outermost line has
+          other values.
 
-        Nine in ten of the padded samples have to be padded at the same ends, the padding has to be longer than runs of
-        the constant inside the samples, and it has to be at least 5 % of all positions. The input of each layer is
-        measured with and without it, in one batch: the difference of the means in σ, or of ln σ. Layers that are called
-        with a mask are left out.
+        There are three more conditions. Nine in ten of the padded samples are padded at the same ends. The padding is
+        longer than runs of the constant inside the samples. It is at least 5 % of all positions. The input of each
+        layer is measured with and without padding, in one batch: the difference of the means in σ, or of ln σ. Layers
+        that are called with a mask are left out.
     """
-    severity = "A warning where the statistics move by more than 0.25, a note below."
+    severity = "A warning if the statistics move by more than 0.25, otherwise a note."
     repair = """
         model, report = batchnorm.convert(model, batchnorm.nn)
-        y = layer(x, mask=mask)  # in its forward: which positions count, a boolean [N, L], for images [N, H, W]
+        y = layer(x, mask=mask)  # in the model's forward; mask [N, L], for images [N, H, W], is True where x counts
     """
     notes = """
-        Padding that cannot be distinguished from a background is not found: sequences in the middle of their padding,
-        images that are shifted about in it or whose own background is the constant, padding that all samples share,
-        padding by reflection or by the last row, and batches of one.
+        Padding that looks like a background is not found: sequences in the middle of their padding, images at random
+        places in their padding, images whose background is the constant, padding that is the same in all samples,
+        padding by reflection or by the last row, and padding in batches of one.
     """
     source = """
         The guide to masks; PyTorch issue #70529; Carion et al. 2020, *End-to-End Object Detection with Transformers*,

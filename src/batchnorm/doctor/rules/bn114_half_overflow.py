@@ -5,7 +5,7 @@ import torch
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
-# Share of the largest number of the type from which the next batch may overflow.
+# Share of the type's largest number. Above it, the next batch may overflow.
 _NEAR = 0.25
 
 
@@ -17,10 +17,10 @@ class HalfOverflow(Rule):
         unnoticed until a value is infinite. Then mean and variance are NaN, and the running statistics stay NaN.
     """
     evidence = """
-        The largest |x| in the input of each layer in evaluation, where it is float16 or bfloat16, against the largest
-        number of that type.
+        The largest |x| in the input of each layer in evaluation, if it is float16 or bfloat16, compared with the
+        largest number of that type.
     """
-    severity = "An error where values are infinite or NaN; a note from a quarter of the largest number."
+    severity = "An error if values are infinite or NaN; a note from a quarter of the largest number."
     repair = """
         model = model.float()
         with torch.autocast(x.device.type, dtype=torch.bfloat16):  # which has the range of float32

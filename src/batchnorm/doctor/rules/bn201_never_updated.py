@@ -12,16 +12,15 @@ class NeverUpdated(Rule):
     code = "BN201"
     title = "running statistics were never updated"
     why = """
-        A layer that was only trained in evaluation mode, or whose buffers were not in the checkpoint, has mean 0 and
-        variance 1: in evaluation it does not normalize.
+        A layer has mean 0 and variance 1 if it was trained in evaluation mode only, or if its buffers were not in the
+        checkpoint. In evaluation, it then does not normalize.
     """
     evidence = """
-        The values: mean 0 and variance 1 in every channel, in a layer whose γ and β are not 1 and 0. Three cases are
-        notes: a layer that is new in every value; a counter at 0 with other values, as many published weights have it;
-        and, without data, a layer that has seen so few batches that its momentum leaves more than 5 % of the initial
-        values.
+        A mean of 0 and a variance of 1 in every channel of a layer whose γ and β are not 1 and 0. Three cases are
+        notes: a layer with only initial values; a counter at 0 with other statistics, as in many published weights;
+        and, without data, a layer with so few batches that its momentum leaves more than 5 % of the initial values.
     """
-    severity = "With data the cost of the running statistics against the population's decides; without data a warning."
+    severity = "Decided by the cost of the running statistics against the population's; without data, a warning."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     source = "PyTorch's documentation of `BatchNorm2d`."
 

@@ -11,8 +11,8 @@ class BrokenStatistics(Rule):
     code = "BN202"
     title = "statistics or parameters are not finite, or a variance is negative"
     why = """
-        One batch with NaN or infinity stays in a running average forever, as does the overflow of a half type. From
-        then on the channel is NaN in evaluation; training continues and does not show it.
+        NaN or infinity in one batch, or an overflow in half precision, stays in a running average forever. From then
+        on, the channel is NaN in evaluation. Training continues and does not show it.
     """
     evidence = "Every running mean, running variance, γ and β: NaN, infinity, a variance below 0."
     severity = "An error: the channel's output in evaluation is NaN or meaningless."

@@ -12,13 +12,13 @@ class WeightDecay(Rule):
     code = "BN203"
     title = "weight decay pulls γ and β to zero"
     why = """
-        On weights before batch normalization, weight decay sets the effective step size. On γ and β it shrinks the
-        output itself. The recipes for the longest trainings exclude γ and β.
+        On weights before batch normalization, weight decay sets the effective step size. On γ and β, it shrinks the
+        output itself. Recipes for long trainings exclude γ and β.
     """
-    evidence = "The optimizer's groups that hold γ or β, with their weight decay."
+    evidence = "The weight decay of the optimizer's groups that contain γ or β."
     severity = "A note: the model does not show whether it hurts."
     repair = "optimizer = torch.optim.AdamW(batchnorm.parameter_groups(model, weight_decay=0.05))"
-    notes = "The finding writes this line with the optimizer that was given and its options."
+    notes = "In the finding, this line has the given optimizer and its options."
     source = """
         Goyal et al. 2017, *Accurate, Large Minibatch SGD*, section 5.1; He et al. 2019, *Bag of Tricks*, section 3.1.
     """

@@ -7,7 +7,7 @@ from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import layers_listed
 
 _LARGE = 0.9
-# Error of the running mean, in standard deviations, from which it is a warning.
+# A warning if the running mean scatters by more than this, in standard deviations.
 _MATTERS = 0.1
 
 
@@ -15,15 +15,15 @@ class MomentumConvention(Rule):
     code = "BN204"
     title = "the momentum looks like another framework's"
     why = """
-        torch's momentum is the weight of the new batch (0.1); the momentum of Keras, TensorFlow and Flax is the weight
-        of the old average (0.99, 0.9). If such a value is copied, the running statistics are those of the last batch
-        alone.
+        torch's momentum is the weight of the new batch (0.1). The momentum of Keras, TensorFlow and Flax is the weight
+        of the old average (0.99, 0.9). With such a value in torch, the running statistics are nearly those of the last
+        batch alone.
     """
     evidence = """
-        A momentum of 0.9 or more in a layer whose statistics are updated. With data: the scatter of the running mean
-        from step to step that it gives, √(a/(2 - a)) times that of a batch.
+        A momentum of 0.9 or more in a layer whose statistics are updated. With data, also the scatter of the running
+        mean from step to step, which is √(a/(2 - a)) times that of a batch mean for a momentum of a.
     """
-    severity = "A warning where the running mean scatters by more than 0.1σ."
+    severity = "A warning if the running mean scatters by more than 0.1σ."
     repair = """
         for found in batchnorm.walk.norm_layers(model):
             found.module.momentum = 0.1  # or 1 minus the other framework's

@@ -12,8 +12,8 @@ class OddEpsilon(Rule):
     code = "BN205"
     title = "ε is unusual, or differs between layers"
     why = """
-        ε is 1e-5 in torch and 1e-3 in Keras. If weights are transferred without it, every channel of small variance is
-        slightly wrong. Where layers differ, one of them was often forgotten.
+        ε is 1e-5 in torch and 1e-3 in Keras. If weights are transferred without it, every channel with a small variance
+        is slightly wrong. If layers differ, one of them was often forgotten.
     """
     evidence = "Layers whose ε differs from that of most layers, or is below 1e-8 or above 1e-2."
     severity = "A note: the model does not show what its weights were trained with."

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from batchnorm.doctor.measure.facts import DEAD, DEAD_SHARE
+from batchnorm.doctor.measure.layers import DEAD_SHARE, dead_channels
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, layers_listed, named
 
@@ -11,8 +11,8 @@ class DeadChannels(Rule):
     code = "BN206"
     title = "many channels have γ = 0"
     why = """
-        A channel with γ near 0 returns its β, whatever its input is. Too much weight decay or too large a learning rate
-        causes many of them; pruning creates them on purpose. Such channels still cost time and memory.
+        A channel with γ near 0 returns its β for any input. Too much weight decay or too large a learning rate causes
+        many such channels; pruning creates them on purpose. They still cost time and memory.
     """
     evidence = """
         Layers in which at least a quarter of the channels have |γ| < 0.001. Layers whose γ is 0 throughout are left
@@ -34,7 +34,7 @@ class DeadChannels(Rule):
             weight = getattr(layer.module, "weight", None)
             if not isinstance(weight, Tensor) or bool((weight == 0).all()):
                 continue
-            small = weight.detach().abs() < DEAD
+            small = dead_channels(weight)
             if (here := float(small.double().mean())) >= DEAD_SHARE:
                 share[layer.path], dead[layer.path] = here, int(small.sum())
         found = sorted(share, key=lambda path: -share[path])

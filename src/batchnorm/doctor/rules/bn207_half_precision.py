@@ -7,7 +7,7 @@ from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import layers_listed, named
 from batchnorm.models.observe import running_buffer
 
-# Distance between running mean and mean at which updates stop, in standard deviations, from which it is a warning.
+# A warning if updates stop farther than this from the mean, in standard deviations.
 _MATTERS = 0.05
 
 
@@ -15,14 +15,15 @@ class HalfPrecision(Rule):
     code = "BN207"
     title = "running statistics are kept in half precision"
     why = """
-        running ← running + momentum·(batch - running) stops where the step is smaller than the last digit: with
-        bfloat16 and momentum 0.1 as soon as the two differ by less than 2%. float16 overflows at variances above 65504.
+        The update running ← running + momentum·(batch - running) has no effect if the step is smaller than the last
+        digit. With bfloat16 and momentum 0.1, this is the case if the two differ by less than 2%. float16 overflows at
+        variances above 65504.
     """
     evidence = """
         The dtype of running statistics that are updated, and the distance from the mean at which their updates stop, in
         standard deviations: |mean|/σ · unit/momentum.
     """
-    severity = "A warning where that is more than 0.05σ and the model is in training mode; otherwise a note."
+    severity = "A warning if that distance is more than 0.05σ and the model is in training mode; otherwise a note."
     repair = """
         for found in batchnorm.walk.norm_layers(model):  # half-precision inputs and float32 parameters work together
             found.module.float()
@@ -46,7 +47,7 @@ class HalfPrecision(Rule):
 
 
 def _stall(layer: Layer) -> float | None:
-    """Return how far from the mean updates stop, in standard deviations; None from single precision on."""
+    """Return the distance from the mean at which updates stop, in σ; None unless the statistics are half precision."""
     dtype = running_buffer(layer.module, "running_mean").dtype
     if dtype not in (torch.float16, torch.bfloat16) or layer.running is None:
         return None

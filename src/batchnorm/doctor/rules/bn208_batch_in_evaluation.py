@@ -8,9 +8,9 @@ class BatchInEvaluation(Rule):
     code = "BN208"
     title = "evaluation normalizes by the batch"
     why = """
-        Without running statistics (track_running_stats=False) the result for a sample depends on the other samples of
-        its batch, in evaluation too. A single sample, or a batch of one class, loses its information. Nothing can be
-        folded.
+        Without running statistics (track_running_stats=False), the result for a sample depends on the other samples of
+        its batch in evaluation, too. A single sample, or a batch of one class, loses its information. The layer cannot
+        be folded.
     """
     evidence = "Layers without a running mean."
     severity = "A note: it may be intended."

@@ -8,10 +8,10 @@ class MovesInEvaluation(Rule):
     code = "BN209"
     title = "evaluation updates the running statistics"
     why = """
-        A custom layer that calls batch_norm with training=True in every mode, or code that calls train() within
-        forward, changes the network with every evaluation: results depend on what was evaluated before.
+        Every evaluation changes the network if a custom layer calls batch_norm with training=True in every mode, or if
+        forward calls train(). Results then depend on earlier evaluations.
     """
-    evidence = "The running statistics after the first batch in evaluation, against those before it."
+    evidence = "The running statistics before and after the first batch in evaluation."
     severity = "A warning: two evaluations give two results."
     repair = "# in the forward of that layer: F.batch_norm(..., training=self.training)"
     source = "PyTorch's documentation of `torch.nn.functional.batch_norm`."

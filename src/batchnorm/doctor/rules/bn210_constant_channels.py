@@ -8,10 +8,10 @@ class ConstantChannels(Rule):
     code = "BN210"
     title = "channels are constant in the data"
     why = """
-        Where the variance is 0, x - mean is divided by √ε alone: with ε = 1e-5 the first value that differs in
-        evaluation is enlarged 316 times.
+        If the variance is 0, x - mean is divided by √ε alone. With ε = 1e-5, the first deviation in evaluation is
+        enlarged 316 times.
     """
-    evidence = "Channels whose variance is exactly 0 over all the data, before each layer."
+    evidence = "Channels of each layer's input whose variance is exactly 0 over all the data."
     severity = "A note: on these data they do no harm."
     repair = "# look for a filter whose weights are 0, an empty column, or an activation that is never on"
     source = "Ioffe & Szegedy 2015, algorithm 1 (ε)."

@@ -13,11 +13,11 @@ class Amplified(Rule):
     code = "BN211"
     title = "channels amplify their input more than a thousand times"
     why = """
-        In evaluation a channel multiplies by γ/√(running_var + ε). Where the variance is far below ε or γ has exploded,
-        rounding, noise and any change of the data are enlarged.
+        In evaluation, a channel multiplies by γ/√(running_var + ε). If the variance is far below ε or γ has exploded,
+        rounding errors, noise and any change of the data are enlarged.
     """
-    evidence = "The largest |γ|/√(running_var + ε) of each layer, from 1000."
-    severity = "A note: working weights have such channels too, which are constant on their data."
+    evidence = "Layers whose largest |γ|/√(running_var + ε) is above 1000."
+    severity = "A note: weights that work have such channels, too; these are constant on their data."
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # if the variances are too small"
     source = "Ioffe & Szegedy 2015, algorithm 2."
 

@@ -11,8 +11,8 @@ class OwnForward(Rule):
     code = "BN212"
     title = "a subclass of batch normalization has a forward of its own"
     why = """
-        Tools that replace or fold layers by isinstance treat it as plain batch normalization and lose the rest of its
-        forward, such as an activation. Examples are torch's fuse_conv_bn_eval and convert_sync_batchnorm.
+        Tools that find layers by isinstance treat it as plain batch normalization. They lose the rest of its forward,
+        such as an activation. Examples are torch's fuse_conv_bn_eval and convert_sync_batchnorm.
     """
     evidence = """
         Layers whose class derives from torch's batch normalization, has a `forward` of its own, and belongs neither to

@@ -12,8 +12,8 @@ class Foldable(Rule):
         next to it can absorb. The results stay the same, with fewer operations and less memory.
     """
     evidence = """
-        A model in evaluation mode, none of whose parameters requires a gradient, and the layers that other layers in
-        the trace can absorb.
+        The layers that a neighbour in the trace can absorb, in a model in evaluation mode without a parameter that
+        requires a gradient.
     """
     severity = "A note: the network is correct as it is."
     repair = "folded, report = batchnorm.fold(model, example_inputs)"

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from torch import nn
-
-from batchnorm.doctor.measure.layers import NOISY
+from batchnorm.doctor.measure.layers import NOISY, is_synchronized
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, named
 
@@ -11,22 +9,22 @@ class NotSynchronized(Rule):
     code = "BN214"
     title = "statistics of a small local batch are not shared between processes"
     why = """
-        DistributedDataParallel averages gradients, and nothing else. Each process normalizes by its own part of the
-        batch, so more processes with the same total make every batch smaller.
+        DistributedDataParallel averages gradients only. Each process normalizes by its own part of the batch. More
+        processes with the same total batch size therefore make these parts smaller.
     """
     evidence = """
-        The number of processes of `torch.distributed`, or of `process_group=`; then as for [BN104](bn104.md), at the
-        batch size of this process. `SyncBatchNorm`, of torch or of this library, and `BatchRenorm(sync=True)` are left
-        out. There is no communication with other processes.
+        The number of processes of `torch.distributed`, or of `process_group=`. The noise is measured as for
+        [BN104](bn104.md), at the batch size of this process, without communication with the others. torch's and this
+        library's `SyncBatchNorm`, and `BatchRenorm(sync=True)`, are left out.
     """
-    severity = "The cost of the local batches' statistics against the population's decides; a note without a loss."
+    severity = "Decided by the cost of the local batches' statistics against the population's; a note without a loss."
     repair = "model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)"
     source = "Peng et al. 2018, *MegDet*; the guide to several processes."
     needs = ("data",)
 
     def check(self, m: Measurements) -> Findings:
         effect = m.batch_effect
-        paths = [layer.path for layer in m.measured if layer.by_batch and not _is_synchronized(layer.module)]
+        paths = [layer.path for layer in m.measured if layer.by_batch and not is_synchronized(layer.module)]
         if m.processes < 2 or effect is None or not paths or m.dependent:
             return
         noise = {path: m.noise[path] for path in paths if path in m.noise}
@@ -45,7 +43,3 @@ class NotSynchronized(Rule):
             batch_size=m.batch_size,
             noise=noise,
         )
-
-
-def _is_synchronized(module: nn.Module) -> bool:
-    return isinstance(module, nn.SyncBatchNorm) or bool(getattr(module, "sync", False))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
 
-# Difference between the processes' running statistics that their last batches do not explain, in σ or ln σ.
+# A warning if running statistics differ by more than this, in σ or ln σ; the last batches do not explain it.
 _MATTERS = 0.25
 
 
@@ -11,16 +11,16 @@ class RanksDiffer(Rule):
     code = "BN215"
     title = "processes hold different parameters or running statistics"
     why = """
-        Each process updates its running statistics by its own batches; saving or evaluating on one of them uses the
-        statistics of that one. With different parameters the processes do not even train one network.
+        Each process updates its running statistics by its own batches. A process that saves or evaluates the model uses
+        its own statistics. With different parameters, the processes do not even train the same network.
     """
     evidence = """
-        With `process_group=`, on every process of the group: γ, β and running statistics against those of the first
-        process. Means in σ, variances by the logarithm of σ, root mean square over the channels.
+        With `process_group=`, γ, β and running statistics of every process of the group, compared with those of the
+        first: the root mean square over the channels of the difference of the means in σ, or of ln σ.
     """
     severity = """
-        Different parameters, layers or channels: an error. Different running statistics: a warning from 0.25, below
-        that a note, since the last batch of each process moves them.
+        Different parameters, layers or channels: an error. Different running statistics: a warning from 0.25, otherwise
+        a note, because the last batch of each process moves them.
     """
     repair = """
         for tensor in (*model.parameters(), *model.buffers()):  # on every process, before it continues

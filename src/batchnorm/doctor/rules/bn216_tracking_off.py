@@ -16,19 +16,19 @@ class TrackingOff(Rule):
     code = "BN216"
     title = "training normalizes by the batch and never updates the running statistics"
     why = """
-        With track_running_stats=False or momentum=0 a layer that has running statistics trains by the batch, and
-        evaluation uses statistics that stay unchanged while the weights before them change. Neither setting freezes a
-        layer: a frozen layer normalizes by its running statistics in training too.
+        With track_running_stats=False or momentum=0, a layer with running statistics normalizes by the batch in
+        training. Evaluation uses the running statistics, which do not change while the weights before them do. Neither
+        setting freezes a layer, because a frozen layer normalizes by its running statistics in training, too.
     """
     evidence = """
-        Layers with running statistics that normalize by the batch in training, and that training does not update. The
-        finding names the switch that prevents it: `track_running_stats=False`, `momentum=0`, or
-        `update_running_stats=False` on this library's layers. With data it says what the running statistics cost
+        Layers that normalize by the batch in training, and whose running statistics training does not update. The
+        finding names the setting that prevents it: `track_running_stats=False`, `momentum=0`, or
+        `update_running_stats=False` for this library's layers. With data, it gives the cost of the running statistics
         against the population's.
     """
     severity = """
-        With data the cost of the running statistics against the population's decides; without data a warning. A note if
-        no parameter is trained, because then nothing changes the activations.
+        Decided by the cost of the running statistics against the population's; without data, a warning. A note if no
+        parameter is trained, because nothing changes the activations then.
     """
     repair = """
         for found in batchnorm.walk.norm_layers(model):
@@ -36,8 +36,8 @@ class TrackingOff(Rule):
         model, report = batchnorm.recalibrate(model, training_data)
     """
     notes = """
-        The finding sets the switch that it found. If the layers were meant to be frozen, use `model, report =
-        batchnorm.freeze(model)` instead.
+        In the finding, the fix changes the setting that was found. If the layers were meant to be frozen, use `model,
+        report = batchnorm.freeze(model)` instead.
     """
     source = "PyTorch's documentation of `BatchNorm2d`; Lightning issue #15062 (fine-tuning callbacks)."
 

@@ -11,7 +11,7 @@ from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.measure.measurements import Measurements
 
-# All that most rules import.
+# The names that most rules import.
 __all__ = ["Finding", "Findings", "Measurements", "Rule", "Severity"]
 
 Findings = Iterator[Finding]
@@ -20,8 +20,8 @@ Findings = Iterator[Finding]
 class Rule(ABC):
     """One problem that the doctor looks for.
 
-    A rule documents itself: its page in the documentation is made from the attributes, which are Markdown except for
-    `title`, `why` and `repair`. They may be indented. The tests demand a planted and a healthy case of every rule.
+    A rule documents itself: its page in the documentation is generated from the attributes. They are Markdown, except
+    for `title`, `why` and `repair`, and may be indented. The tests require a planted and a healthy case of every rule.
 
     Attributes:
         code: `BN1xx` if the effect is measured with data, `BN2xx` if the model itself shows the problem.
@@ -31,9 +31,9 @@ class Rule(ABC):
         severity: The conditions for each severity.
         repair: Code to paste.
         notes: Limits, or more about the fix.
-        source: Where it is described.
+        source: Publications that describe it.
         needs: Measurements that the rule requires, among "data", "output", "step", "trace", "pass", "optimizer" and
-            "ranks"; "step or trace" where one of them is enough.
+            "ranks"; "step or trace" if one of them is enough.
     """
 
     code: ClassVar[str]
@@ -53,7 +53,7 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, m: Measurements) -> Findings:
-        """Find the problem in the measurements, whose needs are met."""
+        """Find the problem in measurements that meet the rule's needs."""
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
         """Return a finding of this rule, revised after all rules were applied; unchanged by default."""
@@ -72,7 +72,10 @@ class Rule(ABC):
         repair: str | None = None,
         **figures: Any,
     ) -> Finding:
-        """Return a finding of this rule, with confidence and cost of its effect; low confidence is never an error."""
+        """Return a finding of this rule, with the confidence and cost of its effect, if it has one.
+
+        With low confidence, an error becomes a warning.
+        """
         if effect is not None:
             confidence, cost = effect.confidence, effect.cost
         if confidence == "low":

@@ -12,22 +12,21 @@ from torch import nn
 
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.distance import Distance
-from batchnorm.doctor.measure.facts import DEAD_SHARE
-from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY, Layer
+from batchnorm.doctor.measure.layers import DEAD_SHARE, NOISE_AIM, NOISY, Layer, samples_needed
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.training_step import TrainingStep
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.watch.records import LayerState, Observation, Record, samples_sharing_statistics
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.wording import counted, listed, named, noise_at
 
-# A running average adapts within this many times 1/momentum steps; without a momentum that of torch is assumed.
+# A running average adapts within this many times 1/momentum steps. A layer without a momentum counts as having torch's.
 _HORIZONS, _USUAL_MOMENTUM = 5, 0.1
-# Number of looks that an anomaly has to last, and over which the median noise is taken.
+# Number of looks that a problem must last, and number of looks in the median of the noise.
 _LASTING = 5
 
 
 class BatchNormWarning(UserWarning):
-    """Something is wrong with the batch normalization of a model that trains."""
+    """Something is wrong with the batch normalization of a model during training."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class _History:
 class Alarms:
     """Apply rules of the doctor to each observed step, and report each problem once for each layer.
 
-    Problems that a single step proves are reported at once. Whether running statistics are off is judged over several
-    of their horizons, because every running average lags behind a network that learns.
+    A problem that a single step proves is reported at once. Running statistics must be off for several of their
+    horizons, because every running average lags behind a network that learns.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,7 +74,7 @@ class Alarms:
 
         Args:
             step: Its number.
-            model_calls: The most calls of the model without a backward pass between them; 0 where that is not known.
+            model_calls: The largest number of calls of the model without a backward pass between them; 0 if unknown.
             observed: All layers, in the model's order.
         """
         found = [*self._updated_twice(observed, model_calls), *self._not_finite(observed), *self._dying(observed)]
@@ -135,12 +134,11 @@ class Alarms:
         if noise:
             worst = sorted(noise, key=lambda path: -noise[path])
             most = noise[worst[0]]
-            needed = math.ceil(size * (most / NOISE_AIM) ** 2)
+            needed = samples_needed(size, most)
             yield self._rules["BN104"].finding(
                 Severity.NOTE,
                 worst,
-                f"with {size:g} samples a normalized value at {named(worst[0])} varies by {most:.2g}σ with the rest of "
-                f"its batch; {NOISE_AIM}σ takes about {needed}",
+                f"{noise_at(worst[0], size, most)}; {NOISE_AIM}σ takes about {needed}",
                 evidence=[f"{named(path)}: {noise[path]:.2g}σ" for path in worst[1:5]],
                 confidence="medium",
                 batch_size=size,
@@ -180,7 +178,7 @@ class Alarms:
 
 
 def _repair(after_training: str, layer: Layer) -> str:
-    """Return the doctor's fix for the weights as they are, and before it one for training that continues."""
+    """Return the doctor's fix for the current weights, after a fix for the rest of the training if it needs one."""
     if layer.momentum:
         return after_training
     problem = "average never forgets" if layer.momentum is None else "average is never updated"

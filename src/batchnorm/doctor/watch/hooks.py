@@ -27,23 +27,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether its calls run compiled code, which ignores new hooks."""
+    """Return whether calls of the module run compiled code, which ignores new hooks."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def has_one_batch(module: nn.Module) -> bool:
-    """Return whether it normalizes all samples by one set of batch statistics."""
+    """Return whether the layer normalizes all samples by one set of batch statistics."""
     mean = getattr(module, "running_mean", None)
     return not is_frozen(module) and not (isinstance(mean, Tensor) and mean.dim() > 1)
 
 
 def vector(held: object) -> Tensor | None:
-    """Return the parameter or buffer; None where there is none with values."""
+    """Return a parameter or buffer if it is a tensor with values, else None."""
     return held if isinstance(held, Tensor) and not is_lazy(held) and held.numel() else None
 
 
 def plain(vector: Tensor | None) -> Tensor | None:
-    """Return the vector; None where it has several rows, one for each domain."""
+    """Return the vector, or None if it has a row for each domain."""
     return vector if vector is not None and vector.dim() == 1 else None
 
 

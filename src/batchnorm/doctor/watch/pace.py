@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Total cost of a look over its own duration: it leaves cold caches behind. Measured on a ResNet-18.
+# Ratio of the total cost of a look to its duration, because a look leaves cold caches behind. Measured on a ResNet-18.
 AFTERMATH = 1.3
 
 
 class Pace:
-    """Decide from the cost of the looks so far.
+    """Decide which steps to look at, from the cost of the looks so far.
 
     Every second of training earns a credit of `overhead` seconds. The next look happens once the credit covers the
     expected cost of a look with its aftermath; a look that costs more leaves a debt. The credit never exceeds two
@@ -20,7 +20,7 @@ class Pace:
 
     Args:
         overhead: Share of the training time that looks may take.
-        every: Look at every n-th step from the second on, whatever it costs; with None, time decides.
+        every: Look at every n-th step from the second on, whatever it costs. With None, the credit decides.
         clock: Returns the time in seconds.
     """
 

@@ -1,4 +1,4 @@
-"""Draw the layers through training as maps."""
+"""Draw maps of the layers during training."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _NONE = "#d9d9d9"
 def draw(history: Sequence[Sequence[Record]], findings: Sequence[Finding]) -> Figure:
     """Draw a map for each quantity: layers from top to bottom in the model's order, steps to the right.
 
-    The number of updates is drawn only where it is not 1 in every step.
+    The number of updates is drawn only if it is not 1 in every step.
     """
     if not history:
-        raise ValueError("watch expects a training step before it draws, got none. Call plot after one.")
+        raise ValueError("Watch.plot expects at least one look, got none. Call it after the second training step.")
     steps = np.array([records[0].step for records in history])
     paths = [_short(named(record.layer)) for record in history[0]]
     values = {q: _values(history, q) for q in QUANTITIES}
@@ -88,7 +88,7 @@ def _map(axes: Axes, steps: NDArray[Any], values: NDArray[np.float64], quantity:
 
 
 def _values(history: Sequence[Sequence[Record]], quantity: str) -> NDArray[np.float64]:
-    """Return the values `[layers, looks]`, NaN where a value is unknown."""
+    """Return the values `[layers, looks]`, NaN if a value is unknown."""
     rows = [[getattr(record, quantity) for record in records] for records in history]
     return np.array([[math.nan if v is None else float(v) for v in row] for row in rows]).T
 

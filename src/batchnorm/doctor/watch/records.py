@@ -10,32 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm.doctor.measure.facts import DEAD
-from batchnorm.doctor.measure.layers import Layer, Samples
+from batchnorm.doctor.measure.layers import Layer, Samples, dead_channels, is_synchronized
 from batchnorm.moments import Moments
 
-# (mean/σ)² of a channel above which its variance, a difference of float32 sums, is too inexact to use.
+# Above this (mean/σ)², the variance of a channel is too inexact to use, because it is a difference of float32 sums.
 _CANCELS = 1e5
-# Number of samples that show how samples differ.
+# Number of samples from which the variance between samples can be estimated.
 _ENOUGH = 32
 
 
 @dataclass(frozen=True)
 class Record:
-    """One layer in one step; NaN where a figure could not be measured.
+    """One layer in one step; NaN if a figure could not be measured.
 
     Attributes:
         step: Number of the optimizer's step, from 1.
         layer: The path of the layer.
-        mean_distance: Root mean square over the channels of (running mean − batch mean)/σ, less the part that
+        mean_distance: Root mean square over the channels of (running mean − batch mean)/σ, minus the part that
             sampling explains.
-        log_ratio: Median over the channels of ln(batch variance / running variance): above 0 the outputs in evaluation
-            are larger than in training.
-        noise: Standard deviation of a normalized value of the median channel over the choice of the other samples of
-            its batch, in σ; falls as one over the square root of the batch size.
+        log_ratio: Median over the channels of ln(batch variance / running variance). Above 0, outputs are larger in
+            evaluation than in training.
+        noise: Standard deviation, in σ, of a normalized value when the other samples of its batch vary, for the median
+            channel. It falls as one over the square root of the batch size.
         dead: Share of channels with |γ| < 0.001.
-        updates: Number of updates of the running statistics in the step; None where the layer does not count them.
-        batch_size: Number of samples in the first call of the step; None where no call was seen.
+        updates: Number of updates of the running statistics in the step; None if the layer does not count them.
+        batch_size: Number of samples in the first call of the step; None if no call was seen.
     """
 
     step: int
@@ -65,9 +64,9 @@ class Observation:
     Attributes:
         forward: Number of calls in training mode.
         backward: Number of calls in training mode within a backward pass.
-        batch: Rows c, Σu, Σu², Σv, Σv² `[5, C]` of the first call, where u is the mean of a sample over its positions
-            less c, and v its mean square deviation from c. c is the mean of the batch, or the running mean where the
-            batch is so small that several are pooled.
+        batch: Rows c, Σu, Σu², Σv, Σv² `[5, C]` of the first call. u is the mean of a sample over its positions, minus
+            c. v is its mean square deviation from c. c is the mean of the batch, or the running mean if the batch is so
+            small that several are pooled.
         batch_size: Number of samples in that call.
         values: Number of values per channel in that call.
     """
@@ -102,7 +101,7 @@ class Observation:
 
 
 class RecentBatches:
-    """The last batches of a layer, as many as show how samples differ."""
+    """The last batches of a layer, enough to estimate the variance between samples."""
 
     def __init__(self) -> None:
         self._batches: deque[tuple[int, Tensor]] = deque()
@@ -117,13 +116,13 @@ class RecentBatches:
 
 @dataclass(frozen=True)
 class LayerState:
-    """The parameters and statistics of a layer, float64 on the CPU; None where it has no such vector `[C]`.
+    """The parameters and statistics of a layer, float64 on the CPU; None if it has no such vector `[C]`.
 
     Attributes:
         mean: Running mean.
         var: Running variance, unbiased.
         weight: γ.
-        updates: Number of batches that it counts, in the domain with most.
+        updates: Number of batches in the running statistics, of the domain with most.
     """
 
     mean: Tensor | None
@@ -158,12 +157,11 @@ def copied(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def samples_sharing_statistics(module: nn.Module, samples: int) -> float:
-    """Return how many samples share their statistics in this layer."""
+    """Return the number of samples that share statistics in this layer."""
     ghost = getattr(module, "ghost_size", None)
     if isinstance(ghost, int):
         return float(min(samples, ghost))
-    synchronized = getattr(module, "sync", False) or isinstance(module, nn.SyncBatchNorm)
-    if synchronized and dist.is_available() and dist.is_initialized():
+    if is_synchronized(module) and dist.is_available() and dist.is_initialized():
         return float(samples * dist.get_world_size(getattr(module, "process_group", None)))
     return float(samples)
 
@@ -179,9 +177,9 @@ def recorded(
 ) -> tuple[Record, Layer]:
     """Return the record of a layer, and the layer with the `calls` and `samples` of this step.
 
-    The statistics of the batch are measured where its call was seen. Calls in compiled code are not seen, and masked
-    batches are not read. In these cases the statistics of the batch are (new − (1 − a)·old)/a, from the running
-    statistics, if these were updated once.
+    If the call of the layer was seen, the statistics of the batch are measured. Calls in compiled code are not seen,
+    and masked batches are not read. The statistics of the batch then follow from the running statistics, if these were
+    updated once: (new − (1 − a)·old)/a.
     """
     updates = None if before.updates is None or after.updates is None else after.updates - before.updates
     calls: tuple[Moments, ...] = ()
@@ -207,7 +205,7 @@ def recorded(
     distance = log_ratio = math.nan
     if mean is not None and var is not None and before.mean is not None and before.var is not None:
         distance, log_ratio = _distances(layer, samples, observation.batch_size, mean, var, before.mean, before.var)
-    dead = math.nan if after.weight is None else float((after.weight.abs() < DEAD).double().mean())
+    dead = math.nan if after.weight is None else float(dead_channels(after.weight).double().mean())
     record = Record(step, layer.path, distance, log_ratio, noise, dead, updates, observation.batch_size)
     return record, replace(layer, calls=calls, samples=samples)
 

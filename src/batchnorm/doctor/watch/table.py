@@ -13,7 +13,7 @@ _SHOWN = 12
 
 
 def table(history: Sequence[Sequence[Record]], findings: Sequence[Finding], steps: int) -> str:
-    """Return a line for each of the dozen layers with the largest distances, and the findings."""
+    """Return a line for each of the twelve layers with the largest distances, and the findings."""
     looks = f"{counted(steps, 'step')}, {counted(len(history), 'look')}"
     lines = [f"watch: {looks}; {counted(len(findings), 'finding')}"]
     if history:

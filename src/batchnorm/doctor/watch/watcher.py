@@ -51,7 +51,7 @@ from batchnorm.text import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Largest number of looks that are kept; then every other one is dropped, and looks become half as frequent.
+# Largest number of looks that are kept. Beyond it, every other look is dropped, and looks become half as frequent.
 _KEPT = 1000
 
 
@@ -66,33 +66,33 @@ def watch(
 ) -> Watch:
     """Watch every layer of batch normalization while the model trains, in any loop.
 
-    A step ends with the step of an optimizer that has parameters of the model. In some steps the watch looks at each
-    layer: the distance between running and batch statistics, the noise of the batch statistics, the share of dead
-    channels, and the number of updates of the running statistics. The first look is at the second step, when everything
-    that is created only once exists. Between looks only the optimizer has a hook. Watching changes no bit of the
-    training and draws no random number. Batches in evaluation do not count.
+    A training step ends when an optimizer that has parameters of the model takes its step. In some training steps, the
+    watch looks at each layer. It measures the distance between running and batch statistics, the noise of the batch
+    statistics, the share of dead channels, and the number of updates of the running statistics. The first look is at
+    the second step, when everything that is created only once exists. Between looks, only the optimizer has a hook.
+    Watching changes no bit of the training and draws no random number. Batches in evaluation do not count.
 
-    Nothing is attached to the model: it can be copied, pickled and saved while it is watched. In compiled code the
-    watch sees no batch: it computes distances from the updates of the running statistics, and noise is unknown. Under
-    `DistributedDataParallel` each process watches its own batches.
+    Nothing is attached to the model, so it can be copied, pickled and saved while it is watched. In compiled code, the
+    watch sees no batch. It computes distances from the updates of the running statistics, and noise is unknown. Under
+    `DistributedDataParallel`, each process watches its own batches.
 
     Args:
         model: The network, with or without a wrapper such as `DistributedDataParallel` or `torch.compile`.
-        optimizer: The optimizer whose step ends a training step; None for any that has parameters of the model. Pass it
-            if several optimizers train the model, as in a GAN.
-        every: Look at every n-th step, from the second on; with None, look as often as `overhead` allows.
+        optimizer: The optimizer whose step ends a training step. Pass it if several optimizers train the model, as in a
+            GAN. By default, any optimizer that has parameters of the model.
+        every: Look at every n-th step, from the second on. By default, look as often as `overhead` allows.
         overhead: Share of the training time that looks may take, measured during training.
-        warn: Whether a finding of the doctor's rules is a `BatchNormWarning`, once for each layer; it is in `findings`
-            in any case.
+        warn: Whether to issue a `BatchNormWarning` for each finding, once for each layer. `findings` contains the
+            findings in either case.
         writer: A `torch.utils.tensorboard.SummaryWriter` that each look is written to.
 
     Returns:
-        The watch, which ends with the `with` block, or by `close()`.
+        The watch. It ends with its `with` block, or with `close()`.
 
     Raises:
         TypeError: model is not a module; every is not an int.
-        ValueError: the model has no batch normalization, or layers that have not seen their first batch; every or
-            overhead is out of range.
+        ValueError: the model has no batch normalization, or lazy layers before their first batch; every or overhead is
+            out of range.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
@@ -108,7 +108,7 @@ def watch(
 
 
 class Watch:
-    """The watch that `watch` starts; prints as a table of the last look.
+    """A running watch, as `watch` returns it. It prints as a table of the last look.
 
     Attributes:
         layers: Paths of the layers, in the model's order.
@@ -194,7 +194,7 @@ class Watch:
         if self._pace.step():
             with self._pace.spending():
                 self._begin_look()
-        for finding in found:  # last, as it raises where warnings are errors
+        for finding in found:  # last, because it raises if warnings are errors
             self._report(finding)
 
     def _begin_look(self) -> None:
@@ -310,9 +310,9 @@ class Watch:
 
     @property
     def history(self) -> list[Record]:
-        """The records of every look that is kept, layer by layer, as for `pandas.DataFrame(w.history)`.
+        """The records of every look that is kept, layer by layer; `pandas.DataFrame(w.history)` makes a table of them.
 
-        With `every=` all looks are kept; without it up to a thousand, evenly over the run.
+        With `every=`, all looks are kept; without it, up to a thousand, evenly over the run.
         """
         return [record for records in self._history for record in records]
 
@@ -343,7 +343,7 @@ class Watch:
 
         Args:
             writer: A `torch.utils.tensorboard.SummaryWriter`, or any object with its `add_scalar(name, value, step)`.
-            step: Write the last look alone, at this step; None writes each look at its own step.
+            step: Write only the last look, at this step. By default, write each look at its own step.
         """
         looks = self._history[-1:] if step is not None else self._history[self._written :]
         for records in looks:
