@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, for the reports of `compare` and `doctor`. Needs jinja2."""
+"""Render self-contained HTML pages, for the reports of `compare` and `doctor`. This module needs jinja2."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import jinja2
 
 from batchnorm.text import printable
 
-# In the order of execution: the libraries, then the code that all our charts share.
+# In the order of execution: the libraries, then the code that all charts share.
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "chart.js")
 _SHARED = "batchnorm"
 
 
 def render(package: str, charts: Any, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
-    """Return the page as text. Inserted values are escaped, and only the scripts in our files can run.
+    """Return the page as text. Inserted values are escaped, and only this library's scripts can run.
 
     Args:
-        package: The package with the folder `web`, which contains `report.html.j2` (it extends `page.html.j2`),
+        package: The package with a folder `web` that contains `report.html.j2` (which extends `page.html.j2`),
             `report.css` and `report.js`.
-        charts: Plain values, which `report.js` reads as `page.charts`; non-finite numbers become null.
+        charts: Plain values that `report.js` reads as `page.charts`; numbers that are not finite become null.
         filters: Filters for the template, in addition to `number`.
-        **values: Variables of the template; a missing one is an error.
+        **values: Variables of the template; a missing variable is an error.
     """
     loader = jinja2.FunctionLoader(lambda name: _read(_SHARED if name == "page.html.j2" else package, name))
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -55,7 +55,7 @@ def short(value: float) -> float:
 
 
 def _policy(scripts: list[str]) -> str:
-    """Return a content security policy that loads nothing and allows only these scripts, in case escaping fails."""
+    """Return a content security policy that allows only these scripts and loads nothing, in case escaping fails."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
 

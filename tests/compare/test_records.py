@@ -76,8 +76,8 @@ def test_an_earlier_comparison_is_kept_unless_it_may_be_replaced(tmp_path: Path)
     ("content", "message"),
     [
         ('{"schema": 1}', "must have schema 2, got 1: another version of batchnorm wrote it"),
-        ("[]", "must be what a comparison wrote"),
-        ("{", "must be what a comparison wrote, but reading it failed"),
+        ("[]", "must be the settings of a comparison"),
+        ("{", "must be the settings of a comparison, but reading it failed"),
     ],
 )
 def test_settings_of_something_else_are_refused(tmp_path: Path, content: str, message: str):

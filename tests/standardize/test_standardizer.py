@@ -123,7 +123,7 @@ def test_omitted_nan_leaves_the_statistics_of_the_rest() -> None:
     np.testing.assert_allclose(s.var_[:3], np.nanvar(x[:, :3], 0), rtol=1e-13)
     assert np.isnan(s.mean_[3]) and s.n_samples_seen_.tolist() == [54, 60, 59, 0]
     assert (np.isnan(s.transform(x)) == np.isnan(x)).all()
-    with pytest.raises(ValueError, match="finite statistics of every feature, got others"):
+    with pytest.raises(ValueError, match="finite statistics of every feature, got NaN or infinity"):
         s.to_layer()
     assert np.isnan(Standardizer(nan_policy="propagate").fit(x).mean_).tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="got infinity"):

@@ -1,6 +1,6 @@
 """Train one network with several normalizations on the same data, and report the results.
 
-Running needs the extra `compare` (`pip install 'batchnorm[compare]'`); importing does not.
+A comparison needs the extra `compare` (`pip install 'batchnorm[compare]'`). The import does not.
 """
 
 from batchnorm.compare.errors import ComparisonError

@@ -50,10 +50,10 @@ def prepare(directory: Path, overwrite: bool) -> None:
 
 
 def read_facts(directory: Path) -> dict[str, Any] | None:
-    """Return what a comparison wrote to `settings.json` before training, or None if there is no such file.
+    """Return the content of `settings.json`, which a comparison writes before training; None if there is no such file.
 
     Raises:
-        ComparisonError: If another version of the package wrote it, or it cannot be read.
+        ComparisonError: If another version of the package wrote the file, or it cannot be read.
     """
     path = directory / SETTINGS
     if not path.is_file():
@@ -63,7 +63,7 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
         schema = facts.get("schema")
     except (ValueError, AttributeError) as error:
         raise ComparisonError(
-            f"{path} must be what a comparison wrote, but reading it failed: {error}. Choose another directory."
+            f"{path} must be the settings of a comparison, but reading it failed: {error}. Choose another directory."
         ) from error
     if schema != SCHEMA:
         raise ComparisonError(
@@ -100,5 +100,5 @@ def table_name(table: str) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that appears under its name only when it is complete."""
+    """Write a JSON file, completely or not at all."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

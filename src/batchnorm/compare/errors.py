@@ -1,4 +1,4 @@
-"""The exception for a user's mistake, and the check that raises it most often."""
+"""The exception for invalid arguments, and the check that raises it most often."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 
 class ComparisonError(ValueError):
-    """An argument cannot be compared; the message says what must hold, what came, and what to do.
+    """A comparison cannot run with these arguments, or its model failed.
+
+    The message states the requirement, the value received, and the fix.
 
     Attributes:
-        rank: The process that failed, if several train together and not all fail alike.
+        rank: The process that failed, if several train together and some did not fail in the same way.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:

@@ -69,9 +69,9 @@ def run(
 ) -> Result:
     """Train one network with several normalizations on the same data, and report the results.
 
-    With several learning rates, batch sizes, placements or samplings, every combination is trained. For each seed, all
-    networks start with the same initial values, wherever they have a parameter of the same name and shape; runs with
-    the same batch size see the same batches in the same order. The order of training changes from seed to seed.
+    With several learning rates, batch sizes, placements or samplings, every combination is trained. For each seed,
+    parameters with the same name and shape have the same initial values in all networks, and runs with the same batch
+    size see the same batches in the same order. The order in which the networks train changes from seed to seed.
 
     If torchrun started several processes, or `torch.distributed` is initialized, they train each network together
     under `DistributedDataParallel`, each on its share of every batch. The first process evaluates, writes, and shows
@@ -83,34 +83,34 @@ def run(
         model: `mlp`, `sigmoid-mlp`, `cnn`, `resnet20`, `vgg`, a callable, or `module.path:callable`. It is called as
             `callable(norm, in_shape, num_classes)` and returns a `torch.nn.Module` from `[N, *in_shape]` to
             `[N, num_classes]`. It calls `norm(channels)` or, for images, `norm(channels, dims=2)` for each
-            normalization. `norm.replaces_bias` is True if the preceding layer can omit its bias. Or your own network:
-            a `torch.nn.Module`, or a callable without arguments that returns one; each norm then replaces its batch
-            normalization.
+            normalization. `norm.replaces_bias` is True if the preceding layer can omit its bias. You can also pass a
+            finished network: a `torch.nn.Module`, or a callable without arguments that returns one. Each norm then
+            replaces its batch normalization.
         data: `mnist-mini`, `mnist`, `fashion-mnist`, `digits`, the path of an `.npz` file, `module.path:callable`
             (see `batchnorm.compare.load`), or the return value of `load`.
-        data_dir: Folder with the data's files, instead of downloading them.
-        batch_size: Samples in each training step, over all processes. One or several.
+        data_dir: Folder with the data's files, which are then not downloaded.
+        batch_size: Samples in each training step, over all processes. One or several values.
         placement: Whether to normalize `before` or `after` the activation. One or both.
         input_norm: Whether to normalize the inputs with a layer without scale and shift, instead of standardizing the
             data.
-        sampling: `iid`, a new order in every epoch; or `classes:2`, each batch from two classes (or any other number).
-            One or several.
+        sampling: `iid` for a new order in every epoch, or `classes:2` for batches from two classes (or any other
+            number). One or several values.
         epochs: Number of epochs, which determines the steps for each batch size; 10 if neither this nor `steps` is
             given.
         steps: Number of training steps, instead of `epochs`.
-        lr: Learning rate, one or several; by default 0.1 for `sgd`, 0.01 for `momentum`, 1e-3 for `adam`, `adamw` and
-            `rmsprop`.
-        schedule: How the rate changes during training: `constant`, `cosine`, `step` or `linear`, with options after a
-            colon: `cosine:warmup=100`.
+        lr: Learning rate, one or several values; by default 0.1 for `sgd`, 0.01 for `momentum`, 1e-3 for `adam`,
+            `adamw` and `rmsprop`.
+        schedule: How the rate changes during training: `constant`, `cosine`, `step` or `linear`, optionally with a
+            warm-up: `cosine:warmup=100`.
         optimizer: `sgd`, `momentum` (SGD with momentum 0.9), `adam`, `adamw` or `rmsprop`.
         seeds: Number of seeds, counted from 0; at most 10,000.
         target_accuracy: The test accuracy to reach, above 0 and at most 1; the report says when each run reached it.
         evaluate_every: Steps from one evaluation to the next; by default about 80 evaluations, at least 5 steps apart.
-        threads: Number of threads that torch uses. One is as fast for small networks, and gives the same bits and
-            steady times on any machine; large networks benefit from more.
+        threads: Number of threads that torch uses. One thread gives the same bits and steady times on any machine, and
+            is as fast as several for small networks. Large networks benefit from more.
         device: Device to train on, such as `cpu` or `cuda:0`.
-        out: Directory for all output, created if necessary; by default a new one in `batchnorm-compare/` named after
-            the time.
+        out: Directory for all output, created if necessary; by default a new directory in `batchnorm-compare/`, named
+            after the current time.
         overwrite: Whether to replace an earlier comparison in `out`.
         resume: Whether to continue the earlier comparison in `out` without training its finished runs again. You may
             add norms, values and seeds; every other setting that decides a run's result must be the same.
@@ -122,7 +122,7 @@ def run(
         All records, the outcomes, and the paths of report and pictures.
 
     Raises:
-        ComparisonError: If an argument cannot be compared; it is a `ValueError`.
+        ComparisonError: If an argument is invalid, or the model fails; this is a `ValueError`.
         OSError: If the first process cannot write to `out`.
         ModuleNotFoundError: If a package that reports need is missing.
     """
@@ -177,7 +177,7 @@ def run(
 
 
 def default_directory() -> Path:
-    """Return the path of a new directory, named after the time."""
+    """Return the path of a new directory, named after the current time."""
     return Path("batchnorm-compare") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
 
 

@@ -39,8 +39,8 @@ class Evaluation:
         train_seconds: Time spent in training steps so far; evaluations do not count.
         test_loss: Mean cross-entropy in nats; None if it was not finite.
         test_accuracy: Share of correctly classified samples, 0 to 1.
-        train_loss: The same on a subset of the training set. All runs use the same subset, at most as large as the test
-            set.
+        train_loss: Mean cross-entropy on a subset of the training set. All runs use the same subset, at most as large
+            as the test set.
         train_accuracy: Accuracy on that subset.
     """
 
@@ -104,7 +104,7 @@ class Run:
         choice: The combination of settings it was trained with.
         seed: Seed of the initial values and the data order.
         parameters: Number of trainable values.
-        watched: Description of what the histograms show, by their `where`.
+        watched: Descriptions of the histograms, by their `where`.
         shared: Names of the parameters that start with the values of the first choice's network.
         own: Names of the other parameters.
         kept_bytes: Memory that one training step keeps for its backward pass; None if unknown.
@@ -113,7 +113,7 @@ class Run:
         evaluations: Each evaluation; the first is before training.
         histograms: Distributions of the inputs to the watched activations.
         layers: The normalization layers after training.
-        diverged_at: The step at which training stopped because its loss was not finite; None if there was none.
+        diverged_at: The step at which training stopped because its loss was not finite; None if it did not diverge.
     """
 
     choice: Choice

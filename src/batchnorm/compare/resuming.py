@@ -1,4 +1,4 @@
-"""Whether a comparison can continue an earlier one in the same directory."""
+"""Check whether a comparison can continue an earlier one in the same directory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_same(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def earlier_facts(directory: Path) -> dict[str, Any]:
-    """Return what the comparison in the directory wrote before training.
+    """Return the facts that the comparison in the directory wrote before training.
 
     Raises:
         ComparisonError: If there is no comparison, or another version of the package wrote it.

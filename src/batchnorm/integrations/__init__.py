@@ -1,1 +1,1 @@
-"""Callbacks for training frameworks. Each module imports its framework; this package imports none of them."""
+"""Callbacks for training frameworks. Each module imports its framework; this package imports no framework."""

@@ -29,11 +29,11 @@ class BatchNormWatch(Callback):
     """A callback that watches every batch normalization layer during `fit`, logs through the module, and warns.
 
     Args:
-        per_layer: Whether to log each quantity for every layer instead of only its largest value over all layers.
+        per_layer: Whether to log each quantity of every layer, instead of its largest value over all layers.
         **options: Options of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
-        watch: The watch of the last `fit`; None before.
+        watch: The watch of the last `fit`; None before the first.
 
     Raises:
         ValueError: in `fit`, the module has no batch normalization.
@@ -47,7 +47,7 @@ class BatchNormWatch(Callback):
         self._logged = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start watching, after the sanity checks and with the module on its device."""
+        """Start watching, after the sanity checks, when the module is on its device."""
         self._close()
         self.watch, self._logged = watch(pl_module, **self.options), 0
 

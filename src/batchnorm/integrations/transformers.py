@@ -24,19 +24,19 @@ class BatchNormWatch(TrainerCallback):
     """A callback that watches every batch normalization layer during `train`, logs through `Trainer.log`, and warns.
 
     Use it as `with BatchNormWatch(trainer) as callback: trainer.train()`. The block adds the callback to the Trainer
-    and removes it at the end, also after an exception (which the Trainer does not report to callbacks). The last record
-    is logged when the Trainer logs, every `logging_steps`.
+    and removes it at the end, also after an exception, which the Trainer does not report to callbacks. Whenever the
+    Trainer logs (every `logging_steps`), it also logs the last record.
 
     If you add it with `trainer.add_callback(BatchNormWatch(trainer))`, it stays for every `train`. After an exception,
     it continues to watch until `watch.close()` or the next `train`.
 
     Args:
         trainer: The Trainer, which logs the records.
-        per_layer: Whether to log each quantity for every layer instead of only its largest value over all layers.
+        per_layer: Whether to log each quantity of every layer, instead of its largest value over all layers.
         **options: Options of `batchnorm.watch`: `every`, `overhead`, `warn`.
 
     Attributes:
-        watch: The watch of the last `train`; None before.
+        watch: The watch of the last `train`; None before the first.
 
     Raises:
         ValueError: in `train`, the model has no batch normalization.

@@ -1,9 +1,9 @@
 """Batch normalization in NumPy and float64, step by step: the executable specification.
 
-Read it beside the paper: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+Read it next to the paper: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
 Internal Covariate Shift", 2015 (arXiv:1502.03167). "Section" without a paper means a section of the mathematics page,
-which also lists errors in published texts. The library's layers and operators are tested against this package. It is
-written for readability, not for speed.
+which also lists errors in published texts. The library's layers and operators are tested against this package. The code
+is written for readability, not for speed.
 
 `x` is `[N, C, *S]`: samples first, channels second, unless `axis` gives another channel axis. Values per channel are
 `[C]`, or `[K, C]` if `index [N]` selects a row for each sample: statistics by group (ghost batches, domains), or γ and

@@ -39,7 +39,7 @@ def _normal_cdf(z: Array) -> Array:
     return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
 
 
-# name: f(z) and f′(z), where a is the negative slope, or α of elu. At a kink, f′ has the value that torch uses.
+# name: f(z) and f′(z); a is the negative slope, or α of elu. At a kink, f′ has the value that torch uses.
 ACTIVATIONS = {
     "none": (lambda z, a: z, lambda z, a: np.ones_like(z)),
     "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.where(z <= 0, 0.0, 1.0)),
@@ -73,7 +73,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Forward:
-    """All intermediate values of a forward pass, in the order of computation, and the data for backward.
+    """All intermediate values of a forward pass, in the order of computation, and what backward needs.
 
     Attributes:
         mean: μ, `[C]` or `[K, C]`.
@@ -182,8 +182,8 @@ def forward_training(
         bias: β, like `weight`.
         weights: `[N, *S]`, the weight of each value in the statistics; all values are normalized.
         index: `[N]`, the row of `[K, C]` for each sample.
-        groups: K, to give each group of samples with the same index its own statistics. Without it, the statistics are
-            those of the whole batch, and index selects only γ and β.
+        groups: K. Each group of samples with the same index then has its own statistics. Without groups, the statistics
+            are those of the whole batch, and index selects only γ and β.
         axis: The channel axis of x.
         **options: residual, activation, negative_slope and eps, as in `normalize`.
 
@@ -264,7 +264,7 @@ def backward(dy: ArrayLike, forward: Forward) -> Gradients:
 
 
 def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
-    """Return the gradients by the chain rule, through x̂, then σ², then μ. The arguments are those of `backward`.
+    """Return the gradients by the chain rule, through x̂, then σ², then μ, with the arguments of `backward`.
 
         dx̂  = dz·γ
         dσ² = Σ dx̂·(x − μ)·(−½)·(σ² + ε)^(−3/2)
@@ -304,8 +304,8 @@ def double_backward(
 ) -> DoubleGradients:
     """Return the gradients of the gradients, by differentiating dx, dγ and dβ as functions of dz, x and γ.
 
-    Mean and invstd are functions of x here, too. Treating them as constants gives correct first derivatives, but wrong
-    second ones. With P(t) = t − mean t − x̂·mean(t·x̂) and u = γ·dz:
+    Here, mean and invstd are also functions of x. If they were constants, first derivatives would be correct, but
+    second ones would be wrong. With P(t) = t − mean t − x̂·mean(t·x̂) and u = γ·dz:
 
         to dz:  γ·invstd·P(v) + x̂·v_γ + v_β
         to γ:   Σ invstd·dz·P(v)

@@ -18,7 +18,7 @@ def float64(a: ArrayLike) -> Array:
 
 
 def require(holds: bool | np.bool_, must: str, came: object, do: str) -> None:
-    """Raise a ValueError unless `holds`, with the requirement, the value received, and the fix."""
+    """Raise a ValueError with the requirement, the value received and the fix, unless the requirement `holds`."""
     if not holds:
         raise ValueError(f"{must}, got {came}. {do}")
 
@@ -45,12 +45,12 @@ class Layout:
     index: NDArray[np.intp] | None
 
     def spread(self, v: Array) -> Array:
-        """Reshape `[C]` or `[K, C]` values to broadcast against x."""
+        """Reshape `[C]` or `[K, C]` values so that they broadcast against x."""
         rows = v[None] if v.ndim == 1 else v[self.index]  # [1, C] or [N, C]
         return np.moveaxis(rows.reshape(*rows.shape, *[1] * (len(self.shape) - 2)), 1, self.axis)
 
     def total(self, t: Array, like: Array) -> Array:
-        """Sum t over the values of x that use each entry of `like`; this is the transpose of `spread`."""
+        """Sum t over the values of x that use the same entry of `like`; this is the transpose of `spread`."""
         per_sample = np.moveaxis(t, self.axis, 1).sum(axis=tuple(range(2, t.ndim)))  # [N, C]
         if like.ndim == 1:
             return np.asarray(per_sample.sum(axis=0))
@@ -95,7 +95,7 @@ def weights_of(weights: ArrayLike | None, layout: Layout) -> Array:
 
 
 def divisor(n: Array) -> Array:
-    """Return n, with 1 instead of 0, where the dividend is 0, too."""
+    """Return n, with 1 instead of 0; there, the dividend is 0 as well."""
     return np.where(n > 0, n, 1.0)
 
 
@@ -127,7 +127,7 @@ class Moments:
         return np.asarray(self.var * (self.count**2 / divisor(self.count**2 - self.count_squares))[..., None])
 
     def require_several(self) -> None:
-        """Raise ValueError if a single value was counted, because it has no variance."""
+        """Raise a ValueError if a single value was counted, because it has no variance."""
         single = (self.count > 0) & (self.count**2 - self.count_squares <= 1e-12 * self.count**2)
         require(
             not single.any(),
@@ -170,14 +170,14 @@ def moments(
 
     count, count_squares = layout.total(w, like=one), layout.total(w * w, like=one)
     mean = layout.total(w * x, like=channels) / divisor(count)
-    # A second sum removes the rounding error of the first, so that a constant channel deviates by exactly 0.
+    # A second sum removes the rounding error of the first, so that the deviations of a constant channel are exactly 0.
     mean = mean + layout.total(w * (x - layout.spread(mean)), like=channels) / divisor(count)
     m2 = layout.total(w * (x - layout.spread(mean)) ** 2, like=channels)
     return Moments(count[..., 0], mean, m2, count_squares[..., 0])
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of the data of all parts together; empty parts are skipped.
+    """Return the moments of all parts together; skip empty parts.
 
         n = Σ nₖ    μ = Σ nₖ·μₖ / n    M2 = Σ M2ₖ + Σ nₖ·(μₖ − μ)²
 
@@ -195,9 +195,9 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def ghost_index(x: ArrayLike, size: int, *, axis: int = 1) -> NDArray[np.intp]:
-    """Return `[N]`, the ghost batch of each sample: parts of `size` consecutive samples; the last may be smaller.
+    """Return `[N]`, the ghost batch of each sample. Ghost batches are parts of `size` consecutive samples.
 
-    A last part with a single value per channel joins the part before it.
+    The last part may be smaller. If it has a single value per channel, it joins the part before it.
     Source: Hoffer, Hubara & Soudry 2017, Algorithm 1. Section 4, "Ghost batches".
     """
     x = float64(x)
@@ -251,12 +251,13 @@ def update_running(
     convention: str,
     num_batches_tracked: ArrayLike = 0,
 ) -> Running:
-    """Return the running statistics after their update by the batch's.
+    """Return the running statistics after an update by a batch.
 
         r ← (1 − a)·r + a·s    a = momentum in torch, 1 − momentum in Keras and Flax
 
     running_mean averages μ. running_var averages the unbiased variance in torch, and the biased one in Keras 3 and
-    Flax. With momentum=None, a = 1/num_batches_tracked: the cumulative average. Empty batches (m = 0) change nothing.
+    Flax. With momentum=None, a = 1/num_batches_tracked, which gives the cumulative average. Empty batches (m = 0)
+    change nothing.
     Source: section 2; Ioffe & Szegedy 2015, section 3.1, for the unbiased variance.
 
     Args:

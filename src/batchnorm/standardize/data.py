@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 
-# The number of values that are converted to float64 at a time.
+# Number of values that are converted to float64 at a time.
 _PART = 2**18
+# scikit-learn's checks require the last words of the second sentence.
+_COMPLEX = (
+    "Standardizer expects real numbers, got {}. Pass the real and the imaginary part as separate features: "
+    "Complex data not supported."
+)
 
 
 def is_batches(x: object) -> bool:
-    """Return whether x is an iterable of batches instead of an array or something that converts to one."""
+    """Return whether x is an iterable of batches, not an array or an object that converts to one."""
     if isinstance(x, (Tensor, np.ndarray, str, bytes, Mapping)) or hasattr(x, "__array__") or _is_sparse(x):
         return False
     if isinstance(x, (list, tuple)):
@@ -45,11 +50,11 @@ def batch_of(batch: object) -> Array:
 
 
 def as_array(x: Any) -> Array:
-    """Convert to a tensor or array of real numbers, without copying if x is one."""
+    """Convert x to a tensor or array of real numbers, without a copy if it already is one."""
     if _is_sparse(x):
         raise TypeError(
             f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would make "
-            "it dense: use x.toarray(), or a scaler that does not center."
+            "the data dense: use x.toarray(), or a scaler that does not center."
         )
     if torch.masked.is_masked_tensor(x):
         raise TypeError(
@@ -58,13 +63,13 @@ def as_array(x: Any) -> Array:
         )
     if isinstance(x, Tensor):
         if x.is_complex():
-            raise ValueError(f"Standardizer expects real numbers, got {x.dtype}. Complex data not supported.")
+            raise ValueError(_COMPLEX.format(x.dtype))
         return x
     array: NDArray[Any] = x if isinstance(x, np.ndarray) else np.asarray(x)
     if array.dtype.kind == "c":
-        raise ValueError(f"Standardizer expects real numbers, got {array.dtype}. Complex data not supported.")
+        raise ValueError(_COMPLEX.format(array.dtype))
     if array.dtype.kind == "O":
-        array = array.astype(np.float64)  # NumPy's error names the value that is not a number
+        array = array.astype(np.float64)  # an error of NumPy names a value that is not a number
     if array.dtype.kind not in "buif":
         raise ValueError(f"Standardizer expects numbers, got an array of dtype {array.dtype}. Convert it first.")
     return array
@@ -78,7 +83,7 @@ def _is_sparse(x: object) -> bool:
 
 
 def parts(x: Array) -> Iterator[slice]:
-    """Yield slices of x's samples that are small enough to convert to float64."""
+    """Yield slices of x's samples, each small enough to convert to float64."""
     per_sample = max(1, int(np.prod(x.shape[1:])))
     step = max(1, _PART // per_sample)
     for start in range(0, x.shape[0], step):
@@ -97,12 +102,12 @@ def float64(part: Array) -> Tensor:
 
 
 def mask_of(x: Array) -> NDArray[Any]:
-    """Return the mask of a masked array, of x's shape; otherwise one value, False."""
+    """Return the mask of a masked array, in x's shape; for other data, a single False."""
     return np.ma.getmaskarray(x) if isinstance(x, np.ma.MaskedArray) else np.zeros((), bool)
 
 
 def result_dtype(x: Array) -> Any:
-    """Return the dtype of standardized x: x's own, or for integers torch's default or NumPy's float64."""
+    """Return the dtype of standardized x: its own, or for integers torch's default dtype or NumPy's float64."""
     if isinstance(x, Tensor):
         return x.dtype if x.is_floating_point() else torch.get_default_dtype()
     return x.dtype if x.dtype.kind == "f" else np.dtype(np.float64)

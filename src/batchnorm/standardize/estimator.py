@@ -28,14 +28,14 @@ _LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.F
 
 
 class Standardizer(Estimator):
-    """Zero mean and unit variance for every feature or channel: `(x - mean)/std`, over a whole data set.
+    """Scale every feature or channel of a data set to zero mean and unit variance: `(x - mean)/std`.
 
-    It normalizes a whole data set as batch normalization normalizes a batch: over samples for `[N, C]`, over samples
-    and positions for data such as images `[N, C, H, W]`. The standard deviation is the biased one. Methods and results
-    are those of scikit-learn's `StandardScaler`; constant features are centered but not scaled. Data may be tensors on
-    any device, NumPy arrays, memory maps, data frames, or iterables of batches such as a `DataLoader`. Only a part of
-    the data is converted to float64 at a time. The class works in scikit-learn's pipelines and searches, but does not
-    require scikit-learn.
+    The statistics are those of batch normalization, but of a whole data set instead of a batch: over samples for
+    `[N, C]`, over samples and positions for data such as images `[N, C, H, W]`. The standard deviation is the biased
+    one. Methods and results are those of scikit-learn's `StandardScaler`. Constant features are centered but not
+    scaled. Data may be tensors on any device, NumPy arrays, memory maps, data frames, or iterables of batches such as a
+    `DataLoader`. Only a part of the data is converted to float64 at a time. The class works in scikit-learn's pipelines
+    and searches, but does not require scikit-learn.
 
     Args:
         with_mean: Whether to subtract the mean.
@@ -48,7 +48,7 @@ class Standardizer(Estimator):
     Attributes:
         mean_: The mean, float64 `[C]`.
         var_: The biased variance, float64 `[C]`.
-        scale_: The divisor, float64 `[C]`: the standard deviation; 1 where it is 0, or without `with_std`.
+        scale_: The divisor, float64 `[C]`: the standard deviation, or 1 for constant features and without `with_std`.
         n_samples_seen_: Values per feature (N·H·W for images, the sum of the weights if given); an array if features
             have different numbers of NaN.
         n_features_in_: C.
@@ -100,7 +100,7 @@ class Standardizer(Estimator):
         return self
 
     def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None) -> Standardizer:
-        """Add further data to the measurements; arguments are those of `fit`.
+        """Add further data to the measurements, with the arguments of `fit`.
 
         If any of the data are invalid, the earlier measurements do not change.
         """
@@ -162,13 +162,13 @@ class Standardizer(Estimator):
         """Return `(x - mean_)/scale_` in x's dtype.
 
         Args:
-            X: As in `fit`. For batches, the result is an iterator of standardized batches, which keep the other items
-                of a tuple.
-            out: An array, memory map or tensor of x's shape and a floating-point dtype to write to, for data larger
-                than memory. It may be x itself.
+            X: As in `fit`. For batches, the result is an iterator of standardized batches. The other items of a tuple
+                stay unchanged.
+            out: An array, memory map or tensor to write to, for data larger than memory. It has x's shape and a
+                floating-point dtype, and may be x itself.
 
         Returns:
-            An array (or the type chosen by `set_output`); for tensors a tensor on their device; `out` if given.
+            An array, or the type chosen by `set_output`. For a tensor, a tensor on its device. `out` if given.
         """
         result = self._apply(X, out, lambda x, mean, low, scale: ((x - mean) - low) / scale)
         return result if out is not None else self._framed(result, X)
@@ -178,7 +178,7 @@ class Standardizer(Estimator):
         return self._apply(X, out, lambda x, mean, low, scale: (x * scale + low) + mean)
 
     def fit_transform(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
-        """Call `fit` and then `transform` with the same data; it is read twice, so it must not be an iterator."""
+        """Call `fit` and then `transform` with the same data, which must not be an iterator, because both read it."""
         if data.is_batches(X) and iter(X) is X:
             raise ValueError(
                 f"Standardizer.fit_transform expects data that can be read twice, got an iterator "
@@ -222,7 +222,7 @@ class Standardizer(Estimator):
     # Merging
 
     def merge(self, *others: Standardizer) -> Standardizer:
-        """Return a new `Standardizer` with this one's arguments, as if it were fitted on the data of all.
+        """Return a new `Standardizer` with the arguments of this one, as if fitted on the data of all.
 
         Raises:
             NotFittedError: one of them is not fitted.
@@ -244,8 +244,8 @@ class Standardizer(Estimator):
     def all_reduce(self, process_group: Any = None) -> Standardizer:
         """Merge the statistics of all ranks of `torch.distributed`, so that they are bitwise equal on every rank.
 
-        Call it once, after each rank was fitted on its share. A rank may have no data. Without an initialized process
-        group, it does nothing.
+        Call it once, after each rank has fitted its share of the data. A rank may have no data. Without an initialized
+        process group, this does nothing.
 
         Raises:
             NotFittedError: no rank is fitted.
@@ -271,7 +271,7 @@ class Standardizer(Estimator):
         """Return a frozen batch normalization that computes `transform`, as the first layer of a model.
 
         The model then accepts raw data, and `batchnorm.fold` can fold the layer into the first convolution or linear
-        layer. The layer's channels are on axis 1, independent of `channel_axis`.
+        layer. The layer's channels are on axis 1 for any `channel_axis`.
 
         Args:
             dtype: The dtype of its buffers; by default torch's default.
@@ -281,13 +281,13 @@ class Standardizer(Estimator):
             ValueError: a feature has no finite mean or standard deviation, or the dtype cannot represent them.
 
         Numerics: if the mean is m standard deviations, its rounding to float32 shifts the result by up to 6e-8·m. If a
-            variance is outside the range of the dtype, the layer has a weight, which contains the rest of the scale.
+            variance is outside the range of the dtype, the layer has a weight that contains the rest of the scale.
         """
         self._check_fitted()
         if not (np.isfinite(self.mean_).all() and np.isfinite(self.scale_).all()):
             raise ValueError(
-                "Standardizer.to_layer expects finite statistics of every feature, got others. Fit it on data with "
-                "values of every feature."
+                "Standardizer.to_layer expects finite statistics of every feature, got NaN or infinity. Fit it on data "
+                "with finite values of every feature."
             )
         scale = torch.from_numpy(self.scale_)
         mean = torch.from_numpy(self.mean_) if self.with_mean else torch.zeros_like(scale)
@@ -323,7 +323,7 @@ class Standardizer(Estimator):
         if width == 0:
             raise ValueError(
                 f"Standardizer expects features, found array with 0 feature(s) (shape={shape}) while a minimum of 1 "
-                "is required."
+                "is required. Pass data with at least one feature."
             )
         if self.nan_policy == "raise" and data.mask_of(x).any():
             raise ValueError(
@@ -333,7 +333,7 @@ class Standardizer(Estimator):
         if shape[0] < least:
             raise ValueError(
                 f"Standardizer expects samples, found array with 0 sample(s) (shape={shape}) while a minimum of "
-                f"{least} is required."
+                f"{least} is required. Pass data with at least one sample."
             )
         if features is not None and width != features:
             raise ValueError(
@@ -358,7 +358,7 @@ class Standardizer(Estimator):
 
 
 def _check_representable(mean: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    """Check that a layer of this dtype can hold these numbers, and compute with the scale."""
+    """Check that a layer of this dtype can store these numbers, and compute with the scale."""
     held, computed = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
     fits = mean.abs() <= held.max
     for values, number in ((weight, held), (1 / scale, computed)):
@@ -389,7 +389,7 @@ def _weights(given: Any, samples: int) -> Tensor:
         )
     if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.any():
         raise ValueError(
-            "Standardizer expects sample_weight >= 0, finite and not all zero, got others. Use weight zero for samples "
-            "that do not count."
+            "Standardizer expects sample_weight >= 0, finite and not all zero, got other values. Use a weight of 0 for "
+            "samples that do not count."
         )
     return weights

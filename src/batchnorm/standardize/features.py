@@ -12,9 +12,9 @@ from torch import Tensor
 class Features:
     """Count (Σ w), mean and Σ w·(x - mean)² of each feature, all float64 `[C]` on the CPU.
 
-    This differs from `batchnorm.moments.Moments` in two ways. Each feature has its own count, because values may be
-    missing. The mean is `mean + mean_low`, because a mean rounded to float64 would make the variance less accurate with
-    every merge.
+    There are two differences from `batchnorm.moments.Moments`. Each feature has its own count, because values may be
+    missing. The mean is `mean + mean_low`, because with a mean rounded to float64, each merge would make the variance
+    less accurate.
     """
 
     count: Tensor
@@ -61,12 +61,12 @@ class Features:
 
     @property
     def var(self) -> Tensor:
-        """The biased variance; NaN where the count is 0."""
+        """The biased variance; NaN for a feature without values."""
         return self.m2 / self.count
 
 
 def _pair(high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rounded sum and its rounding error."""
+    """Return the rounded sum and its rounding error, on the CPU."""
     high, low = high.cpu(), low.cpu()
     total = high + low
     return total, torch.where(total.isfinite(), low - (total - high), 0.0)

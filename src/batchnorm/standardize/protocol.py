@@ -25,7 +25,7 @@ class NotFittedError(ValueError, AttributeError):
 
 
 class Estimator:
-    """An estimator's parameters, feature names and tags; names of fitted attributes end in an underscore."""
+    """The parameters, feature names and tags of an estimator. Names of fitted attributes end in an underscore."""
 
     nan_policy: str
     n_features_in_: int
@@ -36,7 +36,7 @@ class Estimator:
                 if name != "self"}  # fmt: skip
 
     def set_params(self: E, **params: Any) -> E:
-        """Set arguments of the constructor by name; they apply from the next `fit` on."""
+        """Set arguments of the constructor by name, for the next `fit`."""
         known = self.get_params()
         for name, value in params.items():
             if name not in known:
@@ -50,8 +50,8 @@ class Estimator:
         """Choose the type that `transform` returns for arrays `[N, C]` and data frames; tensors stay tensors.
 
         Args:
-            transform: "default" for arrays, "pandas" or "polars" for data frames, None for no change. If this method
-                was never called, scikit-learn's setting applies (`sklearn.set_config(transform_output=...)`).
+            transform: "default" for arrays, "pandas" or "polars" for data frames, None for no change. Before the first
+                call of this method, scikit-learn's setting applies (`sklearn.set_config(transform_output=...)`).
         """
         if transform is not None:
             _checks.check_choice("Standardizer.set_output", "transform", transform, _OUTPUTS)
@@ -60,7 +60,7 @@ class Estimator:
 
     def _framed(self, result: Any, X: object) -> Any:
         """Return the result in the type that the user chose."""
-        sklearn = sys.modules.get("sklearn")  # there is a setting only if it was imported
+        sklearn = sys.modules.get("sklearn")  # scikit-learn has a setting only if it was imported
         everywhere = {"transform": "default" if sklearn is None else sklearn.get_config()["transform_output"]}
         wanted = getattr(self, "_sklearn_output_config", everywhere)["transform"]
         if wanted == "default" or not isinstance(result, np.ndarray) or result.ndim != 2:
@@ -84,7 +84,10 @@ class Estimator:
         if fitted is not None and list(names) != list(fitted):
             raise ValueError("input_features is not equal to feature_names_in_. Leave it out.")
         if len(names) != self.n_features_in_:
-            raise ValueError(f"input_features should have length equal to {self.n_features_in_}, got {len(names)}.")
+            raise ValueError(
+                f"input_features should have length equal to {self.n_features_in_}, got {len(names)}. Pass one name "
+                "for each feature."
+            )
         return names
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -1,1 +1,1 @@
-"""Everything that a user chooses, checked: settings, data, networks, normalizations, batches and learning rates."""
+"""Check the user's choices: settings, data, networks, normalizations, batches and learning rates."""

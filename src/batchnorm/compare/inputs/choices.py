@@ -57,13 +57,13 @@ class Grid:
         for choice, stem in zip(self.choices, stems, strict=True):
             if stems.count(stem) > 1:
                 raise ComparisonError(
-                    f"choices must differ in letters and digits, which name their files, but two get the name of "
+                    f"choices must differ in letters and digits, which name their files, but two have the file name of "
                     f"{choice.norm!r} with learning rate {choice.lr:g}. Write one of them in another way."
                 )
 
     @property
     def choices(self) -> list[Choice]:
-        """All combinations; the ones with the first norm come first."""
+        """All combinations, those with the first norm first."""
         every = (Choice(*values) for values in itertools.product(*(getattr(self, f.name) for f in fields(self))))
         return [choice for choice in every if choice.norm != "none" or choice.placement == self.placement[0]]
 

@@ -74,8 +74,8 @@ def load(source: str | Path | Data, *, data_dir: str | Path | None = None, stand
         source: One of these:
 
             - `mnist-mini`: 10,000 training and 2,000 test images of MNIST, included in this package.
-            - `mnist`, `fashion-mnist`: 60,000 and 10,000 images of 28×28, downloaded once to the user's cache (the
-              environment variable `BATCHNORM_CACHE` names another folder), or read from `data_dir`.
+            - `mnist`, `fashion-mnist`: 60,000 training and 10,000 test images of 28×28, read from `data_dir` or
+              downloaded once to the user's cache (the environment variable `BATCHNORM_CACHE` names another folder).
             - `digits`: scikit-learn's 1,797 digits of 8×8; the last 360, mostly by other writers, are the test set.
             - The path of an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`.
             - `module.path:callable`, which takes no arguments and returns a dict of such arrays, or a `Data`.
@@ -85,11 +85,11 @@ def load(source: str | Path | Data, *, data_dir: str | Path | None = None, stand
             mean and the standard deviation of all training values. Floating-point values are used as they are. Labels
             are integers from 0. Every class must occur in `y_train`, unless `num_classes` is stored with the arrays.
         data_dir: Folder with the four official files of `mnist` or `fashion-mnist`, gzipped or not.
-        standardize: Whether to standardize bytes. If not, they are divided by 255, which uses no statistics of the
+        standardize: Whether to standardize bytes. Otherwise they are divided by 255, which uses no statistics of the
             data.
 
     Raises:
-        ComparisonError: If there are no such data, or they do not meet the description above.
+        ComparisonError: If the data do not exist, or differ from the description above.
     """
     name = source.name if isinstance(source, Data) else str(source)
     if data_dir is not None and name not in idx.SOURCES:
@@ -173,7 +173,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool
         standardize: Whether to standardize bytes.
 
     Raises:
-        ComparisonError: If the arrays do not meet the description in `load`.
+        ComparisonError: If the arrays differ from the description in `load`.
     """
     missing = [key for key in KEYS if key not in arrays]
     if missing:
@@ -214,7 +214,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str, *, standardize: bool
 
 
 def _mean_and_deviation(values: NDArray[np.uint8]) -> tuple[float, float]:
-    """Return both over all bytes, from the counts of the values; NumPy's functions need eight times their memory."""
+    """Return both from the counts of the byte values, because NumPy's functions need eight times the data's memory."""
     counts = np.zeros(256)
     for part in np.array_split(values, math.ceil(values.size / 2**22)):
         counts += np.bincount(part.ravel(), minlength=256)

@@ -14,14 +14,14 @@ from batchnorm.surgery.convert.ranks import rank_of
 def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: str) -> nn.Module:
     """Return the network with each batch normalization replaced by `norm`, and everything else unchanged.
 
-    Variants of batch normalization keep γ, β, ε, momentum and running statistics of the replaced layers, as
-    `batchnorm.convert` does, unless the options of `norm` override them. Other normalizations are new layers, with γ
-    and β copied if the shapes agree.
+    Variants of batch normalization keep γ, β, ε, momentum and running statistics of the replaced layers, as with
+    `batchnorm.convert`, unless the options of `norm` override them. Other normalizations are new layers, with γ and β
+    copied if their shapes are the same.
 
     Args:
         network: Changed in place; its lazy layers must be initialized.
-        norm: Its `made` becomes the new layers.
-        in_shape: Shape of one sample; gives the number of dimensions for layers that take any.
+        norm: Makes the new layers; its `made` becomes the list of them.
+        in_shape: Shape of one sample. It determines the number of dimensions for layers that take any.
         name: The model's name in errors.
 
     Raises:

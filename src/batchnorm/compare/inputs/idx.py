@@ -34,8 +34,8 @@ class Source:
 
     Attributes:
         title: Its name in errors.
-        mirrors: URLs of folders with the four files, gzipped, in the order in which they are tried.
-        sha256: Hash of each file's uncompressed content, as the compression differs between mirrors.
+        mirrors: URLs of folders with the four gzipped files, in the order in which they are tried.
+        sha256: Hash of each file's uncompressed content, because the compression differs between mirrors.
     """
 
     title: str
@@ -153,7 +153,7 @@ def _download(url: str, output_file: str, pooch: object) -> None:
     received = io.BytesIO()
     try:
         HTTPDownloader(timeout=TIMEOUT)(url, received, None)
-    except OSError as error:  # which all errors of requests are
+    except OSError as error:  # the base class of all errors of requests
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise ValueError(type(error).__name__ + (f" {status}" if status else "")) from error
     Path(output_file).write_bytes(_uncompressed(received.getvalue()))

@@ -1,4 +1,4 @@
-"""The user's own code: imported by name, and named in errors when it fails."""
+"""Import the user's code by name, and report its errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def import_named(written: str, what: str) -> object:
 
     Args:
         written: The name as the user wrote it.
-        what: The argument that it was given as, for errors: `model` or `data`.
+        what: The name of the argument, for errors: `model` or `data`.
 
     Raises:
         ComparisonError: If the module cannot be imported, or has no such name.
@@ -34,7 +34,7 @@ def import_named(written: str, what: str) -> object:
 
 @contextmanager
 def user_code(name: str, occasion: str, of: str = "the model") -> Iterator[None]:
-    """Turn any exception of the user's code in the block into one line that says what failed, when and where."""
+    """Turn an exception of the user's code in the block into one line that says what failed, when and where."""
     try:
         yield
     except ComparisonError:

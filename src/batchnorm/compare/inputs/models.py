@@ -1,4 +1,4 @@
-"""The network of a comparison: by name, the user's own, or a callable that builds it."""
+"""The network of a comparison: a name, a network, or a callable that builds one."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Model:
 
     Attributes:
         name: Its name as the user wrote it.
-        build: `build(norm, in_shape, num_classes)` returns the network; `build()` if it is finished.
-        finished: Whether it comes with batch normalization, which the norms of the comparison replace.
-        pretrained: Whether every run starts from the weights of one given network; seeds then differ in the data
-            order only.
+        build: Returns the network: `build(norm, in_shape, num_classes)`, or `build()` if it is finished.
+        finished: Whether it already has batch normalization, which the norms of the comparison replace.
+        pretrained: Whether every run starts from the weights of one given network. Seeds then differ in the order of
+            the data only.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Model:
     pretrained: bool = False
 
     def __call__(self, norm: Norm, sample: Tensor, num_classes: int) -> nn.Module:
-        """Return the network on the CPU, tried on `sample`, with its lazy parameters initialized.
+        """Return the network on the CPU after a trial on `sample`, which initializes its lazy parameters.
 
         Args:
-            norm: Makes the normalization layers; its list of layers made is cleared first.
+            norm: Makes the normalization layers; first, it forgets the layers that it made before.
             sample: Some inputs, `[N, *in_shape]`, on any device.
             num_classes: Number of outputs.
 
@@ -143,13 +143,13 @@ def resolve(model: AnyModel) -> Model:
 
 
 def _takes_nothing(target: Callable[..., Any]) -> bool:
-    """Return whether the callable requires no argument, and therefore makes a finished network."""
+    """Return whether the callable requires no argument, which means that it makes a finished network."""
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
         return False
     if parameters and parameters[0].name == "norm":
-        return False  # with a default
+        return False  # it builds the network, and its norm has a default
     if not isinstance(target, type) and any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return False  # it can take three
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
@@ -158,7 +158,7 @@ def _takes_nothing(target: Callable[..., Any]) -> bool:
 def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
     """Return the network preceded by a batch normalization of its input, without γ and β.
 
-    It standardizes each batch by its own statistics: `[N, C, *S]` by channel, `[N, D]` by feature.
+    The layer standardizes each batch by its own statistics: `[N, C, *S]` by channel, `[N, D]` by feature.
 
     Args:
         network: Becomes the submodule `network`.
@@ -178,7 +178,7 @@ def with_input_norm(network: nn.Module, in_shape: tuple[int, ...]) -> nn.Module:
 
 
 def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
-    """Return copies of the network's parameters by name, without those of the normalization layers."""
+    """Return copies of the network's parameters by name, except those of the normalization layers."""
     own = {id(parameter) for layer in norm.made for parameter in layer.parameters()}
     return {
         name: parameter.detach().clone()
@@ -190,8 +190,8 @@ def initial_values(network: nn.Module, norm: Norm) -> dict[str, Tensor]:
 def share_initial_values(network: nn.Module, norm: Norm, values: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Copy the initial values of another network to all parameters of the same name and shape.
 
-    The same seed is not enough: where only one of two networks has a bias, the random generator yields different
-    values from there on.
+    The same seed is not enough. If only one of two networks has a bias, the random generator yields different values
+    from there on.
 
     Args:
         network: Changed in place. The parameters of its normalization layers stay as they are.

@@ -65,13 +65,13 @@ def register(
             `build(num_features, dims, 16)`, and `renorm:rmax=3,dmax=5` calls
             `build(num_features, dims, rmax=3, dmax=5)`.
         title: Its name in a sentence.
-        replaces_bias: Whether it subtracts each channel's mean and adds a shift of its own, so that a bias right
-            before it has no effect.
-        trial: `trial(*options, **options)` returns the number of channels for a trial of the options before any
-            network is built; 4 by default.
-        target: The name that `batchnorm.convert` knows it by, if `convert` can insert it into a finished network and
-            keep the settings and statistics of the replaced layers. Without it, `build` makes the replacements.
-        positional: Names of the options that can be written without their name, in order. They reach `build` by name.
+        replaces_bias: Whether it subtracts each channel's mean and adds its own shift, so that a bias right before it
+            has no effect.
+        trial: `trial(*options, **options)` returns a number of channels that is valid for these options. A layer of
+            that size checks the options before any network is built. The default is 4 channels.
+        target: Its name in `batchnorm.convert`, if `convert` can insert it into a finished network and keep the
+            settings and statistics of the replaced layers. Without a target, `build` makes the new layers.
+        positional: Names of the options that can be written without their name, in order. `build` gets them by name.
 
     Raises:
         ValueError: If the name is taken, or contains a comma, colon or space.
@@ -88,7 +88,7 @@ def names() -> tuple[str, ...]:
 
 @dataclass
 class Norm:
-    """One normalization with its options and its placement; models are built with it.
+    """One normalization with its options and its placement, with which models are built.
 
     A model calls `norm.activated(64)` for a normalization and its activation on `[N, 64]`, or
     `norm.activated(16, dims=2)` on `[N, 16, H, W]`. It calls `norm(16, dims=2)` for a normalization alone.
@@ -101,7 +101,7 @@ class Norm:
         arguments: Options without a name.
         options: Options by name.
         placement: `before` or `after` the activation.
-        target: The name that `batchnorm.convert` knows it by; None if it does not.
+        target: Its name in `batchnorm.convert`, if it has one.
         made: Every layer made so far, in order.
         placed: How many of them were made with an activation.
     """
@@ -123,7 +123,7 @@ class Norm:
 
     @property
     def replaces_bias(self) -> bool:
-        """Whether the preceding layer can omit its bias, because the normalization right after it cancels the bias."""
+        """Whether the preceding layer can omit its bias, because the normalization cancels it."""
         return self.cancels_bias and self.placement == "before"
 
     def __call__(self, num_features: int, dims: int = 1) -> nn.Module:
@@ -199,9 +199,9 @@ def parse(spec: str, placement: str = "before") -> Norm:
 
 
 def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Norm]:
-    """Return the normalizations that the items of `specs` name; commas within an item separate norms, too.
+    """Return the normalizations that the items of `specs` name. Commas within an item also separate norms.
 
-    A part with `=` and no colon belongs to the norm before it: `renorm:rmax=3,dmax=5,batch` names two norms.
+    A part with `=` and without a colon belongs to the norm before it: `renorm:rmax=3,dmax=5,batch` names two norms.
 
     Raises:
         ComparisonError: If there is no norm, a norm is repeated, or one is unknown.
@@ -224,7 +224,7 @@ def parse_all(specs: str | Iterable[str], placement: str = "before") -> list[Nor
 
 
 def _literal(text: str) -> Any:
-    """Return the Python value that `text` spells, or the text itself."""
+    """Return the Python value of a literal, or the text itself if it is not one."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -275,7 +275,7 @@ def _grouped(groups: int, num_features: int, **options: Any) -> nn.GroupNorm:
 
 
 class _SingleChannels(nn.GroupNorm):
-    """torch's layer with one channel per group; it rejects an input with one value per group, which it would erase."""
+    """torch's layer with one channel per group. It refuses one value per group, which it would erase."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[2:].numel() == 1:
@@ -287,7 +287,7 @@ class _SingleChannels(nn.GroupNorm):
 
 
 class _InstanceNorm1d(nn.InstanceNorm1d):
-    """torch's layer, except that it rejects `[N, C]`, which torch's takes for one sample with N channels."""
+    """torch's layer, except that it refuses `[N, C]`, which torch interprets as one sample with N channels."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 3:
@@ -342,5 +342,5 @@ register(
     title="instance normalization",
     replaces_bias=True,
 )
-# Left out: frozen normalization, which does nothing before training; domain and conditional normalization, which need
-# a domain or a label besides x.
+# There is no entry for frozen normalization, which does nothing before training, nor for domain and conditional
+# normalization, which need a domain or a label in addition to x.

@@ -63,14 +63,14 @@ class Sampling:
                 )
 
     def batches(self, labels: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Yield the indices of each batch, without end.
+        """Yield the indices of each batch, endlessly.
 
-        Independent batches take every sample once per epoch, in a new random order. The samples left over at the end
-        of an epoch, too few for a batch, are skipped.
+        Independent batches take every sample once per epoch, in a new random order. An epoch skips its last samples if
+        they are too few for a batch.
 
-        Batches of few classes draw their classes anew, with probabilities proportional to the classes' sizes. Each
-        class supplies an equal part of the batch (some one sample more if the division leaves a remainder). It goes
-        through its own samples in random order, and reshuffles them when all have been used. Within a batch the
+        Batches of few classes draw new classes each time, with probabilities proportional to the classes' sizes. Each
+        class supplies an equal part of the batch; if the division leaves a remainder, some supply one sample more. The
+        samples of a class are taken in random order, and reshuffled when all have been used. Within a batch, the
         classes are mixed.
 
         Args:

@@ -17,8 +17,8 @@ from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 T = TypeVar("T")
 EPOCHS = 10
 EVALUATIONS = 80
-CLOSEST = 5  # steps between evaluations, which cost more than steps do
-# More threads than processors are slower, and some thousands end the process.
+CLOSEST = 5  # fewest steps between evaluations by default, because an evaluation costs more than a step
+# More threads than processors are slower, and thousands of threads end the process.
 _MOST = {"seeds": 10_000, "threads": max(256, os.cpu_count() or 1)}
 SEVERAL = {"norms": "norm"} | {name: name for name in ("placement", "lr", "batch_size", "sampling")}
 
@@ -30,7 +30,7 @@ class Settings:
     Attributes:
         grid: The settings that can have several values. The other norms are compared with the first.
         model: Name of the network.
-        input_norm: Whether the inputs pass a normalization without scale and shift instead of being standardized.
+        input_norm: Whether a layer without scale and shift normalizes the inputs, instead of standardized data.
         data: Name or path of the data.
         data_dir: Folder with the data's files; None if not given.
         epochs: Epochs of each run, which determine its number of steps; None if `steps` is given.
@@ -60,7 +60,7 @@ class Settings:
     device: str
 
     def __post_init__(self) -> None:
-        """Check the target accuracy; the other arguments are checked where they are used."""
+        """Check the target accuracy; other code checks the other arguments when it uses them."""
         if not 0 < self.target_accuracy <= 1:
             raise ComparisonError(
                 f"target_accuracy must be above 0 and at most 1, got {self.target_accuracy!r}. Write 0.95 for 95 %."
@@ -68,7 +68,7 @@ class Settings:
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Settings:
-        """Return the settings that `asdict` made this content from."""
+        """Return the settings from the result of `asdict`."""
         grid = {name: tuple(values) for name, values in content["grid"].items()}
         return cls(**{**content, "grid": Grid(**grid)})
 
@@ -80,7 +80,7 @@ class Settings:
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """Every setting that decides the result of a run, apart from its choice, its seed and the data."""
+        """Every setting that decides the result of a run, except its choice, its seed and the data."""
         names = ("model", "input_norm", "epochs", "steps", "schedule", "optimizer", "evaluate_every")
         found = {name: getattr(self, name) for name in names}
         # All networks take their initial values from the first norm's.
@@ -117,7 +117,7 @@ def several(name: str, given: T | Iterable[T]) -> tuple[T, ...]:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Check that each count is None or a positive integer, and not absurdly large.
+    """Check that each count is None, or a positive integer that is not too large.
 
     Raises:
         ComparisonError: If one is not.

@@ -14,8 +14,8 @@ from batchnorm.compare.records import Evaluation, Histogram, Run
 from batchnorm.compare.report.summary import Outcome
 
 VALUE_BINS = 64
-OUTSIDE = 0.005  # share of values that may be outside the axis on each side
-WIDEST = 5  # the axis extends beyond the narrowest distribution by at most this multiple of its range
+OUTSIDE = 0.005  # largest share of values outside the axis on each side
+WIDEST = 5  # the axis extends beyond the narrowest distribution by at most this multiple of that one's range
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ Values = Callable[[Run], dict[int, tuple[float, float | None]]]  # seconds and v
 
 
 def evaluated(value: Callable[[Evaluation], float | None]) -> Values:
-    """Return a function that gives seconds and a value of each evaluation by step."""
+    """Return a function that returns seconds and a value of each evaluation, by step."""
     return lambda run: {e.step: (e.train_seconds, value(e)) for e in run.evaluations}
 
 
@@ -65,12 +65,12 @@ def train_loss(run: Run) -> dict[int, tuple[float, float | None]]:
 
 
 def gradient_norm(run: Run) -> dict[int, tuple[float, float | None]]:
-    """Return seconds and the norm of the gradient by step, where it was recorded."""
+    """Return seconds and the norm of the gradient, by step, for the steps that recorded it."""
     return {s.step: (s.train_seconds, s.gradient_norm) for s in run.steps if s.gradient_norm is not None}
 
 
 def percentile(where: str, which: int) -> Values:
-    """Return a function that gives seconds and a percentile of a watched activation by step.
+    """Return a function that returns seconds and a percentile of a watched activation, by step.
 
     Args:
         where: `first` or `last`.
@@ -131,7 +131,7 @@ class Distributions:
 
     Attributes:
         edges: Edges of the grid's bins.
-        most: The share that is drawn darkest; a few bins have more, such as those of the narrow first step.
+        most: The share with the darkest colour. A few bins have a larger share, such as those of the narrow first step.
         columns: The distributions of each choice, step by step.
     """
 

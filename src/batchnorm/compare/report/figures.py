@@ -48,13 +48,13 @@ def draw(runs: Sequence[Run], found: Sequence[Outcome], settings: Settings) -> d
 
 
 def accuracy_floor(points: Sequence[Point]) -> float:
-    """Return the lower end of the accuracy axis, cut above the first steps, which would flatten the rest."""
+    """Return the lower end of the accuracy axis, above the first steps, which would flatten the rest."""
     after = sorted(point.low for point in points)
     return min(max(0.0, np.floor(10 * after[len(after) // 10]) / 10), 0.9) if after else 0.0
 
 
 def positive_range(points: Sequence[Point]) -> tuple[float, float]:
-    """Return the ends of a logarithmic axis; a diverging run does not flatten the rest."""
+    """Return the ends of a logarithmic axis that a diverging run does not flatten."""
     found = sorted(point.mid for point in points if point.mid > 0)
     if not found:
         return 0.1, 1.0
@@ -63,7 +63,7 @@ def positive_range(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def linear_range(points: Sequence[Point]) -> tuple[float, float]:
-    """Return the ends of a linear axis; a diverging run does not flatten the rest."""
+    """Return the ends of a linear axis that a diverging run does not flatten."""
     if not points:
         return 0.0, 1.0
     low, high = np.quantile([point.mid for point in points], [0.02, 0.98])

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from batchnorm.compare.inputs.choices import Grid
 from batchnorm.compare.report.summary import FEWEST, Difference, Outcome, Spread, contestants, reference
 
-ALIKE = 1.05  # a ratio closer to 1 is called about the same
-NOTHING = 0.005  # points; a smaller difference is rounding: one of a thousand test samples is 0.1 points
-NAMED = 4  # labels that a sentence lists
+ALIKE = 1.05  # a smaller ratio is reported as "about the same"
+NOTHING = 0.005  # points; a smaller difference is rounding, because one of a thousand test samples is 0.1 points
+NAMED = 4  # largest number of labels that a sentence lists
 
 
 def headline(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[str]:
@@ -39,7 +39,7 @@ def accuracy(spread: Spread) -> str:
 
 
 def points(value: float) -> str:
-    """Return a difference with its sign; a second decimal keeps a small difference from looking like zero."""
+    """Return a difference with its sign. A small one has a second decimal, so that it does not look like zero."""
     if abs(value) < NOTHING:
         return "0"
     return (f"{value:+.1f}" if abs(value) >= 0.05 else f"{value:+.2f}").replace("-", "−")
@@ -72,7 +72,7 @@ def listed(labels: Sequence[str]) -> str:
 
 
 def verdict(difference: Difference | None) -> str:
-    """Return whether a difference is decided, with its interval."""
+    """Return a phrase that says whether a difference is decided, with its interval."""
     if difference is None:
         return "every seed diverged in one of the two, so there is no difference to report"
     if difference.low is None or difference.high is None:
@@ -122,7 +122,7 @@ def _diverged(found: Sequence[Outcome]) -> list[str]:
 
 
 def _seeds(ended: Sequence[Outcome]) -> str:
-    """Return the statistic that the accuracies are."""
+    """Return a phrase that says which statistic the accuracies are."""
     counts = [len(outcome.accuracy_by_seed) for outcome in ended]
     if set(counts) == {1}:
         return "one seed"
@@ -145,7 +145,7 @@ def _final(found: Sequence[Outcome]) -> str:
 
 
 def _difference(other: Outcome, base: Outcome) -> str:
-    """Return which of two choices ended higher, by how much, and whether that is decided."""
+    """Return a phrase that says which of two choices ended higher, by how much, and whether that is decided."""
     found = Difference.between(other, base)
     if found is None or abs(found.points) < NOTHING:
         return f"no difference on average; {verdict(found)}"
@@ -157,7 +157,7 @@ def _difference(other: Outcome, base: Outcome) -> str:
 
 
 def _reached(outcome: Outcome) -> str:
-    """Return in which seeds the outcome reached the target and when, as the end of a sentence."""
+    """Return the seeds in which the outcome reached the target, and when, as the end of a sentence."""
     text = _some(len(outcome.reached), len(outcome.seeds))
     if outcome.steps_to_target and outcome.seconds_to_target:
         text += (
@@ -244,12 +244,12 @@ def _winner(winner: Outcome, others: Sequence[Outcome]) -> str:
 
 
 def _ahead(difference: Difference | None, other: Outcome) -> str:
-    """Return how far the best outcome is above another one."""
+    """Return a phrase that says how far the best outcome is above another one."""
     if difference is None:
         return f"ahead of {other.title}"
     if abs(difference.points) < NOTHING:
         return f"the same as {other.title}"
-    # It is below only if the other lacks seeds.
+    # The best outcome is below only if the other lacks seeds.
     which = "above" if difference.points > 0 else "below"
     return f"{points(abs(difference.points)).lstrip('+')} points {which} {other.title}"
 

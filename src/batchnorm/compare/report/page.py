@@ -85,7 +85,7 @@ def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_acc
         return {
             "label": label,
             "log": kind == "log",
-            # For the initial outcomes, and for all: one that failed must not flatten the initial ones.
+            # One for the initial outcomes and one for all, because a failed outcome must not flatten the initial ones.
             "domains": [_domain(_all(lines[:drawn]), kind, scale), _domain(_all(lines), kind, scale)],
             "series": [_line(points, scale) for points in lines],
         }
@@ -201,7 +201,7 @@ def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, 
 
 
 def _watched(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the descriptions of the watched activations: all of them, where networks differ."""
+    """Return the descriptions of the watched activations; several if networks differ."""
     found: dict[str, str] = {}
     for where in ("first", "last"):
         descriptions = dict.fromkeys(run.watched[where] for run in runs if where in run.watched)
@@ -216,7 +216,7 @@ def _extent(values: Sequence[list[float | None] | None]) -> tuple[float, float, 
 
 
 def _standard_error(found: Sequence[Outcome], samples: int) -> float | None:
-    """Return the standard error, in points, that an accuracy has because the test set is a sample."""
+    """Return the standard error of an accuracy, in points, that comes from the size of the test set."""
     final = [outcome.final_accuracy.mean for outcome in found if outcome.final_accuracy]
     if not final:
         return None

@@ -67,7 +67,7 @@ def rebuild(
 
     Args:
         directory: The `out` of a comparison.
-        target_accuracy: The test accuracy to reach; by default that of the comparison.
+        target_accuracy: The test accuracy to reach; by default, the one of the comparison.
         records: `jsonl`, or `parquet` to add tables; see `run`.
         tensorboard: Whether to write TensorBoard logs of runs that have none.
 
@@ -96,7 +96,7 @@ def conclude(
     Args:
         directory: The output directory.
         facts: The content of `settings.json`.
-        runs: The finished runs; those that the settings do not include are left out.
+        runs: The finished runs. Runs that the settings do not include are left out.
         records: `jsonl`, or `parquet` to add tables.
         tensorboard: Whether to write TensorBoard logs of runs that have none.
         write: Whether to write anything.
@@ -154,7 +154,7 @@ def conclude(
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return each environment that runs were trained in, with the number of its runs."""
+    """Return each environment in which runs were trained, with the number of its runs."""
     found: list[dict[str, Any]] = []
     for run in runs:
         same = next((each for each in found if {**each, "runs": None} == {**run.environment, "runs": None}), None)

@@ -13,8 +13,8 @@ from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Evaluation, Run
 
 CONFIDENCE = 0.95
-SHOWN = 8  # series that can be distinguished in one chart
-FEWEST = 3  # seeds for an interval: with two, Student's factor is 12.7
+SHOWN = 8  # largest number of series that can be distinguished in one chart
+FEWEST = 3  # seeds for an interval, because Student's factor is 12.7 with two
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Difference:
         mean, count = statistics.fmean(differences), len(differences)
         if count < FEWEST:
             return cls(mean, None, None, count)
-        # The quantile of Student's t; scipy.stats would take a second to import.
+        # The quantile of Student's t. scipy.stats has it too, but takes a second to import.
         from scipy.special import stdtrit  # type: ignore[import-untyped]
 
         reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(differences) / math.sqrt(count)
@@ -177,7 +177,7 @@ def target_evaluation(run: Run, target_accuracy: float) -> Evaluation | None:
 
 
 def step_seconds(run: Run) -> list[float]:
-    """Return how long each training step took."""
+    """Return the duration of each training step."""
     ends = [0.0, *(step.train_seconds for step in run.steps)]
     return [end - begin for begin, end in pairwise(ends)]
 

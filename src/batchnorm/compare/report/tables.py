@@ -1,4 +1,4 @@
-"""The records of all runs as Parquet tables, one row per record; needs the package pyarrow."""
+"""The records of all runs as Parquet tables, one row per record. They need the package pyarrow."""
 
 from __future__ import annotations
 

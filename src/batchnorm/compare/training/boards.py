@@ -1,4 +1,4 @@
-"""TensorBoard logs of the runs; needs the package tensorboard."""
+"""TensorBoard logs of the runs. They need the package tensorboard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Board:
-    """Pass each record of one run on to TensorBoard; layers are left out."""
+    """Write each record of one run to TensorBoard, except the layers."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         self._writer = writer
@@ -66,7 +66,7 @@ def board(run: Run, directory: Path) -> Iterator[Board]:
 
 
 def replay(run: Run, directory: Path) -> None:
-    """Log a finished run, unless it has a log already."""
+    """Log a finished run, unless it already has a log."""
     if _log(run, directory).exists():
         return
     with board(run, directory) as log:

@@ -49,7 +49,7 @@ class Cells:
     processes: Processes
 
     def warm_up(self, choices: Iterable[Choice]) -> None:
-        """Train each network for a few steps: failures show at once, and no run pays for first calls."""
+        """Train each network for a few steps, so that failures appear at once and no run includes first calls."""
         rate = self.settings.grid.lr[0]  # any rate will do
         for choice in dict.fromkeys(replace(choice, lr=rate) for choice in choices):
             network, norm, _ = self._build(choice, 0)
@@ -61,7 +61,7 @@ class Cells:
             train(network, norm, self.data, optimizer, options, watched, recorder, lambda *_: None, self.processes)
 
     def initial_values(self, seed: int) -> dict[str, Tensor]:
-        """Return the initial values of the first choice's network, which the others share."""
+        """Return the initial values of the first choice's network, which the other networks share."""
         torch.manual_seed(seed)
         norm = self._norm(self.settings.grid.choices[0])
         return models.initial_values(self.model(norm, self.data.x_train[:SAMPLE], self.data.num_classes), norm)

@@ -122,7 +122,7 @@ def _step(
     watch.start()
     share = processes.share(index).to(data.x_train.device)
     loss = F.cross_entropy(network(data.x_train[share]), data.y_train[share])
-    loss = loss * (len(share) * processes.size / len(index))  # averaged over the processes: the mean over the batch
+    loss = loss * (len(share) * processes.size / len(index))  # so that the average over processes is the batch's mean
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -26,10 +26,10 @@ TEST_BATCH = 1000
 
 
 class Stopwatch:
-    """A clock that adds up the time between `start` and `stop`, without the time inside `paused`.
+    """A clock that sums the time between `start` and `stop`, without the time inside `paused`.
 
     Args:
-        device: Device that does the work; each reading waits until its pending work is done.
+        device: Device that does the work; each reading waits until its pending work is finished.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -93,8 +93,8 @@ def gradient_norm(network: nn.Module) -> float | None:
 def kept_bytes(network: nn.Module, x: Tensor, y: Tensor) -> int:
     """Return the number of bytes that a training step keeps for its backward pass.
 
-    This counts the storages of the tensors that autograd saves, without the network's parameters and buffers. Unlike
-    the process's memory, it is the same on every machine and depends on the normalization.
+    The number is the size of all storages that autograd saves, without the network's parameters and buffers. Unlike the
+    memory of the process, it is the same on every machine, and it depends on the normalization.
 
     Args:
         network: In training mode. Its buffers and the random state are restored.
@@ -151,9 +151,9 @@ class _Watched:
 class Activations:
     """The inputs of the network's first and last activation, which the normalizations there control.
 
-    These are the first and the last call of an activation module of `torch.nn` in a forward pass. In a network that
-    calls activations as functions, they are the outputs of the first and the last normalization layer instead (for
-    `none` that layer is an identity). If first and last are the same call, only `first` exists.
+    Watch the first and the last call of an activation module of `torch.nn` in a forward pass. In a network that calls
+    activations as functions, watch the outputs of the first and the last normalization layer instead; for `none`, that
+    layer is an identity. If the first and the last are the same call, only `first` exists.
 
     Args:
         network: On any device; in training mode afterwards.
@@ -161,7 +161,7 @@ class Activations:
         sample: Some inputs, `[N, *in_shape]`, on that device.
 
     Attributes:
-        descriptions: Description of each watched activation, under `first` and `last`; empty if there is none.
+        descriptions: Description of each watched activation, by `first` and `last`; empty if there is none.
     """
 
     def __init__(self, network: nn.Module, norm: Norm, sample: Tensor) -> None:

@@ -48,7 +48,7 @@ class Processes:
             )
 
     def seed(self, number: int) -> None:
-        """Seed the random generator, differently on each process, so that their dropout masks differ."""
+        """Seed the random generator differently on each process, so that dropout masks differ."""
         torch.manual_seed(number + 1_000_003 * self.rank)
 
     def together(self, call: Callable[[], T]) -> T:
@@ -84,8 +84,8 @@ class Processes:
     def naming_first_failure(self) -> Iterator[None]:
         """Name the process that failed first, also on the processes that fail because of it.
 
-        The first process to fail writes its rank to the group's store. The next exchange of gradients then fails on
-        the others with an obscure message of the backend; they name that rank instead.
+        The first process to fail writes its rank to the group's store. On the others, the next exchange of gradients
+        then fails with an obscure message of the backend. This block raises an error with that rank instead.
         """
         try:
             yield
@@ -136,7 +136,7 @@ class Processes:
 
 
 def launched() -> Processes:
-    """Return this process and the group's size: from torch.distributed if it is initialized, else from torchrun."""
+    """Return this process's rank and the group's size, from torch.distributed if initialized, else from torchrun."""
     if dist.is_available():
         if dist.is_initialized():
             return Processes(dist.get_rank(), dist.get_world_size())
@@ -147,7 +147,7 @@ def launched() -> Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started, for the block; do nothing if this process was started alone."""
+    """Join the processes that torchrun started during the block; do nothing if this process was started alone."""
     here = launched()
     if here.size == 1 or dist.is_initialized():
         yield here

@@ -12,7 +12,7 @@ LINE_SECONDS = 10.0
 
 
 class Display:
-    """Show how far a comparison is; used as a context manager around it. This class counts, and shows nothing.
+    """Show the progress of a comparison, as a context manager around it. This base class only counts.
 
     Args:
         runs: Number of runs.
@@ -51,7 +51,7 @@ class Display:
 class Bar(Display):
     """A bar over all steps of all runs, with the loss and the time left.
 
-    It draws only between steps, never from a thread of its own, so that drawing is not part of the measured time.
+    It draws only between steps, and never in its own thread, so drawing is not part of the measured time.
     """
 
     def __init__(self, console: Console, runs: int, steps: int) -> None:
