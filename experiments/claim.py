@@ -2,8 +2,8 @@
 
 An experiment is a file with a `Claim`, the cells to train, and the measurement of one cell. `main` trains the cells
 that have no results yet, in two processes with one thread each, and appends a line for each to
-`experiments/results/NAME.jsonl`. Then it judges the claim, draws `docs/images/experiments/NAME.png`, and writes a
-summary to `experiments/results/NAME.json`. `page.py` makes the page of the documentation from these.
+`experiments/results/NAME.jsonl`. It then judges the claim, draws `docs/images/experiments/NAME.png`, and writes a
+summary to `experiments/results/NAME.json`. `page.py` writes the page of the documentation from these summaries.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def by_seed(records: Iterable[Record], value: str, **where: Any) -> list[float]:
 
 
 def best_rate(records: Iterable[Record], norm: str) -> float:
-    """Return the learning rate with the highest mean `accuracy` among those where every seed's network is `alive`."""
+    """Return the learning rate with the highest mean `accuracy` among the rates at which every network is `alive`."""
     of_norm = [record for record in records if record["norm"] == norm]
     dead = {record["rate"] for record in of_norm if not record.get("alive", True)}
     rates = sorted({record["rate"] for record in of_norm} - dead)

@@ -1,24 +1,25 @@
 """Internal covariate shift by the gradient measure of Santurkar et al., without, with, and with noisy normalization.
 
 Claim: the benefit of batch normalization does not come from less internal covariate shift. When the layers below a
-layer take their step, the layer's gradient changes as much with it, or more. And with noise injected after it, which
-moves the distributions at every step, a network still trains better than one without batch normalization (Santurkar et
-al. 2018, section 2).
+layer take their step, the layer's gradient changes at least as much with batch normalization as without it. And with
+noise after each normalization, which moves the distributions at every step, a network still trains better than one
+without batch normalization (Santurkar et al. 2018, section 2).
 
 Test: the comparison's small VGG (six convolutions, two linear layers) trains on Fashion-MNIST at half its size by plain
 stochastic gradient descent. At 15 steps, the shift of layer k is measured as ‖G − G′‖₂ (their definition 2.1). G is the
 gradient of the loss with respect to the weights of layer k. G′ is the same on the same batch, after all parameters
 below layer k have taken their training step; layer k and the layers above it stay as they are. The result is the
 geometric mean over the second to the last layer and all 15 steps. The shift relative to the length of G, and the cosine
-between G and G′, are measured as well. The noise gives each channel at each step a shift from −0.5 to 0.5 and a scale
-from 1 to 1.25, and each sample values close to these. A layer sees new noise at the next step, so the noise of G′
+between G and G′, are measured as well. At each step, the noise gives each channel a shift from −0.5 to 0.5 and a scale
+from 1 to 1.25, and gives each sample values close to these. A layer sees new noise at the next step, so the noise of G′
 differs from that of G.
 
-Fair, because all networks have the same initial weights (He's initialization), see the same batches in the same order,
-and train at the same four rates. The shift grows with the rate, so the networks are compared at one rate: the rate at
-which the network without normalization is most accurate. They are also compared each at its own best rate. Accuracy is
-measured on the last 100 batches, each classified in training mode before the network learns from it. No image is seen
-twice, so these images are new to the network; the network with noise is tested under the noise that it trained with.
+The test is fair because all networks have the same initial weights (He's initialization), see the same batches in the
+same order, and train at the same four rates. The shift grows with the rate, so the networks are compared at one rate:
+the rate at which the network without normalization is most accurate. They are also compared each at its own best rate.
+Accuracy is measured on the last 100 batches, each classified in training mode before the network learns from it. No
+image is seen twice, so these images are new to the network; the network with noise is tested under the noise that it
+trained with.
 
 Seen: the shift is larger with batch normalization than without. Not seen: it is smaller.
 """

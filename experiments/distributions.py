@@ -1,4 +1,4 @@
-"""Steadier distributions: the input of a sigmoid in the last hidden layer while the paper's network learns.
+"""Steadier distributions: the input of a sigmoid in the last hidden layer during training of the paper's network.
 
 Claim: without batch normalization, the distribution of the input to a typical sigmoid of the last hidden layer changes
 substantially during training, in mean and variance; with it, the distribution is much more stable (Ioffe & Szegedy
@@ -12,9 +12,9 @@ the sigmoid's input. The typical unit is the one with the median drift of all 10
 tolerate larger changes, so the drift is also measured relative to the distribution's width at the end, from the 15th to
 the 85th percentile.
 
-Fair, because both networks have the same initial weights (with deviation 0.1, which is Glorot's for these layers), see
-the same batches in the same order, and train at the same five learning rates; each is judged at the rate with the
-highest final test accuracy. A faster network may drift farther, so they are also compared at the same rate.
+The test is fair because both networks have the same initial weights (with deviation 0.1, which is Glorot's for these
+layers), see the same batches in the same order, and train at the same five learning rates; each is judged at the rate
+with the highest final test accuracy. A faster network may drift farther, so they are also compared at the same rate.
 
 Seen: without batch normalization, the typical unit drifts at least twice as far, each network at its best rate.
 """
@@ -57,7 +57,7 @@ def cells(size: Size) -> Iterator[Cell]:
 
 
 def binary(data: Data) -> Data:
-    """Return the images in black and white: 1 where a pixel is above half of the range, else 0."""
+    """Return the images in black and white: 1 for a pixel above half of the range, else 0."""
     half = (data.x_train.min() + data.x_train.max()) / 2
     return replace(data, x_train=(data.x_train > half).float(), x_test=(data.x_test > half).float())
 

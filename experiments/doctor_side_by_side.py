@@ -1,11 +1,11 @@
-"""Compare what other tools report for the defects that are planted in the tests of the doctor's rules.
+"""Compare the doctor's findings with the reports of other tools, for the defects in the tests of the doctor's rules.
 
     pip install lightning torch-audit==0.3.0
     python -m experiments.doctor_side_by_side > docs/doctor/side-by-side.md
 
-For each defect one network has it, and one does not. A tool has found it if it reports anything for the first that it
-does not report for the second. For PyTorch and Lightning these are warnings in two training steps and one evaluation
-step; for torch-audit the findings of all its phases.
+For each defect, one network has it and one does not. A tool finds the defect if it reports anything for the first
+network that it does not report for the second. Reports of PyTorch and Lightning are warnings in two training steps and
+one evaluation step. Reports of torch-audit are the findings of all its phases.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def loss_of(case: Case) -> Callable[..., Tensor]:
 
 
 def optimizer_of(case: Case) -> torch.optim.Optimizer | None:
-    """Return the optimizer of the case, by default plain SGD; None where no parameter is trained."""
+    """Return the optimizer of the case, by default plain SGD; None if no parameter is trained."""
     trained = [p for p in case.model.parameters() if p.requires_grad]
     return case.options.get("optimizer") or (torch.optim.SGD(trained, 1e-4) if trained else None)
 
@@ -139,11 +139,11 @@ def main() -> None:
     """Print the page."""
     print("# Side by side: which tool finds what")
     print(
-        "\nEach defect of the tests is planted into a network. The table shows what is reported for that\n"
-        "network and not for the same network without the defect: by PyTorch and Lightning as warnings in two\n"
-        "training steps and one evaluation step, by [torch-audit](https://pypi.org/project/torch-audit/)\n"
-        "0.3.0 in all its phases. A dash means that nothing is reported.\n"
-        "`python -m experiments.doctor_side_by_side` prints this page.\n"
+        "\nEach defect of the tests is planted into a network. The table shows the reports for that network\n"
+        "that do not appear for the same network without the defect: warnings of PyTorch and Lightning in two\n"
+        "training steps and one evaluation step, and findings of\n"
+        "[torch-audit](https://pypi.org/project/torch-audit/) 0.3.0 in all its phases. A dash means that\n"
+        "nothing is reported. `python -m experiments.doctor_side_by_side` prints this page.\n"
     )
     print("| defect | PyTorch | Lightning | torch-audit | doctor |\n|---|---|---|---|---|")
     counts = [0, 0, 0, 0]
@@ -157,9 +157,9 @@ def main() -> None:
         print(f"| [{rule.code}]({rule.code.lower()}.md) {rule.title} | {' | '.join(cells)} |", flush=True)
     print(f"| **of {len(load_rules())}** | {' | '.join(f'**{count}**' for count in counts)} |")
     print(
-        "\nThe defects come from the doctor's own tests, which demand that it finds all of them. torch-audit\n"
-        "also looks at much that does not concern batch normalization. Some of the defects are harmless,\n"
-        "and the doctor reports them as notes."
+        "\nThe defects come from the doctor's own tests, which require that it finds all of them. torch-audit\n"
+        "also checks many things other than batch normalization. Some of the defects are harmless, and the\n"
+        "doctor reports them as notes."
     )
 
 

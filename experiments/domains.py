@@ -18,8 +18,8 @@ a rate that decays from 0.05 to zero). The test images come from other domains, 
 
 They are scaled like the training images. The same weights are tested as trained, and after `batchnorm.recalibrate` with
 2,000 images of the new domain, made from the end of MNIST's training set, which training did not use; their labels are
-not used. As controls, the original images undergo the same procedure, and a network with group normalization is trained
-in the same way. It has no statistics of a domain, and so shows how hard the new images are for such a network.
+not used. There are two controls. The original images undergo the same procedure. A network with group normalization is
+trained in the same way; it has no statistics of a domain, so it shows how hard the new images are for such a network.
 
 Seen: accuracy on the four domains increases by two points on average. The gain on each domain is reported with it.
 """

@@ -9,12 +9,12 @@ normalization does no such harm, so the paper recommends this place.
 
 Test: a network of five normalized convolutions trains with dropout before the convolutions 2 to 5, each followed by its
 normalization (the paper's case (b)), or once after the last normalization, at several rates. The first kind is then
-evaluated twice with the same weights: with its running statistics, and with the statistics of training images with
-nothing dropped, layer by layer from the input (`recalibrate(passes="sequential")`).
+evaluated twice with the same weights: with its running statistics, and with the statistics of training images without
+dropout, layer by layer from the input (`recalibrate(passes="sequential")`).
 
-Fair, because the decisive effect compares the same weights, and so measures only the shift itself, not the different
-amounts of dropout. All arms of a seed start from the same values and see the same batches in the same order. The
-learning rate decays to zero, so that running averages do not lag; the network without dropout shows how much lag
+The test is fair because the decisive effect compares the same weights, and so measures only the shift itself, not the
+different amounts of dropout. All arms of a seed start from the same values and see the same batches in the same order.
+The learning rate decays to zero, so that running averages do not lag; the network without dropout shows how much lag
 remains.
 
 Seen: the shift costs at least a tenth more errors at a dropout rate of 0.5.

@@ -5,17 +5,18 @@
 The claim (common practice, as in Wu & He 2018, section 4.2): if memory allows only small batches in fine-tuning, frozen
 batch normalization, with the statistics and parameters of pretraining, is better than live batch normalization.
 
-Test: a network learns MNIST. Then all of its other weights are fine-tuned on 256 images that are rotated by 45° or
-inverted, in batches of 2 and of 16. Its batch normalization is
+Test: a network learns MNIST. It is then fine-tuned on 256 images that are rotated by 45° or inverted, in batches of 2
+and of 16. All weights outside batch normalization are trained. The batch normalization is
 
 - live: batch statistics in training, running statistics that move, γ and β trained;
 - frozen: running statistics of pretraining also in training, γ and β fixed (`freeze(model)`);
 - half frozen: γ and β trained, statistics fixed (`freeze(model, trainable_affine=True)`);
 - half frozen the other way: γ and β fixed, batch statistics in training, running statistics that move.
 
-Fair, because all four start from the same trained network, and see the same batches in the same order. Each trains at
-five learning rates, and is tested at the rate that is best on 1,000 other shifted images. The momentum of the running
-statistics is the default, 0.1; its cost is measured by recomputing the statistics of the live network at the end.
+The test is fair because all four start from the same trained network, and see the same batches in the same order. Each
+trains at five learning rates, and is tested at the rate that is best on 1,000 other shifted images. The momentum of the
+running statistics is the default, 0.1; its cost is measured by recomputing the statistics of the live network at the
+end.
 
 Seen: at batches of 2, over both shifts, live makes at least a tenth more test errors than frozen.
 """

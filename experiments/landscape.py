@@ -11,9 +11,10 @@ minus its lowest value; the change of the gradient is the largest ‖∇L(w − 
 largest ‖∇L(w − a·g) − g‖ / ‖a·g‖. The loss uses the batch's statistics, as in training mode. The result is the
 geometric mean over the steps.
 
-Fair, because both networks have the same initial weights (He's initialization), see the same batches in the same order,
-and train at the same rates. The distance moved depends on the rate, so the networks are compared at one rate: the rate
-at which the network without normalization is most accurate. They are also compared each at its own best rate.
+The test is fair because both networks have the same initial weights (He's initialization), see the same batches in the
+same order, and train at the same rates. The distance moved depends on the rate, so the networks are compared at one
+rate: the rate at which the network without normalization is most accurate. They are also compared each at its own best
+rate.
 
 Seen: the effective β-smoothness without batch normalization is at least twice as large as with it, so that steps of
 twice the length are equally safe with it.

@@ -13,17 +13,17 @@ contains no information ("blind": no method beats 50 % on single images). In a s
 information: its contrast is drawn from 0.6 to 1 if it belongs to the group and from 0.4 to 0.8 if it is odd, which
 allows at most 75 % ("cued").
 
-Each step has four groups. The arms differ only in whose statistics normalize an image:
+Each step has four groups. The arms differ only in the samples whose statistics normalize an image:
 
-- "group": its own group's, as on a device that works on one group (`GhostBatchNorm1d(C, ghost_size=32)`);
-- "shuffled": those of 32 images drawn from all four groups, anew at each step (the solution of He et al.);
-- "synchronized": those of all four groups, as in `SyncBatchNorm` on four devices (`BatchNorm1d`);
-- "none of the batch": those of groups of the image's own channels (`torch.nn.GroupNorm`).
+- "group": its own group, as on a device that processes one group (`GhostBatchNorm1d(C, ghost_size=32)`);
+- "shuffled": 32 images from all four groups, drawn anew at each step (the solution of He et al.);
+- "synchronized": all four groups, as in `SyncBatchNorm` on four devices (`BatchNorm1d`);
+- "none of the batch": no other sample; groups of the image's own channels are normalized (`torch.nn.GroupNorm`).
 
-Training mode is tested on groups made from test images; evaluation on the same images with running statistics.
+Training mode is tested on groups of test images, evaluation on the same images with running statistics.
 
-Fair, because all arms of a seed have the same groups in the same order, start from the same values, and train at the
-same rate. The information in a single image is known exactly, so the leak is measured and not estimated.
+The test is fair because all arms of a seed have the same groups in the same order, start from the same values, and
+train at the same rate. The information in a single image is known exactly, so the leak is measured and not estimated.
 
 Seen: accuracy on the blind task is at least 10 points higher in training mode than in evaluation.
 """

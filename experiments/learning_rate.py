@@ -8,9 +8,9 @@ Test: a network of five convolutions trains on MNIST by plain stochastic gradien
 classifies 95 % of 1,000 test images correctly. The rates form a grid with a factor of two between neighbours. Its ends
 are beyond the rates that either network can use.
 
-Fair, because both networks have the same initial weights (He's initialization, with which a network of this depth also
-trains well without normalization), see the same batches in the same order, and choose from the same rates. A pilot run
-with another seed fixed an accuracy and a number of steps that both networks can reach.
+The test is fair because both networks have the same initial weights (He's initialization, with which a network of this
+depth also trains well without normalization), see the same batches in the same order, and choose from the same rates. A
+pilot run with another seed fixed an accuracy and a number of steps that both networks can reach.
 
 Seen: at its own best rate, the network without batch normalization needs at least twice the steps. As a separate
 effect, the largest rate that still trains grows by the paper's factor of five.

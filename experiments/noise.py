@@ -1,4 +1,4 @@
-"""Noise that regularizes: the noise of batch statistics in one sample, and whether it helps large batches.
+"""Noise that regularizes: how batch statistics add noise to a sample, and whether this noise helps large batches.
 
     python experiments/noise.py --data-dir FOLDER
 
@@ -6,12 +6,12 @@ The claim (Hoffer, Hubara & Soudry 2017): large batches generalize worse than sm
 noise that small batches add to the normalization. Statistics of parts of the batch ("ghost batches") restore this
 noise. The claim has two parts, tested one after the other.
 
-**The amount of noise.** A layer at its initial values receives MNIST. One sample stays while the rest of its batch is
-drawn anew 400 times; the noise is the standard deviation of the sample's normalized activation. For m independent
-Gaussian values, theory predicts √((1 + x̂²/2)/m), which is √(1.5/m) over samples with mean x̂² = 1. A batch drawn
-without replacement from N_data images has √(1 − m/N_data) of that. In a convolution, m counts pixels, and neighbouring
-pixels are similar, so N images carry less weight than N·H·W independent values. Seen: the noise falls fourfold from 16
-to 256 samples.
+**The amount of noise.** The input of a layer with its initial values is MNIST. One sample stays, and the rest of its
+batch is drawn anew 400 times. The noise is the standard deviation of the sample's normalized activation. For m
+independent Gaussian values, theory predicts √((1 + x̂²/2)/m), which is √(1.5/m) over samples with mean x̂² = 1. A batch
+drawn without replacement from N_data images has √(1 − m/N_data) of that. In a convolution, m counts pixels.
+Neighbouring pixels are similar, so N images count less than N·H·W independent values. Seen: the noise falls fourfold
+from 16 to 256 samples.
 
 **Its benefit.** A perceptron (two hidden layers of 128 units, He's initial values) trains on 4,096 images for 30 epochs
 by SGD with momentum 0.9: in batches of 32, 128 and 1,024, with and without batch normalization, and at 1,024 with ghost

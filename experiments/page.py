@@ -4,7 +4,7 @@
     python experiments/page.py --run --data-dir FOLDER --fashion-dir FOLDER
 
 The first command writes `docs/experiments.md` from `experiments/results`. The second first runs all trainings that have
-no results yet, one experiment after another. FOLDER holds the four official files; without it, they are downloaded
+no results yet, one experiment after another. FOLDER contains the four official files; without it, they are downloaded
 once.
 """
 

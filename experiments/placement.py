@@ -11,9 +11,9 @@ network trains at five learning rates, and is judged at the rate with the fewest
 neither for training nor for testing. For the bias, both networks train with a bias in each convolution, at one rate,
 and the gradient of all biases is compared with that of all β at each step.
 
-Fair, because both places choose from the same rates, and have the same number of parameters, the same initial values,
-and the same batches in the same order. The results name the chosen rates, which shows whether one is at an end of the
-grid.
+The test is fair because both places choose from the same rates, and have the same number of parameters, the same
+initial values, and the same batches in the same order. The results name the chosen rates, so they show whether one is
+at an end of the grid.
 
 Seen: at least a tenth more test errors with batch normalization after ReLU than before it. The bias is judged
 separately: it is redundant if its gradient is at least a thousand times smaller than that of β.

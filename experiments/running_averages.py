@@ -3,15 +3,15 @@
     python experiments/running_averages.py --data-dir FOLDER
 
 The claim (Wu & Johnson 2021, section 3): the exponential moving average that training keeps is a poor estimate of the
-population's mean and variance. It lags behind the weights if it averages over many batches, and is noisy if it averages
-over few. Statistics recomputed for the current weights ("precise batch normalization", `batchnorm.recalibrate`) are
-more accurate and more stable in evaluation.
+population's mean and variance. It lags behind the weights if it averages over many batches, and it is noisy if it
+averages over few. Statistics that are recomputed for the current weights ("precise batch normalization",
+`batchnorm.recalibrate`) are more accurate and more stable in evaluation.
 
 Three normalized convolutions and a linear layer train on 12,800 images of MNIST once, in batches of 2, 8, 32 and 128,
 by plain SGD at a rate of 0.1 for 32 samples and proportional to the batch size. Running statistics do not affect
-training, so one training serves for all kinds of them: after each step, the averages with momentum 0.01, 0.1 (torch's
-default), 0.5 and 0.9 move by that step's statistics. (Momentum is torch's, the weight of the new batch.) They start at
-mean 0 and variance 1, as in torch. At eight points of training, the same weights are tested on 5,000 test images with
+training, so one training is enough for all momenta: after each step, its statistics update averages with momentum 0.01,
+0.1 (torch's default), 0.5 and 0.9. (Momentum is torch's, the weight of the new batch.) The averages start at mean 0 and
+variance 1, as in torch. At eight points of training, the same weights are tested on 5,000 test images with
 each of these averages, and with population statistics from 5,000 training images in batches of 250, without their
 labels. Nothing else differs.
 

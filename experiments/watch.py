@@ -1,4 +1,4 @@
-"""Measure the cost of watching: steps of a ResNet-18 on the CPU, watched and unwatched in turns.
+"""Measure the cost of watching, with watched and unwatched steps of a ResNet-18 on the CPU in turns.
 
 python experiments/watch.py [ROUNDS]
 """
