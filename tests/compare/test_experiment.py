@@ -77,7 +77,7 @@ def test_the_same_seeds_give_the_same_curves(data, result, tmp_path):
     assert losses(result.runs[1]) != losses(result.runs[3])
 
 
-def test_batches_of_two_classes_train_and_are_told(data, tmp_path):
+def test_batches_of_two_classes_train_and_are_reported(data, tmp_path):
     found = small(data, tmp_path, norms=["none"], sampling="classes:2", steps=12)
     assert found.settings.grid.sampling == ("classes:2",)
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["grid"]["sampling"] == ["classes:2"]

@@ -193,7 +193,7 @@ def test_three_passes_and_one_for_each_suspicious_layer_within_the_budget() -> N
         assert sum("in this layer alone" in line for line in gap.evidence) == passes
 
 
-def test_without_a_pass_left_it_is_said_what_was_not_measured() -> None:
+def test_without_a_pass_left_the_report_says_what_was_not_measured() -> None:
     assert [
         rule.code for rule in diagnose(net(), batches(3, 16), budget=0).not_checked if "budget=1" in rule.reason
     ] == ["BN112"]
@@ -230,7 +230,7 @@ def test_max_samples_ends_the_data() -> None:
         ({"budget": -1}, ValueError, "diagnose expects budget >= 0"),
     ],
 )
-def test_mistakes_are_told(change, error, text) -> None:
+def test_invalid_arguments_raise_errors(change, error, text) -> None:
     with pytest.raises(error, match=text):
         diagnose(**{"model": nn.BatchNorm1d(2), **change})
 

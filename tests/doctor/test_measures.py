@@ -137,7 +137,7 @@ def test_without_a_loss_a_large_change_is_a_warning() -> None:
     assert compared(outcome([], 0.1), outcome([])).severity == Severity.NOTE
 
 
-def test_a_constant_channel_is_not_measured_in_a_deviation_that_it_has_not() -> None:
+def test_a_constant_channel_is_measured_in_running_deviations() -> None:
     layer, x = nn.BatchNorm1d(8), torch.randn(512, 8)
     x[:, 3] = 0.5
     with torch.no_grad():

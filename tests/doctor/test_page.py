@@ -224,7 +224,7 @@ def test_what_the_user_wrote_is_escaped() -> None:
     assert any(EVIL in text for _, text in parsed.all("dd"))
 
 
-def test_numbers_that_are_not_finite_are_left_out_and_told() -> None:
+def test_numbers_that_are_not_finite_are_left_out_and_reported() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     model[0].running_var[1] = torch.nan
     model[1].weight.data[:] = torch.inf
@@ -279,7 +279,7 @@ def test_one_is_no_plural() -> None:
     assert not re.search(r"\b1 (layers|channels|batches|samples|notes|errors)\b", str(found))
 
 
-def test_layers_that_no_measure_fits_are_told() -> None:
+def test_layers_that_cannot_be_measured_are_reported() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -367,7 +367,7 @@ def test_the_command_writes_the_page(network: str, tmp_path: Path, capsys: pytes
         ),
     ],
 )
-def test_a_mistake_about_files_is_told_before_anything_runs(
+def test_an_invalid_path_is_an_error_before_anything_runs(
     network: str, capsys: pytest.CaptureFixture[str], words: list[str], line: str
 ) -> None:
     code, out, err = run([network, *words], capsys)
@@ -375,7 +375,7 @@ def test_a_mistake_about_files_is_told_before_anything_runs(
     assert err.startswith(f"batchnorm doctor: {line}") and err.count("\n") == 1
 
 
-def test_the_command_tells_that_jinja2_is_missing(
+def test_the_command_reports_that_jinja2_is_missing(
     network: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -46,7 +46,7 @@ def known(name: str) -> tuple[nn.Module, Batches]:
     return copy.deepcopy(model).train(), data
 
 
-def told(findings: Iterable[Finding]) -> list[str]:
+def described(findings: Iterable[Finding]) -> list[str]:
     return [f"{finding.code} {finding.severity.label} {finding.summary}" for finding in findings]
 
 
@@ -54,7 +54,7 @@ def told(findings: Iterable[Finding]) -> list[str]:
 @pytest.mark.parametrize("training", [True, False])
 def test_weights_alone_are_healthy(name: str, training: bool) -> None:
     found = diagnose(NETWORKS[name][0]().train(training))
-    assert found.healthy, told(found.findings)
+    assert found.healthy, described(found.findings)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -62,7 +62,7 @@ def test_on_data_whose_statistics_they_hold_networks_are_healthy(name: str) -> N
     model, data = known(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = diagnose(model, data, optimizer=optimizer)
-    assert found.healthy, told(found.findings)
+    assert found.healthy, described(found.findings)
     assert {rule.code for rule in found.not_checked} <= {"BN215"}
 
 
@@ -259,7 +259,7 @@ def test_a_defect_planted_into_mobilenet_is_found(code: str) -> None:
     case = Case(model, [(x.clone(), y) for x, y in data], {"loss": F.cross_entropy})
     plant(case)
     found = diagnose(case.model, case.data, budget=1, **case.options).findings
-    assert max((f.severity for f in found if f.code == code), default=0) >= severity, told(found)
+    assert max((f.severity for f in found if f.code == code), default=0) >= severity, described(found)
     same = {other for other in PLANTED if PLANTED[other][0] is plant}
     # That sixteen photographs are few for the statistics of this network is true.
     assert {f.code for f in found if f.severity == Severity.ERROR} <= same | RELATED.get(code, set()) | {"BN104"}

@@ -52,7 +52,7 @@ def above_notes(findings: list[Finding]) -> list[Finding]:
 
 # Those whose repair changes the model, after which nothing of it is left.
 @pytest.mark.parametrize("code", ["BN106", "BN107", "BN110", "BN202", "BN204", "BN205", "BN207", "BN208", "BN211"])
-def test_after_the_repair_nothing_is_found(code: str) -> None:
+def test_after_the_fix_nothing_is_found(code: str) -> None:
     case, finding = planted(code)
     model = pasted(finding, case.model, case.data)["model"]
     assert not left(code, model, case.data, **case.options)
@@ -60,7 +60,7 @@ def test_after_the_repair_nothing_is_found(code: str) -> None:
 
 # Those whose notes stay: some gap there always is, dropout is where it was, and no update was counted.
 @pytest.mark.parametrize("code", ["BN102", "BN103", "BN111", "BN201", "BN216"])
-def test_after_the_repair_there_is_nothing_above_a_note(code: str) -> None:
+def test_after_the_fix_there_is_nothing_above_a_note(code: str) -> None:
     case, finding = planted(code)
     model = pasted(finding, case.model, case.data, data=case.data)["model"]
     if code == "BN111":
@@ -249,7 +249,7 @@ def test_broadcast_parameters_are_those_of_the_first_process(monkeypatch: pytest
     assert all(isinstance(f.module, batchnorm.SyncBatchNorm) for f in walk.norm_layers(model))
 
 
-def test_passes_that_shall_not_count_do_not() -> None:
+def test_passes_that_must_not_count_do_not() -> None:
     model = trained("plain")
 
     def twice(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

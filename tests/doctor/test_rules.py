@@ -82,7 +82,7 @@ def test_noise_of_small_independent_batches_is_no_leak() -> None:
     assert gap.severity == Severity.NOTE
 
 
-def test_staleness_and_shift_are_told_apart() -> None:
+def test_stale_statistics_and_shifted_data_are_distinguished() -> None:
     stale, _ = diagnosed(PLANTED["BN102"])
     shifted, _ = diagnosed(PLANTED["BN103"])
     assert "BN103" not in {finding.code for finding in stale.findings}
@@ -149,7 +149,7 @@ class Odd(nn.Module):
         return self.norm(self.conv(x))
 
 
-def test_a_change_whose_cause_does_not_show_is_said_to_be_unsure() -> None:
+def test_a_change_of_unknown_cause_is_reported_as_unsure() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 2))
     data = [torch.randn(64, 8) for _ in range(4)]
     model(torch.cat(data))

@@ -112,7 +112,7 @@ def test_checkpointing_moves_the_statistics_twice() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_both_kinds_of_checkpointing_are_told_from_calls(reentrant: bool) -> None:
+def test_both_kinds_of_checkpointing_are_distinguished_from_calls(reentrant: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with watch(model, every=1, warn=False) as w:
@@ -446,7 +446,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
     w.close()
 
 
-def test_a_watch_that_nobody_holds_goes() -> None:
+def test_a_watch_without_references_is_removed() -> None:
     model = trained("plain")
     before = left_behind()
     w = watch(model)
@@ -664,6 +664,6 @@ def test_a_picture_of_nothing_or_of_another_kind_is_refused(tmp_path: Path) -> N
         ({"overhead": 0.0}, ValueError, "expects overhead in"),
     ],
 )
-def test_mistakes_are_told(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_arguments_raise_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         watch(**{"model": nn.BatchNorm1d(2), **arguments})

@@ -240,7 +240,7 @@ def test_a_failure_leaves_what_was_fitted(x: Any, error: type[Exception], messag
     assert_same(s, before, rtol=0)
 
 
-def test_what_is_not_fitted_says_so() -> None:
+def test_an_unfitted_standardizer_raises_an_error() -> None:
     for use in (lambda s: s.transform(table()), lambda s: s.to_layer(), lambda s: s.merge(), lambda s: s.all_reduce()):
         with pytest.raises(ValueError, match="Standardizer instance is not fitted yet"):
             use(Standardizer())

@@ -62,7 +62,7 @@ def test_files_are_named_after_the_whole_choice():
         ({"lr": (0.1, 0.1 + 1e-12)}, "choices must differ in letters and digits"),
     ],
 )
-def test_what_cannot_be_told_apart_is_refused(values, message):
+def test_choices_with_the_same_file_name_are_refused(values, message):
     with pytest.raises(ComparisonError, match=message):
         grid(**values)
 

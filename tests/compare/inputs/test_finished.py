@@ -69,7 +69,7 @@ def test_each_norm_takes_the_place_of_batch_normalization(spec: str, kinds: tupl
         assert torch.equal(initial, parameter), name
 
 
-def test_relatives_keep_what_the_layers_had_unless_options_say_otherwise() -> None:
+def test_variants_keep_the_settings_of_the_layers_unless_options_override_them() -> None:
     original = trained()
     before = copy.deepcopy(original.state_dict())
     for spec, eps, momentum in (("batch", 1e-3, 0.01), ("renorm:momentum=0.5", 1e-3, 0.5), ("batch:0.25", 0.25, 0.01)):
@@ -82,7 +82,7 @@ def test_relatives_keep_what_the_layers_had_unless_options_say_otherwise() -> No
         assert torch.equal(value, before[name]), name
 
 
-def test_another_norm_takes_γ_and_β_over() -> None:
+def test_another_norm_copies_γ_and_β() -> None:
     original = trained()
     network, _ = with_norm(original, "group:4")
     assert torch.equal(network[1].weight, original[1].weight)
@@ -114,7 +114,7 @@ def test_a_shared_layer_stays_one() -> None:
     assert len(norm.made) == 1
 
 
-def test_what_is_finished_is_told_from_what_builds(tmp_path: Path, monkeypatch) -> None:
+def test_finished_networks_are_distinguished_from_builders(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "my_nets_of_tests.py").write_text(
         "from torch import nn\n"
         "def build(norm, in_shape, num_classes=10): ...\n"

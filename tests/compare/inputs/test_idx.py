@@ -200,7 +200,7 @@ def test_without_network_and_files_both_ways_out_are_named(server: Server, monke
         assert part in message
 
 
-def test_a_cache_that_cannot_be_made_is_told(server: Server, tmp_path: Path):
+def test_a_cache_that_cannot_be_created_is_an_error(server: Server, tmp_path: Path):
     (tmp_path / "cache").write_text("a file, no folder")
     with pytest.raises(ComparisonError, match="the cache .* must be a writable folder, but: .*BATCHNORM_"):
         load("mnist")

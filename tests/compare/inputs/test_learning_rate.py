@@ -60,7 +60,7 @@ def test_what_goes_on_after_the_last_step_is_no_negative_rate() -> None:
     "spec",
     ["", "cosin", "cosine:", "cosine:100", "cosine:warmup=0", "cosine:warmup=-1", "cosine:warmup=2.5", "Step", 3],
 )
-def test_another_word_is_refused(spec: object) -> None:
+def test_an_unknown_name_is_refused(spec: object) -> None:
     message = (
         "schedule must be constant, cosine, linear, step, or one of them .*, got .* Write for example cosine:warmup="
     )

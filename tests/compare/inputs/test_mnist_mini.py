@@ -28,7 +28,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_file_is_small_and_its_licence_lies_beside():
+def test_the_file_is_small_and_its_licence_is_next_to_it():
     folder = resources.files("batchnorm.compare.inputs") / "datasets"
     assert len((folder / "mnist-mini.npz").read_bytes()) <= 3_000_000
     notice = (folder / "mnist-mini.LICENSE.md").read_text(encoding="utf-8")

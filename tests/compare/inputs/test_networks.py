@@ -72,7 +72,7 @@ def test_image_networks_take_images_of_any_channels_and_size(name: str, shape: t
 
 @pytest.mark.parametrize("shape", [(784,), (2, 16), (1, 8, 8, 8), (1, 4, 28)])
 @pytest.mark.parametrize("name", IMAGES)
-def test_what_is_no_image_is_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_samples_that_are_not_images_are_refused(name: str, shape: tuple[int, ...]) -> None:
     if shape == (1, 4, 28) and name != "vgg":
         assert built(name, "none", shape=shape)(batch(*shape)).shape == (4, 10)
         return

@@ -39,7 +39,7 @@ def test_options_reach_the_layer():
         (["none", "batch:eps=1e-3", "batch:eps=1e-2"], ["none", "batch:eps=1e-3", "batch:eps=1e-2"]),
     ],
 )
-def test_several_norms_are_told_apart(given, specs):
+def test_several_norms_are_separated(given, specs):
     assert [norm.spec for norm in norms.parse_all(given)] == specs
 
 
@@ -120,7 +120,7 @@ def test_a_bias_is_dropped_just_where_it_does_nothing(name):
     assert same == norms.parse(name).replaces_bias
 
 
-def test_what_cannot_be_normalized_is_told():
+def test_inputs_that_cannot_be_normalized_raise_an_error():
     with pytest.raises(ValueError, match=r"instance normalization expects x .* with positions .*, got \[32, 32\]"):
         norms.parse("instance")(32)(torch.randn(32, 32))
     with pytest.raises(

@@ -72,7 +72,7 @@ def test_classes_are_drawn_in_proportion_to_their_samples() -> None:
 @pytest.mark.parametrize(
     "spec", ["", "iid:2", "classes", "classes:", "classes:0", "classes:-1", "classes:2.0", "class:2"]
 )
-def test_another_word_is_refused(spec: str) -> None:
+def test_an_unknown_name_is_refused(spec: str) -> None:
     with pytest.raises(ComparisonError, match="sampling must be iid or classes:K with a positive integer K, got "):
         Sampling.parse(spec)
 

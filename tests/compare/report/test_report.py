@@ -164,7 +164,7 @@ def test_a_comparison_without_layers_and_activations_has_a_page(data, tmp_path):
     assert [path.name for path in found.figure_paths] == ["accuracy.png", "loss.png"]
 
 
-def test_the_libraries_are_the_ones_whose_licences_lie_beside():
+def test_the_licences_of_the_libraries_are_next_to_them():
     vendor = resources.files("batchnorm") / "web" / "vendor"
     notice = (vendor / "README.md").read_text(encoding="utf-8")
     libraries = [name.removeprefix("vendor/") for name in page.SCRIPTS if name.startswith("vendor/")]

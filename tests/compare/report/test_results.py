@@ -45,7 +45,7 @@ def test_another_target_can_be_asked_for(copy):
         compare.rebuild(copy, target_accuracy=2)
 
 
-def test_nothing_to_report_is_told(tmp_path, copy):
+def test_a_directory_without_runs_is_refused(tmp_path, copy):
     with pytest.raises(ComparisonError, match=r"must name the directory of a comparison, but .* has no settings\.json"):
         compare.rebuild(tmp_path)
     shutil.rmtree(copy / "runs")
@@ -53,7 +53,7 @@ def test_nothing_to_report_is_told(tmp_path, copy):
         compare.rebuild(copy)
 
 
-def test_runs_of_other_machines_are_told_apart(result, copy):
+def test_runs_of_other_machines_are_listed(result, copy):
     file = copy / "runs" / result.runs[0].file_name
     file.write_text(file.read_text().replace('"threads": 1', '"threads": 8', 1))
     found = compare.rebuild(copy)

@@ -87,7 +87,7 @@ def test_step_seconds_are_the_differences():
     assert step_seconds(make_run("none", 0, [0.1, 0.2], seconds=0.5)) == pytest.approx([0.5] * 10)
 
 
-def test_the_headline_tells_a_gain():
+def test_the_headline_reports_a_gain():
     slow = outcome("none", [[0.1, 0.5, 0.8, 0.92], [0.1, 0.5, 0.8, 0.91], [0.1, 0.5, 0.8, 0.90]], seconds=0.001)
     fast = outcome("batch", [[0.1, 0.9, 0.95, 0.96], [0.1, 0.9, 0.95, 0.95], [0.1, 0.9, 0.95, 0.95]], seconds=0.002)
     assert words(slow, fast) == [
@@ -100,7 +100,7 @@ def test_the_headline_tells_a_gain():
     ]
 
 
-def test_the_headline_tells_a_loss_as_plainly():
+def test_the_headline_reports_a_loss_as_plainly():
     base = outcome("none", [[0.1, 0.9, 0.95, 0.96], [0.1, 0.9, 0.95, 0.95]], seconds=0.001)
     worse = outcome("batch", [[0.1, 0.5, 0.8, 0.92], [0.1, 0.5, 0.8, 0.91]], seconds=0.001)
     final, arrival, cost = words(base, worse)
@@ -147,7 +147,7 @@ def test_equal_accuracies_are_no_difference():
     assert "(one seed): 1.0 points higher with batch normalization (no interval from one seed: it" in one
 
 
-def test_a_target_that_was_not_reached_is_said():
+def test_a_target_that_was_not_reached_is_reported():
     never = outcome("none", [[0.1, 0.2], [0.1, 0.3]])
     once = outcome("batch", [[0.1, 0.2], [0.1, 0.95]])
     assert words(never, outcome("batch", [[0.1, 0.2], [0.1, 0.2]]))[1] == (
@@ -160,7 +160,7 @@ def test_a_target_that_was_not_reached_is_said():
     )
 
 
-def test_divergence_is_said():
+def test_divergence_is_reported():
     base = outcome("none", [[0.1, 0.95], [0.1, 0.1]], diverged=(1,))
     other = outcome("batch", [[0.1, 0.95], [0.1, 0.95]])
     assert words(base, other)[0] == (
@@ -234,7 +234,7 @@ def test_a_choice_that_diverged_is_chosen_only_where_all_did():
     )
 
 
-def test_where_all_diverged_that_is_said():
+def test_the_headline_reports_that_every_run_diverged():
     grid = grid_of("none", "batch", "group")
     lost = [ending(norm, 0.1, 0.1, grid=grid, diverged=(0, 1)) for norm in grid.norm]
     assert headline(lost, grid, 0.9)[:2] == [

@@ -21,7 +21,7 @@ def test_histogram_counts_every_value():
     np.testing.assert_allclose(found.percentiles, np.percentile(values, [15, 50, 85]))
 
 
-def test_histogram_tells_values_that_are_not_finite():
+def test_histogram_counts_values_that_are_not_finite():
     found = measurements.histogram(torch.tensor([1.0, float("nan"), float("inf")]), step=1)
     assert (sum(found.counts), found.nonfinite) == (1, 2)
     assert measurements.histogram(torch.tensor([float("nan")]), step=1).percentiles is None
@@ -98,7 +98,7 @@ def test_values_are_seen_before_an_activation_in_place_overwrites_them():
     assert found[0].low < 0
 
 
-def test_calls_of_one_module_are_told_apart():
+def test_calls_of_one_module_are_distinguished():
     relu = nn.ReLU()
     network = nn.Sequential(nn.Linear(8, 16), relu, nn.Linear(16, 4), relu, nn.Linear(4, 3))
     descriptions, found = _watched(network, norms.parse("none"), torch.randn(32, 8))
@@ -160,7 +160,7 @@ def test_kept_bytes_counts_what_the_backward_pass_needs_once():
     assert kept_bytes(network, x, y) == 32 * (4 * (8 + 16 + 3) + 8) + 4
 
 
-def test_kept_bytes_tells_norms_apart_and_leaves_no_trace():
+def test_kept_bytes_differs_between_norms_and_changes_nothing():
     x, y = torch.randn(32, 8), torch.arange(32) % 3
     found = {}
     for spec in ("none", "batch"):

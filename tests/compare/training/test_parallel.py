@@ -60,7 +60,7 @@ def said(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return list(zip(first, second, strict=True))
 
 
-def test_the_first_process_tells_and_writes(folder: Path, said: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def test_the_first_process_prints_and_writes(folder: Path, said: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     first, second = said[0]
     assert first["code"] in (0, None)
     assert first["out"].splitlines()[-1] == "Report: out/report.html"
@@ -91,7 +91,9 @@ def test_two_processes_train_as_one_does(folder: Path, said: object, tmp_path: P
         assert (run.parameters, run.shared, run.own) == (expected.parameters, expected.shared, expected.own)
 
 
-def test_a_mistake_of_all_is_told_once(folder: Path, said: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def test_an_error_of_all_processes_is_printed_once(
+    folder: Path, said: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
     first, second = said[1]
     assert first["err"] == (
         "batchnorm compare: rank 0: out must not hold an earlier comparison, but kept has summary.json. Choose another "
@@ -102,7 +104,7 @@ def test_a_mistake_of_all_is_told_once(folder: Path, said: list[tuple[dict[str, 
     assert (folder / "kept" / "summary.json").read_text() == "kept"
 
 
-def test_a_file_that_no_process_has_is_told_once(said: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def test_a_file_that_no_process_has_is_reported_once(said: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     first, second = said[2]
     assert first["err"] == "batchnorm compare: data must be a file that exists, got 'said.npz'. Check the path.\n"
     assert (first["code"], second) == (2, {"code": 2, "out": "", "err": ""})
