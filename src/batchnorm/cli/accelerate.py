@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import library_errors, mistakes_of, network, random_inputs, shape_of
+from batchnorm.cli.loading import library_errors, network, random_inputs, shape_of, usage_errors_of
 
 
 @click.command(cls=OneLineCommand)
@@ -30,9 +30,9 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> Non
     """
     from batchnorm.surgery.accelerate.accelerate import accelerate as accelerate_network
 
-    mistake = mistakes_of(ctx)
-    shapes = [shape_of(text, mistake) for text in sizes]
-    built = network(model, None, mistake)
-    with library_errors(mistake):
-        _, report = accelerate_network(built, random_inputs(shapes, built, mistake) or None, inplace=True)
+    usage_error = usage_errors_of(ctx)
+    shapes = [shape_of(text, usage_error) for text in sizes]
+    built = network(model, None, usage_error)
+    with library_errors(usage_error):
+        _, report = accelerate_network(built, random_inputs(shapes, built, usage_error) or None, inplace=True)
     print(report)

@@ -12,14 +12,14 @@ import click
 from batchnorm.cli.command import OneLineCommand, OneLineError
 from batchnorm.cli.loading import (
     COUNT,
-    Mistake,
+    UsageErrorMaker,
     batch_size_option,
     batches,
     import_named,
-    mistakes_of,
     network,
     running_on_data,
     shows_progress,
+    usage_errors_of,
     weights_option,
 )
 from batchnorm.cli.streams import encodable_json
@@ -110,14 +110,14 @@ def doctor(
     """
     from batchnorm.doctor import Severity, diagnose
 
-    mistake = mistakes_of(ctx)
-    _check_files(output, html, mistake)
+    usage_error = usage_errors_of(ctx)
+    _check_files(output, html, usage_error)
     if not as_json:
         console()  # raises an error now if rich is missing
-    built = network(model, weights, mistake)
-    given = None if data is None else batches(data, batch_size, mistake)
-    criterion = None if loss is None else _loss(loss, mistake)
-    with running_on_data("diagnose", mistake):
+    built = network(model, weights, usage_error)
+    given = None if data is None else batches(data, batch_size, usage_error)
+    criterion = None if loss is None else _loss(loss, usage_error)
+    with running_on_data("diagnose", usage_error):
         found = diagnose(
             built, given, loss=criterion, max_samples=max_samples, budget=budget, progress=shows_progress()
         )
@@ -127,7 +127,7 @@ def doctor(
             try:
                 found.save(path)
             except OSError as error:
-                failed.append(mistake(f"{path} could not be written", error))
+                failed.append(usage_error(f"{path} could not be written", error))
     if as_json:
         print(encodable_json(found.to_json()))
     else:
@@ -138,17 +138,19 @@ def doctor(
         ctx.exit(1)
 
 
-def _check_files(output: Path | None, html: Path | None, mistake: Mistake) -> None:
+def _check_files(output: Path | None, html: Path | None, usage_error: UsageErrorMaker) -> None:
     """Check the files before the model runs, which may take minutes."""
     if output is not None and output.suffix not in (".json", ".txt"):
-        raise mistake(f"--output must end in .json or .txt, got {output}. Change the name, or use --html for a page.")
+        raise usage_error(
+            f"--output must end in .json or .txt, got {output}. Change the name, or use --html for a page."
+        )
     if html is not None and html.suffix != ".html":
-        raise mistake(f"--html must end in .html, got {html}. Change the name.")
+        raise usage_error(f"--html must end in .html, got {html}. Change the name.")
     if html is not None and find_spec("jinja2") is None:
-        raise mistake("jinja2, which renders the page, is not installed. Run pip install 'batchnorm[doctor]'.")
+        raise usage_error("jinja2, which renders the page, is not installed. Run pip install 'batchnorm[doctor]'.")
     for path in (output, html):
         if path is not None:
-            check_output(path, True, mistake)
+            check_output(path, True, usage_error)
 
 
 def console(piped: int = _PIPED) -> Console:
@@ -163,7 +165,7 @@ def console(piped: int = _PIPED) -> Console:
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=piped)
 
 
-def _loss(name: str, mistake: Mistake) -> Any:
+def _loss(name: str, usage_error: UsageErrorMaker) -> Any:
     from torch.nn import functional as F
 
-    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(name) or import_named(name, "--loss", mistake)
+    return {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}.get(name) or import_named(name, "--loss", usage_error)

@@ -9,7 +9,7 @@ import click
 
 from batchnorm.cli import loading
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import Mistake, library_errors, mistakes_of, shape_of, weights_option
+from batchnorm.cli.loading import UsageErrorMaker, library_errors, shape_of, usage_errors_of, weights_option
 from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
 
 if TYPE_CHECKING:
@@ -55,17 +55,17 @@ def fold(
       batchnorm fold net:build --weights net.pth --input 1,3,224,224 -o folded.pt2
       batchnorm fold model.onnx -o folded.onnx
     """
-    mistake = mistakes_of(ctx)
-    check_output(output, overwrite, mistake)
-    shapes = [shape_of(text, mistake) for text in sizes]
+    usage_error = usage_errors_of(ctx)
+    check_output(output, overwrite, usage_error)
+    shapes = [shape_of(text, usage_error) for text in sizes]
     if trust and not model.endswith(".pt2"):
-        raise mistake("--trust applies only to a .pt2 file, got another model. Leave --trust out.")
+        raise usage_error("--trust applies only to a .pt2 file, got another model. Leave --trust out.")
     if model.endswith(".onnx"):
         if weights is not None:
-            raise mistake("--weights requires a callable; an ONNX file holds its weights. Leave --weights out.")
-        report = _fold_onnx(Path(model), shapes, output, overwrite, mistake)
+            raise usage_error("--weights requires a callable; an ONNX file holds its weights. Leave --weights out.")
+        report = _fold_onnx(Path(model), shapes, output, overwrite, usage_error)
     else:
-        report = _fold_torch(model, weights, shapes, trust, output, overwrite, mistake)
+        report = _fold_torch(model, weights, shapes, trust, output, overwrite, usage_error)
     print(report)
     print(f"\nWritten: {output}")
 
@@ -77,48 +77,48 @@ def _fold_torch(
     trust: bool,
     output: Path,
     overwrite: bool,
-    mistake: Mistake,
+    usage_error: UsageErrorMaker,
 ) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold import fold as fold_network
 
     if output.suffix == ".onnx":
-        raise mistake(
+        raise usage_error(
             f"{output} must not end in .onnx for a network of PyTorch. Write a .pt2 file, or export it to ONNX first."
         )
     example: tuple[Tensor, ...] = ()
     if model.endswith(".pt2"):
         if weights is not None:
-            raise mistake("--weights requires a callable; a .pt2 file holds its weights. Leave --weights out.")
-        network, example = _program(Path(model), trust, mistake)
+            raise usage_error("--weights requires a callable; a .pt2 file holds its weights. Leave --weights out.")
+        network, example = _program(Path(model), trust, usage_error)
     else:
-        network = loading.network(model, weights, mistake, "the model, if it is not a .pt2 or .onnx file,")
-    inputs = loading.random_inputs(shapes, network, mistake) or example
+        network = loading.network(model, weights, usage_error, "the model, if it is not a .pt2 or .onnx file,")
+    inputs = loading.random_inputs(shapes, network, usage_error) or example
     if not inputs:
-        raise mistake("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
-    with library_errors(mistake, FoldError):
+        raise usage_error("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
+    with library_errors(usage_error, FoldError):
         folded, report = fold_network(network, inputs)
-    with open_output(output, overwrite, mistake) as file:
+    with open_output(output, overwrite, usage_error) as file:
         file.write(_saved(folded, inputs, program=output.suffix == ".pt2"))
     return report
 
 
 def _fold_onnx(
-    model: Path, shapes: list[tuple[int, ...]], output: Path, overwrite: bool, mistake: Mistake
+    model: Path, shapes: list[tuple[int, ...]], output: Path, overwrite: bool, usage_error: UsageErrorMaker
 ) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold.onnx import fold_onnx
 
     if output.suffix != ".onnx":
-        raise mistake(f"{output} must end in .onnx, as {model} does. Change the name.")
+        raise usage_error(f"{output} must end in .onnx, as {model} does. Change the name.")
     try:
-        with library_errors(mistake, FoldError, ModuleNotFoundError):
+        with library_errors(usage_error, FoldError, ModuleNotFoundError):
             return fold_onnx(model, output, inputs=shapes, overwrite=overwrite).report
     except OSError as error:
-        raise mistake(f"{output} could not be written", error) from error
+        raise usage_error(f"{output} could not be written", error) from error
 
 
-def _program(path: Path, trust: bool, mistake: Mistake) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _program(path: Path, trust: bool, usage_error: UsageErrorMaker) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Return the module of an exported program, and the example that it was exported with."""
     import torch
 
@@ -126,20 +126,20 @@ def _program(path: Path, trust: bool, mistake: Mistake) -> tuple[nn.Module, tupl
     from batchnorm.models.tracing.exported import from_program
 
     if not path.is_file():
-        raise mistake(f"{path} must be a file of torch.export.save, but there is none. Check the path.")
+        raise usage_error(f"{path} must be a file of torch.export.save, but there is none. Check the path.")
     try:
         exported = program.load(path, trust=trust)
         network = from_program(exported)
     except program.UntrustedError as error:
-        raise mistake(
+        raise usage_error(
             f"{path} must hold only tensors and operators on them, but it holds {error}, which can run code. If you "
             "trust the file, add --trust."
         ) from error
     except Exception as error:
-        raise mistake(f"{path} must be a file of torch.export.save, but loading it failed", error) from error
+        raise usage_error(f"{path} must be a file of torch.export.save, but loading it failed", error) from error
     args, kwargs = exported.example_inputs or ((), {})
     if kwargs or not all(isinstance(x, torch.Tensor) for x in args):
-        raise mistake(f"{path} must take positional tensors only. Export it that way, or fold it in Python.")
+        raise usage_error(f"{path} must take positional tensors only. Export it that way, or fold it in Python.")
     return network, tuple(args)
 
 

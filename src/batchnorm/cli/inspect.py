@@ -10,7 +10,7 @@ import click
 
 from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.doctor import console
-from batchnorm.cli.loading import library_errors, mistakes_of, network, random_inputs, shape_of, weights_option
+from batchnorm.cli.loading import library_errors, network, random_inputs, shape_of, usage_errors_of, weights_option
 
 _PIPED = 240  # columns without a terminal
 
@@ -35,10 +35,10 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
     """
     from batchnorm.doctor.inspection import inspect_layers
 
-    mistake = mistakes_of(ctx)
-    built = network(model, weights, mistake)
-    inputs = None if size is None else random_inputs([shape_of(size, mistake)], built, mistake)
-    with library_errors(mistake):
+    usage_error = usage_errors_of(ctx)
+    built = network(model, weights, usage_error)
+    inputs = None if size is None else random_inputs([shape_of(size, usage_error)], built, usage_error)
+    with library_errors(usage_error):
         layers = inspect_layers(built, inputs)
     if as_json:
         print(json.dumps([asdict(layer) for layer in layers], indent=2))

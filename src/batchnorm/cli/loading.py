@@ -18,7 +18,7 @@ from batchnorm.cli.command import OneLineError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Mistake = Callable[..., OneLineError]
+UsageErrorMaker = Callable[..., OneLineError]
 
 COUNT = click.IntRange(1, 2**31 - 1)
 
@@ -32,42 +32,42 @@ weights_option = click.option(
 batch_size_option = click.option("--batch-size", type=COUNT, default=64, metavar="N", help="Batch size, for FILE.npz.")
 
 
-def mistakes_of(ctx: click.Context) -> Mistake:
+def usage_errors_of(ctx: click.Context) -> UsageErrorMaker:
     """Return a function that makes the command's usage error from a message and, optionally, its cause."""
 
-    def mistake(message: str, cause: BaseException | None = None) -> OneLineError:
+    def usage_error(message: str, cause: BaseException | None = None) -> OneLineError:
         return OneLineError(ctx.command_path, message if cause is None else f"{message}: {_in_one_line(cause)}")
 
-    return mistake
+    return usage_error
 
 
-def import_named(written: str, what: str, mistake: Mistake) -> Any:
+def import_named(written: str, what: str, usage_error: UsageErrorMaker) -> Any:
     """Return the object that `module.path:name` names; modules in the working directory are found too."""
     if not importing.is_named(written):
-        raise mistake(
+        raise usage_error(
             f"{what} must be module.path:callable, got {written!r}. For a function build in the file net.py, write "
             "net:build."
         )
     try:
         return importing.attribute_of(importing.import_module(written), written)
     except Exception as error:
-        raise mistake(f"{what} {written} could not be imported", error) from error
+        raise usage_error(f"{what} {written} could not be imported", error) from error
 
 
-def network(written: str, weights: Path | None, mistake: Mistake, what: str = "the model") -> nn.Module:
+def network(written: str, weights: Path | None, usage_error: UsageErrorMaker, what: str = "the model") -> nn.Module:
     """Return the network that `module.path:callable` names or returns, with these weights."""
     import torch
     from torch import nn
 
-    target = import_named(written, what, mistake)
+    target = import_named(written, what, usage_error)
     try:
         model = target if isinstance(target, nn.Module) else target()
     except Exception as error:
-        raise mistake(
+        raise usage_error(
             f"{written} must return the network when called without arguments, but it failed", error
         ) from error
     if not isinstance(model, nn.Module):
-        raise mistake(f"{written} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
+        raise usage_error(f"{written} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
     if weights is not None:
         try:
             with warnings.catch_warnings():  # torch warns about files that it then refuses
@@ -75,20 +75,22 @@ def network(written: str, weights: Path | None, mistake: Mistake, what: str = "t
                 held = torch.load(weights, map_location="cpu", weights_only=True)
             model.load_state_dict(held)
         except Exception as error:
-            raise mistake(
+            raise usage_error(
                 f"{weights} must be the state_dict of the network, saved with torch.save, but loading it failed", error
             ) from error
     return model
 
 
-def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
+def batches(data: str, batch_size: int, usage_error: UsageErrorMaker) -> Any:
     """Return the batches of `--data`: from a callable, or from the arrays of a file, shuffled."""
     if not data.endswith(".npz"):
-        made = import_named(data, "--data", mistake)
+        made = import_named(data, "--data", usage_error)
         try:
             return made() if callable(made) else made
         except Exception as error:
-            raise mistake(f"{data} must return batches when called without arguments, but it failed", error) from error
+            raise usage_error(
+                f"{data} must return batches when called without arguments, but it failed", error
+            ) from error
     import numpy as np
     import torch
 
@@ -96,31 +98,36 @@ def batches(data: str, batch_size: int, mistake: Mistake) -> Any:
         with np.load(data, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
     except Exception as error:
-        raise mistake(f"{data} must be a file of numpy.savez, but reading it failed", error) from error
+        raise usage_error(f"{data} must be a file of numpy.savez, but reading it failed", error) from error
     x = arrays.get("x", arrays.get("x_train"))
     y = arrays.get("y", arrays.get("y_train"))
     if x is None or (y is not None and len(x) != len(y)):
-        raise mistake(f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}.")
+        raise usage_error(
+            f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}. "
+            "Save the arrays under these names."
+        )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
     split = [part.split(min(batch_size, max(1, len(x)))) for part in parts]
     return list(split[0]) if y is None else list(zip(*split, strict=True))
 
 
-def shape_of(text: str, mistake: Mistake) -> tuple[int, ...]:
+def shape_of(text: str, usage_error: UsageErrorMaker) -> tuple[int, ...]:
     """Parse the shape given as `--input`."""
     try:
         shape = tuple(int(size) for size in text.split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise mistake(
+        raise usage_error(
             f"--input must be positive numbers separated by commas, got {text!r}. For example, write 1,3,224,224."
         )
     return shape
 
 
-def random_inputs(shapes: list[tuple[int, ...]], network: nn.Module, mistake: Mistake) -> tuple[Tensor, ...]:
+def random_inputs(
+    shapes: list[tuple[int, ...]], network: nn.Module, usage_error: UsageErrorMaker
+) -> tuple[Tensor, ...]:
     """Return random tensors of these shapes in the network's dtype."""
     import torch
 
@@ -129,31 +136,31 @@ def random_inputs(shapes: list[tuple[int, ...]], network: nn.Module, mistake: Mi
     try:
         return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
-        raise mistake(
+        raise usage_error(
             "--input must be the shape of a tensor that fits into memory, got "
             f"{' and '.join(','.join(map(str, shape)) for shape in shapes)}. Choose smaller sizes."
         ) from error
 
 
 @contextmanager
-def library_errors(mistake: Mistake, *others: type[Exception]) -> Iterator[None]:
+def library_errors(usage_error: UsageErrorMaker, *others: type[Exception]) -> Iterator[None]:
     """Report errors of the library in one line: TypeError, ValueError and `others`."""
     kinds: tuple[type[Exception], ...] = (TypeError, ValueError, *others)
     try:
         yield
     except kinds as error:
-        raise mistake(str(error)) from error
+        raise usage_error(str(error)) from error
 
 
 @contextmanager
-def running_on_data(caller: str, mistake: Mistake) -> Iterator[None]:
+def running_on_data(caller: str, usage_error: UsageErrorMaker) -> Iterator[None]:
     """Report every exception in one line: errors of the library as they are, others as failures of the model."""
     try:
         yield
     except Exception as error:
         if str(error).startswith(f"{caller} "):
-            raise mistake(str(error)) from error
-        raise mistake("the model could not be run on the data", error) from error
+            raise usage_error(str(error)) from error
+        raise usage_error("the model could not be run on the data", error) from error
 
 
 def shows_progress() -> bool:

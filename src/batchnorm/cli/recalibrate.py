@@ -11,10 +11,10 @@ from batchnorm.cli.loading import (
     COUNT,
     batch_size_option,
     batches,
-    mistakes_of,
     network,
     running_on_data,
     shows_progress,
+    usage_errors_of,
     weights_option,
 )
 from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
@@ -73,11 +73,11 @@ def recalibrate(
 
     from batchnorm.recalibrate import recalibrate as recalibrate_network
 
-    mistake = mistakes_of(ctx)
-    check_output(output, overwrite, mistake)
-    built = network(model, weights, mistake)
-    given = batches(data, batch_size, mistake)
-    with running_on_data("recalibrate", mistake):
+    usage_error = usage_errors_of(ctx)
+    check_output(output, overwrite, usage_error)
+    built = network(model, weights, usage_error)
+    given = batches(data, batch_size, usage_error)
+    with running_on_data("recalibrate", usage_error):
         recalibrated, report = recalibrate_network(
             built,
             given,
@@ -88,7 +88,7 @@ def recalibrate(
             progress=shows_progress(),
             inplace=True,
         )
-    with open_output(output, overwrite, mistake) as file:
+    with open_output(output, overwrite, usage_error) as file:
         file.write(save_in_memory(torch.save, recalibrated.state_dict()))
     print(report)
     print(f"\nWritten: {output}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from batchnorm.cli.command import OneLineCommand
-from batchnorm.cli.loading import Mistake, library_errors, mistakes_of
+from batchnorm.cli.loading import UsageErrorMaker, library_errors, usage_errors_of
 from batchnorm.cli.writing import check_output, open_output, output_options
 
 if TYPE_CHECKING:
@@ -64,28 +64,31 @@ def standardize(
     """
     from batchnorm.standardize import Standardizer
 
-    mistake = mistakes_of(ctx)
-    check_output(output, overwrite, mistake)
-    x, source = _opened(data, mistake), _opened(like or data, mistake)
-    with library_errors(mistake):
+    usage_error = usage_errors_of(ctx)
+    check_output(output, overwrite, usage_error)
+    x, source = _opened(data, usage_error), _opened(like or data, usage_error)
+    with library_errors(usage_error):
         standardizer = Standardizer(channel_axis=channel_axis, nan_policy=nan_policy).fit(source)
         first = standardizer.transform(x[:1])
-    with open_output(output, overwrite, mistake) as file, library_errors(mistake):  # NaN may come later in the file
+    # NaN may come later in the file.
+    with open_output(output, overwrite, usage_error) as file, library_errors(usage_error):
         _write(file, x, first.dtype, standardizer)
     print(_summary(standardizer, source))
     print(f"\nWritten: {output}")
 
 
-def _opened(path: Path, mistake: Mistake) -> NDArray[Any]:
+def _opened(path: Path, usage_error: UsageErrorMaker) -> NDArray[Any]:
     import numpy as np
 
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:
-        raise mistake(f"{path} must be a file of numpy.save, but reading it failed", error) from error
+        raise usage_error(f"{path} must be a file of numpy.save, but reading it failed", error) from error
     if not isinstance(held, np.ndarray):
         held.close()
-        raise mistake(f"{path} must hold one array, as numpy.save writes it, got several. Save the one to standardize.")
+        raise usage_error(
+            f"{path} must hold one array, as numpy.save writes it, got several. Save the one to standardize."
+        )
     return held
 
 

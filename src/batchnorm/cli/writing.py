@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import click
 
 from batchnorm.cli.command import OneLineError
-from batchnorm.cli.loading import Mistake
+from batchnorm.cli.loading import UsageErrorMaker
 from batchnorm.files import check_target, whole_file
 
 
@@ -29,16 +29,16 @@ def output_options(metavar: str, what: str) -> Callable[[Callable[..., None]], C
     return lambda command: output(overwrite(command))
 
 
-def check_output(output: Path, overwrite: bool, mistake: Mistake) -> None:
+def check_output(output: Path, overwrite: bool, usage_error: UsageErrorMaker) -> None:
     """Check the output path before anything is computed, which may take minutes."""
     try:
         check_target(output, overwrite=overwrite)
     except OSError as error:
-        raise mistake(str(error)) from error
+        raise usage_error(str(error)) from error
 
 
 @contextmanager
-def open_output(output: Path, overwrite: bool, mistake: Mistake) -> Iterator[BinaryIO]:
+def open_output(output: Path, overwrite: bool, usage_error: UsageErrorMaker) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `output` if the block ends without an exception.
 
     Save results of torch with `save_in_memory` first: on a full disk, torch's own writer aborts the process later.
@@ -49,9 +49,9 @@ def open_output(output: Path, overwrite: bool, mistake: Mistake) -> Iterator[Bin
     except OneLineError:
         raise
     except FileExistsError as error:
-        raise mistake(str(error)) from error
+        raise usage_error(str(error)) from error
     except Exception as error:
-        raise mistake(f"{output} could not be written", error) from error
+        raise usage_error(f"{output} could not be written", error) from error
 
 
 def save_in_memory(save: Callable[[Any, Any], object], value: object) -> memoryview:
