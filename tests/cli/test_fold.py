@@ -193,11 +193,15 @@ def test_an_onnx_file_that_cannot_be_read_or_run_is_reported(folder: Path) -> No
     write_onnx(folder / "net.onnx")
     (folder / "bad.onnx").write_text("nothing")
     assert_one_line(invoke("bad.onnx", "-o", "f.onnx"), "bad.onnx must be an ONNX file with all its weights")
-    assert_one_line(invoke("net.onnx", "--input", "1,5,8,8", "-o", "f.onnx"), "the model must run with its inputs")
+    assert_one_line(
+        invoke("net.onnx", "--input", "1,5,8,8", "-o", "f.onnx"), "expects a model that runs with its inputs"
+    )
     for size in (10**14, 10**30):
         result = invoke("net.onnx", "--input", f"1,3,{size},8", "-o", "f.onnx")
-        assert_one_line(result, f"inputs must be shapes of arrays that fit into memory, got [1, 3, {size}, 8]")
-    assert_one_line(invoke("net.onnx", "-o", "net.onnx", "--overwrite"), "output must be another file than the model")
+        assert_one_line(result, f"fold_onnx expects inputs whose arrays fit into memory, got [1, 3, {size}, 8]")
+    assert_one_line(
+        invoke("net.onnx", "-o", "net.onnx", "--overwrite"), "expects output to be another file than the model"
+    )
     assert not (folder / "f.onnx").exists()
 
 

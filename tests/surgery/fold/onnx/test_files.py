@@ -129,7 +129,9 @@ def test_a_file_that_is_cut_short_is_reported(tmp_path: Path) -> None:
     (tmp_path / "w.bin").unlink()
     with pytest.raises(ValueError, match=r"net.onnx must be an ONNX file with all its weights, but reading it failed"):
         fold_onnx(tmp_path / "net.onnx")
-    with pytest.raises(ValueError, match=r"model must hold its weights, but they are in other files"):
+    with pytest.raises(
+        ValueError, match=r"fold_onnx expects a model that holds its weights, but they are in other files"
+    ):
         fold_onnx(onnx.load(tmp_path / "net.onnx", load_external_data=False))
 
 
@@ -139,19 +141,21 @@ def test_usage_errors_are_reported_before_anything_is_written(tmp_path: Path) ->
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"absent.onnx must be an ONNX file, but there is none"):
         fold_onnx(tmp_path / "absent.onnx")
-    with pytest.raises(TypeError, match=r"model must be an onnx.ModelProto or the path of a file, got int"):
+    with pytest.raises(TypeError, match=r"fold_onnx expects an onnx.ModelProto or the path of a file, got int"):
         fold_onnx(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"output must be another file than the model"):
+    with pytest.raises(ValueError, match=r"fold_onnx expects output to be another file than the model"):
         fold_onnx(path, path)
     with pytest.raises(ValueError, match=r"output .* must be in a directory that exists"):
         fold_onnx(path, tmp_path / "absent" / "f.onnx")
     with pytest.raises(ValueError, match=r"output .* must be a regular file, got a directory"):
         fold_onnx(path, tmp_path)
-    with pytest.raises(ValueError, match=r"the model must run with its inputs \(x \['n', 4, 'h', 'w'\]\), but: "):
+    with pytest.raises(
+        ValueError, match=r"fold_onnx expects a model that runs with its inputs \(x \['n', 4, 'h', 'w'\]\), but: "
+    ):
         fold_onnx(path, tmp_path / "f.onnx", inputs=np.zeros((1, 5, 6, 6), np.float32))
-    with pytest.raises(ValueError, match=r"inputs must be at most 1, as the model has, got 2"):
+    with pytest.raises(ValueError, match=r"fold_onnx expects at most 1 inputs, as the model has, got 2"):
         fold_onnx(path, inputs=[X, X])
-    with pytest.raises(ValueError, match=r"inputs must be named as the model's \(x\), got 'y'"):
+    with pytest.raises(ValueError, match=r"fold_onnx expects inputs named as the model's \(x\), got 'y'"):
         fold_onnx(path, inputs={"y": X})
     assert contents(tmp_path) == before
 
@@ -161,7 +165,9 @@ def test_an_operator_that_nothing_here_runs_is_reported() -> None:
     model.graph.node[1].domain = "elsewhere"
     model.graph.node[1].op_type = "Unknown"
     model.opset_import.append(helper.make_opsetid("elsewhere", 1))
-    with pytest.raises(ValueError, match=r"the model must run in ONNX Runtime, which checks every fold, but"):
+    with pytest.raises(
+        ValueError, match=r"fold_onnx expects a model that ONNX Runtime can run, because it checks every fold, but"
+    ):
         fold_onnx(model)
 
 

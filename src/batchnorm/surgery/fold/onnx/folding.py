@@ -118,14 +118,15 @@ def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:
     if isinstance(model, onnx.ModelProto):
         if files.data_files(model):
             raise ValueError(
-                "model must hold its weights, but they are in other files. Pass its path, or read it with onnx.load."
+                "fold_onnx expects a model that holds its weights, but they are in other files. Pass its path, or read "
+                "it with onnx.load."
             )
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
         return copy, False
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(
-            f"model must be an onnx.ModelProto or the path of a file, got {type(model).__name__}. Pass one of these."
+            f"fold_onnx expects an onnx.ModelProto or the path of a file, got {type(model).__name__}. Pass one."
         )
     path = Path(model)
     if not path.is_file():
@@ -142,7 +143,9 @@ def _check_output(output: Path, model: Any, *, external: bool, overwrite: bool) 
     from batchnorm.surgery.fold.onnx import files
 
     if isinstance(model, (str, os.PathLike)) and output.exists() and output.samefile(model):
-        raise ValueError(f"output must be another file than the model, got {output} for both. Choose another name.")
+        raise ValueError(
+            f"fold_onnx expects output to be another file than the model, got {output} for both. Choose another name."
+        )
     try:
         files.check_output(output, external=external, overwrite=overwrite)
     except OSError as error:

@@ -37,13 +37,16 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     total = sum(1 for _ in _norms(model))
     if total and opset_version(model) < OLDEST:
         raise ValueError(
-            f"the model must be of version {OLDEST} of ONNX's operators or later, got {opset_version(model)}. Convert "
-            "it with onnx.version_converter.convert_version."
+            f"fold_onnx expects a model of version {OLDEST} of ONNX's operators or later, got {opset_version(model)}. "
+            "Convert it with onnx.version_converter.convert_version."
         )
     try:
         runner = Runner(model)
     except CannotRun as error:
-        raise ValueError(f"the model must run in ONNX Runtime, which checks every fold, but: {error}") from error
+        raise ValueError(
+            f"fold_onnx expects a model that ONNX Runtime can run, because it checks every fold, but: {error}. Make "
+            "sure that onnxruntime.InferenceSession loads the model."
+        ) from error
     if total == 0:
         return FoldReport("fold", how=runner.how, notes=notes)
     runs = feeds_of(model, inputs, runner)

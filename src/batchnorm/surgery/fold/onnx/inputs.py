@@ -47,8 +47,8 @@ def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> list[Feeds]:
         return [feeds, *(other for found in others for other in found)]
     reason = " ".join(str(error).split())[:300].rstrip(".")
     raise ValueError(
-        f"the model must run with its inputs ({', '.join(_described(value) for value in wanted)}), but: {reason}. "
-        "Pass inputs= that it takes, or their shapes."
+        f"fold_onnx expects a model that runs with its inputs ({', '.join(_described(value) for value in wanted)}), "
+        f"but: {reason}. Pass inputs= that it takes, or their shapes."
     ) from error
 
 
@@ -78,11 +78,15 @@ def _known(wanted: Sequence[onnx.ValueInfoProto], given: Any) -> dict[str, Any]:
         one = hasattr(given, "shape") or (len(given) > 0 and all(isinstance(n, int) for n in given))
         each = [given] if one else list(given)
         if len(each) > len(names):
-            raise ValueError(f"inputs must be at most {len(names)}, as the model has, got {len(each)}. Leave some out.")
+            raise ValueError(
+                f"fold_onnx expects at most {len(names)} inputs, as the model has, got {len(each)}. Leave some out."
+            )
         given = dict(zip(names, each, strict=False))
     unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f"inputs must be named as the model's ({', '.join(names)}), got {unknown[0]!r}. Rename it.")
+        raise ValueError(
+            f"fold_onnx expects inputs named as the model's ({', '.join(names)}), got {unknown[0]!r}. Rename it."
+        )
     return {
         name: tuple(int(n) for n in value) if isinstance(value, (tuple, list)) else np.asarray(value)
         for name, value in given.items()
@@ -99,7 +103,9 @@ def _drawn(
     if isinstance(given, tuple):
         return _random(given, _dtype(kind.elem_type), generator)
     if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
-        raise ValueError(f"inputs must include {value.name}, whose shape the model leaves open. Pass it.")
+        raise ValueError(
+            f"fold_onnx expects inputs= to include {value.name}, whose shape the model leaves open, got none. Pass it."
+        )
     shape = []
     for axis, dim in enumerate(kind.shape.dim):
         if not _is_open(dim):
@@ -133,7 +139,10 @@ def _is_open(dim: onnx.TensorShapeProto.Dimension) -> bool:
 
 def _dtype(kind: int) -> Any:
     if kind not in helper.get_all_tensor_dtypes() or kind == onnx.TensorProto.STRING:
-        raise ValueError(f"inputs must be given for a model that takes {onnx.TensorProto.DataType.Name(kind)}.")
+        raise ValueError(
+            f"fold_onnx expects arrays in inputs= for a model that takes {onnx.TensorProto.DataType.Name(kind)}, got "
+            "none. Pass them."
+        )
     return helper.tensor_dtype_to_np_dtype(kind)
 
 
@@ -144,7 +153,7 @@ def _random(shape: tuple[int, ...], dtype: Any, generator: np.random.Generator) 
         return generator.standard_normal(shape).astype(dtype)
     except (MemoryError, OverflowError, ValueError) as error:
         raise ValueError(
-            f"inputs must be shapes of arrays that fit into memory, got {list(shape)}. Choose smaller sizes."
+            f"fold_onnx expects inputs whose arrays fit into memory, got {list(shape)}. Choose smaller sizes."
         ) from error
 
 
