@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import fx
 
 from batchnorm.models.lowering.calls import CONVOLUTIONS, TRANSPOSED, activation_of, lower_call
-from batchnorm.models.lowering.in_place import mutated, out_of_place
+from batchnorm.models.lowering.in_place import mutated, out_of_place, written
 from batchnorm.models.lowering.layers import lower_layer
 from batchnorm.models.lowering.sizes import ask_the_source, asks_sizes, follow_the_device
 
-__all__ = ["CONVOLUTIONS", "TRANSPOSED", "activation_of", "asks_sizes", "lower", "mutated"]
+__all__ = ["CONVOLUTIONS", "TRANSPOSED", "activation_of", "asks_sizes", "lower", "mutated", "written"]
 
 
 def lower(module: fx.GraphModule) -> fx.GraphModule:

@@ -33,7 +33,7 @@ _FUNCTIONS: dict[str, Function] = {
     "chunk": torch.chunk,
     "view": torch.reshape,  # `view` would fail if lowering changes the tensor's strides
     "_unsafe_view": torch.reshape,
-    "swapaxes": torch.transpose,
+    **dict.fromkeys(("swapaxes", "swapdims"), torch.transpose),
     "moveaxis": torch.movedim,
 }
 _SAME: dict[Any, Function] = {
@@ -42,6 +42,8 @@ _SAME: dict[Any, Function] = {
     torch.mul: operator.mul,
     torch.concat: torch.cat,
     torch.concatenate: torch.cat,
+    **dict.fromkeys((torch.swapaxes, torch.swapdims), torch.transpose),
+    torch.moveaxis: torch.movedim,
     **{getattr(F, f"max_pool{n}d"): getattr(torch, f"max_pool{n}d") for n in (1, 2, 3)},
     torch.adaptive_avg_pool1d: F.adaptive_avg_pool1d,
 }

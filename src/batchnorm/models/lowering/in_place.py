@@ -19,6 +19,12 @@ _VIEWS = {
     "movedim", "moveaxis", "contiguous", "detach", "alias", "diagonal", "getattr",
 }  # fmt: skip
 _IN_PLACE_FUNCTIONS: dict[Any, Function] = {
+    **{  # torch.clamp_, F.elu_ and so on
+        function: getattr(room, name[:-1])
+        for room in (torch, F)
+        for name, function in vars(room).items()
+        if name.endswith("_") and not name.startswith("_") and callable(getattr(room, name[:-1], None))
+    },
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, torch.relu_: F.relu,
 }  # fmt: skip
@@ -42,9 +48,19 @@ def mutated(graph: fx.Graph) -> set[Node]:
     """Return the tensors that calls still change in place, and the tensors that they are views of."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        writes = node.target is operator.setitem or (_in_place(node) and node.op != "call_module")
-        if (writes or (node in found and _is_view(node))) and node.args and isinstance(node.args[0], Node):
+        found.update(written(node))
+        if node in found and _is_view(node) and isinstance(node.args[0], Node):
             found.add(node.args[0])
+    return found
+
+
+def written(node: Node) -> set[Node]:
+    """Return the tensors that a call changes in place."""
+    if node.op == "call_module":
+        return set()
+    writes = node.target is operator.setitem or _in_place(node)
+    found: set[Node] = set()
+    fx.map_arg((node.args[:1] if writes else (), node.kwargs.get("out")), found.add)
     return found
 
 
@@ -55,7 +71,17 @@ def _in_place(node: Node) -> bool:
     if node.op == "call_method":
         return str(target).endswith("_") and not str(target).endswith("__")
     at = _INPLACE_AT.get(target, len(node.args))
-    return target in _IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True or node.args[at : at + 1] == (True,)
+    return (
+        target in _IN_PLACE_FUNCTIONS
+        or _is_named_in_place(target)
+        or node.kwargs.get("inplace") is True
+        or node.args[at : at + 1] == (True,)
+    )
+
+
+def _is_named_in_place(target: Any) -> bool:
+    name = getattr(target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _is_view(node: Node) -> bool:
@@ -89,6 +115,8 @@ def out_of_place(node: Node) -> Node:
         node.target, new = name_of(node), None
     elif target in _IN_PLACE_FUNCTIONS:
         new = _IN_PLACE_FUNCTIONS[target], node.args
+    elif _is_named_in_place(target):  # without a known form that is not in place
+        return node
     else:
         new = target, node.args[: _INPLACE_AT.get(target, len(node.args))]
     later, seen = [], False

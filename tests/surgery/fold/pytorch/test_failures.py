@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from batchnorm.surgery.fold import fold, gate
 from batchnorm.surgery.fold.plan import FoldPlan
@@ -152,3 +153,33 @@ def test_data_that_the_model_changes_in_place_stays() -> None:
     assert torch.equal(x, given)
     with torch.no_grad():
         assert torch.allclose(folded(x.clone()), model(x.clone()), atol=1e-5)
+
+
+WRITES = {
+    "clamp_": lambda y: torch.clamp_(y, -0.1, 0.1),
+    "exp_": torch.exp_,
+    "hardtanh_": F.hardtanh_,
+    "out": lambda y: torch.mul(y, 3.0, out=y),
+    "out of a part": lambda y: torch.mul(y[:, :2], 3.0, out=y[:, :2]),
+    "a list": lambda y: torch._foreach_mul_([y], 3.0),
+    "item": lambda y: y.__setitem__((slice(None), 0), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_tensors_that_functions_change_in_place_are_read_changed(name: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            WRITES[name](y)
+            y = self.norm(y)
+            WRITES[name](y)
+            return self.out(y)
+
+    model, x = trained(Writes()), torch.randn(IMAGE)
+    folded, _ = fold(model, x)
+    assert_equal(folded, model, x)

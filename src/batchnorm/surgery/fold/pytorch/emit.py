@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import batchnorm.functional
 from batchnorm import ops
-from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of
+from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of, written
 from batchnorm.surgery.fold.arithmetic import rounded
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork, operands
@@ -186,7 +186,8 @@ class Emitter:
 
     def _drop_unused(self) -> None:
         for node in reversed(list(self.graph.nodes)):
-            if node.op in ("get_attr", "call_function") and not node.users and not node.is_impure():
+            unused = node.op in ("get_attr", "call_function") and not node.users and not node.is_impure()
+            if unused and not written(node):
                 self.graph.erase_node(node)
 
     def _in_place(self) -> None:
