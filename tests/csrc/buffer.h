@@ -1,5 +1,5 @@
-// Memory of exactly the size that a kernel may touch, so that AddressSanitizer sees every other access; and the four
-// dtypes' values, converted by arithmetic rather than by the kernels' own code.
+// Memory of exactly the size that a kernel may access, so that AddressSanitizer detects every other access. Values are
+// converted between the four dtypes by arithmetic, independently of the kernels' code.
 #pragma once
 
 #include <cmath>
@@ -35,7 +35,7 @@ inline Format format_of(DType dtype) {
 inline double unit(DType dtype) { return std::ldexp(1.0, -format_of(dtype).digits); }
 inline double smallest(DType dtype) { return std::ldexp(1.0, format_of(dtype).lowest); }
 
-// v rounded to the dtype: to nearest, ties to even.
+// Rounds v to the dtype: to nearest, ties to even.
 inline double rounded(DType dtype, double v) {
   if (dtype == DType::float64 || v == 0.0 || !std::isfinite(v)) return v;
   const Format f = format_of(dtype);
@@ -48,7 +48,7 @@ inline double rounded(DType dtype, double v) {
 
 class Buffer {
  public:
-  // Aligned to a cache line; or not, if `skip` values lie before the first.
+  // Aligns the first value to a cache line. With `skip`, that many values precede it, so that it is not aligned.
   Buffer(DType dtype_, int64_t size, int64_t skip = 0)
       : dtype(dtype_),
         count(size),

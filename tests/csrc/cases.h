@@ -1,4 +1,4 @@
-// What the kernels are tried on: a table of shapes, dtypes, layouts and options, and random ones.
+// The test cases: a table of shapes, dtypes, layouts and options, and random cases.
 #pragma once
 
 #include <random>
@@ -25,7 +25,7 @@ struct Case {
   bool residual = false, y = false, weight = true, bias = true, parameters_as_x = false, dz = false;
   int64_t groups = 0;    // 0: no index
   bool weights = false;  // some of them zero
-  int64_t skip = 0;      // values before the tensors' first: they are not aligned
+  int64_t skip = 0;      // number of values before each tensor's first, which is then not aligned
 
   std::string name() const {
     std::ostringstream s;
@@ -67,7 +67,7 @@ struct Random {
 
 inline std::vector<Case> table() {
   constexpr int64_t kShapes[][3] = {
-      // n, c, s: also rows shorter than a vector, and what is left of a row that is cut
+      // n, c, s: some rows are shorter than a vector, and some are not a multiple of a vector or of a part
       {16, 5, 1},  {300, 33, 1}, {4, 3, 7},     {3, 5, 49},    {2, 4, 60},   {2, 2, 24},    {1, 6, 45},
       {8, 1, 36},  {9, 1, 1},    {2, 3, 1},     {1, 7, 1},     {1, 1, 1},    {2, 2, 22650}, {1, 1, 40000},
       {3, 17, 45}, {2, 33, 60},  {40000, 1, 1}, {2, 5, 17030}, {700, 2, 25}, {64, 9, 1},    {4, 130, 49},
@@ -77,7 +77,7 @@ inline std::vector<Case> table() {
   std::vector<Case> cases;
   Random random{std::mt19937_64(7)};
   auto one_in = [&](int64_t n) { return random.integer(1, n) == 1; };
-  // `grouped`: with an index, weights or both; without, the fused passes.
+  // If `grouped`, the case has an index, weights or both. Otherwise, it tests the fused passes.
   auto add = [&](const Shape& shape, DType dtype, bool grouped) {
     Case c{shape, dtype, activation_at(cases.size())};
     c.residual = one_in(3), c.weight = !one_in(5), c.bias = !one_in(5), c.dz = one_in(4);
@@ -116,7 +116,7 @@ inline std::vector<Case> table() {
       cases.push_back({{4, 3, 64, channels_last}, dtype, {}, Values::constant});
     }
   }
-  for (int i = 0; i < 400; ++i) {  // drawn one by one: the order in which arguments are evaluated is the compiler's
+  for (int i = 0; i < 400; ++i) {  // in separate statements, because compilers evaluate arguments in any order
     const bool flat = one_in(4), channels_last = one_in(2), grouped = one_in(2);
     const int64_t n = random.integer(1, flat ? 200 : 9), c = random.integer(1, 70), longest = one_in(4) ? 400 : 70;
     const int64_t s = flat ? 1 : random.integer(2, longest);

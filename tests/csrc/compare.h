@@ -1,5 +1,5 @@
-// Calls of a kernel in every instruction set that this processor has, with one thread and with three, which must agree
-// to the bit; and the comparison of what it wrote with the oracle.
+// Calls a kernel in every instruction set that this processor has, with one thread and with three, whose results must
+// have the same bits. Compares the results with the oracle.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include "cases.h"
 #include "oracle.h"
 
-// As torch cuts a loop: one part per thread, none smaller than the grain.
+// Divides a loop as torch does: one part per thread, none smaller than the grain.
 template <int threads>
 void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
   const int64_t part = std::max<int64_t>((end - begin + threads - 1) / threads, std::max<int64_t>(grain, 1));
@@ -45,7 +45,7 @@ inline std::string compare(const std::string& where, const char* name, const std
     if (error > 0.0 && error / expected.tolerance[i] > worst) {
       worst = error / expected.tolerance[i], worst_where = where + " " + name;
     }
-    if (error <= expected.tolerance[i]) continue;  // not so for NaN
+    if (error <= expected.tolerance[i]) continue;  // false for NaN
     if (wrong++ == 0) first = static_cast<int64_t>(i);
   }
   if (wrong == 0) return "";
@@ -60,7 +60,7 @@ struct Output {
   const char* name;
   DType dtype;
   int64_t count;
-  const Result* expected;  // null: the low part of the output before it, which is compared with it added
+  const Result* expected;  // null: this is the low part of the previous output, and their sum is compared
 };
 
 using Pointers = std::vector<void*>;
@@ -73,8 +73,8 @@ inline std::vector<std::string> capability_names() {
   return names;
 }
 
-// Calls a kernel with every instruction set and number of threads, and compares what it wrote. `chosen`, where given,
-// are the values that are compared.
+// Calls a kernel with every instruction set and number of threads, and compares its results. If `chosen` is given, only
+// these values are compared.
 inline void check(const Case& c, const char* kernel, const std::vector<Output>& outputs, const Call& call,
                   const std::vector<int64_t>* chosen = nullptr) {
   for (const std::string& capability : capability_names()) {

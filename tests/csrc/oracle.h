@@ -1,5 +1,5 @@
-// Batch normalization as its definition says, one value at a time in float64, with a bound on what rounding may do to
-// each result: units of the arithmetic's precision times the sum of the magnitudes that were added.
+// Batch normalization by its definition, one value at a time in float64, with a tolerance for the rounding of each
+// result: units of the arithmetic's precision times the sum of the magnitudes that were added.
 #pragma once
 
 #include <cmath>
@@ -9,14 +9,14 @@
 
 #include "buffer.h"
 
-// Roundings of a value's own arithmetic, and of a sum: at most 32 additions follow one another in float32. In float64
-// all may, and their roundings partly cancel.
+// Roundings of the arithmetic of one value, and of a sum. A float32 sum has at most 32 additions in sequence. A float64
+// sum may have any number, whose roundings partly cancel.
 inline constexpr double kRoundings = 6.0, kSummedRoundings = 12.0;
 
 struct Result {
   std::vector<double> value, tolerance;
   void resize(int64_t n) { value.assign(n, 0.0), tolerance.assign(n, 0.0); }
-  // Room for one rounding to the dtype that stores it.
+  // Adds one rounding to the dtype that stores the result to the tolerance.
   void stored_as(DType dtype) {
     for (size_t i = 0; i < value.size(); ++i) {
       tolerance[i] += std::abs(value[i]) * unit(dtype) + (tolerance[i] > 0.0 ? smallest(dtype) : 0.0);
@@ -24,7 +24,7 @@ struct Result {
   }
 };
 
-// Neumaier's summation: the oracle's own rounding must not count.
+// Neumaier's summation, so that the oracle's own rounding is negligible.
 struct Sum {
   double high = 0.0, low = 0.0;
   void add(double v) {
@@ -101,7 +101,7 @@ inline double derivative(Activation activation, double t, double parameter) {
   return NAN;
 }
 
-// Whether the derivative jumps within `distance` of t: there either side is right.
+// Returns whether the derivative jumps within `distance` of t. Both derivatives are then correct.
 inline bool near_kink(Activation activation, double t, double distance) {
   auto at = [&](double kink) { return std::abs(t - kink) <= distance; };
   switch (activation) {
@@ -128,7 +128,7 @@ struct Inputs {
   std::vector<int64_t> index;                                // [n]
   double eps = 1e-5, parameter = 0.2;
   Activation activation = Activation::none;
-  bool own_statistics = false;  // mean and var are exact, and the kernel's own come with its rounding
+  bool own_statistics = false;  // mean and var are exact here, but rounded in the kernel
 
   double arithmetic_unit() const { return dtype == DType::float64 ? unit(DType::float64) : unit(DType::float32); }
   double sum_unit() const {
@@ -195,8 +195,8 @@ inline MomentsResult moments(const Inputs& in, int64_t groups, bool weighted) {
     r.mean.value[k] = first[k] + delta[k];
     r.m2.value[k] = squares[k].value();
     r.m2.tolerance[k] = sum_unit * r.m2.value[k];
-    // The pair holds the mean beyond x's precision; float64 is compared in float64, which does not. There the oracle
-    // and the kernel also round the mean's distance from the first value, which weights can make larger than the rest.
+    // The pair is more precise than x. float64 has no wider type, so both sides of the comparison are rounded to it.
+    // The oracle and the kernel also round the mean's distance from the first value, which can be large with weights.
     r.mean.tolerance[k] = sum_unit * (sizes[k].value() / counts[k].value()) +
                           2 * (unit(in.dtype) * u + unit(DType::float64)) * std::abs(r.mean.value[k]) +
                           kRoundings * unit(DType::float64) * std::abs(delta[k]);
@@ -204,7 +204,7 @@ inline MomentsResult moments(const Inputs& in, int64_t groups, bool weighted) {
   return r;
 }
 
-// z: the activation's argument.
+// Computes z, the activation's argument.
 inline Result preactivation(const Inputs& in) {
   Result z;
   z.resize(in.shape.numel());
@@ -215,7 +215,7 @@ inline Result preactivation(const Inputs& in) {
     z.value[i] = (deviation - low) * scale + bias + residual;
     z.tolerance[i] = kRoundings * in.arithmetic_unit() *
                      ((std::abs(deviation) + std::abs(low)) * std::abs(scale) + std::abs(bias) + std::abs(residual));
-    if (in.own_statistics) {  // the mean errs by a part of the mean deviation, the variance by a part of itself
+    if (in.own_statistics) {  // the mean's error is relative to the mean deviation, the variance's to itself
       const double weight = std::abs(in.pick(in.weight, n, c, 1.0));
       z.tolerance[i] += in.sum_unit() * (weight + std::abs((deviation - low) * scale));
     }
@@ -225,7 +225,7 @@ inline Result preactivation(const Inputs& in) {
 
 inline Result normalize(const Inputs& in) {
   Result y = preactivation(in);
-  // The rounding of f itself where it is not zero at zero: the terms of z do not bound it there.
+  // The rounding of f itself if f(0) is not zero. The tolerance of z does not cover it.
   const double own = kRoundings * in.arithmetic_unit() * std::abs(activate(in.activation, 0.0, in.parameter));
   for (size_t i = 0; i < y.value.size(); ++i) {
     y.value[i] = activate(in.activation, y.value[i], in.parameter);
@@ -274,7 +274,7 @@ inline SumsResult sums_of(const Inputs& in, const Result& dz, int64_t groups) {
   return r;
 }
 
-// γ·invstd·dz - w·invstd·(a + x̂·b), where the means a and b are given as [c] or [k, c] results.
+// Computes γ·invstd·dz - w·invstd·(a + x̂·b) for given means a and b, [c] or [k, c].
 inline Result dx_of(const Inputs& in, const Result& dz, const Result& a, const Result& b, bool weighted) {
   const double u = kRoundings * in.arithmetic_unit();
   Result dx;

@@ -1,5 +1,5 @@
-// Every kernel, in every instruction set that this processor has, against the oracle: over a table of shapes, random
-// shapes and tensors too large for the caches. With --quick only over some of the larger ones.
+// Compares every kernel, in every instruction set that this processor has, with the oracle: over a table of shapes,
+// random shapes and tensors too large for the caches. --quick tests fewer large cases.
 #include <algorithm>
 #include <cstdio>
 #include <string>
@@ -10,8 +10,8 @@
 
 namespace {
 
-// With --quick, of the cases of more values one in this many is tried, which changes dtype and layout from shape to
-// shape.
+// With --quick, only every kOneIn-th case runs if it has more than kSmall values. The dtype and the layout still differ
+// from shape to shape.
 constexpr int64_t kSmall = 5000, kOneIn = 5;
 
 // ---- one case ------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ void check_moments(const Case& c, const Inputs& base, Random& random) {
   const DType wide = statistics(c.dtype);
   const int64_t groups = std::max<int64_t>(c.groups, 1);
   std::vector<double> values = base.x;
-  if (c.weights) {  // what does not count may be anything
+  if (c.weights) {  // values with weight 0 may be anything
     base.each([&](int64_t i, int64_t n, int64_t, int64_t p) {
       if (base.position_weights[n * c.shape.s + p] == 0.0) values[i] = random.integer(0, 1) ? NAN : INFINITY;
     });
@@ -63,7 +63,7 @@ void check_moments(const Case& c, const Inputs& base, Random& random) {
         });
 }
 
-// The forward pass's ReLU and the one that backward recomputes agree to the bit, also where z is nothing but rounding.
+// Checks that backward recomputes the same ReLU mask as forward, even if z is nothing but rounding error.
 void check_mask(const Case& c, const Held& x, const Held& dy, const std::vector<double>& z,
                 const Normalization& given) {
   const DType wide = statistics(c.dtype);
@@ -152,7 +152,7 @@ void check_case(const Case& c, uint64_t seed) {
     }
   }
 
-  // Statistics as a batch left them, or running ones somewhere near.
+  // The statistics of the batch, or running statistics near them.
   std::vector<double> high(all), low(all), var = random.uniforms(all, 0.5, 2.0);
   for (int64_t i = 0; i < all; ++i) {
     const double first = std::isnan(batch.first[i]) ? 0.0 : batch.first[i] + (plain ? 0.0 : random.uniform(-1, 1));
@@ -183,7 +183,7 @@ void check_case(const Case& c, uint64_t seed) {
   Result stored_dz = dz;
   stored_dz.stored_as(c.dtype);
 
-  // Calls backward for the sums, dx and dz, or those of them that are asked for.
+  // Calls backward for those of the sums, dx and dz that are requested.
   auto check_backward = [&](const char* kernel, const Backward& given, bool with_sums, Result* dx) {
     std::vector<Output> outputs;
     if (with_sums) outputs = {{"sum_dz", wide, all, &sums.dz}, {"sum_dz_xhat", wide, all, &sums.dz_xhat}};
@@ -223,10 +223,9 @@ void check_case(const Case& c, uint64_t seed) {
   check_backward("backward_apply", args, false, &dx);
 }
 
-// ---- tensors larger than the caches
-// ----------------------------------------------------------------------------------
+// ---- tensors larger than the caches ---------------------------------------------------------------------------------
 
-// Forward and backward; two of the channels are compared with the oracle, the others with another number of threads.
+// Runs forward and backward. Two channels are compared with the oracle, the others with another number of threads.
 void check_large(DType dtype, const Shape& shape) {
   Case c{shape, dtype, Activation::relu};
   const bool channels_last = shape.channels_last;
@@ -287,14 +286,14 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s takes no argument but --quick.\n", argv[0]);
     return 2;
   }
-  std::setvbuf(stdout, nullptr, _IOLBF, 4096);  // a failure is seen also if a later case crashes
+  std::setvbuf(stdout, nullptr, _IOLBF, 4096);  // print failures even if a later case crashes
   const std::vector<Case> cases = table();
   for (size_t i = 0; i < cases.size(); ++i) {
     if (!quick || cases[i].shape.numel() <= kSmall || i % kOneIn == 0) check_case(cases[i], i);
   }
   for (DType dtype : kAllDTypes) {
     if (quick && dtype != DType::float32) continue;
-    // Rows that end within a line of memory: long ones, and short ones of which a vector may hold two.
+    // Rows that end within a cache line: long rows, and short rows, two of which may share a vector.
     const int64_t values = (int64_t{20} << 20) / size_of(dtype);
     check_large(dtype, {2, 32, values / 64 + 1, false});
     check_large(dtype, {3, values / (3 * 49) + 1, 49, false});

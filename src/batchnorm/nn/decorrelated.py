@@ -126,21 +126,23 @@ def decorrelated_batch_norm(
 
     with _without_autocast(x):
         channels_first = x.movedim(channel_dim, 0)
-        rows = channels_first.flatten(1).to(eager.statistics_dtype(x))
+        values = channels_first.flatten(1).to(eager.statistics_dtype(x))
         if training:
-            found = whitening.batch_whitening(rows, weights, group_size, eps, iterations)
+            found = whitening.batch_whitening(values, weights, group_size, eps, iterations)
             if on_single == "running" and weights is not None:
                 assert running_mean is not None
                 assert running_whitening is not None
                 mean, packed = _detached(running_mean, running_whitening)
-                found = whitening.running_where_single(found, rows, mean, whitening.unpack_matrices(packed, group_size))
+                found = whitening.running_where_single(
+                    found, values, mean, whitening.unpack_matrices(packed, group_size)
+                )
             y = whitening.apply_whitening(found.deviations, found.low, found.matrices, group_size, weight, bias)
         else:
             assert running_mean is not None
             assert running_whitening is not None
             mean, packed = _detached(running_mean, running_whitening)
             matrices = whitening.unpack_matrices(packed, group_size)
-            y = whitening.apply_whitening(rows - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
+            y = whitening.apply_whitening(values - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
         y = _in_format_of(x, y.reshape(channels_first.shape).movedim(0, channel_dim))
     if updates and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
         assert running_mean is not None

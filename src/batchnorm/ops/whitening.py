@@ -1,7 +1,7 @@
 """Whitening of groups of channels (IterNorm), in plain torch operations with derivatives of any order.
 
-Rows are `[C, m]`: all values of each channel. A group is `size` consecutive channels that are whitened together. The
-last group may be smaller. The mathematics page states the equations in section "Whitening".
+`values` are `[C, m]`, all values of each channel. A group is `size` consecutive channels that are whitened together.
+The last group may be smaller. The mathematics page has the equations in section "Whitening".
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from batchnorm.ops import eager
 from batchnorm.ops.routes import update_once
 
-# The number of values that one product sums. Products of longer rows would lose accuracy, because they sum one by one.
+# The number of values that one product sums. Longer products would lose accuracy, because they sum one by one.
 _BLOCK = 4096
 
 
-def in_groups(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Yield views of `rows [C, *]` as `[groups, size, *]`, and as `[1, C % size, *]` for remaining channels."""
-    whole = rows.shape[0] // size * size
-    if whole or not rows.shape[0]:
-        yield rows[:whole].unflatten(0, (whole // size, size))
-    if whole < rows.shape[0]:
-        yield rows[whole:].unsqueeze(0)
+def in_groups(values: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield views of `values [C, *]` as `[groups, size, *]`, and as `[1, C % size, *]` for remaining channels."""
+    whole = values.shape[0] // size * size
+    if whole or not values.shape[0]:
+        yield values[:whole].unflatten(0, (whole // size, size))
+    if whole < values.shape[0]:
+        yield values[whole:].unsqueeze(0)
 
 
 def join_groups(groups: Sequence[Tensor]) -> Tensor:
@@ -88,39 +88,39 @@ class BatchWhitening(NamedTuple):
     effective_count: Tensor | None
 
 
-def batch_whitening(rows: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> BatchWhitening:
-    """Return the whitening of `rows [C, m]` by their own statistics, with `weights [m]` for the positions."""
+def batch_whitening(values: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> BatchWhitening:
+    """Return the whitening of `values [C, m]` by their own statistics, with `weights [m]` for the positions."""
     count: Tensor | None = None
-    divisor: Tensor | int = rows.shape[1]
+    divisor: Tensor | int = values.shape[1]
     if weights is not None:
         # A position with weight 0 may have any value, and 0·NaN would be NaN, here and in backward.
-        rows = torch.where((weights != 0) | rows.isfinite(), rows, 0.0)
+        values = torch.where((weights != 0) | values.isfinite(), values, 0.0)
         tiny = torch.finfo(weights.dtype).tiny
         divisor = weights.sum().clamp_min(tiny)
         count = weights.sum().square() / weights.square().sum().clamp_min(tiny)
     elif not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
-        divisor = max(rows.shape[1], 1)
+        divisor = max(values.shape[1], 1)
 
     def weighted(t: Tensor) -> Tensor:
         return t if weights is None else t * weights
 
-    origin = weighted(rows.detach()).sum(1, keepdim=True) / divisor
-    deviations = rows - origin
+    origin = weighted(values.detach()).sum(1, keepdim=True) / divisor
+    deviations = values - origin
     low = weighted(deviations).sum(1, keepdim=True) / divisor
     matrices = []
     for group, counted, group_low in zip(
         in_groups(deviations, size), in_groups(weighted(deviations), size), in_groups(low, size), strict=True
     ):
-        noise = eps * torch.eye(group.shape[1], dtype=rows.dtype, device=rows.device)
+        noise = eps * torch.eye(group.shape[1], dtype=values.dtype, device=values.device)
         covariance = _product(counted, group) / divisor - group_low @ group_low.mT + noise
         matrices.append(inverse_square_root(covariance, iterations))
     return BatchWhitening(deviations, origin, low, matrices, count)
 
 
 def running_where_single(
-    found: BatchWhitening, rows: Tensor, mean: Tensor, matrices: Sequence[Tensor]
+    found: BatchWhitening, values: Tensor, mean: Tensor, matrices: Sequence[Tensor]
 ) -> BatchWhitening:
-    """Replace the whitening of weighted `rows [C, m]` by the running one if at most one value counts.
+    """Replace the whitening of weighted `values [C, m]` by the running one if at most one value counts.
 
     The count becomes 0, which updates nothing.
     """
@@ -128,7 +128,7 @@ def running_where_single(
     single = found.effective_count <= 1
     held = mean.unsqueeze(1)
     return BatchWhitening(
-        torch.where(single, rows - held, found.deviations),
+        torch.where(single, values - held, found.deviations),
         torch.where(single, held, found.origin),
         torch.where(single, 0.0, found.low),
         [torch.where(single, running, own) for running, own in zip(matrices, found.matrices, strict=True)],
