@@ -1,4 +1,4 @@
-"""Models whose parameters FSDP shards or DDP reduces: what would break them is refused, and they train on."""
+"""Models whose parameters FSDP shards or DDP reduces: changes that would break training raise an error."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def sharded_statistics_are_recalibrated(rank: int) -> None:
         twin = shard(network())
         twin(X)
         hooks = [[len(h) for n, h in vars(m).items() if "_hooks" in n] for m in (*model.modules(), *twin.modules())]
-        assert hooks[: len(hooks) // 2] == hooks[len(hooks) // 2 :]  # those that FSDP installs in its first forward
+        assert hooks[: len(hooks) // 2] == hooks[len(hooks) // 2 :]  # the hooks that FSDP installs in its first forward
         train(model)
 
 

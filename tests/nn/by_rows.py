@@ -1,4 +1,4 @@
-"""What the tests of layers with rows of `[K, C]` share."""
+"""Helpers of the tests of layers with rows of `[K, C]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wide(t: Tensor | None) -> Array | None:
 
 
 def randomized(layer: nn.Module) -> Any:
-    """The layer, with parameters and buffers that differ from their initial values and between rows."""
+    """Return the layer with parameters and buffers that differ from their initial values and between rows."""
     with torch.no_grad():
         for tensor in layer.state_dict().values():
             if tensor.is_floating_point():
@@ -38,7 +38,7 @@ def assert_agrees_with_the_reference(
     call: Callable[[Tensor], Tensor],
     groups: int | None = None,
 ) -> None:
-    """y and every gradient of `call(x)` in training, by the operators and by the plain operations of `torch.func`."""
+    """Return y and every gradient of `call(x)` in training, by the operators and by `torch.func`."""
     x, dy = case.x(), case.random(4)
     parameters = [t for t in (weight, bias) if t is not None]
     options = {"index": index.numpy(), "groups": groups, "eps": layer.eps}
@@ -81,7 +81,7 @@ def assert_agrees_with_the_reference(
 
 
 def step_results(layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """y, every gradient, and the buffers after a step."""
+    """Return y, every gradient, and the buffers after a step."""
     leaf = x.clone().requires_grad_()
     layer.zero_grad()
     y = call(layer, leaf)

@@ -1,4 +1,4 @@
-"""What several processes check together, each of its own share; `test_sync` starts them."""
+"""Checks by several processes, each with its own part of the batch; `test_sync` starts them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ONE_VALUE = r"SyncBatchNorm expects more than one value per channel in training 
 
 
 class Group:
-    """The first `size` processes, and this one's rank among them."""
+    """A group of the first `size` processes, and the rank of this process."""
 
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, dist.get_rank()
         self.process_group = dist.new_group(range(size), timeout=timedelta(seconds=120))
 
     def cuts(self, n: int) -> list[int]:
-        """Where n samples are cut: unevenly, and with more than two processes one has none."""
+        """Return where n samples are split: unevenly, and with more than two processes, one has none."""
         return {2: [n - n // 4], 3: [n // 3, n // 3], 4: [0, (n + 2) // 3, n - n // 4]}[self.size]
 
     def share(self, t: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def wide(t: Tensor | None) -> np.ndarray | None:
 
 @contextmanager
 def collectives() -> Iterator[Counter[str]]:
-    """Counts what the block communicates."""
+    """Count the collectives of the block."""
     counted: Counter[str] = Counter()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         yield counted
@@ -131,7 +131,7 @@ def training_under_ddp_is_training_on_the_joined_batch(group: Group) -> None:
     alone, mine = network(bn.BatchNorm2d), network(group.layer)
     parallel = DistributedDataParallel(mine, process_group=group.process_group)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (alone, mine)]
-    for step, n in enumerate((12, 9, 16)):  # not the same shares in each step
+    for step, n in enumerate((12, 9, 16)):  # different parts in each step
         generator = torch.Generator().manual_seed(step)
         x, labels = torch.randn(n, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(n) % 2
         nn.functional.cross_entropy(alone(x), labels).backward()
@@ -154,7 +154,7 @@ def second_derivatives_are_those_of_the_joined_batch(group: Group) -> None:
 
     def derivatives(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
         first = torch.autograd.grad((layer(x).sin() * dy).sum(), (x, *layer.parameters()), create_graph=True)
-        # Those of γ and β are parts of a sum, so that only what is linear in them adds up.
+        # The gradients of γ and β are parts of a sum, so that only terms that are linear in them add up.
         loss = (first[0].square() * dy).sum() + first[1].dot(alone.running_var) + first[2].sum()
         return [*first, *torch.autograd.grad(loss, (x, *layer.parameters()))]
 
@@ -423,7 +423,7 @@ def _name(check: Any) -> str:
 
 
 def run(rank: int, folder: str) -> None:
-    """Do every check, and leave behind which failed."""
+    """Run every check, and store the failures."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=120))

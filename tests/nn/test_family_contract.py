@@ -1,4 +1,4 @@
-"""What every layer of the family promises, whatever it computes. A new layer is one line of `FAMILY`."""
+"""The properties that every layer of the family must have. A new layer is one line of `FAMILY`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from batchnorm.nn.sync import SyncBatchNorm
 
 @dataclass(frozen=True)
 class Member:
-    """How a layer of 4 channels is made, and what else its call takes for a batch of so many samples."""
+    """The constructor of a layer of 4 channels, its further arguments for a number of samples, and its properties."""
 
     make: Callable[..., NormLayer]
     extra: Callable[[int], tuple[Any, ...]] = lambda samples: ()
     as_batch_norm: bool = True  # the state_dict and the evaluation are those of BatchNorm
     moves: bool = True  # training moves running statistics
-    units: float = 16.0  # of float32, by which a result may differ, relative to the largest
-    mask: bool = True  # its call takes one
+    units: float = 16.0  # tolerance in units of float32, relative to the largest value
+    mask: bool = True  # whether its call takes a mask
 
 
 FAMILY = {
@@ -58,7 +58,7 @@ FAMILY = {
 MEMBERS = pytest.mark.parametrize("name", FAMILY)
 SHAPE = (5, 4, 6, 3)
 
-# torch loads its forward-mode formulas through its own deprecated compiler.
+# torch loads its forward-mode formulas by its own deprecated compiler.
 pytestmark = [
     pytest.mark.usefixtures("nothing_compiled_before"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -66,7 +66,7 @@ pytestmark = [
 
 
 def layer_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> NormLayer:
-    """The layer, with parameters and running statistics of its own."""
+    """Return the layer with parameters and running statistics that differ from their initial values."""
     layer = FAMILY[name].make(4, dtype=dtype, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def data(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = SHAPE, see
 
 
 def step(name: str, layer: NormLayer, call: Callable[..., Tensor], x: Tensor, dy: Tensor | None = None) -> list[Tensor]:
-    """y, every gradient, and the state afterwards."""
+    """Return y, every gradient, and the state afterwards."""
     layer.zero_grad()
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = call(leaf, *FAMILY[name].extra(len(x)))
@@ -118,7 +118,7 @@ def test_every_dtype_and_layout_agrees_with_float64(name: str, dtype: torch.dtyp
         if ours.dtype == torch.int64:
             assert torch.equal(ours, theirs)
             continue
-        # One rounding in half; float32 sums of 90 terms, and what whitening makes of them.
+        # One rounding in half; float32 sums of 90 terms, and their errors after whitening.
         units = 1.0 if ours.dtype != torch.float32 else FAMILY[name].units
         allowed = units * torch.finfo(ours.dtype).eps * theirs.abs().max().clamp_min(1.0)
         assert (ours.double() - theirs).abs().max() <= allowed
@@ -249,7 +249,7 @@ def test_a_wrong_input_raises_an_error_and_changes_nothing(name: str) -> None:
         layer(torch.zeros(SHAPE, dtype=torch.int64), *extra)
     with pytest.raises(TypeError, match=rf"{name} expects x to be a torch.Tensor, got list"):
         layer([1.0], *extra)
-    if name != "SyncBatchNorm":  # takes any rank, as torch's
+    if name != "SyncBatchNorm":  # accepts any rank, like torch's
         with pytest.raises(ValueError, match=rf"{name} expects x of shape \[N, C, H, W\], got \[5, 4\] \(2 dims\)"):
             layer(data(shape=(5, 4)), *extra)
     for options in ({"eps": 0.0}, {"momentum": 2.0}, {"on_nonfinite": "raise"}):
@@ -262,7 +262,7 @@ def test_a_wrong_input_raises_an_error_and_changes_nothing(name: str) -> None:
 @MEMBERS
 def test_torchs_options_work(name: str, options: dict[str, Any]) -> None:
     if name == "ConditionalBatchNorm2d" and "affine" in options:
-        pytest.skip("its classes are what is affine")
+        pytest.skip("only its classes have weight and bias")
     layer = layer_of(name, **options)
     assert (layer.weight is None) == ("affine" in options)
     assert (layer.bias is None) == ("affine" in options or "bias" in options)
@@ -296,7 +296,7 @@ def test_fx_traces_it(name: str) -> None:
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
     assert torch.equal(traced(data()), model(data()))
     state = model.state_dict()
-    for key, value in traced.state_dict().items():  # it holds what its graph uses
+    for key, value in traced.state_dict().items():  # the trace contains only state that its graph uses
         assert key == "label" or torch.equal(state[key], value)
 
 
@@ -340,7 +340,7 @@ def test_a_checkpoint_of_this_version_without_a_counter_is_incomplete(name: str,
     state = source.state_dict()  # with the version of its format
     del state["num_batches_tracked"]
     layer = FAMILY[name].make(4, device="meta")
-    if isinstance(layer, FrozenBatchNorm2d):  # which never counts
+    if isinstance(layer, FrozenBatchNorm2d):  # it never counts batches
         assert not layer.load_state_dict(state, assign=True).missing_keys
         return
     with pytest.raises(RuntimeError, match='Missing key.s. in state_dict: "num_batches_tracked"'):

@@ -1,4 +1,4 @@
-"""The implementations of the operators that this machine and process have, by name."""
+"""The implementations of the operators on this machine, by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.cases import Case
 
 Ops = Callable[[str], Callable[..., Any]]
 
-# Triton's interpreter can only be chosen for a whole process: tests/ops/triton/test_interpreted.py starts one.
+# Triton's interpreter can only be selected for a whole process, which tests/ops/triton/test_interpreted.py starts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def names() -> list[str]:
-    """Eager functions; what the dispatcher finds on the CPU, for each instruction set of this machine; and on a GPU."""
+    """Return the names: eager, the instruction sets of this machine, and cuda if there is a GPU."""
     if INTERPRETED:
         return ["interpreted"]
     on_cpu = compiled.cpu_capabilities() or ("dispatched",)
@@ -32,13 +32,13 @@ def names() -> list[str]:
 def over(case: Sequence[Case], **axes: Sequence[str]) -> pytest.MarkDecorator:
     """Parametrize a test over the implementations, the cases and further axes of strings.
 
-    Eager and the best instruction set run the whole product. The other instruction sets are the same templates with
-    vectors of another size, and the driver in `tests/csrc` compares each of their kernels with its definition in
-    float64: they run a fifth of the product each, another one for each set. It holds every case and every value.
+    Eager and the best instruction set run the whole product. Each of the other instruction sets runs a different fifth
+    of it, which contains every case and every value. They are the same templates with vectors of another size, and the
+    driver in `tests/csrc` compares each of their kernels with its definition in float64.
     """
     rest = list(itertools.product(*axes.values()))
     complete = (*names()[:2], "cuda")
-    thin = len(rest) >= 5  # else a fifth would lose cases
+    thin = len(rest) >= 5  # a fifth of fewer would lose cases
     points = [
         pytest.param(name, one, *values, id="-".join([name, one.id, *values]))
         for i, name in enumerate(names())
@@ -51,7 +51,7 @@ def over(case: Sequence[Case], **axes: Sequence[str]) -> pytest.MarkDecorator:
 
 @contextlib.contextmanager
 def chosen(name: str) -> Iterator[Ops]:
-    """The operators by an implementation. Tensors are given and returned on the CPU."""
+    """Yield the operators of an implementation. Arguments and results are on the CPU."""
     if name == "eager":
         yield lambda op: getattr(eager, op)
     elif name == "interpreted":

@@ -1,4 +1,4 @@
-"""The activations far out and at their kinks, in every implementation; and the names under which torch offers them."""
+"""The activations at large values and at their kinks, in every implementation, and their names in torch."""
 
 from __future__ import annotations
 

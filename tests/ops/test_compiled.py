@@ -1,4 +1,4 @@
-"""Loading of the compiled operators: what is loaded, and what is said where it is not."""
+"""Loading of the compiled operators, and the reports and warnings if they do not load."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_refused_call_leaks_nothing() -> None:
                 with pytest.raises(RuntimeError, match="batchnorm expects"):
                     getattr(torch.ops.batchnorm, name)(*given)
 
-    wrong = torch.ones(7)  # as x without a channel dimension, and in every other place of another shape than x
+    wrong = torch.ones(7)  # x without a channel dimension; every other argument with a shape different from x's
     values = {"eps": 1e-5, "activation": "none" + "x" * 1_000_000, "negative_slope": 0.0, "need_dz": True, "groups": 1}
     refuse()
     before = resident()

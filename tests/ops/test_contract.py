@@ -31,7 +31,7 @@ def wide(t: Tensor | None) -> Array | None:
 
 
 def away_from_kinks(dy: Tensor, z: Array, activation: str) -> Tensor:
-    """dy, with zeros where z is so near a kink that rounding decides f′."""
+    """Return dy, with zeros at values of z so near a kink that rounding decides f′."""
     near = np.zeros(z.shape, dtype=bool)
     for kink in KINKS.get(activation, ()):
         near |= np.abs(z - kink) < 0.03
@@ -39,7 +39,7 @@ def away_from_kinks(dy: Tensor, z: Array, activation: str) -> Tensor:
 
 
 def kept(activation: str, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What autograd keeps for f′ besides x: nothing, y or the residual."""
+    """Return the tensor that autograd keeps for f′ besides x: none, y or the residual."""
     if residual is None or activation == "none":
         return None, None
     return (residual, None) if activation in SMOOTH else (None, y)
@@ -51,7 +51,7 @@ def assert_like_x(result: Tensor, x: Tensor) -> None:
 
 
 class Pass:
-    """One forward and backward of a case by the reference, with the terms that bound errors."""
+    """Forward and backward of a case by the reference, with the terms that bound errors."""
 
     def __init__(self, case: Case, activation: str, with_residual: bool, *, training: bool) -> None:
         self.case, self.x = case, case.x()
@@ -72,7 +72,7 @@ class Pass:
             self.use(reference.forward_inference(x, wide(self.mean), wide(self.var), *affine, **options))
 
     def use(self, forward: reference.Forward) -> None:
-        """Compare with this pass: of x, weight, bias and residual as they are now."""
+        """Compare gradients of the current x, weight, bias and residual with this pass."""
         activation = self.activation[1]
         self.forward, self.terms = forward, Terms(forward, wide(self.residual), wide(self.bias))
         self.dy = away_from_kinks(self.case.random(4), forward.z, activation)
@@ -102,7 +102,7 @@ def test_train_forward_and_backward_agree_with_the_reference(
     p.check_y(y)
     assert mean.dtype == mean_low.dtype == var.dtype == case.statistics_dtype
     deviation = p.terms.deviation()
-    in_float64 = bound(np.abs(p.forward.mean), torch.float64)  # the reference's own, and that of adding the pair
+    in_float64 = bound(np.abs(p.forward.mean), torch.float64)  # errors of the reference, and of adding the pair
     allowed = bound(deviation, case.dtype) + in_float64
     assert_within(mean.double() + mean_low.double(), p.forward.mean, allowed, "mean")
     assert_within(var, p.forward.var, bound(p.forward.var, case.dtype), "var")
@@ -114,7 +114,7 @@ def test_train_forward_and_backward_agree_with_the_reference(
 
 
 def test_a_large_mean_costs_nothing_in_float64_either(op: Ops) -> None:
-    # The reference has no more digits than float64 x, so the same deviations around zero are the oracle.
+    # The reference is no more precise than float64 x. The same deviations around zero are therefore the reference.
     around_zero = (torch.randn(4, 3, 16, 16, dtype=torch.float64) * 2**20).round() / 2**20
     far = around_zero + 1e6
     assert torch.equal(far - 1e6, around_zero)
@@ -184,7 +184,7 @@ def test_weights_agree_with_the_reference(op: Ops, case: Case, kind: str) -> Non
     options = {"activation": "relu", "eps": EPS, "weights": wide(weights)}
     p.use(reference.forward_training(wide(p.x), wide(p.weight), wide(p.bias), **options))
 
-    poisoned = torch.where(weights.unsqueeze(1) == 0, torch.nan, p.x)  # what does not count may be anything
+    poisoned = torch.where(weights.unsqueeze(1) == 0, torch.nan, p.x)  # values with weight 0 may be anything
     count, mean, mean_low, m2 = op("moments")(poisoned, None, weights, 1)
     assert_within(count, p.forward.batch.count, bound(p.forward.batch.count, torch.float64), "count")
     var = (m2 / count).to(m2.dtype)

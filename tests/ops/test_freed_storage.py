@@ -67,7 +67,7 @@ def operator_attempts() -> Iterator[Attempt]:
             for kind, t in kinds_of(argument(operator, freed)):
                 arguments = {name: argument(operator, name) for name in names}
                 if freed != "y" and "y" in arguments:
-                    arguments["y"] = None  # else the residual is not read
+                    arguments["y"] = None  # with y, the residual is not read
                 if freed == "x" and kind == "other dtype":
                     continue
                 arguments[freed] = t
@@ -99,7 +99,7 @@ def layer_attempts() -> Iterator[Attempt]:
 
 
 def try_everything() -> None:
-    """Print each attempt before it runs, so that the last line names the one that crashed, and those not refused."""
+    """Print each attempt before it runs, so that the last line names a crash, and print the attempts not refused."""
     refused, accepted = 0, []
     for attempts in (operator_attempts(), layer_attempts()):
         for what, call in attempts:
@@ -108,7 +108,7 @@ def try_everything() -> None:
                 call()
                 accepted.append(what)
             except RuntimeError as error:
-                # The second message is torch's own, where a layer takes a row.
+                # The second message is torch's own, if a layer selects a row.
                 if any(text in str(error) for text in ("with its memory allocated, got", "for storage of size 0")):
                     refused += 1
                 else:

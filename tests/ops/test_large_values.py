@@ -1,4 +1,4 @@
-"""Values whose squares leave the range of their dtype, up to the documented limit and beyond."""
+"""Values whose squares exceed the range of their dtype, up to the documented limit and beyond."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ def placed(x: Tensor, layout: str) -> Tensor:
 
 
 def far_from_its_pivot(x: Tensor) -> None:
-    """Values of which every eighth sample, where the pivot is taken, lies elsewhere."""
+    """Shift every eighth sample; the pivot is computed from these samples."""
     x[::8] += 1000.0
 
 
 def neighbours(x: Tensor, channel: int) -> Iterator[Tensor]:
-    """x with the same values in one channel, and others beside it."""
+    """Yield x with the same values in one channel, and other values in the others."""
     others = [c for c in range(x.shape[1]) if c != channel]
     for value in (torch.nan, torch.inf, 0.0 if x.dtype == torch.float16 else 5e18):
         changed = x.clone()

@@ -1,4 +1,4 @@
-"""What the contract's tests do not ask of the kernels; run by test_interpreted.py, in the interpreter."""
+"""Tests of the kernels beyond the contract; test_interpreted.py runs them in the interpreter."""
 
 from __future__ import annotations
 

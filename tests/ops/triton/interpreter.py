@@ -22,14 +22,14 @@ from batchnorm.ops.triton.settings import Settings
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """The operator as it is registered for CUDA tensors."""
+    """Return the operator that is registered for CUDA tensors."""
     _use_interpreter()
     return implementation(name, registration.eager_implementation(name))
 
 
 @functools.cache
 def _use_interpreter() -> None:
-    """Prepare this process, which was started for these tests, for good."""
+    """Prepare this process, which runs only these tests."""
     np.seterr(invalid="ignore", over="ignore")
     small = Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024)
     tiling.TABLE.update(dict.fromkeys(tiling.TABLE, small))
@@ -52,7 +52,7 @@ def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_rounding() -> None:
-    """The interpreter's own rounds to bfloat16 toward zero, or drops a carry."""
+    """Round correctly to bfloat16; the interpreter rounds toward zero, or loses a carry."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -68,7 +68,7 @@ def _patch_rounding() -> None:
 
 
 def _patch_sums() -> None:
-    """Sum pairwise along every axis, as a device does; NumPy adds one after the other along the first."""
+    """Sum pairwise along every axis, as a device does; NumPy adds one by one along the first."""
     from triton.runtime import interpreter
 
     def pairwise(self: Any, values: Any) -> Any:
@@ -80,7 +80,7 @@ def _patch_sums() -> None:
 
 
 def _patch_patching() -> None:
-    """The interpreter patches its language anew for every call of a function; once per launch is enough."""
+    """Patch the interpreter's language once per launch; it would patch it again for every function call."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_on_a_gpu.py, on a device of its own."""
+"""The program of each of the two processes of test_on_a_gpu.py, each with its own device."""
 
 from __future__ import annotations
 

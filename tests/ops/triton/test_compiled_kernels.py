@@ -1,4 +1,4 @@
-"""The kernels are compiled for a device that need not be there: what an interpreter accepts a compiler may not."""
+"""Compile the kernels for devices that need not exist here, because a compiler accepts less than the interpreter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Compiled = list[tuple[str, Any]]
 
 
 class _Device:
-    """What the compiler asks of a driver."""
+    """The part of a driver that the compiler uses."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -49,7 +49,7 @@ def architecture(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def compiled(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
-    """Kernels as they are compiled, and not started, by launches on tensors that are not on a GPU."""
+    """Kernels that launches compile but do not start, for tensors that are not on a GPU."""
     found: Compiled = []
     run = JITFunction.run
 
@@ -113,7 +113,7 @@ def test_one_set_of_kernels_reads_large_tensors_in_wide_accesses(compiled: Compi
     for name, kernel in compiled:
         if not name.startswith("merge"):
             assert _accesses_16_bytes(kernel), name
-        assert kernel.metadata.shared <= 48 << 10, name  # half of the least that a device since Ampere has
+        assert kernel.metadata.shared <= 48 << 10, name  # half of the smallest shared memory since Ampere
         assert _spilled_bytes(kernel, tmp_path) == 0, name
     for batch in (33, 7, 48):
         _train((batch, 64, 32, 32), torch.bfloat16, _channels_last)
@@ -140,7 +140,7 @@ def test_bfloat16_compiles_for_the_oldest_supported_devices(compiled: Compiled) 
 
 @pytest.mark.parametrize("architecture", [90], indirect=True)
 def test_kernels_spill_few_registers(compiled: Compiled, tmp_path: Path) -> None:
-    _train((256, 2048, 7, 7), torch.float32, torch.Tensor.contiguous, "meta")  # rows that no wide access fits
+    _train((256, 2048, 7, 7), torch.float32, torch.Tensor.contiguous, "meta")  # rows too odd for wide accesses
     assert _names(compiled) == ["backward_once_kernel", "forward_once_kernel"]
     for name, kernel in compiled:
         assert _spilled_bytes(kernel, tmp_path) <= 256, name
@@ -161,7 +161,7 @@ def test_every_launch_is_made_while_the_tensors_device_is_current(monkeypatch: p
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: launched.append(len(inside)))
     _train((8, 16, 14, 14), torch.float32, torch.Tensor.contiguous)
     _train((64, 64, 32, 32), torch.float32, torch.Tensor.contiguous, "meta")
-    _halves(torch.empty(6, 8, 5, 5, device="meta"))  # without values: nothing on the way waits for one
+    _halves(torch.empty(6, 8, 5, 5, device="meta"))  # has no values, so that nothing can wait for one
     launch.start_one_kernel(torch.device("cpu"))
     assert len(launched) == 2 + 6 + 7 + 1
     assert set(launched) == {1}

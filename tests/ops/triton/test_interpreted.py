@@ -19,7 +19,7 @@ from tests.cases import ACTIVATIONS
 ROOT = Path(__file__).parents[3]
 CONTRACT = "tests/ops/test_contract.py"
 
-# Too large for the interpreter, or eager; and what is about other implementations.
+# Cases that are too large for the interpreter or use eager, and tests of other implementations.
 _LEFT_OUT = "150x151 or 40000 or 130x131 or float64 or keep_the_strides or threads"
 _OTHERS = " or ".join(name for name in ACTIVATIONS if name != "relu")
 _ACTIVATIONS = f"(3x5x7x7-float32 or 3x5x7x7-bfloat16-channels_last) and ({_OTHERS})"

@@ -1,4 +1,4 @@
-"""What only a device shows. The contract's own tests run there as well, as its implementation "cuda"."""
+"""Tests that need a GPU. The tests of the contract also run there, with the implementation "cuda"."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_work_on_another_stream_waits_only_for_that_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what starts elsewhere finds memory that is not written yet
+        torch.cuda._sleep(50_000_000)  # kernels on another stream would read memory that is not written yet
         late = torch.empty_like(x).copy_(x)
         y = layer(late)
     torch.cuda.current_stream().wait_stream(stream)
@@ -143,7 +143,7 @@ def test_the_bits_are_the_same_every_run(layout: torch.memory_format, dtype: tor
 def test_more_values_than_32_bits_count(layout: str) -> None:
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GB of the device's memory")
-    shape = (70_001, 8, 64, 61)  # more samples than an axis of a grid, and 2.2e9 values
+    shape = (70_001, 8, 64, 61)  # more samples than an axis of a grid allows, and 2.2e9 values
     x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
     if layout == "channels_last":
         x = torch.zeros(70_001, 64, 61, 8, dtype=torch.bfloat16, device="cuda").movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""Who serves CUDA tensors, and what is said where the kernels do not."""
+"""The choice of the implementation for CUDA tensors, and the warnings if the kernels cannot be used."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_without_a_c_compiler_one_warning_gives_the_reason_and_eager_is_used(
     from triton.runtime.driver import driver
 
     class Driver:
-        """Builds what starts kernels, as Triton's own does when it is first asked for anything."""
+        """Compiles the launcher on first use, as Triton's driver does."""
 
         def get_current_device(self) -> int:
             compile_module_from_src("int unused;", name="stub")

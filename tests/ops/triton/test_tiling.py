@@ -1,4 +1,4 @@
-"""How tensors are cut into programs."""
+"""The division of tensors into programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = [
 
 
 def covered(p: Tiling) -> int:
-    """Values that the splits go over, padding left out."""
+    """Return the number of values that the splits cover, without padding."""
     if p.rows:
         assert p.blocks * p.b1 >= p.channels
         assert (p.splits - 1) * p.per < p.size0 <= p.splits * p.per
@@ -85,7 +85,7 @@ def test_all_tunable_settings_fit_the_shared_memory_and_the_registers(rows: bool
             p = streamed(32, 64, 3136, rows, itemsize, False, False, 132, settings)
             assert p.stages is not None
             assert 4 * (p.stages - 1) * p.b0 * p.b1 * itemsize <= 96 << 10
-            assert 4 * p.b0 * p.b1 <= 128 * 32 * p.warps  # what a lane of moments sums
+            assert 4 * p.b0 * p.b1 <= 128 * 32 * p.warps  # the values that a lane of moments sums
     assert streamed(32, 64, 3136, rows, 4, False, False, 132, SETTINGS).stages == SETTINGS.stages
 
 
