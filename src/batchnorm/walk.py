@@ -124,6 +124,11 @@ def norm_layers(model: nn.Module, kinds: Kinds = is_batch_norm) -> list[Found]:
     return [Found(module, tuple(found), tuple(slots.get(module, ()))) for module, found in paths.items()]
 
 
+def joined(parent: str, child: str) -> str:
+    """Return the path of a child from its parent's path, which is "" for the model."""
+    return f"{parent}.{child}" if parent else child
+
+
 def check_has_values(caller: str, model: nn.Module) -> None:
     """Check that no parameter, and no buffer of batch normalization, is on the meta device, which holds no values.
 

@@ -234,7 +234,7 @@ def _producer_of(model: nn.Module, norm: str, calls: dict[str, Inputs] | None) -
         elif value.op != "call_module":
             return None  # an addition, a concatenation
         else:
-            module, path = root.get_submodule(value.target), _joined(holder, value.target)  # type: ignore[arg-type]
+            module, path = root.get_submodule(value.target), walk.joined(holder, str(value.target))  # type: ignore[arg-type]
             if _is_plain(module):
                 if getattr(module, "bias", None) is None:
                     return None
@@ -283,10 +283,6 @@ def _has_one_use(graph: fx.Graph, root: nn.Module, call: fx.Node) -> bool:
     while len(result.users) == 1 and _is_identity(user := next(iter(result.users)), root):
         result = user
     return len(others) == 1 and not read and len(result.users) == 1
-
-
-def _joined(holder: str, path: Any) -> str:
-    return f"{holder}.{path}" if holder else str(path)
 
 
 def _remove_parameters(optimizer: torch.optim.Optimizer, biases: list[nn.Parameter]) -> None:

@@ -241,7 +241,7 @@ def _fold_graph(trace: tracing.Trace, working: nn.Module, original: _Original, p
     emitter = Emitter(network)
     folded = emitter.emit(type(working).__name__)
     names = {call: _norm_name(working, path) for call, path in paths.items()}
-    changed, left = search.rows({call: _joined(prefix, path) for call, path in paths.items()}, names, emitter.fused)
+    changed, left = search.rows({call: walk.joined(prefix, path) for call, path in paths.items()}, names, emitter.fused)
     return _Folded(folded, trace.how, changed, left)
 
 
@@ -249,10 +249,6 @@ def _path(network: TorchNetwork, call: Call) -> str:
     """Return the path of the module that holds the call's weight, or calls it."""
     owner = call.state.name.rpartition(".")[0] if isinstance(call.state, TorchLinear) else ""
     return owner or network.trace.paths.get(call.node) or call.node.name
-
-
-def _joined(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix else path
 
 
 def _norm_name(working: nn.Module, path: str) -> str:
@@ -279,7 +275,7 @@ def _fold_modules(working: nn.Module, inputs: Inputs, original: _Original, ways:
 
     def visit(parent: nn.Module, prefix: str) -> None:
         for name, child in list(parent.named_children()):
-            path = _joined(prefix, name)
+            path = walk.joined(prefix, name)
             if child in done or not walk.norm_layers(child):
                 continue
             done.add(child)
