@@ -42,27 +42,27 @@ PAGE = ROOT / "docs" / "experiments.md"
 VERDICTS = ("seen", "not seen", "not decided here", "not run")
 DATA = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 INTRODUCTION = """\
-Twelve claims about batch normalization, most of them from papers. Each was tested with real data on small networks,
-which a CPU trains in minutes. Negative results are reported as plainly as positive ones.
+This page tests twelve claims about batch normalization, most of them from papers. Each test uses real data and small
+networks, which a CPU trains in minutes. Negative results are reported as plainly as positive ones.
 
 {count}
 
 How to read the results:
 
 - **Effect**: the measurement, with its {percent:.0f} % interval in parentheses (Student's t over the seeds; on
-  logarithms for a ratio, ×). Values above 0, or above 1×, support the claim. Both sides of a comparison start from the
-  same initial values, where shapes agree, and see the same batches. The interval covers the variation by seed: initial
-  values, the order of the data, and usually the choice of the data. It does not cover other networks and other data
-  sets.
-- **Worth**: the smallest effect that would support the claim in practice, chosen before the measurements (the file of
-  the experiment says so if some measurements came first).
+  logarithms for a ratio, ×). Values above 0, or above 1×, support the claim. In both networks of a comparison,
+  parameters of the same name and shape start from the same values, and both see the same batches. The interval covers
+  the variation by seed: initial values, the order of the data, and usually the choice of the data. It does not cover
+  other networks and other data sets.
+- **Worth**: the smallest effect that would support the claim in practice, chosen before the measurements. If some
+  measurements came first, the file of the experiment says so.
 - **Seen**: the effect is at least its worth, and its interval excludes zero effect. **Not seen**: the whole interval is
   below the worth. **Not decided here**: neither. The verdict on a claim is the verdict on its first effect. "Not seen"
-  is about the setting given with it, not about the authors' own setting.
+  applies to the setting of the test, not to the authors' own setting.
 
 Each experiment is one file, which explains at its top why the comparison is fair. `make experiments` runs all trainings
-that have no results yet and writes this page; the command below each section runs one experiment. `--full` takes longer
-and has more seeds.
+that have no results yet and writes this page. The command at the end of each section runs one experiment. `--full` runs
+a longer form with more seeds.
 """
 
 
