@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.foreign import foreign_eps
@@ -104,6 +105,24 @@ def test_anything_else_is_not(make: Callable[[], nn.Module]) -> None:
     assert foreign_eps(layer) is None
     assert not is_batch_norm(layer)
     assert not is_frozen(layer)
+
+
+class Optional(_FourBuffers):
+    """The formula, and an activation or another ε by the object's options."""
+
+    def __init__(self, num_features: int, mode: str | bool | Callable[[Tensor], Tensor]) -> None:
+        super().__init__(num_features)
+        self.mode, self.eps = mode, 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.normalized(x, 1e-5 if self.mode is True else self.eps)
+        return F.relu(y) if self.mode == "relu" else self.mode(y) if callable(self.mode) else y
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_objects_of_one_class_are_told_apart_by_their_options(channels: int) -> None:
+    found = [foreign_eps(Optional(channels, mode)) for mode in ("none", "relu", F.silu, F.hardtanh, False, True)]
+    assert found == [1e-3, None, None, None, 1e-3, 1e-5]
 
 
 def test_looking_changes_neither_the_random_state_nor_the_layer() -> None:

@@ -7,6 +7,8 @@ and variance as four buffers. They share no base class. Some have an attribute `
 from __future__ import annotations
 
 import weakref
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +19,25 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 # The attribute that may hold ε, and the values that ε may have.
 _CANDIDATES: tuple[str | float, ...] = ("eps", 1e-5, 0.0)
-# For each class, one of these; None if it is another kind of layer.
-_known: weakref.WeakKeyDictionary[type, str | float | None] = weakref.WeakKeyDictionary()
+# For each class and its options, one of these; None if it is another kind of layer.
+_known: weakref.WeakKeyDictionary[type, dict[frozenset[Any], str | float | None]] = weakref.WeakKeyDictionary()
 
 
 def foreign_eps(module: nn.Module) -> float | None:
     """Return ε of another library's frozen batch normalization; None if the module is anything else."""
     if not _has_the_vectors(module):
         return None
-    kind = type(module)
-    if kind not in _known:
-        _known[kind] = next((eps for eps in _CANDIDATES if _computes(module, eps)), None)
-    eps = _known[kind]
+    known, options = _known.setdefault(type(module), {}), _options(module)
+    if options not in known:
+        known[options] = next((eps for eps in _CANDIDATES if _computes(module, eps)), None)
+    eps = known[options]
     return float(getattr(module, eps)) if isinstance(eps, str) else eps
+
+
+def _options(module: nn.Module) -> frozenset[Any]:
+    """Return the attributes by which objects of one class may compute something else, such as an activation."""
+    own = ((name, value) for name, value in vars(module).items() if name != "training")
+    return frozenset((name, value) for name, value in own if isinstance(value, (bool, str, FunctionType)))
 
 
 def _has_the_vectors(module: nn.Module) -> bool:
@@ -61,12 +69,13 @@ def _computes(module: nn.Module, eps: str | float) -> bool:
         return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
 
     weight, bias, mean, var = vectors = [drawn(channels) for _ in VECTORS]
+    bias -= 1.0
     before = [vector.clone() for vector in vectors]
     vars(trial)["_buffers"] = {**module._buffers, **dict(zip(VECTORS, vectors, strict=True))}
     value = eps if isinstance(eps, float) else 0.25  # unlike every default
     if isinstance(eps, str):
         vars(trial)[eps] = value
-    x = drawn(2, channels, 3, 2)
+    x = 8.0 * drawn(2, channels, 3, 2) - 8.0 + mean.view(-1, 1, 1)  # results of both signs show an activation
     expected = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training=False, eps=value)
     for training in (True, False):
         trial.training = training
