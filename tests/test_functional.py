@@ -1,4 +1,4 @@
-"""`batchnorm.functional.batch_norm`: torch's own function, more exactly, with activation and residual."""
+"""`batchnorm.functional.batch_norm`: torch's function with more precision, an activation and a residual."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_single_needed_gradient_is_the_same(training: bool, needed: str) -> No
 
 
 def kept_for_backward(activation: str, with_residual: bool, training: bool = True) -> tuple[set[str], int]:
-    """Names of the large tensors that autograd keeps, and the number of values in the others."""
+    """Return the names of the large tensors that autograd keeps, and the number of values in the others."""
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     residual = torch.randn(4, 3, 8, 8, requires_grad=True) if with_residual else None
     weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What every test against other people's code needs."""
+"""Settings for tests with other libraries."""
 
 import pytest
 

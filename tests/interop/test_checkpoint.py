@@ -1,4 +1,4 @@
-"""Activation checkpointing runs forward twice; running statistics and their counter move once, gradients are equal."""
+"""Activation checkpointing runs forward twice, but updates running statistics once and gives the same gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def assert_moves_once(wrap: Callable[[Block], Call], momentum: float | None = 0.1) -> None:
-    """`wrap(block)` does, in two steps, what `block` does without checkpointing."""
+    """Check that two steps of `wrap(block)` agree with `block` without checkpointing."""
     plain = Block(momentum).double()
     block = copy.deepcopy(plain)
     call = wrap(block)

@@ -1,4 +1,4 @@
-"""`torch.compile`: no graph breaks, eager's values and gradients, running statistics moved once."""
+"""`torch.compile`: no graph breaks, eager's values and gradients, and one update of the running statistics."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def randomized(layer: nn.Module, training: bool) -> Any:
 
 
 def step(call: Callable[..., Tensor], layer: nn.Module, inputs: tuple[Tensor, ...], dy: Tensor) -> dict[str, Any]:
-    """Everything that a forward and backward leaves behind."""
+    """Return all results of a forward and backward pass."""
     inputs = tuple(t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs)
     layer.zero_grad()
     y = call(*inputs)

@@ -1,4 +1,4 @@
-"""DecorrelatedBatchNorm under the rest of PyTorch, its checkpoints, and what it says of a mistake."""
+"""DecorrelatedBatchNorm with PyTorch's other features, its checkpoints, and its errors."""
 
 from __future__ import annotations
 

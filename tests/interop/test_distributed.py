@@ -52,7 +52,7 @@ def train(rank: int, world: int, folder: str) -> None:
 
 
 def expected(world: int) -> list[dict[str, Tensor]]:
-    """The same, by hand: each process's gradients averaged, process 0's buffers at the start of every forward."""
+    """Train by hand: average the processes' gradients, and copy process 0's buffers before every forward."""
     models = [network() for _ in range(world)]
     for step in range(STEPS):
         gradients = []

@@ -1,4 +1,4 @@
-"""`torch.export` and `torch.jit.trace`: what is saved runs where `batchnorm` is not installed."""
+"""`torch.export` and `torch.jit.trace`: saved programs run without `batchnorm` installed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ STRICT = pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_st
 
 
 def exported(model: nn.Module, x: Tensor, *, strict: bool) -> torch.export.ExportedProgram:
-    """A program for every batch size, of a copy: a program shares its model's buffers."""
+    """Export a copy for every batch size, because a program shares its model's buffers."""
     shapes = {"x": {0: torch.export.Dim("batch", min=2)}}
     return torch.export.export(copy.deepcopy(model), (x,), dynamic_shapes=shapes, strict=strict)
 

@@ -42,7 +42,7 @@ def layer_in(training: bool, activation: str = "silu", **options: Any) -> bn.Bat
 
 
 def differentiable(training: bool, activation: str = "silu") -> Callable[[Tensor], Tensor]:
-    """A scalar of a layer whose running statistics stay."""
+    """Return a scalar function of a layer whose running statistics do not change."""
     layer = layer_in(training, activation)
     layer.update_running_stats = False
     return lambda x: layer(x, x.sin()).square().mean()

@@ -16,7 +16,7 @@ from batchnorm.functional import batch_norm
 
 
 class Network(nn.Module):
-    """A residual network in small: every kind of layer, one used twice, and the function."""
+    """A small residual network: every kind of layer, one of them used twice, and the function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_an_error_is_the_functions_own() -> None:
 
 
 class ModulesAsNodes(torch.fx.Tracer):
-    """As the guide says: our layers as module nodes, like torch's own."""
+    """Keep our layers as module nodes, like torch's own, as in the guide."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         norm = isinstance(m, nn.modules.batchnorm._NormBase)
@@ -140,7 +140,7 @@ class PathTracer(torch.fx.Tracer):
 
 
 def features(model: nn.Module, wanted: list[str]) -> torch.fx.GraphModule:
-    """`model`, cut to return what the modules at these paths return at their last call."""
+    """Return `model` with the results of the last calls of the modules at these paths as its outputs."""
     tracer = PathTracer()
     graph = tracer.trace(model)
     last = {path: node for node, path in tracer.paths.items() if node.op != "get_attr"}

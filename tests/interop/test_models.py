@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def with_ours(model: nn.Module) -> nn.Module:
-    """A copy whose batch normalization is ours, with the same state."""
+    """Return a copy with our batch normalization and the same state."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if type(module) is nn.BatchNorm2d:
@@ -43,7 +43,7 @@ def resnet() -> nn.Module:
 
 
 def losses(model: nn.Module, steps: int, *, compiled: bool = False) -> list[float]:
-    """Losses of `steps` steps on batches that are the same at every call."""
+    """Return the losses of `steps` steps on batches that are the same at every call."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     call = torch.compile(model, backend="aot_eager") if compiled else model

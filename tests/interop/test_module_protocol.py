@@ -1,4 +1,4 @@
-"""What others expect of a module: state, copies, conversion, and tools that look for batch normalization."""
+"""The module protocol: state, copies, conversion, and tools that look for batch normalization."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ EVERY_INPUT = pytest.mark.parametrize(("name", "dtype", "training", "given"), [*
 
 
 def pair(name: str, dtype: torch.dtype, training: bool, given: ModuleInput) -> tuple[nn.Module, nn.Module]:
-    """Ours and torch's, of the same arguments and random parameters and buffers."""
+    """Return our layer and torch's, with the same arguments and random parameters and buffers."""
     made = given.constructor_input
     ours = getattr(batchnorm, name)(*made.args, **made.kwargs, dtype=dtype)
     theirs = getattr(nn, name)(*made.args, **made.kwargs, dtype=dtype)
@@ -58,7 +58,7 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def assert_same_step(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
-    """Forward, every gradient, and the buffers afterwards; torch's layer in float64, without rounding of its own."""
+    """Return y, every gradient, and the buffers afterwards; torch's layer runs in float64."""
     theirs = theirs.double()
     ours_x, theirs_x = leaf(x), leaf(x.double())
     y, expected = ours(ours_x), theirs(theirs_x)

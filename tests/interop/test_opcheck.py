@@ -36,7 +36,7 @@ variants = pytest.mark.parametrize(
 
 
 class Arguments:
-    """Tensors for one call, in the operators' own terms."""
+    """Tensors for one call of an operator."""
 
     def __init__(self, dtype: torch.dtype, layout: str, affine: bool, extra: str, *, grad: bool = True) -> None:
         shape, self.rows = (4, 3, 5, 5), 2
@@ -62,7 +62,7 @@ class Arguments:
         self.statistics = (self.mean, self.mean_low, self.var)
 
     def kept(self, activation: str) -> tuple[Any, ...]:
-        """The arguments that every backward operator begins with: with a residual, y or the residual itself."""
+        """Return the first arguments of every backward operator, including y or the residual if there is one."""
         residual = y = None
         if self.residual is not None and activation != "none":
             y = self.residual.detach() if activation == "relu" else None

@@ -74,7 +74,7 @@ def test_noncontiguous_samples_give_the_same(dtype: torch.dtype) -> None:
 
 
 def differentiable(sample: tuple[list[Any], dict[str, Any]]) -> tuple[Any, tuple[Tensor, ...]]:
-    """The sample as a function of the tensors that get a gradient; running statistics fresh at each call."""
+    """Return the sample as a function of the tensors with a gradient, with new running statistics in each call."""
     args, kwargs = sample
     x, running_mean, running_var, weight, bias = copies(args)
     inputs = tuple(t for t in (x, weight, bias) if t is not None)

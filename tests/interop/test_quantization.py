@@ -1,4 +1,4 @@
-"""Quantization by torch: each way of the guide, and an error or a warning for what torch cannot quantize."""
+"""Quantization by torch: each method of the guide, and errors and warnings for layers that torch cannot quantize."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kinds(model: nn.Module) -> set[str]:
 
 
 class Given(nn.Module):
-    """Passes what a layer needs besides x."""
+    """Call a layer with its arguments besides x."""
 
     def __init__(self, layer: nn.Module, *extra: Any) -> None:
         super().__init__()

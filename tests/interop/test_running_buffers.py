@@ -1,4 +1,4 @@
-"""Running buffers written to between forward and backward raise nothing and change no gradient (as in a GAN)."""
+"""Writes to running buffers between forward and backward (as in a GAN) raise no error and change no gradient."""
 
 from __future__ import annotations
 

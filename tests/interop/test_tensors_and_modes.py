@@ -1,4 +1,4 @@
-"""Tensor subclasses, shapes without data, torch's modes and instruments."""
+"""Tensor subclasses, shapes without data, and torch's modes and profilers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eva
 
 
 class Recorded(Tensor):
-    """A subclass that notes which functions it goes through."""
+    """A subclass that records the functions that it is passed to."""
 
     seen: list[Any]
 
@@ -33,7 +33,7 @@ class Recorded(Tensor):
 
 
 class Wrapped:
-    """No tensor at all: only the protocol."""
+    """Not a tensor; it has only the protocol."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

@@ -1,4 +1,4 @@
-"""Gradient accumulation: the running statistics' horizon, and what the guide says about exact statistics."""
+"""Gradient accumulation: the horizon of the running statistics, and the guide's claims about exact statistics."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_model_that_cannot_be_set_does_not_change() -> None:
 
 
 class Cost(TorchDispatchMode):
-    """Bytes of the tensors that a computation makes and holds at once, at most, and its forward convolutions."""
+    """Return the peak bytes of the tensors that a computation creates, and its number of forward convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def block(channels: int, momentum: float) -> nn.Sequential:
 
 
 class Network(nn.Module):
-    """Eight times convolution, batch normalization and ReLU; `segment` blocks to a checkpoint, 0 for none."""
+    """Eight blocks of convolution, batch normalization and ReLU; each checkpoint has `segment` blocks, 0 for none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ WAYS = {  # how the guide names it: microbatches, blocks to a checkpoint
 
 
 def table() -> dict[str, tuple[int, int]]:
-    """Peak memory in MiB and forward passes of each way, from the guide."""
+    """Return peak memory in MiB and forward passes of each method, from the guide."""
     rows = re.findall(r"^\| ([^|]+?) \| [^|]+ \| (\d+) MiB \| (\d) \|", GUIDE.read_text(), re.MULTILINE)
     return {way: (int(peak), int(passes)) for way, peak, passes in rows}
 

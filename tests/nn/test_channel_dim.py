@@ -1,4 +1,4 @@
-"""`channel_dim=-1`: channels in the last dimension, `[N, *S, C]`, give what moving them to the second gives."""
+"""`channel_dim=-1`: x of shape `[N, *S, C]` gives the same results as with its channels moved to dimension 1."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = [
 
 
 def last(t: Tensor) -> Tensor:
-    """The same values with channels in the last dimension, contiguous."""
+    """Return the same values with channels in the last dimension, contiguous."""
     return t.movedim(1, -1).contiguous()
 
 
 def outcome(name: str, layer: NormLayer, dtype: torch.dtype = torch.float64, **kwargs: Any) -> list[Tensor]:
-    """y and dx as `[N, C, *S]`, the other gradients, and the buffers."""
+    """Return y and dx as `[N, C, *S]`, the other gradients, and the buffers."""
     moved = layer.channel_dim == -1
     x, dy = data(dtype), data(dtype, seed=6)
     if moved:
@@ -106,7 +106,7 @@ def test_the_rows_of_a_label_are_those_of_the_channels() -> None:
 
 
 def test_nothing_is_copied() -> None:
-    """The same allocations as for the same values `[N·L, C]`: the result, dx and vectors."""
+    """Check that there are the same allocations as for the same values `[N·L, C]`: the result, dx and vectors."""
     x, dy, residual = torch.randn(3, 8, 128, 64).unbind()
     mean, var, weight = torch.zeros(64), torch.ones(64), torch.ones(64, requires_grad=True)
 
@@ -316,7 +316,7 @@ def test_drop_redundant_bias_takes_the_bias_of_a_linear_layer() -> None:
 
 
 class Moved(torch.nn.Module):
-    """What a user writes without `channel_dim`."""
+    """The code that a user needs without `channel_dim`."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

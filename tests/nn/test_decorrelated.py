@@ -1,4 +1,4 @@
-"""DecorrelatedBatchNorm whitens: against an eigendecomposition in float64, and what every layer promises."""
+"""DecorrelatedBatchNorm, compared with an eigendecomposition in float64, and its behavior as a layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eva
 
 
 def newton(share: Array, iterations: int) -> tuple[Array, float]:
-    """p_T of each eigenvalue of Σ_N, and how far p_T moves at most for a change of one."""
+    """Return p_T of each eigenvalue of Σ_N, and the largest change of p_T for a unit change of an eigenvalue."""
     p, value, slope = np.ones_like(share), 1.0, 0.0
     for _ in range(iterations):
         p = 1.5 * p - 0.5 * p**3 * share
@@ -46,7 +46,7 @@ def slices(channels: int, size: int) -> list[slice]:
 def reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, iterations: int
 ) -> tuple[Array, Array, Array, Array]:
-    """y, the terms of its error, the mean and the packed whitening matrices, in float64 by eigendecomposition."""
+    """Return y, the terms of its error, mean and packed matrices, in float64 by eigendecomposition."""
     rows = x.double().movedim(1, 0).flatten(1).numpy()
     channels, m = rows.shape
     mean = rows.mean(1) if m else np.zeros(channels)
@@ -286,7 +286,7 @@ def test_no_channels_are_no_error(training: bool) -> None:
 
 
 def packed_and_padded(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Values `[m, C]`, the same spread over `[N, C, L]` with NaN elsewhere, and the mask `[N, L]`."""
+    """Return values `[m, C]`, the same spread over `[N, C, L]` with NaN elsewhere, and the mask `[N, L]`."""
     mask = torch.rand(4, 9) < 0.6
     values = correlated(int(mask.sum()), 5, dtype=dtype)
     padded = torch.full((4, 9, 5), torch.nan, dtype=dtype)

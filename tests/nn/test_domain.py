@@ -65,7 +65,7 @@ def clear_gradients(layers: list[nn.Module]) -> None:
 
 
 def assert_is_separate_layers(layer: DomainBatchNorm, separate: list[nn.Module], x: Tensor, domain: Any) -> None:
-    """Outputs, gradients and buffers of one pass are those of each domain's layer with its part of the batch."""
+    """Check that outputs, gradients and buffers agree with one layer per domain, called with its part of the batch."""
     clear_gradients([layer, *separate])
     leaf, again = x.clone().requires_grad_(), x.clone().requires_grad_()
     dy = torch.randn_like(x)

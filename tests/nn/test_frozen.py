@@ -1,4 +1,4 @@
-"""FrozenBatchNorm: running statistics whatever the mode, derivatives of an affine map, any checkpoint."""
+"""FrozenBatchNorm: running statistics in both modes, derivatives of an affine map, any checkpoint."""
 
 from __future__ import annotations
 

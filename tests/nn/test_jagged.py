@@ -1,4 +1,4 @@
-"""Jagged nested tensors `[N, j, *S, C]` are normalized by their values, which hold no padding."""
+"""Jagged nested tensors `[N, j, *S, C]` are normalized by their values, which contain no padding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TAKES = {
 
 @functools.cache
 def offsets_of(lengths: tuple[int, ...]) -> Tensor:
-    """The same tensor for the same lengths: torch compares ragged sizes by its identity."""
+    """Return the same tensor for the same lengths, because torch compares ragged sizes by its identity."""
     return torch.tensor([0, *lengths]).cumsum(0)
 
 

@@ -1,4 +1,4 @@
-"""Synchronized layers on processes with different numbers of batches: the statistics of the samples that exist."""
+"""Synchronized layers on processes with different numbers of batches: statistics of the existing samples only."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def train(parallel: nn.Module, batches: list[Tensor], *, accumulated: int = 1) -
 
 
 def expected(every: Data, norm: Callable[[int], nn.Module], accumulated: int = 1) -> nn.Module:
-    """One process with the joined batch: the sum of the processes' mean losses, divided by their number."""
+    """Train on one process with the joined batch: the sum of the processes' mean losses, divided by their number."""
     model = network(norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(max(map(len, every))):

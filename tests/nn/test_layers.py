@@ -1,4 +1,4 @@
-"""What every layer promises: torch's interface, better errors, statistics that move when they should."""
+"""Properties of every layer: torch's interface, better errors, and correct updates of the statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks: what does not count is as if it were not there, and is normalized like the rest."""
+"""Masks: masked values do not affect the statistics, and are normalized like the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def positions(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def some(shape: tuple[int, ...], kind: str = "boolean", seed: int = 9) -> Tensor:
-    """A mask with about two thirds counted, two of them at least."""
+    """Return a mask that counts about two thirds of the positions, and at least two."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(positions(shape), generator=generator) < 0.67
     mask.view(-1)[:2] = True

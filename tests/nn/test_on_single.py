@@ -1,4 +1,4 @@
-"""`on_single="running"`: a batch with one value per channel is normalized as in evaluation, and moves nothing."""
+"""`on_single="running"`: a batch with one value per channel is normalized as in evaluation, and updates nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MASKED = pytest.mark.parametrize("name", [name for name, m in FAMILY.items() if 
 
 
 def single_layer(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> NormLayer:
-    """The layer with the option, and running statistics that evaluation uses."""
+    """Return the layer with the option, and with running statistics that differ from their initial values."""
     layer = layer_of(name, dtype, on_single="running", **options)
     if name == "DecorrelatedBatchNorm2d":
         layer.running_whitening.copy_(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))
@@ -50,7 +50,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 @MEMBERS
 def test_one_value_is_normalized_as_in_evaluation_and_updates_nothing(name: str, options: dict[str, Any]) -> None:
     if name == "ConditionalBatchNorm2d" and "affine" in options:
-        pytest.skip("its classes are what is affine")
+        pytest.skip("only its classes have weight and bias")
     layer = single_layer(name, **options)
     x = data(shape=SINGLE)
     assert_equal(run(name, layer, x), run(name, in_evaluation(layer), x))

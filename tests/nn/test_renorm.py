@@ -30,12 +30,12 @@ def wide(t: Tensor | None) -> np.ndarray | None:
 
 
 def constant(value: float) -> Callable[[Tensor], Tensor]:
-    """A schedule that stays: the general way to a limit that is a number."""
+    """Return a constant schedule, which takes the general path to a limit that is a number."""
     return lambda batches: torch.full_like(batches, value, dtype=torch.float64)
 
 
-def near(layer: torch.nn.Module, case: Case) -> None:
-    """Running statistics and parameters as the case has them."""
+def copy_case_into(layer: torch.nn.Module, case: Case) -> None:
+    """Copy the running statistics and parameters of the case to the layer."""
     weight, bias = case.parameters()
     running_mean, running_var = case.running()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def near(layer: torch.nn.Module, case: Case) -> None:
 def test_agrees_with_the_reference(case: Case, limits: tuple[float, float]) -> None:
     dtype = case.dtype if case.half_parameters else case.statistics_dtype
     layer = BatchRenorm(case.shape[1], momentum=0.3, dtype=dtype, rmax=limits[0], dmax=limits[1])
-    near(layer, case)
+    copy_case_into(layer, case)
     old = {name: wide(t) for name, t in layer.state_dict().items() if t.dim()}
     x, dy = case.x().requires_grad_(), case.random(4)
     y = layer(x)
@@ -84,7 +84,7 @@ def test_agrees_with_the_reference(case: Case, limits: tuple[float, float]) -> N
 
 
 def steps(layer: torch.nn.Module, number: int = 3, shape: tuple[int, ...] = (8, 3, 7, 7)) -> list[Tensor]:
-    """Outputs, gradients and state along a few steps on fixed data."""
+    """Return outputs, gradients and state of a few steps on fixed data."""
     generator, outcomes = torch.Generator().manual_seed(5), []
     dtype = layer.running_mean.dtype
     for _ in range(number):
@@ -114,7 +114,7 @@ def test_without_clipping_training_computes_what_evaluation_does_before_the_upda
 
 
 def frozen(layer: BatchRenorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """r and d of x, by hand."""
+    """Compute r and d of x by their definition."""
     values = x.detach().transpose(0, 1).flatten(1)
     sigma = (layer.running_var + layer.eps).sqrt()
     r = ((values.var(1, correction=0) + layer.eps).sqrt() / sigma).clamp(1 / layer.rmax, layer.rmax)

@@ -33,7 +33,7 @@ def layer_for(way: str, sync: bool) -> BatchRenorm2d:
 
 
 def steps(layer: torch.nn.Module, way: str, share: slice) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of three steps, each of two calls before one backward: what is a share's, what adds up, what all have alike."""
+    """Return the results of three steps of two calls and one backward: per process, summed, and equal on all."""
     generator = torch.Generator().manual_seed(2)
     shares, sums = [], []
     for _ in range(3):

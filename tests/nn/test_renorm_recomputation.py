@@ -38,7 +38,7 @@ class Block(torch.nn.Module):
 
 
 def assert_recomputes(wrap: Callable[[Block], Call], calls: int = 1, rtol: float = 1e-11) -> None:
-    """`wrap(block)` does, in three steps, what `block` does without checkpointing."""
+    """Check that three steps of `wrap(block)` agree with `block` without checkpointing."""
     plain = Block().double()
     block = copy.deepcopy(plain)
     call = wrap(block)

@@ -1,4 +1,4 @@
-"""The switch that lets running statistics move or not, apart from the mode."""
+"""`update_running_stats`, which turns updates on or off independently of the mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SyncBatchNorm: alone it is BatchNorm; several processes are one; what fails on one fails with its name on all."""
+"""SyncBatchNorm: BatchNorm on one process, the joined batch on several, and failures that name the layer on all."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_several_processes_are_one(tmp_path: Path) -> None:
 
 
 def failing(rank: int, folder: str) -> None:
-    """Three processes, in each way of failing in turn; each leaves behind what it was told."""
+    """Run every kind of failure on one of three processes, and store the error."""
     torch.set_num_threads(1)
     started = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, timeout=started)
@@ -147,7 +147,7 @@ def failing(rank: int, folder: str) -> None:
     groups = [dist.new_group([0, 1, 2], timeout=timedelta(seconds=20 if way is death else 4)) for way in ways]
     last = dist.new_group([0, 1], timeout=timedelta(seconds=20))
     x = torch.randn(4, 8, requires_grad=True)
-    told = {}
+    messages = {}
     for way, group in zip([*ways, skipped_layer], [*groups, last], strict=True):
         layers = [
             SyncBatchNorm(channels, process_group=group, name=name)
@@ -158,8 +158,8 @@ def failing(rank: int, folder: str) -> None:
             way(rank, layers, x)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-        told[way.__name__] = text
-        Path(folder, f"told{rank}.json").write_text(json.dumps(told))
+        messages[way.__name__] = text
+        Path(folder, f"messages{rank}.json").write_text(json.dumps(messages))
         until = time.monotonic() + 60  # for the slower ones: nobody leaves a group that others still talk in
         if way in ways[:-1]:
             Path(folder, f"{way.__name__}{rank}").touch()
@@ -201,21 +201,21 @@ def skipped_layer(rank: int, layers: list[SyncBatchNorm], x: torch.Tensor) -> No
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("failing")
     processes = torch.multiprocessing.spawn(failing, (str(folder),), nprocs=3, join=False).processes
     for process in processes:
         process.join(120)
         process.kill()
     assert [process.exitcode for process in processes] == [0, -signal.SIGABRT, 7]  # gloo's own, where sizes differ
-    return [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(3)]
+    return [json.loads((folder / f"messages{rank}.json").read_text()) for rank in range(3)]
 
 
-def test_a_failure_on_one_process_names_layer_and_ranks_on_all(told: list[dict[str, str]]) -> None:
+def test_a_failure_on_one_process_names_layer_and_ranks_on_all(messages: list[dict[str, str]]) -> None:
     a, b, c = "SyncBatchNorm(8) 'net.a'", "SyncBatchNorm(8) 'net.b'", "SyncBatchNorm(16) 'net.c'"
 
-    def assert_told(way: Callable[..., None], rank: int, layer: str, *texts: str, phase: str = "moments") -> None:
-        text = told[rank][way.__name__]
+    def assert_message(way: Callable[..., None], rank: int, layer: str, *texts: str, phase: str = "moments") -> None:
+        text = messages[rank][way.__name__]
         head = (
             f"RuntimeError: {layer} on rank {rank} expects all of ranks {'0, 1' if way is skipped_layer else '0, 1, 2'}"
         )
@@ -225,9 +225,9 @@ def test_a_failure_on_one_process_names_layer_and_ranks_on_all(told: list[dict[s
 
     for rank in (0, 2):
         # Who comes first waits for the others, and leaves word only when its collective fails.
-        assert_told(other_channels, rank, a, rf"([Rr]ank 1 failed in|rank 1 is in) {re.escape(c)}\.")
-        assert_told(other_layer, rank, a, "others sent those of another layer", re.escape(f"Rank 1 failed in {b}."))
-        assert_told(
+        assert_message(other_channels, rank, a, rf"([Rr]ank 1 failed in|rank 1 is in) {re.escape(c)}\.")
+        assert_message(other_layer, rank, a, "others sent those of another layer", re.escape(f"Rank 1 failed in {b}."))
+        assert_message(
             other_branch,
             rank,
             b,
@@ -235,9 +235,11 @@ def test_a_failure_on_one_process_names_layer_and_ranks_on_all(told: list[dict[s
             re.escape(f"Rank 1 failed in {a}."),
             phase="gradients",
         )
-    assert_told(other_channels, 1, c, rf"rank (0|2) is in {re.escape(a)}|Rank (0|2) failed in {re.escape(a)}")
-    assert_told(other_layer, 1, b, re.escape(f"Rank 0 failed in {a}."), re.escape(f"Rank 2 failed in {a}."))
-    assert_told(other_branch, 1, a, re.escape(f"Rank 0 failed in {b}."), phase="gradients")
+    assert_message(other_channels, 1, c, rf"rank (0|2) is in {re.escape(a)}|Rank (0|2) failed in {re.escape(a)}")
+    assert_message(other_layer, 1, b, re.escape(f"Rank 0 failed in {a}."), re.escape(f"Rank 2 failed in {a}."))
+    assert_message(other_branch, 1, a, re.escape(f"Rank 0 failed in {b}."), phase="gradients")
     for rank in (0, 1):
-        assert_told(death, rank, a, "No report from rank 2: it died, still waits, or is elsewhere", phase="gradients")
-    assert_told(skipped_layer, 0, c, "No report from rank 1")
+        assert_message(
+            death, rank, a, "No report from rank 2: it died, still waits, or is elsewhere", phase="gradients"
+        )
+    assert_message(skipped_layer, 0, c, "No report from rank 1")

@@ -1,4 +1,4 @@
-"""Running statistics that cannot be written: a clear error, before one of them or the counter changes."""
+"""Running statistics that cannot be written: a clear error, before any of them or the counter changes."""
 
 from __future__ import annotations
 

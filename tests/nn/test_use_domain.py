@@ -145,7 +145,7 @@ def distinct() -> DomainBatchNorm:
 
 
 def domain_of(call: Callable[[Tensor], Tensor], layer: DomainBatchNorm) -> int | None:
-    """The domain that a call uses now; None if it has none."""
+    """Return the domain that a call uses now, or None."""
     try:
         y = call(X)
     except ValueError:
@@ -154,7 +154,7 @@ def domain_of(call: Callable[[Tensor], Tensor], layer: DomainBatchNorm) -> int |
 
 
 def in_tasks(call: Callable[[Tensor], Tensor], layer: DomainBatchNorm) -> dict[str, list[int | None]]:
-    """The domains that interleaved tasks see."""
+    """Return the domains that interleaved tasks see."""
     found: dict[str, list[int | None]] = {}
 
     async def look(name: str, times: int) -> None:

@@ -118,7 +118,7 @@ def backends() -> Backends:
 
 
 _ALLOCATOR_HINT = (
-    "tensors above 32 MB are mapped and faulted in afresh at each allocation; MALLOC_MMAP_THRESHOLD_=1073741824 "
+    "each allocation of a tensor above 32 MB maps new memory, which is slow; MALLOC_MMAP_THRESHOLD_=1073741824 "
     "MALLOC_TRIM_THRESHOLD_=4294967296 in the environment keeps their memory (documentation: Training on a CPU)"
 )
 
