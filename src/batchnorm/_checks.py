@@ -28,7 +28,7 @@ _NO_VARIANCE = (
 )
 
 # The smallest positive eps, so that 1/sqrt(eps) times a weight fits float32.
-_LEAST_EPS = 1e-70
+LEAST_EPS = 1e-70
 
 # The bounds of a mask's largest weight. Within them, weighted sums of ordinary values fit float32.
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
@@ -80,11 +80,11 @@ def checked_integer(caller: str, name: str, value: object, least: int, hint: str
 
 
 def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
-    if eps >= _LEAST_EPS or (zero_allowed and eps == 0.0):
+    if eps >= LEAST_EPS or (zero_allowed and eps == 0.0):
         return
     if eps > 0.0:
         raise ValueError(
-            f"{caller} expects eps of at least {_LEAST_EPS:g}, got {eps}. For a constant channel, 1/sqrt(eps) must fit "
+            f"{caller} expects eps of at least {LEAST_EPS:g}, got {eps}. For a constant channel, 1/sqrt(eps) must fit "
             "float32; the usual value is 1e-5."
         )
     raise ValueError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NAN_POLICIES = ("raise", "omit", "propagate")
+_EPS_SHARE = 1e-12  # of the smallest variance of a layer, far below the rounding
 _LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.FrozenBatchNorm2d,
            5: frozen.FrozenBatchNorm3d}  # fmt: skip
 
@@ -293,11 +294,12 @@ class Standardizer(Estimator):
         mean = torch.from_numpy(self.mean_) if self.with_mean else torch.zeros_like(scale)
         dtype = dtype or torch.get_default_dtype()
         number = torch.finfo(dtype)
-        var = scale.square().clamp(number.smallest_normal, number.max / 4)
+        least = max(number.smallest_normal, _checks.LEAST_EPS / _EPS_SHARE)
+        var = scale.square().clamp(least, number.max / 4)
         weight = torch.where(var == scale.square(), 1.0, var.sqrt() / scale)
         _check_representable(mean, scale, weight, dtype)
         # The layer adds eps > 0 to the variance, so subtract it first. It is far below the rounding.
-        eps = var.min().item() * 1e-12
+        eps = max(var.min().item() * _EPS_SHARE, _checks.LEAST_EPS)
         kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
         affine = bool((weight != 1).any())
         layer = kind(self.n_features_in_, eps=eps, affine=affine, bias=False, device=device, dtype=dtype)
