@@ -139,13 +139,16 @@ def test_characters_that_the_terminal_lacks_are_replaced(monkeypatch, encoding: 
     assert held["layers"][0]["path"] == "größe γ"
 
 
-def test_an_error_of_the_program_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, EOFError])
+def test_an_error_of_the_program_is_neither_a_finding_nor_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys, kind: type[Exception]
+) -> None:
     def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError("a fault")
+        raise kind("a fault")
 
     monkeypatch.setattr("batchnorm.doctor.inspection.inspect_layers", fail)
     assert code_of("inspect net_for_streams:build") == cli.INTERNAL
-    assert "RuntimeError: a fault" in capsys.readouterr().err
+    assert f"{kind.__name__}: a fault" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_saved_is_reported_after_the_findings(place: Path, monkeypatch, capsys) -> None:

@@ -52,7 +52,9 @@ def _run(arguments: list[str] | None) -> int | None:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # click takes it for Ctrl-D
+            raise abort.__cause__ from None
         print("batchnorm: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code
