@@ -125,7 +125,7 @@ def recalibrate(
         >>> report["0"].moments[0].count.item()
         5.0
     """
-    with Processes(_CALLER, process_group, synchronize=synchronize) as processes, UndoOnFailure() as undo:
+    with UndoOnFailure() as undo, Processes(_CALLER, process_group, synchronize=synchronize) as processes:
         _check_arguments(model, passes, prior, shared, max_samples, cache_bytes)
         check_data(_CALLER, data)
         if isinstance(only, Iterator):
