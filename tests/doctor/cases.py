@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
+import batchnorm as bn
 from batchnorm.doctor import Severity
 from tests.doctor.networks import Plain, batches, criterion, digits, train, trained
 
@@ -238,6 +239,19 @@ def hidden_activation() -> Case:
     return Case(model, None)
 
 
+class OnlyNamed(bn.BatchNorm2d):
+    """With the forward of this library's layer."""
+
+
+def only_named() -> Case:
+    model = trained("plain")
+    model.blocks[0][1].__class__ = type("OnlyNamed", (nn.BatchNorm2d,), {})
+    replaced = OnlyNamed(model.blocks[1][1].num_features)
+    replaced.load_state_dict(model.blocks[1][1].state_dict())
+    model.blocks[1][1] = replaced
+    return Case(model, None)
+
+
 class AlwaysTraining(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.batch_norm(
@@ -420,6 +434,7 @@ HEALTHY: dict[str, Callable[[], Case]] = {
     "BN113": lambda: sequences(padded=False),
     "BN114": lambda: overflowing(1.0),
     "BN203": lambda: decayed(0.0),
+    "BN212": only_named,
 }
 # Further errors that a defect causes.
 RELATED = {

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
+from batchnorm.walk import has_own_forward
 
 
 class OwnForward(Rule):
@@ -23,14 +23,8 @@ class OwnForward(Rule):
     source = "PyTorch's sources of `torch.nn.utils.fusion` and `SyncBatchNorm.convert_sync_batchnorm`."
 
     def check(self, m: Measurements) -> Findings:
-        found = {layer.path: type(layer.module).__name__ for layer in m.layers if _has_own_forward(layer.module)}
+        modules = {layer.path: layer.module for layer in m.layers if isinstance(layer.module, _BatchNorm)}
+        found = {path: type(module).__name__ for path, module in modules.items() if has_own_forward(module)}
         if found:
             kinds = ", ".join(sorted(set(found.values())))
             yield self.finding(Severity.NOTE, found, f"{kinds} at {counted(len(found), 'place')}: {listed(found)}")
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    kind = type(module)
-    if not isinstance(module, _BatchNorm) or kind.__module__.partition(".")[0] in ("torch", "batchnorm"):
-        return False
-    return kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
