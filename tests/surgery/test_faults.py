@@ -110,9 +110,9 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, torch.optim
     "prune_channels": (slim, lambda model, _: bn.prune_channels(model, X, inplace=True)),
     "fold": (small, lambda model, _: bn.fold(model, X, inplace=True)),
 }
-# Of so many places one, where each takes a while.
+# One of so many places, if each takes a while; tests/test_undo.py and tests/attack interrupt at other moments.
 SAMPLE = {
-    "accelerate": 4, "undo": 3, "fold": 3, "recalibrate": 2, "recalibrate sequentially": 5, "drop_redundant_bias": 3,
+    "accelerate": 8, "undo": 3, "fold": 6, "recalibrate": 2, "recalibrate sequentially": 5, "drop_redundant_bias": 8,
     "prune_channels": 30,
 }  # fmt: skip
 

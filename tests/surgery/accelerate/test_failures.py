@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_copied() -> None:
     for inputs in (None, x):
         with pytest.raises(ValueError, match="expects a model that can be copied, .* Pass inplace=True to change"):
             accelerate(model, inputs)
-    with pytest.raises(ValueError, match="expects a model that can be copied, .* Remove it"):
+    with pytest.raises(ValueError, match="expects a model that can be copied, .* Remove that part"):
         accelerate(model, x, inplace=True)
     before.assert_same(model)
     fast, report = accelerate(model, inplace=True)
