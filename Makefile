@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test experiments bench bench-quick bench-gpu sanitize sanitize-quick aarch64 wheel lint format docs constraints clean
+.PHONY: help setup demo test experiments bench bench-quick bench-gpu sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,13 @@ sanitize-quick: $(STAMP) ## the same without AVX-512, in half the time
 	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')
 	$(BIN)/cmake --build build/sanitize-quick
 	build/sanitize-quick/test_kernels --quick
+
+# The operators and two instruction sets under sanitizers; the compiler must be the one whose runtime libraries are loaded.
+attack: setup ## attack the library with random input, a minute each way, and write the documentation's table
+	$(CMAKE) -B build/attack -DBATCHNORM_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')
+	$(BIN)/cmake --build build/attack
+	$(BIN)/python -m tests.attack --library build/attack --write
 
 aarch64: $(STAMP) ## cross-compile the kernels for 64-bit Arm and test them under emulation
 	@command -v aarch64-linux-gnu-g++ > /dev/null || { echo 'Install the Debian package g++-aarch64-linux-gnu.'; exit 1; }

@@ -582,3 +582,14 @@ def test_imports_without_torch() -> None:
         "sys.modules['batchnorm'] = package; import batchnorm.reference; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(ref.__file__).parents[1])], check=True)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_long_double_stays_long_double(groups: int | None) -> None:
+    x = np.linspace(0.0, 1.0, 24).reshape(4, 2, 3).astype(np.longdouble) + 1e6
+    index = None if groups is None else np.array([0, 1, 1, 0])
+    forward = ref.forward_training(x, index=index, groups=groups)
+    assert forward.y.dtype == ref.backward(x, forward).dx.dtype == np.longdouble
+    exact = ref.forward_training((x - 1e6).astype(np.float64), index=index, groups=groups)
+    digits = np.finfo(np.longdouble).eps
+    assert np.abs(forward.y - exact.y).max() <= max(1e7 * digits, 1e-14)

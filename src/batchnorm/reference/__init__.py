@@ -7,7 +7,7 @@ is written for readability, not for speed.
 
 `x` is `[N, C, *S]`: samples first, channels second, unless `axis` gives another channel axis. Values per channel are
 `[C]`, or `[K, C]` if `index [N]` selects a row for each sample: statistics by group (ghost batches, domains), or γ and
-β by class (conditional normalization). Inputs are converted to float64.
+β by class (conditional normalization). Inputs are converted to float64. Long double stays long double.
 
 Examples:
     >>> import numpy as np

@@ -13,8 +13,9 @@ Array = NDArray[np.float64]
 
 
 def float64(a: ArrayLike) -> Array:
-    """Return `a` in float64."""
-    return np.asarray(a, dtype=np.float64)
+    """Return `a` in float64; long double stays long double."""
+    values: Array = np.asarray(a)
+    return values.astype(np.result_type(values, np.float64), copy=False)
 
 
 def require(holds: bool | np.bool_, must: str, came: object, do: str) -> None:
@@ -54,7 +55,7 @@ class Layout:
         per_sample = np.moveaxis(t, self.axis, 1).sum(axis=tuple(range(2, t.ndim)))  # [N, C]
         if like.ndim == 1:
             return np.asarray(per_sample.sum(axis=0))
-        total = np.zeros_like(like)
+        total = np.zeros(like.shape, t.dtype)
         for row, t_n in zip(np.asarray(self.index), per_sample, strict=True):
             total[row] += t_n
         return total
