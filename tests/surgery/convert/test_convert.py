@@ -482,6 +482,9 @@ def test_a_convolution_or_an_example_shows_that_there_are_positions() -> None:
     assert convert(alone, to=nn.GroupNorm, example_inputs=torch.randn(4, 8, 5)).model[0].num_groups == 4
     one = convert(nn.Sequential(nn.BatchNorm2d(8)), to=nn.GroupNorm, example_inputs=torch.randn(4, 8, 1, 1)).model
     assert one[0].num_groups == 1
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8))
+    report = convert(pooled, to="InstanceNorm", example_inputs=torch.randn(4, 3, 9, 9)).report
+    assert [change.path for change in report.left] == ["2"]
 
 
 @pytest.mark.parametrize("channels", [2, 6, 32, 33])

@@ -207,7 +207,9 @@ def _replacement(
     if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
         return back
     if per_sample.is_per_sample(kind):
-        return per_sample.make(old, kind, options, found.path, given.has_positions())
+        # These classes take maps only, and raise an error for one position.
+        maps = given.shape is None and issubclass(kind, (nn.InstanceNorm2d, nn.InstanceNorm3d))
+        return per_sample.make(old, kind, options, found.path, maps or given.has_positions())
     return replacement.make(old, kind, options, found.path)
 
 

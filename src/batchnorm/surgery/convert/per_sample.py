@@ -41,7 +41,7 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
         options = {"num_groups": number_of_groups(channels, positions), **options}
     made = replacement.make(old, kind, options, path)
     alone = getattr(made.new, "num_groups", channels) == channels
-    if alone and not positions and not issubclass(kind, (nn.InstanceNorm2d, nn.InstanceNorm3d)):  # they raise errors
+    if alone and not positions:
         raise Unconvertible(
             f"{describe(made.new)} would erase an input with one position, such as [N, C], because a group has one "
             f"value: choose {'fewer groups' if channels > 1 else 'another layer'}, or pass example_inputs with several "
