@@ -112,8 +112,8 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, torch.optim
 }
 # One of so many places, if each takes a while; tests/test_undo.py and tests/attack interrupt at other moments.
 SAMPLE = {
-    "accelerate": 8, "undo": 3, "fold": 6, "recalibrate": 2, "recalibrate sequentially": 5, "drop_redundant_bias": 8,
-    "prune_channels": 30,
+    "accelerate": 16, "undo": 6, "fold": 12, "recalibrate": 6, "recalibrate sequentially": 12,
+    "drop_redundant_bias": 16, "prune_channels": 60, "convert": 2, "freeze": 2,
 }  # fmt: skip
 
 
