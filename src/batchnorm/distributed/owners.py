@@ -56,6 +56,18 @@ def check_not_sharded(caller: str, model: nn.Module, layers: Iterable[tuple[str,
             )
 
 
+def check_not_reduced(caller: str, model: nn.Module, why: str) -> None:
+    """Check that the model is not in DistributedDataParallel; `why` says why it must not be, and what to do.
+
+    Raises:
+        ValueError: it is.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{caller} expects a model that is not yet in DistributedDataParallel, got one that is. The wrapper {why}."
+        )
+
+
 @contextmanager
 def reduced_parameters_kept(caller: str, model: nn.Module) -> Iterator[None]:
     """Check that the block does not change which parameters each DistributedDataParallel in the model has to reduce.

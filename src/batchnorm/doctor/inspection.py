@@ -13,7 +13,7 @@ from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.measuring import add_trace, measure_model
 from batchnorm.models.batches import device_of
-from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.uncompiled import eager
 from batchnorm.walk import check_has_values, norm_layers, restored, set_mode
 
@@ -51,10 +51,7 @@ def _checked_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     try:
         evaluate(model, inputs)
     except Exception as error:
-        raise ValueError(
-            f"inspect_layers expects inputs that the model takes, but calling it raised {type(error).__name__}: "
-            f"{error}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
-        ) from error
+        raise not_taken("inspect_layers", "inputs", error) from error
     return inputs
 
 

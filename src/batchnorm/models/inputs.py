@@ -121,6 +121,14 @@ def _with_sizes(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return x
 
 
+def not_taken(caller: str, name: str, error: Exception) -> ValueError:
+    """Return the error of a function whose argument of this name holds inputs that the model does not take."""
+    return ValueError(
+        f"{caller} expects {name} that the model takes, but calling it raised {type(error).__name__}: {error}. "
+        "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
+    )
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Inputs) -> Any:
     """Return the model's result without gradients, for a copy of the inputs, because it may change them in place."""

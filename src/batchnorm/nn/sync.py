@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm import walk
 from batchnorm.nn.parts import PartsLayer
+from batchnorm.undo import restorer
 
 
 class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
@@ -202,7 +203,6 @@ class _Join:
         parallel = self.parallel
         layers = [m for m in parallel.modules() if isinstance(m, PartsLayer) and m.sync]
         others = [b for m in parallel.modules() if m not in layers for b in m.buffers(recurse=False)]
-        kept = [buffer.clone() for buffer in others]
         args, kwargs = self.inputs
         with ExitStack() as undo:
             undo.enter_context(walk.restored(parallel))
@@ -210,6 +210,8 @@ class _Join:
             undo.enter_context(nullcontext() if reduced else parallel.no_sync())
             if not training:
                 walk.set_mode(parallel, training=False)
+            for buffer in others:
+                undo.callback(restorer(buffer))
             for layer in layers:
                 layer._absent = True
                 undo.callback(layer.__dict__.pop, "_absent")
@@ -217,9 +219,6 @@ class _Join:
             if gradients and results:
                 chosen = [results[number] for number in sorted(self.used)] or results
                 torch.autograd.backward(chosen, [torch.zeros_like(result) for result in chosen])
-        with torch.no_grad():
-            for buffer, value in zip(others, kept, strict=True):
-                buffer.copy_(value)
         parallel.zero_grad()
 
     @torch.no_grad()

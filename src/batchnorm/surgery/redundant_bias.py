@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm import _checks, walk
-from batchnorm.distributed.owners import check_not_sharded
+from batchnorm.distributed.owners import check_not_reduced, check_not_sharded
 from batchnorm.models import forward_graph as forward_tracing
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate
@@ -131,11 +131,8 @@ class _Drop:
 def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: bool) -> None:
     _checks.check_module(_CALLER, model)
     check_not_sharded(_CALLER, model)
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError(
-            f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "
-            "The wrapper waits for the gradient of every parameter: drop the biases first, then wrap the model."
-        )
+    why = "waits for the gradient of every parameter: drop the biases first, then wrap the model"
+    check_not_reduced(_CALLER, model, why)
     if optimizer is None:
         return
     if not inplace:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import _checks, walk
-from batchnorm.distributed.owners import check_not_sharded
+from batchnorm.distributed.owners import check_not_reduced, check_not_sharded
 from batchnorm.models import lowering
 from batchnorm.models import model_graph as tracing
 from batchnorm.models.errors import Untraceable
-from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.outputs import outputs
 from batchnorm.models.recording import fewer_samples
 from batchnorm.models.report import Change, Result, describe
@@ -107,10 +107,7 @@ def prune_channels(
         try:
             before = _results(trial, tried)
         except Exception as error:
-            raise ValueError(
-                f"{_CALLER} expects example_inputs that the model takes, but calling it raised "
-                f"{_checks.in_one_line(error)}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
-            ) from error
+            raise not_taken(_CALLER, "example_inputs", error) from error
         report = PruneReport(_CALLER, **_measured(trial, inputs, "_before"))
         pruned = walk.copied(_CALLER, model)
         try:
@@ -149,11 +146,7 @@ def _check(model: nn.Module, share: float | None, threshold: float | None) -> No
     _checks.check_module(_CALLER, model)
     check_not_sharded(_CALLER, model)
     walk.check_has_values(_CALLER, model)
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError(
-            f"{_CALLER} expects a model that is not yet in DistributedDataParallel, got one that is. "
-            "The wrapper holds the parameters that are replaced: prune the model first, then wrap it."
-        )
+    check_not_reduced(_CALLER, model, "holds the parameters that are replaced: prune the model first, then wrap it")
     if share is not None and threshold is not None:
         raise ValueError(f"{_CALLER} expects share or threshold, got both ({share} and {threshold}). Pass one of them.")
     if share is not None and not 0.0 < share < 1.0:

@@ -15,7 +15,7 @@ from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models import lowering
 from batchnorm.models import model_graph as tracing
 from batchnorm.models.errors import Untraceable
-from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.outputs import outputs
 from batchnorm.models.recording import fewer_samples
 from batchnorm.models.report import Change, Result, describe
@@ -108,10 +108,7 @@ def _fold_checked(
                 f"{type(error).__name__}: {error}. Let its hooks use the module that they are called with, because the "
                 "hooks of the copy still refer to the model."
             ) from error
-        raise ValueError(
-            f"fold expects example_inputs that the model takes, but calling it raised {type(error).__name__}: {error}. "
-            "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
-        ) from error
+        raise not_taken("fold", "example_inputs", error) from error
     total = counts.batch_norm + counts.fused
     if total == 0:
         return working, FoldReport("fold", how="nothing to fold", notes=notes)
