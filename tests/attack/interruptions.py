@@ -14,7 +14,7 @@ from torch import nn
 import batchnorm as bn
 from tests.attack.tally import Tally
 from tests.surgery.accelerate.test_failures import Snapshot
-from tests.surgery.test_faults import VERBS, X, residual
+from tests.surgery.test_faults import VERBS, X, prepared, residual
 
 Verb = tuple[Callable[[], nn.Module], Callable[[nn.Module, torch.optim.Optimizer], object]]
 
@@ -45,11 +45,11 @@ def attack(tally: Tally) -> None:
             name = str(rng.choice(list(verbs)))
             make, run = verbs[name]
             if name not in lasts:
-                run(*_prepared(make))  # compiled and imported once
+                run(*prepared(make))  # compiled and imported once
                 start = time.perf_counter()
-                run(*_prepared(make))
+                run(*prepared(make))
                 lasts[name] = time.perf_counter() - start
-            model, optimizer = _prepared(make)
+            model, optimizer = prepared(make)
             before, tensors = Snapshot(model), _optimized(optimizer)
             interrupted = complete = False
             try:
@@ -77,22 +77,13 @@ def attack(tally: Tally) -> None:
         signal.signal(signal.SIGALRM, earlier)
 
 
-def _prepared(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = make()
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
-    model(X).sum().backward()
-    optimizer.step()
-    return model, optimizer
-
-
 def _optimized(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [sorted(map(id, group["params"])) for group in optimizer.param_groups]
 
 
 def _is_complete(name: str, make: Callable[[], nn.Module], run: Callable[..., object], model: nn.Module) -> bool:
     """Return whether the model is as the whole verb makes it."""
-    other, optimizer = _prepared(make)
+    other, optimizer = prepared(make)
     run(other, optimizer)
     same_classes = [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in other.modules()]
     ours, theirs = model.state_dict(), other.state_dict()

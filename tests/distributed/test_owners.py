@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.testing import assert_close
 import batchnorm as bn
 from batchnorm.distributed.owners import check_not_sharded, sharded_modules
 from batchnorm.doctor.inspection import inspect_layers
+from tests.processes import run_checks
 
 SHARDED = r"expects parameters that are whole on every process, got .*shards\. Call .* before sharding, or "
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -207,24 +206,8 @@ CHECKS = [
 ]
 
 
-def work(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        for check in CHECKS:
-            torch.manual_seed(0)
-            check(rank)
-            Path(folder, f"{check.__name__}{rank}").touch()
-    finally:
-        dist.destroy_process_group()
-
-
 def test_wrappers_notice_every_change_or_refuse_it(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    assert all((tmp_path / f"{check.__name__}{rank}").exists() for check in CHECKS for rank in (0, 1))
+    run_checks(CHECKS, tmp_path, 60)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch.compile

@@ -7,10 +7,8 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.models.processes import Processes
+from tests.processes import join_group, run_checks
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -162,30 +161,12 @@ CHECKS: list[Callable[[int], None]] = [
 ]
 
 
-def work(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20)
-    )
-    try:
-        for check in CHECKS:
-            check(rank)
-            Path(folder, f"{check.__name__}{rank}").touch()
-    finally:
-        dist.destroy_process_group()
-
-
 def test_a_failure_on_one_rank_is_a_failure_on_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    assert all((tmp_path / f"{check.__name__}{rank}").exists() for check in CHECKS for rank in (0, 1))
+    run_checks(CHECKS, tmp_path, 20)
 
 
 def dying(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20)
-    )
+    join_group(rank, folder, 20)
     if rank == 1:
         os._exit(0)
     with pytest.raises(RuntimeError, match=r"expects all of ranks 0, 1 to call it, but their exchange failed with"):

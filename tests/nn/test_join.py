@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.processes import run_checks
 
 Data = list[list[Tensor]]  # for each process its batches
 
@@ -162,25 +160,8 @@ CHECKS = [
 ]
 
 
-def work(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=30)
-    )
-    try:
-        for check in CHECKS:
-            torch.manual_seed(0)
-            check(rank)
-            dist.barrier()
-            Path(folder, f"{check.__name__}{rank}").touch()
-    finally:
-        dist.destroy_process_group()
-
-
 def test_uneven_data_give_the_result_of_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    assert all((tmp_path / f"{check.__name__}{rank}").exists() for check in CHECKS for rank in (0, 1))
+    run_checks(CHECKS, tmp_path, 30)
 
 
 def test_join_refuses_other_models() -> None:

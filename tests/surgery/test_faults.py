@@ -117,24 +117,25 @@ SAMPLE = {
 }  # fmt: skip
 
 
+def prepared(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model after one training step, and its optimizer."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
+    model(X).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_interruption_anywhere_leaves_everything_as_it_was(verb: str) -> None:
     make, run = VERBS[verb]
-
-    def prepared() -> tuple[nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = make()
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
-        model(X).sum().backward()
-        optimizer.step()
-        return model, optimizer
-
-    model, optimizer = prepared()
+    model, optimizer = prepared(make)
     calls = traced(lambda: run(model, optimizer))
     interrupted = 0
     places = [(where, nth) for where, times in calls.items() for nth in {1, times}]
     for at in places[:: SAMPLE.get(verb, 1)]:
-        model, optimizer = prepared()
+        model, optimizer = prepared(make)
         before, held = Snapshot(model), optimizer.state_dict()
         parameters = [list(map(id, group["params"])) for group in optimizer.param_groups]
         try:
