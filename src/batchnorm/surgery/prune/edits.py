@@ -17,6 +17,7 @@ from batchnorm.surgery.fold.states import Linear
 from batchnorm.surgery.prune.channels import Channels, is_depthwise
 from batchnorm.surgery.prune.removal import Removal
 from batchnorm.undo import UndoOnFailure
+from batchnorm.walk import is_hooked
 
 
 class Owners:
@@ -68,8 +69,7 @@ class Owners:
             return "its parameters are not only the weight and bias of a convolution or linear layer"
         if any(self._places[id(t)] > 1 or self._reads[id(t)] > 1 for t in tensors.values()):
             return "its parameters are used in several places"
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        return "it has hooks" if any(hooks) else ""
+        return "it has hooks" if is_hooked(module) else ""
 
     def _module(self, path: str) -> nn.Module:
         return self._model.get_submodule(path)
