@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,23 @@ def test_public_names_are_documented(name):
 
 def test_version_is_the_distributions():
     assert batchnorm.__version__ == importlib.metadata.version("batchnorm")
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path):
+    # The installed packages without this one; -S also ignores the editable installation's path file.
+    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(site).iterdir():
+            if "batchnorm" not in entry.name:
+                (tmp_path / entry.name).symlink_to(entry)
+    path = os.pathsep.join([str(ROOT / "src"), str(tmp_path)])
+    code = """
+import importlib.metadata, batchnorm
+assert not [d for d in importlib.metadata.distributions() if d.name == "batchnorm"]
+print(batchnorm.__version__, *batchnorm.__path__)
+"""
+    command = [sys.executable, "-S", "-c", code]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [batchnorm.__version__, str(ROOT / "src" / "batchnorm")]
 
 
 IMPORT_AND_REPORT = """

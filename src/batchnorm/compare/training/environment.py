@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 from collections.abc import Iterator
@@ -12,12 +11,14 @@ from typing import Any
 
 import torch
 
+from batchnorm import __version__
+
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:
     """Return versions, machine, and the numbers of threads and processes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
-        "batchnorm": importlib.metadata.version("batchnorm"),
+        "batchnorm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": _processor(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import torch
 
+from batchnorm import __version__
 from batchnorm.doctor.measure.measurements import Measurements
 
 
@@ -52,7 +52,7 @@ class Conditions:
             m.training,
             ", ".join(sorted({str(t.device) for t in tensors})),
             ", ".join(sorted(dtypes)),
-            importlib.metadata.version("batchnorm"),
+            __version__,
             torch.__version__,
             platform.python_version(),
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
