@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from batchnorm import functional, nn
+from batchnorm._version import __version__
 from batchnorm.moments import Moments
 from batchnorm.nn import *  # noqa: F403  (the names in nn.__all__, which are added to ours below)
 from batchnorm.ops import backends
@@ -25,8 +26,6 @@ if _TYPE_CHECKING:
     from batchnorm.doctor import diagnose, watch
     from batchnorm.standardize import Standardizer
     from batchnorm.surgery.prune import prune_channels
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "Moments",

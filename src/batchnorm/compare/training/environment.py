@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from batchnorm import __version__
+from batchnorm._version import __version__
 
 
 def environment(processes: int, device: torch.device) -> dict[str, Any]:

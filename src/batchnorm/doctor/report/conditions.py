@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 import torch
 
-from batchnorm import __version__
+from batchnorm._version import __version__
 from batchnorm.doctor.measure.measurements import Measurements
 
 
