@@ -20,7 +20,6 @@ from benchmarks import (
     exactness,
     family,
     fold,
-    gpu,
     layers,
     memory,
     page_faults,
@@ -29,6 +28,7 @@ from benchmarks import (
     report,
     steps,
 )
+from benchmarks.gpu import command as gpu_command
 from benchmarks.options import Options
 
 HERE = Path(__file__).parent
@@ -152,5 +152,5 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["gpu"]:
-        gpu.main(sys.argv[2:], prog_name="python -m benchmarks gpu")
+        gpu_command.main(sys.argv[2:], prog_name="python -m benchmarks gpu")
     main()

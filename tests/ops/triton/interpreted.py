@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from batchnorm.ops import eager, triton
 from batchnorm.ops.triton import launch, tiling
-from benchmarks import gpu, gpu_layers
-from benchmarks.gpu_timing import HostClock
+from benchmarks.gpu import layers
+from benchmarks.gpu.timing import HostClock
 from tests.cases import Case
 from tests.ops.triton.interpreter import operator
 from tests.tolerance import bound
@@ -142,10 +142,10 @@ def test_in_triton_the_benchmark_checks_and_measures_the_kernels(
         function = getattr(launch, name)
         monkeypatch.setattr(launch, name, lambda *a, f=function, name=name: called.append(name) or f(*a))
     triton._launcher.cache_clear()
-    case = gpu_layers.Case((4, 3, 6, 6), "channels-last", "bfloat16", residual)
-    gpu_layers.check(case, torch.device("cpu"))
+    case = layers.Case((4, 3, 6, 6), "channels-last", "bfloat16", residual)
+    layers.check(case, torch.device("cpu"))
     assert sorted(called) == ["train_backward", "train_forward", "update_running_"]
-    row = gpu_layers.measure(case, HostClock(), gpu.OURS, 1e9, 1)
+    row = layers.measure(case, HostClock(), layers.OURS, 1e9, 1)
     assert row["ms"] > 0.0
     assert len(called) > 3
     triton._launcher.cache_clear()

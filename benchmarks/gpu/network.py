@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import cases, networks, records
-from benchmarks.gpu_layers import OURS, TORCH, settings_of
-from benchmarks.gpu_timing import Clock
+from benchmarks.gpu.layers import OURS, TORCH, settings_of
+from benchmarks.gpu.timing import Clock
 from benchmarks.networks import Norm, _conv
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.gpu_layers import COMPILED, CONTENDERS, OURS, TORCH
+from benchmarks.gpu.layers import COMPILED, CONTENDERS, OURS, TORCH
 from benchmarks.records import Row
 from benchmarks.targets import geometric_mean
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from batchnorm.ops.triton import table
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.table import TABLE
-from benchmarks.gpu_layers import OURS, Case, measure
-from benchmarks.gpu_timing import Clock, Deadline
+from benchmarks.gpu.layers import OURS, Case, measure
+from benchmarks.gpu.timing import Clock, Deadline
 from benchmarks.targets import geometric_mean
 
 PATH = Path(table.__file__)

@@ -11,12 +11,14 @@ import torch
 
 import batchnorm
 from batchnorm.files import write_whole
-from benchmarks import gpu_layers, gpu_tune, records
-from benchmarks.gpu_layers import BATCHES, COMPILED, NATIVE, OURS, TORCH, Case, all_cases, measure
-from benchmarks.gpu_network import measure_network
-from benchmarks.gpu_report import summary
-from benchmarks.gpu_timing import Clock, Deadline, DeviceClock, HostClock, Watchdog, bandwidth
+from benchmarks import records
+from benchmarks.gpu import layers, tune
+from benchmarks.gpu.layers import BATCHES, COMPILED, NATIVE, OURS, TORCH, Case, all_cases, measure
+from benchmarks.gpu.network import measure_network
+from benchmarks.gpu.report import summary
+from benchmarks.gpu.timing import Clock, Deadline, DeviceClock, HostClock, Watchdog, bandwidth
 
+RESULTS = Path(__file__).parents[1] / "results"
 KEY = ("device", "shape", "layout", "dtype", "task", "contender")
 # Seconds after which the remaining cases are skipped, and after which the process ends even if a call hangs.
 LIMIT, LAST = 420.0, 460.0
@@ -63,7 +65,7 @@ class Run:
         for case in wanted:
             if self.deadline.passed(CHECKED):
                 self.left_out.append(f"{case}: not checked")
-            elif self.attempt(str(case), lambda case=case: gpu_layers.check(case, self.clock.device)):
+            elif self.attempt(str(case), lambda case=case: layers.check(case, self.clock.device)):
                 right.append(case)
         return right
 
@@ -129,16 +131,16 @@ def _clock(dry: bool) -> Clock:
 
 
 def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
-    shapes = ((4, 8, 6, 6),) if dry else gpu_tune.SHAPES
+    shapes = ((4, 8, 6, 6),) if dry else tune.SHAPES
     origin = f"Measured on {clock.name()} with torch {torch.__version__}."
-    watchdog = Watchdog(LAST, lambda: print(gpu_tune.text(gpu_tune.TABLE, origin + "\nA call hung.")))
-    if not gpu_tune.tune(clock, Deadline(LIMIT), shapes):
+    watchdog = Watchdog(LAST, lambda: print(tune.text(tune.TABLE, origin + "\nA call hung.")))
+    if not tune.tune(clock, Deadline(LIMIT), shapes):
         origin += "\nNot all candidates were tried for lack of time."
     watchdog.cancel()
-    text = gpu_tune.text(gpu_tune.TABLE, origin)
+    text = tune.text(tune.TABLE, origin)
     print(text)
     if path is None and not dry:
-        path = gpu_tune.PATH
+        path = tune.PATH
     if path is not None:
         write_whole(path, text)
         print(f"written to {path}: run the tests, and this command without --tune")
@@ -146,7 +148,10 @@ def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results", help="Directory of gpu.csv."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(__file__).parents[1] / "results",
+    help="Directory of gpu.csv.",
 )
 @click.option(
     "--tune", "tuning", is_flag=True, help="Find the kernels' fastest settings and write their table instead."

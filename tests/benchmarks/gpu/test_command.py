@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.table import TABLE
-from benchmarks import gpu, gpu_layers, gpu_tune, records
-from benchmarks.gpu_layers import Case
-from benchmarks.gpu_report import targets
-from benchmarks.gpu_timing import Deadline, DeviceClock, HostClock
+from benchmarks import records
+from benchmarks.gpu import command, layers, tune
+from benchmarks.gpu.layers import Case
+from benchmarks.gpu.report import targets
+from benchmarks.gpu.timing import Deadline, DeviceClock, HostClock
 
 CPU = torch.device("cpu")
 SMALL = Case((4, 8, 6, 6), "contiguous", "float32", True)
@@ -38,7 +39,7 @@ def _table_as_before() -> Iterator[None]:
 
 
 def dry_run(out: Path) -> Result:
-    return CliRunner().invoke(gpu.main, ["--dry", "--out", str(out)], catch_exceptions=False)
+    return CliRunner().invoke(command.main, ["--dry", "--out", str(out)], catch_exceptions=False)
 
 
 def test_a_dry_run_measures_every_case_and_prints_one_table(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_a_dry_run_measures_every_case_and_prints_one_table(tmp_path: Path) -> N
     assert result.exit_code == 0
     rows = records.read(tmp_path / "gpu.csv")
     assert len(rows) == 8 * 3 + 2
-    assert {r["contender"] for r in rows} == {gpu.OURS, gpu.TORCH, gpu.NATIVE}
+    assert {r["contender"] for r in rows} == {command.OURS, command.TORCH, command.NATIVE}
     assert all(math.isfinite(float(r["share_of_floor"])) for r in rows if r["floor_ms"])
     assert sum(line.startswith("BN+add+ReLU") for line in result.output.splitlines()) == 4
     assert "torch / ours, ResNet-50 training step" in result.output
@@ -55,7 +56,7 @@ def test_a_dry_run_measures_every_case_and_prints_one_table(tmp_path: Path) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(click.UsageError, match="must find a CUDA device.* use --dry"):
-        gpu.main([], standalone_mode=False)
+        command.main([], standalone_mode=False)
 
 
 def test_the_floor_counts_what_must_be_moved() -> None:
@@ -79,7 +80,7 @@ def test_inputs_rotate_until_they_exceed_the_cache(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(clock, "seconds", lambda calls, **_: lengths.append(len(calls)) or 1.0)
     monkeypatch.setattr(clock, "cache_bytes", lambda: 10_000)
     case = dataclasses.replace(SMALL, residual=False)
-    gpu_layers.measure(case, clock, gpu.OURS, 1e9, 1)
+    layers.measure(case, clock, command.OURS, 1e9, 1)
     assert set(lengths) == {2 * 10_000 // (2 * case.nbytes) + 1}
 
 
@@ -87,7 +88,7 @@ class _Wrong(nn.BatchNorm2d):
     """Batch normalization whose gradients for γ, β and the residual are twice what they should be, or less exact."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(8, eps=1e-3 if what == "y" else gpu_layers.EPS)
+        super().__init__(8, eps=1e-3 if what == "y" else layers.EPS)
         self.what = what
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -105,17 +106,17 @@ def test_a_wrong_result_is_seen_wherever_it_is(monkeypatch: pytest.MonkeyPatch, 
         layer = _Wrong(what)
         return layer, layer
 
-    monkeypatch.setattr(gpu_layers, "_ours", ours)
+    monkeypatch.setattr(layers, "_ours", ours)
     if what == "nothing":
-        gpu_layers.check(SMALL, CPU)
+        layers.check(SMALL, CPU)
     else:
         with pytest.raises(ArithmeticError, match="of the largest value"):
-            gpu_layers.check(SMALL, CPU)
+            layers.check(SMALL, CPU)
 
 
 def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ours = gpu_layers._ours
-    largest_error = gpu_layers.largest_error
+    ours = layers._ours
+    largest_error = layers.largest_error
 
     def failing(case: Case, device: torch.device) -> float:
         if case.dtype == "float32":
@@ -127,55 +128,55 @@ def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyP
     def out_of_memory(channels: int, device: torch.device) -> Any:
         if not torch.backends.cudnn.enabled:
             raise torch.OutOfMemoryError("too large")
-        return gpu_layers._torch(channels, device)
+        return layers._torch(channels, device)
 
-    monkeypatch.setattr(gpu_layers, "largest_error", failing)
-    monkeypatch.setitem(gpu_layers.CONTENDERS, gpu.NATIVE, out_of_memory)
+    monkeypatch.setattr(layers, "largest_error", failing)
+    monkeypatch.setitem(layers.CONTENDERS, command.NATIVE, out_of_memory)
     result = dry_run(tmp_path)
     assert result.exit_code == 1
     assert result.output.count("off by nan of the largest value") == 4  # as it comes, and at the end
     assert result.output.count("RuntimeError: ptxas gave up") == 4
     assert "skipped for lack of time or memory: 4" in result.output
     assert {(r["dtype"], r["contender"]) for r in records.read(tmp_path / "gpu.csv") if r["floor_ms"]} == {
-        ("float32", gpu.OURS),
-        ("float32", gpu.TORCH),
+        ("float32", command.OURS),
+        ("float32", command.TORCH),
     }
-    assert gpu_layers._ours is ours
+    assert layers._ours is ours
 
 
 def test_eager_in_the_kernels_place_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def ours(channels: int, device: torch.device) -> tuple[nn.Module, Any]:
         warnings.warn("batchnorm computes on CUDA devices in plain torch operations", RuntimeWarning, stacklevel=1)
-        return gpu_layers._torch(channels, device)
+        return layers._torch(channels, device)
 
-    monkeypatch.setattr(gpu_layers, "_ours", ours)
+    monkeypatch.setattr(layers, "_ours", ours)
     with pytest.raises(RuntimeWarning, match="plain torch operations"):
-        gpu_layers.check(SMALL, CPU)
+        layers.check(SMALL, CPU)
 
 
 def test_when_the_time_is_over_the_table_is_printed_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu, "TIMED", 0.0)
-    monkeypatch.setattr(gpu.Run, "network", lambda self: None)
+    monkeypatch.setattr(command, "TIMED", 0.0)
+    monkeypatch.setattr(command.Run, "network", lambda self: None)
     result = dry_run(tmp_path)
     assert result.exit_code == 0
     assert "skipped for lack of time or memory: 24" in result.output
     assert "torch.compile / ours, mean" in result.output
-    monkeypatch.setattr(gpu, "LIMIT", 0.0)
+    monkeypatch.setattr(command, "LIMIT", 0.0)
     result = dry_run(tmp_path)
     assert "0 cases checked" in result.output
     assert "skipped for lack of time or memory: 8" in result.output
-    assert gpu.LIMIT < gpu.LAST < 480
+    assert command.LIMIT < command.LAST < 480
 
 
 def test_a_call_that_never_comes_back_does_not_keep_what_was_found() -> None:
     program = (
-        "import time; from benchmarks.gpu_timing import Watchdog; "
+        "import time; from benchmarks.gpu.timing import Watchdog; "
         "Watchdog(0.1, lambda: print('found', flush=True)); time.sleep(60)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3]
     )
     assert (result.returncode, result.stdout) == (1, "found\n")
 
@@ -184,7 +185,7 @@ def test_where_the_device_is_lost_what_was_found_is_printed(monkeypatch: pytest.
     def lost(channels: int, device: torch.device) -> Any:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setitem(gpu_layers.CONTENDERS, gpu.TORCH, lost)
+    monkeypatch.setitem(layers.CONTENDERS, command.TORCH, lost)
     result = dry_run(tmp_path)
     assert result.exit_code == 1
     assert "FAILED 4×8×6×6 contiguous float32 BN+ReLU, torch: the device is lost" in result.output
@@ -198,9 +199,11 @@ def test_targets_are_met_or_missed_by_what_was_measured() -> None:
     rows = [
         {**row, "task": task, "contender": name, "ms": ms, "read_once": task == "BN+add+ReLU"}
         for task, times in (("BN+ReLU", (2.0, 3.0)), ("BN+add+ReLU", (1.0, 1.9)))
-        for name, ms in zip((gpu.OURS, gpu.TORCH), times, strict=True)
+        for name, ms in zip((command.OURS, command.TORCH), times, strict=True)
     ]
-    rows += [{"contender": n, "ms_launched": ms, "peak_bytes": 5} for n, ms in ((gpu.OURS, 8.0), (gpu.TORCH, 10.0))]
+    rows += [
+        {"contender": n, "ms_launched": ms, "peak_bytes": 5} for n, ms in ((command.OURS, 8.0), (command.TORCH, 10.0))
+    ]
     found = {what: measured for what, _, measured in targets(rows)}
     assert list(found.values())[:5] == pytest.approx([0.9, 1.5, 1.5, 1.9, 1.9])
     assert math.isnan(found["torch.compile / ours, mean"])
@@ -212,7 +215,7 @@ def test_targets_are_met_or_missed_by_what_was_measured() -> None:
 
 def test_tuning_writes_a_table_that_is_a_module_in_our_style(tmp_path: Path) -> None:
     path = tmp_path / "table.py"
-    result = CliRunner().invoke(gpu.main, ["--dry", "--tune", "--table", str(path)], catch_exceptions=False)
+    result = CliRunner().invoke(command.main, ["--dry", "--tune", "--table", str(path)], catch_exceptions=False)
     assert f"written to {path}" in result.output
     found: dict[str, Any] = {}
     exec(path.read_text(), found)
@@ -221,9 +224,9 @@ def test_tuning_writes_a_table_that_is_a_module_in_our_style(tmp_path: Path) -> 
 
 
 def test_the_kernels_table_is_what_tuning_would_write() -> None:
-    written = gpu_tune.PATH.read_text()
+    written = tune.PATH.read_text()
     origin = written.split("\n\n")[1].removesuffix('\n"""')
-    assert gpu_tune.text(TABLE, origin) == written
+    assert tune.text(TABLE, origin) == written
 
 
 def test_tuning_takes_what_is_fastest_and_leaves_what_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +238,11 @@ def test_tuning_takes_what_is_fastest_and_leaves_what_does_not_run(monkeypatch: 
             raise RuntimeError("out of resource: shared memory")
         return {"ms": 1.0 + sum(getattr(settings, f) != getattr(wanted, f) for f in CANDIDATES)}
 
-    monkeypatch.setattr(gpu_tune, "measure", milliseconds)
-    assert gpu_tune.tune(HostClock(), Deadline(60))
+    monkeypatch.setattr(tune, "measure", milliseconds)
+    assert tune.tune(HostClock(), Deadline(60))
     for (rows, _), settings in TABLE.items():
         assert settings == (wanted if rows else dataclasses.replace(wanted, row_bytes=Settings().row_bytes))
-    assert not gpu_tune.tune(HostClock(), Deadline(0))
+    assert not tune.tune(HostClock(), Deadline(0))
 
 
 # The device's clock, with a device that does at once what it is told.
@@ -296,15 +299,15 @@ def test_a_device_is_timed_by_events_around_all_calls(device_clock: DeviceClock)
 def test_a_whole_run_goes_through_the_device_s_clock(
     device_clock: DeviceClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu, "DeviceClock", lambda device: device_clock)
-    monkeypatch.setattr(gpu_layers, "BATCHES", (2, 4))
-    monkeypatch.setattr(gpu, "BATCHES", (2, 4))
-    monkeypatch.setattr(gpu_layers, "LAYERS", ((8, 6),))
-    monkeypatch.setattr(gpu, "bandwidth", lambda clock, nbytes, repeats: 1e12 if nbytes == 1 << 30 else 0.0)
-    monkeypatch.setattr(gpu_layers, "_compiled", gpu_layers._torch)
-    monkeypatch.setitem(gpu_layers.CONTENDERS, gpu.COMPILED, gpu_layers._torch)
-    monkeypatch.setattr(gpu.Run, "network", lambda self: None)
-    result = CliRunner().invoke(gpu.main, ["--out", str(tmp_path)], catch_exceptions=False)
+    monkeypatch.setattr(command, "DeviceClock", lambda device: device_clock)
+    monkeypatch.setattr(layers, "BATCHES", (2, 4))
+    monkeypatch.setattr(command, "BATCHES", (2, 4))
+    monkeypatch.setattr(layers, "LAYERS", ((8, 6),))
+    monkeypatch.setattr(command, "bandwidth", lambda clock, nbytes, repeats: 1e12 if nbytes == 1 << 30 else 0.0)
+    monkeypatch.setattr(layers, "_compiled", layers._torch)
+    monkeypatch.setitem(layers.CONTENDERS, command.COMPILED, layers._torch)
+    monkeypatch.setattr(command.Run, "network", lambda self: None)
+    result = CliRunner().invoke(command.main, ["--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
     rows = records.read(tmp_path / "gpu.csv")
     assert len(rows) == 2 * 8 * 4
