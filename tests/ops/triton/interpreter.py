@@ -72,6 +72,8 @@ def _patch_sums() -> None:
     from triton.runtime import interpreter
 
     def pairwise(self: Any, values: Any) -> Any:
+        if self.axis is None:
+            return self.to_tensor(np.ascontiguousarray(values.handle.data).sum(), values.dtype)
         data = np.moveaxis(values.handle.data, self.axis, -1)
         result = np.ascontiguousarray(data).sum(-1, keepdims=self.keep_dims)
         return self.to_tensor(np.moveaxis(result, -1, self.axis) if self.keep_dims else result, values.dtype)

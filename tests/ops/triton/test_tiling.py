@@ -52,6 +52,7 @@ def test_splits_cover_the_tensor_and_the_grid_fits(
         assert once.b0 >= once.size0
         assert once.rows or once.b1 >= once.size1
         assert once.b0 * once.b1 <= SETTINGS.once
+        assert once.warps <= 16  # 1,024 threads where a warp has 64 lanes
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -22,6 +22,8 @@ _SMALL = 1 << 18
 _WIDE = 1 << 30
 # The shared memory that every device since Ampere has for a program. At most four tensors are loaded ahead into it.
 _SHARED, _TENSORS = 96 << 10, 4
+# The most warps of a program. 32 would not overlap loads with stores, and exceed 1,024 threads with 64 lanes (AMD).
+_WARPS = 16
 # The smallest part of a row: one memory sector.
 _SECTOR = 32
 
@@ -205,5 +207,5 @@ def at_once(
         return None
     vec = _vec(size1, stride0)
     per_warp = 512 if vec == 1 else 1024  # without wide accesses, each value needs its own offset
-    warps = min(max(power_of_two(b0 * b1 // per_warp), 4), 32)
+    warps = min(max(power_of_two(b0 * b1 // per_warp), 4), _WARPS)
     return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, None, blocks, 1, size0)

@@ -78,13 +78,13 @@ def tile(
 @triton.jit
 def total(t, ROWS: tl.constexpr):
     """Return the sum of a tile for each channel."""
-    return tl.sum(t, 0, keep_dims=True) if ROWS else tl.sum(tl.sum(t, 1), 0)
+    return tl.sum(t, 0, keep_dims=True) if ROWS else tl.sum(t)
 
 
 @triton.jit
 def largest(t, ROWS: tl.constexpr):
     """Return the maximum of a tile for each channel."""
-    return tl.max(t, 0, keep_dims=True) if ROWS else tl.max(tl.max(t, 1), 0)
+    return tl.max(t, 0, keep_dims=True) if ROWS else tl.max(t)
 
 
 @triton.jit
