@@ -74,7 +74,8 @@ def test_folding_goes_into_what_was_computed(hook: str) -> None:
 
 
 def test_a_failure_in_place_leaves_the_weights_and_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.surgery.fold import FoldError, gate
+    from batchnorm.models import gate
+    from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold.pytorch import folding
 
     monkeypatch.setattr(folding._Original, "compared", lambda *_: gate.Error(1e-7, 0.5))

@@ -19,5 +19,7 @@ Graphs:
 
 Functions that change a model:
     selection: The layers that the user chooses, as with `only=`.
-    report: The layers that were changed or left, with reasons.
+    report: The layers that were changed or left, with reasons; imports no framework.
+    description: Describe a layer of PyTorch.
+    gate: How much error folding may add; imports no framework.
 """

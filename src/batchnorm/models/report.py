@@ -1,15 +1,15 @@
-"""The report of a function that changes a model, with a table and attributes."""
+"""The reports of functions that change a model, with a table and attributes; for every framework."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from batchnorm.text import printable
-from batchnorm.walk import class_of, is_batch_norm, num_channels
+
+if TYPE_CHECKING:
+    from batchnorm.moments import Moments
 
 R = TypeVar("R", bound="Report", covariant=True)
 
@@ -75,7 +75,7 @@ class Report:
 class Result(Generic[R]):
     """The changed model and the report; unpacks as `model, report = convert(model, ...)`."""
 
-    model: nn.Module
+    model: Any
     report: R
 
     def __iter__(self) -> Iterator[Any]:
@@ -83,13 +83,123 @@ class Result(Generic[R]):
         yield self.report
 
 
-def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
-    """Return a short description of the layer, such as `BatchNorm2d(64)`, with its own class or the class `kind`."""
-    name = (kind or class_of(layer)).__name__
-    sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
-    if not sizes and is_batch_norm(layer):
-        sizes = [num_channels(layer)]
-    return f"{name}({', '.join(map(str, sizes))})" if sizes else name
+class FoldError(RuntimeError):
+    """The folded network's results are not the original's. Nothing was changed."""
+
+
+@dataclass(frozen=True)
+class FoldReport(Report):
+    """The result for every batch normalization, one row per call.
+
+    Attributes:
+        how: "fx" or "export": the result takes every size that the model takes; "modules": the model could not be
+            traced as a whole, and its parts were folded, for every size; "fixed": the result takes the example's size
+            only. For an ONNX graph, the program that ran it: "onnxruntime", "onnxruntime, in float32" or
+            "onnx.reference".
+        error: Largest relative error of the folded network against the original in float64, over the example and a
+            random input.
+        error_before: The same error of the original in its own dtype.
+        remaining: Batch normalizations that one forward pass still runs on their own, counted at the dispatcher.
+        before: Batch normalizations that one forward pass of the original runs.
+        fused: Batch normalizations that became one operation with the addition or activation that follows them.
+    """
+
+    how: str = ""
+    error: float = 0.0
+    error_before: float = 0.0
+    remaining: int = 0
+    before: int = 0
+    fused: int = 0
+
+    def summary(self) -> str:
+        """Return the counts, the errors and the notes, a line each."""
+        kept = f"{self.remaining} left"
+        if self.fused:
+            kept += f", {self.fused} fused with following operations"
+        return "\n".join(
+            [
+                f"{self.verb}: of {self.before} batch normalizations in a forward pass, {kept}",
+                f"relative error against float64: {self.error:.1e}; before folding: {self.error_before:.1e}",
+                *map(printable, self.notes),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """The measured input of one layer, and its running statistics before and after.
+
+    Vectors are float64 `[C]`, or `[K, C]` for a layer with statistics of K domains.
+
+    Attributes:
+        paths: All paths of the layer in the model.
+        moments: The moments of all values that reached the layer, over all ranks; one `Moments` for each domain.
+        calls: The moments of the first call in a forward pass, of the second, and so on. A layer that is called several
+            times gets the statistics of all calls together.
+        mean_before: The former running mean.
+        var_before: The former running variance.
+        mean: The new running mean: measured, or averaged with the former one by `prior`.
+        var: The new running variance, unbiased.
+    """
+
+    paths: tuple[str, ...]
+    moments: tuple[Moments, ...]
+    calls: tuple[tuple[Moments, ...], ...]
+    mean_before: Any
+    var_before: Any
+    mean: Any
+    var: Any
+
+    @property
+    def path(self) -> str:
+        """The first of its paths."""
+        return self.paths[0]
+
+    @property
+    def shift(self) -> Any:
+        """The distance between the former and the new mean, in new standard deviations."""
+        return abs(self.mean - self.mean_before) / self.var**0.5
+
+    @property
+    def ratio(self) -> Any:
+        """The new standard deviation divided by the former one."""
+        return (self.var / self.var_before) ** 0.5
+
+
+@dataclass(frozen=True)
+class Recalibration(Report):
+    """The report of `recalibrate`; prints as a table of the layers and their changes.
+
+    Attributes:
+        layers: The statistics of each layer that the data reached, in the model's order.
+        passes: "single" or "sequential".
+        batches: The number of batches, over all ranks.
+        samples: The number of samples in them.
+        ranks: The number of processes.
+        kept: With sequential passes, the number of this process's forward passes that waited between layers. The others
+            started again for every layer.
+    """
+
+    layers: tuple[LayerStatistics, ...] = ()
+    passes: str = "single"
+    batches: int = 0
+    samples: int = 0
+    ranks: int = 1
+    kept: int = 0
+
+    def __getitem__(self, path: str) -> LayerStatistics:
+        """Return the statistics of the layer at this path."""
+        for layer in self.layers:
+            if path in layer.paths:
+                return layer
+        raise KeyError(path)
+
+    def summary(self) -> str:
+        """Return one line with the number of layers and the amount of data."""
+        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+        ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        passes = "single pass" if self.passes == "single" else "sequential passes"
+        return f"{super().summary()}; {self.samples} samples in {batches}{ranks}, {passes}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

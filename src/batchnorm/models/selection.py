@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from torch import nn
+Choice = str | Iterable[str] | type[Any] | tuple[type[Any], ...] | Callable[[str, Any], bool]
 
-from batchnorm.walk import Found
+# A layer of PyTorch or Keras can be called too, but it is not a predicate.
+_LAYER_METHODS = ("named_modules", "get_weights")
 
-Choice = str | Iterable[str] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool]
+
+class Found(Protocol):
+    """A layer and its paths in the model, in any framework."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path of the layer."""
+
+    @property
+    def path(self) -> str:
+        """The first of its paths."""
+
+    @property
+    def module(self) -> Any:
+        """The layer."""
 
 
-def select(caller: str, layers: list[Found], choice: Choice | None, *, argument: str = "only") -> list[Found]:
+F = TypeVar("F", bound=Found)
+
+
+def select(caller: str, layers: list[F], choice: Choice | None, *, argument: str = "only") -> list[F]:
     """Return the layers that the user chose, in the model's order.
 
     Args:
@@ -32,7 +50,7 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
     if isinstance(choice, type) or (isinstance(choice, tuple) and all(isinstance(kind, type) for kind in choice)):
         classes: Any = choice
         return [found for found in layers if isinstance(found.module, classes)]
-    if callable(choice) and not isinstance(choice, nn.Module):
+    if callable(choice) and not any(hasattr(choice, name) for name in _LAYER_METHODS):
         return [found for found in layers if any(choice(path, found.module) for path in found.paths)]
     patterns: list[Any] = [choice] if isinstance(choice, str) or not isinstance(choice, Iterable) else list(choice)
     if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
@@ -41,7 +59,7 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
             f"predicate, got {wrong[0]!r:.50} ({type(wrong[0]).__name__}) as a pattern. "
             f"Pass paths, such as {some_paths(layers)}."
         )
-    chosen = set()
+    chosen: list[F] = []
     for pattern in patterns:
         matched = [found for found in layers if any(fnmatchcase(path, pattern) for path in found.paths)]
         if not matched:
@@ -49,11 +67,11 @@ def select(caller: str, layers: list[Found], choice: Choice | None, *, argument:
                 f"{caller} expects `{argument}` to match a layer, got {pattern!r}, which matches none of "
                 f"{len(layers)}. Choose from: {some_paths(layers)}."
             )
-        chosen.update(matched)
+        chosen += matched
     return [found for found in layers if found in chosen]
 
 
-def some_paths(layers: list[Found]) -> str:
+def some_paths(layers: Sequence[Found]) -> str:
     """Return the paths of the first layers, for an error message."""
     paths = ", ".join(found.path or "(model)" for found in layers[:3]) or "none"
     return paths + ", ..." * (len(layers) > 3)

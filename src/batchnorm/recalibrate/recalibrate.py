@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm import _checks
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of
+from batchnorm.models.description import describe
 from batchnorm.models.observe import (
     Observer,
     Rows,
@@ -25,11 +26,10 @@ from batchnorm.models.observe import (
 )
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import bar
-from batchnorm.models.report import Change, Result, describe
+from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
 from batchnorm.models.selection import Choice, select
 from batchnorm.models.uncompiled import eager
 from batchnorm.recalibrate.passes import Measured, Run, sequential, single
-from batchnorm.recalibrate.report import LayerStatistics, Recalibration
 from batchnorm.recalibrate.rereading import RepeatableBatches
 from batchnorm.undo import UndoOnFailure, overwrite, restorer
 from batchnorm.walk import Found, check_has_values, copied, is_frozen, norm_layers, restored, set_mode

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm import walk
+from batchnorm.models.gate import TOLERANCE, relative
 from batchnorm.nn import BatchNormAct2d
-from batchnorm.surgery.fold.gate import TOLERANCE, relative
 from batchnorm.surgery.prune import PruneError, PruneReport, prune_channels
 from tests.surgery.networks import NETWORKS, network
 
@@ -146,9 +146,9 @@ def test_removing_channels_with_zero_gamma_changes_nothing(name: str, negative: 
     pruned, report = prune_channels(model, x)
     assert state(model) == before and all(torch.equal(values[key], v) for key, v in model.state_dict().items())
     assert report.changed and report.channels < report.channels_before
-    assert error(model, pruned, x) < TOLERANCE[torch.float64]
-    assert error(model, pruned, torch.randn_like(x)) < TOLERANCE[torch.float64]
-    assert report.difference < TOLERANCE[torch.float64]
+    assert error(model, pruned, x) < TOLERANCE["float64"]
+    assert error(model, pruned, torch.randn_like(x)) < TOLERANCE["float64"]
+    assert report.difference < TOLERANCE["float64"]
     assert type(pruned) is type(model) and pruned.training == model.training
     assert report.parameters == sum(p.numel() for p in pruned.parameters()) < report.parameters_before
     for path, which in removed(model, pruned).items():
@@ -190,7 +190,7 @@ def test_the_constant_goes_into_the_bias_or_the_running_mean() -> None:
             )
             slimmed(model.double())
             pruned, report = prune_channels(model, x := torch.randn(2, 3, 9, 9).double())
-            assert error(model, pruned, x) < TOLERANCE[torch.float64]
+            assert error(model, pruned, x) < TOLERANCE["float64"]
             assert (pruned[3].bias is not None) == (bias or not norm)
             assert any("new biases" in note for note in report.notes) == (not bias and not norm)
             if norm:
@@ -210,7 +210,7 @@ def test_channels_that_are_added_are_removed_together() -> None:
     assert pruned.layer2[0].downsample[0].in_channels == pruned.layer1[0].conv1.in_channels == 7
     assert all("1 with small γ stay: their values vary" in change.reason for change in report.changed[:2])
     assert not report.changed[2].reason
-    assert error(model, pruned, x) < TOLERANCE[torch.float64]
+    assert error(model, pruned, x) < TOLERANCE["float64"]
 
 
 def test_each_layer_keeps_a_channel() -> None:
@@ -218,7 +218,7 @@ def test_each_layer_keeps_a_channel() -> None:
     slimmed(model.double(), zeros=1.1)
     pruned, report = prune_channels(model, x := torch.randn(2, 3, 7, 7).double())
     assert pruned[1].num_features == pruned[0].out_channels == pruned[3].in_channels == 1
-    assert error(model, pruned, x) < TOLERANCE[torch.float64]
+    assert error(model, pruned, x) < TOLERANCE["float64"]
     assert "keeps at least one" in report.changed[0].reason
 
 
@@ -390,7 +390,7 @@ def test_networks_that_join_the_first_axis_are_pruned(name: str) -> None:
     )
     pruned, report = prune_channels(model, x)
     assert pruned[1].num_features < 8 and not report.left, str(report)
-    assert relative(pruned(x), model(x)) <= TOLERANCE[torch.float32]
+    assert relative(pruned(x), model(x)) <= TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_layers_of_this_library_are_pruned(kind: str) -> None:
     options = {"ghost_size": 2} if kind == "GhostBatchNorm" else {}
     model = slimmed(chain(getattr(batchnorm.nn, kind)(8, **options), nn.Conv2d(8, 4, 3)).double())
     pruned, report = prune_channels(model, x := torch.randn(4, 3, 7, 7).double())
-    assert report.changed and error(model, pruned, x) < TOLERANCE[torch.float64]
+    assert report.changed and error(model, pruned, x) < TOLERANCE["float64"]
     pruned.train()(x).sum().backward()
 
 
@@ -409,7 +409,7 @@ def test_an_accelerated_model_is_pruned() -> None:
     accelerated, report = batchnorm.accelerate(model, x)
     assert report.changed
     pruned, report = prune_channels(accelerated, x)
-    assert len(report.changed) == 3 and error(model, pruned, x) < TOLERANCE[torch.float64]
+    assert len(report.changed) == 3 and error(model, pruned, x) < TOLERANCE["float64"]
 
 
 # Failures, and the model itself ---------------------------------------------------------------------------------------

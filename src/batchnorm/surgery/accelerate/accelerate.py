@@ -12,10 +12,11 @@ from torch import nn
 
 from batchnorm import _checks, walk
 from batchnorm.distributed.owners import check_not_sharded
+from batchnorm.models.description import describe
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference
 from batchnorm.models.recording import record_calls
-from batchnorm.models.report import Change, Report, Result, describe
+from batchnorm.models.report import Change, Report, Result
 from batchnorm.nn import (
     BatchNorm,
     BatchNorm1d,

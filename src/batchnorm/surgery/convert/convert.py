@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 import batchnorm.nn
 from batchnorm import walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
-from batchnorm.models.report import Change, Report, Result, describe
+from batchnorm.models.description import describe
+from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.convert import per_sample, replacement

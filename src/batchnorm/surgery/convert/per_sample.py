@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from batchnorm.models.report import describe
+from batchnorm.models.description import describe
 from batchnorm.surgery.convert import replacement
 from batchnorm.surgery.convert.replacement import Replacement, Unconvertible
 

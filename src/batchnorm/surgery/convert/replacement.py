@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm import walk
 from batchnorm.foreign import foreign_eps
-from batchnorm.models.report import describe
+from batchnorm.models.description import describe
 from batchnorm.nn.frozen import adopted
 from batchnorm.nn.layer import NormLayer
 from batchnorm.undo import UndoOnFailure

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from batchnorm.models.gate import Error, Results
 from batchnorm.models.report import Change
 from batchnorm.surgery.fold.arithmetic import NotRepresentable
 from batchnorm.surgery.fold.branches import merged
-from batchnorm.surgery.fold.gate import Error, Results
 from batchnorm.surgery.fold.network import Call, Kind, Network, Value
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.states import CannotFold

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from batchnorm.models.report import Change, describe
+from batchnorm.models.description import describe
+from batchnorm.models.report import Change
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.prune.channels import Channels
 from batchnorm.surgery.prune.removal import Removal, removal

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from batchnorm import _checks, walk
 from batchnorm.distributed.owners import check_not_reduced, check_not_sharded
-from batchnorm.models import lowering
+from batchnorm.models import gate, lowering
 from batchnorm.models import model_graph as tracing
+from batchnorm.models.description import describe
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.outputs import outputs
 from batchnorm.models.recording import fewer_samples
-from batchnorm.models.report import Change, Result, describe
+from batchnorm.models.report import Change, Result
 from batchnorm.models.selection import Choice as Only
 from batchnorm.models.selection import select
-from batchnorm.surgery.fold import gate
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork
 from batchnorm.surgery.prune.channels import Channels
 from batchnorm.surgery.prune.choice import Choice

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.surgery.fold import fold, gate
+from batchnorm.models import gate
+from batchnorm.models.report import FoldError
+from batchnorm.surgery.fold import fold
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.pytorch import folding
-from batchnorm.surgery.fold.report import FoldError
 from tests.surgery.fold.pytorch.test_fold import IMAGE, assert_equal, trained
 
 

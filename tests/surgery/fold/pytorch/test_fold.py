@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 import batchnorm as bn
-from batchnorm.surgery.fold import count_batch_norms, fold, gate
+from batchnorm.models import gate
+from batchnorm.surgery.fold import count_batch_norms, fold
 
 
 def trained(model: nn.Module, *, positive: bool = False) -> nn.Module:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.surgery.fold import count_batch_norms, fold, gate
+from batchnorm.models import gate
+from batchnorm.surgery.fold import count_batch_norms, fold
 from tests.surgery import networks
 from tests.surgery.fold.pytorch.test_fold import trained
 

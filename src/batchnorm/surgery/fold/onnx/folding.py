@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchnorm.surgery.fold.report import FoldReport
+from batchnorm.models.report import FoldReport
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,8 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from batchnorm.models.report import Change
-from batchnorm.surgery.fold import gate
+from batchnorm.models import gate
+from batchnorm.models.report import Change, FoldError, FoldReport
 from batchnorm.surgery.fold.moves import Shape
 from batchnorm.surgery.fold.onnx.emit import emit
 from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, opset_version, subgraphs
@@ -20,7 +20,6 @@ from batchnorm.surgery.fold.onnx.inputs import feeds_of
 from batchnorm.surgery.fold.onnx.network import NORM, OnnxNetwork
 from batchnorm.surgery.fold.onnx.running import CannotRun, Feeds, Outputs, Runner, exact, is_floating
 from batchnorm.surgery.fold.onnx.trial import try_plan
-from batchnorm.surgery.fold.report import FoldError, FoldReport
 from batchnorm.surgery.fold.search import Search
 
 OLDEST = 7  # earlier versions write batch normalization and addition differently

@@ -9,7 +9,7 @@ import onnx
 from onnx import helper
 from torch import Tensor
 
-from batchnorm.surgery.fold.gate import Results, relative
+from batchnorm.models.gate import Results, relative
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from batchnorm import walk
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.models import lowering
+from batchnorm.models import gate, lowering
 from batchnorm.models import model_graph as tracing
+from batchnorm.models.description import describe
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.outputs import outputs
 from batchnorm.models.recording import fewer_samples
-from batchnorm.models.report import Change, Result, describe
-from batchnorm.surgery.fold import gate
+from batchnorm.models.report import Change, FoldReport, Result
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
 from batchnorm.surgery.fold.pytorch.counting import count_batch_norms
@@ -27,7 +27,6 @@ from batchnorm.surgery.fold.pytorch.emit import Emitter
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork
 from batchnorm.surgery.fold.pytorch.states import TorchLinear
 from batchnorm.surgery.fold.pytorch.trial import try_plan
-from batchnorm.surgery.fold.report import FoldReport
 from batchnorm.surgery.fold.search import Search
 from batchnorm.undo import UndoOnFailure
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node, map_arg
 
+from batchnorm.models.gate import Results
 from batchnorm.surgery.fold.arithmetic import rounded
-from batchnorm.surgery.fold.gate import Results
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork
 from batchnorm.surgery.fold.pytorch.states import TorchLinear, TorchNorm

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from batchnorm.surgery.fold.report import FoldError
+from batchnorm.models.report import FoldError
 
-# The relative error that one fold may make, whatever the original's own error.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# The relative error that one fold may make, whatever the original's own error, by the name of the dtype.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 # A network may amplify the error of a fold. If the whole network's error exceeds this multiple of the bound of one
 # fold, there is another cause.
 AMPLIFICATION = 10.0
@@ -68,23 +68,28 @@ class Error(NamedTuple):
 
 def tolerance_for(given: float | None, dtypes: Iterable[Any]) -> float:
     """Return the given tolerance, or by default the largest tolerance of these dtypes."""
-    return given if given is not None else max((TOLERANCE.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+    names = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return given if given is not None else max((TOLERANCE.get(name, 1e-5) for name in names), default=1e-5)
 
 
 def relative(found: Any, exact: Any) -> float:
     """Return `max|found - exact| / max|exact|`; infinite if shapes differ or only one of two values is finite."""
-    found, exact = (
-        value.double() if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value, np.float64))
-        for value in (found, exact)
-    )
-    finite = exact.isfinite()
-    if found.shape != exact.shape or not torch.equal(finite, found.isfinite()):
+    found, exact = _float64(found), _float64(exact)
+    finite = np.isfinite(exact)
+    if found.shape != exact.shape or not np.array_equal(finite, np.isfinite(found)):
         return float("inf")
     if not finite.any():
         return 0.0
-    largest = exact[finite].abs().max().item()
-    difference = (found[finite] - exact[finite]).abs().max().item()
+    largest = float(np.abs(exact[finite]).max())
+    difference = float(np.abs(found[finite] - exact[finite]).max())
     return difference / largest if largest else difference
+
+
+def _float64(value: Any) -> NDArray[np.float64]:
+    """Return an array, or a tensor of PyTorch, in float64."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().double()
+    return np.asarray(value, np.float64)
 
 
 def check_whole(error: Error, tolerance: float) -> None:

@@ -1,0 +1,16 @@
+"""Describe layers of PyTorch in messages and reports."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from batchnorm.walk import class_of, is_batch_norm, num_channels
+
+
+def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
+    """Return a short description of the layer, such as `BatchNorm2d(64)`, with its own class or the class `kind`."""
+    name = (kind or class_of(layer)).__name__
+    sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
+    if not sizes and is_batch_norm(layer):
+        sizes = [num_channels(layer)]
+    return f"{name}({', '.join(map(str, sizes))})" if sizes else name
