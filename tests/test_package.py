@@ -118,35 +118,40 @@ print(batchnorm.__version__, *batchnorm.__path__)
     assert run.stdout.split() == [batchnorm.__version__, str(ROOT / "src" / "batchnorm")]
 
 
-IMPORT_AND_REPORT = """
+LOADED_BY = """
 import json, sys
-import torch
+{first}
 before = set(sys.modules)
-import batchnorm
-after = set(sys.modules)
-print(json.dumps({
-    "by_torch": sorted(before),
-    "by_batchnorm": sorted(after - before),
-    "cuda_initialized": torch.cuda.is_initialized(),
-}))
+{then}
+print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
 """
 
 
-@pytest.fixture(scope="module")
-def fresh_import():
-    """What `import batchnorm` loads in a process that has already imported torch."""
-    run = subprocess.run([sys.executable, "-c", IMPORT_AND_REPORT], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout)
-
-
-def test_import_loads_nothing_but_torch_and_numpy(fresh_import):
-    packages = {module.partition(".")[0] for module in fresh_import["by_batchnorm"]}
+def loaded_by(then: str, first: str = "") -> tuple[list[str], list[str]]:
+    """The modules that a fresh process has loaded after `first`, and those that `then` adds."""
+    program = LOADED_BY.format(first=first, then=then)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, added = json.loads(run.stdout)
     # The editable install's own import hook is no part of the package.
-    installed_by = {name for name in packages if name.startswith("_editable_")}
-    assert packages - sys.stdlib_module_names - installed_by <= {"batchnorm", "torch", "numpy"}
+    return before, [module for module in added if not module.startswith("_editable_")]
 
 
-def test_import_loads_neither_compilers_nor_the_command_line(fresh_import):
+def test_import_loads_nothing_else():
+    assert loaded_by("import batchnorm")[1] == ["batchnorm", "batchnorm._version"]
+
+
+@pytest.fixture(scope="module")
+def first_use():
+    """What layers and functions that change a model load in a process that has already imported torch."""
+    return loaded_by("from batchnorm import BatchNorm2d, Moments, backends, convert, recalibrate", "import torch")
+
+
+def test_first_use_loads_nothing_but_torch_and_numpy(first_use):
+    packages = {module.partition(".")[0] for module in first_use[1]}
+    assert packages - sys.stdlib_module_names <= {"batchnorm", "torch", "numpy"}
+
+
+def test_first_use_loads_neither_compilers_nor_the_command_line(first_use):
     late = [
         "batchnorm.cli",
         "batchnorm.compare",
@@ -156,17 +161,94 @@ def test_import_loads_neither_compilers_nor_the_command_line(fresh_import):
         "torch.onnx",
         "torch.testing",
     ]
-    loaded = [m for m in fresh_import["by_batchnorm"] if any(f"{m}.".startswith(f"{name}.") for name in late)]
+    loaded = [m for m in first_use[1] if any(f"{m}.".startswith(f"{name}.") for name in late)]
     assert loaded == []
 
 
-def test_import_is_small_beside_torch(fresh_import):
+def test_first_use_is_small_beside_torch(first_use):
     # Modules, not seconds: a count is the same on every machine.
-    assert len(fresh_import["by_batchnorm"]) < len(fresh_import["by_torch"]) / 10
+    by_torch, by_batchnorm = first_use
+    assert len(by_batchnorm) < len(by_torch) / 10
 
 
-def test_import_does_not_initialise_cuda(fresh_import):
-    assert not fresh_import["cuda_initialized"]
+def test_first_use_does_not_initialise_cuda():
+    program = "import torch, batchnorm; batchnorm.backends(); raise SystemExit(torch.cuda.is_initialized())"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_star_import_binds_every_public_name():
+    namespace: dict[str, object] = {}
+    exec("from batchnorm import *", namespace)
+    assert set(namespace) >= PUBLIC_NAMES
+
+
+def test_a_function_is_not_hidden_by_a_module_that_is_imported_later():
+    importlib.import_module("batchnorm.recalibration.recalibrate")
+    importlib.import_module("batchnorm.doctor.watch.watcher")
+    assert callable(batchnorm.recalibrate) and callable(batchnorm.doctor.watch)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(batchnorm, "BatchNorm4d")
+
+
+WITHOUT = """
+import doctest, importlib, inspect, json, sys
+for framework in {missing}:
+    sys.modules[framework] = None  # as if it were not installed
+import batchnorm
+errors = {{}}
+for name in {names}:
+    try:
+        exec(f"from batchnorm import {{name}}")
+    except Exception as error:
+        errors[name] = [type(error).__name__, getattr(error, "name", ""), str(error)]
+listed = [name for name, _ in inspect.getmembers(batchnorm)]
+doctest.DocTestFinder().find(batchnorm)
+for module in {modules}:
+    importlib.import_module(module)
+print(json.dumps([errors, listed]))
+"""
+FRAMEWORKS = ["torch", "jax", "jaxlib", "flax", "keras", "tensorflow"]
+# Modules that need no framework, with those that they share with the rooms of JAX and Keras.
+FRAMEWORK_FREE = ["files", "importing", "page", "reference", "text"]
+
+
+@pytest.fixture(scope="module")
+def without_frameworks():
+    """The errors of public names in a process without any framework, and the names that it lists."""
+    program = WITHOUT.format(
+        missing=FRAMEWORKS,
+        names=sorted(PUBLIC_NAMES),
+        modules=[f"batchnorm.{name}" for name in FRAMEWORK_FREE],
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_without_torch_a_name_says_what_to_install(without_frameworks):
+    errors, _ = without_frameworks
+    assert set(errors) == PUBLIC_NAMES - {"__version__"}
+    for name, error in errors.items():
+        sentence = f"batchnorm.{name} needs PyTorch, which is not installed; run pip install 'batchnorm[torch]'."
+        assert error == ["MissingFrameworkError", "torch", sentence]
+
+
+def test_without_torch_only_names_that_can_be_imported_are_listed(without_frameworks):
+    _, listed = without_frameworks
+    assert {"__version__", "reference"} <= set(listed)
+    assert not set(listed) & (PUBLIC_NAMES - {"__version__"})
+
+
+def test_without_torch_the_command_line_says_what_to_install():
+    missing = f"import sys; sys.modules.update(dict.fromkeys({FRAMEWORKS}))"
+    program = f"{missing}; from batchnorm.cli import main; main(['inspect', 'torch.nn:Identity'])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "batchnorm: this command needs PyTorch, which is not installed; run pip install 'batchnorm[torch]'.\n"
+    )
 
 
 def python_examples(page: Path) -> list[tuple[int, str]]:

@@ -1,35 +1,85 @@
-"""Batch normalization for PyTorch: exact layers, and tools to check, recalibrate, convert and fold them."""
+"""Batch normalization for PyTorch, Keras and JAX: exact layers, and tools to check, recalibrate, convert and fold them.
 
-from importlib import import_module as _import_module
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+Importing this package loads no framework. Each name is imported when it is first used.
+"""
 
-from batchnorm import functional, nn
 from batchnorm._version import __version__
-from batchnorm.moments import Moments
-from batchnorm.nn import *  # noqa: F403  (the names in nn.__all__, which are added to ours below)
-from batchnorm.ops import backends
-from batchnorm.recalibrate import recalibrate
-from batchnorm.surgery import (
-    accelerate,
-    convert,
-    drop_redundant_bias,
-    fold,
-    fold_onnx,
-    freeze,
-    insert_batchnorm,
-    parameter_groups,
-    unfreeze,
-)
 
-if _TYPE_CHECKING:
-    from batchnorm.doctor import diagnose, watch
+TYPE_CHECKING = False  # type checkers read it as true; typing's own would take longer to import than this package
+if TYPE_CHECKING:
+    from batchnorm import compare as compare
+    from batchnorm import doctor as doctor
+    from batchnorm import functional as functional
+    from batchnorm import integrations as integrations
+    from batchnorm import moments as moments
+    from batchnorm import nn as nn
+    from batchnorm import ops as ops
+    from batchnorm import recalibration as recalibration
+    from batchnorm import reference as reference
+    from batchnorm import standardize as standardize
+    from batchnorm import surgery as surgery
+    from batchnorm.doctor.diagnose import diagnose
+    from batchnorm.doctor.watch import watch
+    from batchnorm.moments import Moments
+    from batchnorm.nn import *
+    from batchnorm.ops import backends
+    from batchnorm.recalibration import recalibrate
     from batchnorm.standardize import Standardizer
+    from batchnorm.surgery import (
+        accelerate,
+        convert,
+        drop_redundant_bias,
+        fold,
+        fold_onnx,
+        freeze,
+        insert_batchnorm,
+        parameter_groups,
+        unfreeze,
+    )
     from batchnorm.surgery.prune import prune_channels
 
 __all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "BatchRenorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "ConditionalBatchNorm",
+    "ConditionalBatchNorm1d",
+    "ConditionalBatchNorm2d",
+    "ConditionalBatchNorm3d",
+    "DecorrelatedBatchNorm",
+    "DecorrelatedBatchNorm1d",
+    "DecorrelatedBatchNorm2d",
+    "DecorrelatedBatchNorm3d",
+    "DomainBatchNorm",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
+    "FrozenBatchNorm",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "FrozenBatchNormAct1d",
+    "FrozenBatchNormAct2d",
+    "FrozenBatchNormAct3d",
+    "GhostBatchNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "Moments",
+    "PaperSchedule",
     "Standardizer",
+    "SyncBatchNorm",
     "__version__",
     "accelerate",
     "backends",
@@ -41,34 +91,77 @@ __all__ = [
     "freeze",
     "functional",
     "insert_batchnorm",
+    "join",
+    "keep_domain",
+    "microbatch_momentum",
+    "momentum_per_microbatch",
     "nn",
     "parameter_groups",
     "prune_channels",
     "recalibrate",
     "unfreeze",
+    "update_running_stats",
+    "use_domain",
     "watch",
 ]
-__all__ += nn.__all__
 
+# Modules that are reachable without an import of their own. Star imports bind those in `__all__`.
+_MODULES = (
+    "compare",
+    "doctor",
+    "functional",
+    "integrations",
+    "moments",
+    "nn",
+    "ops",
+    "recalibration",
+    "reference",
+    "standardize",
+    "surgery",
+)
+_WITHOUT_TORCH = {"__version__", "reference"}
 
-# Imported when first used, so that `import batchnorm` stays fast.
-_LATE = {
-    "Standardizer": "batchnorm.standardize",
-    "diagnose": "batchnorm.doctor",
-    "prune_channels": "batchnorm.surgery.prune",
-    "watch": "batchnorm.doctor",
+# The module of each name; every other name is in `batchnorm.nn`.
+_HOMES = {
+    "Moments": "moments",
+    "Standardizer": "standardize",
+    "accelerate": "surgery",
+    "backends": "ops",
+    "convert": "surgery",
+    "diagnose": "doctor",
+    "drop_redundant_bias": "surgery",
+    "fold": "surgery",
+    "fold_onnx": "surgery",
+    "freeze": "surgery",
+    "insert_batchnorm": "surgery",
+    "parameter_groups": "surgery",
+    "prune_channels": "surgery.prune",
+    "recalibrate": "recalibration",
+    "unfreeze": "surgery",
+    "watch": "doctor",
 }
 
+if not TYPE_CHECKING:  # type checkers would accept every name
 
-def __getattr__(name: str) -> _Any:
-    """Import a name when it is first used."""
-    if name in _LATE:
-        return getattr(_import_module(_LATE[name]), name)
-    if name == "doctor":
-        return _import_module("batchnorm.doctor")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        """Import a name when it is first used."""
+        if name not in _MODULES and name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        from batchnorm._frameworks import required_by
+
+        with required_by(f"{__name__}.{name}"):
+            if name in _MODULES:
+                return import_module(f"{__name__}.{name}")
+            home = import_module(f"{__name__}.{_HOMES.get(name, 'nn')}")
+        globals()[name] = value = getattr(home, name)
+        return value
 
 
 def __dir__() -> list[str]:
-    """List all names, including those that are imported when first used."""
-    return sorted({*globals(), *__all__})
+    """List all names that can be imported. Without PyTorch, those that need it are left out."""
+    from batchnorm._frameworks import is_installed
+
+    names = {*_MODULES, *__all__}
+    return sorted({*globals(), *(names if is_installed("torch") else names & _WITHOUT_TORCH)})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import batchnorm  # noqa: F401  (defines the operators)
+import batchnorm.ops  # noqa: F401  (defines the operators)
 from batchnorm.ops.schemas import SCHEMAS
 
 ops = torch.ops.batchnorm

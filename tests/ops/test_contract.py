@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import batchnorm  # noqa: F401  (defines the operators)
+import batchnorm.ops  # noqa: F401  (defines the operators)
 from batchnorm import reference
 from tests.cases import ACTIVATIONS, CASES, EPS, KINKS, NEGATIVE_SLOPE, SMOOTH, Case, ids
 from tests.ops import implementations

@@ -6,6 +6,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from batchnorm._frameworks import MissingFrameworkError, required_by
+
 EXTRA = ("click",)
 USAGE = 2
 INTERNAL = 3
@@ -25,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with lossy_streams(), exits_at_signals():
         try:
-            code = _run(None if arguments is None else list(arguments))
+            with required_by("this command"):
+                code = _run(None if arguments is None else list(arguments))
+        except MissingFrameworkError as error:
+            print(f"batchnorm: {error}", file=sys.stderr)
+            code = USAGE
         except Exception:  # Python's own exit code would be 1, which stands for findings
             traceback.print_exc()
             code = INTERNAL

@@ -71,7 +71,7 @@ def recalibrate(
     """
     import torch
 
-    from batchnorm.recalibrate import recalibrate as recalibrate_network
+    from batchnorm.recalibration import recalibrate as recalibrate_network
 
     usage_error = usage_errors_of(ctx)
     check_output(output, overwrite, usage_error)

@@ -29,8 +29,8 @@ from batchnorm.models.progress import bar
 from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
 from batchnorm.models.selection import Choice, select
 from batchnorm.models.uncompiled import eager
-from batchnorm.recalibrate.passes import Measured, Run, sequential, single
-from batchnorm.recalibrate.rereading import RepeatableBatches
+from batchnorm.recalibration.passes import Measured, Run, sequential, single
+from batchnorm.recalibration.rereading import RepeatableBatches
 from batchnorm.undo import UndoOnFailure, overwrite, restorer
 from batchnorm.walk import Found, check_has_values, copied, is_frozen, norm_layers, restored, set_mode
 

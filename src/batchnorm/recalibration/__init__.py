@@ -1,6 +1,6 @@
 """Population statistics for a trained model."""
 
 from batchnorm.models.report import LayerStatistics, Recalibration
-from batchnorm.recalibrate.recalibrate import recalibrate
+from batchnorm.recalibration.recalibrate import recalibrate
 
 __all__ = ["LayerStatistics", "Recalibration", "recalibrate"]

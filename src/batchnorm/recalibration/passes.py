@@ -17,9 +17,9 @@ from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import keep_domain
-from batchnorm.recalibrate.memory import Alive
-from batchnorm.recalibrate.paused import Paused, Stopped
-from batchnorm.recalibrate.rereading import RepeatableBatches
+from batchnorm.recalibration.memory import Alive
+from batchnorm.recalibration.paused import Paused, Stopped
+from batchnorm.recalibration.rereading import RepeatableBatches
 from batchnorm.walk import Found
 
 # The limit on threads. Each waiting pass is a thread, which starts its own pool of torch's threads.

@@ -23,7 +23,7 @@ from batchnorm.nn.frozen import FrozenBatchNorm2d
 from batchnorm.nn.ghost import GhostBatchNorm2d
 from batchnorm.nn.renorm import BatchRenorm2d
 from batchnorm.nn.sync import SyncBatchNorm
-from batchnorm.recalibrate import recalibrate
+from batchnorm.recalibration import recalibrate
 
 SIZES = (7, 16, 1, 9)  # one of a single sample, which has many pixels
 

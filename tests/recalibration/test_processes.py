@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from batchnorm.recalibrate import recalibrate
-from tests.recalibrate.test_recalibrate import assert_as_before, batches, network, snapshot
+from batchnorm.recalibration import recalibrate
+from tests.recalibration.test_recalibrate import assert_as_before, batches, network, snapshot
 
 SHARES = {"ragged": (slice(0, 3), slice(3, 4)), "empty": (slice(0, 0), slice(0, 4))}
 

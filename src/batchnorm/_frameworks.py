@@ -1,0 +1,40 @@
+"""The frameworks that this library supports. None of them is required, and each is an extra of the same name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+_NAMES = {"torch": "PyTorch", "jax": "JAX", "flax": "Flax", "keras": "Keras"}
+
+
+class MissingFrameworkError(ModuleNotFoundError):
+    """A framework is not installed; `name` is its module, and the message says how to install it."""
+
+
+def is_installed(framework: str) -> bool:
+    """Return whether the framework can be imported, without importing it."""
+    return sys.modules.get(framework) is not None or find_spec(framework) is not None
+
+
+@contextmanager
+def required_by(what: str) -> Iterator[None]:
+    """Name the extra to install if an import within the block does not find a framework.
+
+    Args:
+        what: What is imported, such as `batchnorm.nn`.
+
+    Raises:
+        MissingFrameworkError: a framework was not found.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _NAMES or isinstance(error, MissingFrameworkError):
+            raise
+        raise MissingFrameworkError(
+            f"{what} needs {_NAMES[error.name]}, which is not installed; run pip install 'batchnorm[{error.name}]'.",
+            name=error.name,
+        ) from error
