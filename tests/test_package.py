@@ -211,7 +211,18 @@ print(json.dumps([errors, listed]))
 """
 FRAMEWORKS = ["torch", "jax", "jaxlib", "flax", "keras", "tensorflow"]
 # Modules that need no framework, with those that they share with the rooms of JAX and Keras.
-FRAMEWORK_FREE = ["files", "importing", "page", "reference", "text"]
+FRAMEWORK_FREE = [
+    "_options",
+    "files",
+    "importing",
+    "models.gate",
+    "models.progress",
+    "models.report",
+    "models.selection",
+    "page",
+    "reference",
+    "text",
+]
 
 
 @pytest.fixture(scope="module")

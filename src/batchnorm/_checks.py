@@ -1,19 +1,15 @@
-"""Checks of arguments. Each error states the requirement, the value received, and the fix."""
+"""Checks of tensors and modules. Each error states the requirement, the value received, and the fix."""
 
 from __future__ import annotations
 
 import math
-import operator
 import re
 import warnings
-from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-ON_NONFINITE = ("propagate", "skip")
-ON_SINGLE = ("error", "running")
 CHANNEL_DIMS = (1, -1)
 
 CAPTURED_STATISTICS = (
@@ -26,9 +22,6 @@ _NO_VARIANCE = (
     "One value has no variance: use a larger batch, on_single='running' (normalizes by the running statistics), or "
     "evaluation mode."
 )
-
-# The smallest positive eps, so that 1/sqrt(eps) times a weight fits float32.
-LEAST_EPS = 1e-70
 
 # The bounds of a mask's largest weight. Within them, weighted sums of ordinary values fit float32.
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
@@ -47,70 +40,9 @@ _LAYER_FOR_DIMS = {
 }
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return the class of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
-
-
 def check_module(caller: str, model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
-
-
-def as_integer(value: object) -> int | None:
-    """Return an integer of any type, such as NumPy's, as an int; None for booleans and everything else."""
-    if isinstance(value, int):
-        return None if isinstance(value, bool) else value
-    if str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-
-
-def checked_integer(caller: str, name: str, value: object, least: int, hint: str) -> int:
-    """Return an argument as an int; it must be an integer and not below `least`."""
-    number = as_integer(value)
-    if number is None:
-        raise TypeError(f"{caller} expects {name} to be an int, got {value!r} ({type(value).__name__}). {hint}")
-    if number < least:
-        raise ValueError(f"{caller} expects {name} >= {least}, got {number}. {hint}")
-    return number
-
-
-def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
-    if eps >= LEAST_EPS or (zero_allowed and eps == 0.0):
-        return
-    if eps > 0.0:
-        raise ValueError(
-            f"{caller} expects eps of at least {LEAST_EPS:g}, got {eps}. For a constant channel, 1/sqrt(eps) must fit "
-            "float32; the usual value is 1e-5."
-        )
-    raise ValueError(
-        f"{caller} expects eps > 0, got {eps}. It keeps 1/sqrt(var + eps) finite if a channel is constant; "
-        "the usual value is 1e-5."
-    )
-
-
-def check_alpha(caller: str, alpha: float) -> None:
-    if not -math.inf < alpha < math.inf:
-        raise ValueError(f"{caller} expects alpha to be a finite number, got {alpha}. The usual value is 1.")
-
-
-def check_momentum(layer: str, momentum: float | None) -> None:
-    if momentum is None or 0.0 <= momentum <= 1.0:
-        return
-    raise ValueError(
-        f"{layer} expects momentum in [0, 1] or None, got {momentum}. It is the weight of the new batch, "
-        "1 minus the momentum of Keras and Flax; None gives the cumulative average."
-    )
-
-
-def check_choice(caller: str, name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{caller} expects {name} to be one of {listed}, got {value!r}. Choose one of them.")
 
 
 def check_channel_dim(caller: str, channel_dim: int) -> None:

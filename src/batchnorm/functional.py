@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from batchnorm import _checks, ops
+from batchnorm import _checks, _options, ops
 from batchnorm.ops.eager import values_per_channel
 
 __all__ = ["batch_norm"]
@@ -127,12 +127,12 @@ def batch_norm(
     _checks.check_input(caller, input, channel_dim)
     if input.dim() == 1:  # [0], without samples and channels, which torch accepts
         return input.clone()
-    _checks.check_eps(caller, eps, zero_allowed=not training)
-    _checks.check_choice(caller, "activation", activation, ops.ACTIVATIONS)
-    _checks.check_alpha(caller, alpha)
+    _options.check_eps(caller, eps, zero_allowed=not training)
+    _options.check_choice(caller, "activation", activation, ops.ACTIVATIONS)
+    _options.check_alpha(caller, alpha)
     parameter = ops.parameter_of(activation, negative_slope=negative_slope, alpha=alpha)
-    _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
-    _checks.check_choice(caller, "on_single", on_single, _checks.ON_SINGLE)
+    _options.check_choice(caller, "on_nonfinite", on_nonfinite, _options.ON_NONFINITE)
+    _options.check_choice(caller, "on_single", on_single, _options.ON_SINGLE)
     _checks.check_running(caller, running_mean, running_var, needed=not training, on_single=on_single)
     updates = training and update_running_stats and running_mean is not None
     if updates:

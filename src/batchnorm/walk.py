@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
-from batchnorm._checks import in_one_line
+from batchnorm._options import in_one_line
 from batchnorm.foreign import foreign_eps
 from batchnorm.undo import Steps, Undo, flags_of, package_of, put_back_flags, restorer
 

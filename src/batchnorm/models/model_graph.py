@@ -14,7 +14,7 @@ from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 
 from batchnorm import walk
-from batchnorm._checks import in_one_line
+from batchnorm._options import in_one_line
 from batchnorm.foreign import foreign_eps
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm._checks import in_one_line
+from batchnorm._options import in_one_line
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference, outputs
 from batchnorm.walk import check_has_values, set_mode

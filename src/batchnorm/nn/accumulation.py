@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from batchnorm import _checks
+from batchnorm import _options
 from batchnorm.nn.statistics import LayerSetting
 from batchnorm.walk import is_batch_norm_class
 
@@ -37,8 +37,8 @@ def momentum_per_microbatch(momentum: float | None, k: int) -> float | None:
         >>> round((1 - momentum_per_microbatch(0.1, 4)) ** 4, 12)
         0.9
     """
-    _checks.check_momentum("momentum_per_microbatch", momentum)
-    k = _checks.checked_integer("momentum_per_microbatch", "k", k, 1, _HINT)
+    _options.check_momentum("momentum_per_microbatch", momentum)
+    k = _options.checked_integer("momentum_per_microbatch", "k", k, 1, _HINT)
     if momentum is None or momentum == 1.0:
         return momentum
     return -math.expm1(math.log1p(-momentum) / k)
@@ -70,7 +70,7 @@ class microbatch_momentum(LayerSetting):
     """
 
     def __init__(self, model: torch.nn.Module, k: int) -> None:
-        k = _checks.checked_integer("microbatch_momentum", "k", k, 1, _HINT)
+        k = _options.checked_integer("microbatch_momentum", "k", k, 1, _HINT)
         layers = [(path, module) for path, module in model.named_modules() if is_batch_norm_class(type(module))]
         if not layers:
             raise ValueError(
@@ -78,5 +78,5 @@ class microbatch_momentum(LayerSetting):
                 "Other normalizations keep no running statistics: leave this call out."
             )
         for path, layer in layers:
-            _checks.check_momentum(f"microbatch_momentum, at {path or 'the model'!r},", layer.momentum)
+            _options.check_momentum(f"microbatch_momentum, at {path or 'the model'!r},", layer.momentum)
         super().__init__("momentum", [(layer, momentum_per_microbatch(layer.momentum, k)) for _, layer in layers])

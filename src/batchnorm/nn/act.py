@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from batchnorm import _checks, ops
+from batchnorm import _options, ops
 from batchnorm.nn.layer import NormLayer
 
 
@@ -18,8 +18,8 @@ class _BatchNormAct(NormLayer):
         activation: str = "relu", negative_slope: float = 0.01,
         alpha: float = 1.0,
     ) -> None:  # fmt: skip
-        _checks.check_choice(self.layer_name, "activation", activation, ops.ACTIVATIONS)
-        _checks.check_alpha(self.layer_name, alpha)
+        _options.check_choice(self.layer_name, "activation", activation, ops.ACTIVATIONS)
+        _options.check_alpha(self.layer_name, alpha)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,

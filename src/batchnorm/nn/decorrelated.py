@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from batchnorm import _checks
+from batchnorm import _checks, _options
 from batchnorm.nn.layer import NormLayer
 from batchnorm.ops import eager, whitening
 
@@ -94,9 +94,9 @@ def decorrelated_batch_norm(
     _checks.check_input(caller, x, channel_dim)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
-    _checks.check_eps(caller, eps)
-    _checks.check_choice(caller, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
-    _checks.check_choice(caller, "on_single", on_single, _checks.ON_SINGLE)
+    _options.check_eps(caller, eps)
+    _options.check_choice(caller, "on_nonfinite", on_nonfinite, _options.ON_NONFINITE)
+    _options.check_choice(caller, "on_single", on_single, _options.ON_SINGLE)
     group_size, iterations = _checked_options(caller, group_size, iterations)
     _checks.check_running(
         caller,
@@ -183,9 +183,9 @@ def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
 
 def _checked_options(caller: str, group_size: int, iterations: int) -> tuple[int, int]:
     hint = "It is the number of channels that are whitened together; 64 is common."
-    group_size = _checks.checked_integer(caller, "group_size", group_size, 1, hint)
+    group_size = _options.checked_integer(caller, "group_size", group_size, 1, hint)
     hint = "It is the number of Newton steps; 5 is common."
-    return group_size, _checks.checked_integer(caller, "iterations", iterations, 1, hint)
+    return group_size, _options.checked_integer(caller, "iterations", iterations, 1, hint)
 
 
 def _check_whitening_shape(caller: str, channels: int, matrices: Tensor | None, group_size: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import _checks
+from batchnorm import _options
 from batchnorm.nn.rows import PlainBatchNorm, RowsLayer, checked_number_of_rows, checked_row
 
 
@@ -105,7 +105,7 @@ def use_domain(domain: int | Tensor) -> Iterator[None]:
         >>> model[1].num_batches_tracked
         tensor([0, 1])
     """
-    chosen = domain if isinstance(domain, Tensor) else _checks.as_integer(domain)
+    chosen = domain if isinstance(domain, Tensor) else _options.as_integer(domain)
     if chosen is None:
         raise TypeError(
             f"use_domain expects an int or an int64 tensor [N], got {domain!r} ({type(domain).__name__}). "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import _checks
+from batchnorm import _options
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
 
@@ -24,7 +24,7 @@ class _GhostBatchNorm(PartsLayer):
         ghost_size: int = 32,
     ) -> None:  # fmt: skip
         hint = "Pass the number of samples that are normalized together."
-        ghost_size = _checks.checked_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
+        ghost_size = _options.checked_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,

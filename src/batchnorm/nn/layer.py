@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import init
 
-from batchnorm import _checks, functional
+from batchnorm import _checks, _options, functional
 
 
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
@@ -35,7 +35,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
     ) -> None:  # fmt: skip
         hint = "Pass the number of channels C of its input."
-        num_features = _checks.checked_integer(self.layer_name, "num_features", num_features, 0, hint)
+        num_features = _options.checked_integer(self.layer_name, "num_features", num_features, 0, hint)
         self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._set_options(bias, on_nonfinite, on_single, channel_dim)
@@ -51,10 +51,10 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         self, eps: float, momentum: float | None, track_running_stats: bool, on_nonfinite: str, on_single: str,
         channel_dim: int,
     ) -> None:  # fmt: skip
-        _checks.check_eps(self.layer_name, eps)
-        _checks.check_momentum(self.layer_name, momentum)
-        _checks.check_choice(self.layer_name, "on_nonfinite", on_nonfinite, _checks.ON_NONFINITE)
-        _checks.check_choice(self.layer_name, "on_single", on_single, _checks.ON_SINGLE)
+        _options.check_eps(self.layer_name, eps)
+        _options.check_momentum(self.layer_name, momentum)
+        _options.check_choice(self.layer_name, "on_nonfinite", on_nonfinite, _options.ON_NONFINITE)
+        _options.check_choice(self.layer_name, "on_single", on_single, _options.ON_SINGLE)
         _checks.check_channel_dim(self.layer_name, channel_dim)
         if on_single == "running" and not track_running_stats:
             raise ValueError(

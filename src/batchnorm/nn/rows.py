@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from batchnorm import _checks, functional, ops
+from batchnorm import _checks, _options, functional, ops
 from batchnorm.nn import batch
 from batchnorm.nn.layer import NormLayer
 from batchnorm.ops.eager import values_per_channel
@@ -216,7 +216,7 @@ def _one_row(t: Tensor | None) -> Tensor | None:
 
 def checked_number_of_rows(requirement: str, rows: object, hint: str) -> int:
     """Return a number of rows as an int; it must be at least 1."""
-    number = _checks.as_integer(rows)
+    number = _options.as_integer(rows)
     if number is None or number < 1:
         raise ValueError(f"{requirement}, got {rows!r}. {hint}")
     return number
@@ -224,7 +224,7 @@ def checked_number_of_rows(requirement: str, rows: object, hint: str) -> int:
 
 def checked_row(caller: str, name: str, row: object, rows: int) -> int:
     """Return a row as an int; it must be in `[0, rows)`."""
-    number = _checks.as_integer(row)
+    number = _options.as_integer(row)
     if number is None:
         raise TypeError(
             f"{caller} expects {name} to be an int or an int64 tensor [N], got {row!r} ({type(row).__name__}). "

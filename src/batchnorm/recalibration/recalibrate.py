@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm import _checks
+from batchnorm import _checks, _options
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of
 from batchnorm.models.description import describe
@@ -174,8 +174,8 @@ def _check_arguments(
 ) -> None:
     _checks.check_module(_CALLER, model)
     check_has_values(_CALLER, model)
-    _checks.check_choice(_CALLER, "passes", passes, ("single", "sequential"))
-    _checks.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
+    _options.check_choice(_CALLER, "passes", passes, ("single", "sequential"))
+    _options.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
     if not 0 <= prior < math.inf:
         raise ValueError(
             f"{_CALLER} expects a finite prior >= 0, got {prior}. It is the weight of the former statistics, as a "
@@ -365,5 +365,6 @@ def _write(found: Found, statistics: Statistics, batches: int, undo: UndoOnFailu
         except RuntimeError as error:
             raise ValueError(
                 f"{_CALLER} expects running statistics that can be written, got {name} of {found.path!r} with "
-                f"{_checks.in_one_line(error).rstrip('.')}. Give the layer a copy: layer.{name} = layer.{name}.clone()."
+                f"{_options.in_one_line(error).rstrip('.')}. Give the layer a copy: "
+                f"layer.{name} = layer.{name}.clone()."
             ) from error

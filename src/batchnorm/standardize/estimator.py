@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchnorm import _checks
+from batchnorm import _options
 from batchnorm.models.processes import Processes
 from batchnorm.nn import frozen
 from batchnorm.standardize import data
@@ -105,7 +105,7 @@ class Standardizer(Estimator):
 
         If any of the data are invalid, the earlier measurements do not change.
         """
-        _checks.check_choice("Standardizer", "nan_policy", self.nan_policy, _NAN_POLICIES)
+        _options.check_choice("Standardizer", "nan_policy", self.nan_policy, _NAN_POLICIES)
         names = self._names_of(X)
         if data.is_batches(X):
             if sample_weight is not None:
@@ -294,12 +294,12 @@ class Standardizer(Estimator):
         mean = torch.from_numpy(self.mean_) if self.with_mean else torch.zeros_like(scale)
         dtype = dtype or torch.get_default_dtype()
         number = torch.finfo(dtype)
-        least = max(number.smallest_normal, _checks.LEAST_EPS / _EPS_SHARE)
+        least = max(number.smallest_normal, _options.LEAST_EPS / _EPS_SHARE)
         var = scale.square().clamp(least, number.max / 4)
         weight = torch.where(var == scale.square(), 1.0, var.sqrt() / scale)
         _check_representable(mean, scale, weight, dtype)
         # The layer adds eps > 0 to the variance, so subtract it first. It is far below the rounding.
-        eps = max(var.min().item() * _EPS_SHARE, _checks.LEAST_EPS)
+        eps = max(var.min().item() * _EPS_SHARE, _options.LEAST_EPS)
         kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
         affine = bool((weight != 1).any())
         layer = kind(self.n_features_in_, eps=eps, affine=affine, bias=False, device=device, dtype=dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from batchnorm import _checks
+from batchnorm import _options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,7 +54,7 @@ class Estimator:
                 call of this method, scikit-learn's setting applies (`sklearn.set_config(transform_output=...)`).
         """
         if transform is not None:
-            _checks.check_choice("Standardizer.set_output", "transform", transform, _OUTPUTS)
+            _options.check_choice("Standardizer.set_output", "transform", transform, _OUTPUTS)
             self._sklearn_output_config = {"transform": transform}  # scikit-learn's clone copies this name
         return self
 

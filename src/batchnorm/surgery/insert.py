@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import _checks, walk
+from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
 from batchnorm.models.batches import Forward, check_data, default_forward, device_of, own_copy
 from batchnorm.models.outputs import check_unchanged
@@ -207,6 +207,6 @@ def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | No
         except Exception as error:
             raise ValueError(
                 f"{_CALLER} expects a model that only calls the chosen modules, got "
-                f"{type(model).__name__}, which raised {_checks.in_one_line(error)}. Choose other modules."
+                f"{type(model).__name__}, which raised {_options.in_one_line(error)}. Choose other modules."
             ) from error
     check_unchanged(_CALLER, before, after, "Some code in it reads a chosen module without calling it")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm import _checks, walk
+from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models.description import describe
 from batchnorm.models.inputs import Inputs, evaluate
@@ -140,8 +140,8 @@ def _why_left(layer: nn.Module) -> str:
     if "forward" in vars(layer):
         return "has its own forward instead of its class's"
     try:
-        _checks.check_eps(kind.__name__, layer.eps)  # type: ignore[arg-type]
-        _checks.check_momentum(kind.__name__, layer.momentum)  # type: ignore[arg-type]
+        _options.check_eps(kind.__name__, layer.eps)  # type: ignore[arg-type]
+        _options.check_momentum(kind.__name__, layer.momentum)  # type: ignore[arg-type]
     except ValueError as error:
         return str(error)
     return ""
@@ -208,7 +208,7 @@ def _disagreement(module: nn.Module, call: Inputs) -> str:
             with _isolated(module, call, training) as inputs:
                 found = inputs.call(module.forward)
         except Exception as error:
-            return f"raises {_checks.in_one_line(error)}"
+            return f"raises {_options.in_one_line(error)}"
         differs = difference(expected, found)
         if not differs.is_rounding:
             return f"differs by {differs.relative:.1e} {'in training' if training else 'in evaluation'}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import _checks, walk
+from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_reduced, check_not_sharded
 from batchnorm.models import gate, lowering
 from batchnorm.models import model_graph as tracing
@@ -206,7 +206,7 @@ def _checked(
     except Exception as error:
         raise PruneError(
             f"{_CALLER} expects a model that runs with fewer channels, but the pruned one raised "
-            f"{_checks.in_one_line(error)}. Its forward may contain numbers of channels, or call other layers in "
+            f"{_options.in_one_line(error)}. Its forward may contain numbers of channels, or call other layers in "
             "training or for other sizes: leave out the layers concerned with only=. Nothing was changed."
         ) from error
     if zeroed is None:
