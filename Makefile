@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test experiments bench bench-quick bench-gpu sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
+.PHONY: help setup demo test experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,17 @@ bench: setup ## benchmark this library and others on this CPU, and write the doc
 
 bench-gpu: setup ## benchmark this library and torch on this machine's GPU (less than eight minutes)
 	$(BIN)/python -m benchmarks gpu
+
+# The oldest Triton that the kernels support, beside the pinned one.
+OLDEST_TRITON := build/triton-3.6.0
+
+$(OLDEST_TRITON): $(STAMP)
+	rm -rf $@
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==$(patsubst build/triton-%,%,$@)
+	@touch $@
+
+gpu-static: setup $(OLDEST_TRITON) ## compile all GPU kernels without a GPU, and write their registers and instructions
+	$(BIN)/python -m benchmarks gpu-static --triton $(OLDEST_TRITON)
 
 bench-quick: setup ## check that the benchmarks run; their figures mean nothing
 	$(BIN)/python -m benchmarks --quick

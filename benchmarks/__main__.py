@@ -122,7 +122,7 @@ def main(
     """Measure batch normalization on this machine's CPU, and write tables and pictures.
 
     Without SECTIONS, measure all of them. Results go to benchmarks/results and docs/images. For a GPU, run
-    `python -m benchmarks gpu`.
+    `python -m benchmarks gpu`. Without one, `python -m benchmarks gpu-static` compiles its kernels.
     """
     torch.set_num_threads(threads)
     if quick:
@@ -153,4 +153,8 @@ def main(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["gpu"]:
         gpu_command.main(sys.argv[2:], prog_name="python -m benchmarks gpu")
+    if sys.argv[1:2] == ["gpu-static"]:
+        from benchmarks.gpu.static import command as static_command  # imports Triton, which not every platform has
+
+        static_command.main(sys.argv[2:], prog_name="python -m benchmarks gpu-static")
     main()

@@ -147,12 +147,7 @@ def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path(__file__).parents[1] / "results",
-    help="Directory of gpu.csv.",
-)
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Directory of gpu.csv.")
 @click.option(
     "--tune", "tuning", is_flag=True, help="Find the kernels' fastest settings and write their table instead."
 )

@@ -1,0 +1,1 @@
+"""Properties of the compiled kernels that need no GPU: registers, spills and instructions a value."""
