@@ -11,6 +11,7 @@ from .tiles import (
     load,
     load_rows,
     load_weights,
+    product,
     program,
     span,
     store,
@@ -158,7 +159,7 @@ def backward_once_kernel(
     store(dz_ptr, offset, dz, mask)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
     sum_dz = total(dz, ROWS)
-    sum_dz_xhat = total(dz * deviation, ROWS) * invstd
+    sum_dz_xhat = total(product(dz, deviation), ROWS) * invstd
     tl.store(sum_dz_ptr + channel, sum_dz, valid)
     tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, valid)
     share = scale / values

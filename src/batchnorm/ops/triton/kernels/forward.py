@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .moments import rounded_pair
 from .pointwise import activate, coefficients, preactivation, scale_and_shift, vector
-from .tiles import SIZES, channels_of, load, load_rows, program, span, store, tile, total
+from .tiles import SIZES, channels_of, load, load_rows, product, program, span, store, tile, total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -50,7 +50,7 @@ def forward_once_kernel(
     mean_low = total(tl.where(mask, x - mean, 0.0), ROWS) / values
     mean, mean_low = rounded_pair(mean, mean_low, x_ptr.dtype.element_ty)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
-    var = tl.div_rn(total(deviation * deviation, ROWS), tl.zeros_like(mean) + values)
+    var = tl.div_rn(total(product(deviation, deviation), ROWS), tl.zeros_like(mean) + values)
     tl.store(mean_ptr + channel, mean, valid)
     tl.store(mean_low_ptr + channel, mean_low, valid)
     tl.store(var_ptr + channel, var, valid)

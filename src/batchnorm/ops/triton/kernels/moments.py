@@ -7,7 +7,7 @@ of all programs are merged by the formula of Chan, Golub and LeVeque.
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, channels_of, group_of_splits, largest, load, load_weights, program, span, tile, total
+from .tiles import SIZES, channels_of, group_of_splits, largest, load, load_weights, product, program, span, tile, total
 
 
 @triton.jit
@@ -24,9 +24,9 @@ def join(count, pivot, first, second, ROWS: tl.constexpr):
     divisor = tl.where(n > 0.0, n, 1.0)
     near = largest(tl.where(count > 0.0, pivot, float("-inf")), ROWS)
     near = tl.where(n > 0.0, near, 0.0)
-    mean = near + total(count * ((pivot - near) + own), ROWS) / divisor
+    mean = near + total(product(count, (pivot - near) + own), ROWS) / divisor
     deviation = (pivot - mean) + own
-    mean_low = total(count * deviation, ROWS) / divisor
+    mean_low = total(product(count, deviation), ROWS) / divisor
     deviation -= mean_low
     return n, mean, mean_low, total(second + count * deviation * deviation, ROWS)
 

@@ -82,6 +82,16 @@ def total(t, ROWS: tl.constexpr):
 
 
 @triton.jit
+def product(a, b):
+    """Return a·b for a sum over a tile.
+
+    The compiler would fuse a plain product with the first addition between threads. Threads that hold the same sum
+    would then differ in its last bit, and which of them is stored would be undefined.
+    """
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def largest(t, ROWS: tl.constexpr):
     """Return the maximum of a tile for each channel."""
     return tl.max(t, 0, keep_dims=True) if ROWS else tl.max(t)
