@@ -41,9 +41,9 @@ def over(case: Sequence[Case], **axes: Sequence[str]) -> pytest.MarkDecorator:
     thin = len(rest) >= 5  # a fifth of fewer would lose cases
     points = [
         pytest.param(name, one, *values, id="-".join([name, one.id, *values]))
-        for i, name in enumerate(names())
         for j, one in enumerate(case)
         for k, values in enumerate(rest)
+        for i, name in enumerate(names())
         if name in complete or not thin or (i + j + k) % 5 == 0
     ]
     return pytest.mark.parametrize(("op", "case", *axes), points, indirect=["op"])
