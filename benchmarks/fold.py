@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold, gate
+from batchnorm.models import gate
+from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold
 from benchmarks import zoo
 from benchmarks.options import Options
 from benchmarks.peers import installed
