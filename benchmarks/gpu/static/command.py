@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from benchmarks import records
+from benchmarks.gpu.model import page
 from benchmarks.gpu.static import space, table
 from benchmarks.gpu.static.compiling import launches
 
@@ -106,6 +107,7 @@ def main(folders: tuple[str, ...], table_only: bool, renew: bool, out: Path, com
     found = [row for architecture in table.ARCHITECTURES for row in table.rows(architecture, table.table_cases())]
     table.write(out / table.TABLE, found)
     limited = [row for row in found if row["architecture"] == LIMITED]
+    page.write(out, limited)
     if renew:
         table.write(out / table.LIMITS, table.limits_of(limited))
     failed += table.exceeded(limited, records.read(out / table.LIMITS))

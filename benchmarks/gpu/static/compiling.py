@@ -125,13 +125,12 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
 
 def training_step(case: Case) -> None:
     """Make the launches of a training step of batch normalization and ReLU, within `launches`."""
-    x = meta(case.shape, case.layout, cases.DTYPES[case.dtype])
+    x, dy, residual = (meta(case.shape, case.layout, cases.DTYPES[case.dtype]) for _ in range(3))
     weight = torch.empty(case.shape[1], device="meta")
-    residual = x if case.residual else None
     attributes = (EPS, "relu", 0.0)
-    y, *statistics = launch.train_forward(x, weight, weight, residual, *attributes)
+    y, *statistics = launch.train_forward(x, weight, weight, residual if case.residual else None, *attributes)
     kept = y if case.residual else None
-    launch.train_backward(x, x, None, kept, *statistics, weight, weight, *attributes, case.residual)
+    launch.train_backward(dy, x, None, kept, *statistics, weight, weight, *attributes, case.residual)
 
 
 def meta(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
