@@ -221,6 +221,7 @@ FRAMEWORK_FREE = [
     "models.selection",
     "page",
     "reference",
+    "state",
     "text",
 ]
 
@@ -248,7 +249,7 @@ def test_without_torch_a_name_says_what_to_install(without_frameworks):
 
 def test_without_torch_only_names_that_can_be_imported_are_listed(without_frameworks):
     _, listed = without_frameworks
-    assert {"__version__", "reference"} <= set(listed)
+    assert {"__version__", "reference", "state"} <= set(listed)
     assert not set(listed) & (PUBLIC_NAMES - {"__version__"})
 
 

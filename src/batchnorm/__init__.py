@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from batchnorm import recalibration as recalibration
     from batchnorm import reference as reference
     from batchnorm import standardize as standardize
+    from batchnorm import state as state
     from batchnorm import surgery as surgery
     from batchnorm.doctor.diagnose import diagnose
     from batchnorm.doctor.watch import watch
@@ -117,9 +118,10 @@ _MODULES = (
     "recalibration",
     "reference",
     "standardize",
+    "state",
     "surgery",
 )
-_WITHOUT_TORCH = {"__version__", "reference"}
+_WITHOUT_TORCH = {"__version__", "reference", "state"}
 
 # The module of each name; every other name is in `batchnorm.nn`.
 _HOMES = {
