@@ -1,11 +1,13 @@
-"""Checks that two processes of a group run together."""
+"""Checks that several processes of a group run together."""
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,12 @@ import torch.multiprocessing
 
 PROCESSES = 2
 Check = Callable[[int], None]
+
+
+def spawn(function: Callable[..., None], args: tuple[Any, ...] = (), nprocs: int = PROCESSES, join: bool = True) -> Any:
+    """Run a function in new processes, as `torch.multiprocessing.spawn` does, but import torch only once for all."""
+    multiprocessing.set_forkserver_preload(["torch.distributed", "batchnorm.nn", "batchnorm.surgery"])
+    return torch.multiprocessing.start_processes(function, args, nprocs, join, start_method="forkserver")
 
 
 def join_group(rank: int, folder: str, seconds: int) -> None:
@@ -24,7 +32,7 @@ def join_group(rank: int, folder: str, seconds: int) -> None:
 
 def run_checks(checks: Sequence[Check], folder: Path, seconds: int) -> None:
     """Run the checks in new processes, each with its rank, and assert that all of them end."""
-    torch.multiprocessing.spawn(_work, (checks, str(folder), seconds), nprocs=PROCESSES)
+    spawn(_work, (checks, str(folder), seconds))
     assert all((folder / f"{check.__name__}{rank}").exists() for check in checks for rank in range(PROCESSES))
 
 

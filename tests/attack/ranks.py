@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 
 import batchnorm as bn
 from tests.attack.tally import Tally
+from tests.processes import spawn
 
 TIMEOUT = 60  # seconds until gloo gives up
 SOON = 20.0  # seconds within which the other process must hear of a failure, on a busy machine too
@@ -119,7 +119,7 @@ def attack(tally: Tally, folder: Path) -> None:
         here = folder / str(start)
         here.mkdir()
         left, tries = end - time.monotonic(), tally.at_least - tally.tried
-        torch.multiprocessing.spawn(work, (str(here), left, tries, tally.seed, start, tally.only), nprocs=2)
+        spawn(work, (str(here), left, tries, tally.seed, start, tally.only))
         ranks = [[json.loads(line) for line in (here / f"{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
         for first, second in zip(*ranks, strict=True):
             number, what = first["number"], first["what"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 
 from batchnorm.doctor import Severity, diagnose
 from batchnorm.doctor.measure.processes import ProcessStates
+from tests.processes import spawn
 
 
 def network() -> nn.Module:
@@ -52,7 +52,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="the processes speak over gloo")
 def test_two_processes_are_compared(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    spawn(work, (str(tmp_path),))
     assert (tmp_path / "rank0.pt").exists() and (tmp_path / "rank1.pt").exists()
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.doctor import BatchNormWarning, watch
+from tests.processes import spawn
 
 
 def network() -> nn.Module:
@@ -65,7 +65,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_each_process_watches_its_own_batches(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    spawn(work, (str(tmp_path),))
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for rank, (layers, history) in enumerate(found):
         assert layers == ("1", "3")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.processes import spawn
 
 STEPS = 3
 
@@ -76,7 +76,7 @@ def test_training_in_parallel_agrees_with_averaging_by_hand(world: int, tmp_path
     if world == 1:
         train(0, 1, str(tmp_path))
     else:
-        torch.multiprocessing.spawn(train, (world, str(tmp_path)), nprocs=world)
+        spawn(train, (world, str(tmp_path)), nprocs=world)
     for rank, state in enumerate(expected(world)):
         found = torch.load(tmp_path / f"rank{rank}.pt")
         assert_close(dict(found), dict(state), rtol=1e-9, atol=1e-11)

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.models.processes import Processes
-from tests.processes import join_group, run_checks
+from tests.processes import join_group, run_checks, spawn
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -176,7 +175,7 @@ def dying(rank: int, folder: str) -> None:
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(dying, (str(tmp_path),), nprocs=2)
+    spawn(dying, (str(tmp_path),))
     assert (tmp_path / "told").exists()
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm.nn import BatchNorm2d, BatchRenorm2d
+from tests.processes import spawn
 
 CUT = 3  # of 4 samples, so that the processes have different shares
 WAYS: dict[str, Callable[[BatchRenorm2d], Callable[..., Tensor]]] = {
@@ -64,7 +64,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[list[Tensor], ...]]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    spawn(work, (str(folder),))
     return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
 
 

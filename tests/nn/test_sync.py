@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.nn.sync import SyncBatchNorm
 from tests.nn import sync_checks
+from tests.processes import spawn
 
 # Alone
 
@@ -121,9 +121,7 @@ def test_mistakes_raise_the_same_errors_as_in_other_layers() -> None:
 
 
 def test_several_processes_are_one(tmp_path: Path) -> None:
-    processes = torch.multiprocessing.spawn(
-        sync_checks.run, (str(tmp_path),), nprocs=sync_checks.PROCESSES, join=False
-    ).processes
+    processes = spawn(sync_checks.run, (str(tmp_path),), nprocs=sync_checks.PROCESSES, join=False).processes
     for process in processes:
         process.join()
     failures = "\n".join(path.read_text() for path in sorted(tmp_path.glob("failure*.txt")))
@@ -203,7 +201,7 @@ def skipped_layer(rank: int, layers: list[SyncBatchNorm], x: torch.Tensor) -> No
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("failing")
-    processes = torch.multiprocessing.spawn(failing, (str(folder),), nprocs=3, join=False).processes
+    processes = spawn(failing, (str(folder),), nprocs=3, join=False).processes
     for process in processes:
         process.join(120)
         process.kill()

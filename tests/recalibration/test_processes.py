@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from batchnorm.recalibration import recalibrate
+from tests.processes import spawn
 from tests.recalibration.test_recalibrate import assert_as_before, batches, network, snapshot
 
 SHARES = {"ragged": (slice(0, 3), slice(3, 4)), "empty": (slice(0, 0), slice(0, 4))}
@@ -62,7 +62,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_ranks_with_different_shares_end_with_the_same_statistics_as_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    spawn(work, (str(tmp_path),))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     everything = [x.double() for x in batches()]
     for name in ranks[0]:

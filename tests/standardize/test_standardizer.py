@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -25,6 +24,7 @@ from torch.testing import assert_close
 from batchnorm.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d
 from batchnorm.standardize import Standardizer
 from batchnorm.standardize import data as data_module
+from tests.processes import spawn
 
 
 def table(rows: int = 60, columns: int = 4, offset: float = 3.0, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -416,7 +416,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_ranks_end_with_the_statistics_of_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    spawn(work, (str(tmp_path),))
     expected = fitted(Standardizer().fit(table()))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     for found in ranks:
