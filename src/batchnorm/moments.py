@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from batchnorm._frameworks import required_by
+
+with required_by("batchnorm.moments"):
+    import torch
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

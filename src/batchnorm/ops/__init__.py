@@ -5,19 +5,22 @@ Every operator is `torch.ops.batchnorm.<name>`. Four functions choose how deriva
 `fixed_statistics_norm`. Other packages call these functions or the operators, never an implementation.
 """
 
-from batchnorm.ops import registration  # noqa: F401  (defines the operators)
-from batchnorm.ops.activations import ACTIVATIONS, called_activation, module_activation, parameter_of
-from batchnorm.ops.compiled import Backends, backends
-from batchnorm.ops.parts import BatchStatistics
-from batchnorm.ops.renorm import renorm_correction
-from batchnorm.ops.routes import (
-    batch_moments,
-    batch_statistics_norm,
-    batch_statistics_norm_by_parts,
-    fixed_statistics_norm,
-    running_where_single,
-    update_running_,
-)
+from batchnorm._frameworks import required_by
+
+with required_by("batchnorm.ops"):
+    from batchnorm.ops import registration  # noqa: F401  (defines the operators)
+    from batchnorm.ops.activations import ACTIVATIONS, called_activation, module_activation, parameter_of
+    from batchnorm.ops.compiled import Backends, backends
+    from batchnorm.ops.parts import BatchStatistics
+    from batchnorm.ops.renorm import renorm_correction
+    from batchnorm.ops.routes import (
+        batch_moments,
+        batch_statistics_norm,
+        batch_statistics_norm_by_parts,
+        fixed_statistics_norm,
+        running_where_single,
+        update_running_,
+    )
 
 __all__ = [
     "ACTIVATIONS",

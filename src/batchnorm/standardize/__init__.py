@@ -1,5 +1,8 @@
 """Standardize data to zero mean and unit variance."""
 
-from batchnorm.standardize.estimator import Standardizer
+from batchnorm._frameworks import required_by
+
+with required_by("batchnorm.standardize"):
+    from batchnorm.standardize.estimator import Standardizer
 
 __all__ = ["Standardizer"]

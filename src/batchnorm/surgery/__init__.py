@@ -1,13 +1,16 @@
 """Functions that change an existing model: faster or other layers, frozen statistics, or no batch normalization."""
 
-from batchnorm.surgery.accelerate.accelerate import AccelerateReport, accelerate
-from batchnorm.surgery.convert.convert import convert
-from batchnorm.surgery.convert.freeze import freeze, unfreeze
-from batchnorm.surgery.fold import FoldError, FoldReport, fold
-from batchnorm.surgery.fold.onnx import OnnxResult, fold_onnx
-from batchnorm.surgery.groups import parameter_groups
-from batchnorm.surgery.insert import insert_batchnorm
-from batchnorm.surgery.redundant_bias import drop_redundant_bias
+from batchnorm._frameworks import required_by
+
+with required_by("batchnorm.surgery"):
+    from batchnorm.surgery.accelerate.accelerate import AccelerateReport, accelerate
+    from batchnorm.surgery.convert.convert import convert
+    from batchnorm.surgery.convert.freeze import freeze, unfreeze
+    from batchnorm.surgery.fold import FoldError, FoldReport, fold
+    from batchnorm.surgery.fold.onnx import OnnxResult, fold_onnx
+    from batchnorm.surgery.groups import parameter_groups
+    from batchnorm.surgery.insert import insert_batchnorm
+    from batchnorm.surgery.redundant_bias import drop_redundant_bias
 
 __all__ = [
     "AccelerateReport",
