@@ -1,7 +1,7 @@
 """The operators on CUDA devices by Triton kernels, which are imported when the first CUDA tensor arrives.
 
-The eager implementation is used for float64, empty tensors, running statistics that are not contiguous, and devices on
-which a kernel did not compile or start.
+The eager implementation is used for float64, empty tensors, running statistics that are not contiguous, devices that
+cannot run the kernels, and calls that need a variant of a kernel that does not compile or start.
 """
 
 from __future__ import annotations
@@ -34,13 +34,18 @@ def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
             return eager(*args)
         if name == "update_running_" and not _writable(*args[:3]):
             return eager(*args)
-        _checks.check_allocated(f"batchnorm::{name}", **dict(zip(arguments, args, strict=False)))
+        device = tensor.get_device()
+        for t in args:
+            if isinstance(t, Tensor) and (t.get_device() != device or not t.data_ptr()):
+                _checks.check_allocated(f"batchnorm::{name}", **dict(zip(arguments, args, strict=False)))
+                if t.numel():
+                    return eager(*args)  # which accepts a scalar on the CPU, and reports other mixtures of devices
         try:
             return _launcher(name)(*args)
-        except Exception as error:
-            if not support.switches_to_eager(tensor.device, error):
-                raise
-            return eager(*args)
+        except support.UnusableVariantError as error:
+            unusable = error.variant, error.cause
+        support.give_up(name, *unusable)
+        return eager(*args)
 
     return on_cuda
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm import _checks
 from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
 from batchnorm.ops.triton import tiling
-from batchnorm.ops.triton.frame import Frame, KernelVectors, on_device
+from batchnorm.ops.triton.frame import Frame, KernelVectors, kernel_weights, on_device
 from batchnorm.ops.triton.kernels.backward import (
     backward_apply_kernel,
     backward_once_kernel,
@@ -23,7 +23,15 @@ from batchnorm.ops.triton.kernels.backward import (
 from batchnorm.ops.triton.kernels.forward import forward_once_kernel, normalize_kernel
 from batchnorm.ops.triton.kernels.moments import merge_moments_kernel, moments_kernel
 from batchnorm.ops.triton.kernels.running import update_running_kernel
+from batchnorm.ops.triton.kernels.smallest import smallest_kernel
 from batchnorm.ops.triton.tiling import Tiling
+from batchnorm.ops.triton.variants import Kernel
+
+_MOMENTS, _MERGE_MOMENTS = Kernel(moments_kernel), Kernel(merge_moments_kernel)
+_NORMALIZE, _FORWARD_ONCE = Kernel(normalize_kernel), Kernel(forward_once_kernel)
+_REDUCE, _MERGE_SUMS = Kernel(backward_reduce_kernel), Kernel(merge_sums_kernel)
+_APPLY, _BACKWARD_ONCE = Kernel(backward_apply_kernel), Kernel(backward_once_kernel)
+_UPDATE_RUNNING, _SMALLEST = Kernel(update_running_kernel), Kernel(smallest_kernel)
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _MERGE = {"B0": tiling.MERGE_SPLITS, "B1": tiling.MERGE_CHANNELS, "num_warps": 8}
@@ -58,9 +66,10 @@ def _launch_moments(
     t = frame.streamed(index, by_sample=True)
     mean, mean_low, m2 = results = frame.row_vectors(3, index, groups)
     parts = _parts(frame, t, index, 4)
-    moments_kernel[t.grid](
-        x, weights, parts, *results, *t.shape, t.channels, t.per, t.splits, t.blocks, VARIANCE=variance, **t.constants
-    )
+    _MOMENTS.start(
+        t.grid, (x, weights, parts, *results), (), (*t.shape, t.channels, t.per, t.splits, t.blocks),
+        VARIANCE=variance, **t.constants,
+    )  # fmt: skip
     count = sample_counts = None
     if index is not None:
         count = torch.empty(groups, dtype=torch.float64, device=frame.device)
@@ -69,9 +78,9 @@ def _launch_moments(
         else:
             sample_counts = weights.reshape(frame.n, -1).sum(1, dtype=torch.float64)
     if parts is not None:
-        merge_moments_kernel[(t.merge_blocks * groups,)](
-            parts, index, sample_counts, count, *results, t.channels, t.splits, t.merge_blocks,
-            dtype=_DTYPES[frame.dtype], VARIANCE=variance, **_MERGE,
+        _MERGE_MOMENTS.start(
+            (t.merge_blocks * groups,), (parts, index, sample_counts, count, *results), (),
+            (t.channels, t.splits, t.merge_blocks), dtype=_DTYPES[frame.dtype], VARIANCE=variance, **_MERGE,
         )  # fmt: skip
     return count, mean, mean_low, m2
 
@@ -81,8 +90,8 @@ def moments(
     x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return count, mean, mean_low and m2."""
-    frame = Frame(x)
-    x, weights, index = frame.read(x), frame.weights(weights), None if index is None else index.contiguous()
+    frame = Frame.of(x)
+    x, weights, index = frame.read(x), kernel_weights(weights), None if index is None else index.contiguous()
     count, mean, mean_low, m2 = _launch_moments(frame, x, index, weights, groups, variance=False)
     if count is None:
         count = x.new_full((), frame.m, dtype=torch.float64) if weights is None else weights.sum(dtype=torch.float64)
@@ -94,21 +103,20 @@ def train_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, attributes: Attributes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, mean, mean_low and the biased variance, in one launch if a program can hold its channels."""
-    frame = Frame(x)
-    x = frame.read(x)
+    frame = Frame.of(x)
+    x, residual = frame.read(x), frame.read_if(residual)
     t = frame.at_once(1)
     if t is None:
         _, mean, mean_low, var = _launch_moments(frame, x, None, None, 1, variance=True)
-        vectors = KernelVectors(Vectors(mean, mean_low, var, weight, bias), None)
+        vectors = KernelVectors.of(Vectors(mean, mean_low, var, weight, bias), None)
         y = _launch_normalize(frame, x, residual, vectors, attributes)
     else:
         y, (mean, mean_low, var) = frame.result(), frame.row_vectors(3)
-        (residual,) = frame.read_any(residual)
-        weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
+        weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
         eps, activation, negative_slope = attributes
-        forward_once_kernel[t.grid](
-            x, residual, y, mean, mean_low, var, weight, bias, eps, negative_slope, frame.m,
-            *t.shape, t.channels, t.blocks, ACTIVATION=activation, **t.constants,
+        _FORWARD_ONCE.start(
+            t.grid, (x, residual, y, mean, mean_low, var, weight, bias), (eps, negative_slope, frame.m),
+            (*t.shape, t.channels, t.blocks), ACTIVATION=activation, **t.constants,
         )  # fmt: skip
     return frame.returned(y), mean, mean_low, var
 
@@ -117,11 +125,10 @@ def _launch_normalize(
     frame: Frame, x: Tensor, residual: Tensor | None, vectors: KernelVectors, attributes: Attributes
 ) -> Tensor:
     y, t = frame.result(), frame.streamed(vectors.index)
-    (residual,) = frame.read_any(residual)
     eps, activation, negative_slope = attributes
-    normalize_kernel[t.grid](
-        x, residual, y, *vectors.pointers, vectors.index, eps, negative_slope, *t.shape, t.channels, t.positions,
-        *vectors.rows_and_strides, t.per, t.blocks, ACTIVATION=activation, **t.constants,
+    _NORMALIZE.start(
+        t.grid, (x, residual, y, *vectors.tensors, vectors.index), (eps, negative_slope),
+        (*t.shape, t.channels, t.positions, *vectors.sizes, t.per, t.blocks), ACTIVATION=activation, **t.constants,
     )  # fmt: skip
     return y
 
@@ -131,20 +138,21 @@ def normalize(
     x: Tensor, vectors: Vectors, residual: Tensor | None, index: Tensor | None, attributes: Attributes
 ) -> Tensor:
     """Return y from given statistics."""
-    frame = Frame(x)
-    return frame.returned(_launch_normalize(frame, frame.read(x), residual, KernelVectors(vectors, index), attributes))
+    frame = Frame.of(x)
+    x, residual = frame.read(x), frame.read_if(residual)
+    return frame.returned(_launch_normalize(frame, x, residual, KernelVectors.of(vectors, index), attributes))
 
 
 class _Backward:
     """The arguments that all operators of the backward pass share, in the form that kernels take."""
 
     def __init__(self, dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) -> None:
-        self.frame = frame = Frame(kept.x)
+        self.frame = frame = Frame.of(kept.x)
         eps, self.activation, negative_slope = attributes
         y = None if self.activation == "none" else kept.y
         residual = None if self.activation == "none" or y is not None else kept.residual
-        self.data = (frame.read(dy), frame.read(kept.x), *frame.read_any(residual, y))
-        self.vectors = KernelVectors(kept.vectors, index)
+        self.data = (frame.read(dy), frame.read(kept.x), frame.read_if(residual), frame.read_if(y))
+        self.vectors = KernelVectors.of(kept.vectors, index)
         self.scalars = (eps, negative_slope)
 
     def results(self, need_dz: bool) -> tuple[Tensor, Tensor | None]:
@@ -161,14 +169,16 @@ class _Backward:
         t = frame.streamed(vectors.index, by_sample=True)
         sums = frame.row_vectors(2, vectors.index, groups)
         parts = _parts(frame, t, vectors.index, 2)
-        backward_reduce_kernel[t.grid](
-            *self.data, dx, dz, *vectors.pointers, vectors.index, parts, *sums, *self.scalars, *t.shape, t.channels,
-            *vectors.rows_and_strides, t.per, t.splits, t.blocks, ACTIVATION=self.activation, **t.constants,
+        _REDUCE.start(
+            t.grid, (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, *sums), self.scalars,
+            (*t.shape, t.channels, *vectors.sizes, t.per, t.splits, t.blocks),
+            ACTIVATION=self.activation, **t.constants,
         )  # fmt: skip
         if parts is not None:
-            merge_sums_kernel[(t.merge_blocks * groups,)](
-                parts, vectors.index, *sums, t.channels, t.splits, t.merge_blocks, **_MERGE
-            )
+            _MERGE_SUMS.start(
+                (t.merge_blocks * groups,), (parts, vectors.index, *sums), (),
+                (t.channels, t.splits, t.merge_blocks), **_MERGE,
+            )  # fmt: skip
         return sums[0], sums[1]
 
     def apply(
@@ -178,9 +188,10 @@ class _Backward:
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index)
         results = self.results(need_dz)
-        backward_apply_kernel[t.grid](
-            *self.data, *results, *vectors.pointers, *(means or (None, None)), vectors.index, frame.weights(weights),
-            *self.scalars, frame.m, *t.shape, t.channels, t.positions, *vectors.rows_and_strides, t.per, t.blocks,
+        _APPLY.start(
+            t.grid,
+            (*self.data, *results, *vectors.tensors, *(means or (None, None)), vectors.index, kernel_weights(weights)),
+            (*self.scalars, frame.m), (*t.shape, t.channels, t.positions, *vectors.sizes, t.per, t.blocks),
             ACTIVATION=self.activation, SUMS=sums, **t.constants,
         )  # fmt: skip
         return self.returned(*results)
@@ -200,9 +211,9 @@ def train_backward(
     else:
         dbias, dweight = frame.row_vectors(2)
         results = call.results(need_dz)
-        backward_once_kernel[t.grid](
-            *call.data, *results, *call.vectors.pointers, dbias, dweight, *call.scalars, frame.m,
-            *t.shape, t.channels, t.blocks, ACTIVATION=call.activation, **t.constants,
+        _BACKWARD_ONCE.start(
+            t.grid, (*call.data, *results, *call.vectors.tensors, dbias, dweight), (*call.scalars, frame.m),
+            (*t.shape, t.channels, t.blocks), ACTIVATION=call.activation, **t.constants,
         )  # fmt: skip
         dx, dz = call.returned(*results)
     return dx, dweight, dbias, dz
@@ -255,15 +266,17 @@ def update_running_(running: Running, batch: Batch, momentum: float | None, skip
     if momentum is None and running.num_batches_tracked is None:
         raise RuntimeError(_checks.missing_counter("batchnorm::update_running_"))
     statistics = (t.contiguous() for t in batch[:3])
-    update_running_kernel[(1,)](
-        *running, *statistics, batch.count, batch.m, 0.0 if momentum is None else momentum, running.mean.numel(),
+    _UPDATE_RUNNING.start(
+        (1,), (*running, *statistics, batch.count), (0.0 if momentum is None else momentum,),
+        (batch.m, running.mean.numel()),
         SKIP=skip_nonfinite, CUMULATIVE=momentum is None, BLOCK=_RUNNING_BLOCK, num_warps=4,
     )  # fmt: skip
     changed = [t for t in running if t is not None]
     torch.autograd.graph.increment_version(changed)
 
 
-def start_one_kernel(device: torch.device) -> None:
+def start_smallest_kernel(device: torch.device) -> None:
     """Compile and start the smallest kernel, to find out whether the device can run any."""
-    running_mean, running_var, mean, mean_low, var = torch.zeros(5, 1, device=device).unbind()
-    update_running_(running_mean, running_var, None, mean, mean_low, var, 2, None, 0.5, False)
+    out = torch.empty(1, device=device)
+    with on_device(out):
+        _SMALLEST.start((1,), (out,), (0.0,), (0,), num_warps=1)

@@ -1,4 +1,4 @@
-"""Find out whether a device can use the kernels, and warn if it cannot."""
+"""Find out whether a device can use the kernels, and which variants it cannot use, and warn of both."""
 
 from __future__ import annotations
 
@@ -52,19 +52,14 @@ def _import_problem() -> str | None:
 
 
 def _launch_problem(device: torch.device) -> str | None:
-    """Return the reason why a small kernel does not compile (which needs a C compiler) or start, or None."""
+    """Return the reason why even the smallest kernel does not compile (which needs a C compiler) or start, or None."""
     from batchnorm.ops.triton import launch
 
     try:
-        launch.start_one_kernel(device)
-    except Exception as error:  # from the compiler, the driver or the operating system
-        return _start_problem(error)
+        launch.start_smallest_kernel(device)
+    except UnusableVariantError as error:
+        return f"Triton kernels do not start ({error.cause})"
     return None
-
-
-def _start_problem(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"a Triton kernel does not start ({type(error).__name__}: {lines[-1]})"
 
 
 def problem(device: torch.device) -> str | None:
@@ -84,19 +79,57 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def switches_to_eager(device: torch.device, error: Exception) -> bool:
-    """Return whether `error` means that a kernel cannot compile or start here; if so, warn and use eager from now on.
+class UnusableVariantError(Exception):
+    """A variant of a kernel does not compile or start.
 
-    Such an error arises before anything is computed. Other errors, such as out of memory, must reach the caller.
+    Args:
+        variant: The kernel, its tensors' dtypes and its constants.
+        cause: The error, with its whole message.
     """
-    from triton.errors import TritonError
 
-    if not isinstance(error, TritonError):
+    def __init__(self, variant: str, cause: str) -> None:
+        super().__init__(f"{variant}: {cause}")
+        self.variant, self.cause = variant, cause
+
+
+def cause_of(error: BaseException) -> str:
+    """Return an error's type and its whole message."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+
+
+# What CUDA says if a variant's code cannot be loaded, or if it needs more than the device has.
+_OF_ONE_VARIANT = (
+    "image is invalid", "no kernel image", "PTX", "symbol not found", "invalid device function", "invalid argument",
+    "too many resources requested",
+)  # fmt: skip
+
+
+def concerns_one_variant(error: Exception) -> bool:
+    """Return whether `error`, raised by the first start of a variant, means that only this variant is unusable.
+
+    This is every error of Triton's compiler, whatever its type, and those of loading the code. Other errors of the
+    device, such as out of memory, must reach the caller.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return False
-    found = _start_problem(error)
-    _warn(found)
-    _known[device] = found
-    return True
+    text = str(error)
+    return "[CUDA]" not in text or any(phrase in text for phrase in _OF_ONE_VARIANT)
+
+
+# The variants that use eager, and why.
+_unusable: dict[str, str] = {}
+
+
+def give_up(operator: str, variant: str, cause: str) -> None:
+    """Remember that calls that need a variant use eager, and warn once."""
+    if variant not in _unusable:
+        _unusable[variant] = cause
+        _warn_once(
+            f"batchnorm::{operator} uses plain torch operations, which are slower, where it needs the Triton kernel "
+            f"{variant}. Other calls still use the kernels. The kernel does not compile or start. Report this "
+            f"with the versions of torch and Triton, try other versions, or set {KERNELS}=eager to silence this "
+            f"warning. The cause was {cause}"
+        )
 
 
 def _find_problem(device: torch.device) -> str | None:
@@ -116,8 +149,8 @@ def _find_problem(device: torch.device) -> str | None:
 
 def _warn(found: str) -> None:
     _warn_once(
-        f"batchnorm uses plain torch operations on CUDA devices, which are slower: {found}. Install what is missing, "
-        f"or set {KERNELS}=eager to silence this warning."
+        f"batchnorm uses plain torch operations on CUDA devices, which are slower. Install what is missing, or set "
+        f"{KERNELS}=eager to silence this warning. The reason: {found}"
     )
 
 
@@ -131,4 +164,7 @@ def description() -> str:
     found = build_problem()
     if found is None and importlib.util.find_spec("triton") is None:
         found = "Triton is not installed"
-    return "triton: compiled at first use" if found is None else f"eager: {found}"
+    if found is not None:
+        return f"eager: {found}"
+    fallen_back = "".join(f"\neager: {variant}: {cause}" for variant, cause in _unusable.items())
+    return "triton: compiled at first use" + (f", except{fallen_back}" if fallen_back else "")

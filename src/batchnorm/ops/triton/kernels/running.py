@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["m", "momentum", "channels"])
 def update_running_kernel(
-    running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, mean_low_ptr, var_ptr, count_ptr, m, momentum, channels,
+    running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, mean_low_ptr, var_ptr, count_ptr, momentum, m, channels,
     SKIP: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the running statistics in float64, in one program, because one non-finite value prevents the update."""

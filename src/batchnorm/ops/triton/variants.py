@@ -1,0 +1,151 @@
+"""Start kernels with little work on the host. Importing this module imports Triton.
+
+A *variant* is a kernel compiled for compile-time constants and for what Triton specializes: the dtype of each tensor,
+whether its address is a multiple of 16, whether it is absent, and which sizes exceed 32 bits. Triton determines the
+variant in Python for every launch, which takes 20 µs for 25 arguments. Here, Triton starts each variant once. Later
+launches of the variant call its compiled launcher directly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+
+from batchnorm.ops.triton import support
+
+# The masks that backward recomputes need the same fused products in all kernels. Triton 3.10 fuses none by default.
+_OPTIONS = {"enable_fp_fusion": True}
+
+# The first parameters of Triton's launcher, in every version that was tested.
+_LAUNCHER = ["self", "gridX", "gridY", "gridZ", "stream", "function"]
+
+
+class _Bound(NamedTuple):
+    """A variant on one device, ready to start: Triton's launcher for it, and the arguments that never change."""
+
+    run: Any
+    stream_of: Any
+    device: int
+    function: Any
+    metadata: Any
+    constants: tuple[None, ...]  # the launcher skips them
+
+
+class Kernel:
+    """A kernel and those of its variants that can be started directly.
+
+    Args:
+        function: A function compiled by `triton.jit`, whose parameters are tensors, floats, sizes and constants, in
+            this order.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
+        self._causes: dict[tuple[Any, ...], str] = {}  # why a variant is unusable; an exception would keep its tensors
+
+    def start(
+        self,
+        grid: tuple[int],
+        tensors: Sequence[Tensor | None],
+        floats: Sequence[float],
+        sizes: Sequence[int],
+        **constants: Any,
+    ) -> None:
+        """Start a program for each element of the grid, on the current device and stream.
+
+        Args:
+            grid: The number of programs.
+            tensors: Tensors of the current device, None for absent ones; the first is never absent.
+            floats: Floating-point scalars.
+            sizes: Integers, which cause another compilation only where they exceed 32 bits.
+            constants: Compile-time constants and Triton's options, always in the same order.
+
+        Raises:
+            UnusableVariantError: the variant does not compile or start; it was not started now or before.
+        """
+        pointers: list[int | None] = []
+        key: list[Any] = []
+        low = 0
+        for t in tensors:
+            if t is None:
+                pointers.append(None)
+                key.append(None)
+            else:
+                pointer = t.data_ptr()
+                pointers.append(pointer)
+                key.append(t.dtype)
+                low |= pointer
+        if low & 15:
+            key += [pointer is None or pointer & 15 == 0 for pointer in pointers]
+        if max(sizes) >> 31:
+            key += [size >> 31 for size in sizes]
+        first = tensors[0]
+        assert first is not None
+        variant = (first.get_device(), *key, *constants.values())
+        bound = self._bound.get(variant)
+        if bound is None or _hooked():
+            self._start_by_triton(variant, grid, tensors, floats, sizes, constants)
+            return
+        run, stream_of, device, function, metadata, skipped = bound
+        run(
+            grid[0], 1, 1, stream_of(device), function, metadata, None, None, None,
+            *pointers, *floats, *sizes, *skipped,
+        )  # fmt: skip
+
+    def _start_by_triton(
+        self,
+        variant: tuple[Any, ...],
+        grid: tuple[int],
+        tensors: Sequence[Tensor | None],
+        floats: Sequence[float],
+        sizes: Sequence[int],
+        constants: dict[str, Any],
+    ) -> None:
+        kernel: Any = None
+        if variant not in self._causes:
+            try:
+                kernel = self.function[grid](*tensors, *floats, *sizes, **constants, **_OPTIONS)
+            except Exception as error:  # from the compiler, the driver or the operating system
+                if not support.concerns_one_variant(error):
+                    raise
+                self._causes[variant] = support.cause_of(error)
+        if variant in self._causes:  # outside the handler, so that no traceback keeps the tensors
+            raise support.UnusableVariantError(self._description(tensors, constants), self._causes[variant])
+        if variant not in self._bound and _can_be_bound(kernel):
+            names = self.function.arg_names
+            skipped = (None,) * (len(names) - len(tensors) - len(floats) - len(sizes))
+            active = driver.active
+            self._bound[variant] = _Bound(
+                kernel.run, active.get_current_stream, active.get_current_device(), kernel.function,
+                kernel.packed_metadata, skipped,
+            )  # fmt: skip
+
+    def _description(self, tensors: Sequence[Tensor | None], constants: dict[str, Any]) -> str:
+        """Return the kernel's name, the dtypes of its tensors, and its constants."""
+        names = (name.removesuffix("_ptr") for name in self.function.arg_names)
+        dtypes = {
+            name: str(t.dtype).removeprefix("torch.") for name, t in zip(names, tensors, strict=False) if t is not None
+        }
+        text = ", ".join(f"{name}={value}" for name, value in (dtypes | constants).items())
+        return f"{self.function.fn.__name__}({text})"
+
+
+def _hooked() -> bool:
+    """Return whether a profiler wants to see each launch, which Triton shows it."""
+    runtime = knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _can_be_bound(kernel: Any) -> bool:
+    """Return whether Triton's launcher for this kernel is the known one; the interpreter, for example, has none."""
+    if not all(hasattr(kernel, name) for name in ("packed_metadata", "function", "run")):
+        return False
+    launcher = type(kernel.run)
+    return launcher.__name__ == "CudaLauncher" and [*inspect.signature(launcher.__call__).parameters][:6] == _LAUNCHER

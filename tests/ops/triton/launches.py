@@ -1,0 +1,143 @@
+"""Launches and the host's time of a layer, on a driver without a device; prints them as JSON.
+
+python -m tests.ops.triton.launches
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+import batchnorm
+from batchnorm.ops import registration, triton
+from batchnorm.ops.triton import launch, support
+from batchnorm.ops.triton.variants import Kernel
+from tests.ops.triton import stub_driver
+
+SHAPES = {"fits": (8, 16, 14, 14), "streamed": (32, 64, 32, 32)}
+ATTRIBUTES = (1e-5, "relu", 0.0)
+
+
+def main() -> None:
+    """Print the launches and microseconds of each pass, and what was compiled."""
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # the default of Triton 3.10
+    torch.set_num_threads(1)
+    compiler = shutil.which("cc")
+    assert compiler is not None
+    with tempfile.TemporaryDirectory() as directory:
+        stub = stub_driver.install(Path(directory), compiler)
+        _serve_the_cpu()
+        found: dict[str, Any] = {"layers": {name: _layer(stub, shape) for name, shape in SHAPES.items()}}
+        found["variants"] = _variants()
+        found["unfused"] = [k.name for k in _compiled() if not k.metadata.enable_fp_fusion]
+        found["error"] = _error(stub)
+        print(json.dumps(found))
+
+
+def _serve_the_cpu() -> None:
+    support.problem = lambda device: None  # type: ignore[assignment]
+    library = torch.library.Library("batchnorm", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns, once a process, that this overrides the compiled operators
+        for name in triton.OPERATORS:
+            implementation = triton.implementation(name, registration.eager_implementation(name))
+            library.impl(name, implementation, "CPU", allow_override=True)
+    _serve_the_cpu.library = library  # type: ignore[attr-defined]  # its registrations end with it
+
+
+def _layer(stub: stub_driver.Stub, shape: tuple[int, ...]) -> dict[str, tuple[int, float]]:
+    """Return the launches and the microseconds of each pass of a layer."""
+    x, dy = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
+    layer = batchnorm.BatchNormAct2d(shape[1], activation="relu")
+    inputs = [x, layer.weight, layer.bias]
+    passes: dict[str, Callable[[], object]] = {
+        "forward": lambda: layer(x),
+        "forward and backward": lambda: torch.autograd.grad(layer(x), inputs, dy),
+    }
+    found = {name: _measured(stub, step) for name, step in passes.items()}
+    layer.eval()
+    return found | {"evaluation": _measured(stub, lambda: layer(x))}
+
+
+def _measured(stub: stub_driver.Stub, step: Callable[[], object]) -> tuple[int, float]:
+    step()  # compiles
+    before = stub.launches()
+    step()
+    count = stub.launches() - before
+    times = []
+    for _ in range(20):
+        start = time.process_time()
+        for _ in range(50):
+            step()
+        times.append((time.process_time() - start) / 50)
+    return count, round(min(times) * 1e6, 1)
+
+
+def _kernels() -> list[Kernel]:
+    return [value for value in vars(launch).values() if isinstance(value, Kernel)]
+
+
+def _compiled() -> list[Any]:
+    """Return every kernel that Triton has compiled."""
+    caches = (cache for kernel in _kernels() for cache, *_ in kernel.function.device_caches.values())
+    return [compiled for cache in caches for compiled in cache.values()]
+
+
+def _calls() -> Iterable[Callable[[], object]]:
+    """Yield calls that differ in everything that Triton specializes."""
+    memory = torch.zeros(2 * 8 * 5 * 5 + 64)
+
+    def at(start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        flat = memory.view(dtype)[start:]
+        return flat[: torch.Size(shape).numel()].view(shape)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for start in (0, 1):  # the second is not a multiple of 16 bytes
+            x, vector = at(start, (2, 8, 5, 5), dtype), at(start, (8,), torch.float32)
+            for weight in (None, vector):
+                yield lambda x=x, v=vector, w=weight: launch.normalize(x, v, None, v, w, w, None, None, *ATTRIBUTES)
+    running, tracked = torch.zeros(2, 8), torch.zeros((), dtype=torch.int64)
+    for m in (100, 2**31, 2**40):
+        for counter in (None, tracked):
+            yield lambda m=m, c=counter: launch.update_running_(*running, c, *running, running[0], m, None, 0.1, False)
+
+
+def _variants() -> dict[str, int]:
+    """Return the number of variants started directly, and of those that Triton then compiles for the same calls."""
+    before = len(_compiled())
+    calls = list(_calls())
+    for call in (*calls, *calls):
+        call()
+    direct = len(_compiled())
+    knobs.runtime.launch_enter_hook.add(print_nothing := lambda metadata: None)  # Triton starts each launch itself
+    for call in calls:
+        call()
+    knobs.runtime.launch_enter_hook.remove(print_nothing)
+    return {"compiled": direct - before, "missed": len(_compiled()) - direct}
+
+
+def _error(stub: stub_driver.Stub) -> str:
+    """Return the error of a launch that fails on the device."""
+    layer, x = batchnorm.BatchNormAct2d(16, activation="relu"), torch.zeros(SHAPES["fits"])
+    layer(x)
+    stub.fail_next()
+    try:
+        layer(x)
+    except RuntimeError as error:
+        return str(error)
+    return "none"
+
+
+if __name__ == "__main__":
+    main()
