@@ -71,8 +71,13 @@ class Arguments:
         return (self.dy, self.x.detach(), residual, y, *self.statistics, *plain)
 
 
+# The last one traces a graph, which takes most of the time. The graph does not depend on the dtype.
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 def check(op: Callable[..., Any], *args: Any) -> None:
-    results = torch.library.opcheck(op, args)
+    traced = args[0].dtype == torch.float32
+    results = torch.library.opcheck(op, args, test_utils=CHECKS if traced else CHECKS[:-1])
     assert set(results.values()) == {"SUCCESS"}
 
 
