@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -271,13 +272,32 @@ def python_examples(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block.group(1)) for block in blocks]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_examples(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run_examples(page: Path) -> None:
+    """Run the page's blocks, in order, as one program."""
     namespace = {"__name__": "__main__"}
     for line, source in python_examples(page):
         # The blank lines make a traceback name the page's own line.
         exec(compile("\n" * line + source, str(page), "exec"), namespace)
+
+
+OTHER_FRAMEWORKS = re.compile(r"^ *(?:import|from) (?:batchnorm\.)?(jax|flax|equinox|keras)\b", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_examples(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = {name for _, source in python_examples(page) for name in OTHER_FRAMEWORKS.findall(source)}
+    if not others:
+        run_examples(page)
+        return
+    if missing := [name for name in sorted(others) if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    # In a process of their own, because JAX starts threads, and Keras chooses its backend when it is imported.
+    environment = {"KERAS_BACKEND": "torch", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = f"import tests.test_package as t; t.run_examples(t.Path({str(page)!r}))"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_readme_has_an_example():
