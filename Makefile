@@ -62,7 +62,7 @@ bench: setup ## benchmark this library and others on this CPU, and write the doc
 	  --config-settings wheel.cmake=false
 	$(BIN)/python -m benchmarks
 
-bench-gpu: setup ## benchmark this library and torch on this machine's GPU (less than eight minutes)
+bench-gpu: setup ## check the kernels on this machine's GPU, and measure them and torch (less than eight minutes)
 	$(BIN)/python -m benchmarks gpu
 
 # The oldest Triton that the kernels support, beside the pinned one.

@@ -12,7 +12,7 @@ import torch
 import batchnorm
 from batchnorm.files import write_whole
 from benchmarks import records
-from benchmarks.gpu import layers, tune
+from benchmarks.gpu import checks, layers, tune
 from benchmarks.gpu.layers import BATCHES, COMPILED, NATIVE, OURS, TORCH, Case, all_cases, measure
 from benchmarks.gpu.network import measure_network
 from benchmarks.gpu.report import summary
@@ -20,10 +20,11 @@ from benchmarks.gpu.timing import Clock, Deadline, DeviceClock, HostClock, Watch
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEY = ("device", "shape", "layout", "dtype", "task", "contender")
+NETWORK_BATCHES = (32, 128)
 # Seconds after which the remaining cases are skipped, and after which the process ends even if a call hangs.
 LIMIT, LAST = 420.0, 460.0
-# Shares of the time after which no more cases are checked, and after which only the slowest peer is timed.
-CHECKED, TIMED = 0.4, 0.7
+# The share of the time after which only the slowest peer is timed.
+TIMED = 0.8
 
 
 class Run:
@@ -41,33 +42,37 @@ class Run:
         self.deadline = Deadline(LIMIT)
         self.rows: list[records.Row] = []
         self.failures: list[str] = []
+        self.right: list[Case] = []
         self.left_out: list[str] = []
         self.complete = False
 
     def everything(self) -> None:
-        """Check all cases, then time them, the slowest peer last, because it compiles for each case."""
+        """Check and time all cases, those first that matter most; the slowest peer last, because it compiles each."""
         speed = bandwidth(self.clock, 1 << (12 if self.dry else 30), self.repeats)
         print(f"copy: {speed / 1e9:.0f} GB/s", flush=True)
-        right = self.check(all_cases(self.dry))
-        print(f"{len(right)} cases checked against float64 after {self.deadline.elapsed:.0f} s", flush=True)
-        peers = (OURS, TORCH, NATIVE)
-        small = [case for case in right if case.shape[0] == BATCHES[0] or self.dry]
-        self.time(((case, name) for case in small for name in peers), speed, TIMED)
-        self.attempt("ResNet-50", self.network)
-        self.time(((case, name) for case in right if case not in small for name in peers), speed, TIMED)
+        small, large = [], []
+        for case in all_cases(self.dry):
+            (small if case.shape[0] == BATCHES[0] or self.dry else large).append(case)
+        small.sort(key=lambda case: case.residual)
+        plain = sum(not case.residual for case in small)
+        self.checked(small[:plain], speed)
+        for batch in (1, 2) if self.dry else NETWORK_BATCHES:
+            self.attempt(f"ResNet-50, batch {batch}", lambda batch=batch: self.network(batch))
+        self.checked([*small[plain:], *large], speed)
+        print(f"{len(self.right)} cases checked and timed after {self.deadline.elapsed:.0f} s", flush=True)
+        self.time(((case, NATIVE) for case in self.right), speed, TIMED)
         if not self.dry:
-            self.time(((case, COMPILED) for case in right), speed, 1.0)
+            self.time(((case, COMPILED) for case in self.right), speed, 1.0)
         self.complete = True
 
-    def check(self, wanted: list[Case]) -> list[Case]:
-        """Return the cases with correct results; the others are reported."""
-        right = []
+    def checked(self, wanted: list[Case], speed: float) -> None:
+        """Compare each case with float64, and time it and torch at once if it is right."""
         for case in wanted:
-            if self.deadline.passed(CHECKED):
+            if self.deadline.passed(TIMED):
                 self.left_out.append(f"{case}: not checked")
             elif self.attempt(str(case), lambda case=case: layers.check(case, self.clock.device)):
-                right.append(case)
-        return right
+                self.right.append(case)
+                self.time(((case, name) for name in (OURS, TORCH)), speed, TIMED)
 
     def time(self, wanted: Iterable[tuple[Case, str]], speed: float, share: float) -> None:
         """Measure each of these cases until this share of the time is over."""
@@ -83,9 +88,9 @@ class Run:
                     ),
                 )
 
-    def network(self) -> None:
+    def network(self, batch: int) -> None:
         """Measure a whole network."""
-        self.add(measure_network(self.clock, self.dry, self.repeats))
+        self.add(measure_network(self.clock, batch, self.dry, self.repeats))
 
     def add(self, found: list[records.Row]) -> None:
         """Keep rows; the network's rows have empty columns for values that only layers have."""
@@ -126,7 +131,9 @@ def _clock(dry: bool) -> Clock:
     if dry:
         return HostClock()
     if not torch.cuda.is_available():
-        raise click.UsageError("torch must find a CUDA device, but there is none. To run without one, use --dry.")
+        raise click.ClickException(
+            "torch must find a CUDA device, but there is none. Run this on a machine with a GPU, or use --dry."
+        )
     return DeviceClock(torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -154,18 +161,27 @@ def _tune(clock: Clock, path: Path | None, dry: bool) -> None:
 @click.option("--table", type=click.Path(path_type=Path), help="File for --tune instead of the kernels' own table.")
 @click.option("--dry", is_flag=True, help="Without a GPU, only test that everything runs; the results mean nothing.")
 def main(out: Path, tuning: bool, table: Path | None, dry: bool) -> None:
-    """Measure batch normalization on this machine's GPU; write gpu.csv and print a short table in under 8 minutes."""
+    """Check the kernels on this machine's GPU, then measure them; in under 8 minutes.
+
+    gpu-checks.csv and gpu.csv receive each result at once. Until they are complete, their names end in .partial.
+    """
     clock = _clock(dry)
     print(f"{clock.name()}; torch {torch.__version__}; {batchnorm.backends()['cuda']}", flush=True)
     if tuning:
         _tune(clock, table, dry)
         return
     run = Run(clock, records.Table(out / "gpu.csv", KEY), dry)
+    outcomes = records.Table(out / "gpu-checks.csv", checks.KEY)
     run.table.clear()
+    outcomes.clear()
     watchdog = Watchdog(LAST, run.print_report)
     try:
+        run.failures += checks.run(() if dry else checks.CHECKS, clock.name(), outcomes, run.deadline)
+        outcomes.finish()
         run.everything()
         run.table.finish()
+    except checks.UnusedError as error:
+        run.failures.append(str(error))
     except torch.AcceleratorError as error:
         print(f"the device is lost: {error}")
     finally:

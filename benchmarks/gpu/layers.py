@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -96,12 +95,23 @@ def _compiled(channels: int, device: torch.device) -> tuple[nn.Module, Forward]:
 CONTENDERS = {OURS: _ours, TORCH: _torch, NATIVE: _torch, COMPILED: _compiled}
 
 
+def fallback() -> str | None:
+    """Return how CUDA tensors are computed if not only by the kernels, else None."""
+    found = batchnorm.backends()["cuda"]
+    return None if found.startswith("triton") and "eager" not in found else found
+
+
 @contextlib.contextmanager
-def settings_of(contender: str) -> Iterator[None]:
-    """Enable or disable cuDNN, and turn the warning of our eager fallback into an error."""
-    with torch.backends.cudnn.flags(enabled=contender != NATIVE), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="batchnorm computes", category=RuntimeWarning)
+def settings_of(contender: str, device: torch.device) -> Iterator[None]:
+    """Enable or disable cuDNN for the block.
+
+    Raises:
+        RuntimeError: our kernels were not used on a GPU.
+    """
+    with torch.backends.cudnn.flags(enabled=contender != NATIVE):
         yield
+    if contender == OURS and device.type == "cuda" and (found := fallback()):
+        raise RuntimeError(f"The kernels must be used, but the implementation is {found}.")
 
 
 def step(layer: nn.Module, forward: Forward, x: Tensor, residual: Tensor | None, dy: Tensor) -> Call:
@@ -125,7 +135,7 @@ def largest_error(case: Case, device: torch.device) -> float:
     with torch.no_grad():  # dy is zero where rounding decides the ReLU's derivative
         z = reference(wide[0]) if wide[1] is None else reference(wide[0]) + wide[1]
         dy.masked_fill_(z.abs() < (1e-3 if case.dtype == "float32" else 5e-2), 0.0)
-    with settings_of(OURS):
+    with settings_of(OURS, device):
         ours = step(*_ours(case.shape[1], device), x, residual, dy)()
     found = 0.0
     for result, expected in zip(ours, step(reference, forward, *wide, dy.double())(), strict=True):
@@ -153,7 +163,7 @@ def measure(case: Case, clock: Clock, contender: str, speed: float, repeats: int
     sets = [case.data(clock.device) for _ in range(min(max(1, 2 * cache // traffic + 1), 32))]
     needed = case.traffic(clock.register_bytes(), cache)
     floor = needed * case.nbytes / speed
-    with settings_of(contender):
+    with settings_of(contender, clock.device):
         layer, forward = CONTENDERS[contender](case.shape[1], clock.device)
         calls = [step(layer, forward, *data) for data in sets]
         captured = clock.seconds(calls, repeats=repeats, captured=True)

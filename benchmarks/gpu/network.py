@@ -53,9 +53,9 @@ class ResNet50(nn.Module):
         return self.classifier(self.blocks(x).mean((2, 3)))
 
 
-def measure_network(clock: Clock, dry: bool, repeats: int) -> list[records.Row]:
+def measure_network(clock: Clock, batch: int, dry: bool, repeats: int) -> list[records.Row]:
     """Measure a training step of ResNet-50, channels-last with bfloat16 autocast, with our layers and torch's."""
-    shape, size = ((2, 3, 32, 32), {"depths": (1, 1), "width": 4}) if dry else ((128, 3, 224, 224), {})
+    shape, size = ((batch, 3, 32, 32), {"depths": (1, 1), "width": 4}) if dry else ((batch, 3, 224, 224), {})
     rows: list[records.Row] = []
     for contender, norm in ((OURS, networks.our_norm), (TORCH, networks.torch_norm)):
         model = ResNet50(norm, **size).to(clock.device, memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ def measure_network(clock: Clock, dry: bool, repeats: int) -> list[records.Row]:
             loss.backward()
             optimizer.step()
 
-        with settings_of(contender):
+        with settings_of(contender, clock.device):
             seconds, peak = clock.seconds([call], repeats=repeats, captured=False), clock.peak_bytes(call)
         rows.append(
             {

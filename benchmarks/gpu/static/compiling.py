@@ -107,12 +107,11 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
     found: list[Launch] = []
     run = JITFunction.run
 
-    def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(function, *args, grid=grid, warmup=True, **options)
         arguments = dict(zip(function.arg_names, args, strict=False)) | options
         warps = arguments.pop("num_warps")
         found.append(Launch(function.__name__.removesuffix("_kernel"), grid[0], arguments, warps, kernel))
-        return kernel
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
@@ -125,7 +124,7 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
 
 def training_step(case: Case) -> None:
     """Make the launches of a training step of batch normalization and ReLU, within `launches`."""
-    x, dy, residual = (meta(case.shape, case.layout, cases.DTYPES[case.dtype]) for _ in range(3))
+    x, dy, residual = (empty(case.shape, case.layout, cases.DTYPES[case.dtype]) for _ in range(3))
     weight = torch.empty(case.shape[1], device="meta")
     attributes = (EPS, "relu", 0.0)
     y, *statistics = launch.train_forward(x, weight, weight, residual if case.residual else None, *attributes)
@@ -133,9 +132,9 @@ def training_step(case: Case) -> None:
     launch.train_backward(dy, x, None, kept, *statistics, weight, weight, *attributes, case.residual)
 
 
-def meta(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor `[N, C, *S]` without values, contiguous or channels-last."""
+def empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "meta") -> torch.Tensor:
+    """Return a tensor `[N, C, *S]`, contiguous or channels-last; on the meta device, it has no memory."""
     if layout == "contiguous":
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=device)
     n, c, *s = shape
-    return torch.empty((n, *s, c), dtype=dtype, device="meta").movedim(-1, 1)
+    return torch.empty((n, *s, c), dtype=dtype, device=device).movedim(-1, 1)

@@ -11,7 +11,7 @@ from batchnorm.ops.activations import ACTIVATIONS
 from batchnorm.ops.schemas import SCHEMAS
 from batchnorm.ops.triton import OPERATORS, launch
 from benchmarks.gpu.layers import EPS
-from benchmarks.gpu.static.compiling import meta
+from benchmarks.gpu.static.compiling import empty
 from benchmarks.gpu.static.covering import Choice, covering
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,14 +39,14 @@ def factors(operator: str) -> dict[str, Sequence[Any]]:
     return found
 
 
-def call(operator: str, choice: Choice) -> None:
-    """Make the launches of a call, within `launches`."""
+def call(operator: str, choice: Choice, device: str = "meta") -> None:
+    """Make the launches of a call, on a GPU, or on the meta device within `launches`."""
     absent = {name for name, value in choice.items() if value is False}
     if operator == "update_running_":
-        given = _update_arguments(choice["dtype"])
+        given = _update_arguments(choice["dtype"], device)
         absent -= {"num_batches_tracked"} if "momentum" in absent else set()  # one of the two is needed
     else:
-        given = _arguments(choice)
+        given = _arguments(choice, device)
     arguments = [_argument(a, given[a.name], a.name in absent) for a in _schema(operator)]
     getattr(launch, operator)(*arguments)
 
@@ -57,17 +57,17 @@ def _argument(argument: Any, value: Any, absent: bool) -> Any:
     return None if absent else value
 
 
-def _arguments(choice: Choice) -> Choice:
-    x = meta(choice["shape"], choice["layout"], choice["dtype"])
+def _arguments(choice: Choice, device: str) -> Choice:
+    x = empty(choice["shape"], choice["layout"], choice["dtype"], device).zero_()
     (n, c, *s), indexed = x.shape, choice.get("index", False)
-    vector = torch.empty((_GROUPS, c) if indexed else (c,), device="meta")
+    vector = torch.ones((_GROUPS, c) if indexed else (c,), device=device)
     vectors = ("mean", "mean_low", "var", "weight", "bias", "mean_dxhat", "mean_dxhat_xhat")
     return {
         **dict.fromkeys(("x", "dy", "residual", "y"), x),
         **dict.fromkeys(vectors, vector),
-        "index": torch.empty(n, dtype=torch.int64, device="meta"),
+        "index": torch.zeros(n, dtype=torch.int64, device=device),
         "groups": _GROUPS if indexed else 1,
-        "weights": torch.empty((n, *s), device="meta"),
+        "weights": torch.ones((n, *s), device=device),
         "eps": EPS,
         "activation": choice.get("activation"),
         "negative_slope": 0.1,
@@ -75,14 +75,14 @@ def _arguments(choice: Choice) -> Choice:
     }
 
 
-def _update_arguments(dtype: torch.dtype) -> Choice:
-    running, vector = torch.empty(16, dtype=dtype, device="meta"), torch.empty(16, device="meta")
+def _update_arguments(dtype: torch.dtype, device: str) -> Choice:
+    running, vector = torch.ones(16, dtype=dtype, device=device), torch.ones(16, device=device)
     return {
         **dict.fromkeys(("running_mean", "running_var"), running),
         **dict.fromkeys(("mean", "mean_low", "var"), vector),
-        "num_batches_tracked": torch.empty((), dtype=torch.int64, device="meta"),
+        "num_batches_tracked": torch.zeros((), dtype=torch.int64, device=device),
         "m": 12,
-        "count": torch.empty((), dtype=torch.float64, device="meta"),
+        "count": torch.full((), 12.0, dtype=torch.float64, device=device),
         "momentum": 0.1,
         "skip_nonfinite": None,
     }

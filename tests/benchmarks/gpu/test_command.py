@@ -7,7 +7,6 @@ import dataclasses
 import math
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.table import TABLE
 from benchmarks import records
-from benchmarks.gpu import command, layers, tune
+from benchmarks.gpu import checks, command, layers, tune
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.report import targets
 from benchmarks.gpu.timing import Deadline, DeviceClock, HostClock
@@ -46,7 +45,7 @@ def test_a_dry_run_measures_every_case_and_prints_one_table(tmp_path: Path) -> N
     result = dry_run(tmp_path)
     assert result.exit_code == 0
     rows = records.read(tmp_path / "gpu.csv")
-    assert len(rows) == 8 * 3 + 2
+    assert len(rows) == 8 * 3 + 2 * 2
     assert {r["contender"] for r in rows} == {command.OURS, command.TORCH, command.NATIVE}
     assert all(math.isfinite(float(r["share_of_floor"])) for r in rows if r["floor_ms"])
     assert sum(line.startswith("BN+add+ReLU") for line in result.output.splitlines()) == 4
@@ -55,7 +54,7 @@ def test_a_dry_run_measures_every_case_and_prints_one_table(tmp_path: Path) -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    with pytest.raises(click.UsageError, match="must find a CUDA device.* use --dry"):
+    with pytest.raises(click.ClickException, match="must find a CUDA device.* use --dry"):
         command.main([], standalone_mode=False)
 
 
@@ -145,28 +144,31 @@ def test_what_fails_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyP
 
 
 def test_eager_in_the_kernels_place_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ours(channels: int, device: torch.device) -> tuple[nn.Module, Any]:
-        warnings.warn("batchnorm computes on CUDA devices in plain torch operations", RuntimeWarning, stacklevel=1)
-        return layers._torch(channels, device)
-
-    monkeypatch.setattr(layers, "_ours", ours)
-    with pytest.raises(RuntimeWarning, match="plain torch operations"):
-        layers.check(SMALL, CPU)
+    cuda = torch.device("cuda")
+    found = {"cuda": "triton: compiled at first use"}
+    monkeypatch.setattr(layers.batchnorm, "backends", lambda: found)
+    with layers.settings_of(command.OURS, cuda):
+        pass
+    for text in ("eager: Triton is not installed", "triton: compiled at first use, except\neager: a kernel: its cause"):
+        found["cuda"] = text
+        for contender, device in ((command.TORCH, cuda), (command.OURS, CPU)):
+            with layers.settings_of(contender, device):
+                pass
+        ours = layers.settings_of(command.OURS, cuda)
+        with pytest.raises(RuntimeError, match="must be used, but the implementation is"), ours:
+            pass
 
 
 def test_when_the_time_is_over_the_table_is_printed_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(command, "TIMED", 0.0)
-    monkeypatch.setattr(command.Run, "network", lambda self: None)
+    monkeypatch.setattr(command.Run, "network", lambda self, batch: None)
     result = dry_run(tmp_path)
     assert result.exit_code == 0
-    assert "skipped for lack of time or memory: 24" in result.output
-    assert "torch.compile / ours, mean" in result.output
-    monkeypatch.setattr(command, "LIMIT", 0.0)
-    result = dry_run(tmp_path)
-    assert "0 cases checked" in result.output
+    assert "0 cases checked and timed" in result.output
     assert "skipped for lack of time or memory: 8" in result.output
+    assert "torch.compile / ours, mean" in result.output
     assert command.LIMIT < command.LAST < 480
 
 
@@ -306,11 +308,21 @@ def test_a_whole_run_goes_through_the_device_s_clock(
     monkeypatch.setattr(command, "bandwidth", lambda clock, nbytes, repeats: 1e12 if nbytes == 1 << 30 else 0.0)
     monkeypatch.setattr(layers, "_compiled", layers._torch)
     monkeypatch.setitem(layers.CONTENDERS, command.COMPILED, layers._torch)
-    monkeypatch.setattr(command.Run, "network", lambda self: None)
+    checked: list[str] = []
+
+    def check(name: str) -> checks.Check:
+        return checks.Check(name, 1.0, lambda seconds: (checked.append(name), checks.Outcome(checks.PASSED, ""))[1])
+
+    monkeypatch.setattr(checks, "CHECKS", (check("first"), check("second")))
+    monkeypatch.setattr(command.Run, "network", lambda self, batch: checked.append(f"network {batch}"))
     result = CliRunner().invoke(command.main, ["--out", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
+    assert checked == ["first", "second", "network 32", "network 128"]
+    assert [r["result"] for r in records.read(tmp_path / "gpu-checks.csv")] == ["passed", "passed"]
     rows = records.read(tmp_path / "gpu.csv")
     assert len(rows) == 2 * 8 * 4
+    first = [(r["shape"], r["task"], r["contender"]) for r in rows[:8]]
+    assert set(first) == {("2×8×6×6", "BN+ReLU", command.OURS), ("2×8×6×6", "BN+ReLU", command.TORCH)}
     assert {r["shape"] for r in rows} == {"2×8×6×6", "4×8×6×6"}
     assert {r["device"] for r in rows} == {"a device"}
     assert [float(r["ms"]) for r in rows] == pytest.approx([8.0 / int(r["sets"]) for r in rows], rel=1e-4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import pkgutil
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from batchnorm.ops.schemas import SCHEMAS
-from batchnorm.ops.triton import OPERATORS
+from batchnorm.ops.triton import OPERATORS, kernels
+from benchmarks.gpu import every_kernel
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.static import command, sass, space, table
 from benchmarks.gpu.static.compiling import Launch, launches, training_step
@@ -115,6 +118,14 @@ def test_every_argument_that_may_be_absent_is_a_factor(operator: str) -> None:
     for declaration in SCHEMAS[operator].split(" -> ")[0].strip("()").split(", "):
         kind, name = declaration.split()
         assert (name in factors) == (kind.endswith("?") or kind == "bool" or name == "activation")
+
+
+def test_the_script_for_a_sanitizer_starts_every_kernel() -> None:
+    with launches("sm_90", frontend=True) as found:
+        assert every_kernel.main("meta") == len(space.calls(1))
+    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]
+    names = {name.removesuffix("_kernel") for m in modules for name in vars(m) if name.endswith("_kernel")}
+    assert {each.name for each in found} >= names - {"smallest"}  # which no operator starts
 
 
 def test_a_variant_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
