@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 LIBRARY := src/batchnorm/libbatchnorm_cpu.so
+XLA := build/xla
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,12 +37,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-deps $(TRAINED)
 	@touch $@
 
+# The headers of XLA's FFI, from the oldest supported jaxlib. The installed one is newer.
+$(XLA): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --target $@.new $(shell grep --max-count 1 --only-matching 'jaxlib==[0-9.]*' pyproject.toml)
+	mv $@.new/jaxlib/include $@ && rm -r $@.new
+
 # Without a compiler, the eager implementation is used, and batchnorm.backends() reports it.
-$(LIBRARY): $(STAMP) CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*)
+$(LIBRARY): $(STAMP) $(XLA) CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*)
 	@if ! command -v $(CXX) > /dev/null; then echo 'No C++ compiler: building without the compiled part.'; else \
-	  $(CMAKE) -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build.log && $(BIN)/cmake --build build/dev >> build.log \
-	    || { cat build.log; exit 1; }; \
-	  mv build.log build/dev/; cp build/dev/libbatchnorm_cpu.so $@.new && mv $@.new $@; fi
+	  $(CMAKE) -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DBATCHNORM_XLA_INCLUDE=$(CURDIR)/$(XLA) > build.log \
+	    && $(BIN)/cmake --build build/dev >> build.log || { cat build.log; exit 1; }; \
+	  mv build.log build/dev/; for library in kernels xla cpu; do \
+	    cp build/dev/libbatchnorm_$$library.so $(LIBRARY).new && mv $(LIBRARY).new src/batchnorm/libbatchnorm_$$library.so; \
+	  done; fi
 
 demo: setup ## train one network with and without batch normalization, and write a report
 	$(BIN)/batchnorm compare
@@ -80,13 +88,13 @@ bench-quick: setup ## check that the benchmarks run; their figures mean nothing
 	$(BIN)/python -m benchmarks --quick
 
 sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (several minutes)
-	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON
+	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
 
 # Two instruction sets are enough, because all share the same templates. --quick tests fewer large tensors.
 sanitize-quick: $(STAMP) ## the same without AVX-512, in half the time
-	$(CMAKE) -B build/sanitize-quick -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON \
+	$(CMAKE) -B build/sanitize-quick -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON \
 	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')
 	$(BIN)/cmake --build build/sanitize-quick
 	build/sanitize-quick/test_kernels --quick
@@ -101,7 +109,7 @@ attack: setup ## attack the library with random input, a minute each way, and wr
 aarch64: $(STAMP) ## cross-compile the kernels for 64-bit Arm and test them under emulation
 	@command -v aarch64-linux-gnu-g++ > /dev/null || { echo 'Install the Debian package g++-aarch64-linux-gnu.'; exit 1; }
 	@command -v qemu-aarch64 > /dev/null || { echo 'Install the Debian package qemu-user.'; exit 1; }
-	$(CMAKE) -B build/aarch64 -DBATCHNORM_TORCH=OFF -DBATCHNORM_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
+	$(CMAKE) -B build/aarch64 -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
 	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/test_kernels

@@ -44,7 +44,7 @@ class Frame {
   // Allocates a result of x's shape, which the kernel writes. `returned` converts it to the tensor to return.
   Tensor result() const {
     Tensor made = empty(sizes_.data(), strides_.data(), dim_, code_of(dtype));
-    advise_huge_pages(made, shape.numel() * size_of(dtype));
+    advise_huge_pages(made.mutable_data_ptr(), shape.numel() * size_of(dtype));
     return made;
   }
   Tensor returned(const Tensor& written) const {

@@ -1,4 +1,4 @@
-// The operators on the CPU. Only this file and its two headers use torch, and only its stable ABI, so that one binary
+// The operators on the CPU. Only this file, frame.h and tensors.h use torch, and only its stable ABI, so that one binary
 // works with every torch from 2.10 on.
 
 #include <torch/csrc/stable/library.h>
@@ -11,12 +11,6 @@
 #include <vector>
 
 #include "frame.h"
-
-#if defined(_WIN32)
-#define BATCHNORM_EXPORT extern "C" __declspec(dllexport)
-#else
-#define BATCHNORM_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // Returns the number of the running backward pass, or -1 if none is running. It is not in the stable ABI, so the symbol
 // is weak. In a torch without it, the address is null. `update_running_` is then not registered here and stays eager.
@@ -353,9 +347,3 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
     m.impl("update_running_", TORCH_BOX(&update_running_));
   }
 }
-
-// Called from Python: batchnorm/ops/compiled.py.
-BATCHNORM_EXPORT const char* batchnorm_cpu_capability() { return batchnorm::capability(); }
-BATCHNORM_EXPORT const char* batchnorm_cpu_capabilities() { return batchnorm::capabilities(); }
-BATCHNORM_EXPORT const char* batchnorm_cpu_capability_problem() { return batchnorm::capability_problem(); }
-BATCHNORM_EXPORT int batchnorm_set_cpu_capability(const char* name) { return batchnorm::set_capability(name); }

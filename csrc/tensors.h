@@ -6,16 +6,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels/kernels.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "shim.h"
 
 namespace batchnorm {
 
@@ -77,25 +72,20 @@ inline void check_memory(const char* name, const Tensor& t) {
                   "first. With FSDP, call the wrapped module, which gathers its parameters.");
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
-
 // Returns the activation of this name. Takes ownership of the string, as operators do.
 inline Activation activation_of(StringHandle handle) {
   const char* name = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
-  int found = 0;
-  while (found < kActivations && std::strcmp(name, kActivationNames[found]) != 0) ++found;
+  const std::optional<Activation> found = find_activation(name);
   std::string expected, unknown;
-  if (found == kActivations) {
+  if (!found) {
     unknown = name;
     for (const char* known : kActivationNames) expected.append(expected.empty() ? "" : ", ").append(known);
   }
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  STD_TORCH_CHECK(found < kActivations, "batchnorm expects activation to be one of ", expected, ", got '", unknown,
+  STD_TORCH_CHECK(found.has_value(), "batchnorm expects activation to be one of ", expected, ", got '", unknown,
                   "'. Choose one of them.");
-  return static_cast<Activation>(found);
+  return *found;
 }
 
 // ---- allocation and layout -----------------------------------------------------------------------------------------
@@ -104,19 +94,6 @@ inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, i
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, codes().cpu, -1, &made));
   return Tensor(made);
-}
-
-// Requests huge pages for a large result, so that new memory is faulted in 2 MB at a time. With 4 KB at a time, page
-// faults would take longer than the computation. The request is only a hint, which the system may ignore.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  if (bytes < int64_t{8} << 20) return;
-  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge,
-                  last = (begin + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 inline Tensor empty_vector(int64_t n, DType dtype) {

@@ -213,7 +213,9 @@ print(json.dumps([errors, listed]))
 FRAMEWORKS = ["torch", "jax", "jaxlib", "flax", "keras", "tensorflow"]
 # Modules that need no framework, with those that they share with the rooms of JAX and Keras.
 FRAMEWORK_FREE = [
+    "_backends",
     "_options",
+    "compiled",
     "files",
     "importing",
     "models.gate",
@@ -242,7 +244,7 @@ def without_frameworks():
 
 def test_without_torch_a_name_says_what_to_install(without_frameworks):
     errors, _ = without_frameworks
-    assert set(errors) == PUBLIC_NAMES - {"__version__"}
+    assert set(errors) == PUBLIC_NAMES - {"__version__", "backends"}
     for name, error in errors.items():
         sentence = r"batchnorm\.\w+ needs PyTorch, which is not installed; run pip install 'batchnorm\[torch\]'\."
         assert error[:2] == ["MissingFrameworkError", "torch"], name
@@ -251,8 +253,8 @@ def test_without_torch_a_name_says_what_to_install(without_frameworks):
 
 def test_without_torch_only_names_that_can_be_imported_are_listed(without_frameworks):
     _, listed = without_frameworks
-    assert {"__version__", "reference", "state"} <= set(listed)
-    assert not set(listed) & (PUBLIC_NAMES - {"__version__"})
+    assert {"__version__", "backends", "reference", "state"} <= set(listed)
+    assert not set(listed) & (PUBLIC_NAMES - {"__version__", "backends"})
 
 
 def test_without_torch_the_command_line_says_what_to_install():

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "export.h"
 #include "kernels.h"
 
 namespace batchnorm {
@@ -107,10 +108,16 @@ Choice& choice() {
 
 }  // namespace
 
-const Kernels& kernels(DType dtype) { return *choice().set->tables[static_cast<int>(dtype)]; }
+BATCHNORM_VISIBLE const Kernels& kernels(DType dtype) { return *choice().set->tables[static_cast<int>(dtype)]; }
 const char* capability() { return choice().set->name; }
 bool set_capability(const char* name) { return choice().choose(name); }
 const char* capabilities() { return choice().available.c_str(); }
 const char* capability_problem() { return choice().problem.empty() ? nullptr : choice().problem.c_str(); }
 
 }  // namespace batchnorm
+
+// Called from Python: batchnorm/compiled.py.
+BATCHNORM_EXPORT const char* batchnorm_capability() { return batchnorm::capability(); }
+BATCHNORM_EXPORT const char* batchnorm_capabilities() { return batchnorm::capabilities(); }
+BATCHNORM_EXPORT const char* batchnorm_capability_problem() { return batchnorm::capability_problem(); }
+BATCHNORM_EXPORT int batchnorm_set_capability(const char* name) { return batchnorm::set_capability(name); }

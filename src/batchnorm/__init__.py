@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from batchnorm import doctor as doctor
     from batchnorm import functional as functional
     from batchnorm import integrations as integrations
+    from batchnorm import jax as jax
     from batchnorm import moments as moments
     from batchnorm import nn as nn
     from batchnorm import ops as ops
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from batchnorm import standardize as standardize
     from batchnorm import state as state
     from batchnorm import surgery as surgery
+    from batchnorm._backends import backends
     from batchnorm.doctor.diagnose import diagnose
     from batchnorm.doctor.watch import watch
     from batchnorm.moments import Moments
     from batchnorm.nn import *
-    from batchnorm.ops import backends
     from batchnorm.recalibration import recalibrate
     from batchnorm.standardize import Standardizer
     from batchnorm.surgery import (
@@ -112,6 +113,7 @@ _MODULES = (
     "doctor",
     "functional",
     "integrations",
+    "jax",
     "moments",
     "nn",
     "ops",
@@ -121,14 +123,14 @@ _MODULES = (
     "state",
     "surgery",
 )
-_WITHOUT_TORCH = {"__version__", "reference", "state"}
+_WITHOUT_TORCH = {"__version__", "backends", "jax", "reference", "state"}
 
 # The module of each name; every other name is in `batchnorm.nn`.
 _HOMES = {
     "Moments": "moments",
     "Standardizer": "standardize",
     "accelerate": "surgery",
-    "backends": "ops",
+    "backends": "_backends",
     "convert": "surgery",
     "diagnose": "doctor",
     "drop_redundant_bias": "surgery",
@@ -159,8 +161,9 @@ if not TYPE_CHECKING:  # type checkers would accept every name
 
 
 def __dir__() -> list[str]:
-    """List all names that can be imported. Without PyTorch, those that need it are left out."""
+    """List all names that can be imported. Those whose framework is not installed are left out."""
     from batchnorm._frameworks import is_installed
 
     names = {*_MODULES, *__all__}
-    return sorted({*globals(), *(names if is_installed("torch") else names & _WITHOUT_TORCH)})
+    names = names if is_installed("torch") else names & _WITHOUT_TORCH
+    return sorted({*globals(), *(names if is_installed("jax") else names - {"jax"})})

@@ -32,9 +32,10 @@ def required_by(what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in _NAMES or isinstance(error, MissingFrameworkError):
+        framework = (error.name or "").partition(".")[0]
+        if framework not in _NAMES or isinstance(error, MissingFrameworkError):
             raise
         raise MissingFrameworkError(
-            f"{what} needs {_NAMES[error.name]}, which is not installed; run pip install 'batchnorm[{error.name}]'.",
-            name=error.name,
+            f"{what} needs {_NAMES[framework]}, which is not installed; run pip install 'batchnorm[{framework}]'.",
+            name=framework,
         ) from error

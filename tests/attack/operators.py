@@ -157,12 +157,13 @@ def child(seconds: float, calls: int, seed: int, start: int, only: int | None, l
         os.environ["BATCHNORM_CPU_CAPABILITY"] = "eager"
     else:  # a huge size is then an error, and does not use up the machine's memory; sanitizers have their own limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    from batchnorm.compiled import Kernels
     from batchnorm.ops import compiled
 
     if library:
         del os.environ["BATCHNORM_CPU_CAPABILITY"]
-        compiled._compiled.load(Path(library))
-        assert compiled.cpu_capabilities(), compiled.backends()
+        compiled._compiled = compiled._Compiled(Path(library), Kernels(Path(library)))
+        assert compiled.cpu_capabilities(), compiled.descriptions()
 
     def announce(text: str) -> None:
         print(json.dumps({"begins": text}), flush=True)

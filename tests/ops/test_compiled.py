@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import batchnorm
+from batchnorm._frameworks import is_installed
+from batchnorm.compiled import Kernels, kernels
 from batchnorm.ops import compiled
 from batchnorm.ops.schemas import SIGNATURES
 
@@ -37,8 +39,8 @@ def test_compiled_operators_exist_if_there_is_a_compiler() -> None:
 
 def test_backends_prints_a_line_for_each_device_and_hint() -> None:
     found = batchnorm.backends()
-    assert list(found) == ["cpu", "cuda", "other"]
-    assert len(str(found).splitlines()) == 3 + len(found.hints)
+    assert list(found) == ["cpu", "cuda", "other"] + ["jax"] * is_installed("jax")
+    assert len(str(found).splitlines()) == len(found) + len(found.hints)
 
 
 def test_backends_gives_the_allocator_hint_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,22 +92,29 @@ def test_eager_is_chosen_without_a_warning_and_computes_the_same() -> None:
 
 def test_without_a_library_the_reason_is_the_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(compiled.CAPABILITY, raising=False)
-    state = compiled._Compiled()
-    state.load(tmp_path)
+    state = compiled._Compiled(tmp_path, Kernels(tmp_path))
     assert state.library is None
     assert state.reason == "no compiler at build time"
 
 
+@needs_compiled
+def test_without_the_library_for_torch_the_reason_is_the_missing_torch(tmp_path: Path) -> None:
+    state = compiled._Compiled(tmp_path, kernels())
+    assert state.library is None
+    assert state.reason == "no torch at build time"
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", ["batchnorm_kernels", "batchnorm_cpu"])
 def test_a_library_that_does_not_load_gives_a_warning_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(compiled.CAPABILITY, raising=False)
-    (tmp_path / "libbatchnorm_cpu.so").write_text("not a library")
-    state = compiled._Compiled()
+    (tmp_path / f"lib{name}.so").write_text("not a library")
     with pytest.warns(
         RuntimeWarning, match=r"plain torch operations, which are slower: .* did not load: .*Reinstall batchnorm"
     ):
-        state.load(tmp_path)
+        state = compiled._Compiled(tmp_path, Kernels(tmp_path) if name == "batchnorm_kernels" else kernels())
     assert state.library is None
     assert "did not load" in state.reason
 

@@ -8,9 +8,8 @@ Every operator is `torch.ops.batchnorm.<name>`. Four functions choose how deriva
 from batchnorm._frameworks import required_by
 
 with required_by("batchnorm.ops"):
-    from batchnorm.ops import registration  # noqa: F401  (defines the operators)
+    from batchnorm.ops import compiled, registration  # noqa: F401  (register the operators)
     from batchnorm.ops.activations import ACTIVATIONS, called_activation, module_activation, parameter_of
-    from batchnorm.ops.compiled import Backends, backends
     from batchnorm.ops.parts import BatchStatistics
     from batchnorm.ops.renorm import renorm_correction
     from batchnorm.ops.routes import (
@@ -24,9 +23,7 @@ with required_by("batchnorm.ops"):
 
 __all__ = [
     "ACTIVATIONS",
-    "Backends",
     "BatchStatistics",
-    "backends",
     "batch_moments",
     "batch_statistics_norm",
     "batch_statistics_norm_by_parts",

@@ -1,0 +1,40 @@
+// What the shims for torch and XLA share: sizes of dtypes, activations by name, and a hint about memory.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "kernels/kernels.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace batchnorm {
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
+
+inline std::optional<Activation> find_activation(std::string_view name) {
+  for (int i = 0; i < kActivations; ++i) {
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  }
+  return std::nullopt;
+}
+
+// Requests huge pages for a large result, so that new memory is faulted in 2 MB at a time. With 4 KB at a time, page
+// faults would take longer than the computation. The request is only a hint, which the system may ignore.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes < int64_t{8} << 20) return;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge,
+                  last = (begin + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace batchnorm

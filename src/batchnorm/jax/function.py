@@ -1,0 +1,193 @@
+"""Batch normalization as a function for JAX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from batchnorm.jax import checks, composition, training
+from batchnorm.jax.composition import Kept
+from batchnorm.jax.training import Peers, Statistics
+
+
+def batch_norm(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+    mask: Array | None = None,
+    axis_name: Any = None,
+) -> tuple[Array, Array, Array]:
+    """Normalize each channel by the batch's statistics, then add `residual` and apply `activation`.
+
+    `y = f((x - μ)/√(σ² + eps)·weight + bias + residual)`, where μ and σ² (biased) are those of the batch.
+
+    Args:
+        x: Any shape of two or more dimensions, with the channels along `axis`; float64 (if JAX enables it), float32,
+            bfloat16 or float16. An empty batch gives an empty y, and zeros as mean and var.
+        weight: γ of shape `[C]`, or None for 1.
+        bias: β of shape `[C]`, or None for 0.
+        residual: Of x's shape and dtype; added before the activation.
+        axis: The axis of the channels.
+        eps: Added to the variance; positive.
+        activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish",
+            "hardsigmoid", "tanh", "sigmoid" or "elu". The mathematics page has the formulas under "Activations".
+        negative_slope: Slope of "leaky_relu" below zero.
+        alpha: α of "elu", which tends to -α below zero.
+        mask: The positions that count in the statistics: booleans or weights w >= 0. It broadcasts to x's shape
+            without `axis`, or (with as many dimensions as x) to x's shape, so that channels may have masks of their
+            own. μ = Σw·x/Σw, and σ² = Σw·(x - μ)²/Σw. Positions that do not count may hold any value, even NaN (treated
+            as 0), and are normalized like the rest. If nothing counts, mean and var are 0; if a single value counts,
+            its output is f(bias).
+        axis_name: The name of a mapped axis (of `shard_map`, `pmap` or `vmap`), or a tuple of names, whose devices
+            share the statistics. Mean and var are then the same on all of them.
+
+    Returns:
+        y of x's shape and dtype, and mean and biased var of shape `[C]`, which are float64 for float64 x, else float32.
+        All are differentiable, in forward and reverse mode, to any order.
+
+    Raises:
+        TypeError: x is not an array of a supported dtype, weight or bias is not of a floating-point dtype, the
+            residual does not have x's dtype, or the mask is complex.
+        ValueError: x has fewer than two dimensions, or one value per channel (over all devices of `axis_name`); a
+            vector is not `[C]`; the residual's shape differs from x's; the mask does not broadcast or, outside of
+            `jit`, has a weight below 0; axis, eps, activation or alpha is invalid.
+
+    Numerics:
+        Statistics are sums of deviations from a value close to the mean, and the mean is a pair of numbers, so that
+        even a mean of 1e6 standard deviations costs no accuracy. On the CPU, the compiled kernels run on XLA's threads,
+        and give the same bits as `batchnorm.functional.batch_norm` for PyTorch. `batchnorm.backends()` says whether
+        they do. On other devices, and for arrays that `jit` shards over several devices, XLA compiles a composition.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1; the equations are on the mathematics page, "Forward".
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> y, mean, var = batch_norm(x, activation="relu")
+        >>> y.round(4).tolist(), mean.tolist(), var.tolist()
+        ([[0.0, 0.0], [1.0, 1.0]], [2.0, 20.0], [1.0, 100.0])
+    """
+    y, statistics = train(
+        "batch_norm", x, weight, bias, residual, axis=axis, eps=eps, activation=activation,
+        negative_slope=negative_slope, alpha=alpha, mask=mask, axis_name=axis_name,
+    )  # fmt: skip
+    return y, statistics.mean + statistics.mean_low, statistics.var
+
+
+def train(
+    caller: str,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    *,
+    axis: int,
+    eps: float,
+    activation: str,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+    mask: Array | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    single_allowed: bool = False,
+) -> tuple[Array, Statistics]:
+    """Return y and the statistics of `batch_norm`, for layers.
+
+    Args:
+        caller: The name at the start of error messages.
+        x: As for `batch_norm`, like the other arguments of that name.
+        weight: γ.
+        bias: β.
+        residual: Added before the activation.
+        axis: The axis of the channels.
+        eps: Added to the variance.
+        activation: The name of f.
+        negative_slope: Slope of "leaky_relu".
+        alpha: α of "elu".
+        mask: The positions that count.
+        axis_name: The mapped axis.
+        axis_index_groups: Groups of indices within the axis; each shares its own statistics. None: one group.
+        single_allowed: Whether a batch may have one value per channel, whose output is then f(bias).
+    """
+    x = checks.checked_input(caller, x)
+    at = checks.attributes(caller, x, axis, eps, activation, negative_slope, alpha)
+    weight = checks.checked_vector(caller, "weight", weight, x, at.axis)
+    bias = checks.checked_vector(caller, "bias", bias, x, at.axis)
+    residual = checks.checked_residual(caller, residual, x)
+    weights = checks.mask_as_weights(caller, mask, x, at.axis)
+    peers = None
+    if axis_name is not None:
+        groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+        peers = Peers(axis_name if isinstance(axis_name, str) else tuple(axis_name), groups)
+    if not single_allowed:
+        checks.check_count(caller, x, at.axis, 1 if peers is None else peers.size())
+    if weights is not None:
+        weights = lax.stop_gradient(weights)
+        counts = composition.spread_weights(weights, x, at.axis) > 0
+        x = jnp.where(counts | jnp.isfinite(x), x, 0)
+    return training.train(x, weight, bias, residual, weights, at, peers)
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Array:
+    """Normalize each channel by given statistics, as at inference, then add `residual` and apply `activation`.
+
+    `y = f((x - mean)/√(var + eps)·weight + bias + residual)`. This is a composition of `jax.numpy`, which XLA fuses
+    with its neighbours, and which `jax.export` can export.
+
+    Args:
+        x: Any shape of two or more dimensions, with the channels along `axis`; any dtype that `batch_norm` takes.
+        mean: `[C]`, such as the running mean.
+        var: `[C]`, likewise.
+        weight: γ of shape `[C]`, or None for 1.
+        bias: β of shape `[C]`, or None for 0.
+        residual: Of x's shape and dtype; added before the activation.
+        axis: The axis of the channels.
+        eps: Added to the variance; positive.
+        activation: The name of f, as for `batch_norm`.
+        negative_slope: Slope of "leaky_relu" below zero.
+        alpha: α of "elu".
+
+    Returns:
+        y of x's shape and dtype, differentiable in every array.
+
+    Raises:
+        TypeError: as for `batch_norm`.
+        ValueError: as for `batch_norm`, except that one value per channel is allowed.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2; the mathematics page, "Forward".
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> normalize(x, mean=jnp.array([1.0, 10.0]), var=jnp.array([1.0, 100.0])).round(4).tolist()
+        [[0.0, 0.0], [2.0, 2.0]]
+    """
+    caller = "normalize"
+    x = checks.checked_input(caller, x)
+    at = checks.attributes(caller, x, axis, eps, activation, negative_slope, alpha)
+    vectors = {"mean": mean, "var": var, "weight": weight, "bias": bias}
+    found = {name: checks.checked_vector(caller, name, vector, x, at.axis) for name, vector in vectors.items()}
+    kept = Kept(x, checks.checked_residual(caller, residual, x), mean_low=None, **found)  # type: ignore[arg-type]
+    return composition.normalize(kept, at)
