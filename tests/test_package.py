@@ -234,7 +234,7 @@ def without_frameworks():
     """The errors of public names in a process without any framework, and the names that it lists."""
     program = WITHOUT.format(
         missing=FRAMEWORKS,
-        names=sorted(PUBLIC_NAMES),
+        names=sorted({*PUBLIC_NAMES, "jax"}),
         modules=[f"batchnorm.{name}" for name in FRAMEWORK_FREE],
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -242,13 +242,15 @@ def without_frameworks():
     return json.loads(run.stdout)
 
 
-def test_without_torch_a_name_says_what_to_install(without_frameworks):
+def test_without_a_framework_a_name_says_what_to_install(without_frameworks):
     errors, _ = without_frameworks
-    assert set(errors) == PUBLIC_NAMES - {"__version__", "backends"}
+    assert set(errors) == {*PUBLIC_NAMES, "jax"} - {"__version__", "backends"}
     for name, error in errors.items():
-        sentence = r"batchnorm\.\w+ needs PyTorch, which is not installed; run pip install 'batchnorm\[torch\]'\."
-        assert error[:2] == ["MissingFrameworkError", "torch"], name
-        assert re.fullmatch(sentence, error[2])
+        framework, title = ("jax", "JAX") if name == "jax" else ("torch", "PyTorch")
+        assert error[:2] == ["MissingFrameworkError", framework]
+        what, sentence = error[2].split(" ", 1)
+        assert what.startswith("batchnorm.")
+        assert sentence == f"needs {title}, which is not installed; run pip install 'batchnorm[{framework}]'."
 
 
 def test_without_torch_only_names_that_can_be_imported_are_listed(without_frameworks):

@@ -123,7 +123,8 @@ _MODULES = (
     "state",
     "surgery",
 )
-_WITHOUT_TORCH = {"__version__", "backends", "jax", "reference", "state"}
+# The framework of each name that does not need PyTorch; None if it needs no framework.
+_FRAMEWORKS = {"__version__": None, "backends": None, "jax": "jax", "reference": None, "state": None}
 
 # The module of each name; every other name is in `batchnorm.nn`.
 _HOMES = {
@@ -164,6 +165,8 @@ def __dir__() -> list[str]:
     """List all names that can be imported. Those whose framework is not installed are left out."""
     from batchnorm._frameworks import is_installed
 
-    names = {*_MODULES, *__all__}
-    names = names if is_installed("torch") else names & _WITHOUT_TORCH
-    return sorted({*globals(), *(names if is_installed("jax") else names - {"jax"})})
+    def available(name: str) -> bool:
+        framework = _FRAMEWORKS.get(name, "torch")
+        return framework is None or is_installed(framework)
+
+    return sorted({*globals(), *filter(available, (*_MODULES, *__all__))})
