@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,12 +45,11 @@ def instructions_a_value(launch: Launch, once: sass.Cost, loop: sass.Cost) -> fl
 
 
 def padding(launch: Launch) -> float:
-    """Return the values of all tiles over those of the tensor."""
+    """Return the values of all tiles over those of the tensor, for programs that loop over tiles."""
     a = launch.arguments
-    if a["ROWS"]:
-        return _padded(a["channels"], a["B1"]) / a["channels"]
-    sizes = ((a["size0"], a["B0"]), (a["size1"], a["B1"]))
-    return math.prod(_padded(size, block) / size for size, block in sizes)
+    if a["GROUP"]:
+        return a["B1"] / (a["GROUP"] * a["positions"])
+    return _padded(a["channels"], a["B1"]) / a["channels"] if a["ROWS"] else 1.0
 
 
 def _padded(size: int, block: int) -> int:

@@ -232,7 +232,7 @@ def test_the_kernels_table_is_what_tuning_would_write() -> None:
 
 
 def test_tuning_takes_what_is_fastest_and_leaves_what_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = Settings(tile=4096, warps=4, stages=2, programs=8, row_bytes=128, once=0)
+    wanted = Settings(tile=4096, warps=4, ahead=2, programs=8, row_bytes=128, once=0)
 
     def milliseconds(case: Case, clock: object, contender: str, *_: object) -> dict[str, float]:
         settings = TABLE[case.layout == "channels-last", 4 if case.dtype == "float32" else 2]

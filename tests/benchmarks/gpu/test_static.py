@@ -81,13 +81,13 @@ def test_the_main_loop_of_a_real_kernel_reads_a_whole_tile(streamed: list[Launch
 
 def test_padding_counts_as_work() -> None:
     x = torch.empty(40, 8, 7, 7, device="meta")
-    arguments = {"x_ptr": x, "ROWS": False, "size0": 40, "size1": 49, "B0": 64, "B1": 64}
+    arguments = {"x_ptr": x, "ROWS": True, "GROUP": 4, "channels": 8, "positions": 49, "B1": 256}
     launch = Launch("moments", 8, arguments, 4, None)
-    assert table.padding(launch) == pytest.approx(64 / 40 * 64 / 49)
+    assert table.padding(launch) == pytest.approx(256 / (4 * 49))
     once, loop = Cost(instructions=100), Cost(instructions=64, loaded=16)  # four values of four bytes
     assert table.instructions_a_value(launch, once, loop) == pytest.approx(16 * table.padding(launch))
     assert table.instructions_a_value(launch, once, Cost()) == pytest.approx(100 * 32 * 4 * 8 / x.numel())
-    rows = Launch("moments", 8, {"ROWS": True, "channels": 48, "B1": 64}, 4, None)
+    rows = Launch("moments", 8, {"ROWS": True, "GROUP": 0, "channels": 48, "B1": 64}, 4, None)
     assert table.padding(rows) == pytest.approx(64 / 48)
 
 

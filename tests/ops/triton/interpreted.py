@@ -15,6 +15,7 @@ from batchnorm.ops.triton import frame, launch, tiling
 from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
 from tests.cases import Case
+from tests.ops import test_contract as contract
 from tests.ops.triton.interpreter import operator
 from tests.tolerance import bound
 
@@ -35,6 +36,16 @@ def test_in_triton_results_keep_the_strides_of_x(layout: str) -> None:
     torch.testing.assert_close((dx, dz), (expected[0], expected[3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("affine", ["both", "neither"])
+def test_in_triton_channels_that_share_a_line_agree_with_the_reference(dtype: torch.dtype, affine: str) -> None:
+    case = Case((40, 8, 5, 5), dtype, affine=affine)
+    assert frame.Frame.of(case.x()).at_once(1) is None
+    assert frame.Frame.of(case.x()).streamed().group == 8
+    contract.test_train_forward_and_backward_agree_with_the_reference(operator, case, "relu", "residual")
+    contract.test_normalize_and_its_backward_agree_with_the_reference(operator, case, "gelu", "alone")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
 def test_in_triton_the_recomputed_mask_is_that_of_forward(shape: tuple[int, ...], layout: str) -> None:
@@ -49,7 +60,9 @@ def test_in_triton_the_recomputed_mask_is_that_of_forward(shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7, 7), (4, 3, 16, 16), (20, 4, 5, 5)], ids=["one launch", "several", "several channels a line"]
+)
 def test_in_triton_offsets_of_32_and_of_64_bits_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: str
 ) -> None:

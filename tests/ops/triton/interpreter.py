@@ -31,7 +31,7 @@ def operator(name: str) -> Callable[..., Any]:
 def _use_interpreter() -> None:
     """Prepare this process, which runs only these tests."""
     np.seterr(invalid="ignore", over="ignore")
-    small = Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024)
+    small = Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024, ahead=2)
     tiling.TABLE.update(dict.fromkeys(tiling.TABLE, small))
     support.problem = lambda device: None  # type: ignore[assignment]
     Frame.result = _poisoned(Frame.result)  # type: ignore[method-assign]

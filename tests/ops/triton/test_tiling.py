@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 
+from batchnorm.ops.triton import tiling
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.tiling import TABLE, Tiling, at_once, power_of_two, settings_of, streamed
 
@@ -19,14 +21,16 @@ SHAPES = [
 
 def covered(p: Tiling) -> int:
     """Return the number of values that the splits cover, without padding."""
+    assert (p.splits - 1) * p.per < p.lines <= p.splits * p.per
+    if p.group:
+        assert p.blocks * p.group == p.channels
+        assert p.b1 == p.group * power_of_two(p.positions)
+        return p.lines * p.positions * p.channels
     if p.rows:
         assert p.blocks * p.b1 >= p.channels
-        assert (p.splits - 1) * p.per < p.size0 <= p.splits * p.per
-    else:
-        assert p.blocks == p.channels
-        tiles = math.ceil(p.size0 / p.b0) * math.ceil(p.size1 / p.b1)
-        assert (p.splits - 1) * p.per < tiles <= p.splits * p.per
-    return p.size0 * (p.size1 if p.rows else p.size1 * p.channels)
+        return p.lines * p.channels
+    assert p.blocks == p.channels
+    return p.lines * p.channels * (p.vec if p.ahead else p.positions)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -39,18 +43,19 @@ def test_splits_cover_the_tensor_and_the_grid_fits(
         p = streamed(*shape, channels_last, itemsize, indexed, False, 132, SETTINGS)
         assert covered(p) == math.prod(shape)
         assert 0 < p.grid[0] < 2**31
-        lane = math.ceil(p.per / p.b0) if p.rows else p.per
-        assert lane <= SETTINGS.deepest
+        assert math.ceil(p.per / p.b0) <= SETTINGS.deepest
         assert p.constants["WIDE"] == (math.prod(shape) >= 2**30)
-        assert p.size1 % p.vec == p.stride0 % p.vec == 0
+        strides = (shape[1],) if p.rows and not p.group else (shape[2], math.prod(shape[1:]))
+        assert all(s % p.vec == 0 for s in strides) or (p.group and p.group * shape[2] % p.vec == 0)
+        assert p.vec * itemsize <= 16
         assert all(power_of_two(b) == b for b in (p.b0, p.b1, p.vec, p.warps))
     p = streamed(*shape, channels_last, itemsize, True, True, 132, SETTINGS)
     assert p.splits == shape[0]
     once = at_once(*shape, channels_last, itemsize, 1, 132, SETTINGS)
     if once is not None:
         assert covered(once) == math.prod(shape)
-        assert once.b0 >= once.size0
-        assert once.rows or once.b1 >= once.size1
+        assert once.b0 >= once.lines
+        assert once.rows or once.b1 >= once.positions
         assert once.b0 * once.b1 <= SETTINGS.once
         assert once.warps <= 16  # 1,024 threads where a warp has 64 lanes
 
@@ -79,15 +84,43 @@ def test_more_programs_than_a_grid_allows_raise_an_error() -> None:
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_all_tunable_settings_fit_the_shared_memory_and_the_registers(rows: bool) -> None:
+def test_all_tunable_settings_fit_the_registers(rows: bool) -> None:
     for values in itertools.product(*CANDIDATES.values()):
         settings = Settings(*values)
         for itemsize in (2, 4):
             p = streamed(32, 64, 3136, rows, itemsize, False, False, 132, settings)
-            assert p.stages is not None
-            assert 4 * (p.stages - 1) * p.b0 * p.b1 * itemsize <= 96 << 10
+            assert p.ahead == settings.ahead
+            assert p.per % (p.b0 * p.ahead) == 0  # only the last split has tiles with a mask
             assert 4 * p.b0 * p.b1 <= 128 * 32 * p.warps  # the values that a lane of moments sums
-    assert streamed(32, 64, 3136, rows, 4, False, False, 132, SETTINGS).stages == SETTINGS.stages
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 49, 392, 1000, 4097, 2**20 - 1, 2**29 + 1])
+def test_a_line_is_divided_by_the_lines_of_a_sample_exactly(
+    monkeypatch: pytest.MonkeyPatch, width: int, wide: bool
+) -> None:
+    monkeypatch.setattr(tiling, "_WIDE", 0 if wide else 2**63)
+    p = dataclasses.replace(streamed(4, 8, 64, False, 4, True, False, 132, SETTINGS), width=width)
+    _, _, _, magic, bits = p.shape
+    word, last = (64, 2**62) if wide else (32, 2**30)
+    assert magic < 2 ** (word - 1)
+    for k in {0, 1, width - 1, width, 12345 * width - 1, 12345 * width, last - last % width - 1, last - 1}:
+        if k < last:
+            assert (4 * k * magic >> word) >> bits == k // width
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "group"),
+    [((256, 2048, 49), 2, 8), ((256, 2048, 49), 4, 4), ((2, 20, 49), 2, 4), ((64, 512, 9), 2, 16), ((64, 21, 49), 2, 0),
+     ((32, 64, 3136), 2, 0), ((32, 64, 1225), 2, 0)],
+)  # fmt: skip
+def test_channels_of_a_size_that_wide_accesses_do_not_divide_share_a_line(
+    shape: tuple[int, int, int], itemsize: int, group: int
+) -> None:
+    p = streamed(*shape, False, itemsize, False, False, 132, SETTINGS)
+    assert p.group == group
+    assert p.vec * itemsize == 16 or not group or shape == (2, 20, 49)
+    assert streamed(*shape, False, itemsize, True, False, 132, SETTINGS).group == 0  # samples differ in their rows
 
 
 def test_every_class_of_tensors_has_settings_that_tuning_can_reach() -> None:

@@ -128,7 +128,7 @@ def _launch_normalize(
     eps, activation, negative_slope = attributes
     _NORMALIZE.start(
         t.grid, (x, residual, y, *vectors.tensors, vectors.index), (eps, negative_slope),
-        (*t.shape, t.channels, t.positions, *vectors.sizes, t.per, t.blocks), ACTIVATION=activation, **t.constants,
+        (*t.shape, t.channels, *vectors.sizes, t.per, t.blocks), ACTIVATION=activation, **t.constants,
     )  # fmt: skip
     return y
 
@@ -191,7 +191,7 @@ class _Backward:
         _APPLY.start(
             t.grid,
             (*self.data, *results, *vectors.tensors, *(means or (None, None)), vectors.index, kernel_weights(weights)),
-            (*self.scalars, frame.m), (*t.shape, t.channels, t.positions, *vectors.sizes, t.per, t.blocks),
+            (*self.scalars, frame.m), (*t.shape, t.channels, *vectors.sizes, t.per, t.blocks),
             ACTIVATION=self.activation, SUMS=sums, **t.constants,
         )  # fmt: skip
         return self.returned(*results)

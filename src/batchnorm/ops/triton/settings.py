@@ -12,7 +12,7 @@ class Settings:
     Args:
         tile: Values of one tile, if a program loops over several tiles.
         warps: Warps of a program that loops over tiles.
-        stages: Tiles in flight; tiles that are loaded ahead use shared memory.
+        ahead: Tiles whose loads a program starts together, to have more bytes in flight.
         programs: Programs per multiprocessor, if they loop over tiles.
         row_bytes: Largest number of bytes of a row of channels that one program handles (channels-last).
         once: Largest tile, with padding, of a program that reads x once. Backward, which holds two tensors, uses half
@@ -22,7 +22,7 @@ class Settings:
 
     tile: int = 2048
     warps: int = 8
-    stages: int = 3
+    ahead: int = 4
     programs: int = 4
     row_bytes: int = 256
     once: int = 32768
@@ -33,7 +33,7 @@ class Settings:
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "tile": (1024, 2048, 4096),
     "warps": (4, 8),
-    "stages": (1, 2, 3, 4),
+    "ahead": (1, 2, 4, 8),
     "programs": (2, 4, 8),
     "row_bytes": (128, 256, 512),
     "once": (0, 16384, 32768),

@@ -7,8 +7,8 @@ from batchnorm.ops.triton.settings import Settings
 
 # The keys: whether channels are innermost, and the bytes of a value.
 TABLE = {
-    (False, 2): Settings(tile=2048, warps=8, stages=3, programs=4, row_bytes=256, once=32768),
-    (False, 4): Settings(tile=2048, warps=8, stages=3, programs=4, row_bytes=256, once=32768),
-    (True, 2): Settings(tile=2048, warps=8, stages=3, programs=4, row_bytes=256, once=32768),
-    (True, 4): Settings(tile=2048, warps=8, stages=3, programs=4, row_bytes=256, once=32768),
+    (False, 2): Settings(tile=2048, warps=8, ahead=4, programs=4, row_bytes=256, once=32768),
+    (False, 4): Settings(tile=2048, warps=8, ahead=2, programs=4, row_bytes=256, once=32768),
+    (True, 2): Settings(tile=2048, warps=8, ahead=4, programs=4, row_bytes=256, once=32768),
+    (True, 4): Settings(tile=2048, warps=8, ahead=2, programs=4, row_bytes=256, once=32768),
 }

@@ -6,6 +6,7 @@ Nothing is timed while a network trains, because another choice would sum in ano
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,12 @@ MERGE_SPLITS, MERGE_CHANNELS = 256, 8
 _SMALL = 1 << 18
 # For at least this size, offsets have 64 bits. It is half the range of 32 bits, because tiles can exceed the tensor.
 _WIDE = 1 << 30
-# The shared memory that every device since Ampere has for a program. At most four tensors are loaded ahead into it.
-_SHARED, _TENSORS = 96 << 10, 4
+# The most bytes that one instruction loads.
+_ACCESS = 16
 # The most warps of a program. 32 would not overlap loads with stores, and exceed 1,024 threads with 64 lanes (AMD).
 _WARPS = 16
+# The values that a line of several channels has at least, if it can: one access of a warp.
+_LINE = 256
 # The smallest part of a row: one memory sector.
 _SECTOR = 32
 
@@ -33,16 +36,17 @@ class Tiling:
     """Arguments of a launch, with the kernels' names. The grid is `blocks * splits`."""
 
     rows: bool
-    size0: int
-    size1: int
-    stride0: int
-    channels: int
+    group: int
+    lines: int
+    width: int
     positions: int
+    channels: int
+    values: int
     b0: int
     b1: int
     vec: int
     warps: int
-    stages: int | None
+    ahead: int | None
     blocks: int
     splits: int
     per: int
@@ -63,9 +67,18 @@ class Tiling:
         return (programs,)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return the sizes of both axes, and the stride of the first."""
-        return self.size0, self.size1, self.stride0
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Return the lines, the lines of a sample, the positions, and two numbers that divide by the lines of a sample.
+
+        `4k * magic >> 32 >> bits` is `k // width` for k < 2³⁰, and with 64 bits, for k < 2⁶².
+        """
+        bits = (self.width - 1).bit_length()
+        magic = -(-(1 << (62 if self._wide else 30) + bits) // self.width)
+        return self.lines, self.width, self.positions, magic, bits
+
+    @property
+    def _wide(self) -> bool:
+        return self.values >= _WIDE
 
     @property
     def merge_blocks(self) -> int:
@@ -75,11 +88,11 @@ class Tiling:
     @property
     def constants(self) -> dict[str, int | bool]:
         """Return the compile-time arguments of a kernel."""
-        wide = self.channels * self.size0 * (1 if self.rows else self.size1) >= _WIDE
         found = {
-            "ROWS": self.rows, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "WIDE": wide, "num_warps": self.warps,
+            "ROWS": self.rows, "GROUP": self.group, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "WIDE": self._wide,
+            "num_warps": self.warps,
         }  # fmt: skip
-        return found if self.stages is None else found | {"STAGES": self.stages}
+        return found if self.ahead is None else found | {"AHEAD": self.ahead}
 
 
 def power_of_two(n: int) -> int:
@@ -87,16 +100,23 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _vec(*sizes: int) -> int:
-    """Return the largest of 8, 4, 2, 1 that divides all sizes."""
-    return next(v for v in (8, 4, 2, 1) if all(size % v == 0 for size in sizes))
+def _vec(itemsize: int, *sizes: int) -> int:
+    """Return the number of values of the widest access that divides all sizes."""
+    return math.gcd(_ACCESS // itemsize, *sizes)
 
 
-def _widths(size: int) -> int:
-    """Return B1 for `size` positions: the largest with at most a tenth more padding than the best."""
-    padded = {b: -(-size // b) * b for b in (1024, 512, 256, 128, 64, 32)}
-    least = min(padded.values())
-    return min(next(b for b, n in padded.items() if n <= 1.1 * least), power_of_two(size))
+def _group(c: int, s: int, itemsize: int, tile: int) -> int:
+    """Return the number of neighboring channels that share a line, or 0 if accesses within a channel are wide enough.
+
+    A multiple of this number of channels has a size that the widest access of a sample divides.
+    """
+    vec = _vec(itemsize, c * s)
+    group = vec // math.gcd(vec, s)
+    if group == 1 or power_of_two(group * s) > tile:
+        return 0
+    while 2 * group * s <= _LINE and c % (2 * group) == 0:
+        group *= 2
+    return group
 
 
 @functools.cache
@@ -137,36 +157,38 @@ def streamed(
         processors: Multiprocessors to fill.
         settings: The settings of the tensor's class.
     """
-    rows = channels_last or s == 1
+    rows, group, values = channels_last or s == 1, 0, n * c * s
     if c == 1 and not indexed:  # its values are contiguous
         rows, n, s = False, 1, n * s
-    if rows:
-        size0, size1, stride0 = n * s, c, c
+    if not rows and not indexed:
+        group = _group(c, s, itemsize, settings.tile)
+    if group:
+        vec, rows, lines, width = _vec(itemsize, c * s), True, n, 1
+        b1, blocks = power_of_two(group * s), -(-c // group)
+    elif rows:
+        vec, lines, width = _vec(itemsize, c), n * s, s
         b1 = min(power_of_two(c), max(settings.row_bytes // itemsize, 1))
         blocks = -(-c // b1)
     else:
-        size0, size1, stride0 = n, s, c * s
-        b1, blocks = _widths(s), c
+        vec = b1 = _vec(itemsize, s)
+        lines, width, blocks = n * s // vec, s // vec, c
     b0 = max(settings.tile // b1, 1)
+    ahead, warps = settings.ahead, settings.warps
     if by_sample:
+        b0 = min(b0, power_of_two(width))
         if rows:
-            b0 = min(b0, power_of_two(s))
             b1 = min(settings.tile // b0, power_of_two(c))
             blocks = -(-c // b1)
-        else:
-            b0 = 1
-        splits, per = n, (s if rows else -(-s // b1))
-        warps = max(1, min(settings.warps, b0 * b1 // 256))
+        splits, per = n, width
+        warps = max(1, min(warps, b0 * b1 // 256))
     else:
-        tiles = -(-size0 // b0) * (1 if rows else -(-size1 // b1))
-        wanted = max(-(-settings.programs * processors // blocks), -(-tiles // settings.deepest))
-        each = -(-tiles // min(wanted, tiles))
-        splits, per = -(-tiles // each), (each * b0 if rows else each)
-        warps = settings.warps
-    ahead = 0 if indexed else _SHARED // (_TENSORS * b0 * b1 * itemsize)  # [K, C] vectors would take too much of it
-    stages = min(settings.stages, 1 + ahead)
-    vec = _vec(size1, stride0)
-    return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, stages, blocks, splits, per)
+        if indexed:  # tiles have `[K, C]` vectors, which take too many registers
+            ahead = 1
+        units = -(-lines // (b0 * ahead))
+        wanted = max(-(-settings.programs * processors // blocks), -(-units * ahead // settings.deepest))
+        each = -(-units // min(wanted, units))
+        splits, per = -(-units // each), each * b0 * ahead
+    return Tiling(rows, group, lines, width, s, c, values, b0, b1, vec, warps, ahead, blocks, splits, per)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -185,12 +207,12 @@ def at_once(
     Return None if they do not fit. Also return None if most of the device would be idle, unless the tensor is too small
     for that to matter.
     """
-    rows = (channels_last or s == 1) and c > 1
+    rows, values = (channels_last or s == 1) and c > 1, n * c * s
     limit = settings.once // tensors
     if rows:
         limit //= 2  # coefficients are vectors here, which also take registers
-        size0, size1, stride0 = n * s, c, c
-        b0 = power_of_two(size0)
+        vec, lines = _vec(itemsize, c), n * s
+        b0 = power_of_two(lines)
         narrowest = min(_SECTOR // itemsize, power_of_two(c))
         if b0 * narrowest > limit:
             return None
@@ -201,11 +223,10 @@ def at_once(
     else:
         if c == 1:
             n, s = 1, n * s
-        size0, size1, stride0 = n, s, c * s
-        b0, b1, blocks = power_of_two(n), power_of_two(s), c
-    if b0 * b1 > limit or (2 * blocks < processors and n * c * s > _SMALL):
+        vec, lines, blocks = _vec(itemsize, s), n, c
+        b0, b1 = power_of_two(n), power_of_two(s)
+    if b0 * b1 > limit or (2 * blocks < processors and values > _SMALL):
         return None
-    vec = _vec(size1, stride0)
     per_warp = 512 if vec == 1 else 1024  # without wide accesses, each value needs its own offset
     warps = min(max(power_of_two(b0 * b1 // per_warp), 4), _WARPS)
-    return Tiling(rows, size0, size1, stride0, c, s, b0, b1, vec, warps, None, blocks, 1, size0)
+    return Tiling(rows, 0, lines, s, s, c, values, b0, b1, vec, warps, None, blocks, 1, lines)

@@ -3,67 +3,113 @@
 import triton
 import triton.language as tl
 
-from .pointwise import coefficients, upstream
+from .pointwise import coefficients, coefficients_of_lines, load_x_and_dz
 from .tiles import (
     SIZES,
     channels_of,
+    columns_of,
     group_of_splits,
-    load,
-    load_rows,
+    half,
     load_weights,
+    masked,
+    offsets,
     product,
     program,
+    results_of,
     span,
     store,
-    tile,
+    sum_positions,
     total,
+    whole_block,
 )
 
 
 @triton.jit
+def negated_share(constant, slope, mean_low):
+    """Return the coefficients of −(constant + ((x − mean) − mean_low)·slope) as a function of x − mean."""
+    return tl.fma(mean_low, slope, -constant), -slope
+
+
+@triton.jit
 def through_statistics(dz, deviation, w, scale, constant, slope):
-    """Return dx = γ·invstd·dz − w·(constant + (x − mean)·slope)."""
+    """Return dx = γ·invstd·dz + w·(constant + (x − mean)·slope)."""
     like = tl.zeros_like(dz)
     share = tl.fma(deviation, like + slope, like + constant) * w
-    return tl.fma(dz, like + scale, -share)
+    return tl.fma(dz, like + scale, share)
+
+
+@triton.jit
+def shares_of(means, at, valid, factor, invstd, mean_low):
+    """Return the coefficients of the share of dx that passes through the statistics."""
+    mean_dxhat_ptr, mean_dxhat_xhat_ptr = means
+    constant = tl.load(mean_dxhat_ptr + at, valid, 0.0) * factor
+    return negated_share(constant, tl.load(mean_dxhat_xhat_ptr + at, valid, 0.0) * factor * invstd, mean_low)
+
+
+@triton.jit
+def add_terms(
+    data, dx_ptr, dz_ptr, k, end, place, there, coefs, first, second, negative_slope,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, VEC: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """Add TILES tiles to Σ dz and Σ dz·(x − mean)."""
+    mean, _mean_low, _invstd, scale, shift = coefs
+    for u in tl.static_range(TILES):
+        offset, mask = offsets(k + u * B0, place, ROWS, VEC), masked(there, k + u * B0, end, MASKED)
+        x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, MASKED)
+        deviation = x - mean
+        if MASKED:
+            deviation = tl.where(mask, deviation, 0.0)
+        first += dz
+        second = tl.fma(dz, deviation, second)
+        store(dx_ptr, offset, dz * scale, mask)
+        store(dz_ptr, offset, dz, mask)
+    return first, second
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_reduce_kernel(
     dy_ptr, x_ptr, residual_ptr, y_ptr, dx_ptr, dz_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr,
     index_ptr, parts_ptr, sum_dz_ptr, sum_dz_xhat_ptr,
-    eps, negative_slope, size0, size1, stride0, channels, rows, stride_statistic, stride_affine, per, splits, blocks,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    eps, negative_slope,
+    lines, width, positions, magic, bits, channels, rows, stride_statistic, stride_affine, per, splits, blocks,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of a block's split to `parts [2, splits, C]`, or without `parts`, those of the whole block.
 
     With constant statistics, dx needs no sums. With `dx_ptr`, this kernel therefore also writes dx and dz.
     """
     block, split = program(blocks, False)
-    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
-    row = split * 0
-    there = valid
+    channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
+    place, there = columns_of(block, channels, positions, width, magic, bits, ROWS, GROUP, B1, VEC, WIDE)
+    tiles: tl.constexpr = half(AHEAD)
+    begin, full, end = span(split, per, lines, B0 * tiles, WIDE)
+    row, existing = split * 0, valid
     if index_ptr is not None:
         row = tl.load(index_ptr + split)
-        there = valid & (row >= 0) & (row < rows)
+        existing = valid & (row >= 0) & (row < rows)
+    data = (dy_ptr, x_ptr, residual_ptr, y_ptr)
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
-    mean, mean_low, invstd, scale, shift = coefficients(
-        vectors, row, channel, there, stride_statistic, stride_affine, eps
-    )
+    coefs = coefficients(vectors, row, channel, existing, stride_statistic, stride_affine, eps)
+    lane = tl.arange(0, B0)[:, None]
     first = tl.zeros([B0, B1], tl.float32)
     second = tl.zeros([B0, B1], tl.float32)
-    for t in tl.range(tiles, num_stages=STAGES):
-        _, _, offset, mask = tile(begin, end, t, block, size1, stride0, ROWS, B0, B1, VEC)
-        x = load(x_ptr, offset, mask)
-        dz = upstream(dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, negative_slope, ACTIVATION)
-        first += dz
-        second += dz * tl.where(mask, (x - mean) - mean_low, 0.0)
-        store(dx_ptr, offset, dz * scale, mask)
-        store(dz_ptr, offset, dz, mask)
-    sum_dz = total(first, ROWS)
-    sum_dz_xhat = total(second, ROWS) * invstd
+    for k in range(begin, full, B0 * tiles):
+        first, second = add_terms(
+            data, dx_ptr, dz_ptr, k + lane, end, place, there, coefs, first, second, negative_slope,
+            ACTIVATION, False, ROWS, B0, VEC, tiles,
+        )  # fmt: skip
+    if full < end:
+        first, second = add_terms(
+            data, dx_ptr, dz_ptr, full + lane, end, place, there, coefs, first, second, negative_slope,
+            ACTIVATION, True, ROWS, B0, VEC, tiles,
+        )  # fmt: skip
+    sum_dz = total(first, 0 if ROWS else None)
+    sum_dz_xhat = (total(second, 0 if ROWS else None) - coefs[1] * sum_dz) * coefs[2]
+    sum_dz = sum_positions(sum_dz, positions, GROUP, B1)
+    sum_dz_xhat = sum_positions(sum_dz_xhat, positions, GROUP, B1)
+    channel, valid = results_of(block, channels, channel, valid, GROUP)
     if parts_ptr is None:
         tl.store(sum_dz_ptr + channel, sum_dz, valid)
         tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, valid)
@@ -79,7 +125,7 @@ def merge_sums_kernel(
 ):
     """Add up `parts [2, splits, C]`; with an index, separately for each group of splits."""
     block, group = program(blocks, False)
-    channel, valid = channels_of(block, channels, True, B1, 1)
+    channel, valid = channels_of(block, channels, 1, True, 0, B1)
     first = tl.zeros([B0, B1], tl.float32)
     second = tl.zeros([B0, B1], tl.float32)
     for start in range(0, splits, B0):
@@ -89,8 +135,35 @@ def merge_sums_kernel(
         first += tl.load(at, there, 0.0)
         second += tl.load(at + splits.to(tl.int64) * channels, there, 0.0)
     at = group.to(tl.int64) * channels + channel
-    tl.store(sum_dz_ptr + at, total(first, True), valid)
-    tl.store(sum_dz_xhat_ptr + at, total(second, True), valid)
+    tl.store(sum_dz_ptr + at, total(first, 0), valid)
+    tl.store(sum_dz_xhat_ptr + at, total(second, 0), valid)
+
+
+@triton.jit
+def apply_lines(
+    data, dx_ptr, dz_ptr, means, weights_ptr, k, end, place, there, source, constants, shares, positions,
+    negative_slope,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr,
+    B1: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Compute dx and dz of a tile. x and dy are read for the last time."""
+    offset, mask = offsets(k, place, ROWS, VEC), masked(there, k, end, MASKED)
+    row, existing, found = coefficients_of_lines(source, constants, k, end, place)
+    mean, mean_low, invstd, scale, shift = found
+    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, False, "evict_first")
+    if means[0] is None:
+        dx = dz * scale
+    else:
+        if shares is not None:
+            constant, slope = shares
+        else:
+            constant, slope = shares_of(means, row * source[5] + source[3], existing, invstd, invstd, mean_low)
+        w = 1.0
+        if weights_ptr is not None:
+            w = load_weights(weights_ptr, k, positions, mask, ROWS, GROUP, B0, B1)
+        dx = through_statistics(dz, x - mean, w, scale, constant, slope)
+    store(dx_ptr, offset, dx, mask)
+    store(dz_ptr, offset, dz, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -98,70 +171,67 @@ def backward_apply_kernel(
     dy_ptr, x_ptr, residual_ptr, y_ptr, dx_ptr, dz_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr,
     mean_dxhat_ptr, mean_dxhat_xhat_ptr, index_ptr, weights_ptr,
     eps, negative_slope, values,
-    size0, size1, stride0, channels, positions, rows, stride_statistic, stride_affine, per, blocks,
-    ACTIVATION: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
-    VEC: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    lines, width, positions, magic, bits, channels, rows, stride_statistic, stride_affine, per, blocks,
+    ACTIVATION: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr,
+    B1: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Compute dx and dz of a block's split from the means of dx̂ and dx̂·x̂.
 
     With `SUMS`, the arguments are Σ dz and Σ dz·x̂ of the batch instead of the means.
     """
     block, split = program(blocks, True)
-    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
+    channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
+    place, there = columns_of(block, channels, positions, width, magic, bits, ROWS, GROUP, B1, VEC, WIDE)
+    step: tl.constexpr = B0 * half(AHEAD)
+    begin, full, end = span(split, per, lines, step, WIDE)
+    lane = tl.arange(0, step)[:, None]
+    data = (dy_ptr, x_ptr, residual_ptr, y_ptr)
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
+    means = (mean_dxhat_ptr, mean_dxhat_xhat_ptr)
+    constants, shares = None, None
     if index_ptr is None:
-        mean, mean_low, invstd, scale, shift = coefficients(vectors, 0, channel, valid, 0, 0, eps)
+        constants = coefficients(vectors, 0, channel, valid, 0, 0, eps)
         if mean_dxhat_ptr is not None:
-            constant = tl.load(mean_dxhat_ptr + channel, valid, 0.0) * (scale / values if SUMS else invstd)
-            slope = tl.load(mean_dxhat_xhat_ptr + channel, valid, 0.0) * (scale / values if SUMS else invstd) * invstd
-    for t in tl.range(tiles, num_stages=STAGES):
-        i, j, offset, mask = tile(begin, end, t, block, size1, stride0, ROWS, B0, B1, VEC)
-        if index_ptr is not None:
-            row, there = load_rows(index_ptr, i, end, positions, rows, valid, ROWS)
-            mean, mean_low, invstd, scale, shift = coefficients(
-                vectors, row, channel, there, stride_statistic, stride_affine, eps
-            )
-            if mean_dxhat_ptr is not None:
-                at = row * stride_statistic + channel
-                constant = tl.load(mean_dxhat_ptr + at, there, 0.0) * invstd
-                slope = tl.load(mean_dxhat_xhat_ptr + at, there, 0.0) * invstd * invstd
-        x = load(x_ptr, offset, mask)
-        dz = upstream(dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, negative_slope, ACTIVATION)
-        if mean_dxhat_ptr is None:
-            dx = dz * scale
-        else:
-            w = 1.0
-            if weights_ptr is not None:
-                w = load_weights(weights_ptr, i, j, size1, mask, ROWS, B0, B1)
-            dx = through_statistics(dz, (x - mean) - mean_low, w, scale, constant, slope)
-        store(dx_ptr, offset, dx, mask)
-        store(dz_ptr, offset, dz, mask)
+            factor = constants[3] / values if SUMS else constants[2]
+            shares = shares_of(means, channel, valid, factor, constants[2], constants[1])
+    source = (index_ptr, vectors, rows, channel, valid, stride_statistic, stride_affine, eps)
+    if full < end:
+        apply_lines(
+            data, dx_ptr, dz_ptr, means, weights_ptr, full + lane, end, place, there, source, constants, shares,
+            positions, negative_slope, ACTIVATION, True, ROWS, GROUP, step, B1, VEC,
+        )  # fmt: skip
+    for back in range(begin, full, step):  # backward, from what the sums read last
+        k = begin + full - step - back
+        apply_lines(
+            data, dx_ptr, dz_ptr, means, weights_ptr, k + lane, end, place, there, source, constants, shares,
+            positions, negative_slope, ACTIVATION, False, ROWS, GROUP, step, B1, VEC,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_once_kernel(
     dy_ptr, x_ptr, residual_ptr, y_ptr, dx_ptr, dz_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr,
     sum_dz_ptr, sum_dz_xhat_ptr,
-    eps, negative_slope, values, size0, size1, stride0, channels, blocks,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
-    WIDE: tl.constexpr,
+    eps, negative_slope, values, lines, width, positions, magic, bits, channels, blocks,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients of a block that fits into one tile, reading x and dy once."""
-    block, split = program(blocks, False)
-    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1, WIDE)
+    block, _ = program(blocks, False)
+    channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
+    offset, mask = whole_block(block, lines, channels, positions, ROWS, B0, B1, VEC, WIDE)
+    axis: tl.constexpr = 0 if ROWS else None
+    data = (dy_ptr, x_ptr, residual_ptr, y_ptr)
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
     mean, mean_low, invstd, scale, shift = coefficients(vectors, 0, channel, valid, 0, 0, eps)
-    _, _, offset, mask = tile(begin, end, 0, block, size1, stride0, ROWS, B0, B1, VEC)
-    x = load(x_ptr, offset, mask)
-    dz = upstream(dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, negative_slope, ACTIVATION)
+    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, True)
     store(dz_ptr, offset, dz, mask)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
-    sum_dz = total(dz, ROWS)
-    sum_dz_xhat = total(product(dz, deviation), ROWS) * invstd
+    sum_dz = total(dz, axis)
+    sum_dz_xhat = total(product(dz, deviation), axis) * invstd
     tl.store(sum_dz_ptr + channel, sum_dz, valid)
     tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, valid)
     share = scale / values
-    dx = through_statistics(dz, deviation, 1.0, scale, sum_dz * share, sum_dz_xhat * share * invstd)
+    constant, slope = negated_share(sum_dz * share, sum_dz_xhat * share * invstd, mean_low)
+    dx = through_statistics(dz, x - mean, 1.0, scale, constant, slope)
     store(dx_ptr, offset, dx, mask)

@@ -4,53 +4,88 @@ import triton
 import triton.language as tl
 
 from .moments import rounded_pair
-from .pointwise import activate, coefficients, preactivation, scale_and_shift, vector
-from .tiles import SIZES, channels_of, load, load_rows, product, program, span, store, tile, total
+from .pointwise import activate, coefficients, coefficients_of_lines, preactivation, scale_and_shift, vector
+from .tiles import (
+    SIZES,
+    channels_of,
+    columns_of,
+    half,
+    load,
+    masked,
+    offsets,
+    product,
+    program,
+    span,
+    store,
+    total,
+    whole_block,
+)
+
+
+@triton.jit
+def normalize_lines(
+    x_ptr, residual_ptr, y_ptr, k, end, place, there, source, constants, negative_slope,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Compute y of a tile. x is read for the last time."""
+    offset, mask = offsets(k, place, ROWS, VEC), masked(there, k, end, MASKED)
+    x = load(x_ptr, offset, mask, "evict_first")
+    _, _, found = coefficients_of_lines(source, constants, k, end, place)
+    mean, _, _, scale, shift = found
+    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, "evict_first")
+    store(y_ptr, offset, activate(z, negative_slope, ACTIVATION), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def normalize_kernel(
     x_ptr, residual_ptr, y_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr, index_ptr,
     eps, negative_slope,
-    size0, size1, stride0, channels, positions, rows, stride_statistic, stride_affine, per, blocks,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    lines, width, positions, magic, bits, channels, rows, stride_statistic, stride_affine, per, blocks,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Compute y of a block's split; NaN for an index outside the rows of the statistics."""
     block, split = program(blocks, True)
-    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
+    channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
+    place, there = columns_of(block, channels, positions, width, magic, bits, ROWS, GROUP, B1, VEC, WIDE)
+    step: tl.constexpr = B0 * half(AHEAD)
+    begin, full, end = span(split, per, lines, step, WIDE)
+    lane = tl.arange(0, step)[:, None]
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
-    if index_ptr is None:
-        mean, _, _, scale, shift = coefficients(vectors, 0, channel, valid, 0, 0, eps)
-    for t in tl.range(tiles, num_stages=STAGES):
-        i, _j, offset, mask = tile(begin, end, t, block, size1, stride0, ROWS, B0, B1, VEC)
-        if index_ptr is not None:
-            row, there = load_rows(index_ptr, i, end, positions, rows, valid, ROWS)
-            mean, _, _, scale, shift = coefficients(vectors, row, channel, there, stride_statistic, stride_affine, eps)
-        z = preactivation(load(x_ptr, offset, mask), mean, scale, shift, residual_ptr, offset, mask)
-        store(y_ptr, offset, activate(z, negative_slope, ACTIVATION), mask)
+    constants = None if index_ptr is not None else coefficients(vectors, 0, channel, valid, 0, 0, eps)
+    source = (index_ptr, vectors, rows, channel, valid, stride_statistic, stride_affine, eps)
+    if full < end:
+        normalize_lines(
+            x_ptr, residual_ptr, y_ptr, full + lane, end, place, there, source, constants, negative_slope,
+            ACTIVATION, True, ROWS, VEC,
+        )  # fmt: skip
+    for back in range(begin, full, step):  # backward, from what moments read last
+        k = begin + full - step - back
+        normalize_lines(
+            x_ptr, residual_ptr, y_ptr, k + lane, end, place, there, source, constants, negative_slope,
+            ACTIVATION, False, ROWS, VEC,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_once_kernel(
     x_ptr, residual_ptr, y_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr,
-    eps, negative_slope, values, size0, size1, stride0, channels, blocks,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
-    WIDE: tl.constexpr,
+    eps, negative_slope, values, lines, width, positions, magic, bits, channels, blocks,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute moments and y of a block that fits into one tile, reading x once."""
-    block, split = program(blocks, False)
-    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, _ = span(split, size0, size0, size1, ROWS, B0, B1, WIDE)
-    _, _, offset, mask = tile(begin, end, 0, block, size1, stride0, ROWS, B0, B1, VEC)
+    block, _ = program(blocks, False)
+    channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
+    offset, mask = whole_block(block, lines, channels, positions, ROWS, B0, B1, VEC, WIDE)
+    axis: tl.constexpr = 0 if ROWS else None
     x = load(x_ptr, offset, mask)
-    pivot = load(x_ptr, channel if ROWS else channel.to(tl.int64) * size1, valid)
-    mean = pivot + total(tl.where(mask, x - pivot, 0.0), ROWS) / values
-    mean_low = total(tl.where(mask, x - mean, 0.0), ROWS) / values
+    pivot = load(x_ptr, channel if ROWS else channel.to(tl.int64) * positions, valid)
+    mean = pivot + total(tl.where(mask, x - pivot, 0.0), axis) / values
+    mean_low = total(tl.where(mask, x - mean, 0.0), axis) / values
     mean, mean_low = rounded_pair(mean, mean_low, x_ptr.dtype.element_ty)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
-    var = tl.div_rn(total(product(deviation, deviation), ROWS), tl.zeros_like(mean) + values)
+    var = tl.div_rn(total(product(deviation, deviation), axis), tl.zeros_like(mean) + values)
     tl.store(mean_ptr + channel, mean, valid)
     tl.store(mean_low_ptr + channel, mean_low, valid)
     tl.store(var_ptr + channel, var, valid)

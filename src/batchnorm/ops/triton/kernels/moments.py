@@ -7,11 +7,27 @@ of all programs are merged by the formula of Chan, Golub and LeVeque.
 import triton
 import triton.language as tl
 
-from .tiles import SIZES, channels_of, group_of_splits, largest, load, load_weights, product, program, span, tile, total
+from .tiles import (
+    SIZES,
+    by_channel,
+    channels_of,
+    columns_of,
+    group_of_splits,
+    largest,
+    load,
+    load_weights,
+    masked,
+    offsets,
+    product,
+    program,
+    results_of,
+    span,
+    total,
+)
 
 
 @triton.jit
-def join(count, pivot, first, second, ROWS: tl.constexpr):
+def join(count, pivot, first, second, AXIS: tl.constexpr):
     """Merge lanes into count, mean, mean_low and m2. Each lane has Σw, a pivot, Σw·d and Σw·d², where d = x − pivot.
 
     The mean is computed in two steps, so that one pivot far from the mean costs no accuracy. A constant channel
@@ -20,15 +36,15 @@ def join(count, pivot, first, second, ROWS: tl.constexpr):
     own = first / tl.where(count > 0.0, count, 1.0)
     second -= first * own
     second = tl.where(second < 0.0, 0.0, second)
-    n = total(count, ROWS)
+    n = total(count, AXIS)
     divisor = tl.where(n > 0.0, n, 1.0)
-    near = largest(tl.where(count > 0.0, pivot, float("-inf")), ROWS)
+    near = largest(tl.where(count > 0.0, pivot, float("-inf")), AXIS)
     near = tl.where(n > 0.0, near, 0.0)
-    mean = near + total(product(count, (pivot - near) + own), ROWS) / divisor
+    mean = near + total(product(count, (pivot - near) + own), AXIS) / divisor
     deviation = (pivot - mean) + own
-    mean_low = total(product(count, deviation), ROWS) / divisor
+    mean_low = total(product(count, deviation), AXIS) / divisor
     deviation -= mean_low
-    return n, mean, mean_low, total(second + count * deviation * deviation, ROWS)
+    return n, mean, mean_low, total(second + count * deviation * deviation, AXIS)
 
 
 @triton.jit
@@ -51,36 +67,78 @@ def store_moments(
     tl.store(m2_ptr + at, m2, valid)
 
 
+@triton.jit
+def join_positions(n, mean, mean_low, m2, positions, GROUP: tl.constexpr, B1: tl.constexpr):
+    """Merge the columns of each channel."""
+    n, there = by_channel(n, positions, GROUP, B1)
+    mean, _ = by_channel(mean, positions, GROUP, B1)
+    mean_low, _ = by_channel(mean_low, positions, GROUP, B1)
+    m2, _ = by_channel(m2, positions, GROUP, B1)
+    n = tl.where(there, n, 0.0)
+    first = n * mean_low
+    return join(n, mean, first, tl.where(there, m2, 0.0) + first * mean_low, 1)
+
+
+@triton.jit
+def add_deviations(
+    x_ptr, k, end, place, there, pivot, first, second,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, VEC: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Add AHEAD tiles to the sums. Their loads do not depend on one another, so that all are in flight together."""
+    for u in tl.static_range(AHEAD):
+        mask = masked(there, k + u * B0, end, MASKED)
+        deviation = load(x_ptr, offsets(k + u * B0, place, ROWS, VEC), mask) - pivot
+        if MASKED:
+            deviation = tl.where(mask, deviation, 0.0)
+        first += deviation
+        second = tl.fma(deviation, deviation, second)
+    return first, second
+
+
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x_ptr, weights_ptr, parts_ptr, mean_ptr, mean_low_ptr, m2_ptr,
-    size0, size1, stride0, channels, per, splits, blocks,
-    VARIANCE: tl.constexpr, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    lines, width, positions, magic, bits, channels, per, splits, blocks,
+    VARIANCE: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Write the moments of a block's split to `parts [4, splits, C]`, or without `parts`, those of the whole block."""
     block, split = program(blocks, False)
-    channel, valid = channels_of(block, channels, ROWS, B1, VEC)
-    begin, end, tiles = span(split, per, size0, size1, ROWS, B0, B1, WIDE)
-    count = tl.zeros([B0, B1], tl.float32)
-    pivot = tl.zeros([B0, B1], tl.float32)
+    channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
+    place, there = columns_of(block, channels, positions, width, magic, bits, ROWS, GROUP, B1, VEC, WIDE)
+    begin, full, end = span(split, per, lines, B0 * AHEAD, WIDE)
+    lane = tl.arange(0, B0)[:, None]
     first = tl.zeros([B0, B1], tl.float32)
     second = tl.zeros([B0, B1], tl.float32)
-    for t in tl.range(tiles, num_stages=STAGES):
-        i, j, offset, counted = tile(begin, end, t, block, size1, stride0, ROWS, B0, B1, VEC)
-        x = load(x_ptr, offset, counted)
-        if weights_ptr is None:
-            w = counted.to(tl.float32)
-        else:
-            w = load_weights(weights_ptr, i, j, size1, counted, ROWS, B0, B1)
+    if weights_ptr is None:
+        mask = masked(there, begin + lane, end, True)
+        pivot = tl.where(mask, load(x_ptr, offsets(begin + lane, place, ROWS, VEC), mask), 0.0)
+        for k in range(begin, full, B0 * AHEAD):
+            first, second = add_deviations(
+                x_ptr, k + lane, end, place, there, pivot, first, second, False, ROWS, B0, VEC, AHEAD
+            )
+        if full < end:
+            first, second = add_deviations(
+                x_ptr, full + lane, end, place, there, pivot, first, second, True, ROWS, B0, VEC, AHEAD
+            )
+        count = tl.broadcast_to(((end - begin - lane + (B0 - 1)) // B0).to(tl.float32), [B0, B1])
+    else:
+        count = tl.zeros([B0, B1], tl.float32)
+        pivot = tl.zeros([B0, B1], tl.float32)
+        for k in range(begin, end, B0):
+            mask = masked(there, k + lane, end, True)
+            x = load(x_ptr, offsets(k + lane, place, ROWS, VEC), mask)
+            w = load_weights(weights_ptr, k + lane, positions, mask, ROWS, GROUP, B0, B1)
             counted = w != 0.0
-        pivot = tl.where(counted & (count == 0.0), x, pivot)
-        deviation = tl.where(counted, x - pivot, 0.0)  # values with weight 0 may be NaN
-        count += w
-        weighted = deviation if weights_ptr is None else w * deviation
-        first += weighted
-        second += weighted * deviation
-    n, mean, mean_low, m2 = join(count, pivot, first, second, ROWS)
+            pivot = tl.where(counted & (count == 0.0), x, pivot)
+            deviation = tl.where(counted, x - pivot, 0.0)  # values with weight 0 may be NaN
+            count += w
+            first += w * deviation
+            second += w * deviation * deviation
+    n, mean, mean_low, m2 = join(count, pivot, first, second, 0 if ROWS else None)
+    if GROUP > 0:
+        n, mean, mean_low, m2 = join_positions(n, mean, mean_low, m2, positions, GROUP, B1)
+    channel, valid = results_of(block, channels, channel, valid, GROUP)
     if parts_ptr is None:
         dtype = x_ptr.dtype.element_ty
         store_moments(mean_ptr, mean_low_ptr, m2_ptr, channel, valid, n, mean, mean_low, m2, dtype, VARIANCE)
@@ -100,7 +158,7 @@ def merge_moments_kernel(
 ):  # fmt: skip
     """Merge `parts [4, splits, C]`; with an index, separately for each group of splits, with a float64 count."""
     block, group = program(blocks, False)
-    channel, valid = channels_of(block, channels, True, B1, 1)
+    channel, valid = channels_of(block, channels, 1, True, 0, B1)
     stride = splits.to(tl.int64) * channels
     count = tl.zeros([B0, B1], tl.float32)
     pivot = tl.zeros([B0, B1], tl.float32)
@@ -122,7 +180,7 @@ def merge_moments_kernel(
         count += n
         first += n * deviation
         second += n * deviation * deviation + tl.load(at + 3 * stride, there, 0.0)
-    n, mean, mean_low, m2 = join(count, pivot, first, second, True)
+    n, mean, mean_low, m2 = join(count, pivot, first, second, 0)
     at = group.to(tl.int64) * channels + channel
     store_moments(mean_ptr, mean_low_ptr, m2_ptr, at, valid, n, mean, mean_low, m2, dtype, VARIANCE)
     if index_ptr is not None:

@@ -7,7 +7,7 @@ the source explicitly fuses every product that a compiler might fuse with a sum.
 import triton
 import triton.language as tl
 
-from .tiles import load
+from .tiles import load, samples_of
 
 
 @triton.jit
@@ -41,12 +41,28 @@ def coefficients(vectors, row, channel, valid, stride_statistic, stride_affine, 
 
 
 @triton.jit
-def preactivation(x, mean, scale, shift, residual_ptr, offset, mask):
+def coefficients_of_lines(source, constants, k, end, place):
+    """Return the rows of lines k, a mask of their existing channels, and their coefficients.
+
+    Without an index, all lines have the coefficients `constants`.
+    """
+    index_ptr, vectors, rows, channel, valid, stride_statistic, stride_affine, eps = source
+    if index_ptr is None:
+        row, existing, found = 0, valid, constants
+    else:
+        row = tl.load(index_ptr + samples_of(k, place), k < end, 0)
+        existing = valid & (row >= 0) & (row < rows)
+        found = coefficients(vectors, row, channel, existing, stride_statistic, stride_affine, eps)
+    return row, existing, found
+
+
+@triton.jit
+def preactivation(x, mean, scale, shift, residual_ptr, offset, mask, EVICT: tl.constexpr = ""):
     """Return z of a tile."""
     z = x - mean
     z = tl.fma(z, tl.zeros_like(z) + scale, tl.zeros_like(z) + shift)
     if residual_ptr is not None:
-        z += load(residual_ptr, offset, mask)
+        z += load(residual_ptr, offset, mask, EVICT)
     return z
 
 
@@ -76,9 +92,9 @@ def activate(z, parameter, ACTIVATION: tl.constexpr):
     """Return y = f(z), with torch's results at kinks and for NaN."""
     y = z
     if ACTIVATION == "relu":
-        y = tl.where(z <= 0.0, 0.0, z)
+        y = tl.maximum(z, 0.0, tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
-        y = tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
+        y = tl.minimum(tl.maximum(z, 0.0, tl.PropagateNan.ALL), 6.0, tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":
         y = tl.where(z > 0.0, z, z * parameter)
     elif ACTIVATION == "silu":
@@ -146,13 +162,23 @@ def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def upstream(dy_ptr, x, residual_ptr, y_ptr, offset, mask, mean, scale, shift, parameter, ACTIVATION: tl.constexpr):
-    """Return dz of a tile, from y if it was kept, else from a recomputed z; zero outside the mask."""
-    dz = load(dy_ptr, offset, mask)
+def load_x_and_dz(
+    data, offset, mask, mean, scale, shift, parameter,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr = "",
+):  # fmt: skip
+    """Return x and dz of a tile, from y if it was kept, else from a recomputed z.
+
+    With `MASKED`, dz is zero outside the mask.
+    """
+    dy_ptr, x_ptr, residual_ptr, y_ptr = data
+    dz = load(dy_ptr, offset, mask, EVICT)
+    x = load(x_ptr, offset, mask, EVICT)
     if ACTIVATION != "none":
         if y_ptr is not None:
-            t = load(y_ptr, offset, mask)
+            t = load(y_ptr, offset, mask, EVICT)
         else:
-            t = preactivation(x, mean, scale, shift, residual_ptr, offset, mask)
-        dz = tl.where(mask, derivative(dz, t, parameter, ACTIVATION), 0.0)
-    return dz
+            t = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, EVICT)
+        dz = derivative(dz, t, parameter, ACTIVATION)
+    if MASKED:
+        dz = tl.where(mask, dz, 0.0)
+    return x, dz

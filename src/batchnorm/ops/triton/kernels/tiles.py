@@ -5,8 +5,8 @@ import triton.language as tl
 
 # Arguments of kernels that do not cause another compilation when their values change.
 SIZES = (
-    "values", "size0", "size1", "stride0", "channels", "positions", "rows", "stride_statistic", "stride_affine", "per",
-    "splits", "blocks",
+    "values", "lines", "width", "positions", "magic", "bits", "channels", "rows", "stride_statistic", "stride_affine",
+    "per", "splits", "blocks",
 )  # fmt: skip
 
 
@@ -23,62 +23,121 @@ def program(blocks, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def channels_of(block, channels, ROWS: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr):
-    """Return the block's channels, and a mask of those that exist."""
+def channels_of(block, channels, positions, ROWS: tl.constexpr, GROUP: tl.constexpr, B1: tl.constexpr):
+    """Return the channels of a block's columns, and a mask of those that exist."""
     channel = block
-    if ROWS:
-        channel = block * B1 + tl.arange(0, B1)[None, :]
-        channels = channels // VEC * VEC
-    return channel, channel < channels
+    if GROUP > 0:
+        channel = block * GROUP + tl.arange(0, B1)[None, :] // positions
+        valid = tl.arange(0, B1)[None, :] < GROUP * positions
+    else:
+        if ROWS:
+            channel = block * B1 + tl.arange(0, B1)[None, :]
+        valid = channel < channels
+    return channel, valid
 
 
 @triton.jit
-def span(split, per, size0, size1, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, WIDE: tl.constexpr):
-    """Return the split's start (a row or a tile), its end on axis 0, and its number of tiles.
+def results_of(block, channels, channel, valid, GROUP: tl.constexpr):
+    """Return the channels of a block's sums, and a mask of those that exist."""
+    if GROUP > 0:
+        channel = block * GROUP + tl.arange(0, GROUP)[:, None]
+        valid = channel < channels
+    return channel, valid
 
-    These values and all offsets in `tile` have 64 bits with `WIDE`. Otherwise, they have 32 bits, which takes half the
-    registers.
+
+@triton.jit
+def columns_of(
+    block, channels, positions, width, magic, bits,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return where a block's values are, as `offsets` needs it, and a mask of the columns that exist.
+
+    Sizes are multiples of VEC. With this hint, the compiler generates accesses of VEC values. Offsets have 64 bits with
+    `WIDE`. Otherwise, they have 32 bits, which takes half the registers.
     """
     integer: tl.constexpr = tl.int64 if WIDE else tl.int32
-    begin = split.to(integer) * per
-    end = size0.to(integer)
-    if ROWS:
-        end = tl.minimum(begin + per, end)
-        tiles = tl.cdiv(end - begin, B0)
-    else:
-        tiles = tl.minimum(tl.cdiv(end, B0) * tl.cdiv(size1, B1) - begin, per)
-    return begin, end, tiles
-
-
-@triton.jit
-def tile(
-    begin, end, t, block, size1, stride0, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr
-):
-    """Return the positions on axis 0 and axis 1, the offsets and the mask of the split's tile t.
-
-    Sizes along axis 1 are multiples of VEC. With this hint, the compiler generates accesses of VEC values.
-    """
-    size1 = size1 // VEC * VEC
-    stride0 = stride0 // VEC * VEC
-    i = tl.arange(0, B0)[:, None]
     j = tl.arange(0, B1)[None, :]
-    if ROWS:
-        i = begin + t * B0 + i
-        j = block * B1 + j
-        offset = i * stride0 + j
+    if GROUP > 0:
+        size = GROUP * positions // VEC * VEC
+        stride = channels.to(integer) * positions // VEC * VEC
+        column = block.to(integer) * size + j
+        there = j < size
+    elif ROWS:
+        stride = channels.to(integer) // VEC * VEC
+        column = block * B1 + j
+        there = column < stride
     else:
-        across = tl.cdiv(size1, B1)
-        at = begin + t
-        i = at // across * B0 + i
-        j = at % across * B1 + j
-        offset = block.to(at.dtype) * size1 + i * stride0 + j
-    return i, j, offset, (i < end) & (j < size1)
+        stride = (channels - 1).to(integer) * width  # lines between the last of a sample and the first of the next
+        column = block.to(integer) * width * VEC + j
+        there = block < channels
+    return (column, stride, magic, bits), there
 
 
 @triton.jit
-def total(t, ROWS: tl.constexpr):
-    """Return the sum of a tile for each channel."""
-    return tl.sum(t, 0, keep_dims=True) if ROWS else tl.sum(t)
+def samples_of(k, place):
+    """Return the sample of each line: k // width, by a multiplication (Granlund and Montgomery, 1994)."""
+    _column, _stride, magic, bits = place
+    return tl.umulhi(k << 2, magic) >> bits
+
+
+@triton.jit
+def offsets(k, place, ROWS: tl.constexpr, VEC: tl.constexpr):
+    """Return the offsets of the lines k `[B0, 1]`."""
+    column, stride, _magic, _bits = place
+    return k * stride + column if ROWS else (k + samples_of(k, place) * stride) * VEC + column
+
+
+@triton.jit
+def span(split, per, lines, STEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return the split's first line, the end of its steps of STEP lines without a mask, and the end of its lines."""
+    integer: tl.constexpr = tl.int64 if WIDE else tl.int32
+    begin = split.to(integer) * per
+    end = tl.minimum(begin + per, lines.to(integer))
+    return begin, begin + (end - begin) // STEP * STEP, end
+
+
+@triton.constexpr_function
+def half(ahead):
+    """Return the tiles that a kernel of two tensors, loaded or stored, has in flight instead of `ahead`."""
+    return (ahead + 1) // 2
+
+
+@triton.jit
+def masked(there, k, end, MASKED: tl.constexpr):
+    """Return the mask of lines k: `there`, and at the end of a split, only the lines before `end`."""
+    if MASKED:
+        there = there & (k < end)
+    return there
+
+
+@triton.jit
+def whole_block(
+    block, lines, channels, positions,
+    ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return the offsets and the mask of the one tile that holds a block."""
+    integer: tl.constexpr = tl.int64 if WIDE else tl.int32
+    i = tl.arange(0, B0)[:, None].to(integer)
+    j = tl.arange(0, B1)[None, :]
+    channels = channels.to(integer)
+    if ROWS:
+        column = block * B1 + j
+        size = channels // VEC * VEC
+        stride = size
+    else:
+        column = j
+        size = positions // VEC * VEC
+        stride = channels * size
+    offset = i * stride + column
+    if not ROWS:
+        offset += block.to(integer) * size
+    return offset, (i < lines) & (column < size)
+
+
+@triton.jit
+def total(t, AXIS: tl.constexpr):
+    """Return the sum of a tile along an axis, or of the whole tile (None)."""
+    return tl.sum(t, AXIS, keep_dims=AXIS is not None)
 
 
 @triton.jit
@@ -92,15 +151,31 @@ def product(a, b):
 
 
 @triton.jit
-def largest(t, ROWS: tl.constexpr):
-    """Return the maximum of a tile for each channel."""
-    return tl.max(t, 0, keep_dims=True) if ROWS else tl.max(t)
+def largest(t, AXIS: tl.constexpr):
+    """Return the maximum of a tile along an axis, or of the whole tile (None)."""
+    return tl.max(t, AXIS, keep_dims=AXIS is not None)
 
 
 @triton.jit
-def load(ptr, offset, mask):
-    """Return a tile in float32, zero outside the mask."""
-    return tl.load(ptr + offset, mask, 0.0).to(tl.float32)
+def by_channel(t, positions, GROUP: tl.constexpr, B1: tl.constexpr):
+    """Return columns `[1, B1]` as `[GROUP, B1]`, and a mask of those that belong to the channel."""
+    owner = tl.arange(0, B1)[None, :] // positions
+    return tl.broadcast_to(t, [GROUP, B1]), owner == tl.arange(0, GROUP)[:, None]
+
+
+@triton.jit
+def sum_positions(t, positions, GROUP: tl.constexpr, B1: tl.constexpr):
+    """Return the sum over the columns of each channel, if several columns belong to one."""
+    if GROUP > 0:
+        values, there = by_channel(t, positions, GROUP, B1)
+        t = total(tl.where(there, values, 0.0), 1)
+    return t
+
+
+@triton.jit
+def load(ptr, offset, mask, EVICT: tl.constexpr = ""):
+    """Return a tile in float32, undefined outside the mask."""
+    return tl.load(ptr + offset, mask, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
@@ -111,17 +186,16 @@ def store(ptr, offset, values, mask):
 
 
 @triton.jit
-def load_weights(ptr, i, j, size1, mask, ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr):
-    """Return the weights of a tile's values."""
-    place = i if ROWS else i * size1 + j
-    return tl.load(ptr + tl.broadcast_to(place, [B0, B1]), mask, 0.0)
-
-
-@triton.jit
-def load_rows(index_ptr, i, end, positions, rows, valid, ROWS: tl.constexpr):
-    """Return the statistics' row for each sample of a tile, and a mask of its existing channels."""
-    row = tl.load(index_ptr + (i // positions if ROWS else i), i < end, 0)
-    return row, valid & (row >= 0) & (row < rows)
+def load_weights(ptr, k, positions, mask, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr):
+    """Return the weights of the values of lines k, zero outside the mask."""
+    j = tl.arange(0, B1)[None, :]
+    if GROUP > 0:
+        at = k * positions + j % positions
+    elif ROWS:
+        at = k
+    else:
+        at = k * B1 + j
+    return tl.load(ptr + tl.broadcast_to(at, [B0, B1]), mask, 0.0)
 
 
 @triton.jit
