@@ -150,6 +150,7 @@ def normalize(
     activation: str = "none",
     negative_slope: float = 0.01,
     alpha: float = 1.0,
+    caller: str = "normalize",
 ) -> Array:
     """Normalize each channel by given statistics, as at inference, then add `residual` and apply `activation`.
 
@@ -168,6 +169,7 @@ def normalize(
         activation: The name of f, as for `batch_norm`.
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu".
+        caller: The name at the start of error messages.
 
     Returns:
         y of x's shape and dtype, differentiable in every array.
@@ -184,7 +186,6 @@ def normalize(
         >>> normalize(x, mean=jnp.array([1.0, 10.0]), var=jnp.array([1.0, 100.0])).round(4).tolist()
         [[0.0, 0.0], [2.0, 2.0]]
     """
-    caller = "normalize"
     x = checks.checked_input(caller, x)
     at = checks.attributes(caller, x, axis, eps, activation, negative_slope, alpha)
     vectors = {"mean": mean, "var": var, "weight": weight, "bias": bias}

@@ -1,0 +1,115 @@
+"""The call that both layers for Flax share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from batchnorm._options import ON_NONFINITE, check_choice
+from batchnorm.jax.activations import ACTIVATIONS
+from batchnorm.jax.function import normalize, train
+from batchnorm.jax.training import Statistics
+
+CALLER = "BatchNorm"
+
+
+class Options(NamedTuple):
+    """The arguments of a layer that its call needs."""
+
+    axis: int
+    epsilon: float
+    momentum: float
+    activation: str
+    negative_slope: float
+    alpha: float
+    on_nonfinite: str
+    axis_name: Any
+    axis_index_groups: Any
+
+
+class Running(NamedTuple):
+    """The running statistics `[C]`; both are biased."""
+
+    mean: Array
+    var: Array
+
+
+def options_of(layer: Any) -> Options:
+    """Return the options from the layer's attributes."""
+    values = {name: getattr(layer, name) for name in Options._fields}
+    if not isinstance(layer.axis, int):
+        axes = tuple(layer.axis)
+        if len(axes) != 1:
+            raise ValueError(
+                f"{CALLER} expects axis to be one axis of channels, got {axes}. Reshape x so that it has one."
+            )
+        values["axis"] = axes[0]
+    check_choice(CALLER, "activation", layer.activation, ACTIVATIONS)
+    check_choice(CALLER, "on_nonfinite", layer.on_nonfinite, ON_NONFINITE)
+    return Options(**values)
+
+
+def evaluate(
+    x: Array, running: Running, scale: Array | None, bias: Array | None, residual: Array | None, options: Options
+) -> Array:
+    """Return y by the running statistics."""
+    return normalize(
+        x, *running, scale, bias, _like(x, residual), axis=options.axis, eps=options.epsilon,
+        activation=options.activation, negative_slope=options.negative_slope, alpha=options.alpha, caller=CALLER,
+    )  # fmt: skip
+
+
+def step(
+    x: Array,
+    running: Running,
+    scale: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    mask: Array | None,
+    options: Options,
+    *,
+    initializing: bool = False,
+) -> tuple[Array, Running]:
+    """Return y by the batch's statistics, and the updated running statistics.
+
+    Args:
+        x: Any shape with the channels along `options.axis`.
+        running: The running statistics.
+        scale: γ, or None.
+        bias: β, or None.
+        residual: Of x's shape, or None.
+        mask: Broadcasts to x's shape, as in Flax. None: all positions count.
+        options: The layer's options.
+        initializing: Whether Flax creates the parameters. Any batch is then allowed, and there is no named axis yet.
+    """
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    y, statistics = train(
+        CALLER, x, scale, bias, _like(x, residual), axis=options.axis, eps=options.epsilon,
+        activation=options.activation, negative_slope=options.negative_slope, alpha=options.alpha, mask=mask,
+        axis_name=None if initializing else options.axis_name, axis_index_groups=options.axis_index_groups,
+        single_allowed=initializing,
+    )  # fmt: skip
+    return y, running if initializing else _updated(running, statistics, options)
+
+
+def _like(x: Array, residual: Array | None) -> Array | None:
+    return None if residual is None else jnp.asarray(residual).astype(x.dtype)
+
+
+def _updated(running: Running, statistics: Statistics, options: Options) -> Running:
+    """Return momentum·running + (1 - momentum)·batch, or `running` where nothing counts or values are skipped."""
+    count, mean, mean_low, var = lax.stop_gradient(statistics)
+    batch = Running(mean + mean_low, var)
+    counts = count > 0
+    if options.on_nonfinite == "skip":
+        counts = counts & jnp.all(jnp.isfinite(batch.mean) & jnp.isfinite(batch.var))
+
+    def update(old: Array, new: Array) -> Array:
+        moved = options.momentum * old + (1 - options.momentum) * new
+        return jnp.where(counts, moved, old).astype(old.dtype)
+
+    return Running(*map(update, running, batch))

@@ -1,0 +1,107 @@
+"""Batch normalization as a layer for Flax NNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax import Array
+
+from batchnorm._frameworks import required_by
+from batchnorm.jax.layers import CALLER, Running, evaluate, options_of, step
+
+with required_by("batchnorm.jax.nnx"):
+    from flax import nnx
+    from flax.nnx.nn import dtypes
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm` that keeps full precision, with a fused activation and residual.
+
+    The arguments, parameters, statistics and the convention of `momentum` (the weight of the *old* statistics) are
+    those of the stock layer, so that checkpoints load in both directions. The running variance is biased.
+
+    Differences from the stock layer: statistics lose no digits at a large mean, and `use_fast_variance` has no effect.
+    If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change. One value
+    per channel is an error in training. Masked positions may hold NaN.
+
+    Args:
+        num_features: The number of channels.
+        activation: The name of the activation after the normalization, as for `batchnorm.jax.batch_norm`.
+        negative_slope: Slope of "leaky_relu" below zero.
+        alpha: α of "elu".
+        on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged if the mean or variance of a
+            batch is not finite.
+        **stock: The other arguments of `flax.nnx.BatchNorm`, such as `momentum`, `epsilon`, `axis` (one axis),
+            `axis_name`, `dtype` and `rngs`.
+
+    Raises:
+        ValueError: activation or on_nonfinite is unknown, or axis has several axes.
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = BatchNorm(2, activation="relu", momentum=0.5, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0, 10.0], [3.0, 30.0]])).round(4).tolist()
+        [[0.0, 0.0], [1.0, 1.0]]
+        >>> layer.mean[...].tolist()
+        [1.0, 10.0]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        on_nonfinite: str = "propagate",
+        **stock: Any,
+    ) -> None:
+        super().__init__(num_features, **stock)
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.alpha = alpha
+        self.on_nonfinite = on_nonfinite
+        options_of(self)
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        residual: Array | None = None,
+    ) -> Array:
+        """Return y, and in training update the running statistics.
+
+        Args:
+            x: The channels are along `axis`.
+            use_running_average: Whether to normalize by the running statistics; None: the layer's own attribute.
+            mask: The positions that count in the statistics: booleans or weights that broadcast to x's shape.
+            residual: Of x's shape; added before the activation.
+
+        Raises:
+            TypeError: as for `batchnorm.jax.batch_norm`.
+            ValueError: as for `batchnorm.jax.batch_norm`, or use_running_average is given in neither place.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                f"{CALLER} expects use_running_average in the constructor or in the call, got None in both. Pass False "
+                "in training and True in evaluation."
+            )
+        options = options_of(self)
+        running = Running(self.mean[...], self.var[...])
+        scale, bias = (None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
+        promote = getattr(self, "promote_dtype", dtypes.promote_dtype)  # older Flax has no such argument
+        x = promote((x, *running, scale, bias), dtype=self.dtype)[0]
+        if use_running_average:
+            return evaluate(x, running, scale, bias, residual, options)
+        y, updated = step(x, running, scale, bias, residual, mask, options)
+        self.mean[...], self.var[...] = updated
+        return y
