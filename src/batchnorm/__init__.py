@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from batchnorm import functional as functional
     from batchnorm import integrations as integrations
     from batchnorm import jax as jax
+    from batchnorm import keras as keras
     from batchnorm import moments as moments
     from batchnorm import nn as nn
     from batchnorm import ops as ops
@@ -114,6 +115,7 @@ _MODULES = (
     "functional",
     "integrations",
     "jax",
+    "keras",
     "moments",
     "nn",
     "ops",
@@ -124,7 +126,14 @@ _MODULES = (
     "surgery",
 )
 # The framework of each name that does not need PyTorch; None if it needs no framework.
-_FRAMEWORKS = {"__version__": None, "backends": None, "jax": "jax", "reference": None, "state": None}
+_FRAMEWORKS = {
+    "__version__": None,
+    "backends": None,
+    "jax": "jax",
+    "keras": "keras",
+    "reference": None,
+    "state": None,
+}
 
 # The module of each name; every other name is in `batchnorm.nn`.
 _HOMES = {

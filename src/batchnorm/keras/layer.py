@@ -1,0 +1,174 @@
+"""The layer for Keras."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from batchnorm._options import ON_NONFINITE, check_choice
+from batchnorm.keras import backends
+from batchnorm.keras.activations import fused
+from batchnorm.keras.backends.call import Call, Statistics
+from batchnorm.keras.backends.composition import spread, wide
+
+
+@keras.saving.register_keras_serializable("batchnorm")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization; a drop-in replacement for `keras.layers.BatchNormalization`.
+
+    `y = f((x - μ)/√(σ² + epsilon)·gamma + beta)`, per channel. In training, μ and σ² (biased) are those of the batch,
+    and the moving statistics are updated: `moving ← momentum·moving + (1 - momentum)·batch`, with the biased variance.
+    Otherwise, and with `trainable=False`, μ and σ² are the moving statistics. Arguments, weights and their order,
+    automatic names and weight files are those of Keras's layer.
+
+    Args:
+        *args: Arguments of Keras's layer, in its order.
+        activation: f, applied in the same pass where the backend can: a function or a name of `keras.activations`, or
+            None.
+        on_nonfinite: "propagate", or "skip" to leave the moving statistics unchanged when the batch's mean or variance
+            is not finite, as after an overflow in float16.
+        synchronized: Whether the statistics are those of all devices: on torch, the processes of the default process
+            group; on JAX, the devices of Keras's distribution; on TensorFlow, the replicas of the strategy.
+        **kwargs: Keyword arguments of Keras's layer, such as `axis`, `momentum` (the weight of the *old* average),
+            `epsilon`, `center`, `scale`, `renorm`, `dtype` and `name`.
+
+    Shape:
+        inputs and outputs: any, with the channels in `axis`. mask: inputs' shape without its last axis, or
+        broadcastable to that, also if `axis` is not the last; True where a value counts. At least two dimensions.
+
+    Raises:
+        ValueError: on_nonfinite, activation or another argument is invalid; synchronized=True on a backend that cannot
+            synchronize; when called, the mask's rank is wrong, or inputs do not have the channels that the layer was
+            built with.
+
+    Numerics:
+        Statistics are computed in float32 (float64 for float64 inputs) from deviations from the mean, so that a mean of
+        1e6 standard deviations costs no accuracy in training. A batch in which no value counts (an empty batch, or a
+        full mask) changes no moving statistic, and Keras's layer makes them NaN or moves them to zero. A position that
+        does not count may be NaN or infinite, and is then treated as 0. One value per channel has variance 0, as in
+        Keras's layer, so that y is f(beta).
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2; for `renorm`, Ioffe 2017.
+
+    Examples:
+        >>> import numpy as np
+        >>> layer = BatchNormalization(momentum=0.9, activation="relu")
+        >>> y = layer(np.array([[1.0, 10.0], [3.0, 30.0]]), training=True)
+        >>> keras.ops.convert_to_numpy(y).round(2).tolist()
+        [[0.0, 0.0], [1.0, 1.0]]
+        >>> keras.ops.convert_to_numpy(layer.moving_mean).round(2)
+        array([0.2, 2. ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        activation: Any = None,
+        on_nonfinite: str = "propagate",
+        synchronized: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("BatchNormalization", "on_nonfinite", on_nonfinite, ON_NONFINITE)
+        if synchronized:
+            backends.current().check_synchronized()
+        super().__init__(*args, **kwargs)
+        self.activation = keras.activations.get(activation)
+        self.on_nonfinite = on_nonfinite
+        self.synchronized = synchronized  # not through Keras's layer, which refuses it on all backends but TensorFlow
+
+    def build(self, input_shape: Any) -> None:
+        """Create the weights, in the order of Keras's layer."""
+        if len(input_shape) < 2:
+            raise ValueError(
+                f"BatchNormalization expects inputs of at least two dimensions, got the shape {tuple(input_shape)}. "
+                "Add an axis for the samples."
+            )
+        super().build(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the config of Keras's layer, and the arguments that it lacks if they are not the defaults."""
+        config: dict[str, Any] = super().get_config()
+        if self.activation is not keras.activations.linear:
+            config["activation"] = keras.activations.serialize(self.activation)
+        if self.on_nonfinite != "propagate":
+            config["on_nonfinite"] = self.on_nonfinite
+        return config
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Return y of inputs' shape, in the layer's compute dtype."""
+        if mask is not None and len(mask.shape) != len(inputs.shape) - 1:
+            raise ValueError(
+                "The mask provided should be one dimension less than the inputs (BatchNormalization expects a mask "
+                f"that broadcasts to {tuple(inputs.shape[:-1])}), got one of shape {tuple(mask.shape)} for inputs of "
+                f"shape {tuple(inputs.shape)}. Leave out the last axis of the inputs."
+            )
+        renorm = getattr(self, "renorm", False)  # Keras before 3.13 has none
+        trains = training and self.trainable
+        backend = backends.current()
+        operation = fused(self.activation) if backend.FUSES and not (trains and renorm) else None
+        x = inputs if "float" in keras.backend.standardize_dtype(inputs.dtype) else wide(inputs)
+        call = Call(self.axis % len(x.shape), self.epsilon, *(operation or ("none", 0.0)), self.synchronized, self.path)
+        gamma = self.gamma if self.scale else None
+        beta = self.beta if self.center else None
+        if not trains:
+            y = backend.normalize(x, self.moving_mean, self.moving_variance, gamma, beta, call)
+        elif renorm:
+            y, statistics = backend.batch_norm(wide(x), None, None, mask, call)
+            y = self._renormalize(y, statistics, call)
+            self._update_renorm(statistics)
+        else:
+            y, statistics = backend.batch_norm(x, gamma, beta, mask, call)
+            self._update(statistics)
+        if operation is None:
+            y = self.activation(y)
+        return ops.cast(y, self.compute_dtype)
+
+    def _renormalize(self, x_hat: Any, statistics: Statistics, call: Call) -> Any:
+        """Return `(x̂·r + d)·gamma + beta`. Keras's layer has the equations of r and d."""
+        dtype = statistics.mean.dtype
+        gamma = ops.cast(self.gamma, dtype) if self.scale else None
+        beta = ops.cast(self.beta, dtype) if self.center else None
+        r, d, _, _ = self._renorm_correction_and_moments(statistics.mean, statistics.variance)
+        scale, shift = self._compose_transforms(r, d, gamma, beta, dtype)
+        return x_hat * spread(scale, x_hat, call.axis) + spread(shift, x_hat, call.axis)
+
+    def _update(self, statistics: Statistics) -> None:
+        """Update the moving statistics."""
+        mean, variance, _ = statistics
+        self._assign(
+            statistics,
+            (self.moving_mean, _blend(self.moving_mean, mean, self.momentum)),
+            (self.moving_variance, _blend(self.moving_variance, variance, self.momentum)),
+        )
+
+    def _update_renorm(self, statistics: Statistics) -> None:
+        """Update the statistics of renormalization, too. The moving variance follows from the moving deviation."""
+        mean = statistics.mean
+        deviation = ops.sqrt(statistics.variance + self.epsilon)
+        moving_deviation = _blend(self.moving_stddev, deviation, self.momentum)
+        self._assign(
+            statistics,
+            (self.renorm_mean, _blend(self.renorm_mean, mean, self.renorm_momentum)),
+            (self.renorm_stddev, _blend(self.renorm_stddev, deviation, self.renorm_momentum)),
+            (self.moving_mean, _blend(self.moving_mean, mean, self.momentum)),
+            (self.moving_stddev, moving_deviation),
+            (self.moving_variance, ops.relu(ops.square(moving_deviation) - self.epsilon)),
+        )
+
+    def _assign(self, statistics: Statistics, *updates: tuple[Any, Any]) -> None:
+        """Give the variables their new values, unless the batch does not count."""
+        mean, variance, counted = statistics
+        if counted is False:
+            return
+        if self.on_nonfinite == "skip":
+            finite = ops.all(ops.logical_and(ops.isfinite(mean), ops.isfinite(variance)))
+            counted = finite if counted is True else ops.logical_and(counted, finite)
+        for variable, new in updates:
+            variable.assign(new if counted is True else ops.where(counted, new, ops.cast(variable, new.dtype)))
+
+
+def _blend(variable: Any, new: Any, momentum: float) -> Any:
+    """Return the moving average after one more batch."""
+    return ops.cast(variable, new.dtype) * momentum + new * (1.0 - momentum)
