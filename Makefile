@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
+.PHONY: help setup demo demo-keras test experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,10 +54,17 @@ $(LIBRARY): $(STAMP) $(XLA) CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*)
 demo: setup ## train one network with and without batch normalization, and write a report
 	$(BIN)/batchnorm compare
 
+# tensorflow, jax or torch
+KERAS_BACKEND ?= tensorflow
+
+demo-keras: setup ## train one network in Keras on MNIST with and without batch normalization
+	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/keras_mnist.py \
+	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)')
+
 test: setup ## run the tests and the examples in docstrings, README and docs
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-# Folders with the official files of MNIST and Fashion-MNIST. If unset, the files are downloaded once.
+# Folders with the official files of MNIST and Fashion-MNIST. If unset, the experiments download the files once.
 DATA_DIR ?=
 FASHION_DIR ?=
 
