@@ -166,22 +166,29 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, residual, eps, activation, parameter
         )
         return channels_back(y, channel_dim)
-    count = None
+    if weights is None and not updates:
+        y, *_ = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
+        return channels_back(y, channel_dim)
     if weights is None:
-        y, mean, mean_low, var = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
-    else:
-        statistics = ops.batch_moments(input, weights=weights)
-        if on_single == "running":
-            assert running_mean is not None
-            assert running_var is not None
-            statistics = ops.running_where_single(statistics, running_mean, running_var)
-        y = ops.batch_statistics_norm_by_parts(
-            input, statistics, weight, bias, residual, eps, activation, parameter, weights=weights
-        )
-        _, mean, mean_low, var, count = (t.detach() for t in statistics)
+        assert running_mean is not None
+        assert running_var is not None
+        y = ops.batch_statistics_norm_and_update_(
+            input, weight, bias, residual, eps, activation, parameter,
+            (running_mean, running_var, num_batches_tracked), momentum, on_nonfinite == "skip",
+        )  # fmt: skip
+        return channels_back(y, channel_dim)
+    statistics = ops.batch_moments(input, weights=weights)
+    if on_single == "running":
+        assert running_mean is not None
+        assert running_var is not None
+        statistics = ops.running_where_single(statistics, running_mean, running_var)
+    y = ops.batch_statistics_norm_by_parts(
+        input, statistics, weight, bias, residual, eps, activation, parameter, weights=weights
+    )
     if updates:
         assert running_mean is not None
         assert running_var is not None
+        _, mean, mean_low, var, count = (t.detach() for t in statistics)
         m = values_per_channel(input)
         ops.update_running_(
             running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, count, momentum,

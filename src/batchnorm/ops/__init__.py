@@ -15,6 +15,7 @@ with required_by("batchnorm.ops"):
     from batchnorm.ops.routes import (
         batch_moments,
         batch_statistics_norm,
+        batch_statistics_norm_and_update_,
         batch_statistics_norm_by_parts,
         fixed_statistics_norm,
         running_where_single,
@@ -26,6 +27,7 @@ __all__ = [
     "BatchStatistics",
     "batch_moments",
     "batch_statistics_norm",
+    "batch_statistics_norm_and_update_",
     "batch_statistics_norm_by_parts",
     "called_activation",
     "fixed_statistics_norm",

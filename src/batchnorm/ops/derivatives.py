@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.ops import eager
+from batchnorm.ops import direct, eager
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 from batchnorm.ops.schemas import Attributes, Kept, Vectors
 
-_train_forward = torch.ops.batchnorm.train_forward.default
-_train_backward = torch.ops.batchnorm.train_backward.default
-_normalize = torch.ops.batchnorm.normalize.default
-_normalize_backward = torch.ops.batchnorm.normalize_backward.default
-_backward_reduce = torch.ops.batchnorm.backward_reduce.default
+train_forward = direct.operator("train_forward", 4)
+normalize = direct.operator("normalize", 8)
+_train_backward = direct.operator("train_backward", 9)
+_normalize_backward = direct.operator("normalize_backward", 10)
+_backward_reduce = direct.operator("backward_reduce", 10)
 
 # `named(Kept, tensors)` creates a NamedTuple in half the time of `Kept(*tensors)`. This saves 1 µs in a tiny layer's
 # training step of about 50 µs.
@@ -145,7 +145,8 @@ def _registered_backward_train(ctx: Any, dy: Tensor | None, *_: Tensor | None) -
 class TrainFunction(torch.autograd.Function):
     """y of `train_forward` under autograd; mean, mean_low and var are appended to the list `statistics`.
 
-    They are not results, because tracking more than one result would take most of a small layer's time.
+    They are not results, because tracking more than one result would take most of a small layer's time. `update` holds
+    the running statistics and the momentum, if `direct.train_forward_and_update_` can also update them.
     """
 
     @staticmethod
@@ -157,10 +158,16 @@ class TrainFunction(torch.autograd.Function):
         residual: Tensor | None,
         attributes: Attributes,
         statistics: list[Tensor],
+        update: tuple[Any, ...] | None,
     ) -> Tensor:
         """Compute y, and save tensors for backward."""
         with below_autograd():
-            y, mean, mean_low, var = _train_forward(x, weight, bias, residual, *attributes)
+            if update is None:
+                y, mean, mean_low, var = train_forward(x, weight, bias, residual, *attributes)
+            else:
+                y, mean, mean_low, var = direct.train_forward_and_update_(
+                    x, weight, bias, residual, *attributes, *update
+                )
         statistics += (mean, mean_low, var)
         keep(ctx, x, residual, y, (mean, mean_low, var, weight, bias), attributes)
         return y
@@ -169,14 +176,14 @@ class TrainFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         """Compute the first derivative by the operators, higher ones through plain torch operations."""
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         kept, needs = named(Kept, ctx.saved_tensors), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, eager.batch_statistics)
         else:
             with below_autograd():
                 gradients = train_gradients(dy, kept, needs, ctx.attributes)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 # Given statistics: normalize(x, mean, mean_low, var, weight, bias, residual, index, eps, activation, negative_slope)
@@ -236,7 +243,7 @@ class NormalizeFunction(torch.autograd.Function):
     ) -> Tensor:
         """Compute y, and save tensors for backward."""
         with below_autograd():
-            y: Tensor = _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
+            y: Tensor = normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
         keep(ctx, x, residual, y, (mean, None, var, weight, bias), attributes, index)
         return y
 

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from batchnorm import _checks
 from batchnorm.distributed import Peers
-from batchnorm.ops import eager
-from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd, named
+from batchnorm.ops import direct, eager
+from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd, named, normalize, train_forward
 from batchnorm.ops.parts import BatchStatistics, FiniteFunction, PartsFunction, finite, statistics_by_parts
 from batchnorm.ops.schemas import Attributes
 
@@ -66,10 +66,34 @@ def batch_statistics_norm(
         return _ops.train_forward(x, weight, bias, residual, *attributes)
     if not _needs_gradient(x, weight, bias, residual):
         with below_autograd():
-            return _ops.train_forward.default(x, weight, bias, residual, *attributes)
+            return train_forward(x, weight, bias, residual, *attributes)
     statistics: list[Tensor] = []
-    y = _apply_train(x, weight, bias, residual, attributes, statistics)
+    y = _apply_train(x, weight, bias, residual, attributes, statistics, None)
     return y, *statistics
+
+
+def batch_statistics_norm_and_update_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    running: tuple[Tensor, Tensor, Tensor | None],
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """Return y, and update the running statistics (mean, variance and count) by those of the batch."""
+    together = not (momentum is None or skip_nonfinite or torch.compiler.is_compiling() or _plain())
+    if not (together and direct.is_direct(x, weight, bias, residual, *running)):
+        y, *found = batch_statistics_norm(x, weight, bias, residual, eps, activation, negative_slope)
+        update_running_(*running, *found, eager.values_per_channel(x), None, momentum, skip_nonfinite)
+        return y
+    attributes = named(Attributes, (eps, activation, negative_slope))
+    if _needs_gradient(x, weight, bias, residual):
+        return _apply_train(x, weight, bias, residual, attributes, [], (*running, momentum))
+    return direct.train_forward_and_update_(x, weight, bias, residual, *attributes, *running, momentum)[0]
 
 
 def fixed_statistics_norm(
@@ -111,7 +135,7 @@ def _normalize(*arguments: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return _ops.normalize(*arguments)
     with below_autograd():
-        return _ops.normalize.default(*arguments)
+        return normalize(*arguments)
 
 
 def batch_moments(

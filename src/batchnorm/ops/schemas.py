@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -129,16 +129,17 @@ def grouped(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
 
     Each parameter annotated as one of the tuples above receives as many arguments as it has fields.
     """
-    places: list[tuple[slice, Callable[..., object] | None]] = []
+    kinds: list[Any] = []
     at = 0
     for name, kind in typing.get_type_hints(implementation).items():
         if name != "return":
             width = len(getattr(kind, "_fields", (name,)))
-            places.append((slice(at, at + width), kind if width > 1 else None))
+            kinds.append((slice(at, at + width), kind) if width > 1 else at)
             at += width
 
     @functools.wraps(implementation)
     def operator(*flat: object) -> _Result:
-        return implementation(*(flat[at.start] if kind is None else kind(*flat[at]) for at, kind in places))
+        new = tuple.__new__  # creates a NamedTuple in half the time of calling it
+        return implementation(*[flat[k] if k.__class__ is int else new(k[1], flat[k[0]]) for k in kinds])
 
     return operator

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from batchnorm.ops import eager, triton
+import batchnorm
+from batchnorm.ops import direct, eager, triton
 from batchnorm.ops.triton import frame, launch, tiling
 from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
@@ -133,6 +136,63 @@ def test_in_triton_running_statistics_are_updated_as_in_eager(
 def test_in_triton_running_statistics_need_a_counter_without_momentum() -> None:
     with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked if momentum is None"):
         launch.update_running_(*torch.ones(2, 3), None, *torch.ones(3, 3), 12, None, None, False)
+
+
+_FORMS = [
+    ((3, 5, 7, 7), "contiguous"), ((4, 3, 16, 16), "contiguous"), ((8, 8, 3, 5), "contiguous"),
+    ((3, 5, 7, 7), "channels_last"), ((40, 40, 8, 8), "channels_last"), ((6, 1, 1, 1), "contiguous"),
+    ((1, 3), "contiguous"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "layout"), _FORMS)
+@pytest.mark.parametrize("tracked", [True, False])
+def test_in_triton_forward_also_updates_the_running_statistics(
+    shape: tuple[int, ...], layout: str, tracked: bool
+) -> None:
+    x = Case(shape, layout=layout).x()
+    m = x.numel() // shape[1]
+    found = []
+    for together in (True, False):
+        running = torch.full(shape[1:2], 2.0), torch.full(shape[1:2], 3.0), torch.tensor(4) if tracked else None
+        before = running[0]._version
+        if together:
+            function = triton.fused(operator("train_forward"), _not_called)
+            results = function(x, None, None, None, *ATTRIBUTES, *running, 0.3)
+        else:
+            results = operator("train_forward")(x, None, None, None, *ATTRIBUTES)
+            operator("update_running_")(*running, *results[1:], m, None, 0.3, False)
+        assert running[0]._version > before
+        assert running[2] is None or int(running[2]) == 5
+        found.append((*results, *running[:2]))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def _not_called(*arguments: object) -> None:
+    raise AssertionError(arguments)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
+def test_in_triton_a_step_with_activation_checkpointing_updates_the_running_statistics_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], reentrant: bool
+) -> None:
+    operator("train_forward")  # prepares the interpreter
+    dy, expected = torch.randn(shape), batchnorm.BatchNormAct2d(shape[1], activation="relu")
+    layer = copy.deepcopy(expected)
+    found = []
+    for module in (expected, layer):
+        x = Case(shape).x().requires_grad_()
+        if module is layer:
+            monkeypatch.setattr(direct, "is_direct", lambda *tensors: direct.unobserved(tensors))
+            y = checkpoint(layer, x, use_reentrant=reentrant)
+        else:
+            y = module(x)
+        y.backward(dy)
+        found.append((y.detach(), x.grad, *(p.grad for p in module.parameters()), *module.buffers()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.fixture

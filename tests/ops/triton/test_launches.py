@@ -45,8 +45,8 @@ def found() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("layer", "direction", "expected"),
     [
-        ("fits", "forward", 2), ("fits", "forward and backward", 3), ("fits", "evaluation", 1),
-        ("streamed", "forward", 4), ("streamed", "forward and backward", 7), ("streamed", "evaluation", 1),
+        ("fits", "forward", 1), ("fits", "forward and backward", 2), ("fits", "evaluation", 1),
+        ("streamed", "forward", 3), ("streamed", "forward and backward", 6), ("streamed", "evaluation", 1),
     ],
 )  # fmt: skip
 def test_a_layer_makes_few_launches(found: dict[str, Any], layer: str, direction: str, expected: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import _checks
+from batchnorm.ops.eager import values_per_channel
 from batchnorm.ops.schemas import SIGNATURES
 from batchnorm.ops.triton import support
 
@@ -25,27 +26,49 @@ _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 def implementation(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
     """Return the operator `name` for CUDA tensors: the kernels, or `eager` if they cannot be used."""
-    arguments = SIGNATURES[name].arguments
+    return _on_cuda(name, SIGNATURES[name].arguments, eager)
+
+
+def fused(train_forward: Callable[..., Any], update_running_: Callable[..., Any]) -> Callable[..., Any]:
+    """Return both operators at once, for a constant momentum and statistics that may be non-finite.
+
+    Its arguments are those of `train_forward`, running_mean, running_var, num_batches_tracked, momentum.
+    """
+    arguments = SIGNATURES["train_forward"].arguments
+    number = len(arguments)
+
+    def separately(*args: Any) -> Any:
+        found = train_forward(*args[:number])
+        *running, momentum = args[number:]
+        update_running_(*running, *found[1:], values_per_channel(args[0]), None, momentum, False)
+        return found
+
+    names = (*arguments, *SIGNATURES["update_running_"].arguments[:3], "momentum")
+    return _on_cuda("train_forward_and_update_", names, separately)
+
+
+def _on_cuda(name: str, arguments: tuple[str, ...], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    updated = arguments.index("running_mean") if "running_mean" in arguments else None
     at = arguments.index("x") if "x" in arguments else 0  # of x, or else of the running mean
 
     def on_cuda(*args: Any) -> Any:
         tensor = args[at]
         if tensor.dtype not in _DTYPES or tensor.numel() == 0 or support.problem(tensor.device) is not None:
-            return eager(*args)
-        if name == "update_running_" and not _writable(*args[:3]):
-            return eager(*args)
+            return otherwise(*args)
+        if updated is not None and not _writable(*args[updated : updated + 3]):
+            return otherwise(*args)
         device = tensor.get_device()
         for t in args:
             if isinstance(t, Tensor) and (t.get_device() != device or not t.data_ptr()):
                 _checks.check_allocated(f"batchnorm::{name}", **dict(zip(arguments, args, strict=False)))
                 if t.numel():
-                    return eager(*args)  # which accepts a scalar on the CPU, and reports other mixtures of devices
+                    return otherwise(*args)  # which accepts a scalar on the CPU, and reports other mixtures of devices
         try:
             return _launcher(name)(*args)
         except support.UnusableVariantError as error:
             unusable = error.variant, error.cause
         support.give_up(name, *unusable)
-        return eager(*args)
+        return otherwise(*args)
 
     return on_cuda
 

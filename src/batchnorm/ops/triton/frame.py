@@ -76,11 +76,12 @@ class Frame:
 
     def vectors(self, number: int, *shape: int) -> list[Tensor]:
         """Allocate float32 results for a kernel to write."""
-        return [self._vectors.new_empty(shape) for _ in range(number)]
+        new = self._vectors.new_empty
+        return [new(*shape) for _ in range(number)]
 
     def row_vectors(self, number: int, index: Tensor | None = None, groups: int = 1) -> list[Tensor]:
         """Allocate `[C]` results, or `[groups, C]` with an index."""
-        return self.vectors(number, *(() if index is None else (groups,)), self.c)
+        return self.vectors(number, self.c) if index is None else self.vectors(number, groups, self.c)
 
     def streamed(self, index: Tensor | None = None, *, by_sample: bool = False) -> Tiling:
         """Return the tiling for programs that loop over tiles.

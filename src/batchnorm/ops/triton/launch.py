@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
@@ -98,36 +98,87 @@ def moments(
     return count, mean, mean_low, m2
 
 
+class _Update(NamedTuple):
+    """The running statistics that a forward pass updates, and their momentum."""
+
+    running: tuple[Tensor | None, ...]
+    momentum: float
+
+
+_NO_UPDATE = _Update((None, None, None), 0.0)
+
+
 @_launcher
 def train_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, attributes: Attributes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, mean, mean_low and the biased variance, in one launch if a program can hold its channels."""
+    return _train_forward(x, weight, bias, residual, attributes, _NO_UPDATE)
+
+
+@_launcher
+def train_forward_and_update_(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    attributes: Attributes,
+    running: Running,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do `train_forward` and `update_running_` in the launches of `train_forward`.
+
+    The last of them updates, so that nothing is updated if a kernel does not compile. Each program updates its own
+    channels. Neither the cumulative average nor a check for non-finite values is possible here, because they need the
+    counter before or the statistics of all channels.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return _train_forward(x, weight, bias, residual, attributes, _NO_UPDATE)
+    found = _train_forward(x, weight, bias, residual, attributes, _Update(running, momentum))
+    torch.autograd.graph.increment_version([t for t in running if t is not None])
+    return found
+
+
+def _train_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    attributes: Attributes,
+    update: _Update,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     frame = Frame.of(x)
     x, residual = frame.read(x), frame.read_if(residual)
     t = frame.at_once(1)
     if t is None:
         _, mean, mean_low, var = _launch_moments(frame, x, None, None, 1, variance=True)
         vectors = KernelVectors.of(Vectors(mean, mean_low, var, weight, bias), None)
-        y = _launch_normalize(frame, x, residual, vectors, attributes)
+        y = _launch_normalize(frame, x, residual, vectors, attributes, update)
     else:
         y, (mean, mean_low, var) = frame.result(), frame.row_vectors(3)
         weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
         eps, activation, negative_slope = attributes
         _FORWARD_ONCE.start(
-            t.grid, (x, residual, y, mean, mean_low, var, weight, bias), (eps, negative_slope, frame.m),
-            (*t.shape, t.channels, t.blocks), ACTIVATION=activation, **t.constants,
+            t.grid, (x, residual, y, mean, mean_low, var, weight, bias, *update.running),
+            (eps, negative_slope, frame.m, update.momentum), (*t.shape, t.channels, t.blocks),
+            ACTIVATION=activation, **t.constants,
         )  # fmt: skip
     return frame.returned(y), mean, mean_low, var
 
 
 def _launch_normalize(
-    frame: Frame, x: Tensor, residual: Tensor | None, vectors: KernelVectors, attributes: Attributes
+    frame: Frame,
+    x: Tensor,
+    residual: Tensor | None,
+    vectors: KernelVectors,
+    attributes: Attributes,
+    update: _Update = _NO_UPDATE,
 ) -> Tensor:
     y, t = frame.result(), frame.streamed(vectors.index)
     eps, activation, negative_slope = attributes
     _NORMALIZE.start(
-        t.grid, (x, residual, y, *vectors.tensors, vectors.index), (eps, negative_slope),
+        t.grid, (x, residual, y, *vectors.tensors, vectors.index, *update.running),
+        (eps, negative_slope, frame.m, update.momentum),
         (*t.shape, t.channels, *vectors.sizes, t.per, t.blocks), ACTIVATION=activation, **t.constants,
     )  # fmt: skip
     return y

@@ -82,12 +82,10 @@ class Kernel:
                 key.append(t.dtype)
                 low |= pointer
         if low & 15:
-            key += [pointer is None or pointer & 15 == 0 for pointer in pointers]
+            key.append(("aligned", *[pointer is None or pointer & 15 == 0 for pointer in pointers]))
         if max(sizes) >> 31:
-            key += [size >> 31 for size in sizes]
-        first = tensors[0]
-        assert first is not None
-        variant = (first.get_device(), *key, *constants.values())
+            key.append(("wide", *[size >> 31 > 0 for size in sizes]))
+        variant = (tensors[0].get_device(), *key, *constants.values())  # type: ignore[union-attr]
         bound = self._bound.get(variant)
         if bound is None or _hooked():
             self._start_by_triton(variant, grid, tensors, floats, sizes, constants)
@@ -139,8 +137,8 @@ class Kernel:
 def _hooked() -> bool:
     """Return whether a profiler wants to see each launch, which Triton shows it."""
     runtime = knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def _can_be_bound(kernel: Any) -> bool:

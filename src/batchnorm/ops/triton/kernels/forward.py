@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .moments import rounded_pair
 from .pointwise import activate, coefficients, coefficients_of_lines, preactivation, scale_and_shift, vector
+from .running import update_with_forward
 from .tiles import (
     SIZES,
     channels_of,
@@ -15,6 +16,7 @@ from .tiles import (
     offsets,
     product,
     program,
+    results_of,
     span,
     store,
     total,
@@ -39,7 +41,7 @@ def normalize_lines(
 @triton.jit(do_not_specialize=SIZES)
 def normalize_kernel(
     x_ptr, residual_ptr, y_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr, index_ptr,
-    eps, negative_slope,
+    running_mean_ptr, running_var_ptr, tracked_ptr, eps, negative_slope, values, momentum,
     lines, width, positions, magic, bits, channels, rows, stride_statistic, stride_affine, per, blocks,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
@@ -53,6 +55,13 @@ def normalize_kernel(
     lane = tl.arange(0, step)[:, None]
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
     constants = None if index_ptr is not None else coefficients(vectors, 0, channel, valid, 0, 0, eps)
+    if running_mean_ptr is not None:  # by one program for each channel
+        running = (running_mean_ptr, running_var_ptr, tracked_ptr)
+        at, exists = results_of(block, channels, channel, valid, GROUP)
+        first = exists & (split == 0)
+        mean, mean_low = tl.load(mean_ptr + at, first, 0.0), tl.load(mean_low_ptr + at, first, 0.0)
+        var = tl.load(var_ptr + at, first, 0.0)
+        update_with_forward(running, at, first, mean, mean_low, var, values, momentum)
     source = (index_ptr, vectors, rows, channel, valid, stride_statistic, stride_affine, eps)
     if full < end:
         normalize_lines(
@@ -70,7 +79,8 @@ def normalize_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def forward_once_kernel(
     x_ptr, residual_ptr, y_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr,
-    eps, negative_slope, values, lines, width, positions, magic, bits, channels, blocks,
+    running_mean_ptr, running_var_ptr, tracked_ptr, eps, negative_slope, values, momentum,
+    lines, width, positions, magic, bits, channels, blocks,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -89,6 +99,8 @@ def forward_once_kernel(
     tl.store(mean_ptr + channel, mean, valid)
     tl.store(mean_low_ptr + channel, mean_low, valid)
     tl.store(var_ptr + channel, var, valid)
+    running = (running_mean_ptr, running_var_ptr, tracked_ptr)
+    update_with_forward(running, channel, valid, mean, mean_low, var, values, momentum)
     weight = vector(weight_ptr, channel, valid, 1.0, var)
     bias = vector(bias_ptr, channel, valid, 0.0, var)
     _, scale, shift = scale_and_shift(mean_low, var, weight, bias, eps)

@@ -4,6 +4,34 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low, var, n, rate):
+    """Move the running statistics of channels toward a batch's, in float64; n and rate are float64 scalars."""
+    old_mean = tl.load(running_mean_ptr + at, there, 0.0).to(tl.float64)
+    old_var = tl.load(running_var_ptr + at, there, 0.0).to(tl.float64)
+    new_mean = mean.to(tl.float64) + mean_low
+    new_var = var.to(tl.float64) * (n / tl.where(n > 1.0, n - 1.0, 1.0))
+    moved_mean = old_mean * (1.0 - rate) + new_mean * rate
+    moved_var = old_var * (1.0 - rate) + new_var * rate
+    tl.store(running_mean_ptr + at, moved_mean.to(running_mean_ptr.dtype.element_ty), there)
+    moved_var = tl.where(n > 1.0, moved_var, old_var)  # a single value has no variance
+    tl.store(running_var_ptr + at, moved_var.to(running_var_ptr.dtype.element_ty), there)
+
+
+@triton.jit
+def update_with_forward(running, at, there, mean, mean_low, var, values, momentum):
+    """Update the running statistics of a program's channels, and, in the first program, the counter.
+
+    `values` is the number of values of a channel, at least 1. No program reads the counter but the one that writes it.
+    """
+    running_mean_ptr, running_var_ptr, tracked_ptr = running
+    if running_mean_ptr is not None:
+        n, rate = tl.cast(values, tl.float64), tl.cast(momentum, tl.float64)
+        update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low, var, n, rate)
+        if tracked_ptr is not None:
+            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1, tl.program_id(0) == 0)
+
+
 @triton.jit(do_not_specialize=["m", "momentum", "channels"])
 def update_running_kernel(
     running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, mean_low_ptr, var_ptr, count_ptr, momentum, m, channels,
@@ -34,16 +62,10 @@ def update_running_kernel(
         if CUMULATIVE:
             rate = 1.0 / tl.maximum(tracked, 1).to(tl.float64)
     if moves:
-        unbiased = n / tl.where(n > 1.0, n - 1.0, 1.0)
-        spread = tl.where(n > 1.0, channels, 0)  # a single value has no variance
         for start in range(0, channels, BLOCK):
             at = start + tl.arange(0, BLOCK)
             there = at < channels
-            mean = tl.load(mean_ptr + at, there, 0.0).to(tl.float64) + tl.load(mean_low_ptr + at, there, 0.0)
-            var = tl.load(var_ptr + at, there, 0.0).to(tl.float64) * unbiased
-            old_mean = tl.load(running_mean_ptr + at, there, 0.0).to(tl.float64)
-            old_var = tl.load(running_var_ptr + at, there, 0.0).to(tl.float64)
-            new_mean = (old_mean * (1.0 - rate) + mean * rate).to(running_mean_ptr.dtype.element_ty)
-            new_var = (old_var * (1.0 - rate) + var * rate).to(running_var_ptr.dtype.element_ty)
-            tl.store(running_mean_ptr + at, new_mean, there)
-            tl.store(running_var_ptr + at, new_var, at < spread)
+            mean = tl.load(mean_ptr + at, there, 0.0)
+            mean_low = tl.load(mean_low_ptr + at, there, 0.0)
+            var = tl.load(var_ptr + at, there, 0.0)
+            update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low, var, n, rate)
