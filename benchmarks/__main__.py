@@ -20,6 +20,7 @@ from benchmarks import (
     exactness,
     family,
     fold,
+    frameworks,
     layers,
     memory,
     page_faults,
@@ -53,13 +54,15 @@ _BOTH: Settings = dict(records.ALLOCATORS)
 _DEFAULT: Settings = {"default": {}}
 
 # The variables of all settings; they are not inherited from the caller.
-_SET_HERE = {name for setting in (*_BOTH.values(), *page_faults.settings().values()) for name in setting or ()}
+_SETTINGS: list[Settings] = [_BOTH, page_faults.settings(), frameworks.settings()]
+_SET_HERE = {name for settings in _SETTINGS for setting in settings.values() for name in setting or ()}
 
 SECTIONS = {
     "layers": Section(layers.KEY, layers.measure_layers, _BOTH),
     "sizes": Section(layers.KEY, layers.measure_sizes, _BOTH),
     "threads": Section(layers.KEY, layers.measure_threads, {"kept": records.ALLOCATORS["kept"]}),
     "exactness": Section(exactness.KEY, exactness.measure_exactness, _DEFAULT),
+    "frameworks": Section(frameworks.KEY, frameworks.measure_frameworks, frameworks.settings()),
     "memory": Section(memory.KEY, memory.measure_memory, _DEFAULT),
     "page-faults": Section(page_faults.KEY, page_faults.measure_page_faults, page_faults.settings()),
     "family": Section(family.KEY, family.measure_family, {"kept": records.ALLOCATORS["kept"]}),
@@ -79,7 +82,7 @@ def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path
         table.clear()
     for setting, environment in settings.items():
         if environment is None:
-            print(f"{name}: {setting} is skipped: its library is not installed")
+            print(f"{name}: {setting} is skipped: what it needs is not installed")
             continue
         own = {k: v for k, v in os.environ.items() if k not in _SET_HERE}
         command = [sys.executable, "-m", "benchmarks", name, "--here", setting, *arguments]

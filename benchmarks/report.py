@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from batchnorm.files import write_whole
-from benchmarks import accelerate, pictures, records, steps, targets
+from benchmarks import accelerate, frameworks, pictures, records, steps, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 from benchmarks.records import Row, select
@@ -18,7 +18,7 @@ from benchmarks.records import Row, select
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
     "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "accelerate", "fold",
-    "fold-photographs", "fold-speed",
+    "fold-photographs", "fold-speed", "frameworks",
 )  # fmt: skip
 
 Cells = Sequence[str]
@@ -137,6 +137,18 @@ def exactness_markdown(rows: list[Row]) -> str:
         for (dtype, layout, offset), errors in sorted(worst.items(), key=lambda i: (*i[0][:2], float(i[0][2])))
     ]
     return markdown(("dtype", "layout", "mean at", *columns), sorted(body, key=lambda b: b[0] != "float32"), 3)
+
+
+def frameworks_markdown(rows: list[Row]) -> str:
+    """Return the errors of the stock layer and ours for each framework and offset."""
+    errors = {(r["framework"], r["offset"], r["contender"]): r for r in rows}
+    places = sorted(dict.fromkeys((r["framework"], r["offset"]) for r in rows), key=lambda p: (p[0], float(p[1])))
+    columns = [(n, c) for n in ("y", "dx") for c in (OURS, frameworks.STOCK)]
+    body = [
+        [framework, f"{float(at):g} σ", *(f"{float(errors[framework, at, c][f'error_{n}']):.1e}" for n, c in columns)]
+        for framework, at in places
+    ]
+    return markdown(("framework", "mean at", *(f"{c} {n}" for n, c in columns)), body, 2)
 
 
 def memory_markdown(rows: list[Row]) -> str:
@@ -267,6 +279,7 @@ def write(out: Path, pictures_to: Path) -> None:
             texts[f"inference-{allocator}"] = layers_markdown(layers, allocator, inference)
     writers = {
         "exactness": exactness_markdown,
+        "frameworks": frameworks_markdown,
         "memory": memory_markdown,
         "steps": steps_markdown,
         "accelerate": accelerate_markdown,

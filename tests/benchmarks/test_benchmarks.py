@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import cases, layers, memory, networks, records, report, steps, targets
+from benchmarks import cases, frameworks, layers, memory, networks, records, report, steps, targets
 from benchmarks.cases import STEP, TASKS, Case, make_data
 from benchmarks.options import Options
 from benchmarks.peers import CONTENDERS, OURS, TORCH, Contender
@@ -125,3 +125,19 @@ def test_what_was_not_measured_is_not_judged():
 
 def test_markdown_is_a_table():
     assert report.markdown(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
+
+
+def test_frameworks_are_compared_row_by_row():
+    places = [("Flax", "1000000"), ("Flax", "0"), ("Keras on jax", "0")]
+    rows = [
+        {"framework": framework, "offset": offset, "contender": contender, "error_y": error, "error_dx": 2 * error}
+        for framework, offset in places
+        for contender, error in ((frameworks.STOCK, 0.5), (OURS, 1e-7))
+    ]
+    _, _, *body = report.frameworks_markdown(rows).splitlines()
+    assert [line.split(" | ")[:2] for line in body] == [
+        ["| Flax", "0 σ"],
+        ["| Flax", "1e+06 σ"],
+        ["| Keras on jax", "0 σ"],
+    ]
+    assert all(line.endswith("| 1.0e-07 | 5.0e-01 | 2.0e-07 | 1.0e+00 |") for line in body)
