@@ -108,6 +108,8 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
     run = JITFunction.run
 
     def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if target_of(architecture).backend != "cuda":
+            options.pop("maxnreg", None)  # of CUDA only
         kernel = run(function, *args, grid=grid, warmup=True, **options)
         arguments = dict(zip(function.arg_names, args, strict=False)) | options
         warps = arguments.pop("num_warps")

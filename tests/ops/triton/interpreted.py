@@ -40,13 +40,18 @@ def test_in_triton_results_keep_the_strides_of_x(layout: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("affine", ["both", "neither"])
-def test_in_triton_channels_that_share_a_line_agree_with_the_reference(dtype: torch.dtype, affine: str) -> None:
-    case = Case((40, 8, 5, 5), dtype, affine=affine)
-    assert frame.Frame.of(case.x()).at_once(1) is None
-    assert frame.Frame.of(case.x()).streamed().group == 8
+@pytest.mark.parametrize("shape", [(4, 16, 3), (40, 8, 5, 5)], ids=["one launch", "several"])
+def test_in_triton_channels_that_share_a_line_agree_with_the_reference(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    case = Case(shape, dtype)
+    x = frame.Frame.of(case.x())
+    for t in (x.at_once(1), x.at_once(2)) if shape[0] == 4 else (x.streamed(),):
+        assert t is not None
+        assert t.group == shape[1]
     contract.test_train_forward_and_backward_agree_with_the_reference(operator, case, "relu", "residual")
     contract.test_normalize_and_its_backward_agree_with_the_reference(operator, case, "gelu", "alone")
+    contract.test_weights_agree_with_the_reference(operator, case, "mask")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -141,7 +146,7 @@ def test_in_triton_running_statistics_need_a_counter_without_momentum() -> None:
 _FORMS = [
     ((3, 5, 7, 7), "contiguous"), ((4, 3, 16, 16), "contiguous"), ((8, 8, 3, 5), "contiguous"),
     ((3, 5, 7, 7), "channels_last"), ((40, 40, 8, 8), "channels_last"), ((6, 1, 1, 1), "contiguous"),
-    ((1, 3), "contiguous"),
+    ((1, 3), "contiguous"), ((4, 16, 3), "contiguous"), ((40, 8, 5, 5), "contiguous"),
 ]  # fmt: skip
 
 

@@ -70,6 +70,25 @@ def test_the_batch_size_does_not_choose_another_kernel(c: int, s: int, channels_
     assert len(constants) == 1
 
 
+def test_three_programs_with_vectors_of_coefficients_fit_a_multiprocessor() -> None:
+    for shape, channels_last in (((32, 64, 3136), True), ((256, 2048, 49), False)):
+        p = streamed(*shape, channels_last, 2, False, False, 132, SETTINGS)
+        assert p.rows
+        assert p.registers is not None
+        assert 3 * 32 * p.warps * p.registers <= 1 << 16
+    assert streamed(32, 64, 3136, True, 2, True, False, 132, SETTINGS).registers is None  # would spill vectors of rows
+
+
+def test_channels_that_share_a_line_are_read_once_if_they_fit() -> None:
+    small = at_once(32, 2048, 49, False, 2, 1, 132, SETTINGS)
+    assert small is not None
+    assert (small.group, small.b0, small.b1, small.blocks) == (8, 32, 512, 256)
+    assert at_once(256, 2048, 49, False, 2, 1, 132, SETTINGS) is None
+    few = at_once(64, 16, 49, False, 2, 1, 132, SETTINGS)  # two launches would take longer than narrow accesses
+    assert few is not None
+    assert few.group == 0
+
+
 def test_tensors_that_fit_are_read_once_if_that_fills_the_device() -> None:
     assert at_once(32, 256, 196, False, 4, 1, 132, SETTINGS) is not None
     assert at_once(32, 64, 3136, False, 4, 1, 132, SETTINGS) is None  # 128 Ki values with padding
@@ -111,7 +130,8 @@ def test_a_line_is_divided_by_the_lines_of_a_sample_exactly(
 
 @pytest.mark.parametrize(
     ("shape", "itemsize", "group"),
-    [((256, 2048, 49), 2, 8), ((256, 2048, 49), 4, 4), ((2, 20, 49), 2, 4), ((64, 512, 9), 2, 16), ((64, 21, 49), 2, 0),
+    [((256, 2048, 49), 2, 8), ((256, 2048, 49), 4, 4), ((2, 20, 49), 2, 4), ((256, 512, 196), 2, 0),
+     ((64, 512, 9), 2, 16), ((64, 21, 49), 2, 0),
      ((32, 64, 3136), 2, 0), ((32, 64, 1225), 2, 0)],
 )  # fmt: skip
 def test_channels_of_a_size_that_wide_accesses_do_not_divide_share_a_line(

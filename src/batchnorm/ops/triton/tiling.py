@@ -25,6 +25,8 @@ _WIDE = 1 << 30
 _ACCESS = 16
 # The most warps of a program. 32 would not overlap loads with stores, and exceed 1,024 threads with 64 lanes (AMD).
 _WARPS = 16
+# The most registers of a thread if coefficients are vectors, so that a multiprocessor runs three programs of 8 warps.
+_REGISTERS = 80
 # The values that a line of several channels has at least, if it can: one access of a warp.
 _LINE = 256
 # The smallest part of a row: one memory sector.
@@ -46,6 +48,7 @@ class Tiling:
     b1: int
     vec: int
     warps: int
+    registers: int | None
     ahead: int | None
     blocks: int
     splits: int
@@ -92,7 +95,11 @@ class Tiling:
             "ROWS": self.rows, "GROUP": self.group, "B0": self.b0, "B1": self.b1, "VEC": self.vec, "WIDE": self._wide,
             "num_warps": self.warps,
         }  # fmt: skip
-        return found if self.ahead is None else found | {"AHEAD": self.ahead}
+        if self.ahead is not None:
+            found["AHEAD"] = self.ahead
+        if self.registers is not None:
+            found["maxnreg"] = self.registers
+        return found
 
 
 def power_of_two(n: int) -> int:
@@ -106,13 +113,13 @@ def _vec(itemsize: int, *sizes: int) -> int:
 
 
 def _group(c: int, s: int, itemsize: int, tile: int) -> int:
-    """Return the number of neighboring channels that share a line, or 0 if accesses within a channel are wide enough.
+    """Return the number of neighboring channels that share a line, or 0 if that widens accesses less than four times.
 
-    A multiple of this number of channels has a size that the widest access of a sample divides.
+    The widest access of a sample divides the size of this number of channels.
     """
     vec = _vec(itemsize, c * s)
     group = vec // math.gcd(vec, s)
-    if group == 1 or power_of_two(group * s) > tile:
+    if group <= 2 or power_of_two(group * s) > tile:
         return 0
     while 2 * group * s <= _LINE and c % (2 * group) == 0:
         group *= 2
@@ -173,7 +180,7 @@ def streamed(
         vec = b1 = _vec(itemsize, s)
         lines, width, blocks = n * s // vec, s // vec, c
     b0 = max(settings.tile // b1, 1)
-    ahead, warps = settings.ahead, settings.warps
+    ahead, warps, registers = settings.ahead, settings.warps, _REGISTERS if rows and not torch.version.hip else None
     if by_sample:
         b0 = min(b0, power_of_two(width))
         if rows:
@@ -183,12 +190,12 @@ def streamed(
         warps = max(1, min(warps, b0 * b1 // 256))
     else:
         if indexed:  # tiles have `[K, C]` vectors, which take too many registers
-            ahead = 1
+            ahead, registers = 1, None
         units = -(-lines // (b0 * ahead))
         wanted = max(-(-settings.programs * processors // blocks), -(-units * ahead // settings.deepest))
         each = -(-units // min(wanted, units))
         splits, per = -(-units // each), each * b0 * ahead
-    return Tiling(rows, group, lines, width, s, c, values, b0, b1, vec, warps, ahead, blocks, splits, per)
+    return Tiling(rows, group, lines, width, s, c, values, b0, b1, vec, warps, registers, ahead, blocks, splits, per)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -207,7 +214,7 @@ def at_once(
     Return None if they do not fit. Also return None if most of the device would be idle, unless the tensor is too small
     for that to matter.
     """
-    rows, values = (channels_last or s == 1) and c > 1, n * c * s
+    rows, group, values = (channels_last or s == 1) and c > 1, 0, n * c * s
     limit = settings.once // tensors
     if rows:
         limit //= 2  # coefficients are vectors here, which also take registers
@@ -225,8 +232,13 @@ def at_once(
             n, s = 1, n * s
         vec, lines, blocks = _vec(itemsize, s), n, c
         b0, b1 = power_of_two(n), power_of_two(s)
+        group = _group(c, s, itemsize, settings.tile)
+    if group and b0 * b1 * group > limit // 2 and values <= _SMALL:
+        group = 0
+    if group:
+        rows, vec, blocks, b1, limit = True, _vec(itemsize, c * s), c // group, b1 * group, limit // 2
     if b0 * b1 > limit or (2 * blocks < processors and values > _SMALL):
         return None
     per_warp = 512 if vec == 1 else 1024  # without wide accesses, each value needs its own offset
     warps = min(max(power_of_two(b0 * b1 // per_warp), 4), _WARPS)
-    return Tiling(rows, 0, lines, s, s, c, values, b0, b1, vec, warps, None, blocks, 1, lines)
+    return Tiling(rows, group, lines, s, s, c, values, b0, b1, vec, warps, None, None, blocks, 1, lines)

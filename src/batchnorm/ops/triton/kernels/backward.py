@@ -8,6 +8,7 @@ from .tiles import (
     SIZES,
     channels_of,
     columns_of,
+    first_columns,
     group_of_splits,
     half,
     load_weights,
@@ -20,6 +21,7 @@ from .tiles import (
     store,
     sum_positions,
     total,
+    total_everywhere,
     whole_block,
 )
 
@@ -219,18 +221,18 @@ def backward_once_kernel(
     """Compute all gradients of a block that fits into one tile, reading x and dy once."""
     block, _ = program(blocks, False)
     channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
-    offset, mask = whole_block(block, lines, channels, positions, ROWS, B0, B1, VEC, WIDE)
-    axis: tl.constexpr = 0 if ROWS else None
+    offset, mask = whole_block(block, lines, channels, positions, ROWS, GROUP, B0, B1, VEC, WIDE)
     data = (dy_ptr, x_ptr, residual_ptr, y_ptr)
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
     mean, mean_low, invstd, scale, shift = coefficients(vectors, 0, channel, valid, 0, 0, eps)
     x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, True)
     store(dz_ptr, offset, dz, mask)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
-    sum_dz = total(dz, axis)
-    sum_dz_xhat = total(product(dz, deviation), axis) * invstd
-    tl.store(sum_dz_ptr + channel, sum_dz, valid)
-    tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, valid)
+    sum_dz = total_everywhere(dz, positions, ROWS, GROUP, B1)
+    sum_dz_xhat = total_everywhere(product(dz, deviation), positions, ROWS, GROUP, B1) * invstd
+    written = first_columns(valid, positions, GROUP, B1)
+    tl.store(sum_dz_ptr + channel, sum_dz, written)
+    tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, written)
     share = scale / values
     constant, slope = negated_share(sum_dz * share, sum_dz_xhat * share * invstd, mean_low)
     dx = through_statistics(dz, x - mean, 1.0, scale, constant, slope)

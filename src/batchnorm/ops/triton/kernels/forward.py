@@ -10,6 +10,7 @@ from .tiles import (
     SIZES,
     channels_of,
     columns_of,
+    first_columns,
     half,
     load,
     masked,
@@ -19,7 +20,7 @@ from .tiles import (
     results_of,
     span,
     store,
-    total,
+    total_everywhere,
     whole_block,
 )
 
@@ -87,20 +88,21 @@ def forward_once_kernel(
     """Compute moments and y of a block that fits into one tile, reading x once."""
     block, _ = program(blocks, False)
     channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
-    offset, mask = whole_block(block, lines, channels, positions, ROWS, B0, B1, VEC, WIDE)
-    axis: tl.constexpr = 0 if ROWS else None
+    offset, mask = whole_block(block, lines, channels, positions, ROWS, GROUP, B0, B1, VEC, WIDE)
     x = load(x_ptr, offset, mask)
-    pivot = load(x_ptr, channel if ROWS else channel.to(tl.int64) * positions, valid)
-    mean = pivot + total(tl.where(mask, x - pivot, 0.0), axis) / values
-    mean_low = total(tl.where(mask, x - mean, 0.0), axis) / values
+    pivot = load(x_ptr, channel.to(tl.int64) * (1 if ROWS and GROUP == 0 else positions), valid)
+    mean = pivot + total_everywhere(tl.where(mask, x - pivot, 0.0), positions, ROWS, GROUP, B1) / values
+    mean_low = total_everywhere(tl.where(mask, x - mean, 0.0), positions, ROWS, GROUP, B1) / values
     mean, mean_low = rounded_pair(mean, mean_low, x_ptr.dtype.element_ty)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
-    var = tl.div_rn(total(product(deviation, deviation), axis), tl.zeros_like(mean) + values)
-    tl.store(mean_ptr + channel, mean, valid)
-    tl.store(mean_low_ptr + channel, mean_low, valid)
-    tl.store(var_ptr + channel, var, valid)
+    m2 = total_everywhere(product(deviation, deviation), positions, ROWS, GROUP, B1)
+    var = tl.div_rn(m2, tl.zeros_like(mean) + values)
+    written = first_columns(valid, positions, GROUP, B1)
+    tl.store(mean_ptr + channel, mean, written)
+    tl.store(mean_low_ptr + channel, mean_low, written)
+    tl.store(var_ptr + channel, var, written)
     running = (running_mean_ptr, running_var_ptr, tracked_ptr)
-    update_with_forward(running, channel, valid, mean, mean_low, var, values, momentum)
+    update_with_forward(running, channel, written, mean, mean_low, var, values, momentum)
     weight = vector(weight_ptr, channel, valid, 1.0, var)
     bias = vector(bias_ptr, channel, valid, 0.0, var)
     _, scale, shift = scale_and_shift(mean_low, var, weight, bias, eps)

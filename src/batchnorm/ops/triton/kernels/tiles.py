@@ -113,25 +113,20 @@ def masked(there, k, end, MASKED: tl.constexpr):
 @triton.jit
 def whole_block(
     block, lines, channels, positions,
-    ROWS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the offsets and the mask of the one tile that holds a block."""
     integer: tl.constexpr = tl.int64 if WIDE else tl.int32
-    i = tl.arange(0, B0)[:, None].to(integer)
-    j = tl.arange(0, B1)[None, :]
-    channels = channels.to(integer)
+    k = tl.arange(0, B0)[:, None].to(integer)
     if ROWS:
-        column = block * B1 + j
-        size = channels // VEC * VEC
-        stride = size
+        place, there = columns_of(block, channels, positions, 1, 1, 0, ROWS, GROUP, B1, VEC, WIDE)
+        offset = offsets(k, place, ROWS, VEC)
     else:
-        column = j
         size = positions // VEC * VEC
-        stride = channels * size
-    offset = i * stride + column
-    if not ROWS:
-        offset += block.to(integer) * size
-    return offset, (i < lines) & (column < size)
+        column = tl.arange(0, B1)[None, :]
+        there = column < size
+        offset = (k * channels + block) * size + column
+    return offset, there & (k < lines)
 
 
 @triton.jit
@@ -170,6 +165,24 @@ def sum_positions(t, positions, GROUP: tl.constexpr, B1: tl.constexpr):
         values, there = by_channel(t, positions, GROUP, B1)
         t = total(tl.where(there, values, 0.0), 1)
     return t
+
+
+@triton.jit
+def total_everywhere(t, positions, ROWS: tl.constexpr, GROUP: tl.constexpr, B1: tl.constexpr):
+    """Return the sum of a tile for each channel, in every column of the channel."""
+    t = total(t, 0 if ROWS else None)
+    if GROUP > 0:
+        _, there = by_channel(t, positions, GROUP, B1)
+        t = total(tl.where(there, sum_positions(t, positions, GROUP, B1), 0.0), 0)
+    return t
+
+
+@triton.jit
+def first_columns(valid, positions, GROUP: tl.constexpr, B1: tl.constexpr):
+    """Return the mask of one column for each channel."""
+    if GROUP > 0:
+        valid = valid & (tl.arange(0, B1)[None, :] % positions == 0)
+    return valid
 
 
 @triton.jit
