@@ -193,10 +193,14 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(batchnorm, "BatchNorm4d")
 
 
+# Begins a program in which the named packages cannot be found, as if they were not installed.
+HIDE = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name in {missing} else find(name, *rest))
+"""
 WITHOUT = """
-import doctest, importlib, inspect, json, sys
-for framework in {missing}:
-    sys.modules[framework] = None  # as if it were not installed
+import doctest, importlib, inspect, json
 import batchnorm
 errors = {{}}
 for name in {names}:
@@ -210,6 +214,7 @@ for module in {modules}:
     importlib.import_module(module)
 print(json.dumps([errors, listed]))
 """
+TITLES = {"jax": "JAX", "keras": "Keras"}  # the rooms of other frameworks than PyTorch
 FRAMEWORKS = ["torch", "jax", "jaxlib", "flax", "keras", "tensorflow"]
 # Modules that need no framework, with those that they share with the rooms of JAX and Keras.
 FRAMEWORK_FREE = [
@@ -232,9 +237,8 @@ FRAMEWORK_FREE = [
 @pytest.fixture(scope="module")
 def without_frameworks():
     """The errors of public names in a process without any framework, and the names that it lists."""
-    program = WITHOUT.format(
-        missing=FRAMEWORKS,
-        names=sorted({*PUBLIC_NAMES, "jax"}),
+    program = HIDE.format(missing=FRAMEWORKS) + WITHOUT.format(
+        names=sorted({*PUBLIC_NAMES, *TITLES}),
         modules=[f"batchnorm.{name}" for name in FRAMEWORK_FREE],
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -244,12 +248,13 @@ def without_frameworks():
 
 def test_without_a_framework_a_name_says_what_to_install(without_frameworks):
     errors, _ = without_frameworks
-    assert set(errors) == {*PUBLIC_NAMES, "jax"} - {"__version__", "backends"}
+    assert set(errors) == {*PUBLIC_NAMES, *TITLES} - {"__version__", "backends"}
     for name, error in errors.items():
-        framework, title = ("jax", "JAX") if name == "jax" else ("torch", "PyTorch")
+        framework = name if name in TITLES else "torch"
         assert error[:2] == ["MissingFrameworkError", framework]
         what, sentence = error[2].split(" ", 1)
         assert what.startswith("batchnorm.")
+        title = TITLES.get(framework, "PyTorch")
         assert sentence == f"needs {title}, which is not installed; run pip install 'batchnorm[{framework}]'."
 
 
@@ -259,9 +264,30 @@ def test_without_torch_only_names_that_can_be_imported_are_listed(without_framew
     assert not set(listed) & (PUBLIC_NAMES - {"__version__", "backends"})
 
 
+WITHOUT_TORCH = """
+import numpy as np
+import batchnorm
+x = np.float32([[1.0], [3.0]])
+y, mean, var = batchnorm.jax.batch_norm(x)
+layer = batchnorm.keras.BatchNormalization()
+layer(x, training=True)
+state = batchnorm.state.from_keras(layer)
+print(float(mean[0]), float(var[0]), round(float(state.mean[0]), 4))
+"""
+
+
+def test_without_torch_jax_and_keras_work():
+    if not all(map(importlib.util.find_spec, ("jax", "keras"))):
+        pytest.skip("JAX or Keras is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HIDE.format(missing=["torch"]) + WITHOUT_TORCH]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.stdout == "2.0 1.0 0.02\n", run.stderr
+
+
 def test_without_torch_the_command_line_says_what_to_install():
-    missing = f"import sys; sys.modules.update(dict.fromkeys({FRAMEWORKS}))"
-    program = f"{missing}; from batchnorm.cli import main; main(['inspect', 'torch.nn:Identity'])"
+    main = "from batchnorm.cli import main; main(['inspect', 'torch.nn:Identity'])"
+    program = HIDE.format(missing=FRAMEWORKS) + main
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == (
