@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -95,6 +95,34 @@ def test_in_triton_offsets_of_32_and_of_64_bits_give_the_same_bits(
     frame.forget()
     for a, b in zip(narrow, everything(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(24, 12), (24, 12, 1), (24, 1)], ids=str)
+def test_in_triton_samples_of_one_value_are_merged_without_parts(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    moments = operator("moments")
+    case = Case(shape, dtype)
+    contract.test_index_gives_each_group_its_own_statistics(operator, case, "affine_by_group")
+    x, index = case.x(), torch.arange(24) % 3
+    weights = torch.rand(24, *shape[2:])
+    weights[::5] = 0.0
+    poisoned = torch.where(weights.reshape(24, 1, *shape[2:]) == 0, torch.nan, x)
+    monkeypatch.setattr(frame.Frame, "vectors", _only_rows(frame.Frame.vectors))
+    found = moments(poisoned, index, weights, 3)
+    count, mean, mean_low, m2 = eager.moments(x.double(), index, weights.double(), 3)
+    torch.testing.assert_close(found[0], count, rtol=0, atol=0)
+    torch.testing.assert_close(found[1].double() + found[2].double(), mean + mean_low, rtol=5e-7, atol=5e-7)
+    torch.testing.assert_close(found[3].double(), m2, rtol=5e-7, atol=0)
+
+
+def _only_rows(make: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+    def made(x: frame.Frame, number: int, *shape: int) -> list[torch.Tensor]:
+        assert len(shape) == 2  # results of groups, and no parts
+        return make(x, number, *shape)
+
+    return made
 
 
 def test_in_triton_an_outlier_does_not_cost_the_others_precision() -> None:

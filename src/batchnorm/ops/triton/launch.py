@@ -65,11 +65,15 @@ def _launch_moments(
     """Return count (with an index), mean, mean_low, and m2 or the biased variance."""
     t = frame.streamed(index, by_sample=True)
     mean, mean_low, m2 = results = frame.row_vectors(3, index, groups)
-    parts = _parts(frame, t, index, 4)
-    _MOMENTS.start(
-        t.grid, (x, weights, parts, *results), (), (*t.shape, t.channels, t.per, t.splits, t.blocks),
-        VARIANCE=variance, **t.constants,
-    )  # fmt: skip
+    values = index is not None and frame.s == 1  # the parts of such samples would be larger than x
+    if values:
+        parts: Tensor | None = x
+    else:
+        parts = _parts(frame, t, index, 4)
+        _MOMENTS.start(
+            t.grid, (x, weights, parts, *results), (), (*t.shape, t.channels, t.per, t.splits, t.blocks),
+            VARIANCE=variance, **t.constants,
+        )  # fmt: skip
     count = sample_counts = None
     if index is not None:
         count = torch.empty(groups, dtype=torch.float64, device=frame.device)
@@ -80,7 +84,8 @@ def _launch_moments(
     if parts is not None:
         _MERGE_MOMENTS.start(
             (t.merge_blocks * groups,), (parts, index, sample_counts, count, *results), (),
-            (t.channels, t.splits, t.merge_blocks), dtype=_DTYPES[frame.dtype], VARIANCE=variance, **_MERGE,
+            (t.channels, t.splits, t.merge_blocks), dtype=_DTYPES[frame.dtype], VARIANCE=variance,
+            VALUES=values, **_MERGE,
         )  # fmt: skip
     return count, mean, mean_low, m2
 

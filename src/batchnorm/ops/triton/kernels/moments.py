@@ -154,9 +154,12 @@ def moments_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def merge_moments_kernel(
     parts_ptr, index_ptr, sample_counts_ptr, count_ptr, mean_ptr, mean_low_ptr, m2_ptr, channels, splits, blocks,
-    dtype: tl.constexpr, VARIANCE: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    dtype: tl.constexpr, VARIANCE: tl.constexpr, VALUES: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
 ):  # fmt: skip
-    """Merge `parts [4, splits, C]`; with an index, separately for each group of splits, with a float64 count."""
+    """Merge `parts [4, splits, C]`; with an index, separately for each group of splits, with a float64 count.
+
+    With `VALUES`, each split is a sample of one value, and the parts are x `[N, C]`, which takes less memory.
+    """
     block, group = program(blocks, False)
     channel, valid = channels_of(block, channels, 1, True, 0, B1)
     stride = splits.to(tl.int64) * channels
@@ -168,18 +171,21 @@ def merge_moments_kernel(
     for start in range(0, splits, B0):
         split, there = group_of_splits(start, splits, index_ptr, group, B0)
         if index_ptr is not None:
-            exact += tl.load(sample_counts_ptr + split, there, 0.0)
+            samples = tl.load(sample_counts_ptr + split, there, 0.0)
+            exact += samples
         there = there & valid
         at = parts_ptr + split.to(tl.int64) * channels + channel
-        n = tl.load(at, there, 0.0)
+        n = tl.where(there, samples.to(tl.float32), 0.0) if VALUES else tl.load(at, there, 0.0)
         there = there & (n > 0.0)
-        mean = tl.load(at + stride, there, 0.0)
-        mean_low = tl.load(at + 2 * stride, there, 0.0)
+        mean = tl.load(at if VALUES else at + stride, there, 0.0).to(tl.float32)
+        mean_low = 0.0 if VALUES else tl.load(at + 2 * stride, there, 0.0)
         pivot = tl.where(there & (count == 0.0), mean, pivot)
         deviation = tl.where(there, (mean - pivot) + mean_low, 0.0)
         count += n
         first += n * deviation
-        second += n * deviation * deviation + tl.load(at + 3 * stride, there, 0.0)
+        second += n * deviation * deviation
+        if not VALUES:
+            second += tl.load(at + 3 * stride, there, 0.0)
     n, mean, mean_low, m2 = join(count, pivot, first, second, 0)
     at = group.to(tl.int64) * channels + channel
     store_moments(mean_ptr, mean_low_ptr, m2_ptr, at, valid, n, mean, mean_low, m2, dtype, VARIANCE)
