@@ -2,6 +2,7 @@
 // so that the binary needs no library of XLA. An absent argument or result is an array without values.
 // batchnorm/jax/kernels.py registers and calls these functions.
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <stdexcept>
@@ -135,10 +136,10 @@ ffi::Error moments(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer weights, int6
     args.mean_low = data(mean_low);
     args.m2 = data(m2);
     kernels(dtype_of(x)).moments(pool.threads(), args);
-    if (dtype_of(*count) == DType::float64) {
-      *static_cast<double*>(count->untyped_data()) = counted;
+    if (dtype_of(x) == DType::float64) {
+      std::fill_n(static_cast<double*>(data(count)), count_of(*count), counted);
     } else {
-      *static_cast<float*>(count->untyped_data()) = static_cast<float>(counted);
+      std::fill_n(static_cast<float*>(data(count)), count_of(*count), static_cast<float>(counted));
     }
   });
 }

@@ -81,7 +81,6 @@ def directions() -> tuple[Any, ...]:
 TRANSFORMS: dict[str, Callable[..., Any]] = {
     "forward": lambda f, *v: f(*v),
     "grad": lambda f, *v: grad(f)(*v),
-    "grad of jit": lambda f, *v: grad(jax.jit(f))(*v),
     "jvp": lambda f, *v: jax.jvp(f, v, directions()),
     "jacfwd": lambda f, *v: jax.jacfwd(f, (0, 1))(*v),
     "jacrev": lambda f, *v: jax.jacrev(f, (0, 1))(*v),
@@ -90,7 +89,6 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
         lambda *values: sum(jnp.sum(g * d) for g, d in zip(grad(f)(*values), directions(), strict=True)), (0, 1, 2, 3)
     )(*v),
     "linearize": lambda f, *v: jax.linearize(f, *v)[1](*directions()),
-    "remat": lambda f, *v: grad(jax.checkpoint(f))(*v),
 }
 
 

@@ -93,7 +93,7 @@ def values_per_channel(x: Array, axis: int) -> int:
 
 
 def moments(x: Array, weights: Array | None, at: Attributes) -> tuple[Array, Array, Array, Array]:
-    """Return count (a scalar, or `[C]` if weights differ by channel), mean, mean_low and Σ w·(x - mean)².
+    """Return count, mean, mean_low and Σ w·(x - mean)², all `[C]`.
 
     The first pass over x gives a pivot, and the second the moments of the deviations from it. The pivot is rounded, but
     close to the mean, so that the deviations are exact, or nearly so. It is the result's mean, and mean_low is the mean
@@ -101,11 +101,10 @@ def moments(x: Array, weights: Array | None, at: Attributes) -> tuple[Array, Arr
     """
     w = None if weights is None else spread_weights(weights, x, at.axis).astype(wide(x))
     if w is None:
-        count = jnp.asarray(values_per_channel(x, at.axis), wide(x))
+        count = jnp.full(x.shape[at.axis], values_per_channel(x, at.axis), wide(x))
     else:
         x = jnp.where(w > 0, x, 0)  # the square of a value that does not count could overflow
-        count = sum_positions(w, at.axis)
-        count = count if weights is not None and weights.ndim == x.ndim else count[0]
+        count = jnp.broadcast_to(sum_positions(w, at.axis), x.shape[at.axis])
 
     def mean_of(values: Array) -> Array:
         return safe_divide(_sum_in_stages(values if w is None else w * values, at.axis), count)
@@ -245,9 +244,8 @@ class Tangents(NamedTuple):
     bias: Array | None
 
 
-def tangent_means(p: Array, q: Array, count: Array | int, weight: Array | None, dots: Tangents) -> tuple[Array, Array]:
+def tangent_means(p: Array, q: Array, count: Array, weight: Array | None, dots: Tangents) -> tuple[Array, Array]:
     """Return P and Q, as at the top of this file, from p and q over all devices."""
-    count = jnp.asarray(count, p.dtype)
     p, q = (safe_divide(t if weight is None else t * weight, count) for t in (p, q))
     return (p if dots.bias is None else p + dots.bias), (q if dots.weight is None else q + dots.weight)
 
@@ -255,5 +253,6 @@ def tangent_means(p: Array, q: Array, count: Array | int, weight: Array | None, 
 def train_tangent(dots: Tangents, kept: Kept, at: Attributes) -> Array:
     """Return y's tangent, where kept.mean and kept.var are those of the batch. The transpose is `train_backward`."""
     u, p, q = tangent_apply((dots.x, dots.residual), (kept, None), at)
-    means = tangent_means(p, q, values_per_channel(kept.x, at.axis), kept.weight, dots)
+    count = jnp.full_like(p, values_per_channel(kept.x, at.axis))
+    means = tangent_means(p, q, count, kept.weight, dots)
     return u + tangent_reduce(means, kept, at)

@@ -27,7 +27,7 @@ _backward_apply = operator(composition.backward_apply)
 
 
 class Statistics(NamedTuple):
-    """A batch's statistics `[C]`; count is the sum of the weights, a scalar (or `[C]` if they differ by channel)."""
+    """A batch's statistics `[C]`; count is the number of values, or the sum of their weights."""
 
     count: Array  # type: ignore[assignment]  # a tuple's method of this name is not needed
     mean: Array
@@ -73,7 +73,7 @@ def train(
     """
     if weights is None and peers is None:
         y, mean, mean_low, var = _local(x, weight, bias, residual, at)
-        return y, Statistics(jnp.asarray(values_per_channel(x, at.axis), mean.dtype), mean, mean_low, var)
+        return y, Statistics(jnp.full_like(mean, values_per_channel(x, at.axis)), mean, mean_low, var)
     y, *statistics = _by_halves(x, weight, bias, residual, weights, at, peers)
     return y, Statistics(*statistics)
 
@@ -135,14 +135,14 @@ def _local_jvp(at: Attributes, primals: Any, tangents: Any) -> Any:
     kept = _kept(x, residual, statistics, weight, bias, at)
     (y_dot,) = _train_tangent(Tangents(x_dot, residual_dot, weight_dot, bias_dot), kept, at)
     _, p, q = _tangent_apply((x_dot, None), (kept, None), at)
-    dots = _statistics_dots(p, q, values_per_channel(x, at.axis), statistics, at)
+    dots = _statistics_dots(p, q, jnp.full_like(p, values_per_channel(x, at.axis)), statistics, at)
     return (y, *statistics), (y_dot, *dots)
 
 
-def _statistics_dots(p: Array, q: Array, count: Any, statistics: Any, at: Attributes) -> tuple[Array, Array, Array]:
+def _statistics_dots(p: Array, q: Array, count: Array, statistics: Any, at: Attributes) -> tuple[Array, Array, Array]:
     """Return the tangents of mean, mean_low and var. The one of mean stands for the pair."""
     mean, _, var = statistics
-    std, count = jnp.sqrt(var + at.eps), jnp.asarray(count, var.dtype)
+    std = jnp.sqrt(var + at.eps)
     return -std * safe_divide(p, count), _zeros_like(mean), -2.0 * jnp.square(std) * safe_divide(q, count)
 
 
