@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -187,6 +188,13 @@ def test_a_function_is_not_hidden_by_a_module_that_is_imported_later():
     importlib.import_module("batchnorm.recalibration.recalibrate")
     importlib.import_module("batchnorm.doctor.watch.watcher")
     assert callable(batchnorm.recalibrate) and callable(batchnorm.doctor.watch)
+
+
+def test_type_checkers_see_every_name():
+    tree = ast.parse(Path(batchnorm.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name for node in block.body for alias in node.names}
+    assert seen - {"*"} | set(batchnorm.nn.__all__) == {*batchnorm.__all__, *batchnorm._MODULES} - {"__version__"}
 
 
 def test_an_unknown_name_is_an_attribute_error():
