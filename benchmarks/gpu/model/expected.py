@@ -83,11 +83,9 @@ class Work:
         if not loop.instructions:
             return cls(launch, registers, once.instructions, 1.0)
         tensors = launch.tensors()[0] or merged(launch)
-        padded = sum(t.nbytes for t in tensors) * (padding(launch) if "ROWS" in launch.arguments else 1.0)
-        # The first iteration is counted in `once` where the code leads the loads of the next ones.
+        padded = sum(t.nbytes for t in tensors) * (padding(launch) if launch.tensors()[0] else 1.0)
         iterations = padded / (loop.loaded * 32 * launch.warps * launch.programs)
-        ahead = max(launch.arguments.get("STAGES", 2) - 1, 1)
-        return cls(launch, registers, once.instructions + loop.instructions * iterations, 1.0 + iterations / ahead)
+        return cls(launch, registers, once.instructions + loop.instructions * iterations, 1.0 + iterations)
 
 
 def merged(launch: Launch) -> list[torch.Tensor]:

@@ -124,12 +124,19 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
         yield found
 
 
+def _running(channels: int) -> tuple[torch.Tensor, ...]:
+    """Return running statistics and the number of batches."""
+    mean, var = torch.empty(2, channels, device="meta").unbind()
+    return mean, var, torch.empty((), dtype=torch.int64, device="meta")
+
+
 def training_step(case: Case) -> None:
     """Make the launches of a training step of batch normalization and ReLU, within `launches`."""
     x, dy, residual = (empty(case.shape, case.layout, cases.DTYPES[case.dtype]) for _ in range(3))
     weight = torch.empty(case.shape[1], device="meta")
     attributes = (EPS, "relu", 0.0)
-    y, *statistics = launch.train_forward(x, weight, weight, residual if case.residual else None, *attributes)
+    inputs = (x, weight, weight, residual if case.residual else None, *attributes)
+    y, *statistics = launch.train_forward_and_update_(*inputs, *_running(case.shape[1]), 0.1)
     kept = y if case.residual else None
     launch.train_backward(dy, x, None, kept, *statistics, weight, weight, *attributes, case.residual)
 

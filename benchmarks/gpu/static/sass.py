@@ -1,8 +1,9 @@
 """Read a kernel's machine code: its registers, its memory, and the instructions that a warp executes.
 
-The path of a warp is estimated without values: of all paths, the one that moves the most bytes between registers and
-global memory, and of those the shortest. It enters each loop once, takes full tiles rather than masked ones, and skips
-the slow paths of divisions and square roots, which only denormal and huge numbers take.
+The path of a warp is estimated without values. In the main loop, and in a kernel without one, it is the path that moves
+the most bytes between registers and global memory, and of those the shortest. Around the main loop it is the shortest.
+It therefore skips masked tiles, of which only the last program has one, and the slow paths of divisions and square
+roots, which only denormal and huge numbers take.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from triton import knobs
 
@@ -37,11 +39,6 @@ class Cost:
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.instructions - other.instructions, self.loaded - other.loaded, self.stored - other.stored)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Return what a path is chosen by: the most bytes, then the fewest instructions."""
-        return self.loaded + self.stored, -self.instructions
 
 
 @dataclass
@@ -78,31 +75,56 @@ def _tool(path: str, option: str, cubin: bytes) -> str:
 def costs(sass: str) -> tuple[Cost, Cost]:
     """Return the cost outside the main loop and that of one of its iterations, from the text of nvdisasm."""
     blocks, following = _graph(sass)
-    whole = _best(blocks, following, 0, {i for i, block in enumerate(blocks) if block.exits})
-    if whole is None:
-        raise ValueError("nvdisasm's text must hold a kernel with a path to an EXIT instruction, but it holds none.")
+    exits = {i for i, block in enumerate(blocks) if block.exits}
+    if not exits:
+        raise ValueError("nvdisasm's text must hold a kernel with an EXIT instruction, but it holds none.")
     loop = _main_loop(blocks, following)
-    return whole - loop, loop
+    if loop is None:
+        return _path(blocks, following, 0, exits, _most_bytes) or Cost(), Cost()
+    head, tail, each = loop
+    before = (_path(blocks, following, 0, {head}, _shortest) or Cost()) - blocks[head].cost
+    left = {n for successors in following[head : tail + 1] for n in successors if n > tail}
+    after = [path for n in left if (path := _path(blocks, following, n, exits, _shortest))]
+    return before + max(after, key=_shortest, default=Cost()), each
 
 
-def _main_loop(blocks: list[_Block], following: list[list[int]]) -> Cost:
-    """Return the cost of an iteration of the innermost loop that loads the most; zero if no loop loads anything."""
+def _most_bytes(cost: Cost) -> tuple[int, int]:
+    return cost.loaded + cost.stored, -cost.instructions
+
+
+def _shortest(cost: Cost) -> int:
+    return -cost.instructions
+
+
+def _main_loop(blocks: list[_Block], following: list[list[int]]) -> tuple[int, int, Cost] | None:
+    """Return the first and the last block of the loop that loads the most, and the cost of an iteration.
+
+    Loops in loops and those around them do not count: they merge partial results.
+    """
     loops = {(head, tail) for tail, successors in enumerate(following) for head in successors if head <= tail}
-    innermost = [
-        (head, tail) for head, tail in loops if not any(head <= a and b <= tail for a, b in loops - {(head, tail)})
+    alone = [
+        (head, tail)
+        for head, tail in loops
+        if not any((head <= a and b <= tail) or (a <= head and tail <= b) for a, b in loops - {(head, tail)})
     ]
-    found = (_best(blocks, following, head, {tail}) for head, tail in innermost)
-    best = max((cost for cost in found if cost is not None), key=lambda cost: cost.rank, default=Cost())
-    return best if best.loaded else Cost()
+    found = ((head, tail, _path(blocks, following, head, {tail}, _most_bytes)) for head, tail in alone)
+    loading = ((head, tail, path) for head, tail, path in found if path and path.loaded)
+    return max(loading, key=lambda loop: _most_bytes(loop[2]), default=None)
 
 
-def _best(blocks: list[_Block], following: list[list[int]], first: int, ends: Collection[int]) -> Cost | None:
-    """Return the cost of a warp's path from a block to the end of one of `ends`, without going back."""
+def _path(
+    blocks: list[_Block],
+    following: list[list[int]],
+    first: int,
+    ends: Collection[int],
+    rank: Callable[[Cost], Any],
+) -> Cost | None:
+    """Return the cost of the path of the highest rank from a block to the end of one of `ends`, without going back."""
     best: dict[int, Cost] = {}
-    for i in range(max(ends, default=-1), first - 1, -1):
+    for i in range(max(ends), first - 1, -1):
         onwards = [best[n] for n in following[i] if n > i and n in best] + [Cost()] * (i in ends)
         if onwards:
-            best[i] = blocks[i].cost + max(onwards, key=lambda cost: cost.rank)
+            best[i] = blocks[i].cost + max(onwards, key=rank)
     return best.get(first)
 
 

@@ -18,10 +18,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A program holds a channel; programs read tiles; the same with rows of odd sizes; without positions.
 SHAPES = ((8, 16, 14, 14), (64, 64, 32, 32), (40, 24, 37, 41), (300, 1000))
 _GROUPS = 3
+# The operators, and the two that share their launches.
+_FUSED = "train_forward_and_update_"
+CALLED = (*OPERATORS, _FUSED)
+_RUNNING = "Tensor running_mean, Tensor running_var, Tensor? num_batches_tracked, float momentum"
 
 
 def _schema(operator: str) -> list[Any]:
-    return torch._C.parse_schema(f"{operator}{SCHEMAS[operator]}").arguments
+    text = SCHEMAS["train_forward"].replace(") ->", f", {_RUNNING}) ->", 1) if operator == _FUSED else SCHEMAS[operator]
+    return torch._C.parse_schema(f"{operator}{text}").arguments
 
 
 def factors(operator: str) -> dict[str, Sequence[Any]]:
@@ -43,10 +48,10 @@ def call(operator: str, choice: Choice, device: str = "meta") -> None:
     """Make the launches of a call, on a GPU, or on the meta device within `launches`."""
     absent = {name for name, value in choice.items() if value is False}
     if operator == "update_running_":
-        given = _update_arguments(choice["dtype"], device)
+        given = _update_arguments(choice["dtype"], device, 16)
         absent -= {"num_batches_tracked"} if "momentum" in absent else set()  # one of the two is needed
     else:
-        given = _arguments(choice, device)
+        given = _update_arguments(choice["dtype"], device, choice["shape"][1]) | _arguments(choice, device)
     arguments = [_argument(a, given[a.name], a.name in absent) for a in _schema(operator)]
     getattr(launch, operator)(*arguments)
 
@@ -75,8 +80,8 @@ def _arguments(choice: Choice, device: str) -> Choice:
     }
 
 
-def _update_arguments(dtype: torch.dtype, device: str) -> Choice:
-    running, vector = torch.ones(16, dtype=dtype, device=device), torch.ones(16, device=device)
+def _update_arguments(dtype: torch.dtype, device: str, channels: int) -> Choice:
+    running, vector = torch.ones(channels, dtype=dtype, device=device), torch.ones(channels, device=device)
     return {
         **dict.fromkeys(("running_mean", "running_var"), running),
         **dict.fromkeys(("mean", "mean_low", "var"), vector),
@@ -90,4 +95,4 @@ def _update_arguments(dtype: torch.dtype, device: str) -> Choice:
 
 def calls(strength: int) -> list[tuple[str, Choice]]:
     """Return calls of all operators in which all combinations of `strength` factors' values occur."""
-    return [(operator, choice) for operator in OPERATORS for choice in covering(factors(operator), strength)]
+    return [(operator, choice) for operator in CALLED for choice in covering(factors(operator), strength)]

@@ -55,10 +55,23 @@ def test_a_warps_path_takes_full_tiles_and_no_slow_path() -> None:
     assert once == Cost(instructions=4, stored=8)
 
 
+def test_a_loop_that_ends_at_its_first_instruction() -> None:
+    code = """
+.L_x_1:
+        /*0000*/              @!P0 BRA `(.L_x_2) ;
+        /*0010*/                   LDG.E R4, desc[UR6][R2.64] ;
+        /*0020*/                   BRA `(.L_x_1) ;
+.L_x_2:
+        /*0030*/                   STG.E desc[UR6][R2.64], R4 ;
+        /*0040*/                   EXIT ;
+"""
+    assert sass.costs(code) == (Cost(2, 0, 4), Cost(3, 4))
+
+
 def test_code_without_a_loop_or_without_an_end() -> None:
     straight = "/*0000*/ LDG.E R4, desc[UR6][R2.64] ;\n/*0010*/ @P0 EXIT ;\n/*0020*/ STG.E.U8 desc[UR6][R2.64], R4 ;\n"
     assert sass.costs(straight + "/*0030*/ EXIT ;") == (Cost(4, 4, 1), Cost())
-    with pytest.raises(ValueError, match="must hold a kernel with a path to an EXIT"):
+    with pytest.raises(ValueError, match="must hold a kernel with an EXIT"):
         sass.costs("no code")
 
 
