@@ -39,6 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The headers of XLA's FFI, from the oldest supported jaxlib. The installed one is newer.
 $(XLA): $(STAMP)
+	rm -rf $@.new
 	$(BIN)/pip install --quiet --no-deps --target $@.new $(shell grep --max-count 1 --only-matching 'jaxlib==[0-9.]*' pyproject.toml)
 	mv $@.new/jaxlib/include $@ && rm -r $@.new
 
@@ -121,8 +122,9 @@ aarch64: $(STAMP) ## cross-compile the kernels for 64-bit Arm and test them unde
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/test_kernels
 
-wheel: $(STAMP) ## build a wheel for machines like this one into dist/
-	$(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+wheel: $(STAMP) $(XLA) ## build a wheel for machines like this one into dist/
+	$(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist \
+	  --config-settings cmake.define.BATCHNORM_XLA_INCLUDE=$(CURDIR)/$(XLA)
 
 lint: $(STAMP) ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from batchnorm.files import write_whole
-from benchmarks import accelerate, frameworks, pictures, records, steps, targets
+from benchmarks import accelerate, flax_layer, frameworks, pictures, records, steps, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 from benchmarks.records import Row, select
@@ -18,7 +18,7 @@ from benchmarks.records import Row, select
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
     "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "accelerate", "fold",
-    "fold-photographs", "fold-speed", "frameworks",
+    "fold-photographs", "fold-speed", "frameworks", "flax",
 )  # fmt: skip
 
 Cells = Sequence[str]
@@ -151,6 +151,21 @@ def frameworks_markdown(rows: list[Row]) -> str:
     return markdown(("framework", "mean at", *(f"{c} {n}" for n, c in columns)), body, 2)
 
 
+def flax_markdown(rows: list[Row]) -> str:
+    """Return the times of a step by our layer and by Flax's, and their ratios."""
+    body = []
+    for shape, axis in dict.fromkeys((r["shape"], r["axis"]) for r in rows):
+        own = [r for r in rows if (r["shape"], r["axis"]) == (shape, axis)]
+        times = {r["contender"]: r for r in own}
+        cells = []
+        for kind in ("cpu_ms", "elapsed_ms"):
+            cells += [_ms(times[contender][kind]) for contender in (OURS, flax_layer.FLAX)]
+            cells.append(f"{flax_layer.ratio(own, kind):.1f}×")
+        body.append([shape, axis, *cells])
+    columns = [f"{what}{unit}" for unit in (" CPU, ms", " elapsed, ms") for what in (OURS, flax_layer.FLAX)]
+    return markdown(("shape", "axis", *columns[:2], "ratio", *columns[2:], "ratio"), body, 2)
+
+
 def memory_markdown(rows: list[Row]) -> str:
     body = [
         (r["what"], r["contender"], f"{float(r['kept_tensors']):.2f}", f"{float(r['peak_tensors']):.2f}") for r in rows
@@ -279,6 +294,7 @@ def write(out: Path, pictures_to: Path) -> None:
             texts[f"inference-{allocator}"] = layers_markdown(layers, allocator, inference)
     writers = {
         "exactness": exactness_markdown,
+        "flax": flax_markdown,
         "frameworks": frameworks_markdown,
         "memory": memory_markdown,
         "steps": steps_markdown,

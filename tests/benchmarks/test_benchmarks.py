@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import cases, frameworks, layers, memory, networks, records, report, steps, targets
+from benchmarks import cases, flax_layer, frameworks, layers, memory, networks, records, report, steps, targets
 from benchmarks.cases import STEP, TASKS, Case, make_data
 from benchmarks.options import Options
 from benchmarks.peers import CONTENDERS, OURS, TORCH, Contender
@@ -125,6 +125,14 @@ def test_what_was_not_measured_is_not_judged():
 
 def test_markdown_is_a_table():
     assert report.markdown(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
+
+
+def test_flax_is_compared_by_both_times():
+    rows = [
+        {"shape": "2×3", "axis": "1", "contender": contender, "cpu_ms": cpu, "elapsed_ms": elapsed}
+        for contender, cpu, elapsed in ((OURS, 2.0, 1.0), (flax_layer.FLAX, 8.0, 3.0))
+    ]
+    assert report.flax_markdown(rows).splitlines()[-1] == "| 2×3 | 1 | 2 | 8 | 4.0× | 1 | 3 | 3.0× |"
 
 
 def test_frameworks_are_compared_row_by_row():
