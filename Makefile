@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-keras test experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
+.PHONY: help setup demo demo-keras test emulate experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,10 @@ gpu-static: setup $(OLDEST_TRITON) ## compile all GPU kernels without a GPU, and
 
 bench-quick: setup ## check that the benchmarks run; their figures mean nothing
 	$(BIN)/python -m benchmarks --quick
+
+emulate: setup ## run the compiled GPU kernels on this CPU, in an emulator, over the whole table of tests (half an hour)
+	BATCHNORM_EMULATE=whole $(BIN)/pytest --numprocesses auto --maxprocesses 4 \
+	  tests/ops/test_contract.py tests/ops/triton/emulated_launches.py
 
 sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (several minutes)
 	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON

@@ -19,12 +19,16 @@ Ops = Callable[[str], Callable[..., Any]]
 
 # Triton's interpreter can only be selected for a whole process, which tests/ops/triton/test_interpreted.py starts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The emulator, too, is selected for a whole process: "sample", which test_emulated.py starts, or "whole".
+EMULATED = os.environ.get("BATCHNORM_EMULATE")
 
 
 def names() -> list[str]:
     """Return the names: eager, the instruction sets of this machine, and cuda if there is a GPU."""
     if INTERPRETED:
         return ["interpreted"]
+    if EMULATED:
+        return ["emulated"]
     on_cpu = compiled.cpu_capabilities() or ("dispatched",)
     return ["eager", *on_cpu, *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -34,17 +38,18 @@ def over(case: Sequence[Case], **axes: Sequence[str]) -> pytest.MarkDecorator:
 
     Eager and the best instruction set run the whole product. Each of the other instruction sets runs a different fifth
     of it, which contains every case and every value. They are the same templates with vectors of another size, and the
-    driver in `tests/csrc` compares each of their kernels with its definition in float64.
+    driver in `tests/csrc` compares each of their kernels with its definition in float64. A sample of the emulator runs
+    every case once, with the values of the axes in turn.
     """
     rest = list(itertools.product(*axes.values()))
     complete = (*names()[:2], "cuda")
-    thin = len(rest) >= 5  # a fifth of fewer would lose cases
+    step = len(rest) if EMULATED == "sample" else 5 if len(rest) >= 5 else 1  # a fifth of fewer would lose cases
     points = [
         pytest.param(name, one, *values, id="-".join([name, one.id, *values]))
         for j, one in enumerate(case)
         for k, values in enumerate(rest)
         for i, name in enumerate(names())
-        if name in complete or not thin or (i + j + k) % 5 == 0
+        if (name in complete and EMULATED != "sample") or (i + j + k) % step == 0
     ]
     return pytest.mark.parametrize(("op", "case", *axes), points, indirect=["op"])
 
@@ -56,6 +61,10 @@ def chosen(name: str) -> Iterator[Ops]:
         yield lambda op: getattr(eager, op)
     elif name == "interpreted":
         from tests.ops.triton.interpreter import operator
+
+        yield operator
+    elif name == "emulated":
+        from tests.ops.triton.emulated import operator
 
         yield operator
     elif name == "cuda":

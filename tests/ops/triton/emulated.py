@@ -1,0 +1,61 @@
+"""The compiled kernels in the emulator: the launches that a CUDA tensor gets, on CPU tensors.
+
+The emulator must be installed for a whole process, which test_emulated.py starts. Tiles are small, so that small
+tensors have several tiles and splits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops.triton import implementation, support, tiling
+from batchnorm.ops.triton.settings import Settings
+from tests.ops.triton.emulator.device import Device
+from tests.ops.triton.emulator.driver import installed
+from tests.ops.triton.emulator.schedule import Schedule
+
+_CACHE = Path(__file__).parents[3] / "build" / "emulator"
+_process = contextlib.ExitStack()  # ends with the process
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """Return the operator that is registered for CUDA tensors. It fails if it does not run on kernels."""
+    used = device()
+    call = implementation(name, functools.partial(_refuse, name))
+
+    def emulated(*args: Any) -> Any:
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        if any(t.numel() == 0 or t.dtype == torch.float64 for t in tensors[:1]):
+            return getattr(torch.ops.batchnorm, name)(*args)
+        with used.allocations:
+            results = call(*args)
+        for i, t in enumerate(results if isinstance(results, tuple) else [results]):
+            if isinstance(t, Tensor):
+                used.allocations.check_written(t, f"Result {i} of {name}")
+        return results
+
+    return emulated
+
+
+def _refuse(name: str, *args: Any) -> None:
+    raise AssertionError(f"{name} used eager for {[tuple(t.shape) for t in args if isinstance(t, Tensor)]}.")
+
+
+@functools.cache
+def device() -> Device:
+    """Install the emulator in this process, which runs only these tests."""
+    small = Settings(tile=256, warps=2, programs=2, row_bytes=64, once=1024)
+    tiling.TABLE.update(dict.fromkeys(tiling.TABLE, small))
+    support.problem = lambda device: None  # type: ignore[assignment]
+    seed = os.environ.get("BATCHNORM_EMULATOR_SEED")
+    found = Device(Schedule(None if seed is None else int(seed)))
+    _process.enter_context(installed(found, _CACHE))
+    return found

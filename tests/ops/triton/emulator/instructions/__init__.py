@@ -1,0 +1,1 @@
+"""The instructions of PTX that the emulator knows."""

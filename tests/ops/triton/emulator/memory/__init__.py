@@ -1,0 +1,1 @@
+"""Global and shared memory, and the order of accesses to them."""
