@@ -318,7 +318,7 @@ def run_examples(page: Path) -> None:
         exec(compile("\n" * line + source, str(page), "exec"), namespace)
 
 
-OTHER_FRAMEWORKS = re.compile(r"^ *(?:import|from) (?:batchnorm\.)?(jax|flax|equinox|keras)\b", re.MULTILINE)
+OTHER_FRAMEWORKS = re.compile(r"^ *(?:import|from) (?:batchnorm(?:\.| import ))?(jax|flax|equinox|keras)\b", re.M)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if python_examples(p)], ids=lambda p: str(p.relative_to(ROOT)))
