@@ -92,7 +92,7 @@ def compile_space(tritons: list[str | None]) -> list[str]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--triton", "folders", multiple=True, type=_FOLDER, help="A folder with another Triton to compile with.")
 @click.option("--table-only", is_flag=True, help="Do not compile the whole space.")
-@click.option("--limits", "renew", is_flag=True, help="Set the limits slightly above these results.")
+@click.option("--limits", "renew", is_flag=True, help="Only set the limits slightly above what the kernels need now.")
 @click.option("--out", type=click.Path(path_type=Path), default=table.RESULTS, help="Directory of the tables.")
 @click.option("--compilation", type=int, hidden=True)
 def main(folders: tuple[str, ...], table_only: bool, renew: bool, out: Path, compilation: int | None) -> None:
@@ -103,13 +103,14 @@ def main(folders: tuple[str, ...], table_only: bool, renew: bool, out: Path, com
     if compilation is not None:
         _compile_here(compilation)
         return
+    if renew:
+        table.write(out / table.LIMITS, table.limits_of(list(table.rows(LIMITED, table.table_cases()))))
+        return
     failed = [] if table_only else compile_space([None, *folders])
     found = [row for architecture in table.ARCHITECTURES for row in table.rows(architecture, table.table_cases())]
     table.write(out / table.TABLE, found)
     limited = [row for row in found if row["architecture"] == LIMITED]
     page.write(out, limited)
-    if renew:
-        table.write(out / table.LIMITS, table.limits_of(limited))
     failed += table.exceeded(limited, records.read(out / table.LIMITS))
     for line in failed:
         print(f"FAILED {line}")

@@ -11,11 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from triton.runtime.jit import JITFunction
 
 from batchnorm.ops.triton import launch, tiling
+from benchmarks import records
 from benchmarks.gpu.layers import Case
-from benchmarks.gpu.static import space
+from benchmarks.gpu.static import space, table
 from benchmarks.gpu.static.compiling import Launch, launches, training_step
 
 STREAMED, HELD = (32, 64, 32, 32), (8, 16, 14, 14)
@@ -43,6 +45,18 @@ def test_arguments_compile_in_every_pair_of_values(operator: str) -> None:
         with launches("sm_90", frontend=True) as found:
             space.call(operator, choice)
         assert found, choice
+
+
+def test_the_kernels_of_a_training_step_stay_within_their_limits() -> None:
+    """If a change costs more on purpose, `python -m benchmarks gpu-static --limits` renews them."""
+    limits = records.read(table.RESULTS / table.LIMITS)
+    measured = records.read(table.RESULTS / table.TABLE)[0]["triton"]
+    if triton.__version__ != measured:
+        pytest.skip(f"the limits hold for Triton {measured}")
+    # Counting takes as long as compiling, and both dtypes have the same loops.
+    found = [row for case in table.table_cases() for row in table.rows("sm_90", [case], count=case.dtype == "bfloat16")]
+    assert table.exceeded(found, limits) == []
+    assert {table.key_of(row) for row in found} == {table.key_of(row) for row in limits}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
