@@ -26,6 +26,7 @@ def run_cases(backend: str, *files: str) -> None:
         "KERAS_BACKEND": backend,
         "CUDA_VISIBLE_DEVICES": "",
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONPATH": os.pathsep.join([str(_ROOT / "src"), str(_ROOT)]),
     }

@@ -9,4 +9,5 @@ from tests.keras.backends import BACKENDS, run_cases
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layer_on_backend(backend: str) -> None:
-    run_cases(backend, "keras_own.py", "src/batchnorm/keras/layer.py")
+    cases = ("keras_own.py", "numerics.py", "behaviour.py", "synchronized.py")
+    run_cases(backend, *cases, "src/batchnorm/keras/layer.py")

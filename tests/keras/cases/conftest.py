@@ -29,6 +29,13 @@ class _Absent(MetaPathFinder, Loader):
 
 sys.meta_path.insert(0, _Absent())
 
+if _BACKEND == "tensorflow":  # two replicas on the CPU, which must be defined before the first tensor
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if _BACKEND == "numpy":

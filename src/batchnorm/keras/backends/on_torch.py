@@ -52,7 +52,8 @@ def batch_norm(x: Tensor, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple
         y = y.movedim(1, call.axis) if index is None else _from_rows(y, x, call.axis)
         count, mean, mean_low, variance, _ = (t.detach() for t in statistics)
         counted = count > 0
-    if torch._C._current_graph_task_id() != -1:  # checkpointing repeats this forward in backward
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        # Checkpointing repeats this forward in backward.
         counted = False
     return y, Statistics((mean + mean_low).flatten(), variance.flatten(), counted)
 
