@@ -58,7 +58,7 @@ def add_terms(
     mean, _mean_low, _invstd, scale, shift = coefs
     for u in tl.static_range(TILES):
         offset, mask = offsets(k + u * B0, place, ROWS, VEC), masked(there, k + u * B0, end, MASKED)
-        x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, MASKED)
+        x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, MASKED, False)
         deviation = x - mean
         if MASKED:
             deviation = tl.where(mask, deviation, 0.0)
@@ -152,7 +152,7 @@ def apply_lines(
     offset, mask = offsets(k, place, ROWS, VEC), masked(there, k, end, MASKED)
     row, existing, found = coefficients_of_lines(source, constants, k, end, place)
     mean, mean_low, invstd, scale, shift = found
-    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, False, "evict_first")
+    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, False, True)
     if means[0] is None:
         dx = dz * scale
     else:
@@ -225,7 +225,7 @@ def backward_once_kernel(
     data = (dy_ptr, x_ptr, residual_ptr, y_ptr)
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
     mean, mean_low, invstd, scale, shift = coefficients(vectors, 0, channel, valid, 0, 0, eps)
-    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, True)
+    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, True, True)
     store(dz_ptr, offset, dz, mask)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
     sum_dz = total_everywhere(dz, positions, ROWS, GROUP, B1)

@@ -32,10 +32,10 @@ def normalize_lines(
 ):  # fmt: skip
     """Compute y of a tile. x is read for the last time."""
     offset, mask = offsets(k, place, ROWS, VEC), masked(there, k, end, MASKED)
-    x = load(x_ptr, offset, mask, "evict_first")
+    x = load(x_ptr, offset, mask, True)
     _, _, found = coefficients_of_lines(source, constants, k, end, place)
     mean, _, _, scale, shift = found
-    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, "evict_first")
+    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, True)
     store(y_ptr, offset, activate(z, negative_slope, ACTIVATION), mask)
 
 
@@ -89,8 +89,8 @@ def forward_once_kernel(
     block, _ = program(blocks, False)
     channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
     offset, mask = whole_block(block, lines, channels, positions, ROWS, GROUP, B0, B1, VEC, WIDE)
-    x = load(x_ptr, offset, mask)
-    pivot = load(x_ptr, channel.to(tl.int64) * (1 if ROWS and GROUP == 0 else positions), valid)
+    x = load(x_ptr, offset, mask, True)
+    pivot = load(x_ptr, channel.to(tl.int64) * (1 if ROWS and GROUP == 0 else positions), valid, False)
     mean = pivot + total_everywhere(tl.where(mask, x - pivot, 0.0), positions, ROWS, GROUP, B1) / values
     mean_low = total_everywhere(tl.where(mask, x - mean, 0.0), positions, ROWS, GROUP, B1) / values
     mean, mean_low = rounded_pair(mean, mean_low, x_ptr.dtype.element_ty)
@@ -106,5 +106,5 @@ def forward_once_kernel(
     weight = vector(weight_ptr, channel, valid, 1.0, var)
     bias = vector(bias_ptr, channel, valid, 0.0, var)
     _, scale, shift = scale_and_shift(mean_low, var, weight, bias, eps)
-    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask)
+    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, True)
     store(y_ptr, offset, activate(z, negative_slope, ACTIVATION), mask)

@@ -87,7 +87,7 @@ def add_deviations(
     """Add AHEAD tiles to the sums. Their loads do not depend on one another, so that all are in flight together."""
     for u in tl.static_range(AHEAD):
         mask = masked(there, k + u * B0, end, MASKED)
-        deviation = load(x_ptr, offsets(k + u * B0, place, ROWS, VEC), mask) - pivot
+        deviation = load(x_ptr, offsets(k + u * B0, place, ROWS, VEC), mask, False) - pivot
         if MASKED:
             deviation = tl.where(mask, deviation, 0.0)
         first += deviation
@@ -112,7 +112,7 @@ def moments_kernel(
     second = tl.zeros([B0, B1], tl.float32)
     if weights_ptr is None:
         mask = masked(there, begin + lane, end, True)
-        pivot = tl.where(mask, load(x_ptr, offsets(begin + lane, place, ROWS, VEC), mask), 0.0)
+        pivot = tl.where(mask, load(x_ptr, offsets(begin + lane, place, ROWS, VEC), mask, False), 0.0)
         for k in range(begin, full, B0 * AHEAD):
             first, second = add_deviations(
                 x_ptr, k + lane, end, place, there, pivot, first, second, False, ROWS, B0, VEC, AHEAD
@@ -127,7 +127,7 @@ def moments_kernel(
         pivot = tl.zeros([B0, B1], tl.float32)
         for k in range(begin, end, B0):
             mask = masked(there, k + lane, end, True)
-            x = load(x_ptr, offsets(k + lane, place, ROWS, VEC), mask)
+            x = load(x_ptr, offsets(k + lane, place, ROWS, VEC), mask, False)
             w = load_weights(weights_ptr, k + lane, positions, mask, ROWS, GROUP, B0, B1)
             counted = w != 0.0
             pivot = tl.where(counted & (count == 0.0), x, pivot)

@@ -57,12 +57,12 @@ def coefficients_of_lines(source, constants, k, end, place):
 
 
 @triton.jit
-def preactivation(x, mean, scale, shift, residual_ptr, offset, mask, EVICT: tl.constexpr = ""):
+def preactivation(x, mean, scale, shift, residual_ptr, offset, mask, LAST: tl.constexpr):
     """Return z of a tile."""
     z = x - mean
     z = tl.fma(z, tl.zeros_like(z) + scale, tl.zeros_like(z) + shift)
     if residual_ptr is not None:
-        z += load(residual_ptr, offset, mask, EVICT)
+        z += load(residual_ptr, offset, mask, LAST)
     return z
 
 
@@ -164,20 +164,20 @@ def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
 @triton.jit
 def load_x_and_dz(
     data, offset, mask, mean, scale, shift, parameter,
-    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr = "",
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Return x and dz of a tile, from y if it was kept, else from a recomputed z.
 
     With `MASKED`, dz is zero outside the mask.
     """
     dy_ptr, x_ptr, residual_ptr, y_ptr = data
-    dz = load(dy_ptr, offset, mask, EVICT)
-    x = load(x_ptr, offset, mask, EVICT)
+    dz = load(dy_ptr, offset, mask, LAST)
+    x = load(x_ptr, offset, mask, LAST)
     if ACTIVATION != "none":
         if y_ptr is not None:
-            t = load(y_ptr, offset, mask, EVICT)
+            t = load(y_ptr, offset, mask, LAST)
         else:
-            t = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, EVICT)
+            t = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, LAST)
         dz = derivative(dz, t, parameter, ACTIVATION)
     if MASKED:
         dz = tl.where(mask, dz, 0.0)

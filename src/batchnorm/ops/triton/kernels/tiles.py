@@ -186,9 +186,9 @@ def first_columns(valid, positions, GROUP: tl.constexpr, B1: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, offset, mask, EVICT: tl.constexpr = ""):
-    """Return a tile in float32, undefined outside the mask."""
-    return tl.load(ptr + offset, mask, eviction_policy=EVICT).to(tl.float32)
+def load(ptr, offset, mask, LAST: tl.constexpr):
+    """Return a tile in float32, undefined outside the mask; with `LAST`, no later kernel of the pass reads it."""
+    return tl.load(ptr + offset, mask, eviction_policy="evict_first" if LAST else "").to(tl.float32)
 
 
 @triton.jit
