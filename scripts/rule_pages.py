@@ -20,6 +20,7 @@ def page(rule: type[Rule]) -> str:
     """Return the Markdown page of a rule."""
     parts = [f"# {rule.code}: {rule.title}", rule.why]
     parts += ["## Evidence", rule.evidence, "## Severity", rule.severity, "## Fix", f"```py\n{rule.repair}\n```"]
+    parts += ["In Keras:", f"```py\n{rule.repair_keras}\n```"] if rule.repair_keras else []
     parts += ["## Notes", rule.notes] if rule.notes else []
     return "\n\n".join([*parts, "## Source", rule.source]) + "\n"
 

@@ -16,7 +16,7 @@ from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.measuring import add_data, add_effects, add_processes, add_trace, measure_model
 from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
-from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.rules import Rule, load_rules
 from batchnorm.doctor.wording import counted, listed
 from batchnorm.models.batches import Batches, check_data, default_forward
 from batchnorm.models.processes import Processes
@@ -87,8 +87,8 @@ def diagnose(
             call = ModelCall(forward or default_forward("diagnose"), loss)
             batches = None if data is None else Batches(data, max_samples)
             measurements = _measure(measurements, call, batches, budget, shown)
-            findings, not_checked = _apply_rules(measurements)
-        return Diagnosis.of(measurements, findings, not_checked + _layers_left_out(measurements))
+            findings, not_checked = apply_rules(measurements, load_rules())
+        return Diagnosis.of(measurements, findings, not_checked + layers_left_out(measurements))
 
 
 def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: int, shown: Bar) -> Measurements:
@@ -100,21 +100,22 @@ def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: 
     return m if batches is None else add_effects(m, passes)
 
 
-def _apply_rules(m: Measurements) -> tuple[list[Finding], list[NotChecked]]:
+def apply_rules(m: Measurements, rules: Iterable[type[Rule]]) -> tuple[list[Finding], list[NotChecked]]:
+    """Return the findings, worst first, and the rules whose needs are not met."""
     findings: list[Finding] = []
     not_checked: list[NotChecked] = []
-    rules = {rule.code: rule() for rule in load_rules()}
-    for rule in rules.values():
+    by_code = {rule.code: rule() for rule in rules}
+    for rule in by_code.values():
         reason = next((reason for need in rule.needs if (reason := m.lacks(need)) is not None), None)
         if reason is not None:
             not_checked.append(NotChecked(rule.code, rule.title, reason))
         else:
             findings += rule.check(m)
-    revised = [rules[finding.code].revise(finding, findings) for finding in findings]
+    revised = [by_code[finding.code].revise(finding, findings) for finding in findings]
     return sorted(revised, key=lambda finding: (-finding.severity, finding.code)), not_checked
 
 
-def _layers_left_out(m: Measurements) -> list[NotChecked]:
+def layers_left_out(m: Measurements) -> list[NotChecked]:
     """Return the layers that could not be compared with the population of the data, by reason."""
     if "data" in m.missing:
         return []

@@ -22,4 +22,5 @@ Functions that change a model:
     report: The layers that were changed or left, with reasons; imports no framework.
     description: Describe a layer of PyTorch.
     gate: How much error folding may add; imports no framework.
+    arrays: Values of any framework as arrays.
 """

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from batchnorm.models.arrays import as_array
 from batchnorm.models.report import FoldError
 
 # The relative error that one fold may make, whatever the original's own error, by the name of the dtype.
@@ -74,7 +74,7 @@ def tolerance_for(given: float | None, dtypes: Iterable[Any]) -> float:
 
 def relative(found: Any, exact: Any) -> float:
     """Return `max|found - exact| / max|exact|`; infinite if shapes differ or only one of two values is finite."""
-    found, exact = _float64(found), _float64(exact)
+    found, exact = (as_array(value).astype(np.float64) for value in (found, exact))
     finite = np.isfinite(exact)
     if found.shape != exact.shape or not np.array_equal(finite, np.isfinite(found)):
         return float("inf")
@@ -83,13 +83,6 @@ def relative(found: Any, exact: Any) -> float:
     largest = float(np.abs(exact[finite]).max())
     difference = float(np.abs(found[finite] - exact[finite]).max())
     return difference / largest if largest else difference
-
-
-def _float64(value: Any) -> NDArray[np.float64]:
-    """Return an array, or a tensor of PyTorch, in float64."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().double()
-    return np.asarray(value, np.float64)
 
 
 def check_whole(error: Error, tolerance: float) -> None:

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
+from batchnorm.models.arrays import as_array
 from batchnorm.text import printable
 
 if TYPE_CHECKING:
     from batchnorm.moments import Moments
+    from batchnorm.reference.statistics import Moments as ArrayMoments
 
 R = TypeVar("R", bound="Report", covariant=True)
 
@@ -95,7 +99,7 @@ class FoldReport(Report):
         how: "fx" or "export": the result takes every size that the model takes; "modules": the model could not be
             traced as a whole, and its parts were folded, for every size; "fixed": the result takes the example's size
             only. For an ONNX graph, the program that ran it: "onnxruntime", "onnxruntime, in float32" or
-            "onnx.reference".
+            "onnx.reference". For a Keras model, "graph".
         error: Largest relative error of the folded network against the original in float64, over the example and a
             random input.
         error_before: The same error of the original in its own dtype.
@@ -129,22 +133,23 @@ class FoldReport(Report):
 class LayerStatistics:
     """The measured input of one layer, and its running statistics before and after.
 
-    Vectors are float64 `[C]`, or `[K, C]` for a layer with statistics of K domains.
+    Vectors are float64 `[C]`, or `[K, C]` for a layer with statistics of K domains: tensors, or arrays for Keras.
 
     Attributes:
         paths: All paths of the layer in the model.
-        moments: The moments of all values that reached the layer, over all ranks; one `Moments` for each domain.
+        moments: The moments of all values that reached the layer, over all ranks; one `Moments` for each domain. For
+            Keras, those of `batchnorm.reference`.
         calls: The moments of the first call in a forward pass, of the second, and so on. A layer that is called several
             times gets the statistics of all calls together.
         mean_before: The former running mean.
         var_before: The former running variance.
         mean: The new running mean: measured, or averaged with the former one by `prior`.
-        var: The new running variance, unbiased.
+        var: The new running variance: unbiased, but biased for Keras.
     """
 
     paths: tuple[str, ...]
-    moments: tuple[Moments, ...]
-    calls: tuple[tuple[Moments, ...], ...]
+    moments: tuple[Moments | ArrayMoments, ...]
+    calls: tuple[tuple[Moments | ArrayMoments, ...], ...]
     mean_before: Any
     var_before: Any
     mean: Any
@@ -164,6 +169,26 @@ class LayerStatistics:
     def ratio(self) -> Any:
         """The new standard deviation divided by the former one."""
         return (self.var / self.var_before) ** 0.5
+
+    def change(self) -> str:
+        """Return the change of mean and deviation, for the report."""
+        usable = (as_array(self.var) > 0) & (as_array(self.var_before) > 0)
+        if not usable.any():
+            return "constant"
+        shift, ratio = as_array(self.shift)[usable], as_array(self.ratio)[usable]
+        return f"mean moved {np.median(shift):.2g}σ (at most {shift.max():.2g}σ), σ ×{np.median(ratio):.3g}"
+
+    def remarks(self) -> str:
+        """Return further remarks, for the report."""
+        parts = []
+        if len(self.paths) > 1:
+            parts.append(f"also {', '.join(self.paths[1:])}")
+        if len(self.calls) > 1:
+            parts.append(f"called {len(self.calls)} times in a forward pass: pooled")
+        empty = [str(row) for row, moments in enumerate(self.moments) if moments.count == 0]
+        if empty:
+            parts.append(f"no data of domain {', '.join(empty)}: kept")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def _report(
         shape = running_buffer(found.module, "running_mean").shape
         layer = LayerStatistics(found.paths, rows, calls, *(t.reshape(shape) for t in (*before[number], *now)))
         layers.append(layer)
-        changed.append(Change(found.path, describe(found.module), _change(layer), _remarks(layer)))
+        changed.append(Change(found.path, describe(found.module), layer.change(), layer.remarks()))
     if not layers:
         raise ValueError(
             f"{_CALLER} expects the data to reach the selected layers, got values at none of them "
@@ -326,29 +326,6 @@ def _report(
 
 def _listed(left: list[Change]) -> str:
     return "; ".join(f"{change.path or '(model)'}: {change.reason}" for change in left)
-
-
-def _change(layer: LayerStatistics) -> str:
-    shift, ratio = layer.shift, layer.ratio
-    usable = (layer.var > 0) & (layer.var_before > 0)
-    if not usable.any():
-        return "constant"
-    return (
-        f"mean moved {shift[usable].median().item():.2g}σ (at most {shift[usable].max().item():.2g}σ), "
-        f"σ ×{ratio[usable].median().item():.3g}"
-    )
-
-
-def _remarks(layer: LayerStatistics) -> str:
-    parts = []
-    if len(layer.paths) > 1:
-        parts.append(f"also {', '.join(layer.paths[1:])}")
-    if len(layer.calls) > 1:
-        parts.append(f"called {len(layer.calls)} times in a forward pass: pooled")
-    empty = [str(row) for row, moments in enumerate(layer.moments) if moments.count == 0]
-    if empty:
-        parts.append(f"no data of domain {', '.join(empty)}: kept")
-    return "; ".join(parts)
 
 
 def _write(found: Found, statistics: Statistics, batches: int, undo: UndoOnFailure) -> None:

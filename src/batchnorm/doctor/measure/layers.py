@@ -149,6 +149,12 @@ class Layer:
         return None if momentum is None else float(momentum)
 
     @property
+    def momentum_as_set(self) -> str:
+        """The momentum in the convention of its framework; for Keras also the weight of the new batch."""
+        old = getattr(self.module, "weight_of_old", None)
+        return f"momentum {self.momentum:g}" if old is None else f"momentum {old:g} (the new batch counts {1 - old:g})"
+
+    @property
     def updates(self) -> int | None:
         """Number of batches in its running statistics, of all domains together; None if it does not count them."""
         tracked = getattr(self.module, "num_batches_tracked", None)

@@ -19,6 +19,7 @@ from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.padding import padding_effect
 from batchnorm.doctor.measure.passes import Passes
 from batchnorm.doctor.measure.processes import ProcessStates, number_of_processes
+from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.measure.traced import dropout_before
 from batchnorm.doctor.measure.training_step import StepError, TrainingStep, training_step
 from batchnorm.models.batches import Batches, device_of, own_copy
@@ -55,14 +56,14 @@ def add_processes(m: Measurements, processes: Processes | None) -> Measurements:
         return replace(m, processes=processes.count, process_states=ProcessStates.gather(m.layers, processes))
     count = number_of_processes()
     if count > 1:
-        m = _lacking(m, "ranks", "needs the other processes (process_group= on each of them)")
+        m = lacking(m, "ranks", "needs the other processes (process_group= on each of them)")
     return replace(m, processes=count)
 
 
 def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
     """Trace the model, whose modules are all in evaluation, to find the place of each layer."""
     if example is None:
-        return _lacking(m, "trace", "needs data, to see how the model is called (data=)")
+        return lacking(m, "trace", "needs data, to see how the model is called (data=)")
     dropout: dict[nn.Module, float] = {}
 
     def prepare(module: fx.GraphModule) -> fx.GraphModule:
@@ -73,7 +74,7 @@ def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
         few, result = fewer_samples(m.model, example, _TRACED)
         traced = trace(m.model, few, expected=result, prepare=prepare)
     except Untraceable as error:
-        return replace(_lacking(m, "trace", f"needs to trace the model, which failed: {error}"), dropout=dropout)
+        return replace(lacking(m, "trace", f"needs to trace the model, which failed: {error}"), dropout=dropout)
     calls = {call.path: call for call in reversed(batch_norm_calls(traced))}
     layers = tuple(
         replace(layer, place=next((calls[path] for path in layer.found.paths if path in calls), None))
@@ -87,6 +88,16 @@ def add_data(m: Measurements, passes: Passes, batches: Batches) -> Measurements:
     training = {module: module.training for module in m.model.modules()}
     set_mode(m.model, training=False)
     passes.first(batches)
+    m = add_passes(m, passes)
+    for module, mode in training.items():
+        module.training = mode
+    m = _add_step(m, passes)
+    set_mode(m.model, training=False)
+    return m
+
+
+def add_passes(m: Measurements, passes: Runs) -> Measurements:
+    """Add the results of the first two passes, and make the third, normalized by the population."""
     if not sum(passes.sizes):
         raise ValueError("diagnose expects at least one batch, got empty data. Pass more data.")
     measured = iter(passes.layers)
@@ -95,37 +106,33 @@ def add_data(m: Measurements, passes: Passes, batches: Batches) -> Measurements:
         layers=tuple(layer if layer.running is None else next(measured) for layer in m.layers),
         samples=sum(passes.sizes),
         batch_sizes=tuple(passes.sizes),
-        loss=passes.call.loss is not None,
+        loss=passes.has_loss,
         missing={need: reason for need, reason in m.missing.items() if need not in ("data", "step")},
     )
     if not passes.by_running.outputs:
-        m = _lacking(m, "output", "the model returns no floating-point tensor to compare")
+        m = lacking(m, "output", "the model returns no floating-point tensor to compare")
     elif not (passes.by_batch.finite and passes.by_running.finite):
-        m = _lacking(m, "output", "the model's output or loss is not finite on these data")
+        m = lacking(m, "output", "the model's output or loss is not finite on these data")
     elif passes.by_batch.shapes != passes.by_running.shapes:
-        m = _lacking(m, "output", "the model's output has another shape in each pass")
+        m = lacking(m, "output", "the model's output has another shape in each pass")
     else:
         passes.by_population = passes.again(_population(passes.layers), "population statistics")
     if passes.budget < 1:
-        m = _lacking(m, "pass", "needs one more pass over the data (budget=1)")
-    for module, mode in training.items():
-        module.training = mode
-    m = _add_step(m, passes)
-    set_mode(m.model, training=False)
+        m = lacking(m, "pass", "needs one more pass over the data (budget=1)")
     return m
 
 
 def _add_step(m: Measurements, passes: Passes) -> Measurements:
     if not m.trains:
-        return _lacking(m, "step", "no parameter requires a gradient, so there is no training step")
+        return lacking(m, "step", "no parameter requires a gradient, so there is no training step")
     try:
         batch = own_copy(passes.kept[0], device_of(m.model))
         return replace(m, step=training_step(m.model, m.layers, passes.call, batch))
     except StepError as error:
-        return _lacking(m, "step", f"needs a training step, and {error}")
+        return lacking(m, "step", f"needs a training step, and {error}")
 
 
-def add_effects(m: Measurements, passes: Passes) -> Measurements:
+def add_effects(m: Measurements, passes: Runs) -> Measurements:
     """Compare the passes, and make further ones for single layers within the budget.
 
     The passes that most rules need come first. The rest of the budget ranks the layers of BN101.
@@ -184,7 +191,7 @@ def _misfit(m: Measurements) -> Misfit | None:
     return Misfit(off, len(m.distances), effect, cause_of(off, m.distances, m.trace, dict(m.dropout_scale)))
 
 
-def _pooled_calls(m: Measurements, passes: Passes) -> dict[str, Effect]:
+def _pooled_calls(m: Measurements, passes: Runs) -> dict[str, Effect]:
     found = {}
     model_calls = 1 if m.step is None else m.step.model_calls
     for number, layer in enumerate(m.measured):
@@ -197,7 +204,7 @@ def _pooled_calls(m: Measurements, passes: Passes) -> dict[str, Effect]:
     return {path: effect for path, effect in found.items() if effect is not None}
 
 
-def _reshuffled(m: Measurements, passes: Passes) -> Effect | None:
+def _reshuffled(m: Measurements, passes: Runs) -> Effect | None:
     """Reshuffle the batches if evaluation is worse than training, and stale statistics do not explain that."""
     if m.gap is None or m.gap.severity == Severity.NOTE or not any(layer.by_batch for layer in m.measured):
         return None
@@ -208,7 +215,7 @@ def _reshuffled(m: Measurements, passes: Passes) -> Effect | None:
     return effect_of(passes.reshuffled(), passes.by_batch)
 
 
-def _left_by_layer(m: Measurements, passes: Passes) -> dict[str, Effect]:
+def _left_by_layer(m: Measurements, passes: Runs) -> dict[str, Effect]:
     if m.misfit is None or not m.gap_matters:
         return {}
     population = _population(m.measured)
@@ -230,5 +237,6 @@ def _population(layers: Iterable[Layer]) -> dict[int, Statistics]:
     return found
 
 
-def _lacking(m: Measurements, need: str, reason: str) -> Measurements:
+def lacking(m: Measurements, need: str, reason: str) -> Measurements:
+    """Note that a need of rules is not met."""
     return replace(m, missing={**m.missing, need: reason})

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.measure.passes import Passes
+from batchnorm.doctor.measure.runs import Runs
 from batchnorm.models.batches import as_tensors
 from batchnorm.models.samples import samples_in
 from batchnorm.moments import Moments
@@ -49,7 +49,7 @@ class PaddingEffect:
     shifts: Mapping[str, float]
 
 
-def padding_effect(passes: Passes) -> PaddingEffect | None:
+def padding_effect(passes: Runs) -> PaddingEffect | None:
     """Measure the input of each layer with and without padding; return None if the data have no padding."""
     padded = find_padding(passes.kept)
     if padded is None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples
+from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.wording import counted
 from batchnorm.models.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
 from batchnorm.models.inputs import Inputs
@@ -59,8 +60,8 @@ class ModelCall:
         return loss
 
 
-class Passes:
-    """Run a model in evaluation mode over batches, with chosen statistics in each layer.
+class Passes(Runs):
+    """Passes of a model in evaluation mode.
 
     Args:
         model: The model, in evaluation. The caller restores its running statistics.
@@ -70,24 +71,14 @@ class Passes:
         bar: Shows the progress.
 
     Attributes:
-        layers: The layers; after `first`, with their measurements.
-        sizes: The size of each batch.
-        kept: The batches that are kept for the later passes.
         example: The arguments of the model's first call.
-        by_batch: Outcome for the kept batches, each normalized by its own statistics.
-        by_running: Outcome normalized by the running statistics.
-        by_population: Outcome normalized by the population's statistics; None if outputs cannot be compared.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], call: ModelCall, budget: int, bar: Bar) -> None:
+        super().__init__(layers, budget)
         self.model = model
-        self.layers = layers
         self.call = call
-        self.budget = budget
         self.bar = bar
-        self.by_batch, self.by_running = Outcome(), Outcome()
-        self.by_population: Outcome | None = None
-        self.sizes: list[int] = []
         self.kept: list[Any] = []
         self.example: Inputs | None = None
         self.observer = Observer("diagnose", [layer.found for layer in layers])
@@ -116,7 +107,7 @@ class Passes:
         with self._ambient.entered():
             returned = self.call.forward(self.model, batch)
             loss = None if self.call.loss is None else float(self.call.loss_of(returned, batch))
-        return _output_of(returned), loss
+        return output_of(returned), loss
 
     def first(self, batches: Batches) -> None:
         """Run each batch with its own statistics, as in training, then with the running ones; measure the layers.
@@ -175,10 +166,10 @@ class Passes:
             single = counted(self.budget, "pass for a single layer", "passes for single layers")
             self.bar.expect(number, f"{text}, with {single} {most}" if self.budget else text)
 
-    def spend(self) -> bool:
-        """Take one pass from the budget; return whether there was one."""
-        self.budget -= 1
-        return self.budget >= 0
+    @property
+    def has_loss(self) -> bool:
+        """Whether the user gave a loss."""
+        return self.call.loss is not None
 
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:
         """Run the kept batches with other statistics in some layers; a tuple has one entry for each call of a layer."""
@@ -305,7 +296,7 @@ def input_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return channels_second(layer, x) if isinstance(x, Tensor) else None
 
 
-def _output_of(returned: Any) -> Tensor | None:
+def output_of(returned: Any) -> Tensor | None:
     """Return the first floating-point tensor of an output: `[N, K]` unchanged, any other as `[N, features, 1]`."""
     for tensor in outputs(returned):
         if tensor.is_floating_point() and tensor.dim():

@@ -36,6 +36,7 @@ class TrainEvaluationGap(Rule):
         changes by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
+    repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
     notes = "If a cause was found, the finding names its code instead of this fix. Fix that cause first."
     source = """
         Ioffe & Szegedy 2015, *Batch Normalization*, section 3.1; Wu & Johnson 2021, *Rethinking “Batch” in BatchNorm*,

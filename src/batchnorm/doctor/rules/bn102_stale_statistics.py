@@ -26,6 +26,7 @@ class StaleStatistics(Rule):
     """
     severity = "Decided by the cost of the running statistics against the population's, on the same batches."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
+    repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
     source = """
         Wu & Johnson 2021, section 3; Izmailov et al. 2018, *Averaging Weights Leads to Wider Optima* (statistics after
         averaging).

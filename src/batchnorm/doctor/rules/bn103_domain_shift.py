@@ -20,6 +20,10 @@ class DomainShift(Rule):
         # first compare how training and evaluation prepare the data; if they are meant to differ:
         model, report = batchnorm.recalibrate(model, data)  # the new data; with few samples, add prior=16
     """
+    repair_keras = """
+        # first compare how training and evaluation prepare the data; if they are meant to differ:
+        model, report = batchnorm.keras.recalibrate(model, data)  # the new data; with few samples, add prior=16
+    """
     source = """
         Li et al. 2016, *Revisiting Batch Normalization for Practical Domain Adaptation*; Schneider et al. 2020,
         *Improving robustness against common corruptions by covariate shift adaptation*.

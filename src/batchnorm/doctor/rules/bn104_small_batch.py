@@ -33,6 +33,10 @@ class SmallBatch(Rule):
         # larger batches, or statistics over several processes or steps
         model, report = batchnorm.convert(model, batchnorm.SyncBatchNorm)  # or batchnorm.BatchRenorm
     """
+    repair_keras = """
+        # larger batches: model.fit(x, y, batch_size=64); or statistics that depend less on the batch
+        model, report = batchnorm.keras.convert(model, renorm=True)
+    """
     source = """
         Wu & He 2018, *Group Normalization*, figure 1; Ioffe 2017, *Batch Renormalization*, section 3; the mathematics
         page, “Measures”.

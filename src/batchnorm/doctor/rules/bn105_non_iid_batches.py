@@ -28,6 +28,11 @@ class NonIidBatches(Rule):
         # if batches cannot be shuffled: exact statistics for evaluation, or no batch statistics (batchnorm.convert)
         model, report = batchnorm.recalibrate(model, training_data)
     """
+    repair_keras = """
+        dataset = dataset.shuffle(10_000).batch(64)  # or model.fit(x, y, shuffle=True)
+        # if batches cannot be shuffled: exact statistics for evaluation
+        model, report = batchnorm.keras.recalibrate(model, training_data)
+    """
     source = """
         Ioffe 2017, section 1; Westfall & Young 1993, *Resampling-Based Multiple Testing*; Wu & Johnson 2021, section 6.
     """

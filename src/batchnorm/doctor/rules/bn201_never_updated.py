@@ -22,6 +22,7 @@ class NeverUpdated(Rule):
     """
     severity = "Decided by the cost of the running statistics against the population's; without data, a warning."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
+    repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
     source = "PyTorch's documentation of `BatchNorm2d`."
 
     def check(self, m: Measurements) -> Findings:

@@ -21,6 +21,9 @@ class BrokenStatistics(Rule):
             found.module.reset_running_stats()  # NaN in γ or β has to be trained again
         model, report = batchnorm.recalibrate(model, training_data)
     """
+    repair_keras = """
+        model, report = batchnorm.keras.recalibrate(model, training_data)  # NaN in γ or β has to be trained again
+    """
     source = """
         PyTorch's documentation of `BatchNorm2d`; `on_nonfinite="skip"` of this library's layers prevents it.
     """

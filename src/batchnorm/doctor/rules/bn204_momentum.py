@@ -16,18 +16,22 @@ class MomentumConvention(Rule):
     title = "the momentum looks like another framework's"
     why = """
         torch's momentum is the weight of the new batch (0.1). The momentum of Keras, TensorFlow and Flax is the weight
-        of the old average (0.99, 0.9). With such a value in torch, the running statistics are nearly those of the last
+        of the old average (0.99, 0.9). With the other's value, the running statistics are nearly those of the last
         batch alone.
     """
     evidence = """
-        A momentum of 0.9 or more in a layer whose statistics are updated. With data, also the scatter of the running
-        mean from step to step, which is √(a/(2 - a)) times that of a batch mean for a momentum of a.
+        A weight of the new batch of 0.9 or more in a layer whose statistics are updated. With data, also the scatter of
+        the running mean from step to step, which is √(a/(2 - a)) times that of a batch mean for a weight of a.
     """
     severity = "A warning if the running mean scatters by more than 0.1σ."
     repair = """
         for found in batchnorm.walk.norm_layers(model):
             found.module.momentum = 0.1  # or 1 minus the other framework's
         model, report = batchnorm.recalibrate(model, training_data)
+    """
+    repair_keras = """
+        model, report = batchnorm.keras.convert(model, momentum=0.9)  # or 1 minus the other framework's
+        model, report = batchnorm.keras.recalibrate(model, training_data)
     """
     source = """
         The mathematics page, “Running statistics”; Keras' and Flax's documentation of `BatchNormalization` and
@@ -48,7 +52,7 @@ class MomentumConvention(Rule):
         yield self.finding(
             Severity.WARNING if worst is not None and worst > _MATTERS else Severity.NOTE,
             paths,
-            f"momentum {next(iter(found.values())):g} at {layers_listed(paths)}",
+            f"{next(iter(found)).momentum_as_set} at {layers_listed(paths)}",
             evidence=[]
             if worst is None
             else [f"the running mean scatters by up to {worst:.2g}σ (median over the channels) from step to step"],

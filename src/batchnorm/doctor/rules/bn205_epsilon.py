@@ -21,6 +21,9 @@ class OddEpsilon(Rule):
         for found in batchnorm.walk.norm_layers(model):
             found.module.eps = 1e-5  # the value that the weights were trained with
     """
+    repair_keras = """
+        model, report = batchnorm.keras.convert(model, epsilon=1e-3)  # the value that the weights were trained with
+    """
     source = "The mathematics page, “Running statistics”."
 
     def check(self, m: Measurements) -> Findings:

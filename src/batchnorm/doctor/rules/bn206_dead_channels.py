@@ -23,6 +23,9 @@ class DeadChannels(Rule):
         groups = batchnorm.parameter_groups(model, weight_decay=1e-4)  # keeps γ out of weight decay
         # or remove the channels: model, report = batchnorm.prune_channels(model, example_inputs)
     """
+    repair_keras = """
+        # keep γ out of weight decay: optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])
+    """
     source = """
         Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*; Mehta et al. 2019, *On
         implicit filter level sparsity in convolutional neural networks*.

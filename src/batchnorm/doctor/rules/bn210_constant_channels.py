@@ -14,6 +14,9 @@ class ConstantChannels(Rule):
     evidence = "Channels of each layer's input whose variance is exactly 0 over all the data."
     severity = "A note: on these data they do no harm."
     repair = "# look for a filter whose weights are 0, an empty column, or an activation that is never on"
+    repair_keras = """
+        # look for a filter whose weights are 0, an empty column, or an activation that is never on
+    """
     source = "Ioffe & Szegedy 2015, algorithm 1 (ε)."
     needs = ("data",)
 

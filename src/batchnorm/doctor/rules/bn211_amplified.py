@@ -19,6 +19,9 @@ class Amplified(Rule):
     evidence = "Layers whose largest |γ|/√(running_var + ε) is above 1000."
     severity = "A note: weights that work have such channels, too; these are constant on their data."
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # if the variances are too small"
+    repair_keras = """
+        model, report = batchnorm.keras.recalibrate(model, training_data)  # if the variances are too small
+    """
     source = "Ioffe & Szegedy 2015, algorithm 2."
 
     def check(self, m: Measurements) -> Findings:

@@ -21,7 +21,8 @@ class Rule(ABC):
     """One problem that the doctor looks for.
 
     A rule documents itself: its page in the documentation is generated from the attributes. They are Markdown, except
-    for `title`, `why` and `repair`, and may be indented. The tests require a planted and a healthy case of every rule.
+    for `title`, `why` and the repairs, and may be indented. The tests require a planted and a healthy case of every
+    rule.
 
     Attributes:
         code: `BN1xx` if the effect is measured with data, `BN2xx` if the model itself shows the problem.
@@ -30,6 +31,7 @@ class Rule(ABC):
         evidence: How it is found.
         severity: The conditions for each severity.
         repair: Code to paste.
+        repair_keras: The code for a Keras model; empty if the rule is not applied to Keras models.
         notes: Limits, or more about the fix.
         source: Publications that describe it.
         needs: Measurements that the rule requires, among "data", "output", "step", "trace", "pass", "optimizer" and
@@ -42,12 +44,13 @@ class Rule(ABC):
     evidence: ClassVar[str]
     severity: ClassVar[str]
     repair: ClassVar[str]
+    repair_keras: ClassVar[str] = ""
     notes: ClassVar[str] = ""
     source: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        for name in ("why", "evidence", "severity", "repair", "notes", "source"):
+        for name in ("why", "evidence", "severity", "repair", "repair_keras", "notes", "source"):
             setattr(cls, name, inspect.cleandoc(getattr(cls, name)))
         cls.why = " ".join(cls.why.split())
 

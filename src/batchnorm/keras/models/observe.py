@@ -1,0 +1,131 @@
+"""Observe the inputs of batch normalization in forward passes, and choose the statistics that it normalizes by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.keras.models.layers import Found, array, as_numpy
+from batchnorm.reference.statistics import Moments, moments
+
+Array = NDArray[np.float64]
+
+
+class LayerCall(NamedTuple):
+    """The nth call of a layer in a forward pass; layers are numbered in the model's order."""
+
+    layer: int
+    nth: int
+
+
+class Statistics(NamedTuple):
+    """The mean and the biased variance that a layer normalizes by, float64 `[C]`."""
+
+    mean: Array
+    var: Array
+
+
+class Input(NamedTuple):
+    """The input of a call.
+
+    Attributes:
+        x: The input, of any dtype, as an array.
+        axis: The axis of the channels, not negative.
+        mask: The positions that count, of x's shape without channels, or None.
+    """
+
+    x: NDArray[Any]
+    axis: int
+    mask: NDArray[Any] | None
+
+    def moments(self) -> Moments:
+        """Return the moments of each channel, of the positions that count."""
+        return moments(self.x, weights=self.mask, axis=self.axis)
+
+
+StatisticsFor = Callable[[LayerCall, Input], Statistics]
+
+
+class Observer:
+    """Makes layers show their inputs and normalize by chosen statistics, in evaluation.
+
+    Attributes:
+        layers: The layers.
+        statistics_for: Returns the statistics for a call; None leaves the layers alone.
+        calls: The number of calls of each layer in this forward pass.
+        trained: The layers that were called in training in this forward pass.
+    """
+
+    def __init__(self, layers: Sequence[Found]) -> None:
+        self.layers = layers
+        self.statistics_for: StatisticsFor | None = None
+        self.calls: Counter[int] = Counter()
+        self.trained: set[int] = set()
+
+    def start(self, statistics_for: StatisticsFor | None) -> None:
+        """Begin a forward pass."""
+        self.statistics_for = statistics_for
+        self.calls.clear()
+        self.trained.clear()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Observe the layers in the block. Their moving statistics are restored at its end, also after an exception."""
+        former = [statistics_of(found.module) for found in self.layers]
+        own = [vars(found.module).get("call") for found in self.layers]
+        try:
+            for number, found in enumerate(self.layers):
+                vars(found.module)["call"] = self._call(number, found.module, found.module.call)
+            yield
+        finally:
+            for found, call, statistics in zip(self.layers, own, former, strict=True):
+                if call is None:
+                    vars(found.module).pop("call", None)
+                else:
+                    vars(found.module)["call"] = call
+                put_statistics(found.module, statistics)
+
+    def _call(self, number: int, layer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+            if self.statistics_for is not None:
+                at = LayerCall(number, self.calls[number])
+                self.calls[number] += 1
+                if training:
+                    self.trained.add(number)
+                put_statistics(layer, self.statistics_for(at, _input(layer, inputs, mask)))
+            return original(inputs, training=False, mask=mask)
+
+        return call
+
+
+def statistics_of(layer: Any) -> Statistics:
+    """Return a copy of the layer's moving statistics."""
+    return Statistics(array(layer.moving_mean), array(layer.moving_variance))
+
+
+def put_statistics(layer: Any, statistics: Statistics) -> None:
+    """Write the layer's moving statistics."""
+    layer.moving_mean.assign(statistics.mean)
+    layer.moving_variance.assign(statistics.var)
+
+
+def _input(layer: Any, inputs: Any, mask: Any) -> Input:
+    x = as_numpy(inputs)
+    if x.dtype.kind not in "fiub":  # such as bfloat16 of ml_dtypes
+        x = x.astype(np.float64)
+    axis = layer.axis % x.ndim
+    if mask is None:
+        return Input(x, axis, None)
+    # Keras's masks lack the last axis of the input, whatever the axis of the channels is.
+    counts = np.moveaxis(np.broadcast_to(as_numpy(mask).astype(bool)[..., None], x.shape), axis, 1)
+    if not (counts == counts[:, :1]).all():
+        raise ValueError(
+            f"{layer.name} expects a mask that is the same for all channels, got one that differs. "
+            "With channels first, a mask must have size 1 along the channels."
+        )
+    return Input(x, axis, counts[:, 0])

@@ -1,0 +1,177 @@
+"""Set the moving statistics of a Keras model to the population statistics of data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from batchnorm.keras.models.batches import Batches, Forward, default_forward
+from batchnorm.keras.models.copying import copied
+from batchnorm.keras.models.layers import Found, check_model, describe
+from batchnorm.keras.models.observe import Input, LayerCall, Observer, Statistics, put_statistics, statistics_of
+from batchnorm.keras.surgery.replacement import start_renorm
+from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
+from batchnorm.models.selection import Choice, select
+from batchnorm.reference.statistics import Moments, merge
+
+_CALLER = "recalibrate"
+
+
+def recalibrate(
+    model: keras.layers.Layer,
+    data: Any,
+    *,
+    only: Choice | None = None,
+    prior: float = 0.0,
+    forward: Forward | None = None,
+    batch_size: int = 32,
+    max_samples: int | None = None,
+    inplace: bool = False,
+) -> Result[Recalibration]:
+    """Set the moving statistics of a trained model to the population statistics of `data`.
+
+    `moving_mean` becomes the mean of all values that reach a layer, and `moving_variance` their biased variance M2/m,
+    as Keras defines it. Deviations within and between batches both count, so the result does not depend on the batch
+    size. Use this function for weights that were averaged, fine-tuned or pruned, for moving averages that lag behind
+    (Keras's default momentum of 0.99 takes some 500 steps), and for data of another domain.
+
+    One pass is made over the data, in which each batch is normalized by its own statistics, as in training. All other
+    layers run in evaluation. Masks are respected. If anything fails, the model does not change.
+
+    Args:
+        model: A built Keras model.
+        data: An array, a dict of arrays, or an iterable of batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
+            loader of PyTorch, a list, or a generator. Of a tuple `(x, y)`, x is used.
+        only: The layers to recalibrate, as in `convert`. By default, all layers except frozen ones (`trainable=False`).
+        prior: The weight of the former statistics, as a number of samples: `(prior·former + n·measured)/(prior + n)`,
+            with n samples of data. 0 discards the former ones.
+        forward: `forward(model, batch)` calls the model. By default, it calls `model(x, training=False)`.
+        batch_size: The number of samples in a batch, for data that are arrays.
+        max_samples: Stop after the batch that reaches this number of samples.
+        inplace: Whether to change the model itself instead of a copy.
+
+    Returns:
+        The model, which is not compiled if it is a copy, and a `Recalibration`: the change of each layer, and the
+        moments of every layer and call.
+
+    Raises:
+        TypeError: the model is not a Keras model; data are none of these.
+        ValueError: an argument is out of range; no layer is selected or reached; a batch has a single value per
+            channel; values are not finite; data are empty; the model cannot be copied.
+
+    Numerics: moments are float64, merged as by Chan et al. 1979, and rounded once to the variables' dtype.
+
+    Source: Wu & Johnson 2021, Rethinking "Batch" in BatchNorm (population statistics); Li et al. 2016, Revisiting
+        Batch Normalization for Practical Domain Adaptation (AdaBN).
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+        >>> data = np.array([[1.0], [2.0], [3.0], [4.0], [10.0]])
+        >>> model, report = recalibrate(model, data, batch_size=3)
+        >>> float(model.layers[0].moving_mean[0]), float(model.layers[0].moving_variance[0])
+        (4.0, 10.0)
+    """
+    if not 0 <= prior < math.inf:
+        raise ValueError(
+            f"{_CALLER} expects a finite prior >= 0, got {prior}. It is the weight of the former statistics, as a "
+            "number of samples; 0 discards them."
+        )
+    batches = Batches(_CALLER, data, batch_size, max_samples)
+    _select(model, only)  # fail before anything is copied
+    if not inplace:
+        model = copied(_CALLER, model).model
+    selected, left = _select(model, only)
+    before = [statistics_of(found.module) for found in selected]
+    calls = _measure(model, selected, batches, forward or default_forward(_CALLER))
+    if not batches.count:
+        raise ValueError(f"{_CALLER} expects at least one batch, got empty data. Pass more data.")
+    layers, changed = [], []
+    for number, found in enumerate(selected):
+        own = [moments for call, moments in sorted(calls.items()) if call.layer == number]
+        total = merge(own) if own else None
+        if total is None or not total.count > 0:
+            reason = "all its values are masked" if own else "not reached by the data"
+            left.append(Change.unchanged(found.path, describe(found.module), reason))
+            continue
+        new = _new_statistics(found, before[number], total, prior, batches.samples)
+        layers.append(LayerStatistics(found.paths, (total,), tuple((each,) for each in own), *before[number], *new))
+        changed.append(Change(found.path, describe(found.module), layers[-1].change(), layers[-1].remarks()))
+    if not layers:
+        raise ValueError(
+            f"{_CALLER} expects the data to reach the selected layers, got values at none of them. Pass a forward= "
+            "that calls them."
+        )
+    _write({layer.path: Statistics(layer.mean, layer.var) for layer in layers}, selected)
+    return Result(
+        model,
+        Recalibration(
+            _CALLER, tuple(changed), tuple(left), tuple(layers), batches=batches.count, samples=batches.samples
+        ),
+    )
+
+
+def _select(model: Any, only: Choice | None) -> tuple[list[Found], list[Change]]:
+    every = check_model(_CALLER, model)
+    chosen = select(_CALLER, every, only)
+    selected, left = [], []
+    for found in every:
+        frozen = only is None and not found.module.trainable
+        if found in chosen and not frozen:
+            selected.append(found)
+        else:
+            left.append(Change.unchanged(found.path, describe(found.module), "frozen" if frozen else "not named"))
+    if not selected:
+        raise ValueError(
+            f"{_CALLER} expects a model with batch normalization to recalibrate, got {model.name!r}, in which all is "
+            "frozen. Name frozen layers in only= to include them."
+        )
+    return selected, left
+
+
+def _measure(model: Any, layers: list[Found], batches: Batches, forward: Forward) -> dict[LayerCall, Moments]:
+    observer = Observer(layers)
+    calls: dict[LayerCall, Moments] = {}
+
+    def statistics_for(call: LayerCall, given: Input) -> Statistics:
+        found = given.moments()
+        calls[call] = merge([calls[call], found]) if call in calls else found
+        if not found.count > 0:
+            return statistics_of(layers[call.layer].module)
+        if found.count <= 1:
+            raise ValueError(
+                f"{_CALLER} expects more than one value per channel in every batch, got one at "
+                f"{layers[call.layer].path!r}. One value has no variance: use larger batches."
+            )
+        return Statistics(found.mean, found.var)
+
+    with observer.installed():
+        for batch in batches:
+            observer.start(statistics_for)
+            forward(model, batch)
+    return calls
+
+
+def _new_statistics(found: Found, before: Statistics, total: Moments, prior: float, samples: int) -> Statistics:
+    weight = samples / (prior + samples)
+    mean, var = (old + weight * (new - old) for old, new in zip(before, (total.mean, total.var), strict=True))
+    if not prior:
+        mean, var = total.mean, total.var
+    limit = np.finfo(np.float32).max
+    for what, values in (("mean", mean), ("variance", var)):
+        if not (np.abs(values) <= limit).all():
+            raise ValueError(
+                f"{_CALLER} expects finite values at every layer, got a {what} that is not finite in float32 at "
+                f"{found.path!r}. Check the data and the layers before it for NaN and overflow."
+            )
+    return Statistics(mean, var)
+
+
+def _write(statistics: dict[str, Statistics], layers: list[Found]) -> None:
+    for found in layers:
+        if found.path in statistics:
+            put_statistics(found.module, statistics[found.path])
+            if getattr(found.module, "renorm", False):
+                start_renorm(found.module)
