@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +12,13 @@ from torch import nn
 
 import batchnorm
 from batchnorm import reference, state
-
-_CASES = Path(__file__).parent / "cases"
+from tests.keras.backends import run_cases
 
 
 def test_keras_and_flax():
-    if find_spec("keras") is None or find_spec("flax") is None:
-        pytest.skip("Keras or Flax is not installed")
-    # In a process of their own, because JAX starts threads, and Keras chooses its backend when it is imported.
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--confcutdir", str(_CASES)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", *options, str(_CASES)]
-    done = subprocess.run(command, cwd=_CASES.parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    if find_spec("flax") is None:
+        pytest.skip("Flax is not installed")
+    run_cases("jax", "tests/state/cases/test_keras.py", "tests/state/cases/test_flax.py")
 
 
 def trained(layer: nn.Module, *shape: int, steps: int = 5) -> nn.Module:
