@@ -37,7 +37,7 @@ def test_an_access_past_one_tensor_never_reaches_another() -> None:
 
 
 def test_an_address_near_no_tensor_is_found() -> None:
-    with pytest.raises(Fault, match=r"accesses 4 bytes at 0x40, which is near no argument"):
+    with pytest.raises(Fault, match=r"accesses 4 bytes at 0x40, which is near no argument, out of bounds"):
         run("mov.b64 %d5, 64; ld.global.b32 %r3, [%d5];", torch.zeros(32))
 
 

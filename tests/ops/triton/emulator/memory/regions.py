@@ -57,7 +57,8 @@ class Regions:
         numbers = addresses >> np.uint64(_REGION)
         for number in np.unique(numbers):
             if not 0 < number <= len(self._regions):
-                raise Fault(f"accesses {size} bytes at {self._describe(int(addresses[numbers == number][0]))}")
+                address = int(addresses[numbers == number][0])
+                raise Fault(f"accesses {size} bytes at {self._describe(address)}, out of bounds")
             region, first = self._regions[int(number) - 1], self._addresses[int(number) - 1]
             chosen = np.flatnonzero(numbers == number)
             offsets = addresses[chosen].astype(np.int64) - first
