@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from batchnorm.files import write_whole
-from benchmarks import accelerate, flax_layer, frameworks, pictures, records, steps, targets
+from benchmarks import accelerate, flax_layer, frameworks, keras_layer, pictures, records, steps, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 from benchmarks.records import Row, select
@@ -18,7 +18,7 @@ from benchmarks.records import Row, select
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
     "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "accelerate", "fold",
-    "fold-photographs", "fold-speed", "frameworks", "flax",
+    "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
 )  # fmt: skip
 
 Cells = Sequence[str]
@@ -149,6 +149,20 @@ def frameworks_markdown(rows: list[Row]) -> str:
         for framework, at in places
     ]
     return markdown(("framework", "mean at", *(f"{c} {n}" for n, c in columns)), body, 2)
+
+
+def keras_markdown(rows: list[Row]) -> str:
+    """Return CPU times, their ratio, and the larger error of y and dx at the largest mean."""
+    body = []
+    far = f"{keras_layer.MEANS[-1]:g}"
+    for where in dict.fromkeys((r["backend"], r["mode"], r["shape"], r["axis"]) for r in rows):
+        own = {r["contender"]: r for r in rows if (r["backend"], r["mode"], r["shape"], r["axis"]) == where}
+        both = [own[contender] for contender in (OURS, keras_layer.KERAS)]
+        errors = [max(float(r[f"error_{name}_{far}"]) for name in ("y", "dx")) for r in both]
+        times = [_ms(r["cpu_ms"]) for r in both]
+        body.append([*where, *times, f"{keras_layer.ratio(both):.1f}×", *(f"{error:.0e}" for error in errors)])
+    columns = [f"{name}{what}" for what in (" CPU, ms", " error") for name in (OURS, keras_layer.KERAS)]
+    return markdown(("backend", "mode", "shape", "axis", *columns[:2], "speed-up", *columns[2:]), body, 4)
 
 
 def flax_markdown(rows: list[Row]) -> str:
@@ -295,6 +309,7 @@ def write(out: Path, pictures_to: Path) -> None:
     writers = {
         "exactness": exactness_markdown,
         "flax": flax_markdown,
+        "keras": keras_markdown,
         "frameworks": frameworks_markdown,
         "memory": memory_markdown,
         "steps": steps_markdown,
