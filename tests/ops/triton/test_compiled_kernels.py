@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 
@@ -14,7 +17,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime.jit import JITFunction
 
-from batchnorm.ops.triton import launch, tiling
+from batchnorm.ops.triton import kernels, launch, tiling
 from benchmarks import records
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.static import space, table
@@ -57,6 +60,16 @@ def test_the_kernels_of_a_training_step_stay_within_their_limits() -> None:
     found = [row for case in table.table_cases() for row in table.rows("sm_90", [case], count=case.dtype == "bfloat16")]
     assert table.exceeded(found, limits) == []
     assert {table.key_of(row) for row in found} == {table.key_of(row) for row in limits}
+
+
+def test_functions_of_kernels_have_no_default_values() -> None:
+    """Triton 3.6 does not make them compile-time constants."""
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    functions = {v for module in modules for v in vars(module).values() if isinstance(v, JITFunction)}
+    assert len(functions) > 30
+    for function in functions:
+        parameters = inspect.signature(function.fn).parameters.values()
+        assert all(p.default is p.empty for p in parameters), function.fn.__name__
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

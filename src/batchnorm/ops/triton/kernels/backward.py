@@ -225,7 +225,7 @@ def backward_once_kernel(
     data = (dy_ptr, x_ptr, residual_ptr, y_ptr)
     vectors = (mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr)
     mean, mean_low, invstd, scale, shift = coefficients(vectors, 0, channel, valid, 0, 0, eps)
-    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, True, True)
+    x, dz = load_x_and_dz(data, offset, mask, mean, scale, shift, negative_slope, ACTIVATION, True, False)
     store(dz_ptr, offset, dz, mask)
     deviation = tl.where(mask, (x - mean) - mean_low, 0.0)
     sum_dz = total_everywhere(dz, positions, ROWS, GROUP, B1)

@@ -89,7 +89,7 @@ def forward_once_kernel(
     block, _ = program(blocks, False)
     channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
     offset, mask = whole_block(block, lines, channels, positions, ROWS, GROUP, B0, B1, VEC, WIDE)
-    x = load(x_ptr, offset, mask, True)
+    x = load(x_ptr, offset, mask, False)
     pivot = load(x_ptr, channel.to(tl.int64) * (1 if ROWS and GROUP == 0 else positions), valid, False)
     mean = pivot + total_everywhere(tl.where(mask, x - pivot, 0.0), positions, ROWS, GROUP, B1) / values
     mean_low = total_everywhere(tl.where(mask, x - mean, 0.0), positions, ROWS, GROUP, B1) / values
@@ -106,5 +106,5 @@ def forward_once_kernel(
     weight = vector(weight_ptr, channel, valid, 1.0, var)
     bias = vector(bias_ptr, channel, valid, 0.0, var)
     _, scale, shift = scale_and_shift(mean_low, var, weight, bias, eps)
-    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, True)
+    z = preactivation(x, mean, scale, shift, residual_ptr, offset, mask, False)
     store(y_ptr, offset, activate(z, negative_slope, ACTIVATION), mask)
