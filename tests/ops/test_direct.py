@@ -32,6 +32,13 @@ def test_only_plain_tensors_of_a_gpu_are_direct() -> None:
     assert not direct.is_direct(X)
 
 
+def test_tensors_whose_memory_does_not_hold_their_values_are_not_direct() -> None:
+    negative = torch.complex(X, X).conj().imag
+    assert torch.equal(negative, -X)
+    assert not direct.unobserved((X, negative))
+    assert not direct.unobserved((X, torch._efficientzerotensor((2, 3))))
+
+
 @pytest.mark.parametrize("observer", [_Mode, torch.profiler.profile], ids=["mode", "profiler"])
 def test_a_call_that_somebody_observes_is_not_direct(observer: Callable[[], AbstractContextManager[object]]) -> None:
     with observer():

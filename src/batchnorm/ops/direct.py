@@ -1,7 +1,9 @@
 """Call the CUDA implementations without torch's dispatcher, whose way to Python takes longer than a launch.
 
 This is only for plain tensors while gradients are disabled, as in an `autograd.Function`, and only if nobody else wants
-to see the call: no subclass of Tensor, dispatch mode, transform or profiler. Otherwise, the operator is called.
+to see the call: no subclass of Tensor, dispatch mode, transform or profiler. Otherwise, the operator is called. The
+dispatcher also computes the values of tensors that are zero without memory, or whose sign torch has not yet changed in
+memory.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ def is_direct(*tensors: Tensor | None) -> bool:
 
 
 def unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether nobody else wants to see a call with these tensors."""
+    """Return whether nobody else wants to see a call with these tensors, and their memory holds their values."""
     for t in tensors:
-        if t is not None and t.__class__ is not Tensor and t.__class__ is not Parameter:
+        if t is None:
+            continue
+        if (t.__class__ is not Tensor and t.__class__ is not Parameter) or t.is_neg() or t._is_zerotensor():
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

@@ -6,6 +6,7 @@ python -m tests.ops.triton.launches
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
 
 import batchnorm
 from batchnorm.ops import direct, registration, triton
@@ -28,6 +30,10 @@ from tests.ops.triton import stub_driver
 
 SHAPES = {"fits": (8, 16, 14, 14), "streamed": (32, 64, 32, 32)}
 ATTRIBUTES = (1e-5, "relu", 0.0)
+
+# The arguments of Triton's launcher before the kernel's: the grid, the stream, the function and its metadata, and what
+# only hooks use.
+_TARGET, _FOR_HOOKS = 6, 3
 
 
 def main() -> None:
@@ -44,6 +50,7 @@ def main() -> None:
         _serve_the_cpu()
         found: dict[str, Any] = {"layers": {name: _layer(stub, shape) for name, shape in SHAPES.items()}}
         found["variants"] = _variants()
+        found["differing"] = _differing()
         found["unfused"] = [k.name for k in _compiled() if not k.metadata.enable_fp_fusion]
         found["error"] = _error(stub)
         print(json.dumps(found))
@@ -112,6 +119,8 @@ def _calls() -> Iterable[Callable[[], object]]:
             x, vector = at(start, (2, 8, 5, 5), dtype), at(start, (8,), torch.float32)
             for weight in (None, vector):
                 yield lambda x=x, v=vector, w=weight: launch.normalize(x, v, None, v, w, w, None, None, *ATTRIBUTES)
+    for eps in (1, 0):  # integers, which Triton specializes
+        yield lambda x=x, v=vector, e=eps: launch.normalize(x, v, None, v, v, v, None, None, e, *ATTRIBUTES[1:])
     running, tracked = torch.zeros(2, 8), torch.zeros((), dtype=torch.int64)
     for m in (100, 2**31, 2**40):
         for counter in (None, tracked):
@@ -130,6 +139,35 @@ def _variants() -> dict[str, int]:
         call()
     knobs.runtime.launch_enter_hook.remove(print_nothing)
     return {"compiled": direct - before, "missed": len(_compiled()) - direct}
+
+
+def _differing() -> list[str]:
+    """Return the kernels to whose launcher a direct start passes other arguments than Triton does."""
+    passed: list[tuple[Any, ...]] = []
+    found: list[str] = []
+    start, launch_by_triton = Kernel.start, CudaLauncher.__call__
+
+    @functools.wraps(launch_by_triton)
+    def record(self: Any, *arguments: Any) -> None:
+        used = (*arguments[:_TARGET], *arguments[_TARGET + _FOR_HOOKS :])
+        passed.append(tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in used))
+        launch_by_triton(self, *arguments)
+
+    def start_twice(self: Kernel, grid: Any, tensors: Any, floats: Any, sizes: Any, **constants: Any) -> None:
+        passed.clear()
+        self._bound.clear()
+        for _ in range(2):
+            start(self, grid, tensors, floats, sizes, **constants)
+        end = _TARGET + len(tensors) + len(floats) + len(sizes)  # the launcher skips the constants
+        by_triton, direct = ((*arguments[:end], len(arguments)) for arguments in passed)
+        if by_triton != direct or not self._bound:
+            found.append(f"{self.function.fn.__name__}: {by_triton} and {direct}")
+
+    Kernel.start, CudaLauncher.__call__ = start_twice, record  # type: ignore[method-assign, assignment]
+    for call in _calls():
+        call()
+    Kernel.start, CudaLauncher.__call__ = start, launch_by_triton  # type: ignore[method-assign]
+    return found
 
 
 def _error(stub: stub_driver.Stub) -> str:

@@ -7,9 +7,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,11 @@ def test_a_layer_makes_few_launches(found: dict[str, Any], layer: str, direction
 def test_direct_launches_tell_apart_all_variants_that_triton_does(found: dict[str, Any]) -> None:
     assert found["variants"]["compiled"] >= 11
     assert found["variants"]["missed"] == 0
+
+
+@needs_compiler
+def test_direct_launches_pass_the_arguments_that_triton_passes(found: dict[str, Any]) -> None:
+    assert found["differing"] == []
 
 
 @needs_compiler
@@ -184,3 +191,24 @@ def test_a_variant_that_fails_keeps_no_tensor(monkeypatch: pytest.MonkeyPatch) -
     del x
     gc.collect()
     assert alive() is None
+
+
+def test_threads_start_a_new_variant_one_after_the_other() -> None:
+    running: list[int] = []
+    seen: list[int] = []
+
+    class Slow(_Planted):
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def start(*arguments: object, **constants: object) -> None:
+                running.append(1)
+                time.sleep(0.01)
+                seen.append(len(running))
+                running.pop()
+
+            return start
+
+    kernel, x = Kernel(Slow()), torch.ones(1)
+    with ThreadPoolExecutor(2) as pool:
+        for start in [pool.submit(kernel.start, (1,), (x, None), (), (1,)) for _ in range(4)]:
+            start.result()
+    assert seen == [1, 1, 1, 1]

@@ -9,6 +9,7 @@ launches of the variant call its compiled launcher directly.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from batchnorm.ops.triton import support
 
 # The masks that backward recomputes need the same fused products in all kernels. Triton 3.10 fuses none by default.
 _OPTIONS = {"enable_fp_fusion": True}
+
+# One thread at a time, because Triton publishes a kernel to other threads before it has loaded the kernel's code.
+_first_start = threading.RLock()
 
 # The first parameters of Triton's launcher, in every version that was tested.
 _LAUNCHER = ["self", "gridX", "gridY", "gridZ", "stream", "function"]
@@ -62,7 +66,7 @@ class Kernel:
         Args:
             grid: The number of programs.
             tensors: Tensors of the current device, None for absent ones; the first is never absent.
-            floats: Floating-point scalars.
+            floats: Floating-point scalars. Integers are converted, because Triton would compile another variant.
             sizes: Integers, which cause another compilation only where they exceed 32 bits.
             constants: Compile-time constants and Triton's options, always in the same order.
 
@@ -108,7 +112,8 @@ class Kernel:
         kernel: Any = None
         if variant not in self._causes:
             try:
-                kernel = self.function[grid](*tensors, *floats, *sizes, **constants, **_OPTIONS)
+                with _first_start:
+                    kernel = self.function[grid](*tensors, *map(float, floats), *sizes, **constants, **_OPTIONS)
             except Exception as error:  # from the compiler, the driver or the operating system
                 if not support.concerns_one_variant(error):
                     raise

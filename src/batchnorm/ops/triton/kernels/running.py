@@ -22,7 +22,7 @@ def update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low
 def update_with_forward(running, at, there, mean, mean_low, var, values, momentum):
     """Update the running statistics of a program's channels, and, in the first program, the counter.
 
-    `values` is the number of values of a channel, at least 1. No program reads the counter but the one that writes it.
+    `values` is the number of values of a channel, at least 1. Only the program that writes the counter uses its value.
     """
     running_mean_ptr, running_var_ptr, tracked_ptr = running
     if running_mean_ptr is not None:
