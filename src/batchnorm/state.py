@@ -90,7 +90,7 @@ class State:
         """Return the state with an average of biased variances, as Keras and Flax compute it.
 
         This is exact if every batch had the same number of values per channel, and the running variance started at 1.
-        Without `batches`, the start is taken to be forgotten. Evaluation changes by the factor of the variance.
+        Without `batches`, that 1 is assumed to have decayed. The results of evaluation change with the variance.
 
         Args:
             values: Values per channel in each training batch, N·H·W for images; at least 2.
@@ -140,7 +140,7 @@ def from_torch(layer: Any) -> State:
             give a momentum of 0.
 
     Raises:
-        TypeError: `layer` is no such layer.
+        TypeError: `layer` is not such a layer.
     """
     vectors = _torch_vectors("from_torch", layer)
     batches = getattr(layer, "num_batches_tracked", None)
@@ -162,7 +162,7 @@ def to_torch_(layer: Any, state: State) -> None:
         state: The state, with the vectors that the layer has.
 
     Raises:
-        TypeError: `layer` is no such layer.
+        TypeError: `layer` is not such a layer.
         ValueError: the layer has other vectors than the state, or other sizes.
     """
     import torch
@@ -187,7 +187,7 @@ def from_keras(layer: Any) -> State:
         layer: The layer, after its first call or `layer.build(shape)`. Any axis.
 
     Raises:
-        TypeError: `layer` is no such layer, or is not built.
+        TypeError: `layer` is not such a layer, or is not built.
     """
     from keras.ops import convert_to_numpy
 
@@ -206,7 +206,7 @@ def to_keras_(layer: Any, state: State) -> None:
         state: The state, with the vectors that the layer has.
 
     Raises:
-        TypeError: `layer` is no such layer, or is not built.
+        TypeError: `layer` is not such a layer, or is not built.
         ValueError: the layer has other vectors than the state, or other sizes; it has `renorm=True`; or the state has
             the momentum None.
     """
@@ -217,7 +217,7 @@ def to_keras_(layer: Any, state: State) -> None:
             "Use a layer without renorm, or set the weights of this one."
         )
     _check_same("to_keras_", vectors, state)
-    momentum = _of_old("to_keras_", state)
+    momentum = _weight_of_old("to_keras_", state)
     for role, vector in vectors.items():
         if vector is not None:
             vector.assign(getattr(state, role))
@@ -228,7 +228,7 @@ def from_nnx(layer: Any) -> State:
     """Read the state of a `flax.nnx.BatchNorm`, or of this library's.
 
     Raises:
-        TypeError: `layer` is no such layer.
+        TypeError: `layer` is not such a layer.
     """
     vectors = _vectors("from_nnx", layer, _FLAX, "epsilon", "For linen, use from_linen.")
     return _from_biased(layer, {role: None if v is None else v[...] for role, v in vectors.items()})
@@ -242,14 +242,14 @@ def to_nnx_(layer: Any, state: State) -> None:
         state: The state, with the vectors that the layer has.
 
     Raises:
-        TypeError: `layer` is no such layer.
+        TypeError: `layer` is not such a layer.
         ValueError: the layer has other vectors than the state, or other sizes; or the state has the momentum None.
     """
     import jax.numpy as jnp
 
     vectors = _vectors("to_nnx_", layer, _FLAX, "epsilon", "For linen, use to_linen.")
     _check_same("to_nnx_", vectors, state)
-    momentum = _of_old("to_nnx_", state)
+    momentum = _weight_of_old("to_nnx_", state)
     for role, vector in vectors.items():
         if vector is not None:
             vector[...] = jnp.asarray(getattr(state, role), vector[...].dtype)
@@ -265,7 +265,7 @@ def from_linen(layer: Any, variables: Mapping[str, Mapping[str, ArrayLike]]) -> 
             ...}}`. In the variables of a model, these are the entries under the module's name.
 
     Raises:
-        TypeError: `layer` is no such layer, or `variables` lacks its running statistics.
+        TypeError: `layer` is not such a layer, or `variables` lacks its running statistics.
     """
     _check_layer("from_linen", layer, ("momentum", "epsilon"), "For nnx, use from_nnx.")
     found = {**variables.get("params", {}), **variables.get("batch_stats", {})}
@@ -290,7 +290,7 @@ def to_linen(layer: Any, state: State) -> tuple[Any, dict[str, dict[str, Any]]]:
         running statistics in float32.
 
     Raises:
-        TypeError: `layer` is no such layer.
+        TypeError: `layer` is not such a layer.
         ValueError: the layer has other vectors than the state; or the state has the momentum None.
     """
     import jax.numpy as jnp
@@ -298,7 +298,7 @@ def to_linen(layer: Any, state: State) -> tuple[Any, dict[str, dict[str, Any]]]:
     _check_layer("to_linen", layer, ("momentum", "epsilon", "use_scale", "use_bias"), "For nnx, use to_nnx_.")
     has = {"weight": layer.use_scale, "bias": layer.use_bias}
     _check_same("to_linen", {role: state.mean if has.get(role, True) else None for role in _ROLES}, state)
-    module = layer.clone(momentum=_of_old("to_linen", state), epsilon=state.eps)
+    module = layer.clone(momentum=_weight_of_old("to_linen", state), epsilon=state.eps)
     variables: dict[str, dict[str, Any]] = {
         "params": {
             name: jnp.asarray(value, layer.param_dtype)
@@ -340,7 +340,7 @@ def _complement(momentum: float) -> float:
     return round(1.0 - momentum, 15)
 
 
-def _of_old(caller: str, state: State) -> float:
+def _weight_of_old(caller: str, state: State) -> float:
     """Return the momentum as the weight of the old average."""
     if state.momentum is None:
         raise ValueError(
@@ -363,7 +363,9 @@ def _vectors(caller: str, layer: Any, names: tuple[str, ...], eps: str, hint: st
     _check_layer(caller, layer, (*names, eps), hint)
     vectors = {role: getattr(layer, name) for role, name in zip(_ROLES, names, strict=True)}
     if vectors["mean"] is None or vectors["var"] is None:
-        raise TypeError(f"{caller} expects a layer with running statistics, got {type(layer).__name__} without. {hint}")
+        raise TypeError(
+            f"{caller} expects a layer with running statistics, got {type(layer).__name__} without them. {hint}"
+        )
     return vectors
 
 

@@ -35,9 +35,6 @@ def arguments() -> tuple[Any, ...]:
     return array(4, 3, 2), array(2, seed=1), array(2, seed=2), array(4, 3, 2, seed=3)
 
 
-MASK = jnp.asarray(np.random.default_rng(4).random((4, 3)) > 0.3)
-
-
 def ours(x: Any, weight: Any, bias: Any, residual: Any, *, mask: Any = None) -> Any:
     return batch_norm(x, weight, bias, residual, eps=EPS, activation="silu", mask=mask)
 

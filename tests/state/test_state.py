@@ -89,7 +89,7 @@ def test_a_state_is_a_copy():
     ("layer", "error", "message"),
     [
         (nn.Linear(3, 3), TypeError, "got Linear without running_mean"),
-        (nn.BatchNorm1d(3, track_running_stats=False), TypeError, "got BatchNorm1d without"),
+        (nn.BatchNorm1d(3, track_running_stats=False), TypeError, "got BatchNorm1d without them"),
         (nn.InstanceNorm1d(3, track_running_stats=True), TypeError, "got InstanceNorm1d"),
         (nn.LazyBatchNorm1d(), TypeError, "Call a lazy layer once"),
         (batchnorm.DomainBatchNorm1d(3, num_domains=2), TypeError, r"got \[2, 3\]"),

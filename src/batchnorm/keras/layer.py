@@ -46,9 +46,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Numerics:
         Statistics are computed in float32 (float64 for float64 inputs) from deviations from the mean, so that a mean of
         1e6 standard deviations costs no accuracy in training. A batch in which no value counts (an empty batch, or a
-        full mask) changes no moving statistic, and Keras's layer makes them NaN or moves them to zero. A position that
-        does not count may be NaN or infinite, and is then treated as 0. One value per channel has variance 0, as in
-        Keras's layer, so that y is f(beta).
+        mask without a true value) changes no moving statistic; Keras's layer makes them NaN or moves them to zero. A
+        position that does not count may be NaN or infinite, and is then treated as 0. One value per channel has
+        variance 0, as in Keras's layer, so that y is f(beta).
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; for `renorm`, Ioffe 2017.
 
@@ -99,7 +99,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Return y of inputs' shape, in the layer's compute dtype."""
         if mask is not None and len(mask.shape) != len(inputs.shape) - 1:
-            raise ValueError(
+            raise ValueError(  # with the words of Keras's layer, which its own tests expect
                 "The mask provided should be one dimension less than the inputs (BatchNormalization expects a mask "
                 f"that broadcasts to {tuple(inputs.shape[:-1])}), got one of shape {tuple(mask.shape)} for inputs of "
                 f"shape {tuple(inputs.shape)}. Leave out the last axis of the inputs."

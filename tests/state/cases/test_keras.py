@@ -45,7 +45,7 @@ def test_the_state_of_a_fresh_layer():
 
 def test_what_keras_does_not_have_is_an_error():
     source = state.from_torch(trained_layer())
-    with pytest.raises(TypeError, match="got BatchNormalization without. Build it first"):
+    with pytest.raises(TypeError, match="got BatchNormalization without them. Build it first"):
         state.from_keras(keras.layers.BatchNormalization())
     with pytest.raises(ValueError, match="got None, the cumulative average"):
         state.to_keras_(built(), dataclasses.replace(source, momentum=None))

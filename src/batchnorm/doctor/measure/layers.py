@@ -152,7 +152,9 @@ class Layer:
     def momentum_as_set(self) -> str:
         """The momentum in the convention of its framework; for Keras also the weight of the new batch."""
         old = getattr(self.module, "weight_of_old", None)
-        return f"momentum {self.momentum:g}" if old is None else f"momentum {old:g} (the new batch counts {1 - old:g})"
+        if old is None:
+            return f"momentum {self.momentum:g}"
+        return f"momentum {old:g} (weight of the new batch: {1 - old:g})"
 
     @property
     def updates(self) -> int | None:

@@ -13,8 +13,8 @@ class HalfFrozen(Rule):
     title = "frozen layers still update their running statistics"
     why = """
         requires_grad=False stops γ and β. In training mode the running statistics still follow every batch, and the
-        layer normalizes by the batch. A layer that was meant to be frozen drifts. In Keras, so does a layer with
-        trainable=True inside a model with trainable=False.
+        layer normalizes by the batch. A layer that was meant to be frozen drifts. In Keras, trainable=False of the
+        variables gamma and beta has the same effect; trainable=False of the layer also freezes its statistics.
     """
     evidence = """
         For each layer, whether γ or β is trained (`requires_grad`, and a place in the optimizer if one is given), and
@@ -29,7 +29,7 @@ class HalfFrozen(Rule):
     """
     repair = 'model, report = batchnorm.freeze(model, only=["layer1.0.bn1", ...])'
     repair_keras = """
-        model, report = batchnorm.keras.freeze(model)  # sets trainable=False in the layers themselves
+        model, report = batchnorm.keras.freeze(model)  # sets trainable=False of each layer
     """
     source = "PyTorch's documentation of `BatchNorm2d`; Wu & Johnson 2021 (frozen batch normalization)."
 

@@ -16,8 +16,8 @@ class MomentumConvention(Rule):
     title = "the momentum looks like another framework's"
     why = """
         torch's momentum is the weight of the new batch (0.1). The momentum of Keras, TensorFlow and Flax is the weight
-        of the old average (0.99, 0.9). With the other's value, the running statistics are nearly those of the last
-        batch alone.
+        of the old average (0.99, 0.9). With a value of the other convention, the running statistics are nearly those of
+        the last batch alone.
     """
     evidence = """
         A weight of the new batch of 0.9 or more in a layer whose statistics are updated. With data, also the scatter of

@@ -55,8 +55,8 @@ def diagnose(
         progress: Whether to show a bar on standard error (needs rich).
 
     Returns:
-        The diagnosis: the findings, worst first, and the rules that could not be checked. It prints as a report. A
-        momentum is the weight of the new batch, 1 minus Keras's, where it is not named otherwise.
+        The diagnosis: the findings, worst first, and the rules that could not be checked. It prints as a report. Its
+        `momentum` attributes are the weight of the new batch, 1 minus Keras's momentum.
 
     Raises:
         TypeError: the model is not a Keras model; data are none of these.
@@ -67,7 +67,7 @@ def diagnose(
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1, name="norm")])
         >>> diagnosis = diagnose(model)
         >>> [(finding.code, finding.summary) for finding in diagnosis.findings if finding.code == "BN204"]
-        [('BN204', 'momentum 0.1 (the new batch counts 0.9) at 1 layer: norm')]
+        [('BN204', 'momentum 0.1 (weight of the new batch: 0.9) at 1 layer: norm')]
     """
     found = check_model(_CALLER, model)
     if budget < 0:

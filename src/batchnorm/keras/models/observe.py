@@ -126,6 +126,6 @@ def _input(layer: Any, inputs: Any, mask: Any) -> Input:
     if not (counts == counts[:, :1]).all():
         raise ValueError(
             f"{layer.name} expects a mask that is the same for all channels, got one that differs. "
-            "With channels first, a mask must have size 1 along the channels."
+            "With channels first, pass a mask of size 1 along the channels."
         )
     return Input(x, axis, counts[:, 0])

@@ -51,8 +51,8 @@ def unfreeze(model: keras.layers.Layer, *, only: Choice | None = None) -> Result
         only: The layers to restore, as in `convert`.
 
     Returns:
-        The copy, which is not compiled, and the report. A layer is left if a layer that contains it is frozen: Keras
-        then trains nothing inside.
+        The copy, which is not compiled, and the report. A layer is left if a layer that contains it is frozen,
+        because that one was frozen with everything inside.
 
     Raises:
         TypeError: the model is not a Keras model.
