@@ -1,3 +1,3 @@
 """Cases run in one process for each backend, because Keras chooses its backend when it is imported."""
 
-collect_ignore_glob = ["cases/*", "verbs/*"]
+collect_ignore = ["cases", "verbs"]

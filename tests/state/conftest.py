@@ -1,3 +1,3 @@
 """The cases run in a process of their own."""
 
-collect_ignore_glob = ["cases/*"]
+collect_ignore = ["cases"]
