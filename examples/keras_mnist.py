@@ -11,15 +11,42 @@ Without --data-dir, it trains on the 10,000 images of MNIST that are part of thi
 from __future__ import annotations
 
 import argparse
+import gzip
+from importlib import resources
+from pathlib import Path
 
 import keras
 import numpy as np
 
-from batchnorm.compare import load
 from batchnorm.keras import BatchNormalization
 
 UNITS = (300, 100)
 CHOICES = {"without BN": False, "with BN": True}
+PACKAGED = "compare/inputs/datasets/mnist-mini.npz"
+FILES = {
+    "x_train": "train-images-idx3-ubyte.gz",
+    "y_train": "train-labels-idx1-ubyte.gz",
+    "x_test": "t10k-images-idx3-ubyte.gz",
+    "y_test": "t10k-labels-idx1-ubyte.gz",
+}
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read a file of MNIST: two zeros, the type, the number of axes, the sizes as big-endian int32, then the bytes."""
+    content = gzip.decompress(path.read_bytes())
+    axes = content[3]
+    shape = np.frombuffer(content, ">i4", axes, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def read(folder: Path | None) -> dict[str, np.ndarray]:
+    """Read the images, scaled to [0, 1], and the labels from a folder, or from this library. This needs no PyTorch."""
+    if folder is None:
+        with resources.files("batchnorm").joinpath(PACKAGED).open("rb") as file:
+            data = dict(np.load(file))
+    else:
+        data = {name: read_idx(folder / file) for name, file in FILES.items()}
+    return {name: values.astype("float32") / 255 if name[0] == "x" else values for name, values in data.items()}
 
 
 def network(normalized: bool) -> keras.Sequential:
@@ -64,16 +91,14 @@ def print_before_relu(model: keras.Sequential, x: np.ndarray) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", help="folder with the four files of MNIST")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--data-dir", type=Path, help="folder with the four gzipped files of MNIST")
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.05, 1.0], help="learning rates of SGD")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
-    loaded = load("mnist" if options.data_dir else "mnist-mini", data_dir=options.data_dir, standardize=False)
-    names = ("x_train", "y_train", "x_test", "y_test")
-    data = {name: np.asarray(getattr(loaded, name)).squeeze() for name in names}  # Keras: [N, 28, 28], no channel
+    data = read(options.data_dir)
     print(f"{len(data['x_train'])} images, {options.epochs} epochs, Keras on {keras.backend.backend()}")
     for lr in options.lr:
         for title, normalized in CHOICES.items():

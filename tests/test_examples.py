@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import runpy
 import subprocess
@@ -10,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.missing import HIDE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PRINTED = {
@@ -34,11 +37,38 @@ def test_the_example_prints(name: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert PRINTED[name] in capsys.readouterr().out
 
 
-def test_the_example_for_keras_prints() -> None:
-    if find_spec("keras") is None:
-        pytest.skip("Keras is not installed")
+# Runs the example with its own images, and reads those in a folder.
+KERAS_MNIST = """
+import pathlib, runpy, sys
+example = runpy.run_path(sys.argv[1])
+example["main"](["--epochs", "1", "--batch-size", "1000", "--lr", "0.05"])
+for name, values in example["read"](pathlib.Path(sys.argv[2])).items():
+    print(name, values.shape, values.dtype, values.max())
+"""
+
+
+def write_mnist(folder: Path) -> None:
+    """Write the four files of MNIST, with a few images each."""
+    for part, images in {"train": 6, "t10k": 4}.items():
+        header = bytes([0, 0, 8, 3, 0, 0, 0, images, 0, 0, 0, 28, 0, 0, 0, 28])
+        files = {
+            "images-idx3": header + bytes([255]) * (28 * 28 * images),
+            "labels-idx1": bytes([0, 0, 8, 1, 0, 0, 0, images]) + bytes(range(images)),
+        }
+        for name, content in files.items():
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+
+
+def test_the_example_for_keras_prints_without_torch(tmp_path: Path) -> None:
+    if not all(map(find_spec, ("jax", "keras"))):
+        pytest.skip("JAX or Keras is not installed")
     name = "keras_mnist.py"
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}  # a process of its own, because it stays with its backend
-    command = [sys.executable, EXAMPLES / name, "--epochs", "1", "--batch-size", "1000", "--lr", "0.05"]
+    write_mnist(tmp_path)
+    # a process of its own, because Keras keeps its backend
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HIDE.format(missing=["torch"]) + KERAS_MNIST, EXAMPLES / name, tmp_path]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert PRINTED[name] in run.stdout, run.stderr
+    assert run.stdout.endswith(
+        "x_train (6, 28, 28) float32 1.0\ny_train (6,) uint8 5\nx_test (4, 28, 28) float32 1.0\ny_test (4,) uint8 3\n"
+    )

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from batchnorm._backends import Backends
+from tests.missing import HIDE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -201,12 +203,6 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(batchnorm, "BatchNorm4d")
 
 
-# Begins a program in which the named packages cannot be found, as if they were not installed.
-HIDE = """
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(lambda name, *rest: None if name in {missing} else find(name, *rest))
-"""
 WITHOUT = """
 import doctest, importlib, inspect, json
 import batchnorm
@@ -260,16 +256,20 @@ def test_without_a_framework_a_name_says_what_to_install(without_frameworks):
     for name, error in errors.items():
         framework = name if name in TITLES else "torch"
         assert error[:2] == ["MissingFrameworkError", framework]
-        what, sentence = error[2].split(" ", 1)
-        assert what.startswith("batchnorm.")
         title = TITLES.get(framework, "PyTorch")
-        assert sentence == f"needs {title}, which is not installed; run pip install 'batchnorm[{framework}]'."
+        assert error[2] == (
+            f"batchnorm.{name} needs {title}, which is not installed; run pip install 'batchnorm[{framework}]'."
+        )
 
 
 def test_without_torch_only_names_that_can_be_imported_are_listed(without_frameworks):
     _, listed = without_frameworks
     assert {"__version__", "backends", "reference", "state"} <= set(listed)
     assert not set(listed) & (PUBLIC_NAMES - {"__version__", "backends"})
+
+
+def test_without_a_framework_backends_prints_that_there_is_none():
+    assert str(Backends({}, ())) == "none: neither PyTorch nor JAX is installed"
 
 
 WITHOUT_TORCH = """
@@ -299,7 +299,7 @@ def test_without_torch_the_command_line_says_what_to_install():
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == (
-        "batchnorm: batchnorm.doctor needs PyTorch, which is not installed; run pip install 'batchnorm[torch]'.\n"
+        "batchnorm: this command needs PyTorch, which is not installed; run pip install 'batchnorm[torch]'.\n"
     )
 
 

@@ -163,9 +163,12 @@ if not TYPE_CHECKING:  # type checkers would accept every name
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        if name in _MODULES:
-            return import_module(f"{__name__}.{name}")
-        home = import_module(f"{__name__}.{_HOMES.get(name, 'nn')}")
+        from batchnorm._frameworks import required_by
+
+        with required_by(f"{__name__}.{name}"):
+            if name in _MODULES:
+                return import_module(f"{__name__}.{name}")
+            home = import_module(f"{__name__}.{_HOMES.get(name, 'nn')}")
         globals()[name] = value = getattr(home, name)
         return value
 

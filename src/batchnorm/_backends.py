@@ -16,6 +16,8 @@ class Backends(dict[str, str]):
     def __str__(self) -> str:
         width = max(map(len, self), default=0)
         lines = [f"{device:{width}}  {what}" for device, what in self.items()]
+        if not lines:
+            return "none: neither PyTorch nor JAX is installed"
         return "\n".join([*lines, *(f"hint: {hint}" for hint in self.hints)])
 
 
@@ -23,7 +25,8 @@ def backends() -> Backends:
     """Return the implementation for each type of device, and the reason if a faster one cannot be used.
 
     "cpu", "cuda" and "other" are the devices of PyTorch, and "jax" is the CPU for `batchnorm.jax`, which compiles
-    `jax.numpy` on other devices. A framework that is not installed has no entry. JAX is not imported.
+    `jax.numpy` on other devices. A framework that is not installed has no entry. JAX is not imported. Keras uses the
+    implementation of its backend; on TensorFlow, these are TensorFlow's own operations, which have no entry.
 
     Examples:
         >>> backends()["other"]

@@ -23,6 +23,8 @@ def is_installed(framework: str) -> bool:
 def required_by(what: str) -> Iterator[None]:
     """Name the extra to install if an import within the block does not find a framework.
 
+    Blocks may be nested. The error names the outermost one, which is what the user asked for.
+
     Args:
         what: What is imported, such as `batchnorm.nn`.
 
@@ -33,9 +35,9 @@ def required_by(what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         framework = (error.name or "").partition(".")[0]
-        if framework not in _NAMES or isinstance(error, MissingFrameworkError):
+        if framework not in _NAMES:
             raise
         raise MissingFrameworkError(
             f"{what} needs {_NAMES[framework]}, which is not installed; run pip install 'batchnorm[{framework}]'.",
             name=framework,
-        ) from error
+        ) from (error.__cause__ if isinstance(error, MissingFrameworkError) else error)

@@ -38,4 +38,6 @@ def test_verbs_without_torch_work_and_diagnose_says_what_to_install() -> None:
     environment = {**os.environ, "KERAS_BACKEND": "numpy", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "pip install 'batchnorm[torch]'" in run.stdout
+    assert run.stdout == (
+        "batchnorm.keras.diagnose needs PyTorch, which is not installed; run pip install 'batchnorm[torch]'.\n"
+    )

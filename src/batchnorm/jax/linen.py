@@ -21,9 +21,9 @@ class BatchNorm(linen.BatchNorm):
     The attributes, the tree of variables and the convention of `momentum` (the weight of the *old* statistics) are
     those of the stock layer, so that checkpoints load in both directions. The running variance is biased.
 
-    Differences from the stock layer: statistics lose no digits at a large mean, and `use_fast_variance` has no effect.
-    If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change. One value
-    per channel is an error in training, except during initialization. Masked positions may hold NaN.
+    Differences from the stock layer: statistics keep full precision at a large mean, and `use_fast_variance` has no
+    effect. If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change.
+    One value per channel is an error in training, except during initialization. Masked positions may hold NaN.
 
     Attributes:
         activation: The name of the activation after the normalization, as for `batchnorm.jax.batch_norm`.

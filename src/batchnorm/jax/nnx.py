@@ -22,9 +22,9 @@ class BatchNorm(nnx.BatchNorm):
     The arguments, parameters, statistics and the convention of `momentum` (the weight of the *old* statistics) are
     those of the stock layer, so that checkpoints load in both directions. The running variance is biased.
 
-    Differences from the stock layer: statistics lose no digits at a large mean, and `use_fast_variance` has no effect.
-    If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change. One value
-    per channel is an error in training. Masked positions may hold NaN.
+    Differences from the stock layer: statistics keep full precision at a large mean, and `use_fast_variance` has no
+    effect. If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change.
+    One value per channel is an error in training. Masked positions may hold NaN.
 
     Args:
         num_features: The number of channels.

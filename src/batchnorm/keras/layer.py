@@ -25,8 +25,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Args:
         *args: Arguments of Keras's layer, in its order.
-        activation: f, applied in the same pass where the backend can: a function or a name of `keras.activations`, or
-            None.
+        activation: f: a function or a name of `keras.activations`, or None. The torch and JAX backends fuse common ones
+            with the normalization.
         on_nonfinite: "propagate", or "skip" to leave the moving statistics unchanged when the batch's mean or variance
             is not finite, as after an overflow in float16.
         synchronized: Whether the statistics are those of all devices: on torch, the processes of the default process
@@ -88,7 +88,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().build(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the config of Keras's layer, and the arguments that it lacks if they are not the defaults."""
+        """Return the config of Keras's layer, with this layer's own arguments that differ from their defaults."""
         config: dict[str, Any] = super().get_config()
         if self.activation is not keras.activations.linear:
             config["activation"] = keras.activations.serialize(self.activation)
