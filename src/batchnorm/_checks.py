@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from batchnorm._options import check_weights
+
 CHANNEL_DIMS = (1, -1)
 
 CAPTURED_STATISTICS = (
@@ -22,9 +24,6 @@ _NO_VARIANCE = (
     "One value has no variance: use a larger batch, on_single='running' (normalizes by the running statistics), or "
     "evaluation mode."
 )
-
-# The bounds of a mask's largest weight. Within them, weighted sums of ordinary values fit float32.
-_LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
 
 _HALF = (torch.float16, torch.bfloat16)
 _LAYOUTS = {
@@ -307,17 +306,7 @@ def mask_as_weights(caller: str, x: Tensor, mask: Tensor, channel_dim: int = 1) 
             f"{list(x.shape)}, got {list(mask.shape)}. It has no channel dimension: one value per position."
         ) from None
     if mask.dtype != torch.bool and can_be_read(mask) and mask.numel() > 0:
-        least, most = mask.min().item(), mask.max().item()
-        if not (least >= 0 and most < math.inf):  # NaN too
-            raise ValueError(
-                f"{caller} expects a mask of finite weights >= 0, got values from {least} to {most}. "
-                "Use weight 0 for positions that do not count."
-            )
-        if most > 0 and not _LEAST_WEIGHT <= most <= _MOST_WEIGHT:
-            raise ValueError(
-                f"{caller} expects the largest weight of a mask from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, got "
-                f"{most:g}. Sums could overflow or vanish. Only the ratios of weights matter: use mask / mask.max()."
-            )
+        check_weights(caller, mask.min().item(), mask.max().item())
     return weights.contiguous()
 
 

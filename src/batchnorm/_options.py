@@ -12,6 +12,9 @@ ON_SINGLE = ("error", "running")
 # The smallest positive eps, so that 1/sqrt(eps) times a weight fits float32.
 LEAST_EPS = 1e-70
 
+# The bounds of a mask's largest weight. Within them, weighted sums of ordinary values fit float32.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
+
 
 def in_one_line(error: BaseException) -> str:
     """Return the class of an exception and the first line of its message."""
@@ -66,6 +69,33 @@ def check_momentum(layer: str, momentum: float | None) -> None:
         f"{layer} expects momentum in [0, 1] or None, got {momentum}. It is the weight of the new batch, "
         "1 minus the momentum of Keras and Flax; None gives the cumulative average."
     )
+
+
+def check_weights(caller: str, least: float, most: float) -> None:
+    """Check the smallest and the largest weight of a mask."""
+    if not (least >= 0 and most < math.inf):  # NaN too
+        raise ValueError(
+            f"{caller} expects a mask of finite weights >= 0, got values from {least} to {most}. "
+            "Use weight 0 for positions that do not count."
+        )
+    if most > 0 and not _LEAST_WEIGHT <= most <= _MOST_WEIGHT:
+        raise ValueError(
+            f"{caller} expects the largest weight of a mask from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, got {most:g}. "
+            "Sums could overflow or vanish. Only the ratios of weights matter: use mask / mask.max()."
+        )
+
+
+def check_prior(caller: str, prior: float) -> None:
+    if not 0 <= prior < math.inf:
+        raise ValueError(
+            f"{caller} expects a finite prior >= 0, got {prior}. It is the weight of the former statistics, as a "
+            "number of samples; 0 discards them."
+        )
+
+
+def check_max_samples(caller: str, max_samples: int | None) -> None:
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"{caller} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
 
 
 def check_choice(caller: str, name: str, value: str, choices: Collection[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm._options import check_max_samples
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.finding import Finding, NotChecked
 from batchnorm.doctor.inspection import check_model, guessed_inputs
@@ -157,7 +158,6 @@ def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int) ->
     check_not_sharded("diagnose", model)
     if data is not None:
         check_data("diagnose", data)
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"diagnose expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
+    check_max_samples("diagnose", max_samples)
     if budget < 0:
         raise ValueError(f"diagnose expects budget >= 0, got {budget}. 0 makes no pass for single layers.")

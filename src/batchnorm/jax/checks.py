@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -10,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from batchnorm._options import check_alpha, check_choice, check_eps
+from batchnorm._options import check_alpha, check_choice, check_eps, check_weights
 from batchnorm.jax.activations import ACTIVATIONS
 from batchnorm.jax.composition import Attributes, values_per_channel, wide
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-# The bounds of a mask's largest weight. Within them, weighted sums of ordinary values fit float32.
-_LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
 
 
 def checked_input(caller: str, x: Any) -> Array:
@@ -108,21 +104,8 @@ def mask_as_weights(caller: str, mask: Any, x: Array, axis: int) -> Array | None
             f"shape {list(x.shape)}, with as many dimensions, got {list(mask.shape)}. Insert axes of size 1."
         )
     if mask.dtype != jnp.bool_ and mask.size > 0 and not isinstance(mask, jax.core.Tracer):
-        _check_weights(caller, float(mask.min()), float(mask.max()))
+        check_weights(caller, float(mask.min()), float(mask.max()))
     return jnp.broadcast_to(mask.astype(wide(x)), shape)
-
-
-def _check_weights(caller: str, least: float, most: float) -> None:
-    if not (least >= 0 and most < math.inf):  # NaN too
-        raise ValueError(
-            f"{caller} expects a mask of finite weights >= 0, got values from {least} to {most}. Use weight 0 for "
-            "positions that do not count."
-        )
-    if most > 0 and not _LEAST_WEIGHT <= most <= _MOST_WEIGHT:
-        raise ValueError(
-            f"{caller} expects the largest weight of a mask from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, got {most:g}. "
-            "Sums could overflow or vanish. Only the ratios of weights matter: use mask / mask.max()."
-        )
 
 
 def check_count(caller: str, x: Array, axis: int, devices: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import keras
 import numpy as np
 
+from batchnorm._options import check_prior
 from batchnorm.keras.models.batches import Batches, Forward, default_forward
 from batchnorm.keras.models.copying import copied
 from batchnorm.keras.models.layers import Found, check_model, describe
@@ -74,11 +74,7 @@ def recalibrate(
         >>> float(model.layers[0].moving_mean[0]), float(model.layers[0].moving_variance[0])
         (4.0, 10.0)
     """
-    if not 0 <= prior < math.inf:
-        raise ValueError(
-            f"{_CALLER} expects a finite prior >= 0, got {prior}. It is the weight of the former statistics, as a "
-            "number of samples; 0 discards them."
-        )
+    check_prior(_CALLER, prior)
     batches = Batches(_CALLER, data, batch_size, max_samples)
     _select(model, only)  # fail before anything is copied
     if not inplace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -176,13 +175,8 @@ def _check_arguments(
     check_has_values(_CALLER, model)
     _options.check_choice(_CALLER, "passes", passes, ("single", "sequential"))
     _options.check_choice(_CALLER, "shared", shared, ("pool", "separate"))
-    if not 0 <= prior < math.inf:
-        raise ValueError(
-            f"{_CALLER} expects a finite prior >= 0, got {prior}. It is the weight of the former statistics, as a "
-            "number of samples; 0 discards them."
-        )
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"{_CALLER} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
+    _options.check_prior(_CALLER, prior)
+    _options.check_max_samples(_CALLER, max_samples)
     if cache_bytes < 0:
         raise ValueError(f"{_CALLER} expects cache_bytes >= 0, got {cache_bytes}. 0 keeps nothing between layers.")
 

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import tree
 
+from batchnorm._options import check_max_samples
 from batchnorm.models.arrays import as_array
 
 Forward = Callable[[Any, Any], Any]
@@ -35,8 +36,7 @@ class Batches:
     def __init__(self, caller: str, data: Any, batch_size: int, max_samples: int | None) -> None:
         if batch_size < 1:
             raise ValueError(f"{caller} expects batch_size >= 1, got {batch_size}. It divides arrays into batches.")
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"{caller} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
+        check_max_samples(caller, max_samples)
         whole = hasattr(data, "shape") or isinstance(data, Mapping)
         if isinstance(data, (str, bytes)) or not (whole or isinstance(data, (Iterable, keras.utils.PyDataset))):
             raise TypeError(

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.keras.layer import BatchNormalization
 from batchnorm.models.arrays import as_array
 
 STOCK = keras.layers.BatchNormalization
@@ -98,6 +99,11 @@ def describe(layer: Any, kind: type[Any] | None = None) -> str:
     return f"{package}{kind.__name__}({channels_of(layer)})"
 
 
+def named(layer: Any) -> str:
+    """Return the name and the class of a layer or operation, for messages."""
+    return f"{layer.name} ({type(layer).__name__})"
+
+
 def channels_of(layer: Any) -> int:
     """Return the number of channels of built batch normalization."""
     return int(layer.moving_mean.shape[0])
@@ -113,6 +119,17 @@ def array(value: Any) -> NDArray[np.float64]:
     return as_numpy(value).astype(np.float64)
 
 
+def channel_axis(layer: Any, rank: int) -> int:
+    """Return the channel axis of an input or output of this rank, according to the layer's `data_format`."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+
+
 def has_own_call(layer: Any, kind: type[Any]) -> bool:
     """Return whether a subclass of `kind` computes something else."""
     return type(layer).call is not kind.call
+
+
+def is_known_norm(norm: Any) -> bool:
+    """Return whether batch normalization computes what Keras's layer or this library's computes."""
+    known = STOCK if type(norm) is STOCK else BatchNormalization
+    return isinstance(norm, known) and not has_own_call(norm, known)

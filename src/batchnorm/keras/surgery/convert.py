@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from batchnorm.keras.layer import BatchNormalization
-from batchnorm.keras.models.layers import STOCK, Found, has_own_call
+from batchnorm.keras.models.layers import STOCK, Found, is_known_norm
 from batchnorm.keras.surgery.replacement import Left, NewLayer, replace_layers
 from batchnorm.models.report import Report, Result
 from batchnorm.models.selection import Choice
@@ -70,8 +70,7 @@ def _configuration(layer: Any, to: type[Any], own: dict[str, Any]) -> dict[str, 
     Raises:
         Left: the class would lose something.
     """
-    known = STOCK if type(layer) is STOCK else BatchNormalization
-    if not isinstance(layer, known) or has_own_call(layer, known):
+    if not is_known_norm(layer):
         raise Left(f"{type(layer).__name__} computes something else: it has a call of its own")
     if issubclass(to, BatchNormalization):
         return own

@@ -9,7 +9,7 @@ import numpy as np
 from keras import activations, layers
 from numpy.typing import NDArray
 
-from batchnorm.keras.models.layers import array, has_own_call
+from batchnorm.keras.models.layers import array, channel_axis, has_own_call, named
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,7 +76,7 @@ class Linear:
     @property
     def name(self) -> str:
         """The name of the layer, and its class, for messages."""
-        return f"{self.layer.name} ({type(self.layer).__name__})"
+        return named(self.layer)
 
     @property
     def in_channels(self) -> int:
@@ -103,11 +103,7 @@ class Linear:
 
     def sees_whole_kernel(self) -> bool:
         """Return whether the whole kernel is inside the input for every output."""
-        return True
-
-    def channel_axis(self, rank: int) -> int:
-        """Return the channel axis of an input or output of this rank."""
-        return 1 if getattr(self.layer, "data_format", None) == "channels_first" else rank - 1
+        return getattr(self.layer, "padding", "valid") == "valid" or _pointwise(self.layer)
 
     def after(self, s: ScaleShift, rank: int) -> Self:
         """Return the layer followed by a scale and shift of its result, which has this rank."""
@@ -130,7 +126,7 @@ class Linear:
         return replace(self, kernels={**self.kernels, self.first: kernel}, bias=bias)
 
     def _check(self, s: ScaleShift, rank: int, channels: int) -> None:
-        if s.axis != self.channel_axis(rank) or len(s.scale) != channels:
+        if s.axis != channel_axis(self.layer, rank) or len(s.scale) != channels:
             raise CannotFold(f"its channels are not those of {self.name}")
 
     def assign(self, layer: Any) -> None:
@@ -169,10 +165,6 @@ class Convolution(Linear):
         """Return `[in / groups, out]`: the values of the inputs that each output sees."""
         groups = self.layer.groups
         return np.repeat(values.reshape(groups, -1).T, self.out_channels // groups, axis=1)
-
-    def sees_whole_kernel(self) -> bool:
-        """Return whether nothing is padded."""
-        return self.layer.padding == "valid" or _pointwise(self.layer)
 
 
 class Transposed(Linear):
@@ -216,10 +208,6 @@ class Depthwise(Linear):
         """Return the output `[in·multiplier]` for a constant input."""
         kernel = self.kernels[self.first]
         return (kernel * values[:, None]).sum(axis=tuple(range(kernel.ndim - 2))).reshape(-1)
-
-    def sees_whole_kernel(self) -> bool:
-        """Return whether nothing is padded."""
-        return self.layer.padding == "valid" or _pointwise(self.layer)
 
 
 class Separable(Depthwise):
@@ -267,7 +255,7 @@ def read(layer: Any) -> Linear:
     Raises:
         CannotFold: They are not plain weights, or a subclass computes something else.
     """
-    name = f"{layer.name} ({type(layer).__name__})"
+    name = named(layer)
     base = next(kind for kind in _KINDS if isinstance(layer, kind))
     if has_own_call(layer, base):
         raise CannotFold(f"{name} has a call of its own")

@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 from keras import activations, layers
 
+from batchnorm.keras.models.layers import channel_axis, named
 from batchnorm.keras.surgery.fold.linear import CannotFold, ScaleShift
 
 Move = Callable[[Any, ScaleShift, Any, bool], ScaleShift]
-
-
-def _channel_axis(layer: Any, rank: int) -> int:
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
-
-
-def _named(layer: Any) -> str:
-    return f"{layer.name} ({type(layer).__name__})"
 
 
 def _unchanged(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
@@ -28,54 +21,57 @@ def _unchanged(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
 
 def _activation(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
     if layer.activation is not activations.linear:
-        raise CannotFold(f"{_named(layer)} is next to it")
+        raise CannotFold(f"{named(layer)} is next to it")
     return s
 
 
 def _by_position(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
     """Move past a layer that changes positions only."""
-    if s.axis != _channel_axis(layer, len(shape)):
-        raise CannotFold(f"{_named(layer)} next to it changes its channels")
+    if s.axis != channel_axis(layer, len(shape)):
+        raise CannotFold(f"{named(layer)} next to it changes its channels")
     return s
 
 
-def _max_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
+def _check_not_negative(layer: Any, s: ScaleShift) -> None:
     if (s.scale < 0).any():
-        raise CannotFold(f"{_named(layer)} next to it does not commute with a negative scale")
+        raise CannotFold(f"{named(layer)} next to it does not commute with a negative scale")
+
+
+def _max_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
+    _check_not_negative(layer, s)
     return _by_position(layer, s, shape, back)
 
 
 def _average_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
     # Whether padding counts depends on the backend.
     if s.shifts and layer.padding != "valid":
-        raise CannotFold(f"{_named(layer)} next to it pads")
+        raise CannotFold(f"{named(layer)} next to it pads")
     return _by_position(layer, s, shape, back)
 
 
 def _padding(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
     if s.shifts:
-        raise CannotFold(f"{_named(layer)} next to it pads with zeros")
+        raise CannotFold(f"{named(layer)} next to it pads with zeros")
     return _by_position(layer, s, shape, back)
 
 
 def _global_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
-    channels = _channel_axis(layer, len(shape))
+    channels = channel_axis(layer, len(shape))
     result = channels if layer.keepdims else 1
     given, wanted = (result, channels) if back else (channels, result)
     if s.axis != given:
-        raise CannotFold(f"{_named(layer)} next to it changes its channels")
+        raise CannotFold(f"{named(layer)} next to it changes its channels")
     return replace(s, axis=wanted)
 
 
 def _global_max_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
-    if (s.scale < 0).any():
-        raise CannotFold(f"{_named(layer)} next to it does not commute with a negative scale")
+    _check_not_negative(layer, s)
     return _global_pool(layer, s, shape, back)
 
 
 def _flatten(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
     if back or any(size is None for size in shape[1:]):
-        raise CannotFold(f"{_named(layer)} next to it mixes its channels with positions")
+        raise CannotFold(f"{named(layer)} next to it mixes its channels with positions")
     sizes = [len(s.scale) if axis == s.axis else 1 for axis in range(1, len(shape))]
     order = list(range(len(sizes)))
     if layer.data_format == "channels_first":  # flattened in the order of channels last

@@ -9,9 +9,8 @@ from typing import Any
 
 from keras import activations
 
-from batchnorm.keras.layer import BatchNormalization
 from batchnorm.keras.models.copying import is_graph, nodes_of
-from batchnorm.keras.models.layers import STOCK, Found, has_own_call, norm_layers, walk
+from batchnorm.keras.models.layers import Found, is_known_norm, named, norm_layers, walk
 from batchnorm.keras.surgery.fold.linear import CannotFold, Linear, ScaleShift, is_linear, read
 from batchnorm.keras.surgery.fold.moves import move
 
@@ -37,7 +36,7 @@ class Call:
     @property
     def name(self) -> str:
         """The name and the class of what is called, for messages."""
-        return f"{self.operation.name} ({type(self.operation).__name__})"
+        return named(self.operation)
 
 
 class Graph:
@@ -135,8 +134,7 @@ class Search:
 
     def _fold(self, found: Found, graph: Graph, call: Call) -> None:
         layer = found.module
-        known = STOCK if type(layer) is STOCK else BatchNormalization
-        if not isinstance(layer, known) or has_own_call(layer, known):
+        if not is_known_norm(layer):
             raise CannotFold("it has a call of its own")
         if self._times[id(layer)] > 1:
             raise CannotFold(f"it is used {self._times[id(layer)]} times")
