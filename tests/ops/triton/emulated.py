@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.ops.triton import implementation, support, tiling
+from batchnorm.ops.triton import fused, implementation, support, tiling
 from batchnorm.ops.triton.settings import Settings
 from tests.ops.triton.emulator.device import Device
 from tests.ops.triton.emulator.driver import installed
@@ -28,8 +28,16 @@ _process = contextlib.ExitStack()  # ends with the process
 
 def operator(name: str) -> Callable[..., Any]:
     """Return the operator that is registered for CUDA tensors. It fails if it does not run on kernels."""
+    return _emulated(name, implementation(name, functools.partial(_refuse, name)))
+
+
+def forward_and_update() -> Callable[..., Any]:
+    """Return the function that also updates the running statistics in forward's launches. It fails in the same way."""
+    return _emulated("train_forward", fused(*(functools.partial(_refuse, name) for name in ("forward", "update"))))
+
+
+def _emulated(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     used = device()
-    call = implementation(name, functools.partial(_refuse, name))
 
     def emulated(*args: Any) -> Any:
         tensors = [t for t in args if isinstance(t, Tensor)]

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from batchnorm.ops.triton import launch, tiling
 from batchnorm.ops.triton.variants import Kernel
 from tests.cases import Case
-from tests.ops.triton.emulated import device, operator
+from tests.ops.triton.emulated import device, forward_and_update, operator
 from tests.ops.triton.emulator.schedule import Schedule
 
 ATTRIBUTES = (1e-5, "relu", 0.0)
@@ -89,6 +89,10 @@ def _training(case: Case) -> list[Tensor]:
     gradients = operator("train_backward")(*saved, *ATTRIBUTES, True)
     running = torch.zeros(x.shape[1]), torch.ones(x.shape[1]), torch.tensor(3)
     operator("update_running_")(*running, *statistics, case.m, None, 0.1, True)
+    updated = torch.zeros(x.shape[1]), torch.ones(x.shape[1]), torch.tensor(3)
+    forward_and_update()(x, weight, bias, None, *ATTRIBUTES, *updated, 0.1)
+    for a, b in zip(updated, running, strict=True):
+        assert torch.equal(a, b)
     return [y, *statistics, *gradients, *running, *operator("moments")(x, None, None, 1)]
 
 

@@ -11,6 +11,7 @@ def update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low
     old_var = tl.load(running_var_ptr + at, there, 0.0).to(tl.float64)
     new_mean = mean.to(tl.float64) + mean_low
     new_var = var.to(tl.float64) * (n / tl.where(n > 1.0, n - 1.0, 1.0))
+    tl.debug_barrier()  # wait until all threads that hold the same channel have read
     moved_mean = old_mean * (1.0 - rate) + new_mean * rate
     moved_var = old_var * (1.0 - rate) + new_var * rate
     tl.store(running_mean_ptr + at, moved_mean.to(running_mean_ptr.dtype.element_ty), there)
@@ -22,14 +23,14 @@ def update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low
 def update_with_forward(running, at, there, mean, mean_low, var, values, momentum):
     """Update the running statistics of a program's channels, and, in the first program, the counter.
 
-    `values` is the number of values of a channel, at least 1. Only the program that writes the counter uses its value.
+    `values` is the number of values of a channel, at least 1.
     """
     running_mean_ptr, running_var_ptr, tracked_ptr = running
     if running_mean_ptr is not None:
         n, rate = tl.cast(values, tl.float64), tl.cast(momentum, tl.float64)
         update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low, var, n, rate)
         if tracked_ptr is not None:
-            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1, tl.program_id(0) == 0)
+            tl.atomic_add(tracked_ptr, 1, tl.program_id(0) == 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["m", "momentum", "channels"])

@@ -17,6 +17,10 @@ def bfloat16_to_float32(bits: Array) -> Array:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def bfloat16_to_float64(bits: Array) -> Array:
+    return bfloat16_to_float32(bits).astype(np.float64)
+
+
 def float32_to_bfloat16(values: Array) -> Array:
     """Round to nearest, to the even of two; every NaN becomes the same."""
     bits = np.ascontiguousarray(values).view(np.uint32)
@@ -45,6 +49,8 @@ CONVERSIONS: dict[str, tuple[tuple[str, ...], str, Callable[..., Array]]] = {
     "cvt.rn.f32.f64": (("f64",), "f32", _cast("f32")),
     "cvt.f32.f16": (("f16",), "f32", _cast("f32")),
     "cvt.f32.bf16": (("bf16",), "f32", bfloat16_to_float32),
+    "cvt.f64.f16": (("f16",), "f64", _cast("f64")),
+    "cvt.f64.bf16": (("bf16",), "f64", bfloat16_to_float64),
     "cvt.rn.f16.f32": (("f32",), "b16", float32_to_float16),
     "cvt.rn.bf16.f32": (("f32",), "bf16", float32_to_bfloat16),
     "cvt.rn.f16x2.f32": (("f32", "f32"), "f16x2", _pair(float32_to_float16)),
