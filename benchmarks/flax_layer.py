@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from benchmarks.options import Options
 from benchmarks.peers import OURS, installed
 from benchmarks.records import Row, Table
+from benchmarks.timing import shortest
 
 FLAX = "Flax"
 KEY = ("shape", "axis", "contender")
@@ -22,7 +22,7 @@ _LARGE = (((32, 64, 56, 56), 1), ((32, 56, 56, 64), -1))
 
 
 def measure_flax(options: Options, table: Table) -> None:
-    """Write the least CPU time and the least elapsed time of a step that computes y and every gradient."""
+    """Write the shortest CPU time and the shortest elapsed time of a step that computes y and every gradient."""
     if not installed("jax", "flax"):
         print("flax: skipped, because Flax is not installed")
         return
@@ -32,9 +32,8 @@ def measure_flax(options: Options, table: Table) -> None:
         if (*where, OURS) in done:
             continue
         steps = _steps(shape, axis)
-        table.append(
-            [{**dict(zip(KEY, (*where, name), strict=True)), **times} for name, times in _times(steps, options).items()]
-        )
+        times = shortest(steps, options.seconds)
+        table.append([{**dict(zip(KEY, (*where, name), strict=True)), **times[name]} for name in steps])
     print("flax measured", flush=True)
 
 
@@ -63,23 +62,6 @@ def _steps(shape: tuple[int, ...], axis: int) -> dict[str, Step]:
     ours = batchnorm.jax.linen.BatchNorm(use_running_average=False, axis=axis, activation="relu")
     stock = linen.BatchNorm(use_running_average=False, axis=axis)
     return {OURS: step_of(ours, lambda y: y), FLAX: step_of(stock, jax.nn.relu)}
-
-
-def _times(steps: dict[str, Step], options: Options) -> dict[str, dict[str, float]]:
-    """Return the least milliseconds of each, called in turns."""
-    least = {name: {"cpu_ms": float("inf"), "elapsed_ms": float("inf")} for name in steps}
-    end, rounds = time.perf_counter() + options.seconds, 0
-    while rounds < 3 or (time.perf_counter() < end and rounds < 60):
-        for name, step in steps.items():
-            if rounds == 0:  # compiles
-                step()
-            cpu, elapsed = time.process_time(), time.perf_counter()
-            step()
-            cpu, elapsed = time.process_time() - cpu, time.perf_counter() - elapsed
-            for kind, seconds in (("cpu_ms", cpu), ("elapsed_ms", elapsed)):
-                least[name][kind] = min(least[name][kind], 1e3 * seconds)
-        rounds += 1
-    return least
 
 
 def ratio(rows: list[Row], kind: str) -> float:

@@ -6,8 +6,8 @@ Keras has one backend in a process, so that each backend is a setting with a pro
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from batchnorm import reference
 from benchmarks.options import Options
 from benchmarks.peers import OURS, installed
 from benchmarks.records import Row, Table
+from benchmarks.timing import shortest
 
 KERAS = "Keras"
 KEY = ("backend", "mode", "shape", "axis", "contender")
@@ -24,9 +25,12 @@ MEANS = (0.0, 1e4, 1e6)
 
 Step = Callable[[Any, Any], Any]
 
+_SMALL = (((4, 6, 6, 8), -1), ((4, 8, 6, 6), 1))
+_LARGE = (((32, 56, 56, 64), -1), ((32, 64, 56, 56), 1))
+
 
 def measure_keras(options: Options, table: Table) -> None:
-    """Write the least CPU time of a step, and the largest errors of y and dx relative to the largest |y| and |dx|."""
+    """Write the shortest CPU time of a step, and the errors of y and dx relative to the largest |y| and |dx|."""
     if not installed("keras"):
         print("keras: skipped, because Keras is not installed")
         return
@@ -42,24 +46,21 @@ def measure_keras(options: Options, table: Table) -> None:
                 continue
             noise, dy = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
             convert = keras.ops.convert_to_tensor
-            steps = {name: _steps(layer, mode) for name, layer in _layers(axis, shape).items()}
+            steps = {name: _step_of(layer, mode) for name, layer in _layers(axis, shape).items()}
             errors = {name: _errors(step, noise, dy, axis) for name, step in steps.items()}
-            seconds = _cpu_seconds(steps, (convert(noise), convert(dy)), options)
+            tensors = convert(noise), convert(dy)
+            times = shortest({name: partial(step, *tensors) for name, step in steps.items()}, options.seconds)
             rows: list[Row] = [
                 {
                     **dict(zip(KEY, (*where, name), strict=True)),
                     "keras": keras.__version__,
-                    "cpu_ms": 1e3 * seconds[name],
+                    "cpu_ms": times[name]["cpu_ms"],
                     **errors[name],
                 }
                 for name in steps
             ]
             table.append(rows)
     print(f"keras measured on {backend}", flush=True)
-
-
-_SMALL = (((4, 6, 6, 8), -1), ((4, 8, 6, 6), 1))
-_LARGE = (((32, 56, 56, 64), -1), ((32, 64, 56, 56), 1))
 
 
 def _layers(axis: int, shape: tuple[int, ...]) -> dict[str, Callable[[Any], Any]]:
@@ -74,7 +75,7 @@ def _layers(axis: int, shape: tuple[int, ...]) -> dict[str, Callable[[Any], Any]
     return {OURS: ours, KERAS: theirs}
 
 
-def _steps(layer: Any, mode: str) -> Step:
+def _step_of(layer: Any, mode: str) -> Step:
     """Return a function of x and dy that returns y and the gradients of x and the weights."""
     return {"eager": _torch_step, "jit": _jax_step}.get(mode, _tensorflow_step)(layer, mode)
 
@@ -141,17 +142,3 @@ def _errors(step: Step, noise: Any, dy: Any, axis: int) -> dict[str, float]:
         found[f"error_y_{mean:g}"] = float(np.abs(y - forward.y).max() / forward.y.max())
         found[f"error_dx_{mean:g}"] = float(np.abs((dx - gradients.dx) * agrees).max() / np.abs(gradients.dx).max())
     return found
-
-
-def _cpu_seconds(steps: dict[str, Step], arguments: tuple[Any, Any], options: Options) -> dict[str, float]:
-    """Return the least CPU time of each, called in turns: of all threads, without other processes' share."""
-    least = dict.fromkeys(steps, float("inf"))
-    end = time.perf_counter() + options.seconds
-    rounds = 0
-    while rounds < 2 or (time.perf_counter() < end and rounds < 60):
-        for name, step in steps.items():
-            start = time.process_time()
-            step(*arguments)
-            least[name] = min(least[name], time.process_time() - start)
-        rounds += 1
-    return least

@@ -152,7 +152,7 @@ def frameworks_markdown(rows: list[Row]) -> str:
 
 
 def keras_markdown(rows: list[Row]) -> str:
-    """Return CPU times, their ratio, and the larger error of y and dx at the largest mean."""
+    """Return CPU times, the speed-up, and the larger error of y and dx at the largest mean."""
     body = []
     far = f"{keras_layer.MEANS[-1]:g}"
     for where in dict.fromkeys((r["backend"], r["mode"], r["shape"], r["axis"]) for r in rows):
@@ -166,7 +166,7 @@ def keras_markdown(rows: list[Row]) -> str:
 
 
 def flax_markdown(rows: list[Row]) -> str:
-    """Return the times of a step by our layer and by Flax's, and their ratios."""
+    """Return the times of a step by our layer and by Flax's, and the speed-ups."""
     body = []
     for shape, axis in dict.fromkeys((r["shape"], r["axis"]) for r in rows):
         own = [r for r in rows if (r["shape"], r["axis"]) == (shape, axis)]
@@ -177,7 +177,7 @@ def flax_markdown(rows: list[Row]) -> str:
             cells.append(f"{flax_layer.ratio(own, kind):.1f}×")
         body.append([shape, axis, *cells])
     columns = [f"{what}{unit}" for unit in (" CPU, ms", " elapsed, ms") for what in (OURS, flax_layer.FLAX)]
-    return markdown(("shape", "axis", *columns[:2], "ratio", *columns[2:], "ratio"), body, 2)
+    return markdown(("shape", "axis", *columns[:2], "speed-up", *columns[2:], "speed-up"), body, 2)
 
 
 def memory_markdown(rows: list[Row]) -> str:

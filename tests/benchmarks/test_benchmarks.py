@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks import cases, flax_layer, frameworks, layers, memory, networks, 
 from benchmarks.cases import STEP, TASKS, Case, make_data
 from benchmarks.options import Options
 from benchmarks.peers import CONTENDERS, OURS, TORCH, Contender
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, shortest
 
 SHAPES = ((4, 3, 5, 5), (16, 3), (2, 3, 4, 3, 2))
 
@@ -125,6 +126,13 @@ def test_what_was_not_measured_is_not_judged():
 
 def test_markdown_is_a_table():
     assert report.markdown(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
+
+
+def test_shortest_times_are_of_calls_in_turns():
+    calls = []
+    times = shortest({name: partial(calls.append, name) for name in "ab"}, seconds=0.0)
+    assert calls == ["a", "b"] * 4  # the first untimed
+    assert all(0.0 <= ms < float("inf") for name in "ab" for ms in times[name].values())
 
 
 def test_flax_is_compared_by_both_times():
