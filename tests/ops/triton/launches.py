@@ -52,7 +52,7 @@ def main() -> None:
         found["variants"] = _variants()
         found["differing"] = _differing()
         found["unfused"] = [k.name for k in _compiled() if not k.metadata.enable_fp_fusion]
-        found["error"] = _error(stub)
+        found["errors"] = _errors(stub)
         print(json.dumps(found))
 
 
@@ -170,16 +170,27 @@ def _differing() -> list[str]:
     return found
 
 
-def _error(stub: stub_driver.Stub) -> str:
-    """Return the error of a launch that fails on the device."""
-    layer, x = batchnorm.BatchNormAct2d(16, activation="relu"), torch.zeros(SHAPES["fits"])
-    layer(x)
+def _error(stub: stub_driver.Stub, call: Callable[[], object]) -> str:
+    """Return the error of a call whose first load or launch fails on the device."""
     stub.fail_next()
     try:
-        layer(x)
+        call()
     except RuntimeError as error:
         return str(error)
     return "none"
+
+
+def _errors(stub: stub_driver.Stub) -> dict[str, Any]:
+    """Return the errors of a launch and of a load that fail, and the launches of the next call after each."""
+    layer, x = batchnorm.BatchNormAct2d(16, activation="relu"), torch.zeros(SHAPES["fits"])
+    layer(x)
+    found = {}
+    for name, values in (("launch", x), ("load", x.half())):
+        error = _error(stub, lambda values=values: layer(values))
+        before = stub.launches()
+        layer(values)
+        found[name] = error, stub.launches() - before
+    return found
 
 
 if __name__ == "__main__":

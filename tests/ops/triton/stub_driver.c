@@ -1,6 +1,6 @@
 /* A CUDA driver without a device, as libcuda.so.1: it loads every module, and counts launches instead of starting them.
 
-The attributes are an H200's where Triton reads them, and 0 otherwise. A launch fails once, with `stub_fail_next`. */
+The attributes are an H200's where Triton reads them, and 0 otherwise. The next load or launch fails after `stub_fail_next`. */
 
 #include <stddef.h>
 
@@ -15,9 +15,14 @@ static result next;
 long stub_launches(void) { return launches; }
 void stub_fail_next(void) { next = ILLEGAL_ADDRESS; }
 
-static result launch(void) {
+static result take_next(void) {
   result found = next;
   next = SUCCESS;
+  return found;
+}
+
+static result launch(void) {
+  result found = take_next();
   launches += found == SUCCESS;
   return found;
 }
@@ -52,7 +57,7 @@ result cuCtxGetLimit(size_t *value, int limit) { return *value = 0, SUCCESS; }
 result cuCtxSetLimit(int limit, size_t value) { return SUCCESS; }
 result cuDevicePrimaryCtxRetain(handle *context, int device) { return *context = (handle)1, SUCCESS; }
 
-result cuModuleLoadData(handle *module, const void *image) { return *module = (handle)1, SUCCESS; }
+result cuModuleLoadData(handle *module, const void *image) { return *module = (handle)1, take_next(); }
 result cuModuleGetFunction(handle *function, handle module, const char *name) {
   return *function = (handle)1, SUCCESS;
 }

@@ -28,7 +28,7 @@ class Stub:
         return int(self._library.stub_launches())
 
     def fail_next(self) -> None:
-        """Let the next launch fail with an illegal memory access."""
+        """Let the next load of a kernel, or the next launch, fail with an illegal memory access."""
         self._library.stub_fail_next()
 
 

@@ -74,8 +74,13 @@ def test_every_kernel_fuses_products_and_sums_whatever_triton_does_by_default(fo
 
 
 @needs_compiler
-def test_an_error_of_the_device_reaches_the_caller_of_a_direct_launch(found: dict[str, Any]) -> None:
-    assert found["error"] == "Triton Error [CUDA]: an illegal memory access was encountered"
+@pytest.mark.parametrize("action", ["launch", "load"])
+def test_an_error_of_the_device_reaches_the_caller_and_the_next_call_starts_the_kernel(
+    found: dict[str, Any], action: str
+) -> None:
+    error, launches = found["errors"][action]
+    assert error == "Triton Error [CUDA]: an illegal memory access was encountered"
+    assert launches == 1
 
 
 class _Planted:

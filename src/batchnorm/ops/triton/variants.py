@@ -22,7 +22,7 @@ from batchnorm.ops.triton import support
 # The masks that backward recomputes need the same fused products in all kernels. Triton 3.10 fuses none by default.
 _OPTIONS = {"enable_fp_fusion": True}
 
-# One thread at a time, because Triton publishes a kernel to other threads before it has loaded the kernel's code.
+# One thread at a time. Otherwise, threads that need the same new variant would each compile and load it.
 _first_start = threading.RLock()
 
 # The first parameters of Triton's launcher, in every version that was tested.
