@@ -11,7 +11,7 @@ from keras import tree
 from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.saving.serialization_lib import SafeModeScope
 
-from batchnorm.keras.models.layers import Layer, as_numpy, walk
+from batchnorm.keras.models.layers import Layer, as_numpy, reason_of, walk
 
 
 @dataclass
@@ -80,10 +80,10 @@ def copied(
             if not copier.result.model.built:
                 copier.result.model.build_from_config(model.get_build_config())
     except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
             f"{caller} expects a model that its configuration describes completely, got {type(model).__name__} "
-            f"{model.name!r}, whose copy failed: {reason}. Define get_config, and register the class of every layer."
+            f"{model.name!r}, whose copy failed: {reason_of(error)}. Define get_config, and register the class of "
+            "every layer."
         ) from error
     _copy_values(copier.result)
     return copier.result

@@ -104,6 +104,11 @@ def named(layer: Any) -> str:
     return f"{layer.name} ({type(layer).__name__})"
 
 
+def reason_of(error: Exception) -> str:
+    """Return the message of an exception in one line without a full stop, for the middle of a message."""
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
 def channels_of(layer: Any) -> int:
     """Return the number of channels of built batch normalization."""
     return int(layer.moving_mean.shape[0])

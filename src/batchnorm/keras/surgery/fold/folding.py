@@ -10,7 +10,7 @@ import keras
 from keras import tree
 
 from batchnorm.keras.models.copying import Copy, copied, is_graph
-from batchnorm.keras.models.layers import as_numpy, check_model, describe, norm_layers
+from batchnorm.keras.models.layers import as_numpy, check_model, describe, norm_layers, reason_of
 from batchnorm.keras.surgery.fold.linear import Linear
 from batchnorm.keras.surgery.fold.search import Search, has_activation
 from batchnorm.keras.surgery.fold.trial import Values, in_float64, random_inputs, values_of
@@ -121,10 +121,9 @@ class _Runs:
             try:
                 own |= values_of(self._model, None, inputs, tensors)
             except Exception as error:
-                reason = " ".join(str(error).split())[:300]
                 raise ValueError(
-                    f"fold expects inputs that the model takes, and it failed: {reason} Pass example_inputs that fit "
-                    "it."
+                    f"fold expects inputs that the model takes, got inputs for which it fails: {reason_of(error)}. "
+                    "Pass example_inputs that fit it."
                 ) from error
             with in_float64():
                 exact |= values_of(self._model, self._wide, inputs, tensors)
