@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
-from batchnorm.ops.triton import launch, tiling
+from batchnorm.ops.triton import counters, launch, tiling
+from batchnorm.ops.triton.frame import Frame
 from batchnorm.ops.triton.variants import Kernel
 from tests.cases import Case
 from tests.ops.triton.emulated import device, forward_and_update, operator
@@ -82,18 +83,23 @@ def test_the_mask_of_backward_is_that_of_forward_whatever_the_compiler_fuses(sha
     assert torch.equal(dz > 0, y > 0)
 
 
-def _training(case: Case) -> list[Tensor]:
+def _passes(case: Case) -> list[Tensor]:
     x, dy, (weight, bias) = case.x(), case.random(1), case.parameters()
     y, *statistics = operator("train_forward")(x, weight, bias, None, *ATTRIBUTES)
     saved = (dy, x, None, None, *statistics, weight, bias)
-    gradients = operator("train_backward")(*saved, *ATTRIBUTES, True)
+    return [y, *statistics, *operator("train_backward")(*saved, *ATTRIBUTES, True)]
+
+
+def _training(case: Case) -> list[Tensor]:
+    x, results = case.x(), _passes(case)
+    statistics = results[1:4]
     running = torch.zeros(x.shape[1]), torch.ones(x.shape[1]), torch.tensor(3)
     operator("update_running_")(*running, *statistics, case.m, None, 0.1, True)
     updated = torch.zeros(x.shape[1]), torch.ones(x.shape[1]), torch.tensor(3)
-    forward_and_update()(x, weight, bias, None, *ATTRIBUTES, *updated, 0.1)
+    forward_and_update()(x, *case.parameters(), None, *ATTRIBUTES, *updated, 0.1)
     for a, b in zip(updated, running, strict=True):
         assert torch.equal(a, b)
-    return [y, *statistics, *gradients, *running, *operator("moments")(x, None, None, 1)]
+    return [*results, *running, *operator("moments")(x, None, None, 1)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -109,6 +115,63 @@ def test_the_order_of_programs_and_threads_does_not_change_a_bit(
             assert torch.equal(a, b)
 
 
+@pytest.fixture
+def _many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "multiprocessors", lambda device: 10)
+    monkeypatch.setattr(counters, "_counters", {})
+
+
+MERGED = [((24, 2, 16, 16), "contiguous"), ((12, 8, 8, 8), "channels_last"), ((96, 4, 3, 5), "contiguous")]
+
+
+@pytest.mark.usefixtures("_many_splits")
+@pytest.mark.parametrize(("shape", "layout"), MERGED, ids=["planes", "rows", "several channels"])
+def test_the_last_programs_merge_in_any_order_and_leave_counters_of_0(
+    shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, used, expected = Case(shape, torch.bfloat16, layout=layout), device(), []
+    assert Frame.of(case.x()).streamed().splits > 4  # merges of two levels
+    for seed in (None, 0):
+        monkeypatch.setattr(used, "schedule", Schedule(seed))
+        before = used.launches.total()
+        results = _passes(case)
+        assert used.launches.total() - before == 4
+        assert len(counters._counters) == 1
+        assert not any(t.any() for t in counters._counters.values())
+        expected = expected or results
+        for a, b in zip(results, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_many_splits")
+def test_a_launch_of_another_stream_does_not_disturb_one_that_has_not_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (shape, layout), *_ = MERGED
+    x, used, launch_whole = Case(shape, layout=layout).x(), device(), device().launch
+    others: list[Tensor] = []
+
+    def launch_halves(loaded: Any, grid: int, arguments: Any) -> None:
+        assert grid > 8
+        for half in (range(grid // 2), range(grid // 2, grid)):
+            with monkeypatch.context() as patched:
+                patched.setattr(used, "programs", lambda name, grid, half=half: half)
+                launch_whole(loaded, grid, arguments)
+            if not others:
+                with monkeypatch.context() as patched:
+                    patched.setattr(used, "launch", launch_whole)
+                    patched.setattr(counters, "_counters", {})  # of another stream
+                    others.extend(launch.moments(x, None, None, 1))
+
+    expected = launch.moments(x, None, None, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(used, "launch", launch_halves)
+        found = launch.moments(x, None, None, 1)
+    for a, b, c in zip(expected, found, others, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
 def _last_of_many(shape: tuple[int, ...]) -> Tensor:
     """Return a tensor of zeros with more than 2³¹ values, of which the last is 3, without touching its memory."""
     x = torch.empty(shape, dtype=torch.bfloat16)
@@ -120,8 +183,9 @@ def _last_of_many(shape: tuple[int, ...]) -> Tensor:
 def test_offsets_reach_the_last_of_more_than_32_bits_of_values(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The merges of millions of parts, which are not large themselves, do not run.
-    monkeypatch.setattr(device(), "programs", lambda name, grid: [] if "merge" in name else [0, grid - 1])
+    # The other programs do not run, so that nothing is merged, and the counters of the merge do not return to 0.
+    monkeypatch.setattr(device(), "programs", lambda name, grid: [0, grid - 1])
+    monkeypatch.setattr(counters, "_counters", {})
     shallow = dataclasses.replace(tiling.TABLE[True, 2], deepest=2)
     monkeypatch.setattr(tiling, "TABLE", dict.fromkeys(tiling.TABLE, shallow))
     x, zeros, ones = _last_of_many(shape), torch.zeros(2), torch.ones(2)

@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 
 import batchnorm
 from batchnorm.ops import direct, eager, triton
-from batchnorm.ops.triton import frame, launch, tiling
+from batchnorm.ops.triton import counters, frame, launch, tiling
 from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
 from tests.cases import Case
 from tests.ops import test_contract as contract
-from tests.ops.triton.interpreter import operator
+from tests.ops.triton.interpreter import operator, programs_in_order
 from tests.tolerance import bound
 
 ATTRIBUTES = (1e-5, "relu", 0.0)
@@ -169,6 +169,31 @@ def test_in_triton_running_statistics_are_updated_as_in_eager(
 def test_in_triton_running_statistics_need_a_counter_without_momentum() -> None:
     with pytest.raises(RuntimeError, match=r"update_running_ expects num_batches_tracked if momentum is None"):
         launch.update_running_(*torch.ones(2, 3), None, *torch.ones(3, 3), 12, None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((24, 2, 16, 16), "contiguous"), ((24, 8, 8, 8), "channels_last"), ((96, 4, 3, 5), "contiguous")],
+    ids=["planes", "rows", "several channels"],
+)
+def test_in_triton_the_order_in_which_programs_run_does_not_change_the_bits(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: str
+) -> None:
+    monkeypatch.setattr(tiling, "multiprocessors", lambda device: 10)
+    case = Case(shape, layout=layout)
+    x, dy = case.x(), case.random(1)
+    found = []
+    for order in (lambda i, n: i, lambda i, n: n - 1 - i):
+        with programs_in_order(order):
+            y, *statistics = operator("train_forward")(x, None, None, None, *ATTRIBUTES)
+            gradients = operator("train_backward")(dy, x, None, None, *statistics, None, None, *ATTRIBUTES, False)
+        found.append((y, *statistics, *gradients[:3]))
+        assert not any(t.any() for t in counters._counters.values())
+    expected = eager.train_forward(x, None, None, None, *ATTRIBUTES)
+    torch.testing.assert_close(found[0][:4], expected, rtol=1e-4, atol=1e-5)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 _FORMS = [

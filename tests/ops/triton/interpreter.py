@@ -7,8 +7,9 @@ have several tiles and splits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,31 @@ def operator(name: str) -> Callable[..., Any]:
     return implementation(name, registration.eager_implementation(name))
 
 
+@contextlib.contextmanager
+def programs_in_order(order: Callable[[int, int], int]) -> Iterator[None]:
+    """Run the programs of a launch in another order: i-th of n is program `order(i, n)`."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    chosen = builder.set_grid_idx
+    builder.set_grid_idx = lambda x, y, z: chosen(order(x, builder.grid_dim[0]), y, z)
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = chosen
+
+
 @functools.cache
 def _use_interpreter() -> None:
     """Prepare this process, which runs only these tests."""
+    from batchnorm.ops.triton.kernels import finish
+
     np.seterr(invalid="ignore", over="ignore")
     small = Settings(tile=256, warps=1, programs=2, row_bytes=64, once=1024, ahead=2)
     tiling.TABLE.update(dict.fromkeys(tiling.TABLE, small))
     support.problem = lambda device: None  # type: ignore[assignment]
     Frame.result = _poisoned(Frame.result)  # type: ignore[method-assign]
     Frame.vectors = _poisoned(Frame.vectors)  # type: ignore[method-assign]
+    finish.FAN = finish.tl.constexpr(4)  # merges of several levels
     _patch_rounding()
     _patch_sums()
     _patch_patching()

@@ -48,7 +48,7 @@ def found() -> dict[str, Any]:
     ("layer", "direction", "expected"),
     [
         ("fits", "forward", 1), ("fits", "forward and backward", 2), ("fits", "evaluation", 1),
-        ("streamed", "forward", 3), ("streamed", "forward and backward", 6), ("streamed", "evaluation", 1),
+        ("streamed", "forward", 2), ("streamed", "forward and backward", 4), ("streamed", "evaluation", 1),
     ],
 )  # fmt: skip
 def test_a_layer_makes_few_launches(found: dict[str, Any], layer: str, direction: str, expected: int) -> None:

@@ -107,6 +107,21 @@ def test_work_on_another_stream_waits_only_for_that_stream() -> None:
     assert torch.equal(y, expected)
 
 
+def test_launches_of_two_streams_that_overlap_give_the_same_bits() -> None:
+    x = torch.randn(64, 64, 56, 56, device="cuda")
+    expected = torch.ops.batchnorm.moments(x, None, None, 1)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(torch.ops.batchnorm.moments(x, None, None, 1))
+    torch.cuda.synchronize()
+    for results in found:
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_current_computes_its_own_tensors() -> None:
     layer, x = batchnorm.BatchNormAct2d(8, activation="relu"), torch.randn(4, 8, 6, 6)

@@ -13,7 +13,9 @@ from torch import Tensor
 from batchnorm import _checks
 from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
 from batchnorm.ops.triton import tiling
+from batchnorm.ops.triton.counters import counters
 from batchnorm.ops.triton.frame import Frame, KernelVectors, kernel_weights, on_device
+from batchnorm.ops.triton.kernels import finish
 from batchnorm.ops.triton.kernels.backward import (
     backward_apply_kernel,
     backward_once_kernel,
@@ -54,9 +56,19 @@ def _launcher(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
     return operator
 
 
-def _parts(frame: Frame, t: Tiling, index: Tensor | None, number: int) -> Tensor | None:
-    """Allocate the results of each split, which are merged later; return None if there is a single split."""
-    return None if index is None and t.splits == 1 else frame.vectors(1, number, t.splits, t.channels)[0]
+def _parts(frame: Frame, t: Tiling, index: Tensor | None, number: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return memory for the results of each split, the counters of the merge, and the number of rows of the memory.
+
+    A single split has neither. With an index, splits are merged by another launch, without counters.
+    """
+    if index is not None:
+        return frame.vectors(1, number, t.splits, t.channels)[0], None, t.splits
+    if t.splits == 1:
+        return None, None, 1
+    rows, level = 0, t.splits
+    while level > 1:
+        rows, level = rows + level, -(-level // finish.FAN.value)
+    return frame.vectors(1, number, rows, t.channels)[0], counters(frame.device, rows * t.blocks), rows
 
 
 def _launch_moments(
@@ -69,9 +81,9 @@ def _launch_moments(
     if values:
         parts: Tensor | None = x
     else:
-        parts = _parts(frame, t, index, 4)
+        parts, counted, rows = _parts(frame, t, index, 4)
         _MOMENTS.start(
-            t.grid, (x, weights, parts, *results), (), (*t.shape, t.channels, t.per, t.splits, t.blocks),
+            t.grid, (x, weights, parts, counted, *results), (), (*t.shape, t.channels, t.per, t.splits, rows, t.blocks),
             VARIANCE=variance, **t.constants,
         )  # fmt: skip
     count = sample_counts = None
@@ -81,7 +93,6 @@ def _launch_moments(
             sample_counts = torch.full((frame.n,), frame.s, dtype=torch.float64, device=frame.device)
         else:
             sample_counts = weights.reshape(frame.n, -1).sum(1, dtype=torch.float64)
-    if parts is not None:
         _MERGE_MOMENTS.start(
             (t.merge_blocks * groups,), (parts, index, sample_counts, count, *results), (),
             (t.channels, t.splits, t.merge_blocks), dtype=_DTYPES[frame.dtype], VARIANCE=variance,
@@ -224,13 +235,13 @@ class _Backward:
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index, by_sample=True)
         sums = frame.row_vectors(2, vectors.index, groups)
-        parts = _parts(frame, t, vectors.index, 2)
+        parts, counted, rows = _parts(frame, t, vectors.index, 2)
         _REDUCE.start(
-            t.grid, (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, *sums), self.scalars,
-            (*t.shape, t.channels, *vectors.sizes, t.per, t.splits, t.blocks),
+            t.grid, (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, counted, *sums), self.scalars,
+            (*t.shape, t.channels, *vectors.sizes, t.per, t.splits, rows, t.blocks),
             ACTIVATION=self.activation, **t.constants,
         )  # fmt: skip
-        if parts is not None:
+        if vectors.index is not None:
             _MERGE_SUMS.start(
                 (t.merge_blocks * groups,), (parts, vectors.index, *sums), (),
                 (t.channels, t.splits, t.merge_blocks), **_MERGE,

@@ -107,6 +107,18 @@ def test_a_race_in_shared_memory_without_a_barrier_is_found(race: str, seed: int
         run(f"{prepare} {first}; {second};", threads=64, shared=256, seed=seed)
 
 
+@pytest.mark.parametrize("seed", [None, *range(4)])
+def test_warps_may_write_one_value_to_one_address_but_not_two(seed: int | None) -> None:
+    run("st.shared.b32 [global_smem], 7;", threads=64, shared=16, seed=seed)
+    with pytest.raises(Fault, match=r"is a data race"):
+        run(
+            "shr.u32 %r3, %r0, 5; add.s32 %r3, %r3, 7; st.shared.b32 [global_smem], %r3;",
+            threads=64,
+            shared=16,
+            seed=seed,
+        )
+
+
 def test_several_readers_race_with_a_later_write() -> None:
     read = SHARED + "st.shared.b32 [%r4], %r0; bar.sync 0; ld.shared.b32 %r6, [global_smem];"
     write = "setp.eq.b32 %p0, %r0, 0; @%p0 st.shared.b32 [global_smem], %r0;"

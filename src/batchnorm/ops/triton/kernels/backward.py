@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .finish import axis_of, is_last, members_of, neighbors, step_of
 from .pointwise import coefficients, coefficients_of_lines, load_x_and_dz
 from .tiles import (
     SIZES,
@@ -69,17 +70,52 @@ def add_terms(
     return first, second
 
 
+@triton.jit
+def store_sums(parts_ptr, row, rows, channels, channel, valid, sum_dz, sum_dz_xhat):
+    """Write sums to a row of `parts [2, rows, C]`."""
+    at = parts_ptr + row.to(tl.int64) * channels + channel
+    tl.store(at, sum_dz, valid)
+    tl.store(at + rows.to(tl.int64) * channels, sum_dz_xhat, valid)
+
+
+@triton.jit
+def add_sums(parts_ptr, row, rows, channels, channel, there, first, second):
+    """Add rows of `parts [2, rows, C]`, reading what other programs have written."""
+    at = parts_ptr + row.to(tl.int64) * channels + channel
+    first += tl.load(at, there, 0.0, cache_modifier=".cg")
+    second += tl.load(at + rows.to(tl.int64) * channels, there, 0.0, cache_modifier=".cg")
+    return first, second
+
+
+@triton.jit
+def merge_sums(
+    parts_ptr, begin, members, rows, channels, channel, valid,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, B1: tl.constexpr,
+):  # fmt: skip
+    """Add up some rows of `parts`, from `begin` on."""
+    axis: tl.constexpr = axis_of(ROWS, GROUP)
+    row, there = members_of(begin, 0, members, ROWS, GROUP, B1)
+    first = tl.zeros((row + channel).shape, tl.float32)
+    second = first
+    for start in range(0, members, step_of(ROWS, GROUP, B1)):
+        row, there = members_of(begin, start, members, ROWS, GROUP, B1)
+        first, second = add_sums(parts_ptr, row, rows, channels, channel, there & valid, first, second)
+    return total(first, axis), total(second, axis)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_reduce_kernel(
     dy_ptr, x_ptr, residual_ptr, y_ptr, dx_ptr, dz_ptr, mean_ptr, mean_low_ptr, var_ptr, weight_ptr, bias_ptr,
-    index_ptr, parts_ptr, sum_dz_ptr, sum_dz_xhat_ptr,
+    index_ptr, parts_ptr, counters_ptr, sum_dz_ptr, sum_dz_xhat_ptr,
     eps, negative_slope,
-    lines, width, positions, magic, bits, channels, rows, stride_statistic, stride_affine, per, splits, blocks,
+    lines, width, positions, magic, bits, channels, rows, stride_statistic, stride_affine, per, splits,
+    part_rows, blocks,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of a block's split to `parts [2, splits, C]`, or without `parts`, those of the whole block.
+    """Write the sums of a block. The last programs merge its splits, whose sums are in `parts [2, part_rows, C]`.
 
+    Without counters, only write the sums of splits to `parts`, for another kernel that merges them.
     With constant statistics, dx needs no sums. With `dx_ptr`, this kernel therefore also writes dx and dz.
     """
     block, split = program(blocks, False)
@@ -107,18 +143,33 @@ def backward_reduce_kernel(
             data, dx_ptr, dz_ptr, full + lane, end, place, there, coefs, first, second, negative_slope,
             ACTIVATION, True, ROWS, B0, VEC, tiles,
         )  # fmt: skip
+    if ROWS:  # load the vectors again, because those that the loop does not need would take registers there
+        tl.debug_barrier()  # otherwise, the compiler may reuse the first ones
+        coefs = coefficients(vectors, row, channel, existing, stride_statistic, stride_affine, eps)
     sum_dz = total(first, 0 if ROWS else None)
     sum_dz_xhat = (total(second, 0 if ROWS else None) - coefs[1] * sum_dz) * coefs[2]
     sum_dz = sum_positions(sum_dz, positions, GROUP, B1)
     sum_dz_xhat = sum_positions(sum_dz_xhat, positions, GROUP, B1)
     channel, valid = results_of(block, channels, channel, valid, GROUP)
-    if parts_ptr is None:
-        tl.store(sum_dz_ptr + channel, sum_dz, valid)
-        tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, valid)
+    if counters_ptr is None and parts_ptr is not None:
+        store_sums(parts_ptr, split, part_rows, channels, channel, valid, sum_dz, sum_dz_xhat)
     else:
-        at = parts_ptr + split.to(tl.int64) * channels + channel
-        tl.store(at, sum_dz, valid)
-        tl.store(at + splits.to(tl.int64) * channels, sum_dz_xhat, valid)
+        number, position, row = splits, split, splits * 0
+        if parts_ptr is not None:
+            while number > 1:
+                store_sums(parts_ptr, row + position, part_rows, channels, channel, valid, sum_dz, sum_dz_xhat)
+                group, start, members, groups = neighbors(position, number)
+                if is_last(counters_ptr + (row + group).to(tl.int64) * blocks + block, members):
+                    sum_dz, sum_dz_xhat = merge_sums(
+                        parts_ptr, row + start, members, part_rows, channels, channel, valid, ROWS, GROUP, B1
+                    )
+                    row += number
+                    number, position = groups, group
+                else:
+                    number = number * 0  # another program goes on
+        if number == 1:
+            tl.store(sum_dz_ptr + channel, sum_dz, valid)
+            tl.store(sum_dz_xhat_ptr + channel, sum_dz_xhat, valid)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -132,10 +183,7 @@ def merge_sums_kernel(
     second = tl.zeros([B0, B1], tl.float32)
     for start in range(0, splits, B0):
         split, there = group_of_splits(start, splits, index_ptr, group, B0)
-        there = there & valid
-        at = parts_ptr + split.to(tl.int64) * channels + channel
-        first += tl.load(at, there, 0.0)
-        second += tl.load(at + splits.to(tl.int64) * channels, there, 0.0)
+        first, second = add_sums(parts_ptr, split, splits, channels, channel, there & valid, first, second)
     at = group.to(tl.int64) * channels + channel
     tl.store(sum_dz_ptr + at, total(first, 0), valid)
     tl.store(sum_dz_xhat_ptr + at, total(second, 0), valid)

@@ -7,6 +7,7 @@ of all programs are merged by the formula of Chan, Golub and LeVeque.
 import triton
 import triton.language as tl
 
+from .finish import axis_of, is_last, members_of, neighbors, step_of
 from .tiles import (
     SIZES,
     by_channel,
@@ -95,14 +96,61 @@ def add_deviations(
     return first, second
 
 
+@triton.jit
+def store_part(parts_ptr, row, rows, channels, channel, valid, n, mean, mean_low, m2):
+    """Write moments to a row of `parts [4, rows, C]`."""
+    stride = rows.to(tl.int64) * channels
+    at = parts_ptr + row.to(tl.int64) * channels + channel
+    tl.store(at, n, valid)
+    tl.store(at + stride, mean, valid)
+    tl.store(at + 2 * stride, mean_low, valid)
+    tl.store(at + 3 * stride, m2, valid)
+
+
+@triton.jit
+def add_parts(parts_ptr, row, rows, channels, channel, there, count, pivot, first, second):
+    """Add moments of `parts [4, rows, C]` to the sums that `join` merges, reading what other programs have written."""
+    stride = rows.to(tl.int64) * channels
+    at = parts_ptr + row.to(tl.int64) * channels + channel
+    n = tl.load(at, there, 0.0, cache_modifier=".cg")
+    there = there & (n > 0.0)
+    mean = tl.load(at + stride, there, 0.0, cache_modifier=".cg")
+    mean_low = tl.load(at + 2 * stride, there, 0.0, cache_modifier=".cg")
+    m2 = tl.load(at + 3 * stride, there, 0.0, cache_modifier=".cg")
+    pivot = tl.where(there & (count == 0.0), mean, pivot)
+    deviation = tl.where(there, (mean - pivot) + mean_low, 0.0)
+    return count + n, pivot, first + n * deviation, second + n * deviation * deviation + m2
+
+
+@triton.jit
+def merge_parts(
+    parts_ptr, begin, members, rows, channels, channel, valid,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, B1: tl.constexpr,
+):  # fmt: skip
+    """Merge the moments of some rows of `parts`, from `begin` on."""
+    axis: tl.constexpr = axis_of(ROWS, GROUP)
+    row, there = members_of(begin, 0, members, ROWS, GROUP, B1)
+    count = tl.zeros((row + channel).shape, tl.float32)
+    pivot, first, second = count, count, count
+    for start in range(0, members, step_of(ROWS, GROUP, B1)):
+        row, there = members_of(begin, start, members, ROWS, GROUP, B1)
+        count, pivot, first, second = add_parts(
+            parts_ptr, row, rows, channels, channel, there & valid, count, pivot, first, second
+        )
+    return join(count, pivot, first, second, axis)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
-    x_ptr, weights_ptr, parts_ptr, mean_ptr, mean_low_ptr, m2_ptr,
-    lines, width, positions, magic, bits, channels, per, splits, blocks,
+    x_ptr, weights_ptr, parts_ptr, counters_ptr, mean_ptr, mean_low_ptr, m2_ptr,
+    lines, width, positions, magic, bits, channels, per, splits, rows, blocks,
     VARIANCE: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Write the moments of a block's split to `parts [4, splits, C]`, or without `parts`, those of the whole block."""
+    """Write the moments of a block. The last programs merge its splits, whose moments are in `parts [4, rows, C]`.
+
+    Without counters, only write the moments of splits to `parts`, for another kernel that merges them.
+    """
     block, split = program(blocks, False)
     channel, valid = channels_of(block, channels, positions, ROWS, GROUP, B1)
     place, there = columns_of(block, channels, positions, width, magic, bits, ROWS, GROUP, B1, VEC, WIDE)
@@ -139,16 +187,25 @@ def moments_kernel(
     if GROUP > 0:
         n, mean, mean_low, m2 = join_positions(n, mean, mean_low, m2, positions, GROUP, B1)
     channel, valid = results_of(block, channels, channel, valid, GROUP)
-    if parts_ptr is None:
-        dtype = x_ptr.dtype.element_ty
-        store_moments(mean_ptr, mean_low_ptr, m2_ptr, channel, valid, n, mean, mean_low, m2, dtype, VARIANCE)
+    if counters_ptr is None and parts_ptr is not None:
+        store_part(parts_ptr, split, rows, channels, channel, valid, n, mean, mean_low, m2)
     else:
-        stride = splits.to(tl.int64) * channels
-        at = parts_ptr + split.to(tl.int64) * channels + channel
-        tl.store(at, n, valid)
-        tl.store(at + stride, mean, valid)
-        tl.store(at + 2 * stride, mean_low, valid)
-        tl.store(at + 3 * stride, m2, valid)
+        number, position, row = splits, split, splits * 0
+        if parts_ptr is not None:
+            while number > 1:
+                store_part(parts_ptr, row + position, rows, channels, channel, valid, n, mean, mean_low, m2)
+                group, start, members, groups = neighbors(position, number)
+                if is_last(counters_ptr + (row + group).to(tl.int64) * blocks + block, members):
+                    n, mean, mean_low, m2 = merge_parts(
+                        parts_ptr, row + start, members, rows, channels, channel, valid, ROWS, GROUP, B1
+                    )
+                    row += number
+                    number, position = groups, group
+                else:
+                    number = number * 0  # another program goes on
+        if number == 1:
+            dtype = x_ptr.dtype.element_ty
+            store_moments(mean_ptr, mean_low_ptr, m2_ptr, channel, valid, n, mean, mean_low, m2, dtype, VARIANCE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -162,7 +219,6 @@ def merge_moments_kernel(
     """
     block, group = program(blocks, False)
     channel, valid = channels_of(block, channels, 1, True, 0, B1)
-    stride = splits.to(tl.int64) * channels
     count = tl.zeros([B0, B1], tl.float32)
     pivot = tl.zeros([B0, B1], tl.float32)
     first = tl.zeros([B0, B1], tl.float32)
@@ -174,18 +230,19 @@ def merge_moments_kernel(
             samples = tl.load(sample_counts_ptr + split, there, 0.0)
             exact += samples
         there = there & valid
-        at = parts_ptr + split.to(tl.int64) * channels + channel
-        n = tl.where(there, samples.to(tl.float32), 0.0) if VALUES else tl.load(at, there, 0.0)
-        there = there & (n > 0.0)
-        mean = tl.load(at if VALUES else at + stride, there, 0.0).to(tl.float32)
-        mean_low = 0.0 if VALUES else tl.load(at + 2 * stride, there, 0.0)
-        pivot = tl.where(there & (count == 0.0), mean, pivot)
-        deviation = tl.where(there, (mean - pivot) + mean_low, 0.0)
-        count += n
-        first += n * deviation
-        second += n * deviation * deviation
-        if not VALUES:
-            second += tl.load(at + 3 * stride, there, 0.0)
+        if VALUES:
+            n = tl.where(there, samples.to(tl.float32), 0.0)
+            there = there & (n > 0.0)
+            x = tl.load(parts_ptr + split.to(tl.int64) * channels + channel, there, 0.0).to(tl.float32)
+            pivot = tl.where(there & (count == 0.0), x, pivot)
+            deviation = tl.where(there, x - pivot, 0.0)
+            count += n
+            first += n * deviation
+            second += n * deviation * deviation
+        else:
+            count, pivot, first, second = add_parts(
+                parts_ptr, split, splits, channels, channel, there, count, pivot, first, second
+            )
     n, mean, mean_low, m2 = join(count, pivot, first, second, 0)
     at = group.to(tl.int64) * channels + channel
     store_moments(mean_ptr, mean_low_ptr, m2_ptr, at, valid, n, mean, mean_low, m2, dtype, VARIANCE)

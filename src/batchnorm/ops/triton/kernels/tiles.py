@@ -6,7 +6,7 @@ import triton.language as tl
 # Arguments of kernels that do not cause another compilation when their values change.
 SIZES = (
     "values", "lines", "width", "positions", "magic", "bits", "channels", "rows", "stride_statistic", "stride_affine",
-    "per", "splits", "blocks",
+    "per", "splits", "part_rows", "blocks",
 )  # fmt: skip
 
 

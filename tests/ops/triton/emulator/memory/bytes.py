@@ -65,8 +65,11 @@ class Memory:
                 f"is a data race: {order.name(own)} {doing} what {order.name(other)} {done}, and nothing orders them"
             )
 
-    def check_write(self, at: Array, size: int, warps: Array, order: Order) -> Array:
-        """Return the granules of these accesses, if the warps may write them."""
+    def check_write(self, at: Array, size: int, warps: Array, order: Order, same: Array | None = None) -> Array:
+        """Return the granules of these accesses, if the warps may write them.
+
+        Writes that change nothing (`same`) may race with other writes: Triton stores what several warps hold in each.
+        """
         granules = _spread(at, size, self._granule)
         if self.arriving is not None and self.arriving[granules].any():
             raise Fault("writes memory that an asynchronous copy may not have written yet")
@@ -74,13 +77,15 @@ class Memory:
         if self._readers is not None:
             self._check(self._readers[granules], warps[:, None], order, "writes", "read")
         if self._writers is not None:
-            self._check(self._writers[granules], warps[:, None], order, "writes", "wrote")
+            changed = slice(None) if same is None else ~same
+            self._check(self._writers[granules[changed]], warps[changed, None], order, "writes", "wrote")
         return granules
 
     def write(self, at: Array, values: Array, warps: Array, order: Order) -> None:
         """Write `[accesses, values]` unsigned integers."""
         size = values.shape[1] * values.itemsize
-        granules = self.check_write(at, size, warps, order)
+        same = (self.bits(at, size, values.itemsize) == values).all(1)
+        granules = self.check_write(at, size, warps, order, same)
         self.store(at, values)
         if (self.bits(at, size, values.itemsize) != values).any():
             raise Fault("is a data race: two threads write different values to one address at once")
