@@ -204,6 +204,8 @@ ERRORS: dict[str, tuple[type[Exception], str, Any]] = {
     "integers": (TypeError, "expects x of dtype .*, got int32. Convert", lambda: batch_norm(np.ones((4, 3), "int32"))),
     "one axis": (ValueError, "at least one other axis, got shape .4.. Add", lambda: batch_norm(X[:, 0])),
     "axis": (ValueError, "expects axis from -2 to 1 .*, got 2. Pass", lambda: batch_norm(X, axis=2)),
+    "axes": (TypeError, r"axis to be an int, got \(0, 1\) .tuple.. Pass", lambda: batch_norm(X, axis=(0, 1))),
+    "axis is a float": (TypeError, "axis to be an int, got 1.0 .float.. Pass", lambda: batch_norm(X, axis=1.0)),
     "eps": (ValueError, "expects eps > 0, got 0. It", lambda: batch_norm(X, eps=0)),
     "activation": (ValueError, "activation to be one of .*, got 'selu'.", lambda: batch_norm(X, activation="selu")),
     "weight": (ValueError, "weight of shape .3., .*, got .4.. Pass", lambda: batch_norm(X, np.ones(4))),

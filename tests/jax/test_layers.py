@@ -136,6 +136,18 @@ def test_the_fused_call_is_normalization_then_sum_then_activation(api: Any) -> N
 
 
 @APIS
+def test_statistics_lose_no_digits_in_a_short_dtype(api: Any) -> None:
+    layer = api(api.ours, dtype=jnp.bfloat16)
+    x = x_of((64, 9, 4)) + 1e3
+    exact = np.asarray(x, np.float64)
+    mean, var = exact.mean((0, 1)), exact.var((0, 1))
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16
+    assert_allclose(y.astype("float32"), (exact - mean) / np.sqrt(var + 1e-3), atol=0.03)
+    assert_allclose(layer.running, (0.3 * mean, 0.7 + 0.3 * var), rtol=1e-6)
+
+
+@APIS
 def test_statistics_lose_no_digits_at_a_large_mean(api: Any) -> None:
     layer = api(api.ours)
     x = x_of((64, 9, 4)) + 1e4
@@ -193,6 +205,13 @@ def test_linen_is_initialized_by_a_single_sample() -> None:
 def test_invalid_options_say_what_to_do(api: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         api(api.ours, **options)
+
+
+@APIS
+def test_the_axis_may_be_an_integer_of_numpy_and_must_be_one_of_x(api: Any) -> None:
+    assert api(api.ours, 5, axis=np.int64(1))(x_of()).shape == (6, 5, 4)
+    with pytest.raises(ValueError, match="BatchNorm expects axis from -3 to 2 for x of shape .*, got 7. Pass the axis"):
+        api(api.ours, 5, axis=7)(x_of())
 
 
 def test_nnx_without_a_mode_says_where_to_pass_it() -> None:

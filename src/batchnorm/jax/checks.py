@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from batchnorm._options import check_alpha, check_choice, check_eps, check_weights
+from batchnorm._options import as_integer, check_alpha, check_choice, check_eps, check_weights
 from batchnorm.jax.activations import ACTIVATIONS
 from batchnorm.jax.composition import Attributes, values_per_channel, wide
 
@@ -34,20 +34,31 @@ def checked_input(caller: str, x: Any) -> Array:
     return x
 
 
-def attributes(
-    caller: str, x: Array, axis: int, eps: float, activation: str, negative_slope: float, alpha: float
-) -> Attributes:
-    """Return the checked arguments that are not arrays."""
-    if not -x.ndim <= axis < x.ndim:
+def checked_axis(caller: str, x: Array, axis: Any) -> int:
+    """Return the axis of x's channels, not negative."""
+    number = as_integer(axis)
+    if number is None:
+        raise TypeError(
+            f"{caller} expects axis to be an int, got {axis!r} ({type(axis).__name__}). Pass the axis of the channels."
+        )
+    if not -x.ndim <= number < x.ndim:
         raise ValueError(
             f"{caller} expects axis from {-x.ndim} to {x.ndim - 1} for x of shape {list(x.shape)}, got {axis}. Pass "
             "the axis of the channels."
         )
+    return number % x.ndim
+
+
+def attributes(
+    caller: str, x: Array, axis: int, eps: float, activation: str, negative_slope: float, alpha: float
+) -> Attributes:
+    """Return the checked arguments that are not arrays."""
+    axis = checked_axis(caller, x, axis)
     check_eps(caller, eps)
     check_choice(caller, "activation", activation, ACTIVATIONS)
     check_alpha(caller, alpha)
     parameters = {None: 0.0, "negative_slope": float(negative_slope), "alpha": float(alpha)}
-    return Attributes(axis % x.ndim, float(eps), activation, parameters[ACTIVATIONS[activation].parameter])
+    return Attributes(axis, float(eps), activation, parameters[ACTIVATIONS[activation].parameter])
 
 
 def checked_vector(caller: str, name: str, vector: Any, x: Array, axis: int) -> Array | None:

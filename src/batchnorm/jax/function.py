@@ -55,8 +55,8 @@ def batch_norm(
         All are differentiable, in forward and reverse mode, to any order.
 
     Raises:
-        TypeError: x is not an array of a supported dtype, weight or bias is not of a floating-point dtype, the
-            residual does not have x's dtype, or the mask is complex.
+        TypeError: x is not an array of a supported dtype, axis is not an int, weight or bias is not of a floating-point
+            dtype, the residual does not have x's dtype, or the mask is complex.
         ValueError: x has fewer than two dimensions, or one value per channel (over all devices of `axis_name`); a
             vector is not `[C]`; the residual's shape differs from x's; the mask does not broadcast or, outside of
             `jit`, has a weight below 0; axis, eps, activation or alpha is invalid.
@@ -127,7 +127,7 @@ def train(
     peers = None
     if axis_name is not None:
         groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
-        peers = Peers(axis_name if isinstance(axis_name, str) else tuple(axis_name), groups)
+        peers = Peers(tuple(axis_name) if isinstance(axis_name, list) else axis_name, groups)
     if not single_allowed:
         checks.check_count(caller, x, at.axis, 1 if peers is None else peers.size())
     if weights is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class Running(NamedTuple):
 def options_of(layer: Any) -> Options:
     """Return the options from the layer's attributes."""
     values = {name: getattr(layer, name) for name in Options._fields}
-    if not isinstance(layer.axis, int):
+    if isinstance(layer.axis, Sequence):
         axes = tuple(layer.axis)
         if len(axes) != 1:
             raise ValueError(

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from batchnorm._frameworks import required_by
-from batchnorm.jax.layers import Running, evaluate, options_of, step
+from batchnorm.jax.checks import checked_axis
+from batchnorm.jax.layers import CALLER, Running, evaluate, options_of, step
 
 with required_by("batchnorm.jax.linen"):
     from flax import linen
@@ -73,7 +74,9 @@ class BatchNorm(linen.BatchNorm):
         """
         use_running_average = linen.merge_param("use_running_average", self.use_running_average, use_running_average)
         options = options_of(self)
-        shape, kept = (x.shape[options.axis],), jnp.float32 if self.force_float32_reductions else self.param_dtype
+        x = jnp.asarray(x)
+        shape = (x.shape[checked_axis(CALLER, x, options.axis)],)
+        kept = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kept)
         var = self.variable("batch_stats", "var", jnp.ones, shape, kept)
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from batchnorm._frameworks import required_by
@@ -22,9 +23,10 @@ class BatchNorm(nnx.BatchNorm):
     The arguments, parameters, statistics and the convention of `momentum` (the weight of the *old* statistics) are
     those of the stock layer, so that checkpoints load in both directions. The running variance is biased.
 
-    Differences from the stock layer: statistics keep full precision at a large mean, and `use_fast_variance` has no
-    effect. If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change.
-    One value per channel is an error in training. Masked positions may hold NaN.
+    Differences from the stock layer: statistics keep full precision at a large mean, also if `dtype` is shorter than
+    x's dtype, because x is not rounded before them. `use_fast_variance` has no effect. If nothing counts (an empty
+    batch, or a mask without a true value), the running statistics do not change. One value per channel is an error in
+    training. Masked positions may hold NaN.
 
     Args:
         num_features: The number of channels.
@@ -99,9 +101,11 @@ class BatchNorm(nnx.BatchNorm):
         running = Running(self.mean[...], self.var[...])
         scale, bias = (None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
         promote = getattr(self, "promote_dtype", dtypes.promote_dtype)  # older Flax has no such argument
-        x = promote((x, *running, scale, bias), dtype=self.dtype)[0]
+        dtype = promote((x, *running, scale, bias), dtype=self.dtype)[0].dtype
+        x = jnp.asarray(x)
+        x = x.astype(jnp.promote_types(x.dtype, dtype))  # x is not rounded before the statistics
         if use_running_average:
-            return evaluate(x, running, scale, bias, residual, options)
+            return evaluate(x, running, scale, bias, residual, options).astype(dtype)
         y, updated = step(x, running, scale, bias, residual, mask, options)
         self.mean[...], self.var[...] = updated
-        return y
+        return y.astype(dtype)
