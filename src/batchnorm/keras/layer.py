@@ -85,6 +85,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 f"BatchNormalization expects inputs of at least two dimensions, got the shape {tuple(input_shape)}. "
                 "Add an axis for the samples."
             )
+        if not -len(input_shape) <= self.axis < len(input_shape):
+            raise ValueError(
+                f"BatchNormalization expects axis to be one of inputs of shape {tuple(input_shape)}, got {self.axis}. "
+                "Pass the axis of the channels."
+            )
         super().build(input_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -103,6 +108,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 "The mask provided should be one dimension less than the inputs (BatchNormalization expects a mask "
                 f"that broadcasts to {tuple(inputs.shape[:-1])}), got one of shape {tuple(mask.shape)} for inputs of "
                 f"shape {tuple(inputs.shape)}. Leave out the last axis of the inputs."
+            )
+        if mask is not None and not all(map(_broadcasts, mask.shape, inputs.shape)):
+            raise ValueError(
+                f"BatchNormalization expects a mask that broadcasts to {tuple(inputs.shape[:-1])}, got one of shape "
+                f"{tuple(mask.shape)}. Each size must be 1 or that of the inputs."
             )
         renorm = getattr(self, "renorm", False)  # Keras before 3.13 has none
         trains = training and self.trainable
@@ -167,6 +177,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
             counted = finite if counted is True else ops.logical_and(counted, finite)
         for variable, new in updates:
             variable.assign(new if counted is True else ops.where(counted, new, ops.cast(variable, new.dtype)))
+
+
+def _broadcasts(size: int | None, wanted: int | None) -> bool:
+    return size in (None, 1, wanted) or wanted is None
 
 
 def _blend(variable: Any, new: Any, momentum: float) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from batchnorm._options import check_prior
 from batchnorm.keras.models.batches import Batches, Forward, default_forward
 from batchnorm.keras.models.copying import copied
-from batchnorm.keras.models.layers import Found, check_model, describe
+from batchnorm.keras.models.layers import Found, as_numpy, check_model, describe, largest
 from batchnorm.keras.models.observe import Input, LayerCall, Observer, Statistics, put_statistics, statistics_of
 from batchnorm.keras.surgery.replacement import start_renorm
 from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
@@ -141,7 +141,9 @@ def _measure(model: Any, layers: list[Found], batches: Batches, forward: Forward
                 f"{_CALLER} expects more than one value per channel in every batch, got one at "
                 f"{layers[call.layer].path!r}. One value has no variance: use larger batches."
             )
-        return Statistics(found.mean, found.var)
+        own = Statistics(found.mean, found.var)
+        _check_finite(layers[call.layer], own)
+        return own
 
     with observer.installed():
         for batch in batches:
@@ -155,19 +157,32 @@ def _new_statistics(found: Found, before: Statistics, total: Moments, prior: flo
     mean, var = (old + weight * (new - old) for old, new in zip(before, (total.mean, total.var), strict=True))
     if not prior:
         mean, var = total.mean, total.var
-    limit = np.finfo(np.float32).max
-    for what, values in (("mean", mean), ("variance", var)):
-        if not (np.abs(values) <= limit).all():
+    new = Statistics(mean, var)
+    _check_finite(found, new)
+    return new
+
+
+def _check_finite(found: Found, statistics: Statistics) -> None:
+    """Check that the layer's variables can hold the statistics."""
+    dtype = found.module.variable_dtype
+    for what, values in zip(("mean", "variance"), statistics, strict=True):
+        if not (np.abs(values) <= largest(dtype)).all():
             raise ValueError(
-                f"{_CALLER} expects finite values at every layer, got a {what} that is not finite in float32 at "
+                f"{_CALLER} expects finite values at every layer, got a {what} that is not finite in {dtype} at "
                 f"{found.path!r}. Check the data and the layers before it for NaN and overflow."
             )
-    return Statistics(mean, var)
 
 
 def _write(statistics: dict[str, Statistics], layers: list[Found]) -> None:
-    for found in layers:
-        if found.path in statistics:
-            put_statistics(found.module, statistics[found.path])
-            if getattr(found.module, "renorm", False):
-                start_renorm(found.module)
+    """Write the statistics of all layers, or, after an exception, of none."""
+    former = [(variable, as_numpy(variable)) for found in layers for variable in found.module.non_trainable_variables]
+    try:
+        for found in layers:
+            if found.path in statistics:
+                put_statistics(found.module, statistics[found.path])
+                if getattr(found.module, "renorm", False):
+                    start_renorm(found.module)
+    except BaseException:
+        for variable, values in former:
+            variable.assign(values)
+        raise

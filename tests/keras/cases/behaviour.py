@@ -180,6 +180,10 @@ def test_invalid_inputs_are_refused():
     layer = BatchNormalization()
     with pytest.raises(ValueError, match=r"at least two dimensions, got the shape \(3,\). Add an axis"):
         layer.build((3,))
+    with pytest.raises(ValueError, match=r"axis to be one of inputs of shape \(4, 3\), got 2. Pass the axis"):
+        BatchNormalization(axis=2).build((4, 3))
+    with pytest.raises(ValueError, match=r"broadcasts to \(4, 2\), got one of shape \(4, 3\). Each size must be 1"):
+        BatchNormalization()(ops.ones((4, 2, 3)), training=True, mask=ops.ones((4, 3)))
     with pytest.raises(ValueError, match=r"broadcasts to \(4, 2\)\), got one of shape \(4,\)"):
         BatchNormalization()(ops.ones((4, 2, 3)), training=True, mask=ops.ones((4,)))
 

@@ -63,6 +63,8 @@ CASES = {
     "past_flatten": (IMAGE, lambda: [norm(), layers.Flatten(), layers.Dense(3)]),
     "past_permute": ((5, 4), lambda: [norm(axis=1), layers.Permute((2, 1)), layers.Dense(3)]),
     "past_cropping": (IMAGE, lambda: [norm(), layers.Cropping2D(1), layers.UpSampling2D(2), layers.Conv2D(3, 3)]),
+    "twice after": (IMAGE, lambda: [layers.Conv2D(6, 3), norm(), layers.Dropout(0.5), norm()]),
+    "twice before": (IMAGE, lambda: [norm(), layers.Dropout(0.5), norm(), layers.Conv2D(6, 3)]),
     "fused": (IMAGE, lambda: [layers.Conv2D(6, 3), BatchNormalization(activation="relu"), layers.MaxPooling2D(2)]),
 }
 # TensorFlow has no convolution of channels first on the CPU; the core has none either.

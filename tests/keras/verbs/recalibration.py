@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from batchnorm.keras import recalibration
 from batchnorm.keras.models.layers import as_numpy, norm_layers
 from batchnorm.keras.recalibration import recalibrate
 from tests.keras.verbs.models import assert_unchanged, normal, sequential, subclassed, weights
@@ -141,8 +142,57 @@ def test_recalibrate_after_an_error_the_model_is_as_before(make: Any) -> None:
     assert recalibrate(model, normal(8, *shape), inplace=True).model is model
 
 
+def test_recalibrate_an_interrupted_write_changes_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    before = weights(model)
+
+    def interrupted(layer: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recalibration, "start_renorm", interrupted)  # of the second layer
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, X, inplace=True)
+    assert_unchanged(before, model)
+
+
+def test_recalibrate_a_subclass_whose_call_has_no_training() -> None:
+    class Evaluated(layers.BatchNormalization):
+        def call(self, inputs: Any) -> Any:
+            return super().call(inputs, training=False)
+
+    report = recalibrate(sequential(Evaluated(name="norm"), shape=(6, 3)), X).report
+    assert np.allclose(report["norm"].mean, X.astype(np.float64).mean((0, 1)), rtol=1e-12)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="predict is not compiled")
+def test_recalibrate_refuses_a_forward_that_compiles() -> None:
+    model = network()
+    before = weights(model)
+    with pytest.raises(TypeError, match="an input with values, got .*Tracer|an input with values, got SymbolicTensor"):
+        recalibrate(model, X, forward=lambda model, x: model.predict(x, verbose=0), inplace=True)
+    assert_unchanged(before, model)
+    assert model.predict(X[:4], verbose=0).shape == (4, 2)
+
+
+def test_recalibrate_refuses_statistics_beyond_the_dtype_of_the_variables() -> None:
+    model = sequential(layers.BatchNormalization(dtype="float16", name="norm"), shape=(3,))
+    before = weights(model)
+    with pytest.raises(ValueError, match="a variance that is not finite in float16 at 'norm'. Check"):
+        recalibrate(model, normal(8, 3) * np.float32(1e3), inplace=True)
+    assert_unchanged(before, model)
+
+
 def test_recalibrate_refuses_what_it_cannot_use() -> None:
     model = network()
+    for arguments, message in (
+        ({"data": X, "batch_size": 2.5}, "batch_size to be an int, got 2.5"),
+        ({"data": X, "max_samples": 0.5}, "max_samples to be an int, got 0.5"),
+        ({"data": [()]}, "batches of arrays .*, got tuple without any. Pass"),
+        ({"data": {}}, "batches of arrays .*, got dict without any. Pass"),
+        ({"data": np.float32(3)}, "batches of arrays .*, got float32 without any. Pass"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            recalibrate(model, **arguments)
     for arguments, message in (
         ({"data": []}, "at least one batch"),
         ({"data": [np.full((2, 6, 3), np.nan, np.float32)]}, "finite values"),

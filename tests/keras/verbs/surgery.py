@@ -103,6 +103,8 @@ def test_convert_leaves_what_would_be_lost_or_stay_the_same() -> None:
         "fused": "keras.layers.BatchNormalization has no activation='relu'",
     }
     assert {change.path for change in convert(model).report.left} == {"scaled", "fused", "plain"}
+    without = {change.path: change.reason for change in convert(model, scale=False).report.left}
+    assert without["plain"] == "its gamma would be lost with scale=False"
     assert_same(model, convert(model).model, X)
 
 
@@ -127,7 +129,7 @@ def test_convert_refuses_what_it_cannot_do() -> None:
         convert(sequential(layers.Dense(2), shape=(4,)))
     with pytest.raises(ValueError, match="'block.norm', which has not been built"):
         convert(Subclassed())
-    with pytest.raises(TypeError, match="group_size"):
+    with pytest.raises(TypeError, match="options that BatchNormalization takes, got .*group_size.* Pass arguments"):
         convert(nested(), group_size=3)
 
     class Opaque(keras.Model):

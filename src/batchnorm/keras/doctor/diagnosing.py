@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from batchnorm._options import checked_integer
 from batchnorm.doctor.diagnose import apply_rules, layers_left_out
 from batchnorm.doctor.finding import Finding, NotChecked
 from batchnorm.doctor.measure.measurements import Measurements
@@ -70,8 +71,7 @@ def diagnose(
         [('BN204', 'momentum 0.1 (weight of the new batch: 0.9) at 1 layer: norm')]
     """
     found = check_model(_CALLER, model)
-    if budget < 0:
-        raise ValueError(f"{_CALLER} expects budget >= 0, got {budget}. 0 makes no pass for single layers.")
+    budget = checked_integer(_CALLER, "budget", budget, 0, "0 makes no pass for single layers.")
     batches = None if data is None else Batches(_CALLER, data, batch_size, max_samples)
     whole, layers = mirrored(model, found)
     missing = dict.fromkeys(("trace", "optimizer", "step"), "is not measured for Keras models")

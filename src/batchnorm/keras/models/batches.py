@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from batchnorm._options import check_max_samples
+from batchnorm._options import checked_integer
 from batchnorm.models.arrays import as_array
 
 Forward = Callable[[Any, Any], Any]
@@ -29,14 +29,14 @@ class Batches:
         samples: The number of samples in them.
 
     Raises:
-        TypeError: the data are none of these.
+        TypeError: the data are none of these, a batch has no arrays, or a number is not an integer.
         ValueError: a number is out of range.
     """
 
     def __init__(self, caller: str, data: Any, batch_size: int, max_samples: int | None) -> None:
-        if batch_size < 1:
-            raise ValueError(f"{caller} expects batch_size >= 1, got {batch_size}. It divides arrays into batches.")
-        check_max_samples(caller, max_samples)
+        batch_size = checked_integer(caller, "batch_size", batch_size, 1, "It divides arrays into batches.")
+        if max_samples is not None:
+            max_samples = checked_integer(caller, "max_samples", max_samples, 1, "None reads all the data.")
         whole = hasattr(data, "shape") or isinstance(data, Mapping)
         if isinstance(data, (str, bytes)) or not (whole or isinstance(data, (Iterable, keras.utils.PyDataset))):
             raise TypeError(
@@ -52,14 +52,14 @@ class Batches:
         for batch in self._batches():
             yield batch
             self.count += 1
-            self.samples += size_of(batch)
+            self.samples += size_of(self._caller, batch)
             if self._max_samples is not None and self.samples >= self._max_samples:
                 return
 
     def _batches(self) -> Iterator[Any]:
         data = self._data
         if self._whole:
-            for start in range(0, size_of(data), self._batch_size):
+            for start in range(0, size_of(self._caller, data), self._batch_size):
                 part = slice(start, start + self._batch_size)
                 yield tree.map_structure(lambda values, part=part: values[part], data)
         elif isinstance(data, keras.utils.PyDataset):
@@ -69,9 +69,19 @@ class Batches:
             yield from data
 
 
-def size_of(batch: Any) -> int:
+def size_of(caller: str, batch: Any) -> int:
     """Return the number of samples in a batch: the first dimension of its first array."""
-    return int(tree.flatten(batch)[0].shape[0])
+    for part in tree.flatten(batch):
+        if getattr(part, "shape", ()):
+            return int(part.shape[0])
+    raise _no_arrays(caller, batch)
+
+
+def _no_arrays(caller: str, batch: Any) -> TypeError:
+    return TypeError(
+        f"{caller} expects batches of arrays whose first axis is the samples, got {type(batch).__name__} without any. "
+        "Pass arrays, or a list of batches, each an array, a tuple (x, y) or a dict of arrays."
+    )
 
 
 def default_forward(caller: str) -> Forward:
@@ -82,12 +92,8 @@ def default_forward(caller: str) -> Forward:
     """
 
     def forward(model: Any, batch: Any) -> Any:
+        size_of(caller, batch)  # fails for a batch without arrays
         inputs = inputs_of(model, batch)
-        if not tree.flatten(inputs):
-            raise TypeError(
-                f"{caller} expects batches with arrays, got {type(batch).__name__} without any. "
-                "Pass forward=lambda model, batch: ... to call the model yourself."
-            )
         return model(inputs, training=False)
 
     return forward

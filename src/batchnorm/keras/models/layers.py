@@ -129,6 +129,12 @@ def channel_axis(layer: Any, rank: int) -> int:
     return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
 
 
+def largest(dtype: str) -> float:
+    """Return the largest finite value of a variable's dtype, as Keras names it."""
+    known: dict[str, Any] = {"float16": np.float16, "float64": np.float64}
+    return float(np.finfo(known.get(dtype, np.float32)).max)  # bfloat16 has nearly the range of float32
+
+
 def has_own_call(layer: Any, kind: type[Any]) -> bool:
     """Return whether a subclass of `kind` computes something else."""
     return type(layer).call is not kind.call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,14 +92,19 @@ class Observer:
                 put_statistics(found.module, statistics)
 
     def _call(self, number: int, layer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        signature = inspect.signature(original)
+
+        def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(inputs, *args, **kwargs)
             if self.statistics_for is not None:
                 at = LayerCall(number, self.calls[number])
                 self.calls[number] += 1
-                if training:
+                if given.arguments.get("training"):
                     self.trained.add(number)
-                put_statistics(layer, self.statistics_for(at, _input(layer, inputs, mask)))
-            return original(inputs, training=False, mask=mask)
+                put_statistics(layer, self.statistics_for(at, _input(layer, inputs, given.arguments.get("mask"))))
+            if "training" in signature.parameters:  # a subclass may have a call of its own without it
+                given.arguments["training"] = False
+            return original(*given.args, **given.kwargs)
 
         return call
 
@@ -115,7 +121,14 @@ def put_statistics(layer: Any, statistics: Statistics) -> None:
 
 
 def _input(layer: Any, inputs: Any, mask: Any) -> Input:
-    x = as_numpy(inputs)
+    try:
+        x = as_numpy(inputs)
+    except (TypeError, NotImplementedError, AttributeError) as error:  # of JAX and of TensorFlow
+        raise TypeError(
+            f"{layer.name} expects an input with values, got {type(inputs).__name__}, as in a compiled function or a "
+            "loop of the backend. Pass a forward= that calls the model itself, not model.predict, or leave the layer "
+            "out by only=."
+        ) from error
     if x.dtype.kind not in "fiub":  # such as bfloat16 of ml_dtypes
         x = x.astype(np.float64)
     axis = layer.axis % x.ndim

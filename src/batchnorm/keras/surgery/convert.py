@@ -59,7 +59,11 @@ def convert(
         own = layer.get_config()
         if type(layer) is to and all(own.get(name) == value for name, value in options.items()):
             raise Left("it is one already")
-        return NewLayer(to, {**_configuration(layer, to, own), **options})
+        config = {**_configuration(layer, to, own), **options}
+        for option, variable in (("scale", "gamma"), ("center", "beta")):
+            if getattr(layer, variable) is not None and not config[option]:
+                raise Left(f"its {variable} would be lost with {option}={config[option]}")
+        return NewLayer(to, config)
 
     return replace_layers("convert", model, choose, only=only)
 

@@ -56,7 +56,7 @@ def replace_layers(
         except Left as reason:
             left.append(Change.unchanged(found.path, was, str(reason)))
             continue
-        new.kind.from_config(dict(new.config))  # fails for options that the class refuses, before anything is copied
+        _check_options(caller, new)
         makers[id(layer)] = partial(new.kind.from_config, new.config)
         changed.append(Change(found.path, was, new.now or describe(layer, new.kind), new.reason))
     copy = copied(caller, model, makers)
@@ -65,6 +65,18 @@ def replace_layers(
     compiled = getattr(model, "compiled", False)
     notes = ("the copy is not compiled: call compile() before you train it",) if compiled else ()
     return Result(copy.model, Report(caller, tuple(changed), tuple(left), notes=notes))
+
+
+def _check_options(caller: str, new: NewLayer) -> None:
+    """Check that the class takes the configuration, before anything is copied."""
+    try:
+        new.kind.from_config(dict(new.config))
+    except TypeError as error:
+        reason = " ".join(str(error).rpartition("Exception encountered:")[2].split()).rstrip(".")
+        raise TypeError(
+            f"{caller} expects options that {new.kind.__name__} takes, got others: {reason}. Pass arguments of its "
+            "constructor."
+        ) from error
 
 
 def copy_variables(old: Any, new: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from keras import activations, layers
 from numpy.typing import NDArray
 
-from batchnorm.keras.models.layers import array, channel_axis, has_own_call, named
+from batchnorm.keras.models.layers import array, channel_axis, has_own_call, largest, named
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -143,9 +143,8 @@ class Linear:
             CannotFold: One is not.
         """
         dtype = self.layer.variable_dtype
-        largest = {"float16": 65504.0, "float64": np.finfo(np.float64).max}.get(dtype, float(np.finfo(np.float32).max))
         values = [*self.kernels.values(), *([] if self.bias is None else [self.bias])]
-        if any(not (np.abs(value) <= largest).all() for value in values):
+        if any(not (np.abs(value) <= largest(dtype)).all() for value in values):
             raise CannotFold(f"the weights of {self.name} would not be finite in {dtype}")
 
 

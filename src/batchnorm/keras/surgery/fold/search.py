@@ -50,6 +50,7 @@ class Graph:
     def __init__(self, model: Any) -> None:
         self.calls = [_call(node) for node in nodes_of(model) if not node.is_input]
         self.results = {id(tensor) for tensor in model.outputs}
+        self._joined: dict[int, set[int]] = {}
 
     def writer(self, tensor: Any) -> Call | None:
         """Return the call that computes the tensor; None for the model's inputs."""
@@ -59,10 +60,15 @@ class Graph:
         """Return the calls that read the tensor."""
         return [call for call in self.calls if not call.gone and any(t is tensor for t in call.inputs)]
 
+    def ids(self, tensor: Any) -> set[int]:
+        """Return the ids of the tensor, and of the results of removed calls that are this tensor now."""
+        return self._joined.get(id(tensor), {id(tensor)})
+
     def remove(self, call: Call) -> None:
         """Let the readers of the call's result read its input."""
         source, result = call.inputs[0], call.results[0]
         call.gone = True
+        self._joined[id(source)] = self.ids(source) | self.ids(result)
         for reader in self.readers(result):
             reader.inputs = [source if tensor is result else tensor for tensor in reader.inputs]
         if id(result) in self.results:
@@ -106,7 +112,7 @@ class Search:
     Attributes:
         model: The model.
         refused: Batch normalization that must stay, by the layer's id, with the reason.
-        folds: The folds, in the model's order.
+        folds: The folds, in the order in which they were found.
         left: The reasons why other layers stay.
         weights: The new weights of layers, by the layer's id.
     """
@@ -120,17 +126,26 @@ class Search:
     def __post_init__(self) -> None:
         graphs = [Graph(model) for model in _graphs(self.model)]
         self._times = Counter(id(call.operation) for graph in graphs for call in graph.calls)
-        for found in norm_layers(self.model):
-            layer = found.module
-            place = next(((graph, call) for graph in graphs for call in graph.calls if call.operation is layer), None)
-            try:
-                if id(layer) in self.refused:
-                    raise CannotFold(self.refused[id(layer)])
-                if place is None:
-                    raise CannotFold("it is inside a layer whose call is Python code")
-                self._fold(found, *place)
-            except CannotFold as reason:
-                self.left[id(layer)] = str(reason)
+        layers, known = norm_layers(self.model), 0
+        while len(layers) != known:  # a fold may remove the layer that was next to another one
+            known = len(layers)
+            layers = [found for found in layers if not self._try(found, graphs)]
+
+    def _try(self, found: Found, graphs: list[Graph]) -> bool:
+        """Fold a layer, or note why it stays."""
+        layer = found.module
+        place = next(((graph, call) for graph in graphs for call in graph.calls if call.operation is layer), None)
+        try:
+            if id(layer) in self.refused:
+                raise CannotFold(self.refused[id(layer)])
+            if place is None:
+                raise CannotFold("it is inside a layer whose call is Python code")
+            self._fold(found, *place)
+        except CannotFold as reason:
+            self.left[id(layer)] = str(reason)
+            return False
+        self.left.pop(id(layer), None)
+        return True
 
     def _fold(self, found: Found, graph: Graph, call: Call) -> None:
         layer = found.module
@@ -173,7 +188,7 @@ class Search:
         fold.same += call.results
         tensor, reader = call.inputs[0], call
         while True:
-            fold.changed.add(id(tensor))
+            fold.changed |= graph.ids(tensor)
             others = [other for other in graph.readers(tensor) if other is not reader]
             if others:
                 raise CannotFold(f"its input is also read by {others[0].name}")
@@ -195,7 +210,7 @@ class Search:
         self._into_readers(graph, call.results[0], s, fold)
 
     def _into_readers(self, graph: Graph, tensor: Any, s: ScaleShift, fold: Fold) -> None:
-        fold.changed.add(id(tensor))
+        fold.changed |= graph.ids(tensor)
         if id(tensor) in graph.results:
             raise CannotFold("it is a result of the model")
         for reader in graph.readers(tensor):
