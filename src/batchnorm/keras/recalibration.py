@@ -128,7 +128,7 @@ def _select(model: Any, only: Choice | None) -> tuple[list[Found], list[Change]]
 
 
 def _measure(model: Any, layers: list[Found], batches: Batches, forward: Forward) -> dict[LayerCall, Moments]:
-    observer = Observer(layers)
+    observer = Observer(model, layers)
     calls: dict[LayerCall, Moments] = {}
 
     def statistics_for(call: LayerCall, given: Input) -> Statistics:

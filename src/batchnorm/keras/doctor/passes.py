@@ -50,7 +50,7 @@ class KerasPasses(Runs):
         self._forward = forward or default_forward("diagnose")
         self._sees_training = forward is None
         self._moving = [statistics_of(each.module) for each in found]
-        self._observer = Observer(found)
+        self._observer = Observer(model, found)
         self._batches: list[Any] = []  # not `kept`, which the search for padding reads with channels first
 
     @property

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+from keras.backend import backend
 from numpy.typing import NDArray
 
 from batchnorm.keras.models.layers import Found, array, as_numpy
@@ -56,13 +57,15 @@ class Observer:
     """Makes layers show their inputs and normalize by chosen statistics, in evaluation.
 
     Attributes:
+        model: The model.
         layers: The layers.
         statistics_for: Returns the statistics for a call; None leaves the layers alone.
         calls: The number of calls of each layer in this forward pass.
         trained: The layers that were called in training in this forward pass.
     """
 
-    def __init__(self, layers: Sequence[Found]) -> None:
+    def __init__(self, model: Any, layers: Sequence[Found]) -> None:
+        self.model = model
         self.layers = layers
         self.statistics_for: StatisticsFor | None = None
         self.calls: Counter[int] = Counter()
@@ -77,12 +80,18 @@ class Observer:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Observe the layers in the block. Their moving statistics are restored at its end, also after an exception."""
+        # If `model.predict` fails on JAX, Keras leaves its variables without values.
+        values = [(variable, as_numpy(variable)) for variable in self.model.variables] if backend() == "jax" else []
         former = [statistics_of(found.module) for found in self.layers]
         own = [vars(found.module).get("call") for found in self.layers]
         try:
             for number, found in enumerate(self.layers):
                 vars(found.module)["call"] = self._call(number, found.module, found.module.call)
             yield
+        except BaseException:
+            for variable, value in values:
+                variable.assign(value)
+            raise
         finally:
             for found, call, statistics in zip(self.layers, own, former, strict=True):
                 if call is None:
