@@ -110,7 +110,9 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
     def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         if target_of(architecture).backend != "cuda":
             options.pop("maxnreg", None)  # of CUDA only
-        kernel = run(function, *args, grid=grid, warmup=True, **options)
+        function.device_caches[driver.active.get_current_device()]  # sets `compile`, the first time on a device
+        with mock.patch.object(function, "compile", _trace if frontend else triton.compiler.compile):
+            kernel = run(function, *args, grid=grid, warmup=True, **options)
         arguments = dict(zip(function.arg_names, args, strict=False)) | options
         warps = arguments.pop("num_warps")
         found.append(Launch(function.__name__.removesuffix("_kernel"), grid[0], arguments, warps, kernel))
@@ -118,7 +120,6 @@ def launches(architecture: str, processors: int = 132, *, frontend: bool = False
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(driver, "_active", _Driver(architecture, frontend)),
-        mock.patch.object(triton.compiler, "compile", _trace if frontend else triton.compiler.compile),
         mock.patch.object(tiling, "multiprocessors", return_value=processors),
     ):
         yield found
