@@ -150,7 +150,6 @@ def normalize(
     activation: str = "none",
     negative_slope: float = 0.01,
     alpha: float = 1.0,
-    caller: str = "normalize",
 ) -> Array:
     """Normalize each channel by given statistics, as at inference, then add `residual` and apply `activation`.
 
@@ -169,7 +168,6 @@ def normalize(
         activation: The name of f, as for `batch_norm`.
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu".
-        caller: The name at the start of error messages.
 
     Returns:
         y of x's shape and dtype, differentiable in every array.
@@ -186,6 +184,28 @@ def normalize(
         >>> normalize(x, mean=jnp.array([1.0, 10.0]), var=jnp.array([1.0, 100.0])).round(4).tolist()
         [[0.0, 0.0], [2.0, 2.0]]
     """
+    return infer(
+        "normalize", x, mean, var, weight, bias, residual,
+        axis=axis, eps=eps, activation=activation, negative_slope=negative_slope, alpha=alpha,
+    )  # fmt: skip
+
+
+def infer(
+    caller: str,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    *,
+    axis: int,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    alpha: float,
+) -> Array:
+    """Return y of `normalize`, for layers; `caller` is the name at the start of error messages."""
     x = checks.checked_input(caller, x)
     at = checks.attributes(caller, x, axis, eps, activation, negative_slope, alpha)
     vectors = {"mean": mean, "var": var, "weight": weight, "bias": bias}

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from batchnorm._options import ON_NONFINITE, check_choice
 from batchnorm.jax.activations import ACTIVATIONS
-from batchnorm.jax.function import normalize, train
+from batchnorm.jax.function import infer, train
 from batchnorm.jax.training import Statistics
 
 CALLER = "BatchNorm"
@@ -56,9 +56,9 @@ def evaluate(
     x: Array, running: Running, scale: Array | None, bias: Array | None, residual: Array | None, options: Options
 ) -> Array:
     """Return y by the running statistics."""
-    return normalize(
-        x, *running, scale, bias, _like(x, residual), axis=options.axis, eps=options.epsilon,
-        activation=options.activation, negative_slope=options.negative_slope, alpha=options.alpha, caller=CALLER,
+    return infer(
+        CALLER, x, *running, scale, bias, _like(x, residual), axis=options.axis, eps=options.epsilon,
+        activation=options.activation, negative_slope=options.negative_slope, alpha=options.alpha,
     )  # fmt: skip
 
 
