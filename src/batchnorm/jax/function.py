@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from batchnorm.jax import checks, composition, training
-from batchnorm.jax.composition import Kept
+from batchnorm.jax.composition import Attributes, Kept
 from batchnorm.jax.training import Peers, Statistics
 
 
@@ -184,10 +184,9 @@ def normalize(
         >>> normalize(x, mean=jnp.array([1.0, 10.0]), var=jnp.array([1.0, 100.0])).round(4).tolist()
         [[0.0, 0.0], [2.0, 2.0]]
     """
-    return infer(
-        "normalize", x, mean, var, weight, bias, residual,
-        axis=axis, eps=eps, activation=activation, negative_slope=negative_slope, alpha=alpha,
-    )  # fmt: skip
+    x = checks.checked_input("normalize", x)
+    at = checks.attributes("normalize", x, axis, eps, activation, negative_slope, alpha)
+    return infer("normalize", x, mean, var, weight, bias, residual, at)
 
 
 def infer(
@@ -198,16 +197,9 @@ def infer(
     weight: Array | None,
     bias: Array | None,
     residual: Array | None,
-    *,
-    axis: int,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    alpha: float,
+    at: Attributes,
 ) -> Array:
-    """Return y of `normalize`, for layers; `caller` is the name at the start of error messages."""
-    x = checks.checked_input(caller, x)
-    at = checks.attributes(caller, x, axis, eps, activation, negative_slope, alpha)
+    """Return y of `normalize`, for layers. `caller` is the name in error messages; x and `at` are checked already."""
     vectors = {"mean": mean, "var": var, "weight": weight, "bias": bias}
     found = {name: checks.checked_vector(caller, name, vector, x, at.axis) for name, vector in vectors.items()}
     kept = Kept(x, checks.checked_residual(caller, residual, x), mean_low=None, **found)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from batchnorm._options import ON_NONFINITE, check_choice
+from batchnorm.jax import checks
 from batchnorm.jax.activations import ACTIVATIONS
 from batchnorm.jax.function import infer, train
 from batchnorm.jax.training import Statistics
@@ -56,10 +57,11 @@ def evaluate(
     x: Array, running: Running, scale: Array | None, bias: Array | None, residual: Array | None, options: Options
 ) -> Array:
     """Return y by the running statistics."""
-    return infer(
-        CALLER, x, *running, scale, bias, _like(x, residual), axis=options.axis, eps=options.epsilon,
-        activation=options.activation, negative_slope=options.negative_slope, alpha=options.alpha,
-    )  # fmt: skip
+    x = checks.checked_input(CALLER, x)
+    at = checks.attributes(
+        CALLER, x, options.axis, options.epsilon, options.activation, options.negative_slope, options.alpha
+    )
+    return infer(CALLER, x, *running, scale, bias, _like(x, residual), at)
 
 
 def step(
