@@ -99,10 +99,13 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """`seen`, `not seen`, or `not decided here`."""
-        if self.low > (1 if self.unit == "×" else 0) and self.mean >= self.worth:
+        """`seen`, `smaller than claimed`, `not seen`, or `not decided here`."""
+        exists = self.low > (1 if self.unit == "×" else 0)
+        if exists and self.mean >= self.worth:
             return "seen"
-        return "not seen" if self.high < self.worth else "not decided here"
+        if self.high >= self.worth:
+            return "not decided here"
+        return "smaller than claimed" if exists else "not seen"
 
     @property
     def figures(self) -> str:

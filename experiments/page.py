@@ -39,7 +39,7 @@ NAMES = (
     "leakage",
 )
 PAGE = ROOT / "docs" / "experiments.md"
-VERDICTS = ("seen", "not seen", "not decided here", "not run")
+VERDICTS = ("seen", "smaller than claimed", "not seen", "not decided here", "not run")
 DATA = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 INTRODUCTION = """\
 This page tests twelve claims about batch normalization, most of them from papers. Each test uses real data and small
@@ -56,9 +56,12 @@ How to read the results:
   other networks and other data sets.
 - **Worth**: the smallest effect that would support the claim in practice, chosen before the measurements. If some
   measurements came first, the file of the experiment says so.
-- **Seen**: the effect is at least its worth, and its interval excludes zero effect. **Not seen**: the whole interval is
-  below the worth. **Not decided here**: neither. The verdict on a claim is the verdict on its first effect. "Not seen"
-  applies to the setting of the test, not to the authors' own setting.
+- **Seen**: the effect is at least its worth, and its whole interval is above zero effect (above 0, or above 1×).
+  **Smaller than claimed**: the whole interval is above zero effect, but below the worth. **Not seen**: the whole
+  interval is below the worth, and it includes or is below zero effect. **Not decided here**: anything else; the
+  interval includes the worth, so more seeds could decide.
+- The verdict on a claim is the verdict on its first effect. It applies to the setting of the test, not to the authors'
+  own setting.
 
 Each experiment is one file, which explains at its top why the comparison is fair. `make experiments` runs all trainings
 that have no results yet and writes this page. The command at the end of each section runs one experiment. `--full` runs

@@ -40,6 +40,27 @@ def test_the_committed_summary_is_made_of_the_committed_records(name):
     assert (claim.PICTURES / f"{name}.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("unit", "low", "mean", "high", "verdict"),
+    [
+        ("×", 1.37, 1.55, 1.74, "smaller than claimed"),
+        ("×", 1.04, 1.45, 2.02, "not decided here"),  # the effect exists; whether it reaches its worth is open
+        ("×", 0.99, 1.12, 1.28, "not seen"),
+        ("×", 0.81, 0.85, 0.90, "not seen"),
+        ("×", 1.89, 2.12, 2.38, "seen"),
+        ("×", 0.90, 2.12, 5.00, "not decided here"),
+        ("points", 0.10, 0.20, 0.30, "smaller than claimed"),  # 0 is zero effect, and not 1
+        ("points", -0.10, 0.20, 0.30, "not seen"),
+        ("points", 0.00, 0.20, 0.40, "not seen"),
+        ("points", 1.00, 1.50, 2.00, "not decided here"),
+        ("points", 1.00, 2.00, 3.00, "seen"),
+    ],
+)
+def test_the_verdict_compares_the_interval_with_zero_effect_and_with_the_worth(unit, low, mean, high, verdict):
+    assert claim.Effect("Errors", unit, 2, [], mean, low, high).verdict == verdict
+    assert verdict in page.VERDICTS
+
+
 def test_misses_stand_on_the_page_as_plainly_as_hits():
     def result(name, values):
         effect = claim.Effect.over("Errors", values, unit="points", worth=1)
@@ -51,12 +72,17 @@ def test_misses_stand_on_the_page_as_plainly_as_hits():
             "found": "So.",
         }
 
-    values = {"dropout": [2.0, 2.1], "noise": [-2.0, -2.1], "leakage": [-9.0, 9.0]}
+    values = {"dropout": [2.0, 2.1], "noise": [-2.0, -2.1], "leakage": [-9.0, 9.0], "domains": [0.5, 0.51]}
     text = page.page({name: result(name, found) for name, found in values.items()}, {"noise": "| further |"})
-    assert "Of the 12: 1 seen, 1 not seen, 1 not decided here, 9 not run." in text
+    assert "Of the 12: 1 seen, 1 smaller than claimed, 1 not seen, 1 not decided here, 8 not run." in text
     rows = [line for line in text.splitlines() if line.startswith(tuple(f"| {number} |" for number in range(1, 13)))]
     verdicts = {name: row.split("**")[1] for name, row in zip(page.NAMES, rows, strict=True)}
-    expected = {"dropout": "seen", "noise": "not seen", "leakage": "not decided here"}
+    expected = {
+        "dropout": "seen",
+        "noise": "not seen",
+        "leakage": "not decided here",
+        "domains": "smaller than claimed",
+    }
     assert verdicts == {name: expected.get(name, "not run") for name in page.NAMES}
     assert "Errors: −2.05 points (−2.69 to −1.41)" in rows[page.NAMES.index("noise")]
     for name, verdict in expected.items():
