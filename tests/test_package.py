@@ -194,6 +194,28 @@ def test_a_function_is_not_hidden_by_a_module_that_is_imported_later():
     assert callable(batchnorm.recalibrate) and callable(batchnorm.doctor.watch)
 
 
+def test_every_documented_module_is_an_attribute():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: batchnorm\.([a-z]+)", pages, re.MULTILINE))
+    assert documented and documented <= set(batchnorm._MODULES)
+
+
+ON_DEMAND = """
+from functools import reduce
+import batchnorm
+for name in {names}:
+    assert reduce(getattr, name.split("."), batchnorm).__name__ == "batchnorm." + name, name
+"""
+
+
+def test_importing_the_package_makes_every_module_an_attribute():
+    # Keras and Lightning take seconds to import, and are reached in the same way.
+    names = {*batchnorm._MODULES, "models.report", "surgery.prune", "integrations.transformers"} - {"jax", "keras"}
+    if all(map(importlib.util.find_spec, ("jax", "flax"))):
+        names |= {"jax", "jax.linen", "jax.nnx"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ON_DEMAND.format(names=sorted(names))], check=True)
+
+
 def test_type_checkers_see_every_name():
     tree = ast.parse(Path(batchnorm.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from batchnorm import integrations as integrations
     from batchnorm import jax as jax
     from batchnorm import keras as keras
+    from batchnorm import models as models
     from batchnorm import moments as moments
     from batchnorm import nn as nn
     from batchnorm import ops as ops
@@ -116,6 +117,7 @@ _MODULES = (
     "integrations",
     "jax",
     "keras",
+    "models",
     "moments",
     "nn",
     "ops",
@@ -131,6 +133,7 @@ _FRAMEWORKS = {
     "backends": None,
     "jax": "jax",
     "keras": "keras",
+    "models": None,
     "reference": None,
     "state": None,
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 _NAMES = {"torch": "PyTorch", "jax": "JAX", "flax": "Flax", "keras": "Keras"}
 
@@ -41,3 +43,14 @@ def required_by(what: str) -> Iterator[None]:
             f"{what} needs {_NAMES[framework]}, which is not installed; run pip install 'batchnorm[{framework}]'.",
             name=framework,
         ) from (error.__cause__ if isinstance(error, MissingFrameworkError) else error)
+
+
+def modules_on_demand(package: str, *names: str) -> Callable[[str], ModuleType]:
+    """Return a package's `__getattr__`, which imports these modules of it when they are first used."""
+
+    def attribute(name: str) -> ModuleType:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return import_module(f"{package}.{name}")
+
+    return attribute

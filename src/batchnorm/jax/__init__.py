@@ -5,9 +5,17 @@
 - `kernels`: the operators on the CPU, by XLA's foreign function interface.
 """
 
-from batchnorm._frameworks import required_by
+from typing import TYPE_CHECKING
+
+from batchnorm._frameworks import modules_on_demand, required_by
+
+if TYPE_CHECKING:
+    from batchnorm.jax import linen as linen
+    from batchnorm.jax import nnx as nnx
 
 with required_by("batchnorm.jax"):
     from batchnorm.jax.function import batch_norm, normalize
+
+__getattr__ = modules_on_demand(__name__, "linen", "nnx")
 
 __all__ = ["batch_norm", "normalize"]

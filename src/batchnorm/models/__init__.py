@@ -24,3 +24,12 @@ Functions that change a model:
     gate: How much error folding may add; imports no framework.
     arrays: Values of any framework as arrays.
 """
+
+from typing import TYPE_CHECKING
+
+from batchnorm._frameworks import modules_on_demand
+
+if TYPE_CHECKING:
+    from batchnorm.models import report as report
+
+__getattr__ = modules_on_demand(__name__, "report")

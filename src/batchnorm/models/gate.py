@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.models.arrays import as_array
-from batchnorm.models.report import FoldError
+from batchnorm.models.report import FLOAT64, FoldError
 
 # The relative error that one fold may make, whatever the original's own error, by the name of the dtype.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
@@ -23,7 +23,7 @@ class Results(NamedTuple):
     Attributes:
         own: By the original.
         folded: By the folded network.
-        exact: By the original in float64.
+        exact: By the reference: the original in float64, if it can run there.
     """
 
     own: Sequence[Any]
@@ -32,7 +32,7 @@ class Results(NamedTuple):
 
 
 class Error(NamedTuple):
-    """Largest errors against float64, relative to the largest value.
+    """Largest errors against the reference, relative to the largest value.
 
     Attributes:
         before: The original's error.
@@ -85,14 +85,15 @@ def relative(found: Any, exact: Any) -> float:
     return difference / largest if largest else difference
 
 
-def check_whole(error: Error, tolerance: float) -> None:
-    """Check the whole folded network.
+def check_whole(error: Error, tolerance: float, reference: str = FLOAT64) -> None:
+    """Check the whole folded network, whose error was measured against `reference`.
 
     Raises:
         FoldError: Its results are not the original's.
     """
     if not error.allowed(tolerance, AMPLIFICATION):
         raise FoldError(
-            f"the folded network must give the original's results, but its error is {error.after:.1e}, and the "
-            f"original's own error is {error.before:.1e}. Nothing was changed; please report the network."
+            f"the folded network must give the original's results, but its error against {reference} is "
+            f"{error.after:.1e}, and the original's own error is {error.before:.1e}. Nothing was "
+            "changed; please report the network."
         )

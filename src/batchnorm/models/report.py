@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from batchnorm.reference.statistics import Moments as ArrayMoments
 
 R = TypeVar("R", bound="Report", covariant=True)
+FLOAT64 = "float64"
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,32 @@ class Report:
         return [(c.path or "(model)", c.was, now or c.now, c.reason) for c in changes]
 
 
-@dataclass(frozen=True)
-class Result(Generic[R]):
-    """The changed model and the report; unpacks as `model, report = convert(model, ...)`."""
+class Result(tuple[Any, R], Generic[R]):
+    """The pair of the changed model and the report: `model, report = convert(model, ...)`.
 
-    model: Any
-    report: R
+    Every function that changes a model returns one. `result.model` is `result[0]`, and `result.report` is `result[1]`.
+    """
 
-    def __iter__(self) -> Iterator[Any]:
-        yield self.model
-        yield self.report
+    __slots__ = ()
+
+    def __new__(cls, model: Any, report: R) -> Result[R]:  # noqa: D102  (the class documents it)
+        return super().__new__(cls, (model, report))
+
+    def __getnewargs__(self) -> tuple[Any, R]:
+        return self[0], self[1]
+
+    def __repr__(self) -> str:
+        return f"Result(model={self.model!r}, report={self.report!r})"
+
+    @property
+    def model(self) -> Any:
+        """The changed model."""
+        return self[0]
+
+    @property
+    def report(self) -> R:
+        """What was changed, what was left, and why."""
+        return self[1]
 
 
 class FoldError(RuntimeError):
@@ -100,9 +117,10 @@ class FoldReport(Report):
             traced as a whole, and its parts were folded, for every size; "fixed": the result takes the example's size
             only. For an ONNX graph, the program that ran it: "onnxruntime", "onnxruntime, in float32" or
             "onnx.reference". For a Keras model, "graph".
-        error: Largest relative error of the folded network against the original in float64, over the example and a
-            random input.
-        error_before: The same error of the original in its own dtype.
+        error: Largest relative error of the folded network against the reference, over the example and a random input.
+        error_before: The same error of the original, run in its own dtype.
+        reference: What both were compared with: "float64", which is the original in float64; another run of the
+            original, in words, if it cannot run in float64; "" if there was nothing to compare.
         remaining: Batch normalizations that one forward pass still runs on their own, counted at the dispatcher.
         before: Batch normalizations that one forward pass of the original runs.
         fused: Batch normalizations that became one operation with the addition or activation that follows them.
@@ -111,6 +129,7 @@ class FoldReport(Report):
     how: str = ""
     error: float = 0.0
     error_before: float = 0.0
+    reference: str = ""
     remaining: int = 0
     before: int = 0
     fused: int = 0
@@ -120,13 +139,11 @@ class FoldReport(Report):
         kept = f"{self.remaining} left"
         if self.fused:
             kept += f", {self.fused} fused with following operations"
-        return "\n".join(
-            [
-                f"{self.verb}: of {self.before} batch normalizations in a forward pass, {kept}",
-                f"relative error against float64: {self.error:.1e}; before folding: {self.error_before:.1e}",
-                *map(printable, self.notes),
-            ]
-        )
+        lines = [f"{self.verb}: of {self.before} batch normalizations in a forward pass, {kept}"]
+        if self.reference:
+            errors = f"{self.error:.1e}; before folding: {self.error_before:.1e}"
+            lines.append(f"relative error against {self.reference}: {errors}")
+        return "\n".join([*lines, *map(printable, self.notes)])
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,21 @@ def test_nothing_to_fold_gives_the_network_back() -> None:
     folded, report = fold(model, torch.randn(IMAGE))
     assert (report.before, report.remaining, report.changed, report.left) == (0, 0, (), ())
     assert_equal(folded, model, torch.randn(IMAGE))
+    assert "error" not in str(report)  # nothing was compared
+
+
+class OnlyFloat32(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return x
+
+
+def test_a_network_that_float64_cannot_run_is_compared_with_the_original() -> None:
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), OnlyFloat32()))
+    _, report = fold(model, torch.randn(IMAGE))
+    assert report.remaining == 0 and report.error < 1e-6
+    assert str(report).splitlines()[1].startswith("relative error against the original itself")
 
 
 def test_the_report_prints_the_place_of_each_fold() -> None:

@@ -15,7 +15,7 @@ from batchnorm.keras.surgery.fold.linear import Linear
 from batchnorm.keras.surgery.fold.search import Search, has_activation
 from batchnorm.keras.surgery.fold.trial import Values, in_float64, random_inputs, values_of
 from batchnorm.models.gate import AMPLIFICATION, Error, Results, check_whole, tolerance_for
-from batchnorm.models.report import Change, FoldReport, Result
+from batchnorm.models.report import FLOAT64, Change, FoldReport, Result
 
 
 def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | None = None) -> Result[FoldReport]:
@@ -89,7 +89,7 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
             left.append(Change.unchanged(layer.path, was, search.left[key]))
     report = FoldReport(
         "fold", tuple(changed), tuple(left), how="graph", error=whole.after, error_before=whole.before,
-        remaining=len(left), before=len(found),
+        reference=FLOAT64, remaining=len(left), before=len(found),
     )  # fmt: skip
     return Result(copy.model, report)
 

@@ -6,26 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from batchnorm.models.report import FoldReport
+from batchnorm.models.report import FoldReport, Result
 
 if TYPE_CHECKING:
     import onnx
 
 PACKAGES = ("onnx", "onnxruntime")
-
-
-class OnnxResult(NamedTuple):
-    """A folded model and its report.
-
-    Attributes:
-        model: The folded model, including all its weights.
-        report: The result for every batch normalization.
-    """
-
-    model: onnx.ModelProto
-    report: FoldReport
 
 
 def fold_onnx(
@@ -35,7 +23,7 @@ def fold_onnx(
     inputs: Mapping[str, Any] | Sequence[Any] | Any | None = None,
     tolerance: float | None = None,
     overwrite: bool = True,
-) -> OnnxResult:
+) -> Result[FoldReport]:
     """Return the ONNX model without batch normalization, for inference, and a report of each one.
 
     This is `batchnorm.fold` for ONNX. Each batch normalization moves backward into the Conv, ConvTranspose, Gemm or
@@ -106,7 +94,7 @@ def fold_onnx(
     report = fold_in_place(working, inputs, tolerance)
     if target is not None:
         files.write(working, target, external=external, overwrite=overwrite)
-    return OnnxResult(working, report)
+    return Result(working, report)
 
 
 def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto
 
 from batchnorm.models import gate
-from batchnorm.models.report import Change, FoldError, FoldReport
+from batchnorm.models.report import FLOAT64, Change, FoldError, FoldReport
 from batchnorm.surgery.fold.moves import Shape
 from batchnorm.surgery.fold.onnx.emit import emit
 from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, opset_version, subgraphs
@@ -55,10 +55,10 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     except Exception:  # they break some models
         plain = True
         own = runner.run(model, *runs, plain=plain)
-    right = exact(model, *runs)
+    right, reference = exact(model, *runs), FLOAT64
     if right is None:  # then the original's error is the effect of ONNX Runtime's optimizations
         right = runner.run(model, *runs)
-        notes = (*notes, "compared with the original in its own type: some of its operators do not support float64")
+        reference = "the original in its own type, without optimizations (in float64 it fails or is slow)"
     values, shapes = _everything(model, runs, runner)
     network = OnnxNetwork(model, values, shapes)
     limit = gate.tolerance_for(tolerance, _dtypes(model))
@@ -72,7 +72,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     except Exception as error:
         raise FoldError(f"the folded model must run, but: {error}. Please report the model.") from error
     errors = _error(own, found, right)
-    gate.check_whole(errors, limit)
+    gate.check_whole(errors, limit, reference)
     inner = [
         Change(node.name or node.output[0], NORM, NORM, f"it is in {where}, which is not searched")
         for where, node in _norms(model)
@@ -85,6 +85,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
         how=runner.how,
         error=errors.after,
         error_before=errors.before,
+        reference=reference,
         before=total,
         remaining=sum(1 for _ in _norms(model)),
         notes=notes,

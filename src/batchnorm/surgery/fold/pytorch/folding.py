@@ -19,7 +19,7 @@ from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.outputs import outputs
 from batchnorm.models.recording import fewer_samples
-from batchnorm.models.report import Change, FoldReport, Result
+from batchnorm.models.report import FLOAT64, Change, FoldReport, Result
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
 from batchnorm.surgery.fold.pytorch.counting import count_batch_norms
@@ -115,7 +115,7 @@ def _fold_checked(
     few, _ = fewer_samples(working, inputs, SAMPLES, original.for_example)
     found = _folded(working, few, original)
     errors = original.compared(found.model)
-    gate.check_whole(errors, original.limit)
+    gate.check_whole(errors, original.limit, original.reference)
     left = count_batch_norms(found.model, inputs)
     return found.model, FoldReport(
         "fold",
@@ -124,6 +124,7 @@ def _fold_checked(
         how=found.how,
         error=errors.after,
         error_before=errors.before,
+        reference=original.reference,
         before=total,
         remaining=left.batch_norm,
         fused=left.fused,
@@ -159,6 +160,7 @@ class _Original:
     inputs: tuple[Inputs, ...]
     own: list[Tensor]
     exact: list[Tensor]
+    reference: str
     limit: float
 
     @classmethod
@@ -167,10 +169,11 @@ class _Original:
         own = _results(working, tried)
         try:
             exact = _results(copied(working, share=False).double(), [i.to(torch.float64) for i in tried])
+            reference = FLOAT64
         except Exception:  # it casts by itself, or has no float64 kernels
-            exact = own
+            exact, reference = own, "the original itself, which does not run in float64"
         limit = gate.tolerance_for(tolerance, [t.dtype for t in own if t.is_floating_point()])
-        return cls(tried, own, exact, limit)
+        return cls(tried, own, exact, reference, limit)
 
     @property
     def for_example(self) -> list[Tensor]:
