@@ -1,8 +1,12 @@
-"""Make strings of the user, such as names of layers, safe to print."""
+"""Make strings of the user, such as names of layers, safe to print, and values ready for JSON."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 # Control and format characters, surrogates, and separators of lines and paragraphs.
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -27,3 +31,21 @@ def printable(text: str, *, lines: bool = False) -> str:
         else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
     )
+
+
+def json_values(value: Any) -> Any:
+    """Return nested mappings, sequences and data classes as dicts and lists, with None for numbers that are not finite.
+
+    Examples:
+        >>> json_values({"layers": (1.5, float("nan"))})
+        {'layers': [1.5, None]}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): json_values(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

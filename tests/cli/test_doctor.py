@@ -138,8 +138,10 @@ def test_without_rich_json_is_left(place, capsys, monkeypatch) -> None:
 
 def test_inspect_prints_every_layer(place, capsys) -> None:
     code, out, _ = run(["inspect", f"{place}:build", "--input", "1,3,8,8", "--json"], capsys)
-    (layer,) = json.loads(out)
+    held = json.loads(out)
+    (layer,) = held["layers"]
     assert code == 0
+    assert (held["schema"], held["verb"], held["model"]) == (1, "inspect", "Sequential")
     assert (layer["path"], layer["after"], layer["before"], layer["foldable"]) == ("1", "0 (conv2d)", "relu", True)
     code, out, _ = run(["inspect", f"{place}:build", "--input", "1,3,8,8"], capsys)
     assert code == 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import library_errors, network, random_inputs, shape_of, usage_errors_of
+from batchnorm.cli.reporting import ReportingCommand, print_report
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
 @click.option(
     "--input",
@@ -19,7 +19,7 @@ from batchnorm.cli.loading import library_errors, network, random_inputs, shape_
     "original.",
 )
 @click.pass_context
-def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> None:
+def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...], as_json: bool) -> None:
     r"""Print what `batchnorm.accelerate` changes in a network for training, and what it leaves and why.
 
     This writes nothing. Call `batchnorm.accelerate` in your training script, after you create the network.
@@ -35,4 +35,4 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...]) -> Non
     built = network(model, None, usage_error)
     with library_errors(usage_error):
         _, report = accelerate_network(built, random_inputs(shapes, built, usage_error) or None, inplace=True)
-    print(report)
+    print_report(report, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from batchnorm.cli.about import completion, version_option
 from batchnorm.cli.accelerate import accelerate
 from batchnorm.cli.command import OneLineGroup
 from batchnorm.cli.compare import compare
@@ -14,13 +15,13 @@ from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.standardize import standardize
 
 
+@version_option
 @click.group(
     cls=OneLineGroup,
     invoke_without_command=True,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(package_name="batchnorm")
 @click.pass_context
 def app(ctx: click.Context) -> None:
     """Batch normalization: compare, diagnose, fold, accelerate and recalibrate networks that use it."""
@@ -28,5 +29,5 @@ def app(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (compare, doctor, inspect, fold, accelerate, recalibrate, standardize):
+for command in (compare, doctor, inspect, fold, accelerate, recalibrate, standardize, completion):
     app.add_command(command)

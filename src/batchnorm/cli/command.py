@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from batchnorm.text import printable
 
@@ -44,6 +45,11 @@ class SeveralValues(click.Option):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options["multiple"] = True
         super().__init__(*arguments, **options)
+
+
+def complete_files(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the value as the name of a file; an argument that names a file or an object needs this."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 class OneLineCommand(click.Command):

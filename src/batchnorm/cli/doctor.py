@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchnorm.cli.command import OneLineCommand, OneLineError
+from batchnorm.cli.command import OneLineError, complete_files
 from batchnorm.cli.loading import (
     COUNT,
     UsageErrorMaker,
@@ -22,7 +22,7 @@ from batchnorm.cli.loading import (
     usage_errors_of,
     weights_option,
 )
-from batchnorm.cli.streams import encodable_json
+from batchnorm.cli.reporting import ReportingCommand, print_json
 from batchnorm.cli.writing import check_output
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ _LEVELS = ("note", "warning", "error")
 _PIPED = 120  # columns without a terminal
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
 @weights_option
 @click.option(
     "--data",
+    shell_complete=complete_files,
     metavar="MODULE.PATH:CALLABLE|FILE.npz",
     help="Training batches: a callable that returns an iterable of batches, or a file with x, and y "
     "if there are targets (or x_train and y_train), which is shuffled.",
@@ -61,7 +62,6 @@ _PIPED = 120  # columns without a terminal
     metavar="N",
     help="Number of passes over the data for single layers, in addition to three for all layers.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the diagnosis as JSON.")
 @click.option(
     "-o",
     "--output",
@@ -92,10 +92,10 @@ def doctor(
     batch_size: int,
     max_samples: int,
     budget: int,
-    as_json: bool,
     output: Path | None,
     html: Path | None,
     fail_on: str,
+    as_json: bool,
 ) -> None:
     r"""Find problems with the batch normalization of a network, with evidence and a fix.
 
@@ -129,7 +129,7 @@ def doctor(
             except OSError as error:
                 failed.append(usage_error(f"{path} could not be written", error))
     if as_json:
-        print(encodable_json(found.to_json()))
+        print_json(found.to_json())
     else:
         console().print(found)
     for failure in failed:

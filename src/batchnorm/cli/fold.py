@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from batchnorm.cli import loading
-from batchnorm.cli.command import OneLineCommand
+from batchnorm.cli.command import complete_files
 from batchnorm.cli.loading import UsageErrorMaker, library_errors, shape_of, usage_errors_of, weights_option
+from batchnorm.cli.reporting import ReportingCommand, print_report
 from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from batchnorm.surgery.fold import FoldReport
 
 
-@click.command(cls=OneLineCommand)
-@click.argument("model", metavar="MODEL.pt2|MODEL.onnx|MODULE.PATH:CALLABLE")
+@click.command(cls=ReportingCommand)
+@click.argument("model", metavar="MODEL.pt2|MODEL.onnx|MODULE.PATH:CALLABLE", shell_complete=complete_files)
 @weights_option
 @click.option(
     "--input",
@@ -46,6 +47,7 @@ def fold(
     trust: bool,
     output: Path,
     overwrite: bool,
+    as_json: bool,
 ) -> None:
     r"""Write a network without batch normalization for inference, and print where each layer went.
 
@@ -66,8 +68,7 @@ def fold(
         report = _fold_onnx(Path(model), shapes, output, overwrite, usage_error)
     else:
         report = _fold_torch(model, weights, shapes, trust, output, overwrite, usage_error)
-    print(report)
-    print(f"\nWritten: {output}")
+    print_report(report, as_json, output)
 
 
 def _fold_torch(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.doctor import console
 from batchnorm.cli.loading import library_errors, network, random_inputs, shape_of, usage_errors_of, weights_option
+from batchnorm.cli.reporting import ReportingCommand, print_values
 
 _PIPED = 240  # columns without a terminal
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
 @weights_option
 @click.option(
@@ -24,7 +22,6 @@ _PIPED = 240  # columns without a terminal
     metavar="N,C,H,W",
     help="Shape of the input, such as 1,3,224,224, to find the place of each layer. By default common shapes.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 @click.pass_context
 def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str | None, as_json: bool) -> None:
     r"""Print every layer of batch normalization: its place, settings, and ranges of parameters and statistics.
@@ -41,7 +38,7 @@ def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str |
     with library_errors(usage_error):
         layers = inspect_layers(built, inputs)
     if as_json:
-        print(json.dumps([asdict(layer) for layer in layers], indent=2))
+        print_values("inspect", model=type(built).__name__, layers=layers)
     else:
         shown = console(piped=_PIPED)
         from batchnorm.doctor.report.terminal import layer_table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from batchnorm.cli.command import OneLineCommand, SeveralValues
+from batchnorm.cli.command import SeveralValues, complete_files
 from batchnorm.cli.loading import (
     COUNT,
     batch_size_option,
@@ -17,14 +17,16 @@ from batchnorm.cli.loading import (
     usage_errors_of,
     weights_option,
 )
+from batchnorm.cli.reporting import ReportingCommand, print_report
 from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
 @weights_option
 @click.option(
     "--data",
+    shell_complete=complete_files,
     required=True,
     metavar="MODULE.PATH:CALLABLE|FILE.npz",
     help="Data as the model will see them, with or without labels: a callable that returns an iterable of batches, "
@@ -61,6 +63,7 @@ def recalibrate(
     only: tuple[str, ...],
     output: Path,
     overwrite: bool,
+    as_json: bool,
 ) -> None:
     r"""Set a network's running statistics to the exact statistics of data, and print how far off each layer was.
 
@@ -90,5 +93,4 @@ def recalibrate(
         )
     with open_output(output, overwrite, usage_error) as file:
         file.write(save_in_memory(torch.save, recalibrated.state_dict()))
-    print(report)
-    print(f"\nWritten: {output}")
+    print_report(report, as_json, output)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from batchnorm.cli.command import OneLineCommand
 from batchnorm.cli.loading import UsageErrorMaker, library_errors, usage_errors_of
+from batchnorm.cli.reporting import ReportingCommand, print_values
 from batchnorm.cli.writing import check_output, open_output, output_options
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _BYTES = 2**22  # bytes of the file that are standardized at a time
 _SHOWN = 10
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=ReportingCommand)
 @click.argument("data", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.npy")
 @click.option(
     "--like",
@@ -54,6 +54,7 @@ def standardize(
     nan_policy: str,
     output: Path,
     overwrite: bool,
+    as_json: bool,
 ) -> None:
     r"""Write data with zero mean and unit variance in every feature or channel; files may be larger than memory.
 
@@ -73,6 +74,17 @@ def standardize(
     # NaN may come later in the file.
     with open_output(output, overwrite, usage_error) as file, library_errors(usage_error):
         _write(file, x, first.dtype, standardizer)
+    if as_json:
+        print_values(
+            "standardize",
+            samples=len(source),
+            features=standardizer.n_features_in_,
+            dtype=str(source.dtype),
+            mean=standardizer.mean_.tolist(),
+            deviation=(standardizer.var_**0.5).tolist(),
+            output=str(output),
+        )
+        return
     print(_summary(standardizer, source))
     print(f"\nWritten: {output}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from batchnorm.models.arrays import as_array
-from batchnorm.text import printable
+from batchnorm.text import json_values, printable
 
 if TYPE_CHECKING:
     from batchnorm.moments import Moments
@@ -70,6 +70,11 @@ class Report:
         return "\n".join(
             [f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *map(printable, self.notes)]
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes by name as plain values for JSON, with None for numbers that are not finite."""
+        values: dict[str, Any] = json_values(self)
+        return values
 
     @staticmethod
     def _rows(now: str, changes: Iterable[Change]) -> list[tuple[str, str, str, str]]:
@@ -187,13 +192,29 @@ class LayerStatistics:
         """The new standard deviation divided by the former one."""
         return (self.var / self.var_before) ** 0.5
 
-    def change(self) -> str:
-        """Return the change of mean and deviation, for the report."""
+    def _change(self) -> dict[str, float]:
+        """Return the change over the channels that vary; empty if none does."""
         usable = (as_array(self.var) > 0) & (as_array(self.var_before) > 0)
         if not usable.any():
-            return "constant"
+            return {}
         shift, ratio = as_array(self.shift)[usable], as_array(self.ratio)[usable]
-        return f"mean moved {np.median(shift):.2g}σ (at most {shift.max():.2g}σ), σ ×{np.median(ratio):.3g}"
+        return {
+            "shift_median": float(np.median(shift)),
+            "shift_max": float(shift.max()),
+            "ratio_median": float(np.median(ratio)),
+        }
+
+    def change(self) -> str:
+        """Return the change of mean and deviation, for the report."""
+        text = "mean moved {shift_median:.2g}σ (at most {shift_max:.2g}σ), σ ×{ratio_median:.3g}"
+        change = self._change()
+        return text.format(**change) if change else "constant"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the paths, the number of calls and the change, without the vectors, as plain values for JSON."""
+        change: dict[str, Any] = self._change() or dict.fromkeys(("shift_median", "shift_max", "ratio_median"))
+        values: dict[str, Any] = json_values({"paths": self.paths, "calls": len(self.calls), **change})
+        return values
 
     def remarks(self) -> str:
         """Return further remarks, for the report."""
@@ -235,6 +256,10 @@ class Recalibration(Report):
             if path in layer.paths:
                 return layer
         raise KeyError(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes by name as plain values for JSON, without the vectors of the layers."""
+        return {**super().to_dict(), "layers": [layer.to_dict() for layer in self.layers]}
 
     def summary(self) -> str:
         """Return one line with the number of layers and the amount of data."""

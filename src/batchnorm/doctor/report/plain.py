@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from batchnorm.doctor.finding import not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
 from batchnorm.doctor.report.results import Results
-from batchnorm.text import printable
+from batchnorm.text import json_values, printable
 
 # Increases by one when a field is removed or changes its meaning. A new field does not change it.
 SCHEMA_VERSION = 1
@@ -48,7 +47,7 @@ def as_text(results: Results) -> str:
 
 def as_dict(results: Results) -> dict[str, Any]:
     """Return plain values, with None for numbers that are not finite."""
-    found: dict[str, Any] = _plain(
+    found: dict[str, Any] = json_values(
         {
             "schema": SCHEMA_VERSION,
             "model": results.model,
@@ -89,13 +88,3 @@ def _range(pair: tuple[float, float] | None) -> str:
     if pair is None:
         return "–"
     return f"{pair[0]:.3g} … {pair[1]:.3g}".replace("-", "−") if all(map(math.isfinite, pair)) else "not finite"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
