@@ -77,6 +77,12 @@ class TestFit:
         assert [m["batchnorm/noise/net.1"] for m in logged] == pytest.approx([r.noise for r in callback.watch.history])
         assert left_behind() == before
 
+    def test_it_needs_no_arguments(self, tmp_path: Path) -> None:
+        callback = BatchNormWatch()
+        logger = fit(Module(), callback, tmp_path)
+        assert callback.watch is not None and callback.watch.closed and callback.watch.looks
+        assert any("batchnorm/noise" in metrics for metrics, _ in logger.logged)
+
     def test_it_warns(self, tmp_path: Path) -> None:
         callback = BatchNormWatch(every=1)
         with pytest.warns(BatchNormWarning, match="BN106"):

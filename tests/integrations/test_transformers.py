@@ -30,18 +30,44 @@ class Network(nn.Module):
         return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
 
 
-def trainer(model: nn.Module, folder: Path) -> Any:
+def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=4, per_device_train_batch_size=64, logging_steps=2, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     rows = [{"x": torch.randn(4), "labels": torch.randn(1)} for _ in range(256)]
-    return transformers.Trainer(model, arguments, train_dataset=rows)
+    return transformers.Trainer(model, arguments, train_dataset=rows, **options)
 
 
 def left_behind() -> list[Any]:
     places = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks, optimizers._global_optimizer_post_hooks)
     return [hook for place in places for hook in place.values()]
+
+
+class Report(transformers.TrainerCallback):
+    """As those for TensorBoard and others, which the Trainer calls before the callbacks of the user."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logged.append(dict(logs))
+
+
+def test_it_needs_no_arguments(tmp_path: Path) -> None:
+    before, report, callback = left_behind(), Report(), BatchNormWatch()
+    of = trainer(Network(), tmp_path, callbacks=[report, callback])
+    of.train()
+    assert callback.watch is not None and callback.watch.closed and callback.watch.looks
+    for logged in (report.logged, of.state.log_history):
+        assert any("batchnorm/noise" in entry for entry in logged)
+        assert sum("loss" in entry for entry in logged) == 2  # what the Trainer logs itself stays
+    assert left_behind() == before
+
+
+def test_a_block_needs_the_trainer() -> None:
+    with pytest.raises(ValueError, match="expects a Trainer in a with block, got none"), BatchNormWatch():
+        pass
 
 
 def test_it_watches_and_logs(tmp_path: Path) -> None:
@@ -53,13 +79,13 @@ def test_it_watches_and_logs(tmp_path: Path) -> None:
     assert [(r.step, r.layer, r.updates) for r in callback.watch.history] == [(s, "net.1", 1) for s in (2, 3, 4)]
     logged = {entry["step"]: entry for entry in of.state.log_history if "batchnorm/noise" in entry}
     assert set(logged) == {2, 4}
+    assert [entry["step"] for entry in of.state.log_history if "loss" in entry] == [2, 4]
     assert logged[4]["batchnorm/noise"] == callback.watch.history[-1].noise
     assert left_behind() == before
 
 
 def test_it_warns(tmp_path: Path) -> None:
-    of = trainer(Network(twice=True), tmp_path)
-    of.add_callback(BatchNormWatch(of, every=1))
+    of = trainer(Network(twice=True), tmp_path, callbacks=[BatchNormWatch(every=1)])
     with pytest.warns(BatchNormWarning, match="BN106"):
         of.train()
     assert {entry["batchnorm/updates"] for entry in of.state.log_history if "batchnorm/updates" in entry} == {2}
