@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-keras test emulate experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs constraints clean
+.PHONY: help setup demo demo-keras test emulate experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs notebooks constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -142,6 +142,9 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+notebooks: $(STAMP) ## write the pages of "Learn" as notebooks into docs/learn/
+	$(BIN)/python scripts/notebooks.py
 
 constraints: $(STAMP) ## pin the package versions of .venv in constraints.txt
 	{ sed -n '/^#/p' constraints.txt; \

@@ -177,6 +177,46 @@ def test_activation_and_derivative_equal_torch_at_kinks_and_far_out(activation: 
     assert_array_equal(f(np.array([np.nan]), 0.2), [np.nan])
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_slope_of_a_saturated_unit_keeps_its_digits(name: str) -> None:
+    """f′ is tiny but not 0 there: 1 − tanh² would have no correct digit from |z| = 19 on."""
+    rate = {"sigmoid": 1, "tanh": 2}[name]
+    f, derivative = ref.ACTIVATIONS[name]
+    z = np.array([0.5, 3.0, 10.0, 20.0, 40.0, 300.0])
+    with np.errstate(all="raise"):
+        expected = rate**2 * np.exp(-rate * z) / (1 + np.exp(-rate * z)) ** 2
+        assert_allclose(derivative(z), expected, rtol=1e-14)
+        assert_allclose(derivative(-z), expected, rtol=1e-14)
+    assert_allclose(f(np.array([-math.inf, math.inf])), {"sigmoid": [0, 1], "tanh": [-1, 1]}[name])
+
+
+@pytest.mark.parametrize("gain", [1.0, 30.0], ids=["usual", "saturated"])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_network_of_three_layers_equals_torch(name: str, gain: float) -> None:
+    rng = np.random.default_rng(11)
+    x, dy = rng.normal(size=(12, 5)), rng.normal(size=(12, 5))
+    layers = [(rng.normal(size=(5, 5)), np.full(5, gain), rng.normal(size=5)) for _ in range(3)]
+
+    passes, inputs = [], [x]
+    for w, weight, bias in layers:
+        passes.append(ref.forward_training(inputs[-1] @ w, weight, bias, activation=name))
+        inputs.append(passes[-1].y)
+    found, gradient = [], dy
+    for (w, _, _), forward, into in zip(layers[::-1], passes[::-1], inputs[-2::-1], strict=True):
+        back = ref.backward(gradient, forward)
+        found[:0] = [into.T @ back.dx, back.dweight, back.dbias]
+        gradient = back.dx @ w.T
+
+    leaves = [torch.from_numpy(a).clone().requires_grad_() for layer in layers for a in layer]
+    y = start = torch.from_numpy(x).clone().requires_grad_()
+    for w, weight, bias in zip(*[iter(leaves)] * 3, strict=True):
+        y = getattr(torch, name)(F.batch_norm(y @ w, None, None, weight, bias, True))
+    expected = torch.autograd.grad(y, [*leaves, start], torch.from_numpy(dy))
+    assert_allclose(inputs[-1], y.detach(), atol=1e-12)
+    for ours, theirs in zip([*found, gradient], expected, strict=True):
+        assert error(ours, theirs.numpy()) < 1e-11
+
+
 def test_constant_channel_gives_bias_exactly() -> None:
     x = np.full((7, 1, 3), 1e8 + 0.1)
     forward = ref.forward_training(x, [3.0], [0.25])

@@ -2,106 +2,70 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm.reference.statistics import (
-    Array,
-    Layout,
-    Moments,
-    divisor,
-    float64,
-    layout_of,
-    moments,
-    require,
-    shaped,
-    weights_of,
-)
-
-# Activations
-
-_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+from batchnorm.reference.activations import ACTIVATIONS
+from batchnorm.reference.layout import Array, divisor, float64, layout_of, require, shaped, weights_of
+from batchnorm.reference.results import DoubleGradients, Forward, Gradients, GradientsByParts
+from batchnorm.reference.statistics import moments
 
 
-def _sigmoid(z: Array) -> Array:
-    return np.asarray(np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z))))  # never overflows
+def forward_training(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    index: ArrayLike | None = None,
+    groups: int | None = None,
+    axis: int = 1,
+    **options: Any,
+) -> Forward:
+    """Return y and its intermediates, normalized by the batch's own mean and biased variance.
 
+        μ = Σ x/m    σ² = Σ (x − μ)²/m    x̂ = (x − μ)/√(σ² + ε)    y = γ·x̂ + β
 
-def _tanh_of_softplus(z: Array) -> Array:
-    return np.asarray(np.tanh(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))))
+    Source: Ioffe & Szegedy 2015, Algorithm 1. Section 1; section 4 for weights.
 
+    Args:
+        x: `[N, C, *S]`.
+        weight: γ, `[C]`, or `[K, C]` with index.
+        bias: β, like `weight`.
+        weights: `[N, *S]`, the weight of each value in the statistics; all values are normalized.
+        index: `[N]`, the row of `[K, C]` for each sample.
+        groups: K. Each group of samples with the same index then has its own statistics. Without groups, the statistics
+            are those of the whole batch, and index selects only γ and β.
+        axis: The channel axis of x.
+        **options: residual, activation, negative_slope and eps, as in `normalize`.
 
-def _normal_cdf(z: Array) -> Array:
-    return np.asarray(0.5 * _erfc(-z / math.sqrt(2)))
-
-
-# name: f(z) and f′(z); a is the negative slope, or α of elu. At a kink, f′ has the value that torch uses.
-ACTIVATIONS = {
-    "none": (lambda z, a: z, lambda z, a: np.ones_like(z)),
-    "relu": (lambda z, a: np.maximum(z, 0.0), lambda z, a: np.where(z <= 0, 0.0, 1.0)),
-    "relu6": (lambda z, a: np.clip(z, 0.0, 6.0), lambda z, a: np.where((z <= 0) | (z >= 6), 0.0, 1.0)),
-    "leaky_relu": (lambda z, a: np.where(z > 0, z, a * z), lambda z, a: np.where(z > 0, 1.0, a)),
-    "silu": (lambda z, a: z * _sigmoid(z), lambda z, a: _sigmoid(z) * (1 + z * _sigmoid(-z))),
-    "gelu": (
-        lambda z, a: z * _normal_cdf(z),
-        lambda z, a: _normal_cdf(z) + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi),
-    ),
-    "hardswish": (
-        lambda z, a: z * np.clip(z + 3, 0.0, 6.0) / 6,
-        lambda z, a: np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6)),
-    ),
-    "mish": (
-        lambda z, a: z * _tanh_of_softplus(z),
-        lambda z, a: _tanh_of_softplus(z) + z * _sigmoid(z) * (1 - _tanh_of_softplus(z) ** 2),
-    ),
-    "hardsigmoid": (lambda z, a: np.clip(z + 3, 0.0, 6.0) / 6, lambda z, a: np.where(np.abs(z) < 3, 1 / 6, 0.0)),
-    "tanh": (lambda z, a: np.tanh(z), lambda z, a: 1 - np.tanh(z) ** 2),
-    "sigmoid": (lambda z, a: _sigmoid(z), lambda z, a: _sigmoid(z) * _sigmoid(-z)),
-    "elu": (
-        lambda z, a: np.where(z > 0, z, a * np.expm1(np.minimum(z, 0))),
-        lambda z, a: np.where(z > 0, 1.0, a * np.exp(np.minimum(z, 0))),
-    ),
-}
-
-
-# Forward
-
-
-@dataclass(frozen=True)
-class Forward:
-    """All intermediate values of a forward pass, in the order of computation, and what backward needs.
-
-    Attributes:
-        mean: μ, `[C]` or `[K, C]`.
-        var: σ², like `mean`; in training, the biased one.
-        x_centered: x − μ, like x.
-        invstd: 1/√(σ² + ε), like `mean`.
-        x_hat: x̂ = (x − μ)·invstd, like x.
-        z: γ·x̂ + β + residual, like x.
-        y: f(z), like x: the output.
-        weight: γ, `[C]` or `[K, C]`.
-        slope: f′(z), like x.
-        layout: The axes of channels and samples.
-        share: The weight of each value in its statistics: 1/m, or w/V₁; 0 for given statistics, as at inference.
-        batch: The batch's moments; None for given statistics.
+    Raises:
+        ValueError: a channel (of a group) has a single value.
     """
+    batch = moments(x, weights=weights, index=None if groups is None else index, groups=groups, axis=axis)
+    batch.require_several()
+    forward = normalize(x, batch.mean, batch.var, weight, bias, index=index, axis=axis, **options)
+    layout = forward.layout
+    share = weights_of(weights, layout) / layout.spread(divisor(batch.count)[..., None])
+    return replace(forward, share=share, batch=batch)
 
-    mean: Array
-    var: Array
-    x_centered: Array
-    invstd: Array
-    x_hat: Array
-    z: Array
-    y: Array
-    weight: Array
-    slope: Array
-    layout: Layout
-    share: Array
-    batch: Moments | None
+
+def forward_inference(
+    x: ArrayLike,
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    **options: Any,
+) -> Forward:
+    """Return y and its intermediates, normalized by the running statistics.
+
+    Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 12. Section 2.
+    """
+    return normalize(x, running_mean, running_var, weight, bias, **options)
 
 
 def normalize(
@@ -159,90 +123,6 @@ def normalize(
     return Forward(mean, var, x_centered, invstd, x_hat, z, y, weight, slope, layout, np.zeros(()), None)
 
 
-def forward_training(
-    x: ArrayLike,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    weights: ArrayLike | None = None,
-    index: ArrayLike | None = None,
-    groups: int | None = None,
-    axis: int = 1,
-    **options: Any,
-) -> Forward:
-    """Return y and its intermediates, normalized by the batch's own mean and biased variance.
-
-        μ = Σ x/m    σ² = Σ (x − μ)²/m    x̂ = (x − μ)/√(σ² + ε)    y = γ·x̂ + β
-
-    Source: Ioffe & Szegedy 2015, Algorithm 1. Section 1; section 4 for weights.
-
-    Args:
-        x: `[N, C, *S]`.
-        weight: γ, `[C]`, or `[K, C]` with index.
-        bias: β, like `weight`.
-        weights: `[N, *S]`, the weight of each value in the statistics; all values are normalized.
-        index: `[N]`, the row of `[K, C]` for each sample.
-        groups: K. Each group of samples with the same index then has its own statistics. Without groups, the statistics
-            are those of the whole batch, and index selects only γ and β.
-        axis: The channel axis of x.
-        **options: residual, activation, negative_slope and eps, as in `normalize`.
-
-    Raises:
-        ValueError: a channel (of a group) has a single value.
-    """
-    batch = moments(x, weights=weights, index=None if groups is None else index, groups=groups, axis=axis)
-    batch.require_several()
-    forward = normalize(x, batch.mean, batch.var, weight, bias, index=index, axis=axis, **options)
-    layout = forward.layout
-    share = weights_of(weights, layout) / layout.spread(divisor(batch.count)[..., None])
-    return replace(forward, share=share, batch=batch)
-
-
-def forward_inference(
-    x: ArrayLike,
-    running_mean: ArrayLike,
-    running_var: ArrayLike,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    **options: Any,
-) -> Forward:
-    """Return y and its intermediates, normalized by the running statistics.
-
-    Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 12. Section 2.
-    """
-    return normalize(x, running_mean, running_var, weight, bias, **options)
-
-
-# Backward
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of a scalar loss, with intermediate values.
-
-    Attributes:
-        dz: dy·f′(z), like x; also the gradient of the residual.
-        dweight: dγ = Σ dz·x̂, like γ.
-        dbias: dβ = Σ dz, like γ.
-        dx_hat: dz·γ, like x.
-        dx: The gradient of x.
-    """
-
-    dz: Array
-    dweight: Array
-    dbias: Array
-    dx_hat: Array
-    dx: Array
-
-
-@dataclass(frozen=True)
-class GradientsByParts(Gradients):
-    """`Gradients` and the gradients of the statistics: dvar (dσ²) and dmean (dμ), `[C]` or `[K, C]`."""
-
-    dvar: Array
-    dmean: Array
-
-
 def backward(dy: ArrayLike, forward: Forward) -> Gradients:
     """Return the gradients in closed form.
 
@@ -289,14 +169,6 @@ def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Arr
     dz = shaped("dy", dy, layout.shape) * forward.slope
     dweight, dbias = layout.total(dz * forward.x_hat, like=weight), layout.total(dz, like=weight)
     return dz, dweight, dbias, dz * layout.spread(weight)
-
-
-class DoubleGradients(NamedTuple):
-    """Gradients of Σ v·dx + Σ v_γ·dγ + Σ v_β·dβ: dz and dx like x, dweight like γ. The gradient of β is 0."""
-
-    dz: Array
-    dx: Array
-    dweight: Array
 
 
 def double_backward(

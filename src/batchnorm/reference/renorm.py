@@ -8,38 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm.reference.passes import Forward, backward, forward_training
-from batchnorm.reference.statistics import Array, require, shaped
-
-
-@dataclass(frozen=True)
-class RenormForward:
-    """All intermediate values of a forward pass, and the data for backward.
-
-    Attributes:
-        forward: The equivalent pass of batch normalization, with γ·r and γ·d + β as γ and β.
-        weight: γ, `[C]`.
-        r: σ_B/σ, clipped, `[C]`.
-        d: (μ_B − μ)/σ, clipped, `[C]`.
-        x_hat: (x − μ_B)/σ_B·r + d, like x.
-        y: γ·x̂ + β, like x: the output.
-    """
-
-    forward: Forward
-    weight: Array
-    r: Array
-    d: Array
-    x_hat: Array
-    y: Array
-
-
-@dataclass(frozen=True)
-class RenormGradients:
-    """Gradients of a scalar loss: dx like x, dweight (dγ) and dbias (dβ) `[C]`."""
-
-    dx: Array
-    dweight: Array
-    dbias: Array
+from batchnorm.reference.layout import Array, require, shaped
+from batchnorm.reference.passes import backward, forward_training
+from batchnorm.reference.results import Forward
 
 
 def forward_renorm(
@@ -102,3 +73,33 @@ def backward_renorm(dy: ArrayLike, renorm: RenormForward) -> RenormGradients:
     gradients = backward(dy, renorm.forward)
     dweight = renorm.r * gradients.dweight + renorm.d * gradients.dbias
     return RenormGradients(gradients.dx, dweight, gradients.dbias)
+
+
+@dataclass(frozen=True)
+class RenormForward:
+    """All intermediate values of a forward pass, and the data for backward.
+
+    Attributes:
+        forward: The equivalent pass of batch normalization, with γ·r and γ·d + β as γ and β.
+        weight: γ, `[C]`.
+        r: σ_B/σ, clipped, `[C]`.
+        d: (μ_B − μ)/σ, clipped, `[C]`.
+        x_hat: (x − μ_B)/σ_B·r + d, like x.
+        y: γ·x̂ + β, like x: the output.
+    """
+
+    forward: Forward
+    weight: Array
+    r: Array
+    d: Array
+    x_hat: Array
+    y: Array
+
+
+@dataclass(frozen=True)
+class RenormGradients:
+    """Gradients of a scalar loss: dx like x, dweight (dγ) and dbias (dβ) `[C]`."""
+
+    dx: Array
+    dweight: Array
+    dbias: Array

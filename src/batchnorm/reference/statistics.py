@@ -1,4 +1,4 @@
-"""Statistics per channel: computed, merged, and averaged over batches."""
+"""Statistics per channel: computed, averaged over batches, and merged."""
 
 from __future__ import annotations
 
@@ -9,133 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
+from batchnorm.reference.layout import Array, divisor, float64, layout_of, require, shaped, weights_of
 
-
-def float64(a: ArrayLike) -> Array:
-    """Return `a` in float64; long double stays long double."""
-    values: Array = np.asarray(a)
-    return values.astype(np.result_type(values, np.float64), copy=False)
-
-
-def require(holds: bool | np.bool_, must: str, came: object, do: str) -> None:
-    """Raise a ValueError with the requirement, the value received and the fix, unless the requirement `holds`."""
-    if not holds:
-        raise ValueError(f"{must}, got {came}. {do}")
-
-
-def shaped(name: str, a: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """Return `a` in float64 after checking its shape."""
-    a = float64(a)
-    require(a.shape == shape, f"{name} must have shape {list(shape)}", list(a.shape), "Reshape or expand it.")
-    return a
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The mapping between values per channel and values of x.
-
-    Attributes:
-        shape: Shape of x.
-        axis: The channel axis, not negative. Samples are on the first of the other axes.
-        index: `[N]`, the row of `[K, C]` values for each sample; None if all values are `[C]`.
-    """
-
-    shape: tuple[int, ...]
-    axis: int
-    index: NDArray[np.intp] | None
-
-    def spread(self, v: Array) -> Array:
-        """Reshape `[C]` or `[K, C]` values so that they broadcast against x."""
-        rows = v[None] if v.ndim == 1 else v[self.index]  # [1, C] or [N, C]
-        return np.moveaxis(rows.reshape(*rows.shape, *[1] * (len(self.shape) - 2)), 1, self.axis)
-
-    def total(self, t: Array, like: Array) -> Array:
-        """Sum t over the values of x that use the same entry of `like`; this is the transpose of `spread`."""
-        per_sample = np.moveaxis(t, self.axis, 1).sum(axis=tuple(range(2, t.ndim)))  # [N, C]
-        if like.ndim == 1:
-            return np.asarray(per_sample.sum(axis=0))
-        total = np.zeros(like.shape, t.dtype)
-        for row, t_n in zip(np.asarray(self.index), per_sample, strict=True):
-            total[row] += t_n
-        return total
-
-    def per_channel(self, name: str, v: ArrayLike) -> Array:
-        """Return an argument after checking that it is `[C]`, or `[K, C]` with a row for every index."""
-        v, channels = float64(v), self.shape[self.axis]
-        rows = 0 if self.index is None else self.index.max(initial=-1) + 1
-        require(
-            v.shape == (channels,) or (self.index is not None and v.shape == (max(len(v), rows), channels)),
-            f"{name} must have shape [{channels}], or with index [K >= {rows}, {channels}]",
-            list(v.shape),
-            "Pass one value per channel; if the channels of x are not on axis 1, pass axis.",
-        )
-        return v
-
-
-def layout_of(x: Array, axis: int, index: ArrayLike | None) -> Layout:
-    """Return the layout of x: its channels and samples."""
-    require(x.ndim >= 2, "x must have a sample and a channel axis", list(x.shape), "Reshape it to [N, C].")
-    require(-x.ndim <= axis < x.ndim, f"axis must be in [{-x.ndim}, {x.ndim})", axis, "The default is 1.")
-    axis %= x.ndim
-    if index is None:
-        return Layout(x.shape, axis, None)
-    rows, samples = np.asarray(index), x.shape[1 if axis == 0 else 0]
-    fits = rows.shape == (samples,) and np.issubdtype(rows.dtype, np.integer) and (rows >= 0).all()
-    require(fits, f"index must hold {samples} integers >= 0, one per sample", rows, "Number groups from 0.")
-    return Layout(x.shape, axis, rows.astype(np.intp))
-
-
-def weights_of(weights: ArrayLike | None, layout: Layout) -> Array:
-    """Return `weights [N, *S]`, or ones, with a channel axis of size 1."""
-    shape = layout.shape[: layout.axis] + layout.shape[layout.axis + 1 :]
-    w = np.ones(shape) if weights is None else shaped("weights", weights, shape)
-    bad = w[~((w >= 0) & (w < np.inf))]
-    require(bad.size == 0, "weights must be finite and >= 0", bad[:1], "Masked values have weight 0.")
-    return np.expand_dims(w, layout.axis)
-
-
-def divisor(n: Array) -> Array:
-    """Return n, with 1 instead of 0; there, the dividend is 0 as well."""
-    return np.where(n > 0, n, 1.0)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and sum of squared deviations, which determine the variance and can be merged.
-
-    Attributes:
-        count: V₁ = Σw, `[]` or `[K]`; without weights, the number m of values per channel.
-        mean: μ, `[C]` or `[K, C]`; 0 if nothing was counted.
-        m2: Σ w·(x − μ)², like `mean`.
-        count_squares: V₂ = Σw², like `count`; equal to it without weights or with a mask of 0 and 1.
-    """
-
-    count: Array
-    mean: Array
-    m2: Array
-    count_squares: Array
-
-    @property
-    def var(self) -> Array:
-        """σ² = M2/V₁, the biased variance, used to normalize."""
-        return np.asarray(self.m2 / divisor(self.count)[..., None])
-
-    @property
-    def var_unbiased(self) -> Array:
-        """σ²·V₁²/(V₁² − V₂), or without weights σ²·m/(m − 1). Sections 2 and 4."""
-        self.require_several()
-        return np.asarray(self.var * (self.count**2 / divisor(self.count**2 - self.count_squares))[..., None])
-
-    def require_several(self) -> None:
-        """Raise a ValueError if a single value was counted, because it has no variance."""
-        single = (self.count > 0) & (self.count**2 - self.count_squares <= 1e-12 * self.count**2)
-        require(
-            not single.any(),
-            "A batch variance needs more than one value per channel",
-            f"count = {np.asarray(self.count).tolist()}",
-            "Use a larger batch, or normalize by running statistics.",
-        )
+# name: whether momentum is the weight of the new batch, and whether running_var takes the unbiased variance.
+CONVENTIONS = {
+    "torch": (True, True),
+    "keras": (False, False),
+    "flax": (False, False),
+    "keras2_fused": (False, True),
+}
 
 
 def moments(
@@ -175,6 +57,56 @@ def moments(
     mean = mean + layout.total(w * (x - layout.spread(mean)), like=channels) / divisor(count)
     m2 = layout.total(w * (x - layout.spread(mean)) ** 2, like=channels)
     return Moments(count[..., 0], mean, m2, count_squares[..., 0])
+
+
+def update_running(
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    batch: Moments,
+    *,
+    momentum: float | None,
+    convention: str,
+    num_batches_tracked: ArrayLike = 0,
+) -> Running:
+    """Return the running statistics after an update by a batch.
+
+        r ← (1 − a)·r + a·s    a = momentum in torch, 1 − momentum in Keras and Flax
+
+    running_mean averages μ. running_var averages the unbiased variance in torch, and the biased one in Keras 3 and
+    Flax. With momentum=None, a = 1/num_batches_tracked, which gives the cumulative average. Empty batches (m = 0)
+    change nothing.
+    Source: section 2; Ioffe & Szegedy 2015, section 3.1, for the unbiased variance.
+
+    Args:
+        running_mean: `[C]` or `[K, C]`.
+        running_var: Like `running_mean`.
+        batch: `Forward.batch`.
+        momentum: In [0, 1], or None.
+        convention: torch, keras, flax or keras2_fused. There is no default, because 0.1 in one is 0.9 in another.
+        num_batches_tracked: `[]` or `[K]`, the number of batches before this one.
+
+    Raises:
+        ValueError: the update needs the unbiased variance of a single value.
+
+    Examples:
+        >>> batch = moments([[1.0], [3.0]])  # mean 2; variance 1 biased, 2 unbiased
+        >>> update_running([0.0], [1.0], batch, momentum=0.25, convention="torch")[:2]
+        (array([0.5]), array([1.25]))
+        >>> update_running([0.0], [1.0], batch, momentum=0.75, convention="keras")[:2]
+        (array([0.5]), array([1.]))
+    """
+    require(convention in CONVENTIONS, f"convention must be one of {[*CONVENTIONS]}", convention, "Choose one.")
+    require(momentum is None or 0 <= momentum <= 1, "momentum must be in [0, 1]", momentum, "Or pass None.")
+    of_new_batch, unbiased = CONVENTIONS[convention]
+    old_mean = shaped("running_mean", running_mean, batch.mean.shape)
+    old_var = shaped("running_var", running_var, batch.mean.shape)
+    moves = batch.count > 0
+    tracked = np.asarray(np.asarray(num_batches_tracked, dtype=np.int64) + moves)
+    cumulative = 1 / np.maximum(tracked, 1)
+    rate = cumulative if momentum is None else momentum if of_new_batch else 1 - momentum
+    a = np.where(moves, rate, 0.0)[..., None]
+    var = batch.var_unbiased if unbiased else batch.var
+    return Running((1 - a) * old_mean + a * batch.mean, (1 - a) * old_var + a * var, tracked)
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
@@ -226,13 +158,42 @@ def pool(parts: Moments) -> Moments:
     return Moments(np.asarray(count), mean, var * count, np.asarray(count))
 
 
-# name: whether momentum is the weight of the new batch, and whether running_var takes the unbiased variance.
-CONVENTIONS = {
-    "torch": (True, True),
-    "keras": (False, False),
-    "flax": (False, False),
-    "keras2_fused": (False, True),
-}
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations, which determine the variance and can be merged.
+
+    Attributes:
+        count: V₁ = Σw, `[]` or `[K]`; without weights, the number m of values per channel.
+        mean: μ, `[C]` or `[K, C]`; 0 if nothing was counted.
+        m2: Σ w·(x − μ)², like `mean`.
+        count_squares: V₂ = Σw², like `count`; equal to it without weights or with a mask of 0 and 1.
+    """
+
+    count: Array
+    mean: Array
+    m2: Array
+    count_squares: Array
+
+    @property
+    def var(self) -> Array:
+        """σ² = M2/V₁, the biased variance, used to normalize."""
+        return np.asarray(self.m2 / divisor(self.count)[..., None])
+
+    @property
+    def var_unbiased(self) -> Array:
+        """σ²·V₁²/(V₁² − V₂), or without weights σ²·m/(m − 1). Sections 2 and 4."""
+        self.require_several()
+        return np.asarray(self.var * (self.count**2 / divisor(self.count**2 - self.count_squares))[..., None])
+
+    def require_several(self) -> None:
+        """Raise a ValueError if a single value was counted, because it has no variance."""
+        single = (self.count > 0) & (self.count**2 - self.count_squares <= 1e-12 * self.count**2)
+        require(
+            not single.any(),
+            "A batch variance needs more than one value per channel",
+            f"count = {np.asarray(self.count).tolist()}",
+            "Use a larger batch, or normalize by running statistics.",
+        )
 
 
 class Running(NamedTuple):
@@ -241,53 +202,3 @@ class Running(NamedTuple):
     mean: Array
     var: Array
     num_batches_tracked: NDArray[np.int64]
-
-
-def update_running(
-    running_mean: ArrayLike,
-    running_var: ArrayLike,
-    batch: Moments,
-    *,
-    momentum: float | None,
-    convention: str,
-    num_batches_tracked: ArrayLike = 0,
-) -> Running:
-    """Return the running statistics after an update by a batch.
-
-        r ← (1 − a)·r + a·s    a = momentum in torch, 1 − momentum in Keras and Flax
-
-    running_mean averages μ. running_var averages the unbiased variance in torch, and the biased one in Keras 3 and
-    Flax. With momentum=None, a = 1/num_batches_tracked, which gives the cumulative average. Empty batches (m = 0)
-    change nothing.
-    Source: section 2; Ioffe & Szegedy 2015, section 3.1, for the unbiased variance.
-
-    Args:
-        running_mean: `[C]` or `[K, C]`.
-        running_var: Like `running_mean`.
-        batch: `Forward.batch`.
-        momentum: In [0, 1], or None.
-        convention: torch, keras, flax or keras2_fused. There is no default, because 0.1 in one is 0.9 in another.
-        num_batches_tracked: `[]` or `[K]`, the number of batches before this one.
-
-    Raises:
-        ValueError: the update needs the unbiased variance of a single value.
-
-    Examples:
-        >>> batch = moments([[1.0], [3.0]])  # mean 2; variance 1 biased, 2 unbiased
-        >>> update_running([0.0], [1.0], batch, momentum=0.25, convention="torch")[:2]
-        (array([0.5]), array([1.25]))
-        >>> update_running([0.0], [1.0], batch, momentum=0.75, convention="keras")[:2]
-        (array([0.5]), array([1.]))
-    """
-    require(convention in CONVENTIONS, f"convention must be one of {[*CONVENTIONS]}", convention, "Choose one.")
-    require(momentum is None or 0 <= momentum <= 1, "momentum must be in [0, 1]", momentum, "Or pass None.")
-    of_new_batch, unbiased = CONVENTIONS[convention]
-    old_mean = shaped("running_mean", running_mean, batch.mean.shape)
-    old_var = shaped("running_var", running_var, batch.mean.shape)
-    moves = batch.count > 0
-    tracked = np.asarray(np.asarray(num_batches_tracked, dtype=np.int64) + moves)
-    cumulative = 1 / np.maximum(tracked, 1)
-    rate = cumulative if momentum is None else momentum if of_new_batch else 1 - momentum
-    a = np.where(moves, rate, 0.0)[..., None]
-    var = batch.var_unbiased if unbiased else batch.var
-    return Running((1 - a) * old_mean + a * batch.mean, (1 - a) * old_var + a * var, tracked)

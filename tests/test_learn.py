@@ -1,0 +1,37 @@
+"""The pages of "Learn" as notebooks: made from the pages, they run and print what they show."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import notebooks  # noqa: E402
+
+PAGES = notebooks.pages()
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = (notebooks.FOLDER / "index.md").read_text()
+    for page in PAGES:
+        assert f"]({page.name})" in contents and f"]({page.stem}.ipynb)" in contents
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_notebook_is_made_from_its_page(page: Path) -> None:
+    assert page.with_suffix(".ipynb").read_text() == notebooks.text(page), "run: make notebooks"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_notebook_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{page.name}, {cell.id}", "exec"), namespace)
+            assert capsys.readouterr().out == "".join(output.text for output in cell.outputs), cell.source
