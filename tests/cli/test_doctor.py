@@ -108,7 +108,7 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
         (["{net}:missing"], "batchnorm doctor: the model {net}:missing could not be imported: AttributeError"),
         (["{net}:fails"], "batchnorm doctor: {net}:fails must return the network when called without arguments"),
         (["{net}:loader"], "batchnorm doctor: {net}:loader must return a torch.nn.Module, got list"),
-        (["{net}:build", "--weights", "none.pth"], "batchnorm doctor: none.pth must be the state_dict"),
+        (["{net}:build", "--weights", "none.pth"], "batchnorm doctor: none.pth must hold the state_dict"),
         (["{net}:build", "--data", "none.npz"], "batchnorm doctor: none.npz must be a file of numpy.savez"),
         (["{net}:build", "--data", "{net}:fails"], "batchnorm doctor: {net}:fails must return batches"),
         (["{net}:build", "--data", "{net}:three"], "batchnorm doctor: diagnose expects batches that are tensors"),

@@ -154,7 +154,7 @@ def test_a_usage_error_is_one_line_and_nothing_is_written(folder: Path, words: l
 def test_weights_that_would_run_code_are_refused(folder: Path) -> None:
     torch.save({"0.weight": print}, folder / "bad.pth")
     result = invoke("net_for_fold:build", "--weights", "bad.pth", "--input", "1,3,8,8", "-o", "f.pt2")
-    assert_one_line(result, "bad.pth must be the state_dict of the network")
+    assert_one_line(result, "bad.pth must hold the state_dict of the network")
 
 
 def test_a_file_that_is_not_a_program_is_reported(folder: Path) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import click
 
-from batchnorm.cli.loading import library_errors, network, random_inputs, shape_of, usage_errors_of
+from batchnorm.cli.loading import (
+    Weights,
+    library_errors,
+    network,
+    random_inputs,
+    shape_of,
+    usage_errors_of,
+    weights_options,
+)
 from batchnorm.cli.reporting import ReportingCommand, print_report
 
 
 @click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
+@weights_options
 @click.option(
     "--input",
     "sizes",
@@ -19,7 +28,9 @@ from batchnorm.cli.reporting import ReportingCommand, print_report
     "original.",
 )
 @click.pass_context
-def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...], as_json: bool) -> None:
+def accelerate(
+    ctx: click.Context, /, model: str, weights: Weights | None, sizes: tuple[str, ...], as_json: bool
+) -> None:
     r"""Print what `batchnorm.accelerate` changes in a network for training, and what it leaves and why.
 
     This writes nothing. Call `batchnorm.accelerate` in your training script, after you create the network.
@@ -32,7 +43,7 @@ def accelerate(ctx: click.Context, /, model: str, sizes: tuple[str, ...], as_jso
 
     usage_error = usage_errors_of(ctx)
     shapes = [shape_of(text, usage_error) for text in sizes]
-    built = network(model, None, usage_error)
+    built = network(model, weights, usage_error)
     with library_errors(usage_error):
         _, report = accelerate_network(built, random_inputs(shapes, built, usage_error) or None, inplace=True)
     print_report(report, as_json)

@@ -13,6 +13,7 @@ from batchnorm.cli.command import OneLineError, complete_files
 from batchnorm.cli.loading import (
     COUNT,
     UsageErrorMaker,
+    Weights,
     batch_size_option,
     batches,
     import_named,
@@ -20,7 +21,7 @@ from batchnorm.cli.loading import (
     running_on_data,
     shows_progress,
     usage_errors_of,
-    weights_option,
+    weights_options,
 )
 from batchnorm.cli.reporting import ReportingCommand, print_json
 from batchnorm.cli.writing import check_output
@@ -34,7 +35,7 @@ _PIPED = 120  # columns without a terminal
 
 @click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
-@weights_option
+@weights_options
 @click.option(
     "--data",
     shell_complete=complete_files,
@@ -86,7 +87,7 @@ def doctor(
     ctx: click.Context,
     /,
     model: str,
-    weights: Path | None,
+    weights: Weights | None,
     data: str | None,
     loss: str | None,
     batch_size: int,

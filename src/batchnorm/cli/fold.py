@@ -9,7 +9,7 @@ import click
 
 from batchnorm.cli import loading
 from batchnorm.cli.command import complete_files
-from batchnorm.cli.loading import UsageErrorMaker, library_errors, shape_of, usage_errors_of, weights_option
+from batchnorm.cli.loading import UsageErrorMaker, Weights, library_errors, shape_of, usage_errors_of, weights_options
 from batchnorm.cli.reporting import ReportingCommand, print_report
 from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODEL.pt2|MODEL.onnx|MODULE.PATH:CALLABLE", shell_complete=complete_files)
-@weights_option
+@weights_options
 @click.option(
     "--input",
     "sizes",
@@ -42,7 +42,7 @@ def fold(
     ctx: click.Context,
     /,
     model: str,
-    weights: Path | None,
+    weights: Weights | None,
     sizes: tuple[str, ...],
     trust: bool,
     output: Path,
@@ -73,7 +73,7 @@ def fold(
 
 def _fold_torch(
     model: str,
-    weights: Path | None,
+    weights: Weights | None,
     shapes: list[tuple[int, ...]],
     trust: bool,
     output: Path,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from batchnorm.cli.doctor import console
-from batchnorm.cli.loading import library_errors, network, random_inputs, shape_of, usage_errors_of, weights_option
+from batchnorm.cli.loading import (
+    Weights,
+    library_errors,
+    network,
+    random_inputs,
+    shape_of,
+    usage_errors_of,
+    weights_options,
+)
 from batchnorm.cli.reporting import ReportingCommand, print_values
 
 _PIPED = 240  # columns without a terminal
@@ -15,7 +21,7 @@ _PIPED = 240  # columns without a terminal
 
 @click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
-@weights_option
+@weights_options
 @click.option(
     "--input",
     "size",
@@ -23,7 +29,7 @@ _PIPED = 240  # columns without a terminal
     help="Shape of the input, such as 1,3,224,224, to find the place of each layer. By default common shapes.",
 )
 @click.pass_context
-def inspect(ctx: click.Context, /, model: str, weights: Path | None, size: str | None, as_json: bool) -> None:
+def inspect(ctx: click.Context, /, model: str, weights: Weights | None, size: str | None, as_json: bool) -> None:
     r"""Print every layer of batch normalization: its place, settings, and ranges of parameters and statistics.
 
     \b

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from batchnorm import importing
 from batchnorm.cli.command import OneLineError
+from batchnorm.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,12 +23,40 @@ UsageErrorMaker = Callable[..., OneLineError]
 
 COUNT = click.IntRange(1, 2**31 - 1)
 
-weights_option = click.option(
-    "--weights",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.pth",
-    help="state_dict to load into the model that the callable returns; loaded with weights_only=True.",
-)
+
+class Weights(NamedTuple):
+    """The options `--weights` and `--entry`."""
+
+    path: Path
+    entry: str | None
+
+
+def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--weights` and `--entry`; the command gets both as `weights`, or None."""
+
+    @click.option(
+        "--weights",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE.pth",
+        help="Weights for the model that the callable returns: a state_dict, or a checkpoint that holds it, also of "
+        "Lightning, DistributedDataParallel, torch.compile or an averaged model. The file runs no code.",
+    )
+    @click.option(
+        "--entry",
+        metavar="KEY",
+        help="The entry of a checkpoint to load, such as model_ema, if several fit. By default the first that fits "
+        "and is not an average of weights.",
+    )
+    @functools.wraps(command)
+    def with_weights(*args: Any, weights: Path | None, entry: str | None, **options: Any) -> Any:
+        if weights is None and entry is not None:
+            raise usage_errors_of(click.get_current_context())(
+                f"--entry is an entry of the file given as --weights, got --entry {entry} alone. Add --weights."
+            )
+        return command(*args, weights=None if weights is None else Weights(weights, entry), **options)
+
+    return with_weights
+
 
 batch_size_option = click.option("--batch-size", type=COUNT, default=64, metavar="N", help="Batch size, for FILE.npz.")
 
@@ -54,9 +83,8 @@ def import_named(written: str, what: str, usage_error: UsageErrorMaker) -> Any:
         raise usage_error(f"{what} {written} could not be imported", error) from error
 
 
-def network(written: str, weights: Path | None, usage_error: UsageErrorMaker, what: str = "the model") -> nn.Module:
+def network(written: str, weights: Weights | None, usage_error: UsageErrorMaker, what: str = "the model") -> nn.Module:
     """Return the network that `module.path:callable` names or returns, with these weights."""
-    import torch
     from torch import nn
 
     target = import_named(written, what, usage_error)
@@ -69,16 +97,25 @@ def network(written: str, weights: Path | None, usage_error: UsageErrorMaker, wh
     if not isinstance(model, nn.Module):
         raise usage_error(f"{written} must return a torch.nn.Module, got {type(model).__name__}. Return the network.")
     if weights is not None:
-        try:
-            with warnings.catch_warnings():  # torch warns about files that it then refuses
-                warnings.simplefilter("ignore")
-                held = torch.load(weights, map_location="cpu", weights_only=True)
-            model.load_state_dict(held)
-        except Exception as error:
-            raise usage_error(
-                f"{weights} must be the state_dict of the network, saved with torch.save, but loading it failed", error
-            ) from error
+        _load(model, weights, usage_error)
     return model
+
+
+def _load(model: nn.Module, weights: Weights, usage_error: UsageErrorMaker) -> None:
+    """Load the weights, and print on standard error what was done to find them in the file."""
+    from batchnorm.cli.checkpoint import CheckpointError, load_weights
+
+    try:
+        done = load_weights(model, weights.path, weights.entry)
+    except CheckpointError as error:
+        raise usage_error(f"{weights.path} {error}") from error
+    except Exception as error:
+        raise usage_error(
+            f"{weights.path} must hold the state_dict of the network, saved with torch.save, but loading it failed",
+            error,
+        ) from error
+    if done:
+        print(printable(f"Weights from {weights.path}: {done}."), file=sys.stderr, flush=True)
 
 
 def batches(data: str, batch_size: int, usage_error: UsageErrorMaker) -> Any:

@@ -9,13 +9,14 @@ import click
 from batchnorm.cli.command import SeveralValues, complete_files
 from batchnorm.cli.loading import (
     COUNT,
+    Weights,
     batch_size_option,
     batches,
     network,
     running_on_data,
     shows_progress,
     usage_errors_of,
-    weights_option,
+    weights_options,
 )
 from batchnorm.cli.reporting import ReportingCommand, print_report
 from batchnorm.cli.writing import check_output, open_output, output_options, save_in_memory
@@ -23,7 +24,7 @@ from batchnorm.cli.writing import check_output, open_output, output_options, sav
 
 @click.command(cls=ReportingCommand)
 @click.argument("model", metavar="MODULE.PATH:CALLABLE")
-@weights_option
+@weights_options
 @click.option(
     "--data",
     shell_complete=complete_files,
@@ -54,7 +55,7 @@ def recalibrate(
     ctx: click.Context,
     /,
     model: str,
-    weights: Path | None,
+    weights: Weights | None,
     data: str,
     batch_size: int,
     max_samples: int | None,
