@@ -78,6 +78,15 @@ SECTIONS = {
 }
 
 
+def _prepare(setting: str) -> None:
+    """Change this process's allocator as the setting says; raise if that has no effect."""
+    if setting.startswith("kept"):
+        kept = batchnorm.keep_memory(reserve=page_faults.RESERVE if setting == page_faults.KEPT_RESERVED else 0)
+        print(kept)
+        if sys.platform == "linux" and not kept.kept:
+            raise RuntimeError(f"the allocator must keep memory for the setting {setting!r}; {kept}")
+
+
 def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path, resume: bool) -> None:
     """Run a section under each setting in a new process, because allocators read their environment at its start."""
     section = SECTIONS[name]
@@ -140,6 +149,7 @@ def main(
     out, pictures = (out or HERE / "results").resolve(), (pictures or PICTURES).resolve()
     if here is not None:
         (name,) = sections
+        _prepare(here)
         section = SECTIONS[name]
         section.measure(Options(out, quick, seconds, rounds, threads, only, here), section.table(out, name))
         return

@@ -17,6 +17,8 @@ from benchmarks.records import ALLOCATORS, Table
 from benchmarks.timing import alternate
 
 KEY = ("allocator", "what")
+KEPT_RESERVED = "kept, reserved"
+RESERVE = 2 << 30
 SHAPE, QUICK_SHAPE = (32, 256, 56, 56), (8, 256, 28, 28)
 
 
@@ -31,8 +33,9 @@ def settings() -> dict[str, dict[str, str] | None]:
     keep = "oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1"
     return {
         **ALLOCATORS,
+        KEPT_RESERVED: {},
         "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
-        "kept + huge pages": {**ALLOCATORS["kept"], "THP_MEM_ALLOC_ENABLE": "1"},
+        "kept + huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
         "jemalloc": _preload("jemalloc", MALLOC_CONF=keep),
         "tcmalloc": _preload("tcmalloc_minimal"),
     }

@@ -18,11 +18,8 @@ from benchmarks.busy import Busy
 
 Row = dict[str, Any]
 
-# An allocator setting is a set of environment variables. {name} is the path of a library found on this machine.
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "default": {},
-    "kept": {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
-}
+# An allocator setting is a set of environment variables. `keep_memory` is also called for those that begin with "kept".
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "kept": {}}
 LAST_LEVEL_DEFAULT = 32 << 20
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from batchnorm._backends import backends
     from batchnorm.doctor.diagnose import diagnose
     from batchnorm.doctor.watch import watch
+    from batchnorm.memory import keep_memory
     from batchnorm.moments import Moments
     from batchnorm.nn import *
     from batchnorm.recalibration import recalibrate
@@ -97,6 +98,7 @@ __all__ = [
     "insert_batchnorm",
     "join",
     "keep_domain",
+    "keep_memory",
     "microbatch_momentum",
     "momentum_per_microbatch",
     "nn",
@@ -132,6 +134,7 @@ _FRAMEWORKS = {
     "__version__": None,
     "backends": None,
     "jax": "jax",
+    "keep_memory": None,
     "keras": "keras",
     "models": None,
     "reference": None,
@@ -151,6 +154,7 @@ _HOMES = {
     "fold_onnx": "surgery",
     "freeze": "surgery",
     "insert_batchnorm": "surgery",
+    "keep_memory": "memory",
     "parameter_groups": "surgery",
     "prune_channels": "surgery.prune",
     "recalibrate": "recalibration",

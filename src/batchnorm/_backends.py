@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchnorm import memory
 from batchnorm._frameworks import is_installed
 from batchnorm.compiled import jax_description
 
@@ -33,11 +34,11 @@ def backends() -> Backends:
         'eager: plain torch operations'
     """
     found: dict[str, str] = {}
-    hints: tuple[str, ...] = ()
     if is_installed("torch"):
         from batchnorm.ops import compiled
 
-        found, hints = compiled.descriptions(), compiled.hints()
+        found = compiled.descriptions()
     if is_installed("jax"):
         found["jax"] = jax_description()
-    return Backends(found, hints)
+    hint = memory.hint() if found else None
+    return Backends(found, (hint,) if hint else ())

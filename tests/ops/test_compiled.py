@@ -43,14 +43,6 @@ def test_backends_prints_a_line_for_each_device_and_hint() -> None:
     assert len(str(found).splitlines()) == len(found) + len(found.hints)
 
 
-def test_backends_gives_the_allocator_hint_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.delenv(name, raising=False)
-    assert any("MALLOC_MMAP_THRESHOLD_" in hint for hint in batchnorm.backends().hints) == (sys.platform == "linux")
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1073741824")
-    assert batchnorm.backends().hints == ()
-
-
 @needs_compiled
 def test_the_best_instruction_set_is_chosen_and_another_by_name() -> None:
     before = compiled.cpu_capability()

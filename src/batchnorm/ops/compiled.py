@@ -7,8 +7,6 @@ not load, a warning gives the reason once.
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -85,25 +83,3 @@ def descriptions() -> dict[str, str]:
     """Return the implementation for each type of device, and the reason if a faster one cannot be used."""
     cpu = f"compiled: {cpu_capability()}" if _compiled.library else f"eager: {_compiled.reason}"
     return {"cpu": cpu, "cuda": support.description(), "other": "eager: plain torch operations"}
-
-
-def hints() -> tuple[str, ...]:
-    """Return advice for more speed on this machine."""
-    return (_ALLOCATOR_HINT,) if _maps_large_tensors_afresh() else ()
-
-
-_ALLOCATOR_HINT = (
-    "each allocation of a tensor above 32 MB maps new memory, which is slow; MALLOC_MMAP_THRESHOLD_=1073741824 "
-    "MALLOC_TRIM_THRESHOLD_=4294967296 in the environment keeps their memory (documentation: Training on a CPU)"
-)
-
-
-def _maps_large_tensors_afresh() -> bool:
-    """Return whether malloc is glibc's with its default settings; other allocators keep large blocks."""
-    return (
-        sys.platform == "linux"
-        and "MALLOC_MMAP_THRESHOLD_" not in os.environ
-        and "glibc.malloc.mmap_threshold" not in os.environ.get("GLIBC_TUNABLES", "")
-        and "malloc" not in os.environ.get("LD_PRELOAD", "")
-        and os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "1"
-    )
