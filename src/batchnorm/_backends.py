@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from batchnorm import memory
 from batchnorm._frameworks import is_installed
 from batchnorm.compiled import jax_description
 
@@ -40,5 +39,7 @@ def backends() -> Backends:
         found = compiled.descriptions()
     if is_installed("jax"):
         found["jax"] = jax_description()
+    from batchnorm import memory
+
     hint = memory.hint() if found else None
     return Backends(found, (hint,) if hint else ())

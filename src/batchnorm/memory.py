@@ -19,6 +19,8 @@ _NEVER = -1
 # The values to which glibc adapts in a process that frees blocks of 32 MB, and the number of mappings that it allows.
 _ADAPTED_THRESHOLD, _ADAPTED_TRIM, _DEFAULT_MAPPINGS = 32 << 20, 64 << 20, 65536
 
+_MAPPED = 32 << 20  # glibc maps larger blocks, whatever it adapts to
+_MANY_SAMPLES = 512  # larger batches are rare on a CPU
 _PROBE = 48 << 20  # above 32 MB, which glibc maps by default; below 64 MB, which it always maps in other threads
 _FEW_FAULTS = 64  # a block of new memory causes thousands, and in huge pages still one per 2 MB
 _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc", "tbbmalloc", "hoard", "snmalloc", "asan")
@@ -120,6 +122,19 @@ def hint() -> str | None:
     return (
         "each tensor above 32 MB gets newly mapped memory, which is slow; batchnorm.keep_memory() keeps memory for the "
         "next step (documentation: Training on a CPU)"
+    )
+
+
+def advice(bytes_per_sample: int) -> tuple[str, ...]:
+    """Return a sentence on `keep_memory` if training a network with tensors of this size on a CPU gains from it."""
+    if bytes_per_sample < 1:
+        return ()
+    samples = _MAPPED // bytes_per_sample + 1
+    if samples > _MANY_SAMPLES or hint() is None:
+        return ()
+    return (
+        f"On a CPU, a batch of {samples} or more makes tensors above 32 MB, whose memory is mapped anew at each step: "
+        "call batchnorm.keep_memory() before training.",
     )
 
 

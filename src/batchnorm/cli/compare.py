@@ -161,6 +161,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
     from batchnorm.compare.directory import SETTINGS
     from batchnorm.compare.resuming import earlier_arguments
     from batchnorm.compare.training.parallel import launched
+    from batchnorm.memory import keep_memory
 
     process = launched()
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
@@ -173,6 +174,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
         else:
             if out is not None and options["resume"]:
                 options |= _omitted(earlier_arguments(out), given)
+            keep_memory()
             result = comparison.run(out=out, **options)
     except (comparison.ComparisonError, ModuleNotFoundError, OSError) as error:
         failed: int | None = getattr(error, "rank", None)

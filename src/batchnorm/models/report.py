@@ -66,10 +66,11 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Return the numbers of layers that were changed and left, and the notes, a line each."""
-        return "\n".join(
-            [f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left", *map(printable, self.notes)]
-        )
+        """Return the numbers of layers that were changed and left, further figures, and the notes, a line each."""
+        return "\n".join([*self._counts(), *map(printable, self.notes)])
+
+    def _counts(self) -> list[str]:
+        return [f"{self.verb}: {len(self.changed)} changed, {len(self.left)} left"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes by name as plain values for JSON, with None for numbers that are not finite."""
@@ -139,8 +140,7 @@ class FoldReport(Report):
     before: int = 0
     fused: int = 0
 
-    def summary(self) -> str:
-        """Return the counts, the errors and the notes, a line each."""
+    def _counts(self) -> list[str]:
         kept = f"{self.remaining} left"
         if self.fused:
             kept += f", {self.fused} fused with following operations"
@@ -148,7 +148,7 @@ class FoldReport(Report):
         if self.reference:
             errors = f"{self.error:.1e}; before folding: {self.error_before:.1e}"
             lines.append(f"relative error against {self.reference}: {errors}")
-        return "\n".join([*lines, *map(printable, self.notes)])
+        return lines
 
 
 @dataclass(frozen=True)
@@ -261,12 +261,12 @@ class Recalibration(Report):
         """Return the attributes by name as plain values for JSON, without the vectors of the layers."""
         return {**super().to_dict(), "layers": [layer.to_dict() for layer in self.layers]}
 
-    def summary(self) -> str:
-        """Return one line with the number of layers and the amount of data."""
+    def _counts(self) -> list[str]:
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
         passes = "single pass" if self.passes == "single" else "sequential passes"
-        return f"{super().summary()}; {self.samples} samples in {batches}{ranks}, {passes}"
+        (counts,) = super()._counts()
+        return [f"{counts}; {self.samples} samples in {batches}{ranks}, {passes}"]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

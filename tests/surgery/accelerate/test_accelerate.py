@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
+from batchnorm import memory
 from batchnorm.surgery.accelerate.accelerate import accelerate, undo_fusion
 from batchnorm.surgery.convert.convert import convert
 from tests.surgery import networks
@@ -293,6 +294,20 @@ def test_a_second_time_changes_nothing() -> None:
     again, second = accelerate(fast, x[:2])
     assert [type(m) for m in again.modules()] == [type(m) for m in fast.modules()]
     assert dict(second.fused) == dict(first.fused)
+
+
+def test_the_report_names_keep_memory_for_a_network_with_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "hint", lambda: "memory is not kept")
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU())
+    x = torch.randn(2, 3, 64, 64)  # 1 MB for each sample after the convolution
+    text = str(accelerate(model, x).report)
+    assert "outputs differ by" in text.splitlines()[0]
+    assert text.splitlines()[1].startswith("On a CPU, a batch of 33 or more makes tensors above 32 MB")
+    assert "batchnorm.keep_memory() before training." in text
+    assert not accelerate(model, x[:, :, :4, :4]).report.notes  # thousands of samples
+    assert not accelerate(model).report.notes  # sizes are unknown
+    monkeypatch.setattr(memory, "hint", lambda: None)
+    assert not accelerate(model, x).report.notes
 
 
 def test_the_report_reads_as_a_table() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded
@@ -56,10 +56,10 @@ class AccelerateReport(Report):
     fused: Mapping[str, Fused] | None = None
     difference: float | None = None
 
-    def summary(self) -> str:
-        """Return how many layers were changed and fused, and how far the output differs."""
-        text = f"{super().summary()}, {len(self.fused or {})} fused with following operations"
-        return text if self.difference is None else f"{text}; outputs differ by {self.difference:.1e}"
+    def _counts(self) -> list[str]:
+        (counts,) = super()._counts()
+        counts += f", {len(self.fused or {})} fused with following operations"
+        return [counts if self.difference is None else f"{counts}; outputs differ by {self.difference:.1e}"]
 
 
 def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> Result[AccelerateReport]:
@@ -108,14 +108,14 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
     swapped = {f.path: _OURS[type(f.module)] for f in layers if type(f.module) in _OURS and not _why_left(f.module)}
     ours = [f.path for f in layers if f.path in swapped or type(f.module) in _FUSABLE]
 
-    found, relative_difference = _find_and_try(model, swapped, ours, example_inputs)
+    found, relative_difference, notes = _find_and_try(model, swapped, ours, example_inputs)
     changed: list[Change] = []
     for path in ours:
         layer, fused = model.get_submodule(path), found.fused.get(path)
         now = _name(layer, swapped.get(path)) + (f" + {fused}" if fused else "")
         reason = f"in {fused.holder or 'the model'}" if fused else found.reasons.get(path, "")
         (changed if path in swapped or fused else left).append(Change(path, _name(layer), now, reason))
-    report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, relative_difference)
+    report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, relative_difference, notes=notes)
     _apply(model, swapped, found)
     return Result(model, report)
 
@@ -149,19 +149,20 @@ def _why_left(layer: nn.Module) -> str:
 
 def _find_and_try(
     model: nn.Module, swapped: dict[str, type[nn.Module]], ours: list[str], example_inputs: Any
-) -> tuple[Fusions, float | None]:
-    """Find the fusions and try them on a copy that shares only the tensors; return them and the output change."""
+) -> tuple[Fusions, float | None, tuple[str, ...]]:
+    """Find the fusions and try them on a copy that shares the tensors; return them, the output's change and notes."""
     try:
         trial = walk.trial_copy("accelerate", model)
     except ValueError as error:
         if example_inputs is not None:
             raise
-        return Fusions(reasons=dict.fromkeys(ours, f"the model cannot be copied to be traced: {error.__cause__}")), None
+        reason = f"the model cannot be copied to be traced: {error.__cause__}"
+        return Fusions(reasons=dict.fromkeys(ours, reason)), None, ()
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
         norms = {path: trial.get_submodule(path) for path in ours}
         if example_inputs is None:
-            return find_fusions(trial, norms, None), None
+            return find_fusions(trial, norms, None), None, ()
         inputs = Inputs.of(example_inputs)
         before, calls = record_calls("accelerate", trial, ours, inputs)
         found = find_fusions(trial, norms, calls)
@@ -172,7 +173,15 @@ def _find_and_try(
     with walk.restored(trial, buffers=True):
         walk.set_mode(trial, training=False)
         after = evaluate(trial, inputs)
-    return found, difference(before, after).relative
+    from batchnorm import memory  # not needed by the other functions that change a model
+
+    return found, difference(before, after).relative, memory.advice(_bytes_per_sample(ours, calls))
+
+
+def _bytes_per_sample(layers: list[str], calls: dict[str, Inputs]) -> int:
+    """Return the size of the largest input of a layer on the CPU, divided by its number of samples."""
+    inputs = (t for path in layers if path in calls for t in calls[path].args if isinstance(t, Tensor))
+    return max((t.nbytes // t.shape[0] for t in inputs if t.device.type == "cpu" and t.numel()), default=0)
 
 
 def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions) -> None:

@@ -38,15 +38,12 @@ class PruneReport(Report):
     seconds: float = 0.0
     difference: float = 0.0
 
-    def summary(self) -> str:
-        """Return the counts, the notes, the channels, sizes and times, and the difference, a line each."""
-        return "\n".join(
-            [
-                super().summary(),
-                f"channels: {self.channels_before:,} -> {self.channels:,}",
-                f"parameters: {self.parameters_before:,} -> {self.parameters:,}, with buffers "
-                f"{self.bytes_before / 1e6:.3g} MB -> {self.bytes / 1e6:.3g} MB",
-                f"forward pass: {self.seconds_before * 1e3:.3g} ms -> {self.seconds * 1e3:.3g} ms",
-                f"largest relative difference of the output: {self.difference:.1e}",
-            ]
-        )
+    def _counts(self) -> list[str]:
+        return [
+            *super()._counts(),
+            f"channels: {self.channels_before:,} -> {self.channels:,}",
+            f"parameters: {self.parameters_before:,} -> {self.parameters:,}, with buffers "
+            f"{self.bytes_before / 1e6:.3g} MB -> {self.bytes / 1e6:.3g} MB",
+            f"forward pass: {self.seconds_before * 1e3:.3g} ms -> {self.seconds * 1e3:.3g} ms",
+            f"largest relative difference of the output: {self.difference:.1e}",
+        ]
