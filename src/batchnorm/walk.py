@@ -193,7 +193,8 @@ def copied(
     """Return a copy of the model.
 
     Unlike `copy.deepcopy`, this also copies lazy buffers, buffers without a storage (such as sparse and nested ones),
-    and non-leaf tensors, such as the weight computed by the old `weight_norm`. Copies of non-leaf tensors are detached.
+    and non-leaf tensors, such as the weight computed by the old `weight_norm`, or results that a module collects in a
+    list. Copies of non-leaf tensors are detached.
 
     Args:
         caller: The function that the user called, for the error message.
@@ -204,8 +205,8 @@ def copied(
     Raises:
         ValueError: the model cannot be copied.
     """
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    known: dict[int, Any] = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    held = (tensor for module in model.modules() for tensor in _tensors_in(vars(module)))
+    known: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
     shared = {id(tensor): tensor for tensor in share}
     for buffer in model.buffers():
         if is_lazy(buffer):
@@ -220,6 +221,15 @@ def copied(
             f"{caller} expects a model that can be copied, got {type(model).__name__} with {in_one_line(error)}. "
             f"{instead}"
         ) from error
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value and in its dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _can_be_copied(buffer: Tensor) -> bool:
