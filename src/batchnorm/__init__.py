@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from batchnorm import integrations as integrations
     from batchnorm import jax as jax
     from batchnorm import keras as keras
+    from batchnorm import memory as memory
     from batchnorm import models as models
     from batchnorm import moments as moments
     from batchnorm import nn as nn
@@ -120,6 +121,7 @@ _MODULES = (
     "jax",
     "keras",
     "models",
+    "memory",
     "moments",
     "nn",
     "ops",
@@ -136,6 +138,7 @@ _FRAMEWORKS = {
     "jax": "jax",
     "keep_memory": None,
     "keras": "keras",
+    "memory": None,
     "models": None,
     "reference": None,
     "state": None,
