@@ -244,6 +244,7 @@ for module in {modules}:
     importlib.import_module(module)
 print(json.dumps([errors, listed]))
 """
+FREE_NAMES = {"__version__", "backends", "keep_memory"}  # the public names that need no framework
 TITLES = {"jax": "JAX", "keras": "Keras"}  # the rooms of other frameworks than PyTorch
 FRAMEWORKS = ["torch", "jax", "jaxlib", "flax", "keras", "tensorflow"]
 # Modules that need no framework, with those that they share with the rooms of JAX and Keras.
@@ -279,7 +280,7 @@ def without_frameworks():
 
 def test_without_a_framework_a_name_says_what_to_install(without_frameworks):
     errors, _ = without_frameworks
-    assert set(errors) == {*PUBLIC_NAMES, *TITLES} - {"__version__", "backends"}
+    assert set(errors) == {*PUBLIC_NAMES, *TITLES} - FREE_NAMES
     for name, error in errors.items():
         framework = name if name in TITLES else "torch"
         assert error[:2] == ["MissingFrameworkError", framework]
@@ -291,8 +292,8 @@ def test_without_a_framework_a_name_says_what_to_install(without_frameworks):
 
 def test_without_torch_only_names_that_can_be_imported_are_listed(without_frameworks):
     _, listed = without_frameworks
-    assert {"__version__", "backends", "reference", "state"} <= set(listed)
-    assert not set(listed) & (PUBLIC_NAMES - {"__version__", "backends"})
+    assert {*FREE_NAMES, "reference", "state"} <= set(listed)
+    assert not set(listed) & (PUBLIC_NAMES - FREE_NAMES)
 
 
 def test_without_a_framework_backends_prints_that_there_is_none():
