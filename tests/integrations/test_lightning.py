@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 lightning = pytest.importorskip("lightning.pytorch")
 
+from torchmetrics.aggregation import MeanMetric  # noqa: E402
+
+import batchnorm as bn  # noqa: E402
 from batchnorm.doctor import BatchNormWarning  # noqa: E402
 from batchnorm.integrations.lightning import BatchNormWatch  # noqa: E402
 
@@ -95,3 +98,72 @@ class TestFit:
             fit(Module(fails=True), callback, tmp_path)
         assert callback.watch is not None and callback.watch.closed
         assert left_behind() == before
+
+
+class Measured(Module):
+    """A module without `forward`, whose step logs and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        loss = super().training_step(batch, number)
+        self.log("mean", self.mean(loss))
+        return loss
+
+
+class Called(Measured):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
+
+
+class Attached(Called):
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        return super().training_step(batch, number) * self.trainer.world_size
+
+
+class Manual(Measured):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+BATCHES = [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Measured, ", loss from training_step"),
+        (Called, ", loss from training_step"),
+        (Attached, ", no loss: training_step needs a trainer (RuntimeError: Attached is not attached to a `Trainer`.)"),
+        (Manual, "in 3 batches"),
+    ],
+)
+def test_a_module_is_diagnosed_without_forward(kind: type[Measured], said: str) -> None:
+    module = kind()
+    before = dict(vars(module))
+    diagnosis = bn.diagnose(module, BATCHES)
+    assert diagnosis.summary().endswith(said)
+    assert "output" not in {rule.code for rule in diagnosis.not_checked}
+    assert vars(module) == before and not module.mean.update_called
+    if diagnosis.conditions.loss:
+        given = bn.diagnose(module, BATCHES, forward=lambda m, b: m.head(m.net(b[0])), loss=nn.functional.mse_loss)
+        assert [(f.code, f.cost) for f in diagnosis.findings] == [(f.code, f.cost) for f in given.findings]
+
+
+def test_a_module_is_recalibrated_by_its_step() -> None:
+    module = Measured()
+    bn.recalibrate(module, BATCHES, inplace=True)
+    x = module.net[0](torch.cat([x for x, _ in BATCHES]))
+    torch.testing.assert_close(module.net[1].running_mean, x.mean(0))
+
+
+def test_a_step_that_needs_a_trainer_is_an_error_without_forward() -> None:
+    class Alone(Measured):
+        def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+            return self.trainer.lost
+
+    with pytest.raises(TypeError, match=r"Alone has no forward, .* not attached .* Pass forward=lambda model, batch"):
+        bn.diagnose(Alone(), BATCHES)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import batchnorm as bn  # noqa: E402
 from batchnorm.doctor import BatchNormWarning  # noqa: E402
 from batchnorm.integrations.transformers import BatchNormWatch  # noqa: E402
 
@@ -123,3 +124,42 @@ def test_the_next_training_closes_what_an_exception_left(tmp_path: Path) -> None
     assert callback.watch is not None and not callback.watch.closed
     callback.watch.close()
     assert left_behind() == before
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Any:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "num_labels": 3}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+
+
+PAIRS = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 3) for _ in range(3)]
+ENCODINGS = [transformers.BatchEncoding({"pixel_values": x, "labels": y}) for x, y in PAIRS]
+
+
+def test_a_model_is_diagnosed_with_its_own_loss(resnet: Any) -> None:
+    own = bn.diagnose(resnet, ENCODINGS, budget=0)
+    assert own.summary().endswith("24 samples in 3 batches, loss from the model's output")
+    given = bn.diagnose(resnet, ENCODINGS, loss=nn.CrossEntropyLoss(), budget=0)
+    assert [(f.code, f.cost) for f in own.findings] == [(f.code, f.cost) for f in given.findings]
+
+
+def test_calls_and_losses_of_each_kind_of_batch(resnet: Any) -> None:
+    from batchnorm.models.calling import arguments_of_loss, default_forward, loss_in
+
+    x, y = PAIRS[0]
+    call = default_forward("diagnose", for_loss=True)
+    for batch in (ENCODINGS[0], PAIRS[0], {"pixel_values": x, "labels": y, "path": "file"}):
+        result: Any = call(resnet.eval(), batch)
+        for loss in (nn.CrossEntropyLoss(), nn.functional.cross_entropy):
+            torch.testing.assert_close(loss(*arguments_of_loss(loss, result, batch)), loss_in(result))
+    assert loss_in(default_forward("recalibrate")(resnet, PAIRS[0])) is None
+    own = arguments_of_loss(lambda output, target: 0, result, ENCODINGS[0])
+    assert own == (result, ENCODINGS[0])
+
+
+def test_a_batch_is_an_example_for_every_verb(resnet: Any) -> None:
+    report = bn.recalibrate(resnet, ENCODINGS)[1]
+    assert len(report.changed) == 8 and report.samples == 24
+    assert bn.accelerate(resnet, ENCODINGS[0])[1].difference < 1e-5
+    assert bn.fold(resnet.eval(), ENCODINGS[0])[1].remaining == 0

@@ -19,7 +19,8 @@ from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import Rule, load_rules
 from batchnorm.doctor.wording import counted, listed
-from batchnorm.models.batches import Batches, check_data, default_forward
+from batchnorm.models.batches import Batches, check_data
+from batchnorm.models.calling import default_forward
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar, bar
 from batchnorm.models.uncompiled import eager
@@ -49,12 +50,17 @@ def diagnose(
         model: The network. In training mode it is examined as it is; in evaluation mode, as `train()` sets it.
         data: An iterable of the batches that the model is trained on: tensors, tuples of inputs and targets, or dicts.
             Without data, only the model itself is examined.
-        loss: `loss(output, target)`. The target is the last part of a tuple, or the whole batch if it is not a tuple.
-            Without a loss, costs are changes of the output, and no effect is an error.
+        loss: `loss(output, target)`. The target is the last part of a tuple, or the whole batch if it is not a tuple. A
+            loss of torch gets the `logits` of the output, and of a dict the entry `labels`, `label`, `targets`,
+            `target` or `y`. By default, the loss that the model computes: the `loss` of its output, as in transformers,
+            or the result of a Lightning module's `training_step`. Without any loss, costs are changes of the output,
+            and no effect is an error.
         optimizer: The optimizer that trains the model.
         forward: `forward(model, batch)` calls the model and returns its output. By default, the model gets a tensor
             itself; as many leading parts of a tuple as its `forward` has required arguments; and the entries of a dict
-            whose keys are names of its arguments.
+            whose keys are names of its arguments. A Lightning module is called by its `training_step`, or by
+            `validation_step` if it optimizes manually; what the step logs is dropped. If a step needs a trainer, the
+            module is called by its `forward`.
         max_samples: Stop after the batch that reaches this many samples; None reads all the data.
         budget: Number of further passes over the data to measure the cost of single layers.
         process_group: Compare the processes of this group; each of them must call `diagnose`. With None, there is no
@@ -85,7 +91,7 @@ def diagnose(
         kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
         with restored(kept, buffers=True), bar("diagnose", progress, processes.check) as shown, eager():
             measurements = add_processes(measure_model(inner, optimizer), processes if together else None)
-            call = ModelCall(forward or default_forward("diagnose"), loss)
+            call = ModelCall(forward or default_forward("diagnose", for_loss=loss is None), loss)
             batches = None if data is None else Batches(data, max_samples)
             measurements = _measure(measurements, call, batches, budget, shown)
             findings, not_checked = apply_rules(measurements, load_rules())

@@ -1,11 +1,9 @@
-"""Read the user's data batch by batch, and pass a batch to the model."""
+"""Read the user's data batch by batch."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -147,43 +145,6 @@ def _mapped(value: Any, of_tensor: Callable[[Tensor], Tensor], of_other: Callabl
             object.__setattr__(instance, field.name, part)  # it may be frozen
         return instance
     return of_other(value)
-
-
-def default_forward(caller: str) -> Forward:
-    """Return the function that calls a model with a batch if the user passes no `forward`.
-
-    It passes a tensor to the model as the only argument. From a tuple or list, it passes as many of the first items as
-    the model's `forward` requires arguments, but at least one. Labels are therefore left out. From a mapping, it passes
-    the keys that are arguments of `forward`. It raises TypeError if the batch has another type or too few items.
-    """
-    return functools.partial(_call_with_batch, caller)
-
-
-def _call_with_batch(caller: str, model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    requires = f"{type(model).__name__}.forward requires ({', '.join(p.name for p in required)})"
-    if isinstance(batch, (list, tuple)):
-        wanted = max(1, len(required))
-        if len(batch) >= wanted:
-            return model(*batch[:wanted])
-        problem = f"of at least {wanted} items, because {requires}, got {len(batch)}"
-    elif isinstance(batch, Mapping):
-        accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in parameters}
-        given = {key: value for key, value in batch.items() if accepts_all or key in names}
-        if given and all(p.name in given for p in required):
-            return model(**given)
-        problem = f"with the keys that {requires}, got {', '.join(map(repr, batch)) or 'none'}"
-    else:
-        problem = f"that are tensors, tuples, lists or dicts, got {type(batch).__name__}"
-    raise TypeError(
-        f"{caller} expects batches {problem}. Pass forward=lambda model, batch: ... to call the model yourself."
-    )
 
 
 def device_of(model: nn.Module) -> torch.device | None:

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks, _options
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, default_forward, device_of
+from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, device_of
+from batchnorm.models.calling import default_forward
 from batchnorm.models.description import describe
 from batchnorm.models.observe import (
     Observer,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
-from batchnorm.models.batches import Forward, check_data, default_forward, device_of, own_copy
+from batchnorm.models.batches import Forward, check_data, device_of, own_copy
+from batchnorm.models.calling import default_forward
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select, some_paths

@@ -36,6 +36,7 @@ class Measurements:
         samples: Number of samples.
         batch_sizes: The size of each batch.
         loss: Whether there are data and a loss.
+        loss_source: Where the loss comes from, or why there is none, if the user gave none.
         step: A training step on the first batch.
         trace: The traced model.
         dropout: The layers with dropout right before them in the trace, and its probability.
@@ -68,6 +69,7 @@ class Measurements:
     samples: int = 0
     batch_sizes: tuple[int, ...] = ()
     loss: bool = False
+    loss_source: str = ""
     step: TrainingStep | None = None
     trace: Trace | None = None
     dropout: Mapping[nn.Module, float] = field(default_factory=dict)

@@ -63,7 +63,8 @@ def add_processes(m: Measurements, processes: Processes | None) -> Measurements:
 def add_trace(m: Measurements, example: Inputs | None) -> Measurements:
     """Trace the model, whose modules are all in evaluation, to find the place of each layer."""
     if example is None:
-        return lacking(m, "trace", "needs data, to see how the model is called (data=)")
+        called = "a model that is called by its forward" if m.batch_sizes else "data (data=)"
+        return lacking(m, "trace", f"needs {called}, to see the arguments of the model")
     dropout: dict[nn.Module, float] = {}
 
     def prepare(module: fx.GraphModule) -> fx.GraphModule:
@@ -106,7 +107,8 @@ def add_passes(m: Measurements, passes: Runs) -> Measurements:
         layers=tuple(layer if layer.running is None else next(measured) for layer in m.layers),
         samples=sum(passes.sizes),
         batch_sizes=tuple(passes.sizes),
-        loss=passes.has_loss,
+        loss=bool(passes.by_running.losses),
+        loss_source=passes.loss_source,
         missing={need: reason for need, reason in m.missing.items() if need not in ("data", "step")},
     )
     if not passes.by_running.outputs:

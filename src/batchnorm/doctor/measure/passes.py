@@ -19,6 +19,7 @@ from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.wording import counted
 from batchnorm.models.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
+from batchnorm.models.calling import StepResult, arguments_of_loss, loss_in
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.observe import (
     LayerCall,
@@ -48,16 +49,25 @@ _CANCELS = 30.0
 
 @dataclass(frozen=True)
 class ModelCall:
-    """How to call the model with a batch, and how to compute the loss of its output."""
+    """How to call the model with a batch, and how to compute the loss of its output, if the model does not."""
 
     forward: Forward
     loss: Loss | None = None
 
-    def loss_of(self, returned: Any, batch: Any) -> Tensor:
-        """Return the loss. The target is the last part of a tuple or list, or else the batch itself."""
-        assert self.loss is not None
-        loss: Tensor = self.loss(returned, batch[-1] if isinstance(batch, (tuple, list)) else batch)
+    def loss_of(self, returned: Any, batch: Any) -> Tensor | None:
+        """Return the loss of what the model returned for the batch; None if nothing computes one."""
+        if self.loss is None:
+            return loss_in(returned)
+        loss: Tensor = self.loss(*arguments_of_loss(self.loss, returned, batch))
         return loss
+
+    def source_of_loss(self, returned: Any) -> str:
+        """Return where the model's own loss comes from, or why there is none; empty if the user gave one."""
+        if self.loss is not None:
+            return ""
+        if loss_in(returned) is not None:
+            return f"from {returned.step}" if isinstance(returned, StepResult) else "from the model's output"
+        return getattr(self.forward, "problem", "")
 
 
 class Passes(Runs):
@@ -106,8 +116,9 @@ class Passes(Runs):
         batch = own_copy(batch, device_of(self.model))
         with self._ambient.entered():
             returned = self.call.forward(self.model, batch)
-            loss = None if self.call.loss is None else float(self.call.loss_of(returned, batch))
-        return output_of(returned), loss
+            loss = self.call.loss_of(returned, batch)
+        self.loss_source = self.call.source_of_loss(returned)
+        return output_of(returned), None if loss is None else float(loss)
 
     def first(self, batches: Batches) -> None:
         """Run each batch with its own statistics, as in training, then with the running ones; measure the layers.
@@ -165,11 +176,6 @@ class Passes(Runs):
             text = f"{counted(number, 'batch')}: about {least}"
             single = counted(self.budget, "pass for a single layer", "passes for single layers")
             self.bar.expect(number, f"{text}, with {single} {most}" if self.budget else text)
-
-    @property
-    def has_loss(self) -> bool:
-        """Whether the user gave a loss."""
-        return self.call.loss is not None
 
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:
         """Run the kept batches with other statistics in some layers; a tuple has one entry for each call of a layer."""

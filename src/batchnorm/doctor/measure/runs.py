@@ -27,6 +27,7 @@ class Runs(ABC):
         by_batch: Outcome for the kept batches, each normalized by its own statistics.
         by_running: Outcome normalized by the running statistics.
         by_population: Outcome normalized by the population's statistics; None if outputs cannot be compared.
+        loss_source: Where the loss comes from, or why there is none, if the user gave none; empty if neither is known.
     """
 
     def __init__(self, layers: list[Layer], budget: int) -> None:
@@ -36,16 +37,12 @@ class Runs(ABC):
         self.by_population: Outcome | None = None
         self.sizes: list[int] = []
         self.kept: Sequence[Any] = []
+        self.loss_source = ""
 
     def spend(self) -> bool:
         """Take one pass from the budget; return whether there was one."""
         self.budget -= 1
         return self.budget >= 0
-
-    @property
-    @abstractmethod
-    def has_loss(self) -> bool:
-        """Whether the user gave a loss."""
 
     @abstractmethod
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:

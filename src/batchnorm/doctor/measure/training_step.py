@@ -85,8 +85,9 @@ def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, ba
 
 
 def _loss(call: ModelCall, returned: Any, batch: Any) -> Tensor:
-    if call.loss is not None:
-        return call.loss_of(returned, batch)
+    loss = call.loss_of(returned, batch)
+    if loss is not None:
+        return loss
     results = [y for y in outputs(returned) if y.is_floating_point() and y.requires_grad]
     if not results:
         raise StepError("no output of the model depends on parameters that are trained")

@@ -19,6 +19,8 @@ class Conditions:
     Attributes:
         batch_size: Median of the data's batch sizes; None without data.
         loss: Whether there were data and a loss.
+        loss_source: Where the loss came from, such as "from training_step", or why there is none; empty if `loss=` was
+            given.
         optimizer: Whether the optimizer was given.
         training: Whether the model was in training mode.
         device: The device of the model; all of them if there are several.
@@ -31,6 +33,7 @@ class Conditions:
 
     batch_size: float | None
     loss: bool
+    loss_source: str
     optimizer: bool
     training: bool
     device: str
@@ -48,6 +51,7 @@ class Conditions:
         return cls(
             m.batch_size if m.batch_sizes else None,
             m.loss,
+            m.loss_source,
             m.optimizer is not None,
             m.training,
             ", ".join(sorted({str(t.device) for t in tensors})),

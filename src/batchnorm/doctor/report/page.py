@@ -97,7 +97,9 @@ def verdict(results: Results) -> list[str]:
     if not results.batches:
         found.append("No data were given, so only the model itself was examined.")
     elif not results.conditions.loss:
-        found.append("No loss was given: costs are changes of the output, and no effect is an error.")
+        found.append("There is no loss: costs are changes of the output, and no effect is an error.")
+    elif results.conditions.loss_source:
+        found.append(f"The loss comes {results.conditions.loss_source}.")
     whole = sum(not rule.paths for rule in results.not_checked)
     if whole:
         found.append(f"{counted(whole, 'rule')} could not be applied; the reasons are at the end.")

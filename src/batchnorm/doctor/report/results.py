@@ -43,4 +43,6 @@ class Results:
         data = "without data"
         if self.batches:
             data = f"{counted(self.samples, 'sample')} in {counted(self.batches, 'batch')}"
+            if self.conditions.loss_source:
+                data += f", {'loss' if self.conditions.loss else 'no loss:'} {self.conditions.loss_source}"
         return f"{self.model}: {', '.join(found) or 'nothing found'}; {counted(len(self.layers), 'layer')}, {data}"

@@ -53,11 +53,6 @@ class KerasPasses(Runs):
         self._observer = Observer(model, found)
         self._batches: list[Any] = []  # not `kept`, which the search for padding reads with channels first
 
-    @property
-    def has_loss(self) -> bool:
-        """Whether the user gave a loss."""
-        return self._loss is not None
-
     def first(self, batches: Iterable[Any]) -> None:
         """Run each batch with its own statistics, as in training, then with the moving ones; measure the layers."""
         calls: dict[LayerCall, Moments] = {}
