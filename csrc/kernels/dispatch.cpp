@@ -7,6 +7,7 @@
 
 #include "export.h"
 #include "kernels.h"
+#include "processor.h"
 
 namespace batchnorm {
 
@@ -37,28 +38,18 @@ struct Set {
         &capability::float16_kernels                                                           \
   }
 
-#if defined(BATCHNORM_WITH_avx512)
-bool avx512_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("fma");
-}
-#endif
-
 // Best first.
 const Set kSets[] = {
 #if defined(BATCHNORM_WITH_avx512_bf16)
     {"avx512_bf16",
-     [] { return __builtin_cpu_supports("avx512bf16") && avx512_supported(); },
+     processor::avx512_bf16,
      {&avx512::float64_kernels, &avx512::float32_kernels, &avx512_bf16::bfloat16_kernels, &avx512::float16_kernels}},
 #endif
 #if defined(BATCHNORM_WITH_avx512)
-    {"avx512", avx512_supported, BATCHNORM_TABLES(avx512)},
+    {"avx512", processor::avx512, BATCHNORM_TABLES(avx512)},
 #endif
 #if defined(BATCHNORM_WITH_avx2)
-    {"avx2",
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     BATCHNORM_TABLES(avx2)},
+    {"avx2", processor::avx2, BATCHNORM_TABLES(avx2)},
 #endif
 #if defined(BATCHNORM_WITH_neon)
     {"neon", [] { return true; }, BATCHNORM_TABLES(neon)},
@@ -69,15 +60,20 @@ const Set kSets[] = {
 };
 
 struct Choice {
-  const Set* set = nullptr;
+  const Set* set = nullptr;  // null: the build contains none that the processor has
   std::string available, problem;
 
   Choice() {
+    std::string built;
     for (const Set& s : kSets) {
+      built.append(built.empty() ? "" : ", ").append(s.name);
       if (!s.supported()) continue;
       if (!set) set = &s;
-      if (!available.empty()) available.append(" ");
-      available.append(s.name);
+      available.append(available.empty() ? "" : " ").append(s.name);
+    }
+    if (!set) {
+      problem.append("they are built for ").append(built).append(", which this processor does not have");
+      return;
     }
     const char* wanted = std::getenv("BATCHNORM_CPU_CAPABILITY");
     if (wanted && *wanted && !choose(wanted)) {
@@ -109,7 +105,7 @@ Choice& choice() {
 }  // namespace
 
 BATCHNORM_VISIBLE const Kernels& kernels(DType dtype) { return *choice().set->tables[static_cast<int>(dtype)]; }
-const char* capability() { return choice().set->name; }
+const char* capability() { return choice().set ? choice().set->name : nullptr; }
 bool set_capability(const char* name) { return choice().choose(name); }
 const char* capabilities() { return choice().available.c_str(); }
 const char* capability_problem() { return choice().problem.empty() ? nullptr : choice().problem.c_str(); }

@@ -119,7 +119,8 @@ struct Kernels {
 // Returns the kernels for x's dtype in the chosen instruction set.
 const Kernels& kernels(DType dtype);
 
-// Returns the name of the chosen instruction set, such as "avx2" or "baseline".
+// Returns the name of the chosen instruction set, such as "avx2" or "baseline". Null if this build contains none that
+// this processor has; the other functions must then not be called, except `capability_problem`.
 const char* capability();
 
 // Chooses an instruction set by name. Returns false if this build or this processor does not have it.
@@ -128,7 +129,7 @@ bool set_capability(const char* name);
 // Returns the instruction sets that both this build and this processor have, best first, separated by spaces.
 const char* capabilities();
 
-// Returns the reason why BATCHNORM_CPU_CAPABILITY was ignored, or null.
+// Returns why BATCHNORM_CPU_CAPABILITY was ignored, or why there is no instruction set; null if nothing is wrong.
 const char* capability_problem();
 
 }  // namespace batchnorm

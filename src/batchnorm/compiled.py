@@ -50,12 +50,15 @@ class Kernels:
             library = ctypes.CDLL(str(path))
             for name in _TEXTS:
                 getattr(library, name).restype = ctypes.c_char_p
+            problem = (library.batchnorm_capability_problem() or b"").decode()
+            if library.batchnorm_capability() is None:
+                raise OSError(problem)
         except (OSError, AttributeError) as error:
             self.reason = f"the compiled kernels did not load: {error}"
             return
         self.library, self.reason = library, ""
-        if problem := library.batchnorm_capability_problem():
-            warnings.warn(problem.decode(), RuntimeWarning, stacklevel=2)
+        if problem:
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
 
     def text(self, name: str) -> str:
         """Return what a function of the library returns, such as `batchnorm_capability`."""
@@ -84,7 +87,7 @@ class XlaKernels:
             return
         path = find_library(folder, "batchnorm_xla")
         if path is None:
-            self.reason = "no headers of XLA at build time"
+            self.reason = "built with BATCHNORM_XLA=OFF"
             return
         try:
             library = ctypes.CDLL(str(path))

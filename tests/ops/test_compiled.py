@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -90,10 +91,10 @@ def test_without_a_library_the_reason_is_the_missing_compiler(tmp_path: Path, mo
 
 
 @needs_compiled
-def test_without_the_library_for_torch_the_reason_is_the_missing_torch(tmp_path: Path) -> None:
+def test_without_the_library_for_torch_the_reason_is_the_option(tmp_path: Path) -> None:
     state = compiled._Compiled(tmp_path, kernels())
     assert state.library is None
-    assert state.reason == "no torch at build time"
+    assert state.reason == "built with BATCHNORM_TORCH=OFF"
 
 
 @needs_compiled
@@ -109,6 +110,32 @@ def test_a_library_that_does_not_load_gives_a_warning_with_the_reason(
         state = compiled._Compiled(tmp_path, Kernels(tmp_path) if name == "batchnorm_kernels" else kernels())
     assert state.library is None
     assert "did not load" in state.reason
+
+
+NO_SUPPORTED_SET = """
+#define __builtin_cpu_supports(name) 0
+#define BATCHNORM_WITH_avx512
+#include "kernels/dispatch.cpp"
+namespace batchnorm::avx512 {
+const Kernels float64_kernels{}, float32_kernels{}, bfloat16_kernels{}, float16_kernels{};
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+def test_kernels_without_an_instruction_set_of_the_processor_do_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(compiled.CAPABILITY, raising=False)
+    (tmp_path / "kernels.cpp").write_text(NO_SUPPORTED_SET)
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{Path(__file__).parents[2] / 'csrc'}", "-o"]
+    subprocess.run(["c++", *options, tmp_path / "libbatchnorm_kernels.so", tmp_path / "kernels.cpp"], check=True)
+    with pytest.warns(
+        RuntimeWarning, match=r"they are built for avx512, which this processor does not have\. Reinstall"
+    ):
+        state = compiled._Compiled(tmp_path, Kernels(tmp_path))
+    assert state.library is None
 
 
 @needs_compiled

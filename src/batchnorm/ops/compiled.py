@@ -24,8 +24,8 @@ class _Compiled:
         self.reason = kernels.reason or self._load(folder)
         if "did not load" in self.reason:
             warnings.warn(
-                f"batchnorm uses plain torch operations, which are slower: {self.reason}. Reinstall batchnorm for "
-                f"torch {torch.__version__}, or set {CAPABILITY}=eager to silence this warning.",
+                f"batchnorm uses plain torch operations, which are slower: {self.reason}. Reinstall batchnorm on this "
+                f"machine, for torch {torch.__version__}, or set {CAPABILITY}=eager to silence this warning.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -34,7 +34,7 @@ class _Compiled:
         """Load the library, which registers the operators. Return the reason if this fails, else an empty string."""
         path = find_library(folder, "batchnorm_cpu")
         if path is None:
-            return "no torch at build time"
+            return "built with BATCHNORM_TORCH=OFF"
         try:
             torch.ops.load_library(str(path))
         except (OSError, RuntimeError) as error:
