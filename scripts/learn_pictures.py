@@ -161,7 +161,7 @@ def inputs() -> Figure:
         path = [best + 0.8 * half * [1, -1]]
         for _ in range(steps):
             path.append(path[-1] - rate * columns.T @ (columns @ path[-1] - y) / 4)
-        w, b = (np.linspace(middle - size, middle + size, 300) for middle, size in zip(best, half, strict=True))
+        w, b = (np.linspace(middle - size, middle + size, 100) for middle, size in zip(best, half, strict=True))
         excess = ((columns[:, 0, None, None] * (w - best[0]) + (b - best[1])[:, None]) ** 2).mean(axis=0)
         axes.contour(w, b, excess, levels=np.geomspace(0.05, excess.max(), 9), colors=FAINT, linewidths=0.8)
         axes.plot(*np.transpose(path), color=ORANGE, marker="o", markersize=3 if steps > 1 else 6, linewidth=1.5)
@@ -208,7 +208,7 @@ def failures() -> Figure:
     for axes, (name, values) in zip(figure.subplots(3, 1), rows, strict=True):
         axes.scatter(values[:30], np.full(30, 0.12), s=22, color=BLUE, alpha=0.7, label="source 1")
         axes.scatter(values[30:], np.full(30, -0.12), s=22, color=ORANGE, alpha=0.7, label="source 2")
-        axes.set(ylim=(-0.4, 0.4), yticks=[], xlim=(-5, 110) if name == "x" else (-2.7, 2.7))
+        axes.set(ylim=(-0.4, 0.4), yticks=[], xlim=(-5, 110) if name == "x" else (-3, 3))
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.axes[0].legend(loc="upper center", ncols=2, fontsize=9)
@@ -293,10 +293,11 @@ PICTURES: tuple[Callable[[], Figure], ...] = (
 )
 
 
-def svg(figure: Figure) -> str:
-    """Return the figure as SVG whose colors depend on the reader's preference."""
+def svg(draw: Callable[[], Figure]) -> str:
+    """Return a picture as SVG whose colors depend on the reader's preference."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context(STYLE):
+        draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue().decode()
     for name, (light, _) in COLORS.items():
         text = text.replace(light, f"var(--{name})")
@@ -308,9 +309,8 @@ def svg(figure: Figure) -> str:
 def main() -> None:
     """Draw all pictures."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        for draw in PICTURES:
-            (FOLDER / f"{draw.__name__}.svg").write_text(svg(draw()))
+    for draw in PICTURES:
+        (FOLDER / f"{draw.__name__}.svg").write_text(svg(draw))
 
 
 if __name__ == "__main__":

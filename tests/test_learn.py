@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,9 +11,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+import learn_pictures  # noqa: E402
 import notebooks  # noqa: E402
 
 PAGES = notebooks.pages()
+
+
+def test_every_picture_is_shown_and_drawn_by_the_script() -> None:
+    shown = {name for page in PAGES for name in re.findall(r"images/learn/(\w+)\.svg", page.read_text())}
+    committed = {file.stem for file in learn_pictures.FOLDER.iterdir()}
+    assert shown == committed == {draw.__name__ for draw in learn_pictures.PICTURES}
+
+
+def test_pictures_have_colors_for_light_and_dark() -> None:
+    style, _, rest = learn_pictures.svg(learn_pictures.computes).partition("</style>")
+    for name, pair in learn_pictures.COLORS.items():
+        assert all(f"--{name}:{color}" in style for color in pair)
+    assert "fill: var(--blue)" in rest and not re.findall(r"#[0-9a-f]{6}\b", rest)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
