@@ -17,6 +17,13 @@ import notebooks  # noqa: E402
 PAGES = notebooks.pages()
 
 
+@pytest.mark.parametrize("word", ["freeze", "fuse", "fusing", "notebook", "tutorial"])
+def test_the_search_finds(word: str) -> None:
+    """The site's search compares whole words, without stemming."""
+    pages = [*PAGES, notebooks.FOLDER / "index.md"]
+    assert any(re.search(rf"\b{word}\b", page.read_text(), re.IGNORECASE) for page in pages)
+
+
 def test_every_picture_is_shown_and_drawn_by_the_script() -> None:
     shown = {name for page in PAGES for name in re.findall(r"images/learn/(\w+)\.svg", page.read_text())}
     committed = {file.stem for file in learn_pictures.FOLDER.iterdir()}
