@@ -16,8 +16,15 @@ from click.testing import CliRunner, Result
 
 from batchnorm.cli.app import app
 from batchnorm.compare.inputs import norms
+from batchnorm.compare.report import figures
 
 SHORT = ["--steps", "4", "--seeds", "1", "--batch-size", "8", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no pictures, which take longer than the training of small networks."""
+    monkeypatch.setattr(figures, "draw", lambda *_: {})
 
 
 @pytest.fixture
@@ -73,14 +80,16 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
     (tmp_path / "net_for_cli.py").write_text(
         "from torch import nn\n"
         "def build(norm, in_shape, num_classes):\n"
-        "    return nn.Sequential(nn.Linear(in_shape[0], 6), norm(6), nn.Tanh(), nn.Linear(6, num_classes))\n"
+        "    layers = nn.Linear(in_shape[0], 6), norm(6), nn.Tanh(), norm.dropout(), nn.Linear(6, num_classes)\n"
+        "    return nn.Sequential(*layers)\n"
     )
     monkeypatch.chdir(tmp_path)
     result = invoke(
         "--model", "net_for_cli:build", "--data", file, "--norms", "batch", "none", "--epochs", 2, "--batch-size", 16,
         24, "--sampling", "iid", "classes:2", "--placement", "before", "--input-norm", "--lr", 0.05, "--schedule",
-        "cosine:warmup=2", "--optimizer", "adam", "--seeds", 2, "--target-accuracy", 0.5, "--threads", 1,
-        "--evaluate-every", 3, "--device", "cpu", "--records", "parquet", "--tensorboard", "--out", "there",
+        "cosine:warmup=2", "--optimizer", "adam", "--seeds", 1, "--dropout", 0.1, "--target-accuracy", 0.5,
+        "--threads", 1, "--evaluate-every", 3, "--device", "cpu", "--records", "parquet", "--tensorboard",
+        "--out", "there",
     )  # fmt: skip
     sys.modules.pop("net_for_cli", None)
     assert result.exit_code == 0, result.output
@@ -88,16 +97,45 @@ def test_a_user_callable_and_every_option_reach_the_run(file, tmp_path, monkeypa
     assert settings == {
         "grid": {
             "norm": ["batch", "none"], "placement": ["before"], "lr": [0.05], "batch_size": [16, 24],
-            "sampling": ["iid", "classes:2"],
+            "sampling": ["iid", "classes:2"], "dropout": [0.1], "model": ["net_for_cli:build"],
         },
-        "model": "net_for_cli:build", "input_norm": True, "data": str(file), "data_dir": None, "epochs": 2,
-        "steps": None, "schedule": "cosine:warmup=2", "optimizer": "adam", "seeds": 2, "target_accuracy": 0.5,
+        "input_norm": True, "data": str(file), "data_dir": None, "epochs": 2,
+        "steps": None, "schedule": "cosine:warmup=2", "optimizer": "adam", "seeds": 1, "target_accuracy": 0.5,
         "evaluate_every": 3, "threads": 1, "device": "cpu",
     }  # fmt: skip
-    assert len(list((tmp_path / "there" / "runs").iterdir())) == 2 * 2 * 2 * 2
+    assert len(list((tmp_path / "there" / "runs").iterdir())) == 2 * 2 * 2
     assert (tmp_path / "there" / "steps.parquet").is_file()
-    assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 16
+    assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 8
     assert_one_line(invoke("--data", file, "--data-dir", tmp_path), "data_dir (--data-dir) requires data mnist")
+
+
+def test_several_networks_are_compared_as_they_are_and_resumed(file, tmp_path, monkeypatch):
+    layers = "nn.Linear(4, 6), {}nn.ReLU(), nn.Linear(6, 3)"
+    (tmp_path / "nets_for_cli.py").write_text(
+        "from torch import nn\n"
+        f"def plain(): return nn.Sequential({layers.format('')})\n"
+        f"def normalized(): return nn.Sequential({layers.format('nn.BatchNorm1d(6), ')})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = invoke("--model", "nets_for_cli:plain", "nets_for_cli:normalized", "--data", file, "--out", "out", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == [
+        "[1/2] plain, seed 0",
+        "[2/2] normalized, seed 0",
+    ]
+    assert "with normalized and" in result.stdout
+    more = invoke("--resume", "--out", "out", "--seeds", 2)
+    assert [line.split(":")[0] for line in more.stderr.splitlines()] == [
+        "[1/2] normalized, seed 1",
+        "[2/2] plain, seed 1",
+    ]
+    sys.modules.pop("nets_for_cli", None)
+    assert_one_line(
+        invoke("--model", "nets_for_cli:plain", "mlp", "--data", file, "--out", "new", *SHORT),
+        "norm 'as-is' needs finished networks, but mlp is built with a norm",
+    )
+    sys.modules.pop("nets_for_cli", None)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_norm_is_reported_with_the_closest_name(tmp_path):
@@ -169,7 +207,7 @@ def test_omitted_options_keep_their_values_when_a_comparison_is_resumed(file, tm
     assert result.exit_code == 0, result.output
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["[1/1] layer, seed 0"]
     after = {path.name: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    assert set(after) - set(before) == {"layer-before-lr0.3-batch8-iid-seed0.jsonl"}
+    assert set(after) - set(before) == {"mlp-layer-before-lr0.3-batch8-iid-seed0.jsonl"}
     assert {name: after[name] for name in before} == before
     assert_one_line(
         invoke("--resume", "--out", out, "--epochs", 1), "epochs was None and is 1; steps was 4 and is None"
@@ -188,7 +226,7 @@ def test_a_report_is_rebuilt(file, tmp_path):
     assert result.stdout == first.stdout
     assert result.stderr == ""
     assert (out / "report.html").is_file()
-    assert "reached 1.0 % test accuracy" in invoke("--report", out, "--target-accuracy", 0.01).stdout
+    assert "accuracy reached 1.0 %" in invoke("--report", out, "--target-accuracy", 0.01).stdout
     assert_one_line(invoke("--report", out, "--lr", 0.1, "--seeds", 2), "got --lr, --seeds. Leave these out.")
     assert_one_line(invoke("--report", tmp_path / "none"), "report must name the directory of a comparison")
 
@@ -200,15 +238,15 @@ def test_missing_extras_are_reported(file, tmp_path, monkeypatch):
     assert_one_line(result, "matplotlib cannot be imported. Install with: pip install 'batchnorm[compare]'")
 
 
-def test_control_c_ends_with_130_and_one_line(tmp_path):
+def test_control_c_ends_with_130_and_one_line(file, tmp_path):
     out = tmp_path / "out"
-    words = ["--norms", "none", "--steps", "1000000", "--evaluate-every", "10", "--threads", "1", "--out", str(out)]
+    words = ["--norms", "none", "--data", str(file), "--batch-size", "8", "--steps", "1000000", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "batchnorm", "compare", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not where tests run in the background
     )  # fmt: skip
-    partial = out / "runs" / "none-before-lr0.1-batch64-iid-seed0.jsonl.partial"
+    partial = out / "runs" / "mlp-none-before-lr0.1-batch8-iid-seed0.jsonl.partial"
     try:
         while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
             time.sleep(0.05)

@@ -34,8 +34,8 @@ def losses(run: Run) -> list:
 def test_a_comparison_leaves_everything_behind(result):
     files = {str(path.relative_to(result.out)) for path in result.out.rglob("*") if path.is_file()}
     names = ("none", "batch")
-    runs = {f"runs/{norm}-before-lr0.1-batch16-iid-seed{seed}.jsonl" for norm in names for seed in (0, 1)}
-    figures = {"accuracy.png", "loss.png", "activations.png"}
+    runs = {f"runs/mlp-{norm}-before-lr0.1-batch16-iid-seed{seed}.jsonl" for norm in names for seed in (0, 1)}
+    figures = {"accuracy.png", "loss.png", "activations.png", "layers.png"}
     assert files == {"settings.json", "summary.json", "report.html"} | figures | runs
     assert {path.name for path in result.figure_paths} == figures
     assert result.report_path.is_file()
@@ -158,7 +158,7 @@ def test_a_full_disk_is_not_blamed_on_the_network(data, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     warm_up = Cells.warm_up
-    monkeypatch.setattr(Cells, "warm_up", lambda *a: (warm_up(*a), monkeypatch.setattr(Recorder, "add", fail)))
+    monkeypatch.setattr(Cells, "warm_up", lambda *a: [warm_up(*a), monkeypatch.setattr(Recorder, "add", fail)][0])
     with pytest.raises(OSError, match="No space left on device"):
         small(data, tmp_path)
     assert not (tmp_path / "summary.json").exists()
@@ -177,7 +177,7 @@ def test_an_interrupted_comparison_has_no_summary(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         small(data, tmp_path)
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    names = [f"runs/{norm}-before-lr0.1-batch16-iid-seed0.jsonl" for norm in ("batch", "none")]
+    names = [f"runs/mlp-{norm}-before-lr0.1-batch16-iid-seed0.jsonl" for norm in ("batch", "none")]
     assert files == [f"{names[0]}.partial", names[1], "settings.json"]
 
 

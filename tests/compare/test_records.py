@@ -30,7 +30,7 @@ def test_a_run_that_breaks_off_does_not_pass_for_a_finished_one(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         break_off()
     (left,) = (tmp_path / "runs").iterdir()
-    assert left.name == "batch-eps=1e-3-before-lr0.5-batch64-iid-seed1.jsonl.partial"
+    assert left.name == "mlp-batch-eps=1e-3-before-lr0.5-batch64-iid-seed1.jsonl.partial"
     with pytest.raises(ValueError, match="a finished run begins with a run record and ends with an end record"):
         Run.read(left)
     left.rename(left.with_suffix(""))  # as a disk that lost power may leave it
@@ -75,7 +75,7 @@ def test_an_earlier_comparison_is_kept_unless_it_may_be_replaced(tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema": 1}', "must have schema 2, got 1: another version of batchnorm wrote it"),
+        ('{"schema": 2}', "must have schema 3, got 2: another version of batchnorm wrote it"),
         ("[]", "must be the settings of a comparison"),
         ("{", "must be the settings of a comparison, but reading it failed"),
     ],

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from batchnorm import compare
+from batchnorm.cli.app import app
 from batchnorm.compare import ComparisonError, resuming
 from batchnorm.compare.training import loop
 from batchnorm.compare.training.cells import Cells
@@ -100,7 +102,8 @@ def test_resuming_what_is_not_there_is_refused(data, tmp_path, trained):
         ({"steps": None, "epochs": 1}, "epochs was None and is 1; steps was 4 and is None"),
         ({"optimizer": "adam", "lr": 0.1}, "optimizer was 'sgd' and is 'adam'"),
         ({"schedule": "cosine"}, "schedule was 'constant' and is 'cosine'"),
-        ({"model": "sigmoid-mlp"}, "model was 'mlp' and is 'sigmoid-mlp'"),
+        ({"model": "sigmoid-mlp"}, "first of model was 'mlp' and is 'sigmoid-mlp'"),
+        ({"dropout": 0.5}, "lacks dropout None"),
         ({"input_norm": True}, "input_norm was False and is True"),
         ({"evaluate_every": 2}, "evaluate_every was None and is 2"),
         ({"norms": ["batch", "none"]}, "first of norms was 'none' and is 'batch'"),
@@ -137,7 +140,7 @@ def test_resuming_needs_a_directory(data):
         compare.run(data=data, resume=True)
 
 
-def test_a_killed_comparison_continues_from_the_command_line(tmp_path):
+def test_a_killed_comparison_continues_from_the_command_line(tmp_path, monkeypatch):
     """Killed while the second run is being trained; the options need not be given again."""
     np.savez(tmp_path / "clusters.npz", **small_arrays())
     out = tmp_path / "out"
@@ -148,16 +151,15 @@ def test_a_killed_comparison_continues_from_the_command_line(tmp_path):
         [*command, *words, "--evaluate-every", "10"], cwd=tmp_path, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    second = out / "runs" / "batch-before-lr0.05-batch8-iid-seed0.jsonl.partial"
+    second = out / "runs" / "mlp-batch-before-lr0.05-batch8-iid-seed0.jsonl.partial"
     while process.poll() is None and not second.exists():
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert second.exists()
-    done = subprocess.run(
-        [*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["compare", "--out", str(out), "--resume"])
+    assert done.exit_code == 0, done.stderr
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["[1/1] batch, seed 0"]
     settings = json.loads((out / "settings.json").read_text())["settings"]
     assert (settings["steps"], settings["grid"]["lr"], settings["grid"]["batch_size"]) == (300, [0.05], [8])

@@ -19,11 +19,10 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--norms",
     cls=SeveralValues,
-    default=["none", "batch"],
-    show_default="none batch",
+    show_default="none batch; as-is for several networks",
     metavar="NAME...",
     help="Normalizations; the others are compared with the first. Options of a layer follow its name: "
-    "batch:momentum=0.01.",
+    "batch:momentum=0.01. as-is leaves a network as it is.",
 )
 @click.option(
     "--placement",
@@ -40,10 +39,13 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 )
 @click.option(
     "--model",
-    default="mlp",
-    metavar="NAME|MODULE.PATH:CALLABLE",
+    cls=SeveralValues,
+    default=["mlp"],
+    show_default="mlp",
+    metavar="NAME|MODULE.PATH:CALLABLE...",
     help="mlp, sigmoid-mlp, cnn, resnet20 or vgg; or a callable that takes (norm, in_shape, num_classes) and returns a "
-    "torch.nn.Module; or one without arguments: the batch normalization of its network is replaced.",
+    "torch.nn.Module; or one without arguments: the batch normalization of its network is replaced. Several networks "
+    "of your own are compared with each other as they are.",
 )
 @click.option(
     "--data",
@@ -73,6 +75,15 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     show_default="iid",
     metavar="iid|classes:K...",
     help="How batches are drawn; with classes:2, each batch has samples of two classes.",
+)
+@click.option(
+    "--dropout",
+    cls=SeveralValues,
+    type=float,
+    show_default="none; a network without arguments keeps its own",
+    metavar="P...",
+    help="Probability of dropout before each linear layer that reads hidden units; in a network without arguments, of "
+    "its own dropout layers.",
 )
 @click.option("--epochs", type=int, show_default="10", metavar="N", help="Number of epochs.")
 @click.option("--steps", type=int, metavar="N", help="Number of training steps, instead of epochs.")
@@ -130,7 +141,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     "--resume",
     is_flag=True,
     help="Continue the comparison in the directory. Finished runs are not trained again, and omitted options keep "
-    "their values. You may add norms, rates, batch sizes and seeds.",
+    "their values. You may add networks, norms, rates, batch sizes and seeds.",
 )
 @click.option(
     "--records",
@@ -147,13 +158,14 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 )
 @click.pass_context
 def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **options: Any) -> None:
-    r"""Train one network with several normalizations on the same data, and write a report.
+    r"""Train one network with several normalizations, or several networks, on the same data, and write a report.
 
     \b
     Examples:
       batchnorm compare
       batchnorm compare --norms none batch --lr 0.1 0.5 --batch-size 8 64
       batchnorm compare --model net:build --data mine.npz --out result
+      batchnorm compare --model nets:SimpleNet nets:SimpleNetBN
       batchnorm compare --resume --out result --seeds 5
       batchnorm compare --report result
     """
@@ -165,7 +177,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
 
     process = launched()
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    options["lr"] = options["lr"] or None
+    options |= {name: options[name] or None for name in ("norms", "lr", "dropout")}
     if out is None and not options["resume"]:
         out = comparison.default_directory()
     try:

@@ -20,9 +20,9 @@ from batchnorm.files import write_whole
 SETTINGS, SUMMARY, REPORT, RUNS, BOARDS, PARTIAL = (
     "settings.json", "summary.json", "report.html", "runs", "tensorboard", ".partial",
 )  # fmt: skip
-PICTURES = ("accuracy.png", "loss.png", "activations.png", "grid.png")
-TABLES = ("runs", "steps", "evaluations", "histograms", "layers")
-SCHEMA = 2
+PICTURES = ("accuracy.png", "loss.png", "activations.png", "layers.png", "grid.png")
+TABLES = ("runs", "steps", "evaluations", "histograms", "distributions", "layers")
+SCHEMA = 3
 
 
 def prepare(directory: Path, overwrite: bool) -> None:

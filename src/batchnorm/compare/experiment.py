@@ -14,8 +14,8 @@ from batchnorm.compare.inputs import models
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.data import Data, load
 from batchnorm.compare.inputs.learning_rate import LearningRate
-from batchnorm.compare.inputs.models import AnyModel
-from batchnorm.compare.inputs.norms import parse_all
+from batchnorm.compare.inputs.models import AnyModels
+from batchnorm.compare.inputs.norms import AS_IS, parse_all
 from batchnorm.compare.inputs.sampling import Sampling
 from batchnorm.compare.inputs.settings import (
     EPOCHS,
@@ -24,6 +24,7 @@ from batchnorm.compare.inputs.settings import (
     check_device,
     check_length,
     learning_rates,
+    probabilities,
     several,
 )
 from batchnorm.compare.records import Run
@@ -35,21 +36,23 @@ from batchnorm.compare.training import parallel
 from batchnorm.compare.training.cells import Cells
 from batchnorm.compare.training.environment import restored
 from batchnorm.compare.training.parallel import Processes
+from batchnorm.compare.training.remaining import Planned, Remaining
 from batchnorm.importing import working_directory_importable
 
 Known = dict[tuple[Choice, int], Run]
 
 
 def run(
-    norms: str | Iterable[str] = ("none", "batch"),
+    norms: str | Iterable[str] | None = None,
     *,
-    model: AnyModel = "mlp",
+    model: AnyModels = "mlp",
     data: str | Path | Data = "mnist-mini",
     data_dir: str | Path | None = None,
     batch_size: int | Iterable[int] = 64,
     placement: str | Iterable[str] = "before",
     input_norm: bool = False,
     sampling: str | Iterable[str] = "iid",
+    dropout: float | Iterable[float | None] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     lr: float | Iterable[float] | None = None,
@@ -67,11 +70,12 @@ def run(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train one network with several normalizations on the same data, and report the results.
+    """Train one network with several normalizations, or several networks, on the same data, and report the results.
 
-    With several learning rates, batch sizes, placements or samplings, every combination is trained. For each seed,
-    parameters with the same name and shape have the same initial values in all networks, and runs with the same batch
-    size see the same batches in the same order. The order in which the networks train changes from seed to seed.
+    With several networks, learning rates, batch sizes, placements, samplings or probabilities of dropout, every
+    combination is trained. For each seed, parameters with the same name and shape have the same initial values in all
+    networks, and runs with the same batch size and sampling see the same batches in the same order. The order in which
+    the networks train changes from seed to seed.
 
     If torchrun started several processes, or `torch.distributed` is initialized, they train each network together
     under `DistributedDataParallel`, each on its share of every batch. The first process evaluates, writes, and shows
@@ -79,13 +83,15 @@ def run(
 
     Args:
         norms: Names of normalizations, such as `["none", "batch"]` or `"none,batch"`. The others are compared with the
-            first.
+            first. `as-is` leaves a finished network as it is. The default is `none` and `batch` for one network, and
+            `as-is` for several.
         model: `mlp`, `sigmoid-mlp`, `cnn`, `resnet20`, `vgg`, a callable, or `module.path:callable`. It is called as
             `callable(norm, in_shape, num_classes)` and returns a `torch.nn.Module` from `[N, *in_shape]` to
             `[N, num_classes]`. It calls `norm(channels)` or, for images, `norm(channels, dims=2)` for each
             normalization. `norm.replaces_bias` is True if the preceding layer can omit its bias. You can also pass a
             finished network: a `torch.nn.Module`, or a callable without arguments that returns one. Each norm then
-            replaces its batch normalization.
+            replaces its batch normalization. Several networks, as a sequence or as a dict with their names, are
+            compared with each other; the others with the first.
         data: `mnist-mini`, `mnist`, `fashion-mnist`, `digits`, the path of an `.npz` file, `module.path:callable`
             (see `batchnorm.compare.load`), or the return value of `load`.
         data_dir: Folder with the data's files, which are then not downloaded.
@@ -95,6 +101,10 @@ def run(
             data.
         sampling: `iid` for a new order in every epoch, or `classes:2` for batches from two classes (or any other
             number). One or several values.
+        dropout: Probability of dropout, from 0 to below 1, one or several values. Networks that are built by name have
+            dropout before each linear layer that reads hidden units, your own where it calls `norm.dropout()`. In a
+            finished network, it replaces the probability of its dropout layers. By default, networks that are built
+            have no dropout, and finished networks keep theirs.
         epochs: Number of epochs, which determines the steps for each batch size; 10 if neither this nor `steps` is
             given.
         steps: Number of training steps, instead of `epochs`.
@@ -113,7 +123,7 @@ def run(
             after the current time.
         overwrite: Whether to replace an earlier comparison in `out`.
         resume: Whether to continue the earlier comparison in `out` without training its finished runs again. You may
-            add norms, values and seeds; every other setting that decides a run's result must be the same.
+            add networks, norms, values and seeds; every other setting that decides a run's result must be the same.
         records: `jsonl`, each run as lines of JSON in `runs/`; or `parquet`, which adds tables of all runs.
         tensorboard: Whether to write TensorBoard logs of every run to `out/tensorboard`.
         progress: Whether to show progress on standard error.
@@ -127,7 +137,6 @@ def run(
         ModuleNotFoundError: If a package that reports need is missing.
     """
     check_formats(records, tensorboard)
-    parsed = parse_all(norms)
     check_counts(seeds=seeds, threads=threads)
     if overwrite and resume:
         raise ComparisonError("only one of overwrite and resume can be given, got both. Leave one out.")
@@ -136,7 +145,8 @@ def run(
     with working_directory_importable(), restored(threads, device), parallel.processes() as processes:
 
         def check() -> tuple[Cells, dict[str, Any]]:
-            network = models.resolve(model)
+            networks = models.resolve_all(model)
+            parsed = parse_all(norms or (("none", "batch") if len(networks) == 1 else AS_IS))
             loaded = load(data, data_dir=data_dir, standardize=not input_norm)
             samples, sizes = len(loaded.y_train), several("batch_size", batch_size)
             check_length(samples, sizes, epochs, steps)
@@ -147,8 +157,9 @@ def run(
                     lr=learning_rates(optimizer, lr),
                     batch_size=sizes,
                     sampling=several("sampling", sampling),
+                    dropout=probabilities(dropout),
+                    model=tuple(networks),
                 ),
-                model=network.name,
                 input_norm=input_norm,
                 data=loaded.name if isinstance(data, Data) else str(data),
                 data_dir=None if data_dir is None else str(data_dir),
@@ -168,8 +179,9 @@ def run(
                 Sampling.parse(choice.sampling).check(loaded.y_train, choice.batch_size)
                 LearningRate.parse(schedule).check(settings.steps_of(choice, samples))
             titles = {norm.spec: norm.title + (f" ({norm.spec})" if ":" in norm.spec else "") for norm in parsed}
-            facts = _facts(settings, network.pretrained, titles, loaded, processes)
-            return Cells(settings, network, loaded.to(check_device(device)), processes), facts
+            pretrained = [name for name, network in networks.items() if network.pretrained]
+            facts = _facts(settings, pretrained, titles, loaded, processes)
+            return Cells(settings, networks, loaded.to(check_device(device)), processes), facts
 
         cells, facts = processes.together(check)
         directory = processes.from_first(Path(out) if out is not None else default_directory())
@@ -205,7 +217,7 @@ def _compare(
         if (choice, seed) not in known
     ]
     with processes.naming_first_failure():
-        cells.warm_up(choice for choice, _ in missing)
+        costs = cells.warm_up(choice for choice, _ in missing)
 
     def begin() -> None:
         if earlier is None:
@@ -215,8 +227,13 @@ def _compare(
         write_json(directory / SETTINGS, facts)
 
     processes.on_first(begin)
-    total = sum(settings.steps_of(choice, samples) for choice, _ in missing)
-    with display(progress and processes.first, len(missing), total) as shown, processes.naming_first_failure():
+    plan = [
+        Planned(cells.kind_of(choice), settings.steps_of(choice, samples), settings.interval_of(choice, samples))
+        for choice, _ in missing
+    ]
+    total = sum(run.steps for run in plan)
+    remaining = Remaining(plan, costs)
+    with display(progress and processes.first, len(plan), total, remaining) as shown, processes.naming_first_failure():
         values, values_of = {}, None
         for choice, seed in missing:
             if seed != values_of:
@@ -248,7 +265,7 @@ def _outcome(run: Run) -> str:
 
 
 def _facts(
-    settings: Settings, pretrained: bool, titles: dict[str, str], data: Data, processes: Processes
+    settings: Settings, pretrained: list[str], titles: dict[str, str], data: Data, processes: Processes
 ) -> dict[str, Any]:
     """Return the content of `settings.json`, which is known before training starts."""
     return {

@@ -76,6 +76,34 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """The distribution of the values at one place of the network after training, in evaluation mode.
+
+    All runs use the same training samples. The histogram is over all units and samples.
+
+    Attributes:
+        site: The number of the normalization or, without one, of the activation, in the order of their calls, from 0.
+        layer: Its path in the network, with the number of the call if there are several.
+        stage: `input` of the normalization, `normalized` for its output, or `activated` for the output of its
+            activation. At an activation without normalization, `input` and `normalized` are the same values.
+        low: Left edge of the first bin.
+        high: Right edge of the last bin; all bins are equally wide.
+        counts: Number of values in each bin.
+        nonfinite: Number of values that were NaN or infinite.
+        percentiles: The 15th, 50th and 85th percentile (None if no value was finite).
+    """
+
+    site: int
+    layer: str
+    stage: str
+    low: float
+    high: float
+    counts: list[int]
+    nonfinite: int
+    percentiles: list[float] | None
+
+
+@dataclass(frozen=True)
 class Layer:
     """One normalization layer after training, channel by channel; None for each tensor that the layer lacks.
 
@@ -112,6 +140,7 @@ class Run:
         steps: Each step of training.
         evaluations: Each evaluation; the first is before training.
         histograms: Distributions of the inputs to the watched activations.
+        distributions: Distributions at every normalization and activation after training.
         layers: The normalization layers after training.
         diverged_at: The step at which training stopped because its loss was not finite; None if it did not diverge.
     """
@@ -127,6 +156,7 @@ class Run:
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     histograms: list[Histogram] = field(default_factory=list)
+    distributions: list[Distribution] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     diverged_at: int | None = None
 
@@ -173,8 +203,10 @@ class Run:
         return kind
 
 
-Record = Step | Evaluation | Histogram | Layer
-_KINDS: dict[str, type[Record]] = {kind.__name__.lower(): kind for kind in (Step, Evaluation, Histogram, Layer)}
+Record = Step | Evaluation | Histogram | Distribution | Layer
+_KINDS: dict[str, type[Record]] = {
+    kind.__name__.lower(): kind for kind in (Step, Evaluation, Histogram, Distribution, Layer)
+}
 
 
 class Recorder:
@@ -202,10 +234,10 @@ class Recorder:
         for listener in self._listeners:
             listener(record)
 
-    def end(self, layers: Iterable[Layer], diverged_at: int | None) -> None:
-        """Add the layers after training, then the line that marks the file as complete."""
-        for layer in layers:
-            self.add(layer)
+    def end(self, records: Iterable[Distribution | Layer], diverged_at: int | None) -> None:
+        """Add the records after training, then the line that marks the file as complete."""
+        for record in records:
+            self.add(record)
         self.run.diverged_at = diverged_at
         self._write("end", {"diverged_at": diverged_at})
 

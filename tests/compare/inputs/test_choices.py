@@ -14,6 +14,8 @@ def grid(**values) -> Grid:
         "lr": (0.1,),
         "batch_size": (64,),
         "sampling": ("iid",),
+        "dropout": (None,),
+        "model": ("mlp",),
     }
     return Grid(**{**plain, **values})
 
@@ -47,7 +49,7 @@ def test_labels_name_only_what_varies():
 
 
 def test_files_are_named_after_the_whole_choice():
-    assert Choice("renorm:rmax=3,dmax=5", lr=1e-3).file_stem == "renorm-rmax=3-dmax=5-before-lr0.001-batch64-iid"
+    assert Choice("renorm:rmax=3,dmax=5", lr=1e-3).file_stem == "mlp-renorm-rmax=3-dmax=5-before-lr0.001-batch64-iid"
     many = grid(
         placement=("before", "after"), lr=(0.1, 0.12), batch_size=(8, 64), sampling=("iid", "classes:2")
     ).choices

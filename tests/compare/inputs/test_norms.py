@@ -46,7 +46,7 @@ def test_several_norms_are_separated(given, specs):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("btach", "norms must be among none, batch.*, got 'btach'. Did you mean batch?"),
+        ("btach", "norms must be among none, as-is, batch.*, got 'btach'. Did you mean batch?"),
         ("zzz", "got 'zzz'. Choose from these"),
         ("", "norms must name at least one"),
         (["none", "none"], "norms must all differ, got 'none' twice"),
@@ -54,8 +54,8 @@ def test_several_norms_are_separated(given, specs):
         ("ghost:0", "options of norm 'ghost:0' must be valid for its layer"),
         ("renorm:rmax=0.5", "options of norm 'renorm:rmax=0.5' must be valid for its layer"),
         ("decorrelated:8,rmax=3", "options of norm 'decorrelated:8,rmax=3' must be valid for its layer"),
-        ("group:0", "group normalization expects a number of groups that divides the 0 channels, got 0"),
-        ("group:many", "a number of groups that divides the 4 channels, got 'many'. Write for example group:8"),
+        ("group:0", "the number of groups must be a positive integer, got 0"),
+        ("group:many", "the number of groups must be a positive integer, got 'many'. Write for example group:8"),
         ("layer:8", "options of norm 'layer:8' must be valid"),
         ("domain", "norms must be among .* got 'domain'"),
         ("batch:eps=-1", "options of norm 'batch:eps=-1' must be valid for its layer"),
@@ -127,8 +127,23 @@ def test_inputs_that_cannot_be_normalized_raise_an_error():
         ComparisonError, match=r"which raised: at most 2 without a name \(rmax, dmax\). Write renorm alone"
     ):
         norms.parse("renorm:3,5,7")
-    with pytest.raises(ValueError, match="that divides the 48 channels, got 32. Write for example group:8"):
-        norms.parse("group")(48, dims=2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "nearest"),
+    [
+        (8, 100, "group:5 or group:10"),
+        (32, 48, "group:24"),
+        (3, 7, "group:1"),
+        (5, 6, "group:3"),  # groups of a single channel would leave nothing of [N, C]
+        (7, 8, "group:4"),
+    ],
+)
+def test_groups_that_do_not_divide_the_channels_propose_the_nearest_that_do(groups, channels, nearest):
+    with pytest.raises(ValueError, match=rf"divides the {channels} channels, got {groups}\. Write {nearest}$"):
+        norms.parse(f"group:{groups}")(channels, dims=2)
+    for proposed in nearest.split(" or "):
+        assert norms.parse(proposed)(channels)(torch.randn(4, channels, 2)).isfinite().all()
 
 
 @pytest.mark.parametrize(("spec", "channels"), [("group", 32), ("group:8", 8), ("layer", 1)])

@@ -26,11 +26,11 @@ def test_the_page_is_built_anew_from_the_runs_alone(result, copy):
     found = compare.rebuild(copy)
     assert json.loads((copy / "summary.json").read_text()) == json.loads((result.out / "summary.json").read_text())
     assert found.report_path.read_text() == result.report_path.read_text()
-    assert {path.name for path in found.figure_paths} == {"accuracy.png", "loss.png", "activations.png"}
+    assert {path.name for path in found.figure_paths} == {"accuracy.png", "loss.png", "activations.png", "layers.png"}
     assert found.runs == result.runs
 
 
-def test_an_unfinished_comparison_says_how_much_is_there(result, copy):
+def test_an_unfinished_comparison_says_how_much_is_there(result, copy, no_pictures):
     (copy / "runs" / result.runs[1].file_name).rename(copy / "runs" / f"{result.runs[1].file_name}.partial")
     found = compare.rebuild(copy)
     assert found.headline[0] == "This comparison is incomplete: 3 of its 4 runs are finished."
@@ -38,7 +38,7 @@ def test_an_unfinished_comparison_says_how_much_is_there(result, copy):
     assert [outcome.seeds for outcome in found.outcomes] == [[0, 1], [1]]
 
 
-def test_another_target_can_be_asked_for(copy):
+def test_another_target_can_be_asked_for(copy, no_pictures):
     found = compare.rebuild(copy, target_accuracy=0.01)
     assert [outcome.reached for outcome in found.outcomes] == [[0, 1], [0, 1]]
     with pytest.raises(ComparisonError, match="target_accuracy must be above 0"):
@@ -53,7 +53,7 @@ def test_a_directory_without_runs_is_refused(tmp_path, copy):
         compare.rebuild(copy)
 
 
-def test_runs_of_other_machines_are_listed(result, copy):
+def test_runs_of_other_machines_are_listed(result, copy, no_pictures):
     file = copy / "runs" / result.runs[0].file_name
     file.write_text(file.read_text().replace('"threads": 1', '"threads": 8', 1))
     found = compare.rebuild(copy)
@@ -63,12 +63,13 @@ def test_runs_of_other_machines_are_listed(result, copy):
     assert "3 runs on " in text
 
 
-def test_tables_hold_every_record(result, copy):
+def test_tables_hold_every_record(result, copy, no_pictures):
     pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     compare.rebuild(copy, records="parquet")
     found = {table: pandas.read_parquet(copy / f"{table}.parquet") for table in TABLES}
     assert len(found["runs"]) == 4
     assert len(found["steps"]) == sum(len(run.steps) for run in result.runs)
+    assert len(found["distributions"]) == sum(len(run.distributions) for run in result.runs) == 4 * 2 * 3
     assert len(found["histograms"]) == sum(len(run.histograms) for run in result.runs)
     assert len(found["layers"]) == 4
     mine = found["evaluations"].query("norm == 'batch' and seed == 1 and lr == 0.1")
@@ -77,7 +78,7 @@ def test_tables_hold_every_record(result, copy):
     assert set(found["runs"].columns) >= {"norm", "placement", "batch_size", "parameters", "kept_bytes", "threads"}
 
 
-def test_tables_without_rows_are_left_out(data, tmp_path):
+def test_tables_without_rows_are_left_out(data, tmp_path, no_pictures):
     pytest.importorskip("pyarrow")
     compare.run("none", data=data, steps=2, seeds=1, batch_size=16, out=tmp_path, records="parquet", progress=False)
     assert {path.stem for path in tmp_path.glob("*.parquet")} == set(TABLES) - {"layers"}
@@ -96,7 +97,7 @@ def events():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
-def test_tensorboard_shows_every_run(data, tmp_path, events):
+def test_tensorboard_shows_every_run(data, tmp_path, events, no_pictures):
     found = compare.run(
         "batch", data=data, steps=4, seeds=1, batch_size=16, evaluate_every=1, out=tmp_path, tensorboard=True,
         progress=False,
@@ -110,7 +111,7 @@ def test_tensorboard_shows_every_run(data, tmp_path, events):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_shows_runs_that_were_trained_before(result, copy, events):
+def test_tensorboard_shows_runs_that_were_trained_before(result, copy, events, no_pictures):
     compare.rebuild(copy, tensorboard=True)
     logs = sorted((copy / "tensorboard").iterdir())
     assert len(logs) == 4

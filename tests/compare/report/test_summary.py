@@ -30,7 +30,7 @@ def make_run(
 
 
 def grid_of(*norms: str, lr: tuple[float, ...] = (0.1,), sampling: tuple[str, ...] = ("iid",)) -> Grid:
-    return Grid(norms, ("before",), lr, (64,), sampling)
+    return Grid(norms, ("before",), lr, (64,), sampling, (None,), ("mlp",))
 
 
 def outcome(
@@ -94,7 +94,7 @@ def test_the_headline_reports_a_gain():
         "After 30 steps, test accuracy was 95.3 ± 0.6 % with batch normalization and 91.0 ± 1.0 % with no "
         "normalization (mean ± standard deviation of 3 seeds): 4.3 points higher with batch normalization (95 % "
         "interval +2.9 to +5.8 points over 3 seeds).",
-        "The network reached 90.0 % test accuracy after 10 steps with batch normalization and after 30 with no "
+        "Test accuracy reached 90.0 % after 10 steps with batch normalization and after 30 with no "
         "normalization (3.0× fewer); in training time, that is 20 ms and 30 ms (1.5× shorter; medians of 3 seeds).",
         "One training step took 2 ms with batch normalization and 1 ms with no normalization (2.0× as long).",
     ]
@@ -151,11 +151,11 @@ def test_a_target_that_was_not_reached_is_reported():
     never = outcome("none", [[0.1, 0.2], [0.1, 0.3]])
     once = outcome("batch", [[0.1, 0.2], [0.1, 0.95]])
     assert words(never, outcome("batch", [[0.1, 0.2], [0.1, 0.2]]))[1] == (
-        "The network reached 90.0 % test accuracy neither with batch normalization nor with no normalization within 30 "
+        "Test accuracy reached 90.0 % neither with batch normalization nor with no normalization within 30 "
         "steps in any seed."
     )
     assert words(never, once)[1] == (
-        "Within 30 steps, the network reached 90.0 % test accuracy with batch normalization in 1 of 2 seeds, "
+        "Within 30 steps, test accuracy reached 90.0 % with batch normalization in 1 of 2 seeds, "
         "after 10 steps and 10 ms of training (median); with no normalization in none of 2 seeds."
     )
 
@@ -182,7 +182,7 @@ def test_divergence_is_reported():
 def test_one_norm_alone_has_a_headline():
     assert words(outcome("none", [[0.1, 0.95], [0.1, 0.95]])) == [
         "After 30 steps, test accuracy was 95.0 ± 0.0 % with no normalization (mean ± standard deviation of 2 seeds).",
-        "The network reached 90.0 % test accuracy with no normalization in all 2 seeds, after 10 steps and 10 ms of "
+        "Test accuracy reached 90.0 % with no normalization in all 2 seeds, after 10 steps and 10 ms of "
         "training (median).",
         "One training step took 1 ms.",
     ]

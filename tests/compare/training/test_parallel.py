@@ -30,33 +30,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "clusters.npz", **small_arrays())
     (folder / "kept").mkdir()
     (folder / "kept" / "summary.json").write_text("kept")
-    whole = [["--norms", "none", "sync", "--out", "out", *COMMON]]
-    mistaken = [
+    calls = [
+        ["--norms", "none", "sync", "--out", "out", *COMMON],
         ["--norms", "none", "--out", "kept", *COMMON],
         ["--norms", "none", "--out", "new", "--data", "said.npz", *TRAINING],
         ["--norms", "none", "--out", "new", "--model", "tests.compare.training.parallel_worker:build", *COMMON],
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for calls in (whole, mistaken):
-        done = subprocess.run(
-            [*torchrun, str(parallel_worker.__file__), json.dumps(calls)],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [*torchrun, str(parallel_worker.__file__), json.dumps(calls)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """What the first and the second process said in each call."""
-    first, second = (
-        [each for calls in (1, 3) for each in json.loads((folder / f"said{calls}-{rank}.json").read_text())]
-        for rank in (0, 1)
-    )
+    first, second = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
     return list(zip(first, second, strict=True))
 
 
@@ -67,8 +64,8 @@ def test_the_first_process_prints_and_writes(folder: Path, said: list[tuple[dict
     assert [line[:5] for line in first["err"].splitlines() if line.startswith("[")] == ["[1/2]", "[2/2]"]
     assert second == {"code": first["code"], "out": "", "err": ""}
     names = {path.name for path in (folder / "out").rglob("*")} - {"runs"}
-    runs = {f"{norm}-before-lr0.01-batch15-iid-seed0.jsonl" for norm in ("none", "sync")}
-    figures = {"accuracy.png", "loss.png", "activations.png"}
+    runs = {f"mlp-{norm}-before-lr0.01-batch15-iid-seed0.jsonl" for norm in ("none", "sync")}
+    figures = {"accuracy.png", "loss.png", "activations.png", "layers.png"}
     assert names == {"settings.json", "summary.json", "report.html"} | figures | runs
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert summary["processes"] == 2
@@ -83,7 +80,7 @@ def test_two_processes_train_as_one_does(folder: Path, said: object, tmp_path: P
         optimizer="momentum", out=tmp_path / "alone", progress=False,
     )  # fmt: skip
     for name, expected in zip(("none", "sync"), alone.runs, strict=True):
-        run = compare.Run.read(folder / "out" / "runs" / f"{name}-before-lr0.01-batch15-iid-seed0.jsonl")
+        run = compare.Run.read(folder / "out" / "runs" / f"mlp-{name}-before-lr0.01-batch15-iid-seed0.jsonl")
         assert [step.loss for step in run.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-4)
         assert [e.step for e in run.evaluations] == [0, 3, 6]
         losses = [[evaluation.test_loss for evaluation in each.evaluations] for each in (run, expected)]

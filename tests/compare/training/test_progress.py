@@ -8,16 +8,34 @@ from batchnorm.compare.training import progress
 from batchnorm.compare.training.progress import Bar, Display, Lines
 
 
+class Remaining:
+    """Is told of every step, and always needs as long."""
+
+    text = "55 s left"
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def begin(self) -> None:
+        self.told.append("begin")
+
+    def step(self, step: int) -> None:
+        self.told.append(step)
+
+    def end(self) -> None:
+        self.told.append("end")
+
+
 def test_a_bar_shows_run_loss_and_time_left(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0)
-    with Bar(Console(file=screen, force_terminal=True, width=120), runs=2, steps=10) as bar:
+    with Bar(Console(file=screen, force_terminal=True, width=120), runs=2, steps=10, remaining=Remaining()) as bar:
         bar.begin("none, seed 0", 4)
         bar.step(2, 0.5)
         assert "none, seed 0 (1 of 2)" in screen.getvalue()
         assert "2/10" in screen.getvalue()
         assert "loss 0.500" in screen.getvalue()
-        assert "left" in screen.getvalue()
+        assert "55 s left" in screen.getvalue()
         bar.end("diverged")
         bar.begin("batch, seed 0", 6)
         bar.step(3, float("nan"))
@@ -28,7 +46,8 @@ def test_a_bar_shows_run_loss_and_time_left(monkeypatch):
 def test_lines_are_few_and_plain(monkeypatch):
     screen, times = io.StringIO(), iter([0.0, 0.0, 1.0, 11.0, 12.0, 12.0, 13.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
-    with Lines(Console(file=screen, width=20), runs=2, steps=12) as lines:
+    remaining = Remaining()
+    with Lines(Console(file=screen, width=20), runs=2, steps=12, remaining=remaining) as lines:
         lines.begin("none, seed 0", 4)
         lines.step(1, 0.9)
         lines.step(2, 0.5)
@@ -40,8 +59,9 @@ def test_lines_are_few_and_plain(monkeypatch):
         "[1/2] none, seed 0: step 2 of 4, loss 0.500, 55 s left",
         "[1/2] none, seed 0: test accuracy 90.0 %",
     ]
+    assert remaining.told == ["begin", 1, 2, 3, "end", "begin", 1]
 
 
 def test_the_display_fits_where_it_is_shown():
-    assert type(progress.display(False, 1, 1)) is Display
-    assert isinstance(progress.display(True, 1, 1), Lines)  # the tests' standard error is not a terminal
+    assert type(progress.display(False, 1, 1, Remaining())) is Display
+    assert isinstance(progress.display(True, 1, 1, Remaining()), Lines)  # the tests' standard error is not a terminal

@@ -1,14 +1,52 @@
-"""Replace the batch normalization of a finished network by a norm of the comparison."""
+"""Prepare a finished network: as it is, or with a norm of the comparison instead of its batch normalization."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from batchnorm import walk
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.inputs.norms import Norm
+from batchnorm.compare.inputs.norms import IndivisibleError, Norm
 from batchnorm.surgery.convert.convert import convert
 from batchnorm.surgery.convert.ranks import rank_of
+
+
+def as_is(network: nn.Module, norm: Norm) -> nn.Module:
+    """Return the network unchanged.
+
+    Args:
+        network: The network.
+        norm: Its `made` becomes the list of the network's normalization layers.
+    """
+    norm.made[:] = [place.module for place in walk.norm_layers(network, _is_norm)]
+    return network
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return walk.is_batch_norm(module) or isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm))
+
+
+def set_dropout(network: nn.Module, probability: float, name: str) -> None:
+    """Set the probability of the network's dropout layers, in place.
+
+    Args:
+        network: A finished network.
+        probability: Probability of zeroing a value.
+        name: The model's name in errors.
+
+    Raises:
+        ComparisonError: If the network has no dropout layer.
+    """
+    layers = [module for module in network.modules() if isinstance(module, _DropoutNd)]
+    if not layers:
+        raise ComparisonError(
+            f"dropout needs a finished network with dropout layers, whose probability it sets, but {name} has none. "
+            "Add nn.Dropout where the network should have one."
+        )
+    for layer in layers:
+        layer.p = probability
 
 
 def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: str) -> nn.Module:
@@ -46,11 +84,14 @@ def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: s
     try:
         options = norm.options if norm.target else {}
         result = convert(network, to=norm.target or made, inplace=True, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as raised:
+        error = raised
+        if isinstance(raised, IndivisibleError):
+            error = IndivisibleError(raised.groups, [walk.num_channels(place.module) or 1 for place in found])
         raise ComparisonError(
             f"norm {norm.spec!r} must be able to replace batch normalization in {name}, but: "
             f"{str(error).rstrip('.')}. Choose another norm, or write a callable (norm, in_shape, num_classes)."
-        ) from error
+        ) from raised
     for change in result.report.left:
         layer = result.model.get_submodule(change.path)
         kind = type(layer)

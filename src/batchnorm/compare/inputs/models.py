@@ -1,12 +1,12 @@
-"""The network of a comparison: a name, a network, or a callable that builds one."""
+"""The networks of a comparison: each is a name, a network, or a callable that builds one."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.compare.errors import ComparisonError
-from batchnorm.compare.inputs.finished import converted
+from batchnorm.compare.inputs.finished import as_is, converted, set_dropout
 from batchnorm.compare.inputs.importing import import_named, user_code
 from batchnorm.compare.inputs.networks import MODELS
-from batchnorm.compare.inputs.norms import Norm
+from batchnorm.compare.inputs.norms import AS_IS, IndivisibleError, Norm
 from batchnorm.importing import is_named
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 BuildModel = Callable[[Norm, tuple[int, ...], int], nn.Module]
 MakeModel = Callable[[], nn.Module]
 AnyModel = str | nn.Module | BuildModel | MakeModel
+AnyModels = AnyModel | Iterable[AnyModel] | Mapping[str, AnyModel]
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,13 @@ class Model:
 
         Raises:
             ComparisonError: If the callable raises, or does not return a network; if the network's output is not
-                `[N, num_classes]`; or if its normalizations do not follow `norm.placement`.
+                `[N, num_classes]`; or if it does not follow `norm.placement` or has no dropout layer for `norm.drop`.
         """
         norm.forget()
         sample = sample.cpu()
         in_shape = tuple(sample.shape[1:])
         name = f"{self.name} with norm {norm.spec!r}"
-        if self.finished:
-            with user_code(self.name, "was called without arguments"):
-                network = self.build()
-            self._check_module(network, "callable()")
-            self._output(network.cpu(), sample, self.name)  # initializes lazy layers
-            network = converted(network, norm, in_shape, self.name)
-        else:
-            with user_code(name, f"was built with (norm, {in_shape}, {num_classes})"):
-                network = self.build(norm, in_shape, num_classes)
-            self._check_module(network, "callable(norm, in_shape, num_classes)")
+        network = self._finished(norm, sample) if self.finished else self._built(norm, in_shape, num_classes)
         self._check_placement(norm)
         output = self._output(network, sample, name)
         network.train()
@@ -83,6 +75,54 @@ class Model:
             raise ComparisonError(f"the model {self.name} must have parameters to train, got none. Add a layer.")
         return network
 
+    def _finished(self, norm: Norm, sample: Tensor) -> nn.Module:
+        with user_code(self.name, "was called without arguments"):
+            network = self.build()
+        self._check_module(network, "callable()")
+        self._output(network.cpu(), sample, self.name)  # initializes lazy layers
+        if norm.spec == AS_IS:
+            network = as_is(network, norm)
+        else:
+            network = converted(network, norm, tuple(sample.shape[1:]), self.name)
+        if norm.drop is not None:
+            set_dropout(network, norm.drop, self.name)
+        return network
+
+    def _built(self, norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        if norm.spec == AS_IS:
+            raise ComparisonError(
+                f"norm {AS_IS!r} needs finished networks, but {self.name} is built with a norm: it is one of "
+                f"{', '.join(MODELS)}, or takes arguments. Name norms, such as none and batch, or give a callable "
+                "without arguments."
+            )
+        name = f"{self.name} with norm {norm.spec!r}"
+        try:
+            with user_code(name, f"was built with (norm, {in_shape}, {num_classes})"):
+                network = self.build(norm, in_shape, num_classes)
+        except ComparisonError as error:
+            if not isinstance(error.__cause__, IndivisibleError):
+                raise
+            fitting = IndivisibleError(error.__cause__.groups, self._widths(norm, in_shape, num_classes))
+            raise ComparisonError(f"norm {norm.spec!r} must fit {self.name}, but {fitting}.") from error
+        self._check_module(network, "callable(norm, in_shape, num_classes)")
+        if norm.drop and not norm.dropped:
+            raise ComparisonError(
+                f"dropout needs a model that makes its dropout layers by norm.dropout, got {self.name}, which makes "
+                "none. Call norm.dropout() where the network should have one."
+            )
+        return network
+
+    def _widths(self, norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> list[int]:
+        """Return the number of channels of each normalization."""
+        found: list[int] = []
+
+        def noted(num_features: int, dims: int, *_: object, **__: object) -> nn.Module:
+            found.append(num_features)
+            return nn.Identity()
+
+        self.build(replace(norm, build=noted), in_shape, num_classes)
+        return found
+
     def _check_module(self, network: object, call: str) -> None:
         if not isinstance(network, nn.Module):
             raise ComparisonError(
@@ -91,7 +131,7 @@ class Model:
             )
 
     def _check_placement(self, norm: Norm) -> None:
-        if norm.placement == "before" or norm.placed:
+        if norm.placement == "before" or norm.placed or norm.spec == AS_IS:
             return
         if self.finished:
             raise ComparisonError(
@@ -108,6 +148,33 @@ class Model:
     def _output(network: nn.Module, sample: Tensor, name: str) -> object:
         with user_code(name, f"was given x {list(sample.shape)}"), torch.no_grad():
             return network.eval()(sample)
+
+
+def resolve_all(models: AnyModels) -> dict[str, Model]:
+    """Return the models that one or several of `resolve`'s arguments specify, by name; a mapping names them.
+
+    Raises:
+        ComparisonError: If there is none, two have the same name, or one does not exist.
+    """
+    if isinstance(models, Mapping):
+        found = [replace(resolve(model), name=str(name)) for name, model in models.items()]
+    else:
+        given: Iterable[Any] = [models]
+        if isinstance(models, str):
+            given = [part for part in (part.strip() for part in models.split(",")) if part] or given
+        elif isinstance(models, Iterable) and not isinstance(models, nn.Module) and not callable(models):
+            given = models
+        found = [resolve(model) for model in given]
+    names = [model.name for model in found]
+    if not names:
+        raise ComparisonError("model must have at least one value, got none. Name one.")
+    for name in names:
+        if names.count(name) > 1:
+            raise ComparisonError(
+                f"the models must have different names, got {name!r} twice. Leave one out, or name them in Python by a "
+                "dict: model={'a': first, 'b': second}."
+            )
+    return dict(zip(names, found, strict=True))
 
 
 def resolve(model: AnyModel) -> Model:

@@ -2,7 +2,9 @@
 
 Each builder takes `norm`, which makes the normalization layers; `in_shape`, the shape of one sample without the batch
 axis; and `num_classes`, the number of outputs. It normalizes each hidden layer next to its activation, and omits the
-biases that the normalization cancels. The builders for images raise `ComparisonError` for other samples.
+biases that the normalization cancels. Dropout (`norm.dropout`) precedes each linear layer that reads hidden units:
+Srivastava et al. (2014) apply it there, and Inception, from which Ioffe and Szegedy (2015) remove it, has it there. The
+builders for images raise `ComparisonError` for other samples.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def _perceptron(
     for number, (before, after) in enumerate(pairwise((inputs, *widths)), 1):
         parts[f"linear{number}"] = nn.Linear(before, after, bias=not norm.replaces_bias)
         parts[f"hidden{number}"] = norm.activated(after, activation)
+        parts[f"dropout{number}"] = norm.dropout()
     parts[f"linear{len(widths) + 1}"] = nn.Linear(widths[-1], num_classes)
     return nn.Sequential(parts)
 
@@ -57,7 +60,7 @@ def cnn(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Sequentia
         parts[f"conv{number}"] = nn.Conv2d(before, after, 3, stride, padding=1, bias=not norm.replaces_bias)
         parts[f"hidden{number}"] = norm.activated(after, dims=2)
         before = after
-    parts |= {"pool": nn.AdaptiveAvgPool2d(3), "flatten": nn.Flatten(), "linear": nn.Linear(before * 9, num_classes)}
+    parts |= {"pool": nn.AdaptiveAvgPool2d(3), **_classifier(norm, before * 9, num_classes)}
     return nn.Sequential(parts)
 
 
@@ -77,8 +80,10 @@ def vgg(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Sequentia
         parts[f"pool{stage}"] = nn.MaxPool2d(2)
         channels = after
     parts["flatten"] = nn.Flatten()
+    parts["dropout1"] = norm.dropout()
     parts["linear1"] = nn.Linear(channels * (height // 8) * (width // 8), 128, bias=bias)
     parts["hidden4"] = norm.activated(128)
+    parts["dropout2"] = norm.dropout()
     parts["linear2"] = nn.Linear(128, num_classes)
     return _initialized(nn.Sequential(parts), nn.Conv2d, _he)
 
@@ -125,8 +130,12 @@ def resnet20(norm: Norm, in_shape: tuple[int, ...], num_classes: int) -> nn.Sequ
         for number in (1, 2, 3):
             parts[f"block{stage}_{number}"] = Block(norm, before, after, stride=2 if before < after else 1)
             before = after
-    parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "linear": nn.Linear(before, num_classes)}
+    parts |= {"pool": nn.AdaptiveAvgPool2d(1), **_classifier(norm, before, num_classes)}
     return _initialized(nn.Sequential(parts), nn.Conv2d, _he)
+
+
+def _classifier(norm: Norm, features: int, num_classes: int) -> dict[str, nn.Module]:
+    return {"flatten": nn.Flatten(), "dropout": norm.dropout(), "linear": nn.Linear(features, num_classes)}
 
 
 MODELS = {"mlp": mlp, "sigmoid-mlp": sigmoid_mlp, "cnn": cnn, "resnet20": resnet20, "vgg": vgg}

@@ -25,6 +25,8 @@ from batchnorm.nn.sync import SyncBatchNorm
 Build = Callable[..., nn.Module]
 
 PLACEMENTS = ("before", "after")
+AS_IS = "as-is"  # leaves a finished network as it is
+UNPLACED = ("none", AS_IS)  # norms that have no layer to place
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ class Norm:
         options: Options by name.
         placement: `before` or `after` the activation.
         target: Its name in `batchnorm.convert`, if it has one.
+        drop: Probability with which `dropout` zeroes a value; None for no dropout.
         made: Every layer made so far, in order.
         placed: How many of them were made with an activation.
+        dropped: How many dropout layers were made.
     """
 
     spec: str
@@ -114,8 +118,10 @@ class Norm:
     options: dict[str, Any] = field(default_factory=dict)
     placement: str = "before"
     target: str | None = None
+    drop: float | None = None
     made: list[nn.Module] = field(default_factory=list, init=False)
     placed: int = field(default=0, init=False)
+    dropped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         """Check the placement."""
@@ -153,18 +159,24 @@ class Norm:
         self.placed += 1
         return nn.Sequential(OrderedDict(parts if self.placement == "before" else reversed(parts)))
 
+    def dropout(self) -> nn.Module:
+        """Return a new dropout layer with the probability of the comparison, or an identity if there is none."""
+        self.dropped += 1
+        return nn.Dropout(self.drop) if self.drop else nn.Identity()
+
     def forget(self) -> None:
         """Forget the layers made so far, before another network is built."""
         self.made.clear()
-        self.placed = 0
+        self.placed = self.dropped = 0
 
 
-def parse(spec: str, placement: str = "before") -> Norm:
+def parse(spec: str, placement: str = "before", drop: float | None = None) -> Norm:
     """Return the normalization that `spec` names.
 
     Args:
         spec: A registered name, followed by a colon and the options, if any.
         placement: `before` or `after` each activation.
+        drop: Probability of dropout; None for none.
 
     Raises:
         ComparisonError: If the name is unknown, the layer does not take the options, or there is no such placement.
@@ -194,7 +206,7 @@ def parse(spec: str, placement: str = "before") -> Norm:
             f"{name} alone for the defaults."
         ) from error
     return Norm(
-        spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options, placement, target=kind.target
+        spec, kind.title, kind.replaces_bias, kind.build, tuple(arguments), options, placement, kind.target, drop
     )
 
 
@@ -237,6 +249,35 @@ def _named(arguments: list[Any], names: tuple[str, ...]) -> dict[str, Any]:
     return dict(zip(names, arguments, strict=False))
 
 
+class IndivisibleError(ValueError):
+    """The number of groups does not divide the channels of a layer.
+
+    Args:
+        groups: The number of groups.
+        channels: The number of channels of each layer that is to be normalized.
+
+    Attributes:
+        groups: As given.
+    """
+
+    def __init__(self, groups: int, channels: Iterable[int]) -> None:
+        widths = sorted(set(channels))
+        # A group of one channel would leave no value of [N, C] but zero.
+        fitting = [d for d in range(1, max(widths[0], 2)) if not any(width % d for width in widths)]
+        below, above = (d for d in fitting if d < groups), (d for d in fitting if d > groups)
+        proposals = [d for d in (max(below, default=None), min(above, default=None)) if d is not None]
+        super().__init__(
+            f"group normalization expects a number of groups that divides the {_listed(widths)} channels, got "
+            f"{groups}. Write {' or '.join(f'group:{d}' for d in proposals)}"
+        )
+        self.groups = groups
+
+
+def _listed(widths: list[int]) -> str:
+    *others, last = map(str, widths)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def _no_norm(num_features: int, dims: int) -> nn.Module:
     return nn.Identity()
 
@@ -253,11 +294,10 @@ def _by_rank(*layers: Build) -> Build:
 
 
 def _group_norm(num_features: int, groups: int = 32, **options: Any) -> nn.Module:
-    if not isinstance(groups, int) or groups < 1 or num_features % groups:
-        raise ValueError(
-            f"group normalization expects a number of groups that divides the {num_features} channels, got "
-            f"{groups!r}. Write for example group:8"
-        )
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"the number of groups must be a positive integer, got {groups!r}. Write for example group:8")
+    if num_features % groups:
+        raise IndivisibleError(groups, [num_features])
     return _grouped(groups, num_features, **options)
 
 
@@ -306,6 +346,7 @@ def _instance_norm(layer: Build) -> Build:
 
 
 register("none", _no_norm, title="no normalization", replaces_bias=False)
+register(AS_IS, _no_norm, title="the network's own normalization", replaces_bias=False)
 for _name, _title, _layers, _positional in (
     ("batch", "batch normalization", (BatchNorm1d, BatchNorm2d, BatchNorm3d), ("eps", "momentum")),
     ("renorm", "batch renormalization", (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d), ("rmax", "dmax")),

@@ -20,7 +20,10 @@ EVALUATIONS = 80
 CLOSEST = 5  # fewest steps between evaluations by default, because an evaluation costs more than a step
 # More threads than processors are slower, and thousands of threads end the process.
 _MOST = {"seeds": 10_000, "threads": max(256, os.cpu_count() or 1)}
-SEVERAL = {"norms": "norm"} | {name: name for name in ("placement", "lr", "batch_size", "sampling")}
+# The field of `Grid` that each argument with several values fills.
+SEVERAL = {"norms": "norm"} | {name: name for name in ("model", "placement", "lr", "batch_size", "sampling", "dropout")}
+
+FIRST = ("model", "norms", "placement")  # arguments that decide the network of the first choice
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,7 @@ class Settings:
     """The settings of a comparison, with every default filled in.
 
     Attributes:
-        grid: The settings that can have several values. The other norms are compared with the first.
-        model: Name of the network.
+        grid: The settings that can have several values. The other networks and norms are compared with the first.
         input_norm: Whether a layer without scale and shift normalizes the inputs, instead of standardized data.
         data: Name or path of the data.
         data_dir: Folder with the data's files; None if not given.
@@ -45,7 +47,6 @@ class Settings:
     """
 
     grid: Grid
-    model: str
     input_norm: bool
     data: str
     data_dir: str | None
@@ -81,10 +82,10 @@ class Settings:
     @property
     def deciding(self) -> dict[str, Any]:
         """Every setting that decides the result of a run, except its choice, its seed and the data."""
-        names = ("model", "input_norm", "epochs", "steps", "schedule", "optimizer", "evaluate_every")
+        names = ("input_norm", "epochs", "steps", "schedule", "optimizer", "evaluate_every")
         found = {name: getattr(self, name) for name in names}
-        # All networks take their initial values from the first norm's.
-        return found | {"first of norms": self.grid.norm[0], "first of placement": self.grid.placement[0]}
+        # All networks take their initial values from the first choice's.
+        return found | {f"first of {name}": getattr(self.grid, SEVERAL[name])[0] for name in FIRST}
 
     def steps_of(self, choice: Choice, samples: int) -> int:
         """Return the number of training steps in each run of a choice, given the number of training samples."""
@@ -171,6 +172,23 @@ def learning_rates(optimizer: str, lr: float | Iterable[float] | None) -> tuple[
                 f"lr must be above 0 and finite, got {rate!r}. The default for {optimizer} is {default}."
             )
     return tuple(float(rate) for rate in rates)
+
+
+def probabilities(dropout: float | Iterable[float | None] | None) -> tuple[float | None, ...]:
+    """Return the probabilities of dropout, or None alone for networks with their own.
+
+    Raises:
+        ComparisonError: If one is not a probability below 1.
+    """
+    values = several("dropout", dropout)
+    if values == (None,):
+        return (None,)
+    for value in values:
+        if not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise ComparisonError(
+                f"dropout must be probabilities from 0 to below 1, got {value!r}. Write for example 0.5."
+            )
+    return tuple(float(value) for value in values if value is not None)
 
 
 def check_device(device: str) -> torch.device:

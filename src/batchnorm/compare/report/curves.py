@@ -1,4 +1,4 @@
-"""The data of the charts: curves with bands over the seeds, and distributions during training."""
+"""The data of the charts: curves with bands over the seeds, and distributions during and after training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.compare.records import Evaluation, Histogram, Run
+from batchnorm.compare.records import Distribution, Evaluation, Histogram, Run
 from batchnorm.compare.report.summary import Outcome
 
 VALUE_BINS = 64
@@ -24,6 +24,7 @@ class Point:
 
     Attributes:
         step: Training steps.
+        epochs: Epochs of training.
         seconds: Training time, mean over the seeds.
         mid: Mean over the seeds.
         low: Smallest value.
@@ -32,6 +33,7 @@ class Point:
     """
 
     step: int
+    epochs: float
     seconds: float
     mid: float
     low: float
@@ -39,6 +41,7 @@ class Point:
     seeds: int
 
 
+Binned = Histogram | Distribution
 Values = Callable[[Run], dict[int, tuple[float, float | None]]]  # seconds and value of a quantity, by step
 
 
@@ -92,17 +95,27 @@ def by_label(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, list[Ru
     return {outcome.label: [run for run in runs if run.choice == outcome.choice] for outcome in found}
 
 
-def curve(runs: Sequence[Run], values: Values) -> list[Point]:
-    """Return one quantity over the runs of one choice, step by step."""
+def epoch_steps(run: Run, samples: int) -> int:
+    """Return the number of steps in an epoch, given the number of training samples."""
+    return samples // run.choice.batch_size
+
+
+def curve(runs: Sequence[Run], values: Values, samples: int) -> list[Point]:
+    """Return one quantity over the runs of one choice, step by step.
+
+    Args:
+        runs: The runs of the choice, perhaps none.
+        values: Returns the quantity of a run.
+        samples: Number of training samples.
+    """
     tables = [values(run) for run in runs]
     points = []
     for step in sorted({step for table in tables for step in table}):
         here = [(t, v) for t, v in (table[step] for table in tables if step in table) if v is not None]
         if here:
             seconds, found = zip(*here, strict=True)
-            points.append(
-                Point(step, statistics.fmean(seconds), statistics.fmean(found), min(found), max(found), len(found))
-            )
+            epochs, mean = step / epoch_steps(runs[0], samples), statistics.fmean(found)
+            points.append(Point(step, epochs, statistics.fmean(seconds), mean, min(found), max(found), len(found)))
     return points
 
 
@@ -149,23 +162,91 @@ def distributions(series: dict[str, list[Run]]) -> Distributions | None:
     usable = {label: histograms for label, histograms in usable.items() if histograms}
     if not usable:
         return None
-    limits = [_limits(histograms) for histograms in usable.values()]
-    low, high = min(limits, key=lambda limit: limit[1] - limit[0])
-    reach = WIDEST * (high - low)
-    lowest = max(min(limit[0] for limit in limits), low - reach)
-    highest = min(max(limit[1] for limit in limits), high + reach)
-    edges = np.linspace(lowest, highest, VALUE_BINS + 1)
+    edges = _common_edges(list(usable.values()))
     columns = {label: _columns(histograms, edges) for label, histograms in usable.items()}
     peaks = [column.shares.max() for of_label in columns.values() for column in of_label]
     return Distributions(edges, float(np.quantile(peaks, 0.9)), columns)
 
 
-def _cumulative(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+STAGES = {
+    "input": "before normalization",
+    "normalized": "after normalization",
+    "activated": "after the activation",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Distributions of several choices at one place after training, on a common grid of values.
+
+    Attributes:
+        title: Before or after which operation.
+        edges: Edges of the grid's bins.
+        shares: Share of all values in each bin, mean over the seeds, by label.
+    """
+
+    title: str
+    edges: NDArray[np.float64]
+    shares: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalization or activation after training.
+
+    Attributes:
+        title: Its path in the networks; several if they differ.
+        stages: The distributions before and after it.
+    """
+
+    title: str
+    stages: list[Stage]
+
+
+def sites(series: dict[str, list[Run]]) -> list[Site]:
+    """Return the distributions after training. The k-th site of each network is in the k-th result."""
+    every = [record for runs in series.values() for run in runs for record in run.distributions]
+    found = []
+    for number in sorted({record.site for record in every}):
+        layers = dict.fromkeys(record.layer for record in every if record.site == number)
+        stages = [_stage(series, number, stage, title) for stage, title in STAGES.items()]
+        found.append(Site(" or ".join(layers), [stage for stage in stages if stage is not None]))
+    return found
+
+
+def _stage(series: dict[str, list[Run]], number: int, stage: str, title: str) -> Stage | None:
+    here = {
+        label: [r for run in runs for r in run.distributions if (r.site, r.stage) == (number, stage) and r.percentiles]
+        for label, runs in series.items()
+    }
+    here = {label: records for label, records in here.items() if records}
+    if not here:
+        return None
+    edges = _common_edges(list(here.values()))
+    return Stage(title, edges, {label: _shares(records, edges) for label, records in here.items()})
+
+
+def _shares(histograms: Sequence[Binned], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of values in each bin, mean over the histograms."""
+    return np.mean([np.diff(np.interp(edges, *_cumulative(histogram))) for histogram in histograms], axis=0)
+
+
+def _common_edges(groups: Sequence[Sequence[Binned]]) -> NDArray[np.float64]:
+    """Return the edges of bins for several groups of histograms; a very wide group does not squeeze the others."""
+    limits = [_limits(histograms) for histograms in groups]
+    low, high = min(limits, key=lambda limit: limit[1] - limit[0])
+    reach = WIDEST * (high - low)
+    lowest = max(min(limit[0] for limit in limits), low - reach)
+    highest = min(max(limit[1] for limit in limits), high + reach)
+    return np.linspace(lowest, highest, VALUE_BINS + 1)
+
+
+def _cumulative(histogram: Binned) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     counts = np.concatenate([[0.0], np.cumsum(histogram.counts)])
     return np.linspace(histogram.low, histogram.high, len(counts)), counts / counts[-1]
 
 
-def _limits(histograms: Sequence[Histogram]) -> tuple[float, float]:
+def _limits(histograms: Sequence[Binned]) -> tuple[float, float]:
     """Return a range with nearly all values of nearly all steps, so that a diverging run does not set the scale."""
     ranges = []
     for histogram in histograms:
@@ -182,7 +263,6 @@ def _columns(histograms: Sequence[Histogram], edges: NDArray[np.float64]) -> lis
     columns = []
     for step, (begin, end) in zip(steps, pairwise(bounds), strict=True):
         here = [histogram for histogram in histograms if histogram.step == step]
-        shares = np.mean([np.diff(np.interp(edges, *_cumulative(histogram))) for histogram in here], axis=0)
         percentiles = np.mean([histogram.percentiles or [] for histogram in here], axis=0).tolist()
-        columns.append(Column(step, begin, end, shares, percentiles))
+        columns.append(Column(step, begin, end, _shares(here, edges), percentiles))
     return columns

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchnorm.compare.inputs.choices import Grid
+from batchnorm.compare.inputs.norms import AS_IS
 from batchnorm.compare.report.summary import FEWEST, Difference, Outcome, Spread, contestants, reference
 
 ALIKE = 1.05  # a smaller ratio is reported as "about the same"
@@ -168,15 +169,15 @@ def _reached(outcome: Outcome) -> str:
 
 
 def _arrival_of_one(outcome: Outcome, target_accuracy: float) -> str:
-    target = f"{percent(target_accuracy)} test accuracy"
-    return f"The network reached {target} with {outcome.title} in {_reached(outcome)}."
+    target = percent(target_accuracy)
+    return f"Test accuracy reached {target} with {outcome.title} in {_reached(outcome)}."
 
 
 def _arrival(other: Outcome, base: Outcome, target_accuracy: float) -> str:
-    target = f"{percent(target_accuracy)} test accuracy"
+    target = percent(target_accuracy)
     within = f"within {base.steps:,} steps" if base.steps == other.steps else "by the end of training"
     if not other.reached and not base.reached:
-        return f"The network reached {target} neither with {other.title} nor with {base.title} {within} in any seed."
+        return f"Test accuracy reached {target} neither with {other.title} nor with {base.title} {within} in any seed."
     if len(other.reached) == len(other.seeds) and len(base.reached) == len(base.seeds):
         assert other.steps_to_target and base.steps_to_target
         assert other.seconds_to_target and base.seconds_to_target
@@ -184,12 +185,12 @@ def _arrival(other: Outcome, base: Outcome, target_accuracy: float) -> str:
         seconds, their_seconds = other.seconds_to_target.median, base.seconds_to_target.median
         which = "one seed" if len(other.seeds) == 1 else f"medians of {len(other.seeds)} seeds"
         return (
-            f"The network reached {target} after {ours:,.0f} steps with {other.title} and after {theirs:,.0f} with "
+            f"Test accuracy reached {target} after {ours:,.0f} steps with {other.title} and after {theirs:,.0f} with "
             f"{base.title} ({_ratio(ours, theirs, 'fewer', 'as many')}); in training time, that is {duration(seconds)} "
             f"and {duration(their_seconds)} ({_ratio(seconds, their_seconds, 'shorter', 'as long')}; {which})."
         )
     return _sentence(
-        f"{within}, the network reached {target} with {other.title} in {_reached(other)}; with {base.title} in "
+        f"{within}, test accuracy reached {target} with {other.title} in {_reached(other)}; with {base.title} in "
         f"{_reached(base)}"
     )
 
@@ -221,8 +222,9 @@ def _many(found: Sequence[Outcome], grid: Grid, target_accuracy: float) -> list[
     if len(close) > 1:
         sentences.append(f"These seeds do not decide between the best and {listed(close)}.")
     if len(ranked) < len(found):
+        what = "network" if grid.norm == (AS_IS,) else "norm"
         sentences.append(
-            f"Each norm is shown at the best of its {len(found) // len(ranked)} settings; as the test data decided "
+            f"Each {what} is shown at the best of its {len(found) // len(ranked)} settings; as the test data decided "
             "which is best, these accuracies are slightly too high."
         )
     lost = [outcome for outcome in found if outcome.diverged]

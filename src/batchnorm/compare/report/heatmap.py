@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.report.summary import Outcome
@@ -97,7 +97,7 @@ def _panel(
 
 def _kind(choice: Choice, grid: Grid) -> str:
     """Return the choice's label without learning rate and batch size."""
-    return Grid(grid.norm, grid.placement, (choice.lr,), (choice.batch_size,), grid.sampling).label(choice)
+    return replace(grid, lr=(choice.lr,), batch_size=(choice.batch_size,)).label(choice)
 
 
 def _rate(choice: Choice) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from batchnorm.compare.inputs.choices import Grid
 from batchnorm.compare.inputs.learning_rate import LearningRate
+from batchnorm.compare.inputs.norms import AS_IS
 from batchnorm.compare.inputs.optimizers import OPTIMIZERS
 from batchnorm.compare.inputs.sampling import Sampling
 from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Layer, Run
 from batchnorm.compare.report import curves, heatmap
 from batchnorm.compare.report.curves import Point
+from batchnorm.compare.report.facets import Facets
 from batchnorm.compare.report.figures import accuracy_floor, linear_range, positive_range
 from batchnorm.compare.report.headline import accuracy, duration, memory, percent, points
 from batchnorm.compare.report.summary import Difference, Outcome, reference, shown
@@ -37,24 +40,26 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
     """
     settings = Settings.read(summary["settings"])
     drawn = shown(found, settings.grid)
-    order = [*drawn, *(outcome for outcome in found if outcome not in drawn)]
+    facets = Facets.of(runs, found, settings.grid)
     base = reference(found, settings.grid)
     return render_page(
         "batchnorm.compare.report",
         {
-            **charts(runs, order, len(drawn), settings.target_accuracy),
+            **charts(facets, drawn, runs, settings, summary["data"]["train_samples"]),
             "grid": [asdict(panel) for panel in heatmap.panels(found, settings.grid)],
         },
         {"percent": percent, "accuracy": accuracy, "points": points, "duration": duration, "memory": memory},
         summary=summary,
         settings=settings,
         grid=settings.grid,
+        as_is=settings.grid.norm == (AS_IS,),
         outcomes=found,
         best=min(found, key=lambda outcome: outcome.rank),
         reference=base,
         differences=[Difference.between(outcome, base) for outcome in found],
-        order=[outcome.label for outcome in order],
+        facets=facets,
         drawn=drawn,
+        sites=curves.sites(curves.by_label(runs, drawn)),
         layer_rows=layer_rows(runs, drawn),
         layers=_channels(runs, drawn),
         channels_shown=CHANNELS_SHOWN,
@@ -62,32 +67,35 @@ def render(runs: Sequence[Run], found: Sequence[Outcome], summary: dict[str, Any
         schedule=LearningRate.parse(settings.schedule),
         samplings=[Sampling.parse(sampling).title for sampling in settings.grid.sampling],
         watched=_watched(runs),
-        not_shared={run.norm: run.own for run in reversed(runs)},  # of each norm's first run
+        not_shared=_not_shared(runs, settings.grid),
         standard_error=_standard_error(found, summary["data"]["test_samples"]),
         finished=len(runs),
         duration=duration,
     )
 
 
-def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_accuracy: float) -> Charts:
+def charts(facets: Facets, drawn: Sequence[Outcome], runs: Sequence[Run], settings: Settings, samples: int) -> Charts:
     """Return the data that the page's script draws as curves and distributions.
 
     Args:
+        facets: The charts of each quantity, and their series.
+        drawn: The outcomes whose distributions the page shows.
         runs: Every run.
-        order: The outcomes; the page shows the first ones initially.
-        drawn: How many outcomes it shows initially.
-        target_accuracy: Drawn as a line.
+        settings: The settings of the comparison.
+        samples: Number of training samples.
     """
-    series = curves.by_label(runs, order)
 
     def chart(label: str, values: curves.Values, kind: str, scale: float = 1) -> Charts:
-        lines = [curves.curve(of_label, values) for of_label in series.values()]
+        lines = [[curves.curve(of_series, values, samples) for of_series in facet] for facet in facets.runs]
         return {
             "label": label,
             "log": kind == "log",
-            # One for the initial outcomes and one for all, because a failed outcome must not flatten the initial ones.
-            "domains": [_domain(_all(lines[:drawn]), kind, scale), _domain(_all(lines), kind, scale)],
-            "series": [_line(points, scale) for points in lines],
+            # One for the initial series and one for all, because a failed series must not flatten the initial ones.
+            "domains": [
+                _domain(_all(line for facet in lines for line in facet[:count]), kind, scale)
+                for count in (facets.drawn, None)
+            ],
+            "facets": [[_line(points, scale) for points in facet] for facet in lines],
         }
 
     found = {
@@ -97,17 +105,22 @@ def charts(runs: Sequence[Run], order: Sequence[Outcome], drawn: int, target_acc
         "gap": chart("training minus test accuracy (points)", curves.gap, "linear", 100),
         "gradient_norm": chart("norm of the gradient", curves.gradient_norm, "log"),
     }
+    series = curves.by_label(runs, drawn)
     return {
-        "labels": list(series),
-        "drawn": drawn,
-        "target": 100 * target_accuracy,
-        "curves": {name: each for name, each in found.items() if any(each["series"])},
-        "percentiles": _percentiles(series, drawn),
-        "activations": _activations({label: series[label] for label in list(series)[:drawn]}),
+        "labels": facets.labels,
+        "drawn": facets.drawn,
+        "facets": facets.titles,
+        "axis": "epochs" if len(settings.grid.batch_size) > 1 else "step",
+        "target": 100 * settings.target_accuracy,
+        "curves": {name: each for name, each in found.items() if any(line for f in each["facets"] for line in f)},
+        "percentiles": _percentiles(facets, samples),
+        "activations": _activations(series, facets, samples),
+        "outcomes": list(series),
+        "sites": _sites(series),
     }
 
 
-def _all(lines: Sequence[Sequence[Point]]) -> list[Point]:
+def _all(lines: Iterable[Sequence[Point]]) -> list[Point]:
     return [point for points in lines for point in points]
 
 
@@ -119,33 +132,43 @@ def _domain(points: Sequence[Point], kind: str, scale: float) -> list[float]:
 
 
 def _line(points: Sequence[Point], scale: float) -> list[list[float]]:
-    """Return step, seconds, mean, lowest, highest and number of seeds of each point."""
-    return [
-        [p.step, short(p.seconds), *(short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds] for p in points
-    ]
+    """Return step, epochs, seconds, mean, lowest, highest and number of seeds of each point."""
+    return [[*_place(p), *(short(scale * value) for value in (p.mid, p.low, p.high)), p.seeds] for p in points]
 
 
-def _percentiles(series: dict[str, list[Run]], drawn: int) -> dict[str, Charts]:
+def _place(point: Point) -> list[float]:
+    return [point.step, short(point.epochs), short(point.seconds)]
+
+
+def _percentiles(facets: Facets, samples: int) -> dict[str, Charts]:
     """Return the 15th, 50th and 85th percentile of each watched activation during training."""
     found = {}
     for where in ("first", "last"):
         lines = [
-            [curves.curve(runs, curves.percentile(where, which)) for which in range(3)] for runs in series.values()
+            [[curves.curve(runs, curves.percentile(where, which), samples) for which in range(3)] for runs in facet]
+            for facet in facets.runs
         ]
-        ends = [[point for line in of_label for point in line] for of_label in lines]
-        if any(ends):
+        ends = [
+            _all(line for facet in lines for of_series in facet[:count] for line in of_series)
+            for count in (facets.drawn, None)
+        ]
+        if ends[1]:
             found[where] = {
                 "label": f"input to the {where} activation",
-                "domains": [_domain(_all(ends[:drawn]), "linear", 1), _domain(_all(ends), "linear", 1)],
-                "series": [
-                    [[low.step, *(short(p.mid) for p in (low, mid, high))] for low, mid, high in zip(*of, strict=True)]
-                    for of in lines
+                "domains": [_domain(points, "linear", 1) for points in ends],
+                "facets": [
+                    [
+                        [[*_place(low), *(short(p.mid) for p in (low, mid, high))]
+                         for low, mid, high in zip(*of_series, strict=True)]
+                        for of_series in facet
+                    ]
+                    for facet in lines
                 ],
-            }
+            }  # fmt: skip
     return found
 
 
-def _activations(series: dict[str, list[Run]]) -> Charts | None:
+def _activations(series: dict[str, list[Run]], facets: Facets, samples: int) -> Charts | None:
     found = curves.distributions(series)
     if found is None:
         return None
@@ -153,19 +176,43 @@ def _activations(series: dict[str, list[Run]]) -> Charts | None:
         "edges": [short(edge) for edge in found.edges],
         "most": found.most,
         "panels": {
-            label: [
-                {
-                    "step": column.step,
-                    "begin": column.begin,
-                    "end": column.end,
-                    "shares": [round(float(share), 4) for share in column.shares],
-                    "percentiles": [short(value) for value in column.percentiles],
-                }
-                for column in columns
-            ]
+            label: {
+                "series": facets.index(series[label][0].choice),
+                "epoch_steps": curves.epoch_steps(series[label][0], samples),
+                "step_seconds": series[label][0].steps[-1].train_seconds / len(series[label][0].steps),
+                "columns": [
+                    {
+                        "step": column.step,
+                        "begin": column.begin,
+                        "end": column.end,
+                        "shares": [round(float(share), 4) for share in column.shares],
+                        "percentiles": [short(value) for value in column.percentiles],
+                    }
+                    for column in columns
+                ],
+            }
             for label, columns in found.columns.items()
         },
     }
+
+
+def _sites(series: dict[str, list[Run]]) -> list[list[Charts]]:
+    """Return the distributions after training, by site and stage."""
+    order = list(series)
+    return [
+        [
+            {
+                "title": stage.title,
+                "ends": [short(stage.edges[0]), short(stage.edges[-1])],
+                "series": [
+                    [order.index(label), [round(100 * float(share), 2) for share in shares]]
+                    for label, shares in stage.shares.items()
+                ],
+            }
+            for stage in site.stages
+        ]
+        for site in curves.sites(series)
+    ]
 
 
 @dataclass(frozen=True)
@@ -198,6 +245,12 @@ def _channels(runs: Sequence[Run], drawn: Sequence[Outcome]) -> list[tuple[str, 
     found = [(label, run.seed, layer) for label, run in firsts.items() for layer in run.layers]
     rows = sum(min(CHANNELS_SHOWN, len(layer.weight or layer.running_mean or [])) for _, _, layer in found)
     return found if rows <= ROWS_SHOWN else []
+
+
+def _not_shared(runs: Sequence[Run], grid: Grid) -> dict[str, list[str]]:
+    """Return the parameters that each network does not share with the first, by the network's name."""
+    networks = replace(grid, lr=grid.lr[:1], batch_size=grid.batch_size[:1], sampling=grid.sampling[:1])
+    return {networks.label(run.choice): run.own for run in reversed(runs) if run.own}
 
 
 def _watched(runs: Sequence[Run]) -> dict[str, str]:

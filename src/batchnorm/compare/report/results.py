@@ -130,7 +130,7 @@ def conclude(
         "layers": {outcome.label: _layers(kept, outcome) for outcome in found},
         "runs": {run.file_name: {"seed": run.seed, "shared": run.shared, "own": run.own} for run in kept},
     }
-    pictures = figures.draw(kept, found, settings) if write else {}
+    pictures = figures.draw(kept, found, settings, facts["data"]["train_samples"]) if write else {}
     if write:
         for name, picture in pictures.items():
             write_whole(directory / name, picture)

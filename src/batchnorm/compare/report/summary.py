@@ -13,6 +13,7 @@ from batchnorm.compare.inputs.settings import Settings
 from batchnorm.compare.records import Evaluation, Run
 
 CONFIDENCE = 0.95
+TUNED = {"lr", "batch_size"}  # settings of which each contestant is shown at its best
 SHOWN = 8  # largest number of series that can be distinguished in one chart
 FEWEST = 3  # seeds for an interval, because Student's factor is 12.7 with two
 
@@ -208,25 +209,25 @@ def outcomes(runs: Sequence[Run], settings: Settings, titles: dict[str, str], sa
 
 
 def contestants(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:
-    """Return the outcomes with the best learning rate and batch size for each norm, placement and sampling.
+    """Return the outcomes with the best learning rate and batch size for each combination of the other settings.
 
-    If there is only one norm, placement and sampling, return every outcome.
+    If only learning rate and batch size vary, return every outcome.
     """
-    best: dict[tuple[str, str, str], Outcome] = {}
+    if set(grid.varying) <= TUNED:
+        return list(found)
+    best: dict[Choice, Outcome] = {}
     for outcome in found:
-        key = (outcome.choice.norm, outcome.choice.placement, outcome.choice.sampling)
+        key = outcome.choice.rival
         if key not in best or outcome.rank < best[key].rank:
             best[key] = outcome
-    alone = len(grid.norm) == len(grid.placement) == len(grid.sampling) == 1
-    return list(found) if alone else list(best.values())
+    return list(best.values())
 
 
 def reference(found: Sequence[Outcome], grid: Grid) -> Outcome:
-    """Return the baseline of the comparison: the first norm, placement and sampling, at its best setting."""
+    """Return the baseline of the comparison: the first of all choices, at its best learning rate and batch size."""
     rivals = contestants(found, grid)
-    first = grid.norm[0], grid.placement[0], grid.sampling[0]
-    same = [o for o in rivals if (o.choice.norm, o.choice.placement, o.choice.sampling) == first]
-    return (same or rivals)[0]
+    first = grid.choices[0].rival
+    return next((outcome for outcome in rivals if outcome.choice.rival == first), rivals[0])
 
 
 def shown(found: Sequence[Outcome], grid: Grid) -> list[Outcome]:

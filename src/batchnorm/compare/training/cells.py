@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from batchnorm.compare.training.environment import environment
 from batchnorm.compare.training.loop import LoopOptions, train
 from batchnorm.compare.training.measurements import Activations, kept_bytes
 from batchnorm.compare.training.parallel import Processes
+from batchnorm.compare.training.remaining import Costs
 
 SAMPLE = 64  # inputs that each new network is tried on
 
@@ -38,33 +41,50 @@ class Cells:
 
     Attributes:
         settings: The settings of the comparison.
-        model: The network.
+        models: The networks, by name.
         data: The data, on the device.
         processes: The processes that train each network together.
     """
 
     settings: Settings
-    model: Model
+    models: dict[str, Model]
     data: Data
     processes: Processes
 
-    def warm_up(self, choices: Iterable[Choice]) -> None:
-        """Train each network for a few steps, so that failures appear at once and no run includes first calls."""
-        rate = self.settings.grid.lr[0]  # any rate will do
-        for choice in dict.fromkeys(replace(choice, lr=rate) for choice in choices):
+    def warm_up(self, choices: Iterable[Choice]) -> dict[Choice, Costs]:
+        """Train each network for a few steps, so that failures appear at once and no run includes first calls.
+
+        Returns:
+            The time that each kind of run takes; the keys are those of `kind_of`.
+        """
+        costs = {}
+        for choice in dict.fromkeys(map(self.kind_of, choices)):
+            begun = time.perf_counter()
             network, norm, _ = self._build(choice, 0)
             options = self._options(choice)
             steps = min(3, options.steps)
             options = replace(options, steps=steps, evaluate_every=steps + 1)
             recorder, watched = Recorder(Run(choice, 0), io.StringIO()), self._activations(network, norm)
             optimizer = self._optimizer(network, choice)
+            built = time.perf_counter()
             train(network, norm, self.data, optimizer, options, watched, recorder, lambda *_: None, self.processes)
+            ends = [0.0, *(step.train_seconds for step in recorder.run.steps)]
+            evaluating = time.perf_counter() - built - ends[-1]
+            # The first step includes first calls, and two evaluations precede and follow the steps.
+            costs[choice] = Costs(built - begun, min(b - a for a, b in pairwise(ends)), evaluating / 2)
+        return costs
+
+    def kind_of(self, choice: Choice) -> Choice:
+        """Return a choice that stands for all that take the same time: the learning rate makes no difference."""
+        return replace(choice, lr=self.settings.grid.lr[0])
 
     def initial_values(self, seed: int) -> dict[str, Tensor]:
         """Return the initial values of the first choice's network, which the other networks share."""
         torch.manual_seed(seed)
-        norm = self._norm(self.settings.grid.choices[0])
-        return models.initial_values(self.model(norm, self.data.x_train[:SAMPLE], self.data.num_classes), norm)
+        choice = self.settings.grid.choices[0]
+        norm = self._norm(choice)
+        network = self.models[choice.model](norm, self.data.x_train[:SAMPLE], self.data.num_classes)
+        return models.initial_values(network, norm)
 
     def train(
         self,
@@ -108,7 +128,7 @@ class Cells:
         return torch.device(self.settings.device)
 
     def _norm(self, choice: Choice) -> Norm:
-        return parse(choice.norm, choice.placement)
+        return parse(choice.norm, choice.placement, choice.dropout)
 
     def _build(
         self, choice: Choice, seed: int, values: dict[str, Tensor] | None = None
@@ -116,7 +136,10 @@ class Cells:
         """Return the network on the device, its norm, and the names of its shared and its own parameters."""
         torch.manual_seed(seed)
         norm, sample = self._norm(choice), self.data.x_train[:SAMPLE]
-        network = self.model(norm, sample, self.data.num_classes)
+        model = self.models[choice.model]
+        network = model(norm, sample, self.data.num_classes)
+        if model.pretrained and choice.model != self.settings.grid.model[0]:
+            values = None  # it keeps the weights that it was given with
         names = models.share_initial_values(network, norm, values or {})
         if self.settings.input_norm:
             network = models.with_input_norm(network, self.data.in_shape)

@@ -15,7 +15,8 @@ from batchnorm.compare.inputs.importing import user_code
 from batchnorm.compare.inputs.learning_rate import CONSTANT, LearningRate
 from batchnorm.compare.inputs.norms import Norm
 from batchnorm.compare.inputs.sampling import IID, Sampling
-from batchnorm.compare.records import Histogram, Recorder, Step, finite
+from batchnorm.compare.records import Distribution, Histogram, Layer, Recorder, Step, finite
+from batchnorm.compare.training.distributions import SAMPLES, distributions
 from batchnorm.compare.training.measurements import Activations, Stopwatch, evaluate, gradient_norm, layers
 from batchnorm.compare.training.parallel import Processes
 
@@ -107,7 +108,11 @@ def train(
         if diverged:
             diverged_at = step
             break
-    recorder.end(layers(network, norm), diverged_at)
+    at_end: list[Distribution | Layer] = list(layers(network, norm))
+    if processes.first:
+        with user_code(what, "was run once more after training"):
+            at_end[:0] = distributions(network, norm, data.train_part[0][:SAMPLES])
+    recorder.end(at_end, diverged_at)
 
 
 def _step(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,17 +125,27 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 
 
 def histogram(values: Tensor, step: int, where: str = "first") -> Histogram:
-    """Return the histogram of all values in a tensor."""
+    """Return the histogram of all values in a tensor, as a record of one step."""
+    return Histogram(step=step, where=where, **binned(values))
+
+
+def binned(values: Tensor) -> dict[str, Any]:
+    """Return the fields of a histogram of all values in a tensor, without the place and the step."""
     flat = values.detach().flatten().cpu().double().numpy()
     kept = flat[np.isfinite(flat)]
     if len(kept) == 0:
-        return Histogram(step, 0.0, 1.0, [0] * BINS, len(flat), None, where)
+        return {"low": 0.0, "high": 1.0, "counts": [0] * BINS, "nonfinite": len(flat), "percentiles": None}
     low, high = float(kept.min()), float(kept.max())
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts, _ = np.histogram(kept, BINS, (low, high))
-    percentiles = np.percentile(kept, PERCENTILES).tolist()
-    return Histogram(step, low, high, counts.tolist(), len(flat) - len(kept), percentiles, where)
+    return {
+        "low": low,
+        "high": high,
+        "counts": counts.tolist(),
+        "nonfinite": len(flat) - len(kept),
+        "percentiles": np.percentile(kept, PERCENTILES).tolist(),
+    }
 
 
 @dataclass(frozen=True)

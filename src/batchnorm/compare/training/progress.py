@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from batchnorm.compare.training.remaining import Remaining
 
 REFRESH_SECONDS = 0.1
 LINE_SECONDS = 10.0
@@ -17,10 +20,12 @@ class Display:
     Args:
         runs: Number of runs.
         steps: Number of steps in all runs.
+        remaining: Estimates the remaining time.
     """
 
-    def __init__(self, runs: int, steps: int) -> None:
+    def __init__(self, runs: int, steps: int, remaining: Remaining[Any]) -> None:
         self._runs, self._steps = runs, steps
+        self._remaining = remaining
         self._run = 0  # number of the current run
         self._before = self._in_run = 0  # steps in the runs before it, and in it
         self._title = ""
@@ -36,15 +41,26 @@ class Display:
         self._run += 1
         self._before, self._in_run = self._before + self._in_run, steps
         self._title = title
+        self._remaining.begin()
         self._show_run()
 
     def step(self, step: int, loss: float) -> None:
         """Show that the current run has taken a step."""
+        self._remaining.step(step)
+        self._show_step(step, loss)
 
     def end(self, outcome: str) -> None:
         """End the current run."""
+        self._remaining.end()
+        self._show_end(outcome)
 
     def _show_run(self) -> None:
+        pass
+
+    def _show_step(self, step: int, loss: float) -> None:
+        pass
+
+    def _show_end(self, outcome: str) -> None:
         pass
 
 
@@ -54,20 +70,19 @@ class Bar(Display):
     It draws only between steps, and never in its own thread, so drawing is not part of the measured time.
     """
 
-    def __init__(self, console: Console, runs: int, steps: int) -> None:
-        super().__init__(runs, steps)
+    def __init__(self, console: Console, runs: int, steps: int, remaining: Remaining[Any]) -> None:
+        super().__init__(runs, steps, remaining)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             console=console,
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=steps, loss="  -  ")
+        self._task = self._progress.add_task("", total=steps, loss="  -  ", left="")
         self._drawn = 0.0
 
     def __enter__(self) -> Bar:
@@ -77,14 +92,16 @@ class Bar(Display):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def step(self, step: int, loss: float) -> None:
+    def _show_step(self, step: int, loss: float) -> None:
         """Move the bar, unless it has just moved."""
         if time.monotonic() - self._drawn < REFRESH_SECONDS:
             return
         self._drawn = time.monotonic()
-        self._progress.update(self._task, completed=self._before + step, loss=f"{loss:.3f}", refresh=True)
+        self._progress.update(
+            self._task, completed=self._before + step, loss=f"{loss:.3f}", left=self._remaining.text, refresh=True
+        )
 
-    def end(self, outcome: str) -> None:
+    def _show_end(self, outcome: str) -> None:
         """Print the outcome above the bar."""
         self._progress.console.print(f"{self._title}: {outcome}", highlight=False, markup=False)
         self._progress.update(self._task, completed=self._before + self._in_run, refresh=True)
@@ -96,22 +113,20 @@ class Bar(Display):
 class Lines(Display):
     """A line for each run, and one every ten seconds within a run."""
 
-    def __init__(self, console: Console, runs: int, steps: int) -> None:
-        super().__init__(runs, steps)
+    def __init__(self, console: Console, runs: int, steps: int, remaining: Remaining[Any]) -> None:
+        super().__init__(runs, steps, remaining)
         self._console = console
-        self._begun = self._printed = time.monotonic()
+        self._printed = time.monotonic()
 
-    def step(self, step: int, loss: float) -> None:
+    def _show_step(self, step: int, loss: float) -> None:
         """Print a line, unless one was printed less than ten seconds ago."""
         now = time.monotonic()
         if now - self._printed < LINE_SECONDS:
             return
         self._printed = now
-        done = self._before + step
-        left = (now - self._begun) / done * (self._steps - done)
-        self._print(f"step {step} of {self._in_run}, loss {loss:.3f}, {left:.0f} s left")
+        self._print(f"step {step} of {self._in_run}, loss {loss:.3f}, {self._remaining.text}")
 
-    def end(self, outcome: str) -> None:
+    def _show_end(self, outcome: str) -> None:
         """Print the outcome."""
         self._print(outcome)
 
@@ -123,15 +138,17 @@ class Lines(Display):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def display(show: bool, runs: int, steps: int) -> Display:
+def display(show: bool, runs: int, steps: int, remaining: Remaining[Any]) -> Display:
     """Return a bar if standard error is a terminal, lines if it is not, or nothing.
 
     Args:
         show: Whether to show anything.
         runs: Number of runs.
         steps: Number of steps in all runs.
+        remaining: Estimates the remaining time.
     """
     if not show:
-        return Display(runs, steps)
+        return Display(runs, steps, remaining)
     console = Console(stderr=True)
-    return Bar(console, runs, steps) if console.is_terminal else Lines(console, runs, steps)
+    kind = Bar if console.is_terminal else Lines
+    return kind(console, runs, steps, remaining)
