@@ -1,4 +1,4 @@
-"""Frozen batch normalization as other libraries define it: buffers, state and formula of each."""
+"""Batch normalization as other libraries define it: frozen, or with modules that are applied to its result."""
 
 from __future__ import annotations
 
@@ -73,6 +73,48 @@ class MaskRCNN(_FourBuffers):
 FOREIGN: dict[str, type[nn.Module]] = {
     "torchvision": Torchvision, "detectron2": Detectron2, "detr": Detr, "maskrcnn": MaskRCNN,
 }  # fmt: skip
+
+
+class TimmAct(nn.BatchNorm2d):
+    """timm's BatchNormAct2d: act(drop(BN(x)))."""
+
+    def __init__(self, num_features: int, act: nn.Module | None = None, drop: nn.Module | None = None) -> None:
+        super().__init__(num_features)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.ReLU(inplace=True) if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "expected 4D input")
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        training = self.training or self.running_mean is None
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+class TimmSyncAct(nn.SyncBatchNorm):
+    """timm's SyncBatchNormAct."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.act, self.drop = nn.SiLU(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class TimmFrozenAct(_FourBuffers):
+    """timm's FrozenBatchNormAct2d."""
+
+    def __init__(self, num_features: int, act: nn.Module | None = None) -> None:
+        super().__init__(num_features)
+        self.eps = 1e-3
+        self.drop, self.act = nn.Identity(), nn.ReLU() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(self.normalized(x, self.eps)))
 
 
 def drawn(layer: nn.Module, seed: int = 0) -> nn.Module:

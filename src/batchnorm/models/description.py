@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from batchnorm.nn.followed import plain_class
 from batchnorm.walk import class_of, is_batch_norm, num_channels
 
 
@@ -13,4 +14,7 @@ def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
     sizes = [getattr(layer, name) for name in ("num_groups", "num_features", "num_channels") if hasattr(layer, name)]
     if not sizes and is_batch_norm(layer):
         sizes = [num_channels(layer)]
-    return f"{name}({', '.join(map(str, sizes))})" if sizes else name
+    described = f"{name}({', '.join(map(str, sizes))})" if sizes else name
+    # Another library's layers tell in their names that they apply an activation.
+    act = layer._modules.get("act") if kind is None and plain_class(type(layer)) is not type(layer) else None
+    return described if act is None or isinstance(act, nn.Identity) else f"{described} + {type(act).__name__}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm.foreign import VECTORS, foreign_eps
 from batchnorm.nn.act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
+from batchnorm.nn.followed import follow, followed
 from batchnorm.nn.layer import NormLayer
 
 
@@ -139,23 +140,6 @@ class FrozenBatchNorm2d(FrozenBatchNorm):
     layer_name = "FrozenBatchNorm2d"
 
 
-def adopted(layer: torch.nn.Module) -> FrozenBatchNorm2d:
-    """Return a `FrozenBatchNorm2d` with the tensors of another library's frozen layer, which has a `foreign_eps`."""
-    eps = foreign_eps(layer)
-    assert eps is not None
-    vectors: dict[str, Tensor] = {name: getattr(layer, name) for name in VECTORS}
-    mean = vectors["running_mean"]
-    new = FrozenBatchNorm2d(mean.numel(), device="meta")
-    new.eps = eps  # not checked, because it is 0 in old versions of torchvision
-    for name, vector in vectors.items():
-        if name in new._parameters:
-            new._parameters[name] = torch.nn.Parameter(vector.detach(), requires_grad=False)
-        else:
-            new._buffers[name] = vector
-    new.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
-    return new.train(layer.training)
-
-
 class FrozenBatchNorm3d(FrozenBatchNorm):
     """`FrozenBatchNorm` of `[N, C, D, H, W]`.
 
@@ -208,3 +192,26 @@ class FrozenBatchNormAct3d(_FrozenAct, BatchNormAct3d):
     """`BatchNormAct3d` by its running statistics only; see `FrozenBatchNormAct2d`."""
 
     layer_name = "FrozenBatchNormAct3d"
+
+
+def adopted(layer: torch.nn.Module) -> FrozenLayer:
+    """Return a frozen layer with the tensors of another library's, which has a `foreign_eps`.
+
+    It is a `FrozenBatchNorm2d`, or a `FrozenBatchNormAct2d` with the modules that the other layer applies.
+    """
+    eps = foreign_eps(layer)
+    assert eps is not None
+    vectors: dict[str, Tensor] = {name: getattr(layer, name) for name in VECTORS}
+    mean = vectors["running_mean"]
+    modules = {name: module for name, module in layer._modules.items() if module is not None}
+    kind: Any = followed(FrozenBatchNormAct2d) if modules else FrozenBatchNorm2d
+    new: FrozenLayer = kind(mean.numel(), device="meta", **({"activation": "none"} if modules else {}))
+    follow(new, modules)
+    new.eps = eps  # not checked, because it is 0 in old versions of torchvision
+    for name, vector in vectors.items():
+        if name in new._parameters:
+            new._parameters[name] = torch.nn.Parameter(vector.detach(), requires_grad=False)
+        else:
+            new._buffers[name] = vector
+    new.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
+    return new.train(layer.training)

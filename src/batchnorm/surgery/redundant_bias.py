@@ -16,6 +16,7 @@ from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
+from batchnorm.nn.followed import followers
 from batchnorm.surgery.accelerate.find_fusions import caller_of
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.undo import UndoOnFailure, overwrite, restorer
@@ -152,7 +153,7 @@ def _why_uncancelled(layer: nn.Module) -> str:
     """Return why a bias before the layer may have an effect in training; empty if the layer subtracts it."""
     if walk.is_frozen(layer):
         return "the layer after it is frozen, so nothing subtracts the bias in training"
-    if walk.has_own_forward(layer):
+    if walk.has_own_forward(layer) and not followers(layer):
         return f"the layer after it, {type(layer).__name__}, has its own forward, which may not subtract the bias"
     if not walk.uses_batch(layer):
         return "the layer after it stays in evaluation mode in training, so nothing subtracts the bias"

@@ -7,6 +7,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.traced import tensor_of
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.nn.followed import followers
 from batchnorm.walk import has_own_forward
 
 
@@ -47,7 +48,7 @@ def _bias(m: Measurements, layer: Layer) -> tuple[str, Tensor] | None:
     place = layer.place
     if m.trace is None or place is None or not place.follows_linear or place.calls > 1:
         return None
-    if not layer.by_batch or has_own_forward(layer.module):
+    if not layer.by_batch or (has_own_forward(layer.module) and not followers(layer.module)):
         return None  # perhaps nothing subtracts the bias
     call = place.source
     if call.target is F.linear and not place.channels_last and len(m.trace.shapes.get(call, ())) != 2:

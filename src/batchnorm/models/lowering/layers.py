@@ -11,7 +11,7 @@ from torch.fx.node import Node
 from torch.nn import functional as F
 
 from batchnorm import ops
-from batchnorm.foreign import foreign_eps
+from batchnorm.foreign import FOLLOWERS, foreign_eps
 from batchnorm.models.lowering.calls import CONVOLUTIONS, TRANSPOSED, normalized, replace_by_activation
 from batchnorm.models.lowering.nodes import Function, remove, replace_call
 
@@ -53,6 +53,15 @@ def _is_plain(layer: nn.Module) -> bool:
     return not hooks and "forward" not in vars(layer) and not nn.utils.parametrize.is_parametrized(layer)
 
 
+def _call_after(node: Node, target: str) -> Node:
+    """Call a module with the node's result, which all its readers then read."""
+    with node.graph.inserting_after(node):
+        called = node.graph.call_module(target, (node,))
+    called.meta = dict(node.meta)
+    node.replace_all_uses_with(called, delete_user_cb=lambda user: user is not called)
+    return called
+
+
 def lower_layer(module: fx.GraphModule, node: Node) -> None:
     """Replace the call of a known layer by the call of its function."""
     layer: Any = module.get_submodule(str(node.target))
@@ -79,7 +88,11 @@ def lower_layer(module: fx.GraphModule, node: Node) -> None:
         held = tensors(*_BATCH_NORM)
         remove(node, normalized(node, (x, *held, False, 0.0, layer.eps), getattr(layer, "channel_dim", 1)))
     elif (eps := foreign_eps(layer)) is not None:
-        replace_call(node, F.batch_norm, x, *tensors(*_BATCH_NORM), False, 0.0, eps)
+        followed = [f"{node.target}.{name}" for name in FOLLOWERS if name in layer._modules]
+        last = replace_call(node, F.batch_norm, x, *tensors(*_BATCH_NORM), False, 0.0, eps)
+        for target in followed:
+            last = _call_after(last, target)
+            lower_layer(module, last)
     elif kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":

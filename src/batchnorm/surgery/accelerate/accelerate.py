@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded
+from batchnorm.foreign import applies_followers
 from batchnorm.models.description import describe
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference
@@ -26,6 +27,7 @@ from batchnorm.nn import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from batchnorm.nn.followed import followed, followers, fused_activation, is_foreign
 from batchnorm.surgery.accelerate.find_fusions import Fused, Fusions, find_fusions
 from batchnorm.surgery.accelerate.fused_forward import fused_class, original_class, undo_fusion
 from batchnorm.undo import UndoOnFailure
@@ -105,19 +107,48 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
         model = walk.copied("accelerate", model)
     layers = walk.norm_layers(model)
     left = [Change.unchanged(f.path, _name(f.module), why) for f in layers if (why := _why_left(f.module))]
-    swapped = {f.path: _OURS[type(f.module)] for f in layers if type(f.module) in _OURS and not _why_left(f.module)}
-    ours = [f.path for f in layers if f.path in swapped or type(f.module) in _FUSABLE]
+    faster = {f.path: kind for f in layers if (kind := _faster(f.module)) and not _why_left(f.module)}
+    swapped = {f.path: faster[f.path] for f in layers if f.path in faster and faster[f.path] is not type(f.module)}
+    ours = [f.path for f in layers if f.path in faster]
 
     found, relative_difference, notes = _find_and_try(model, swapped, ours, example_inputs)
+    _add_own_activations(model, ours, found)
     changed: list[Change] = []
     for path in ours:
         layer, fused = model.get_submodule(path), found.fused.get(path)
         now = _name(layer, swapped.get(path)) + (f" + {fused}" if fused else "")
-        reason = f"in {fused.holder or 'the model'}" if fused else found.reasons.get(path, "")
+        reason = _where(path, fused) if fused else found.reasons.get(path, "")
         (changed if path in swapped or fused else left).append(Change(path, _name(layer), now, reason))
     report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, relative_difference, notes=notes)
     _apply(model, swapped, found)
     return Result(model, report)
+
+
+def _add_own_activations(model: nn.Module, paths: list[str], found: Fusions) -> None:
+    """Add the activations that layers of other libraries apply themselves."""
+    for path in paths:
+        layer = model.get_submodule(path)
+        act, named = followers(layer).get("act"), fused_activation(layer) if followers(layer) else None
+        if named is not None and named[0] != "none":
+            found.fused[path] = Fused(path, False, named[0])
+        elif act is not None and named is None:
+            found.reasons[path] = f"its own activation {type(act).__name__} is applied after it"
+
+
+def _where(path: str, fused: Fused) -> str:
+    if fused.holder == path:
+        return "its own activation"
+    return f"in {fused.holder or 'the model'}"
+
+
+def _faster(layer: nn.Module) -> type[nn.Module] | None:
+    """Return this library's class for the layer, which it may have already; None if there is none."""
+    kind = type(layer)
+    if kind in _OURS:
+        return _OURS[kind]
+    if kind in _FUSABLE or is_foreign(kind):
+        return kind
+    return followed(kind) if applies_followers(layer) else None
 
 
 def _name(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
@@ -133,9 +164,9 @@ def _why_left(layer: nn.Module) -> str:
         return ""
     if walk.is_frozen(layer):
         return "is another library's frozen layer; batchnorm.convert(model, batchnorm.nn) replaces it"
-    if kind is nn.SyncBatchNorm:
+    if isinstance(layer, nn.SyncBatchNorm):
         return "synchronizes processes; batchnorm.convert replaces it"
-    if kind not in _OURS:
+    if _faster(layer) is None:
         return f"has its own class {kind.__module__}.{kind.__qualname__}, whose forward may do more"
     if "forward" in vars(layer):
         return "has its own forward instead of its class's"
@@ -160,7 +191,7 @@ def _find_and_try(
         return Fusions(reasons=dict.fromkeys(ours, reason)), None, ()
     with walk.restored(trial, buffers=True):
         undo_fusion(trial)
-        norms = {path: trial.get_submodule(path) for path in ours}
+        norms = {path: layer for path in ours if _fuses(layer := trial.get_submodule(path))}
         if example_inputs is None:
             return find_fusions(trial, norms, None), None, ()
         inputs = Inputs.of(example_inputs)
@@ -182,6 +213,11 @@ def _bytes_per_sample(layers: list[str], calls: dict[str, Inputs]) -> int:
     """Return the size of the largest input of a layer on the CPU, divided by its number of samples."""
     inputs = (t for path in layers if path in calls for t in calls[path].args if isinstance(t, Tensor))
     return max((t.nbytes // t.shape[0] for t in inputs if t.device.type == "cpu" and t.numel()), default=0)
+
+
+def _fuses(layer: nn.Module) -> bool:
+    """Return whether operations after the layer may be fused with it: it applies no activation of its own."""
+    return not followers(layer) or fused_activation(layer) == ("none", 0.0)
 
 
 def _apply(model: nn.Module, swapped: dict[str, type[nn.Module]], found: Fusions) -> None:

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from batchnorm import ops
 from batchnorm.models.forward_graph import ABSENT, Expected
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.followed import fused_activation, is_foreign
 from batchnorm.walk import is_hooked
 
 # A name with its parameter, a module that may be an activation, or None.
@@ -40,7 +41,7 @@ def named_activation(activation: Activation) -> tuple[str, float] | None:
 def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
     """Return `activation(norm(x) + residual)`: in one operation if layer, activation and residual allow it."""
     named = named_activation(activation)
-    if named is not None and type(norm) in _FUSABLE and not is_hooked(norm) and _can_add(x, residual):
+    if named is not None and _is_fusable(norm) and not is_hooked(norm) and _can_add(x, residual):
         return norm._normalize(x, residual, activation=named)  # type: ignore[operator]
     y: Tensor = norm(x)
     if residual is not None:
@@ -48,6 +49,11 @@ def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, activat
     if isinstance(activation, nn.Module):
         return activation(y)
     return y if activation is None else ops.ACTIVATIONS[activation[0]].forward(y, activation[1])
+
+
+def _is_fusable(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return kind in _FUSABLE or (is_foreign(kind) and fused_activation(norm) == ("none", 0.0))
 
 
 def _can_add(x: Tensor, residual: Any) -> bool:

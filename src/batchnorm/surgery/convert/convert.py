@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 import batchnorm.nn
 from batchnorm import walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
+from batchnorm.foreign import applies_followers
 from batchnorm.models.description import describe
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select
+from batchnorm.nn.followed import followers, plain_class
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.convert import per_sample, replacement
 from batchnorm.surgery.convert.ranks import RANKS, Given, shapes_in_run
@@ -196,16 +198,21 @@ def _check_target(to: object) -> None:
 def _replacement(
     found: walk.Found, old: nn.Module, to: str | type[nn.Module] | ModuleType, options: dict[str, Any], given: Given
 ) -> Replacement:
-    if not options and isinstance(to, ModuleType) and not _is_of(class_of(old), to):
-        back = replacement.restore(old, lambda kind: _is_of(kind, to))
+    if not options and isinstance(to, ModuleType) and not _is_of(old, to):
+        back = replacement.restore(old, lambda layer: _is_of(layer, to))
         if back is not None:
+            back.new = replacement.without_kernels(back.new) if to is nn else back.new
             return back
+    if to is nn and applies_followers(before := replacement.without_kernels(old)):
+        if before is old:
+            raise Unconvertible("it is one already, of another library")
+        return Replacement(before, {})
     kind = class_for(old, to, given.rank)
-    if kind is class_of(old) and not options:
+    if kind is plain_class(class_of(old)) and not options:
         if old is not found.module:
             return Replacement(old, {})
         raise Unconvertible("it is one already")
-    if not options and (back := replacement.restore(old, lambda former: former is kind)) is not None:
+    if not options and (back := replacement.restore(old, lambda former: class_of(former) is kind)) is not None:
         return back
     if per_sample.is_per_sample(kind):
         # These classes take maps only, and raise an error for one position.
@@ -214,8 +221,12 @@ def _replacement(
     return replacement.make(old, kind, options, found.path)
 
 
-def _is_of(kind: type, namespace: ModuleType) -> bool:
-    return getattr(namespace, kind.__name__, None) is kind
+def _is_of(layer: nn.Module, namespace: ModuleType) -> bool:
+    """Return whether the layer is of this library; or of torch, also as another library derives it."""
+    kind = plain_class(class_of(layer))
+    return getattr(namespace, kind.__name__, None) is kind or (
+        namespace is nn and applies_followers(replacement.without_kernels(layer))
+    )
 
 
 def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType, rank: str) -> type[nn.Module]:
@@ -223,6 +234,8 @@ def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType, rank: str)
     lazy = isinstance(old, nn.modules.lazy.LazyModuleMixin)
     if isinstance(to, ModuleType):
         names = [cls.__name__ for cls in class_of(old).__mro__ if issubclass(cls, _NormBase)]
+        if followers(old):
+            names = [each for name in names for each in (f"{name[:-2]}Act{name[-2:]}", name)]
         candidates = [getattr(to, name, None) for name in (*names, f"BatchNorm{rank}")]
         for kind in candidates:
             if isinstance(kind, type) and issubclass(kind, _NormBase):
@@ -234,7 +247,7 @@ def class_for(old: nn.Module, to: str | type[nn.Module] | ModuleType, rank: str)
     else:
         namespace, name = sys.modules[to.__module__], to.__name__
     if name[-2:] not in RANKS:
-        middle = "Act" if "activation" in vars(old) and not name.endswith("Act") else ""
+        middle = "Act" if ("activation" in vars(old) or followers(old)) and not name.endswith("Act") else ""
         siblings = [f"{name}{middle}{rank}", f"{name}{rank}", name]
     elif rank and name[-2:] != rank:
         raise Unconvertible(f"it takes other inputs ({rank}) than {name}")

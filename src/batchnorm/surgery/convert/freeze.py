@@ -86,7 +86,7 @@ def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = Fa
     """
 
     def choose(found: walk.Found, layer: nn.Module) -> Replacement:
-        back = replacement.restore(layer, lambda kind: not issubclass(kind, FrozenLayer))
+        back = replacement.restore(layer, lambda former: not walk.is_frozen(former))
         if back is not None:
             return back
         fused = "activation" in vars(layer)

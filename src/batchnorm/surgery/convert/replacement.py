@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from batchnorm import walk
 from batchnorm.foreign import foreign_eps
 from batchnorm.models.description import describe
+from batchnorm.nn.followed import follow, followed, followers, plain_class
 from batchnorm.nn.frozen import adopted
 from batchnorm.nn.layer import NormLayer
 from batchnorm.undo import UndoOnFailure
@@ -118,7 +119,7 @@ def settings_of(layer: nn.Module) -> dict[str, Any]:
 
 
 def adopt(layer: nn.Module) -> nn.Module:
-    """Return another library's frozen layer as a `FrozenBatchNorm2d`, and any other layer itself."""
+    """Return another library's frozen layer as this library's, and any other layer itself."""
     if foreign_eps(layer) is None:
         return layer
     new = adopted(layer)
@@ -126,16 +127,27 @@ def adopt(layer: nn.Module) -> nn.Module:
     return new
 
 
+def without_kernels(layer: nn.Module) -> nn.Module:
+    """Return another library's layer that `accelerate` changed as it was before, and any other layer itself."""
+    kind = plain_class(type(layer))
+    if kind is type(layer) or _is_known(kind):
+        return layer
+    before = object.__new__(kind)
+    vars(before).update(vars(layer))
+    return before
+
+
 def check_plain(layer: nn.Module) -> None:
     """Raise Unconvertible if the layer does or holds more than its known class, because a conversion would lose it."""
-    kind = walk.class_of(layer)
+    kind, applied = walk.class_of(layer), followers(layer)
+    harmless = _HARMLESS | {"forward"} if applied else _HARMLESS
     for cls in kind.__mro__:
         if _is_known(cls):
             continue
         for name, value in vars(cls).items():
             is_code = callable(value) or isinstance(value, (property, staticmethod, classmethod))
             dunder = name.startswith("__") and name.endswith("__")
-            if is_code and name not in _HARMLESS and (not dunder or name in _HARMFUL):
+            if is_code and name not in harmless and (not dunder or name in _HARMFUL):
                 raise Unconvertible(f"its class {kind.__name__} has its own {name}, which would be lost")
     if "forward" in vars(layer):
         raise Unconvertible("its forward was replaced on the instance, which would be lost")
@@ -143,13 +155,13 @@ def check_plain(layer: nn.Module) -> None:
         if name not in layer._parameters and not parametrize.is_parametrized(layer, name):
             raise Unconvertible(f"its {name} is computed by a hook (weight_norm, pruning): make it permanent first")
     if not kind.__module__.startswith("batchnorm."):
-        held = {*layer._parameters, *layer._buffers, *layer._modules} - {*STATE, "parametrizations"}
+        held = {*layer._parameters, *layer._buffers, *layer._modules} - {*STATE, *applied, "parametrizations"}
         if held:
             raise Unconvertible(f"it also holds {', '.join(sorted(held))}, which would be lost")
 
 
 def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: str) -> Replacement:
-    """Return a new layer of this class to replace `old`.
+    """Return a new layer of this class to replace `old`; it also applies the modules that `old` applies.
 
     Raises:
         Unconvertible: the conversion would lose something, or the class rejects the layer's settings.
@@ -159,7 +171,10 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
     batch_norm = walk.is_batch_norm_class(kind)
     if lazy and not issubclass(kind, nn.modules.lazy.LazyModuleMixin):
         raise Unconvertible("it has not seen its number of channels yet: run one batch first")
+    applied = followers(old)
+    kind = followed(kind) if applied else kind
     new = _construct(old, kind, _arguments(old, kind, options, path, batch_norm=batch_norm))
+    follow(new, applied)
     made = settings_of(new)
     if isinstance(new, nn.Identity):
         _carry_hooks(old, new)
@@ -179,14 +194,14 @@ def make(old: nn.Module, kind: type[nn.Module], options: dict[str, Any], path: s
     return Replacement(new, settings, Origin(old, settings_of(old), {}) if ours and batch_norm and not lazy else None)
 
 
-def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Replacement | None:
-    """Return the layer of a wanted class that this one replaced, with this one's state; None if there is none."""
+def restore(layer: nn.Module, wanted: Callable[[nn.Module], bool]) -> Replacement | None:
+    """Return the wanted layer that this one replaced, with this one's state; None if there is none."""
     settings, current = settings_of(layer), layer
     while (origin := origin_of(current)) is not None:
         # Keep the settings that were changed later; undo those that the conversion itself changed.
         settings = {k: v if settings[k] == origin.made[k] else settings[k] for k, v in origin.before.items()}
         current = origin.layer
-        if wanted(walk.class_of(current)):
+        if wanted(current):
             break
     else:
         return None
@@ -196,6 +211,7 @@ def restore(layer: nn.Module, wanted: Callable[[type[nn.Module]], bool]) -> Repl
         current.parametrizations = layer.parametrizations
     _carry_state(layer, current, STATE)
     _carry_hooks(layer, current)
+    follow(current, followers(layer))
     current.train(layer.training)
     _move_other_buffers(current)
     return Replacement(current, settings, origin_of(current))
@@ -281,7 +297,8 @@ def _arguments(
 
 def _construct(old: nn.Module, kind: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
     own = getattr(old, "activation", "none")
-    if "activation" in inspect.signature(walk.class_of(old)).parameters and "activation" not in arguments:
+    takes_residual = "activation" in inspect.signature(walk.class_of(old)).parameters and not followers(old)
+    if takes_residual and "activation" not in arguments:
         raise Unconvertible(f"it also adds a residual and applies {own!r}, which {kind.__name__} cannot")
     if _channel_dim(old) != 1 and "channel_dim" not in arguments and not issubclass(kind, nn.Identity):
         raise Unconvertible(f"its channels are in the last dimension, and {kind.__name__} has them in the second")
