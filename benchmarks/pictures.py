@@ -1,4 +1,4 @@
-"""Pictures: bars for each case, and time against tensor size and against threads, all with the floor."""
+"""Pictures: an overview; bars for each case; time against tensor size and against threads. Most show the floor."""
 
 from __future__ import annotations
 
@@ -128,6 +128,36 @@ def _threads(rows: list[Row], path: Path) -> None:
     _save(figure, path)
 
 
+def _overview(layers: list[Row], exactness: list[Row], path: Path) -> None:
+    """Draw the error against the mean, and the time of a training step for each shape, ours and torch's."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
+    for name in (OURS, TORCH):
+        rows = list(select(exactness, contender=name, dtype="float32"))
+        offsets = sorted({float(r["offset"]) for r in rows})
+        worst = [max(float(r["error_y"]) for r in rows if float(r["offset"]) == offset) for offset in offsets]
+        left.plot(range(len(offsets)), worst, "o-", color=COLORS[name], label=name)
+    left.set(yscale="log", xticks=range(len(offsets)), xticklabels=[f"{offset:,.0f} σ" for offset in offsets])
+    left.set(xlabel="distance of the mean from zero", ylabel="largest relative error")
+    left.axhline(1, color=FLOOR, linestyle=":", linewidth=1)
+    left.text(0, 1, "no correct digit", va="bottom", fontsize=8)
+    left.set_title("Exactness: float32 against float64", fontsize=10)
+    panels = targets.by_cell(layers)
+    for i, contenders in enumerate(panels.values()):
+        for name, shift in ((OURS, -0.2), (TORCH, 0.2)):
+            milliseconds = float(contenders[name]["p50_ms"])
+            right.barh(i + shift, milliseconds, 0.38, color=COLORS[name], label=name if i == 0 else None)
+            right.text(milliseconds, i + shift, f" {milliseconds:.3g}", va="center", fontsize=8)
+    right.set_yticks(range(len(panels)), [cell[0] for cell in panels], fontsize=8)
+    right.invert_yaxis()
+    right.set(xlabel="milliseconds")
+    right.set_title(f"Speed: training step of BN + ReLU, float32, {layers[0]['threads']} threads", fontsize=10)
+    for axis, place in ((left, "center right"), (right, "lower right")):
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False, loc=place)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def draw(tables: dict[str, list[Row]], out: Path) -> None:
     """Draw the pictures that have results."""
     if layers := tables.get("layers"):
@@ -139,6 +169,9 @@ def draw(tables: dict[str, list[Row]], out: Path) -> None:
         chosen = list(select(kept, layout="contiguous", task="BN+ReLU inference"))
         if chosen:
             _bars(chosen, "BN+ReLU inference, float32, contiguous, memory kept", out / "performance-inference.png")
+        large = [r for r in select(kept, layout="contiguous", task=STEP) if int(r["bytes"]) > int(r["cache_bytes"])]
+        if large and (exactness := tables.get("exactness")):
+            _overview(large, exactness, out / "overview.png")
     if sizes := tables.get("sizes"):
         _sizes(sizes, out / "performance-sizes.png")
     if threads := tables.get("threads"):

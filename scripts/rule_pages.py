@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -41,8 +42,16 @@ def path(rule: type[Rule]) -> str:
 
 def on_config(config: Any) -> None:
     """Put the rules into the navigation, after the first page of the section `Doctor`."""
-    (section,) = [item["Doctor"] for item in config.nav if "Doctor" in item]
+    (section,) = sections(config.nav, "Doctor")
     section[1:1] = [f"doctor/{path(rule)}" for rule in load_rules()]
+
+
+def sections(nav: list[Any], title: str) -> Iterator[list[Any]]:
+    """Yield the sections of the navigation that have a title, at any depth."""
+    for entry in nav:
+        for name, content in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(content, list):
+                yield from [content] if name == title else sections(content, title)
 
 
 def on_files(files: Files, config: Any) -> Files:

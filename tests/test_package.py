@@ -354,7 +354,10 @@ def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     others = {name for _, source in python_examples(page) for name in OTHER_FRAMEWORKS.findall(source)}
     if not others:
-        run_examples(page)
+        try:
+            run_examples(page)
+        finally:
+            batchnorm.keep_memory(False)  # some pages turn it on
         return
     if missing := [name for name in sorted(others) if importlib.util.find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")

@@ -1,0 +1,47 @@
+"""The parts of README and documentation that are generated or quoted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_quotes_the_measured_speedups() -> None:
+    summary = (ROOT / "benchmarks/results/summary.md").read_text(encoding="utf-8")
+    assert summary.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_begins_with_the_speedup_of_large_tensors() -> None:
+    summary = (ROOT / "benchmarks/results/summary.md").read_text(encoding="utf-8")
+    mean, low, high = re.search(r"float32 \| contiguous \|.*\| ([\d.]+×) \(([\d.]+) to ([\d.]+)\)", summary).groups()
+    first = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[0]
+    assert f"{mean[:-1]}× as fast as torch's ({low}× to {high}×)" in first
+
+
+def test_every_command_and_option_is_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import command_pages
+
+    from batchnorm.cli.app import app
+
+    text = command_pages.on_page_markdown("# Commands\n\n<!-- commands -->\n")
+    for name, command in app.commands.items():
+        section = text.split(f"\n## batchnorm {name}\n")[1].split("\n## ")[0]
+        for option in (option for parameter in command.params for option in parameter.opts if option.startswith("-")):
+            assert re.search(rf"^  (-\w, )?{option}\b", section, re.MULTILINE), (name, option)
+    assert command_pages.on_page_markdown("# Other page") == "# Other page"
+
+
+def test_links_of_the_pages_beside_the_readme_work_in_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import root_pages
+
+    generated = {name.lower(): (ROOT / name).read_text(encoding="utf-8") for name in root_pages.NAMES}
+    for text in generated.values():
+        for target in re.findall(r"\]\(([^)#]+)", root_pages.content(text)):
+            assert target.startswith("https://") or target in generated or (ROOT / "docs" / target).is_file(), target
