@@ -45,6 +45,7 @@ def assert_same(first: Standardizer, second: Standardizer, rtol: float = 1e-12) 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every array is read in several parts."""
     monkeypatch.setattr(data_module, "_PART", 24)
+    monkeypatch.setattr(data_module, "_SMALL_PART", 24)
 
 
 # Statistics
@@ -117,8 +118,8 @@ def test_omitted_nan_leaves_the_statistics_of_the_rest() -> None:
     x[3:9, 0] = x[20, 2] = np.nan
     x[:, 3] = np.nan
     with pytest.raises(ValueError, match="got NaN in its data. nan_policy='omit'"):
-        Standardizer().fit(x)
-    s = Standardizer(nan_policy="omit").fit(x)
+        Standardizer(nan_policy="raise").fit(x)
+    s = Standardizer().fit(x)
     np.testing.assert_allclose(s.mean_[:3], np.nanmean(x[:, :3], 0), rtol=1e-13)
     np.testing.assert_allclose(s.var_[:3], np.nanvar(x[:, :3], 0), rtol=1e-13)
     assert np.isnan(s.mean_[3]) and s.n_samples_seen_.tolist() == [54, 60, 59, 0]
@@ -198,14 +199,49 @@ def test_results_can_be_written_where_the_user_says(axis: int, tmp_path: Path) -
 
 
 def test_nothing_is_written_where_the_data_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "_PART", 24)
+    monkeypatch.setattr(data_module, "_SMALL_PART", 24)
     x = table()
-    s = Standardizer().fit(x)
-    x[-1, 0] = np.nan
-    before = x.copy()
-    with pytest.raises(ValueError, match="got NaN"):
-        s.transform(x, out=x)
+    s = Standardizer(nan_policy="raise").fit(x)
+    for wrong in (np.nan, np.inf):
+        x[-1, 0] = wrong
+        before = x.copy()
+        with pytest.raises(ValueError, match=f"got {'NaN' if wrong != wrong else 'infinity'}"):
+            s.transform(x, out=x)
+        np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_the_layout_changes_nothing_and_the_data_stay(order: Any, dtype: type) -> None:
+    x = np.array(table(500), dtype, order=order)
+    x.flags.writeable = False
+    before, s = x.copy(), Standardizer().fit(x)
+    own = x.astype(np.float64)
+    assert_same(s, Standardizer().fit(own))
+    np.testing.assert_allclose(s.transform(own), (own - own.mean(0)) / own.std(0), rtol=1e-12, atol=1e-13)
+    restored = s.inverse_transform(s.transform(x))
+    np.testing.assert_allclose(restored, x, rtol=0, atol=1e-6 if dtype == np.float32 else 1e-13)
     np.testing.assert_array_equal(x, before)
+    tensor = torch.from_numpy(own)
+    kept = tensor.clone()
+    s.transform(tensor)
+    assert torch.equal(tensor, kept)
+
+
+def test_a_missing_value_leaves_the_bits_of_other_features() -> None:
+    x = table(500)
+    complete, x[7, 2] = Standardizer().fit(x.copy()), np.nan
+    found = Standardizer().fit(x)
+    assert found.n_samples_seen_.tolist() == [500, 500, 499, 500]
+    for ours, theirs in zip(fitted(found)[:3], fitted(complete)[:3], strict=True):
+        np.testing.assert_allclose(np.delete(ours, 2), np.delete(theirs, 2), rtol=1e-15)
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e200])
+def test_weights_may_have_any_unit(unit: float) -> None:
+    x, w = table(), np.arange(60.0)
+    expected = np.cov(x.T, ddof=0, aweights=w).diagonal()
+    np.testing.assert_allclose(Standardizer().fit(x, sample_weight=unit * w).var_, expected, rtol=1e-13)
 
 
 def raising() -> Iterator[np.ndarray[Any, Any]]:
@@ -217,7 +253,7 @@ def raising() -> Iterator[np.ndarray[Any, Any]]:
     ("x", "error", "message"),
     [
         (raising(), OSError, "disk gone"),
-        ([table(), np.full((2, 4), np.nan)], ValueError, "got NaN"),
+        ([table(), np.full((2, 4), np.inf)], ValueError, "got infinity"),
         ([table(), table(columns=3)], ValueError, "X has 3 features, but Standardizer is expecting 4"),
         (iter(()), ValueError, "at least one batch, got empty data"),
         (iter([{"x": table()}]), TypeError, "got dict. Select one, for example"),
@@ -225,9 +261,13 @@ def raising() -> Iterator[np.ndarray[Any, Any]]:
         (np.zeros((0, 4)), ValueError, "0 sample\\(s\\)"),
         (np.array([["a"]]), ValueError, "expects numbers, got an array of dtype <U1"),
         (torch.ones(3, 4, dtype=torch.complex64), ValueError, "Complex data not supported"),
-        (torch.eye(4).to_sparse(), TypeError, "dense data, got sparse data"),
+        (
+            torch.eye(4).to_sparse(),
+            TypeError,
+            "a dense tensor or a sparse matrix of SciPy, got a tensor of layout",
+        ),
     ],
-    ids=["raises", "nan", "features", "nothing", "dict", "1d", "empty", "text", "complex", "sparse"],
+    ids=["raises", "infinity", "features", "nothing", "dict", "1d", "empty", "text", "complex", "sparse"],
 )
 @pytest.mark.parametrize("method", ["fit", "partial_fit"])
 def test_a_failure_leaves_what_was_fitted(x: Any, error: type[Exception], message: str, method: str) -> None:
@@ -323,7 +363,8 @@ def test_masked_values_count_as_missing(dtype: Any, shape: tuple[int, ...]) -> N
         assert change(x, out=out) is out and (out.mask == x.mask).all()
         np.testing.assert_allclose(change(x, out=np.empty(shape)), change(missing), rtol=1e-12)
     assert np.isnan(Standardizer(nan_policy="propagate").fit(x).mean_).all()
-    for use in (Standardizer().fit, Standardizer().partial_fit, Standardizer().fit(x.filled(0)).transform):
+    strict = Standardizer(nan_policy="raise")
+    for use in (strict.fit, strict.partial_fit, Standardizer(nan_policy="raise").fit(x.filled(0)).transform):
         with pytest.raises(ValueError, match=rf"expects no masked values, got {x.mask.sum()} of them"):
             use(x)
     whole = np.ma.MaskedArray(x.filled(0))
@@ -431,13 +472,15 @@ def test_ranks_end_with_the_statistics_of_all(tmp_path: Path) -> None:
 # With scikit-learn
 
 
-@pytest.mark.parametrize("nan_policy", ["raise", "omit"])
 @pytest.mark.filterwarnings("ignore:Estimator Standardizer does not inherit:UserWarning")
-def test_it_passes_scikit_learns_own_checks(nan_policy: str) -> None:
+def test_it_passes_scikit_learns_own_checks() -> None:
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
-    results = checks.check_estimator(Standardizer(nan_policy=nan_policy), on_fail=None, on_skip=None)
-    assert len(results) > 40
-    assert {r["check_name"]: r["exception"] for r in results if r["status"] not in ("passed", "skipped")} == {}
+    for options in ({}, {"with_mean": False}, {"nan_policy": "raise"}):
+        results = checks.check_estimator(Standardizer(**options), on_fail=None, on_skip=None)
+        assert len(results) > 40
+        assert {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}.keys() <= {
+            "check_array_api_input"  # needs an environment variable, which scikit-learn itself does not set
+        }
 
 
 @pytest.mark.parametrize("name", ["set_output_transform_pandas", "global_output_transform_pandas"])
@@ -455,7 +498,7 @@ def test_results_are_those_of_standard_scaler(dtype: type, weighted: bool) -> No
     x = table().astype(dtype)
     x[5:9, 1] = np.nan
     w = np.arange(60.0) if weighted else None
-    ours, theirs = Standardizer(nan_policy="omit").fit(x, sample_weight=w), preprocessing.StandardScaler()
+    ours, theirs = Standardizer().fit(x, sample_weight=w), preprocessing.StandardScaler()
     theirs.fit(x, sample_weight=w)
     for name in ("mean_", "var_", "scale_", "n_samples_seen_"):
         np.testing.assert_allclose(
@@ -506,6 +549,46 @@ def test_it_works_in_a_pipeline_and_a_search() -> None:
     assert search.best_estimator_[:1].get_feature_names_out().tolist() == ["x0", "x1", "x2", "x3"]
     with pytest.raises(ValueError, match="parameters among with_mean, .* got 'copy'"):
         Standardizer().set_params(copy=False)
+
+
+def test_weights_reach_it_through_a_search_and_a_pipeline() -> None:
+    sklearn = pytest.importorskip("sklearn")
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import Pipeline
+
+    x, w = table(), np.arange(60) % 3
+    with pytest.raises(RuntimeError, match=r"set_fit_request expects metadata routing to be enabled, .* Call sklearn"):
+        Standardizer().set_fit_request(sample_weight=True)
+    with sklearn.config_context(enable_metadata_routing=True):
+        s = Standardizer().set_fit_request(sample_weight=True).set_partial_fit_request(sample_weight="w")
+        requests = s.get_metadata_routing()
+        assert requests.fit.requests == {"sample_weight": True}
+        assert requests.partial_fit.requests == {"sample_weight": "w"}
+        ridge = Ridge().set_fit_request(sample_weight=False).set_score_request(sample_weight=True)
+        steps = [("scale", s), ("ridge", ridge)]
+        search = GridSearchCV(Pipeline(steps), {"ridge__alpha": [1.0]}, cv=2).fit(x, x.sum(1), sample_weight=w)
+        assert_same(search.best_estimator_[0], Standardizer().fit(x, sample_weight=w))
+        steps[0] = ("scale", s.set_fit_request(sample_weight=False))
+        ridge.set_fit_request(sample_weight=True)
+        assert Pipeline(steps).fit(x, x.sum(1), sample_weight=w)[0].n_samples_seen_ == 60
+        with pytest.raises(sklearn.exceptions.UnsetMetadataPassedError, match="sample_weight"):
+            Pipeline([("scale", Standardizer()), steps[1]]).fit(x, x.sum(1), sample_weight=w)
+
+
+def test_a_notebook_shows_it_as_an_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
+    sklearn = pytest.importorskip("sklearn")
+    from sklearn.pipeline import make_pipeline
+
+    s = Standardizer(with_std=False)
+    assert "sk-top-container" in s._repr_html_() and "Standardizer" in make_pipeline(s)._repr_html_()
+    text = "<pre>Standardizer(with_std=False)</pre>"
+    with sklearn.config_context(display="text"):
+        assert s._repr_html_() == text
+    monkeypatch.delitem(sys.modules, "sklearn")
+    assert s._repr_html_() == text
+    with pytest.raises(RuntimeError, match="metadata routing to be enabled"):
+        s.set_fit_request(sample_weight=True)
 
 
 def test_columns_of_a_data_frame_must_be_those_of_fit() -> None:

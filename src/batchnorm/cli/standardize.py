@@ -39,9 +39,9 @@ _SHOWN = 10
 )
 @click.option(
     "--nan-policy",
-    type=click.Choice(("raise", "omit", "propagate")),
-    default="raise",
-    help="Reject NaN, exclude it from the statistics, or let it propagate.",
+    type=click.Choice(("omit", "raise", "propagate")),
+    default="omit",
+    help="Exclude NaN from the statistics and keep it in the file, reject it, or let it propagate.",
 )
 @output_options("FILE.npy", "the standardized data")
 @click.pass_context

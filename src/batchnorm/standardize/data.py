@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,13 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchnorm.standardize import sparse
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 
 # Number of values that are converted to float64 at a time.
-_PART = 2**18
+_PART = 2**21
+# The same for operations on single values on the CPU. torch computes so few in the calling thread. Threads would not
+# speed up these operations, which memory limits, but would wait for one another if the machine has other work.
+_SMALL_PART = 2**15
 # scikit-learn's checks require the last words of the second sentence.
 _COMPLEX = (
     "Standardizer expects real numbers, got {}. Pass the real and the imaginary part as separate features: "
@@ -26,7 +30,7 @@ _COMPLEX = (
 
 def is_batches(x: object) -> bool:
     """Return whether x is an iterable of batches, not an array or an object that converts to one."""
-    if isinstance(x, (Tensor, np.ndarray, str, bytes, Mapping)) or hasattr(x, "__array__") or _is_sparse(x):
+    if isinstance(x, (Tensor, np.ndarray, str, bytes, Mapping)) or hasattr(x, "__array__") or sparse.is_sparse(x):
         return False
     if isinstance(x, (list, tuple)):
         return bool(x) and all(_ndim(part) >= 2 for part in x)
@@ -37,7 +41,7 @@ def _ndim(part: object) -> int:
     return part.ndim if isinstance(part, (Tensor, np.ndarray)) else 0
 
 
-def batch_of(batch: object) -> Array:
+def batch_of(batch: object) -> Any:
     """Return the data of a batch: the batch itself, or the first item of a tuple."""
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, np.ndarray)):
         batch = batch[0]
@@ -49,12 +53,14 @@ def batch_of(batch: object) -> Array:
     return as_array(batch)
 
 
-def as_array(x: Any) -> Array:
-    """Convert x to a tensor or array of real numbers, without a copy if it already is one."""
-    if _is_sparse(x):
+def as_array(x: Any) -> Any:
+    """Convert x to a tensor, an array or a sparse matrix of real numbers, without a copy if it already is one."""
+    if sparse.is_sparse(x):
+        return sparse.canonical(x)
+    if isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(
-            f"Standardizer expects dense data, got sparse data ({type(x).__name__}). Subtracting the mean would make "
-            "the data dense: use x.toarray(), or a scaler that does not center."
+            f"Standardizer expects a dense tensor or a sparse matrix of SciPy, got a tensor of layout {x.layout}. Use "
+            "x.to_dense(), or build a scipy.sparse.csr_array."
         )
     if torch.masked.is_masked_tensor(x):
         raise TypeError(
@@ -75,17 +81,16 @@ def as_array(x: Any) -> Array:
     return array
 
 
-def _is_sparse(x: object) -> bool:
-    if isinstance(x, Tensor):
-        return x.layout != torch.strided
-    sparse = sys.modules.get("scipy.sparse")  # a sparse array exists only if it was imported
-    return sparse is not None and bool(sparse.issparse(x))
+def parts(x: Array, *, small: bool = False) -> Iterator[slice]:
+    """Yield slices of x's samples, each small enough to convert to float64.
 
-
-def parts(x: Array) -> Iterator[slice]:
-    """Yield slices of x's samples, each small enough to convert to float64."""
+    Args:
+        x: The data.
+        small: Whether each value is processed on its own, for which smaller parts are faster on the CPU.
+    """
     per_sample = max(1, int(np.prod(x.shape[1:])))
-    step = max(1, _PART // per_sample)
+    on_cpu = not isinstance(x, Tensor) or x.device.type == "cpu"
+    step = max(1, (_SMALL_PART if small and on_cpu else _PART) // per_sample)
     for start in range(0, x.shape[0], step):
         yield slice(start, min(start + step, x.shape[0]))
 
@@ -94,11 +99,20 @@ def float64(part: Array) -> Tensor:
     """Return a copy in float64, on the same device if that has float64, with NaN instead of masked values."""
     if isinstance(part, Tensor):
         device = "cpu" if part.device.type == "mps" else part.device
-        return part.detach().to(device, torch.float64)
+        return part.detach().to(device, torch.float64, copy=True)
     values = np.array(np.ma.getdata(part), dtype=np.float64)
     if isinstance(part, np.ma.MaskedArray):
         values[mask_of(part)] = np.nan
     return torch.from_numpy(values)
+
+
+def as_float64(x: Array) -> Tensor | None:
+    """Return x as a tensor of the same memory if it is contiguous and float64 already, and None otherwise."""
+    if isinstance(x, Tensor):
+        return x.detach() if x.dtype == torch.float64 and x.is_contiguous() else None
+    plain = not isinstance(x, np.ma.MaskedArray) and x.dtype == np.float64 and x.dtype.isnative
+    # torch warns about memory that cannot be written.
+    return torch.from_numpy(x) if plain and x.flags.c_contiguous and x.flags.writeable else None
 
 
 def mask_of(x: Array) -> NDArray[Any]:

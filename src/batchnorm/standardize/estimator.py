@@ -14,18 +14,16 @@ from torch import Tensor
 from batchnorm import _options
 from batchnorm.models.processes import Processes
 from batchnorm.nn import frozen
-from batchnorm.standardize import data
+from batchnorm.standardize import data, sparse
 from batchnorm.standardize.data import Array
 from batchnorm.standardize.features import Features
+from batchnorm.standardize.layer import frozen_layer
 from batchnorm.standardize.protocol import Estimator
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NAN_POLICIES = ("raise", "omit", "propagate")
-_EPS_SHARE = 1e-12  # of the smallest variance of a layer, far below the rounding
-_LAYERS = {2: frozen.FrozenBatchNorm1d, 3: frozen.FrozenBatchNorm1d, 4: frozen.FrozenBatchNorm2d,
-           5: frozen.FrozenBatchNorm3d}  # fmt: skip
 
 
 class Standardizer(Estimator):
@@ -34,16 +32,16 @@ class Standardizer(Estimator):
     The statistics are those of batch normalization, but of a whole data set instead of a batch: over samples for
     `[N, C]`, over samples and positions for data such as images `[N, C, H, W]`. The standard deviation is the biased
     one. Methods and results are those of scikit-learn's `StandardScaler`. Constant features are centered but not
-    scaled. Data may be tensors on any device, NumPy arrays, memory maps, data frames, or iterables of batches such as a
-    `DataLoader`. Only a part of the data is converted to float64 at a time. The class works in scikit-learn's pipelines
-    and searches, but does not require scikit-learn.
+    scaled. Data may be tensors on any device, NumPy arrays, memory maps, data frames, sparse matrices of SciPy, or
+    iterables of batches such as a `DataLoader`. Only a part of the data is converted to float64 at a time. The class
+    works in scikit-learn's pipelines and searches, with metadata routing, but does not require scikit-learn.
 
     Args:
-        with_mean: Whether to subtract the mean.
+        with_mean: Whether to subtract the mean. Sparse data need False, because their zeros would not stay zeros.
         with_std: Whether to divide by the standard deviation.
-        nan_policy: "raise" rejects NaN and infinity. "omit" excludes NaN from the statistics, keeps it in the result,
-            and rejects infinity. "propagate" accepts both. A masked value of a NumPy masked array counts as NaN, and
-            the result has the same mask.
+        nan_policy: "omit" excludes NaN from the statistics, keeps it in the result, and rejects infinity, as
+            `StandardScaler` does. "raise" also rejects NaN. "propagate" accepts both. A masked value of a NumPy masked
+            array counts as NaN, and the result has the same mask.
         channel_axis: The axis of features: 1 for `[N, C, *S]`, -1 for channels last.
 
     Attributes:
@@ -56,8 +54,9 @@ class Standardizer(Estimator):
         feature_names_in_: The column names of the data frame that it was fitted on, if any.
 
     Raises:
-        TypeError: the data are sparse, or batches are dicts; `out` holds integers.
-        ValueError: data are empty, not numbers, of the wrong shape or not finite; a weight is negative.
+        TypeError: the data are a sparse tensor, or batches are dicts; `out` holds integers.
+        ValueError: data are empty, not numbers, of the wrong shape or not finite; sparse data with `with_mean=True`; a
+            weight is negative.
         NotFittedError: data are transformed before `fit`.
 
     Numerics: statistics are computed in float64, in two passes over each part, and merged by Chan's formula. The mean
@@ -77,7 +76,7 @@ class Standardizer(Estimator):
     """
 
     def __init__(
-        self, *, with_mean: bool = True, with_std: bool = True, nan_policy: str = "raise", channel_axis: int = 1
+        self, *, with_mean: bool = True, with_std: bool = True, nan_policy: str = "omit", channel_axis: int = 1
     ) -> None:
         self.with_mean = with_mean
         self.with_std = with_std
@@ -90,8 +89,8 @@ class Standardizer(Estimator):
         """Measure the data, and discard earlier measurements.
 
         Args:
-            X: A tensor, array, memory map or data frame `[N, C]` or `[N, C, *S]`, or an iterable of such batches. A
-                batch may be a tuple whose first item is the data.
+            X: A tensor, array, memory map or data frame `[N, C]` or `[N, C, *S]`, a sparse matrix `[N, C]`, or an
+                iterable of such batches. A batch may be a tuple whose first item is the data.
             y: Ignored.
             sample_weight: The weight of each sample, `[N]`, >= 0; for arrays only.
         """
@@ -134,13 +133,26 @@ class Standardizer(Estimator):
 
     def _measure(self, x: Array, sample_weight: Any) -> Features:
         weights = None if sample_weight is None else _weights(sample_weight, x.shape[0])
+        omit_nan = self.nan_policy == "omit"
+        if sparse.is_sparse(x):
+            self._check_finite(sparse.values(x))
+            return sparse.moments(x, weights, omit_nan=omit_nan)
         x = _channels_second(x, self.channel_axis)
+        whole = data.as_float64(x) if weights is None else None
+        if whole is not None and (measured := Features.of(whole, None)).finite.all():
+            return measured
         measured = Features.empty(x.shape[1])
         for part in data.parts(x):
             values = data.float64(x[part])
-            self._check_finite(values)
             here = None if weights is None else weights[part].to(values.device)
-            measured = measured.merge(Features.of(values, here, omit_nan=self.nan_policy == "omit"))
+            found = Features.of(values, here)
+            finite = found.finite
+            if here is not None or not finite.all():  # values with a weight of 0 are checked, too
+                self._check_finite(values)
+            if not finite.all():
+                rest = Features.of_incomplete(values[:, ~finite.to(values.device)], here, omit_nan=omit_nan)
+                found = found.replaced(~finite, rest)
+            measured = measured.merge(found)
         return measured
 
     def _set_fitted(self, measured: Features, ndim: int) -> None:
@@ -169,14 +181,15 @@ class Standardizer(Estimator):
                 floating-point dtype, and may be x itself.
 
         Returns:
-            An array, or the type chosen by `set_output`. For a tensor, a tensor on its device. `out` if given.
+            An array, or the type chosen by `set_output`. For a tensor, a tensor on its device. For a sparse matrix, one
+            in CSR or CSC. `out` if given.
         """
-        result = self._apply(X, out, lambda x, mean, low, scale: ((x - mean) - low) / scale)
+        result = self._apply(X, out, inverse=False)
         return result if out is not None else self._framed(result, X)
 
     def inverse_transform(self, X: Any, out: Array | None = None) -> Any:
         """Return `x·scale_ + mean_`, the inverse of `transform`, with the same arguments and results."""
-        return self._apply(X, out, lambda x, mean, low, scale: (x * scale + low) + mean)
+        return self._apply(X, out, inverse=True)
 
     def fit_transform(self, X: Any, y: object = None, sample_weight: Any = None) -> Any:
         """Call `fit` and then `transform` with the same data, which must not be an iterator, because both read it."""
@@ -187,37 +200,41 @@ class Standardizer(Estimator):
             )
         return self.fit(X, y, sample_weight).transform(X)
 
-    def _apply(self, X: Any, out: Array | None, formula: Any) -> Any:
+    def _apply(self, X: Any, out: Array | None, *, inverse: bool) -> Any:
         self._check_fitted()
         if data.is_batches(X):
             if out is not None:
                 raise ValueError("Standardizer expects out with an array only, got it with batches. Pass it per batch.")
-            return self._apply_to_batches(X, formula)
+            return self._apply_to_batches(X, inverse)
         self._names_of(X)
         x = self._checked(data.as_array(X), self.n_features_in_, least=0)
+        if sparse.is_sparse(x):
+            if out is not None:
+                raise ValueError("Standardizer expects out with dense data only, got it with sparse data. Omit it.")
+            self._check_finite(sparse.values(x))
+            return sparse.scaled(x, self.scale_, divide=not inverse)
         if out is None:
             out = data.new_like(x)
         else:  # check everything before writing anything
             data.check_out(out, x)
-            for part in data.parts(x):
+            for part in data.parts(x, small=True):
                 self._check_finite(data.float64(x[part]))
         source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        mean, low = torch.from_numpy(self.mean_), self._features.mean_low
-        if not self.with_mean:
-            mean, low = torch.zeros_like(mean), torch.zeros_like(low)
-        vectors = [v.view(shape) for v in (mean, low, torch.from_numpy(self.scale_))]
-        for part in data.parts(source):
+        means = (torch.from_numpy(self.mean_), self._features.mean_low) if self.with_mean else ()
+        vectors = [v.view(shape) for v in (torch.from_numpy(self.scale_), *means)]
+        change_ = _restore_ if inverse else _standardize_
+        for part in data.parts(source, small=True):
             values = data.float64(source[part])
             self._check_finite(values)
-            data.write(target, part, formula(values, *(v.to(values.device) for v in vectors)))
+            data.write(target, part, change_(values, *(v.to(values.device) for v in vectors)))
         if isinstance(out, np.ma.MaskedArray):
             out.mask = data.mask_of(x)
         return out
 
-    def _apply_to_batches(self, X: Iterable[Any], formula: Any) -> Iterator[Any]:
+    def _apply_to_batches(self, X: Iterable[Any], inverse: bool) -> Iterator[Any]:
         for batch in X:
-            done = self._apply(data.batch_of(batch), None, formula)
+            done = self._apply(data.batch_of(batch), None, inverse=inverse)
             yield (done, *batch[1:]) if isinstance(batch, (tuple, list)) else done
 
     # Merging
@@ -292,29 +309,18 @@ class Standardizer(Estimator):
             )
         scale = torch.from_numpy(self.scale_)
         mean = torch.from_numpy(self.mean_) if self.with_mean else torch.zeros_like(scale)
-        dtype = dtype or torch.get_default_dtype()
-        number = torch.finfo(dtype)
-        least = max(number.smallest_normal, _options.LEAST_EPS / _EPS_SHARE)
-        var = scale.square().clamp(least, number.max / 4)
-        weight = torch.where(var == scale.square(), 1.0, var.sqrt() / scale)
-        _check_representable(mean, scale, weight, dtype)
-        # The layer adds eps > 0 to the variance, so subtract it first. It is far below the rounding.
-        eps = max(var.min().item() * _EPS_SHARE, _options.LEAST_EPS)
-        kind = _LAYERS.get(self._ndim, frozen.FrozenBatchNorm)
-        affine = bool((weight != 1).any())
-        layer = kind(self.n_features_in_, eps=eps, affine=affine, bias=False, device=device, dtype=dtype)
-        with torch.no_grad():
-            layer.get_buffer("running_mean").copy_(mean)
-            layer.get_buffer("running_var").copy_(var - eps)
-            if affine:
-                layer.get_parameter("weight").copy_(weight)
-        return layer.eval()
+        return frozen_layer(mean, scale, self._ndim, dtype or torch.get_default_dtype(), device)
 
     # Checks
 
     def _checked(self, x: Array, features: int | None, least: int = 1) -> Array:
         """Check the shape of the array, and return it."""
         shape = tuple(x.shape)
+        if self.with_mean and sparse.is_sparse(x):
+            raise ValueError(
+                f"Standardizer expects dense data or with_mean=False, got sparse data ({type(x).__name__}). Cannot "
+                "center sparse matrices: pass with_mean=False, which keeps the zeros, or x.toarray()."
+            )
         if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or self.channel_axis in (0, -x.ndim):
             raise ValueError(
                 f"Standardizer expects data of shape [N, C] or [N, C, *S] with features on axis {self.channel_axis}, "
@@ -345,33 +351,29 @@ class Standardizer(Estimator):
         return x
 
     def _check_finite(self, values: Tensor) -> None:
-        if self.nan_policy == "propagate" or bool(values.isfinite().all()):
+        if self.nan_policy == "propagate" or bool(values.sum().isfinite()):
             return
         if values.isinf().any():
             raise ValueError(
                 "Standardizer expects finite values, got infinity in its data. Remove them, or use "
                 "nan_policy='propagate'."
             )
-        if self.nan_policy == "raise":
+        if self.nan_policy == "raise" and values.isnan().any():
             raise ValueError(
                 "Standardizer expects finite values, got NaN in its data. nan_policy='omit' leaves NaN out of the "
                 "statistics."
             )
 
 
-def _check_representable(mean: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    """Check that a layer of this dtype can store these numbers, and compute with the scale."""
-    held, computed = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
-    fits = mean.abs() <= held.max
-    for values, number in ((weight, held), (1 / scale, computed)):
-        fits &= (values >= number.smallest_normal) & (values <= number.max)
-    if not bool(fits.all()):
-        i = int(fits.int().argmin())
-        raise ValueError(
-            f"Standardizer.to_layer expects means and standard deviations that {dtype} can represent, got mean "
-            f"{mean[i]:.3g} and standard deviation {scale[i]:.3g} of feature {i}. Use another dtype, such as "
-            "torch.float64, or another unit for the data."
-        )
+def _standardize_(x: Tensor, scale: Tensor, mean: Tensor | None = None, low: Tensor | None = None) -> Tensor:
+    if mean is not None and low is not None:
+        x.sub_(mean).sub_(low)
+    return x.div_(scale)
+
+
+def _restore_(x: Tensor, scale: Tensor, mean: Tensor | None = None, low: Tensor | None = None) -> Tensor:
+    x.mul_(scale)
+    return x if mean is None or low is None else x.add_(low).add_(mean)
 
 
 def _channels_second(x: Array, axis: int) -> Array:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+import batchnorm.ops  # noqa: F401  (registers the operators)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +36,20 @@ class Features:
         return cls(zeros, zeros, zeros, zeros)
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor | None, *, omit_nan: bool) -> Features:
-        """Compute the moments of `x [N, C, *S]`, float64, with `weights [N]`, in two passes."""
+    def of(cls, x: Tensor, weights: Tensor | None) -> Features:
+        """Compute the moments of `x [N, C, *S]`, float64, with `weights [N]`.
+
+        They are not finite for a feature with a value that is not finite, or too large to be squared.
+        """
+        if weights is not None:
+            shape = (x.shape[0], *x.shape[2:])
+            weights = weights.view(-1, *(1,) * (x.dim() - 2)).expand(shape)
+        count, *others = torch.ops.batchnorm.moments(x, None, weights, 1)
+        return cls(count.cpu().expand(x.shape[1]), *(each.cpu() for each in others))
+
+    @classmethod
+    def of_incomplete(cls, x: Tensor, weights: Tensor | None, *, omit_nan: bool) -> Features:
+        """Compute the same in plain torch operations; a value that is not finite does not make the others NaN."""
         dims = [0, *range(2, x.dim())]
         per_feature = (1, -1, *(1,) * (x.dim() - 2))
         w = torch.ones((), dtype=x.dtype, device=x.device)
@@ -46,7 +65,33 @@ class Features:
         deviation = x - mean.view(per_feature)
         mean_low = (w * deviation).sum(dims) / divisor
         m2 = (w * (deviation - mean_low.view(per_feature)).square()).sum(dims)
-        return cls(count.cpu(), *_pair(mean, mean_low), m2.cpu())
+        return cls(count.cpu(), *_pair(mean.cpu(), mean_low.cpu()), m2.cpu())
+
+    @classmethod
+    def of_entries(cls, values: Tensor, columns: Tensor, weights: Tensor | None, features: int) -> Features:
+        """Compute the moments of the entries of a sparse matrix: their values, columns and weights, all `[E]`."""
+        w = torch.ones_like(values) if weights is None else weights
+        total: Callable[[Tensor], Tensor] = partial(torch.bincount, columns, minlength=features)
+        count = total(w)
+        divisor = torch.where(count > 0, count, 1.0)
+        mean = total(w * values) / divisor
+        deviation = values - mean[columns]
+        mean_low = total(w * deviation) / divisor
+        return cls(count, *_pair(mean, mean_low), total(w * (deviation - mean_low[columns]).square()))
+
+    @property
+    def finite(self) -> Tensor:
+        """The features whose moments are finite, bool `[C]`."""
+        return self.mean.isfinite() & self.m2.isfinite()
+
+    def replaced(self, features: Tensor, others: Features) -> Features:
+        """Return these moments with those of some features, bool `[C]`, replaced."""
+        return Features(
+            *(mine.masked_scatter(features, other) for mine, other in zip(self._parts(), others._parts(), strict=True))
+        )
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.count, self.mean, self.mean_low, self.m2
 
     def merge(self, other: Features) -> Features:
         """Return the moments of both data sets together; see "Merging moments" on the mathematics page."""
@@ -66,7 +111,6 @@ class Features:
 
 
 def _pair(high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rounded sum and its rounding error, on the CPU."""
-    high, low = high.cpu(), low.cpu()
+    """Return the rounded sum and its rounding error."""
     total = high + low
     return total, torch.where(total.isfinite(), low - (total - high), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import inspect
 import sys
 import warnings
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from batchnorm import _options
+from batchnorm.standardize import sparse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _OUTPUTS = ("default", "pandas", "polars")
+_UNCHANGED = "$UNCHANGED$"  # scikit-learn's word
 
 E = TypeVar("E", bound="Estimator")
 
@@ -25,8 +28,9 @@ class NotFittedError(ValueError, AttributeError):
 
 
 class Estimator:
-    """The parameters, feature names and tags of an estimator. Names of fitted attributes end in an underscore."""
+    """The parameters, feature names, requests and tags of an estimator. Names of fitted attributes end in `_`."""
 
+    with_mean: bool
     nan_policy: str
     n_features_in_: int
 
@@ -63,6 +67,11 @@ class Estimator:
         sklearn = sys.modules.get("sklearn")  # scikit-learn has a setting only if it was imported
         everywhere = {"transform": "default" if sklearn is None else sklearn.get_config()["transform_output"]}
         wanted = getattr(self, "_sklearn_output_config", everywhere)["transform"]
+        if wanted != "default" and sparse.is_sparse(result):
+            raise ValueError(
+                f"Standardizer expects dense data for output in {wanted}, got sparse data. Use "
+                'set_output(transform="default").'
+            )
         if wanted == "default" or not isinstance(result, np.ndarray) or result.ndim != 2:
             return result
         names = self.get_feature_names_out()
@@ -73,6 +82,55 @@ class Estimator:
         import polars  # type: ignore[import-not-found]
 
         return polars.DataFrame(result, schema=list(names), orient="row")
+
+    def set_fit_request(self: E, *, sample_weight: bool | str | None = _UNCHANGED) -> E:
+        """Choose whether pipelines and searches of scikit-learn pass `sample_weight` to `fit`.
+
+        Args:
+            sample_weight: True to request it, False to ignore it, None to raise an error if it is given, or the name
+                under which the user gives it.
+
+        Raises:
+            RuntimeError: metadata routing is not enabled: `sklearn.set_config(enable_metadata_routing=True)`.
+        """
+        return self._set_request("fit", sample_weight)
+
+    def set_partial_fit_request(self: E, *, sample_weight: bool | str | None = _UNCHANGED) -> E:
+        """Choose the same for `partial_fit`."""
+        return self._set_request("partial_fit", sample_weight)
+
+    def _set_request(self: E, method: str, sample_weight: bool | str | None) -> E:
+        sklearn = sys.modules.get("sklearn")  # routing can only be enabled if it was imported
+        if sklearn is None or not sklearn.get_config()["enable_metadata_routing"]:
+            raise RuntimeError(
+                f"Standardizer.set_{method}_request expects metadata routing to be enabled, and it is not. Call "
+                "sklearn.set_config(enable_metadata_routing=True) first."
+            )
+        if sample_weight != _UNCHANGED:
+            requests = self.get_metadata_routing()
+            getattr(requests, method).add_request(param="sample_weight", alias=sample_weight)
+            self._metadata_request = requests  # scikit-learn's clone copies this name
+        return self
+
+    def get_metadata_routing(self) -> Any:
+        """Return the requests of `fit` and `partial_fit`, as scikit-learn's `MetadataRequest`."""
+        from sklearn.utils.metadata_routing import MetadataRequest  # type: ignore[import-untyped]
+
+        if hasattr(self, "_metadata_request"):
+            return copy.deepcopy(self._metadata_request)
+        requests = MetadataRequest(owner=type(self).__name__)
+        for method in (requests.fit, requests.partial_fit):
+            method.add_request(param="sample_weight", alias=None)
+        return requests
+
+    def _repr_html_(self) -> str:
+        """Return scikit-learn's diagram for notebooks, or the text if scikit-learn is not imported or shows text."""
+        sklearn = sys.modules.get("sklearn")
+        if sklearn is None or sklearn.get_config()["display"] != "diagram":
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        from sklearn.utils import estimator_html_repr  # type: ignore[import-untyped]
+
+        return str(estimator_html_repr(self))
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
         """Return the names of the output features: those of the input, or x0, x1, ..."""
@@ -94,7 +152,7 @@ class Estimator:
         return hasattr(self, "_features")
 
     def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import (  # type: ignore[import-untyped]
+        from sklearn.utils import (
             InputTags,
             Tags,
             TargetTags,
@@ -105,7 +163,7 @@ class Estimator:
             estimator_type=None,
             target_tags=TargetTags(required=False),
             transformer_tags=TransformerTags(preserves_dtype=["float64", "float32"]),
-            input_tags=InputTags(three_d_array=True, allow_nan=self.nan_policy != "raise"),
+            input_tags=InputTags(three_d_array=True, sparse=not self.with_mean, allow_nan=self.nan_policy != "raise"),
         )
 
     def __repr__(self) -> str:
