@@ -51,10 +51,10 @@ class Error(NamedTuple):
         )
         return cls(own, folded)
 
-    @classmethod
-    def worst(cls, runs: Iterable[Results]) -> Error:
-        """Return the errors of the run in which folding adds most."""
-        return max(map(cls.of, runs), key=lambda error: error.after - 2.0 * error.before)
+    @staticmethod
+    def worst(errors: Iterable[Error]) -> Error:
+        """Return the one to which folding adds most."""
+        return max(errors, key=lambda error: error.after - 2.0 * error.before)
 
     def allowed(self, tolerance: float, amplification: float = 1.0) -> bool:
         """Return whether the error is at most the tolerance or twice the original's error, times the amplification.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,29 +91,43 @@ class Inputs:
     def resized(self) -> Iterator[tuple[Inputs, ...]]:
         """Yield the inputs with other numbers of samples, and with other sizes of images, volumes and sequences.
 
-        Each tuple holds alternatives: a model that does not accept the first one may accept the next.
+        Each tuple holds alternatives: a model that does not accept the first one may accept the next. Small inputs come
+        first, because they take little time.
         """
         tensors = [x for x in self.tensors() if x.dim()]
         if not tensors:
             return
+        spatial = any(x.is_floating_point() and x.dim() >= 3 for x in tensors)
+        small = self.map(lambda x: _spatial(x, lambda size: min(size, _SMALL[x.dim()] + size % 32)))
+        bases = (
+            (small, self)
+            if any(x.shape != y.shape for x, y in zip(self.tensors(), small.tensors(), strict=True))
+            else (self,)
+        )
         batch = tensors[0].shape[0]
         if all(x.shape[0] == batch for x in tensors) and not self._holds_lists():
             # A model that joins samples, such as the frames of a clip, accepts multiples only.
-            yield tuple(
-                self.map(lambda x, n=n: _with_sizes(x, (n, *x.shape[1:])) if x.dim() else x)  # type: ignore[misc]
-                for n in dict.fromkeys((batch + 1, 2 * batch))
-            )
+            yield tuple(base._of_samples(n) for base in bases for n in dict.fromkeys((batch + 1, 2 * batch)))
             if batch != 1:
-                yield (self.map(lambda x: x[:1] if x.dim() else x),)
-        if any(x.is_floating_point() and x.dim() >= 3 for x in tensors):
-            for more in (32, 1):
-                yield (self.map(lambda x, more=more: _larger(x, more)),)  # type: ignore[misc]
+                yield tuple(base._of_samples(1) for base in bases)
+        if spatial:
+            larger = self.map(lambda x: _spatial(x, lambda size: size + 32))
+            yield (*bases[:-1], larger)
+            yield tuple(base.map(lambda x: _spatial(x, lambda size: size + 1)) for base in bases)
+
+    def _of_samples(self, number: int) -> Inputs:
+        return self.map(lambda x: _with_sizes(x, (number, *x.shape[1:])) if x.dim() else x)
 
 
-def _larger(x: Tensor, more: int) -> Tensor:
+# Small sizes by the number of dimensions, multiples of 32, which is the stride of many networks.
+_SMALL = defaultdict(lambda: 32, {3: 64, 4: 64})
+
+
+def _spatial(x: Tensor, resized: Callable[[int], int]) -> Tensor:
+    """Return images, volumes or sequences of other sizes, and any other tensor as it is."""
     if not x.is_floating_point() or x.dim() < 3:
         return x
-    return _with_sizes(x, (*x.shape[:2], *(size + more for size in x.shape[2:])))
+    return _with_sizes(x, (*x.shape[:2], *map(resized, x.shape[2:])))
 
 
 def _with_sizes(x: Tensor, sizes: tuple[int, ...]) -> Tensor:

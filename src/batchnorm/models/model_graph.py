@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 
@@ -110,16 +112,17 @@ class _Tracer(Tracer):
         return self.create_proxy("placeholder", name, (), {})
 
 
-def _by_fx(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
+def _by_fx(model: nn.Module, runs: Runs) -> fx.GraphModule:
     try:
-        graph = _Tracer(sizes[0], lenient=False).trace(model)
+        graph = _Tracer(runs.inputs, lenient=False).trace(model)
     except Exception:
-        graph = _Tracer(sizes[0], lenient=True).trace(model)
+        graph = _Tracer(runs.inputs, lenient=True).trace(model)
     return graph_module(model, graph, type(model).__name__)
 
 
-def _by_export(model: nn.Module, sizes: Sequence[Inputs]) -> fx.GraphModule:
+def _by_export(model: nn.Module, runs: Runs) -> fx.GraphModule:
     """Export the model; the dimensions that differ between these inputs are dynamic."""
+    sizes = [inputs for inputs, _ in runs.found]
     # torch.export specializes a batch of one.
     example = next((i for i in sizes if all(x.shape[0] != 1 for x in i.tensors() if x.dim())), sizes[0])
     shapes = [[tuple(x.shape) for x in i.tensors()] for i in sizes]
@@ -145,6 +148,9 @@ class _Recorder(fx.Interpreter):
         self.found: dict[Node, Tensor] = {}
         self._keep = keep
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        return _plain(super().fetch_args_kwargs_from_env(n))
+
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
@@ -152,6 +158,17 @@ class _Recorder(fx.Interpreter):
             if self._keep:
                 self.found[n] = result
         return result
+
+
+def _plain(value: Any) -> Any:
+    """Return arguments with lists and dictionaries as the module's code makes them; those of a node cannot change."""
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    if isinstance(value, immutable_list):
+        return list(map(_plain, value))
+    if isinstance(value, immutable_dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def flat_arguments(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
@@ -162,12 +179,12 @@ def flat_arguments(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
     return tuple(by_name[name] for name in names)
 
 
-def record(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> _Recorder:
-    """Run the graph, and record the shapes of its nodes and, if `keep`, their values."""
+def _recorded(module: fx.GraphModule, inputs: Inputs, *, keep: bool) -> tuple[_Recorder, Any]:
+    """Run the graph; return the shapes of its nodes, their values if `keep`, and the graph's result."""
     recorder = _Recorder(module, keep)
     with torch.no_grad():
-        recorder.run(*flat_arguments(module, inputs.map(torch.clone)), enable_io_processing=False)
-    return recorder
+        result = recorder.run(*flat_arguments(module, inputs.map(torch.clone)), enable_io_processing=False)
+    return recorder, result
 
 
 def _same_result(found: Any, expected: Any) -> bool:
@@ -178,12 +195,53 @@ def _same_result(found: Any, expected: Any) -> bool:
     )
 
 
-_WAYS: dict[str, Callable[[nn.Module, Sequence[Inputs]], fx.GraphModule]] = {"fx": _by_fx, "export": _by_export}
+class Runs:
+    """A model's results for an example, and for other sizes that it accepts. It is called when they are needed.
+
+    Args:
+        model: A module in evaluation mode, on the inputs' device.
+        inputs: The example.
+        expected: The model's result for it, if it is known.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, expected: Any = None) -> None:
+        self.inputs = inputs
+        self._model, self._expected = model, expected
+
+    @cached_property
+    def found(self) -> list[tuple[Inputs, Any]]:
+        """The example and the other inputs, each with the result.
+
+        Raises:
+            Untraceable: The model cannot be called with the example.
+        """
+        if self._expected is None:
+            try:
+                self._expected = evaluate(self._model, self.inputs)
+            except Exception as error:
+                raise Untraceable(f"it cannot be called again: {in_one_line(error)[:200]}") from error
+        found = [(self.inputs, self._expected)]
+        for choice in self.inputs.resized():
+            for other in choice:
+                try:
+                    found.append((other, evaluate(self._model, other)))
+                    break
+                except Exception:  # the model does not accept this size
+                    continue
+        return found
+
+    @property
+    def smallest(self) -> Inputs:
+        """The inputs with the fewest values."""
+        return min((inputs for inputs, _ in self.found), key=lambda i: sum(x.numel() for x in i.tensors()))
+
+
+_WAYS: dict[str, Callable[[nn.Module, Runs], fx.GraphModule]] = {"fx": _by_fx, "export": _by_export}
 
 
 def trace(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Inputs | Runs,
     *,
     expected: Any = None,
     ways: tuple[str, ...] = ("fx", "export"),
@@ -193,7 +251,7 @@ def trace(
 
     Args:
         model: A module in evaluation mode, on the inputs' device. This calls it. The graph uses its parameters.
-        inputs: The example.
+        inputs: The example, or runs with it and other sizes.
         expected: The model's result for the example, if it is known.
         ways: The ways to trace, in this order. A graph that accepts only some sizes is the last resort.
         prepare: A function that rewrites each graph before it is tried.
@@ -201,55 +259,51 @@ def trace(
     Raises:
         Untraceable: no way to trace gives a graph with the model's results.
     """
-    try:
-        expected = evaluate(model, inputs) if expected is None else expected
-    except Exception as error:
-        raise Untraceable(f"it cannot be called again: {in_one_line(error)[:200]}") from error
-    accepted = [(inputs, expected)]
-    for choice in inputs.resized():
-        for other in choice:
-            try:
-                accepted.append((other, evaluate(model, other)))
-                break
-            except Exception:  # the model does not accept this size
-                continue
+    runs = inputs if isinstance(inputs, Runs) else Runs(model, inputs, expected)
     reasons, fixed = [], None
     for way in ways:
         try:
-            module = prepare(_WAYS[way](model, [i for i, _ in accepted]))
-            if not _same_result(evaluate(module, inputs), expected):
-                reasons.append(f"{way}: its graph gives other results")
-                continue
+            module = prepare(_WAYS[way](model, runs))
+            found = _tried(module, way, runs.found)
         except Exception as error:
             reasons.append(f"{way}: {in_one_line(error)[:200]}")
             continue
-        refused = tuple(other for other, result in accepted[1:] if not _has_result(module, other, result))
-        found = _recorded(module, way, [i for i, _ in accepted if i not in refused], refused)
-        if not refused:
+        if found is None:
+            reasons.append(f"{way}: its graph gives other results")
+        elif not found.refused:
             return found
-        if fixed is None or len(refused) < len(fixed.refused):
+        elif fixed is None or len(found.refused) < len(fixed.refused):
             fixed = found
     if fixed is not None:
         return fixed
     raise Untraceable("; ".join(reasons))
 
 
-def _has_result(module: fx.GraphModule, inputs: Inputs, expected: Any) -> bool:
-    try:
-        return _same_result(evaluate(module, inputs), expected)
-    except Exception:
-        return False
-
-
-def _recorded(module: fx.GraphModule, how: str, sizes: list[Inputs], refused: tuple[Inputs, ...]) -> Trace:
-    runs = [record(module, inputs, keep=i == 0) for i, inputs in enumerate(sizes)]
+def _tried(module: fx.GraphModule, how: str, runs: list[tuple[Inputs, Any]]) -> Trace | None:
+    """Return the graph with what is recorded in the runs; None if its result for the example is another."""
+    (example, expected), *others = runs
+    first, result = _recorded(module, example, keep=True)
+    if not _same_result(result, expected):
+        return None
+    records, sizes, refused = [first], [example], []
+    for inputs, expected in others:
+        try:
+            recorder, result = _recorded(module, inputs, keep=False)
+            same = _same_result(result, expected)
+        except Exception:
+            same = False
+        if same:
+            records.append(recorder)
+            sizes.append(inputs)
+        else:
+            refused.append(inputs)
     shapes = {
-        node: tuple(zip(*(run.shapes[node] for run in runs), strict=True))
-        for node in runs[0].shapes
-        if len({len(run.shapes[node]) for run in runs}) == 1
+        node: tuple(zip(*(each.shapes[node] for each in records), strict=True))
+        for node in first.shapes
+        if len({len(each.shapes[node]) for each in records}) == 1
     }
     paths = {node: path_of(node) for node in module.graph.nodes}
-    return Trace(module, how, tuple(sizes), refused, shapes, runs[0].found, paths)
+    return Trace(module, how, tuple(sizes), tuple(refused), shapes, first.found, paths)
 
 
 def path_of(node: Node) -> str:

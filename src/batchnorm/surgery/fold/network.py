@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import insort
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -69,7 +71,7 @@ class Network(ABC):
         calls: Every call of the original, in order.
         norms: The batch normalizations that can be read, in their original form.
         unfoldable: The other batch normalizations, each with the reason.
-        values: The value of every tensor for the example.
+        values: The value of every tensor of the original for the example.
         shapes: The shape of every tensor that always has the same rank.
         pinned: Values that some call changes in place.
         alias: Values that have been replaced, each by another.
@@ -77,13 +79,15 @@ class Network(ABC):
 
     def __init__(self, calls: Sequence[Call], values: Mapping[Value, Any], shapes: Mapping[Value, Shape]) -> None:
         self.calls = calls
+        self._position = {call: i for i, call in enumerate(calls)}
         self.norms: dict[Call, Norm] = {}
         self.unfoldable: dict[Call, str] = {}
-        self.values = dict(values)
+        self.values = values
         self.shapes = shapes
         self.pinned: set[Value] = set()
         self.alias: dict[Value, Value] = {}
-        self._find_readers()
+        self._originals: dict[Value, Value | None] = {}  # only the ones that differ
+        self._link_all()
 
     @abstractmethod
     def constant(self, value: Value) -> Tensor | None:
@@ -107,11 +111,28 @@ class Network(ABC):
             back: Whether the source gets the result's values instead of keeping its own.
         """
 
+    @abstractmethod
+    def check_storable(self, call: Call, state: State) -> None:
+        """Check that the graph can represent a call with this new state.
+
+        Raises:
+            arithmetic.NotRepresentable: A weight is not finite in its dtype.
+            CannotFold: The graph has no operators for it.
+        """
+
     def change(
-        self, states: Mapping[Call, State], gone: Iterable[Call], sources: Mapping[Call, Value],
-        alias: Mapping[Value, Value], values: Mapping[Value, Any],
+        self, states: Mapping[Call, State], gone: Collection[Call], sources: Mapping[Call, Value],
+        alias: Mapping[Value, Value], through: Iterable[Call] = (), same: Iterable[Value] = (),
     ) -> None:  # fmt: skip
         """Change calls. `FoldPlan` describes the arguments."""
+        changed = {result for call in (*states, *through) if call not in gone for result in call.results}
+        originals = dict.fromkeys((alias.get(value, value) for value in changed), None)
+        originals.update({alias.get(value, value): self.original(value) for value in same})
+        self._originals.update(originals)
+        affected = {*states, *gone, *sources, *(call for old in alias for call in self._users.get(old, ()))}
+        affected |= {call for old in alias if (call := self._writers.get(old)) is not None}
+        for call in affected:
+            self._unlink(call)
         for call, state in states.items():
             call.state = state
             if isinstance(state, Layer):
@@ -122,23 +143,53 @@ class Network(ABC):
             call.gone = True
         for call, source in sources.items():
             call.inputs = [source]
-        for call in self.calls:
+        for call in affected - set(gone):
             call.inputs = [alias.get(value, value) for value in call.inputs]
             call.results = [alias.get(value, value) for value in call.results]
+            self._link(call)
         self.pinned |= {new for old, new in alias.items() if old in self.pinned}
         self.alias.update(alias)
-        self.values.update(values)
-        self._find_readers()
 
-    def _find_readers(self) -> None:
+    def saved(self) -> Callable[[], None]:
+        """Return a function that undoes all later changes."""
+        calls = [(call, dict(vars(call))) for call in self.calls]
+        held = {name: copy(vars(self)[name]) for name in ("pinned", "alias", "_originals")}
+
+        def put_back() -> None:
+            for call, attributes in calls:
+                vars(call).update(attributes)
+            vars(self).update({name: copy(value) for name, value in held.items()})
+            self._link_all()
+
+        return put_back
+
+    def original(self, value: Value) -> Value | None:
+        """Return the value of the original network that this value is equal to; None if there is none."""
+        return self._originals.get(value, value)
+
+    def originals(self) -> dict[Value, Value]:
+        """Return all values that are equal to one of the original network, each with that one."""
+        calls = (call for call in self.calls if not call.gone)
+        values = {value for call in calls for value in (*call.inputs, *call.captured, *call.results)} - {None}
+        return {value: original for value in values if (original := self.original(value)) is not None}
+
+    def _link_all(self) -> None:
         self._writers: dict[Value, Call] = {}
-        self._readers: dict[Value, list[Call]] = {}
+        self._users: dict[Value, list[Call]] = {}  # in the order of `calls`
         for call in self.calls:
             if not call.gone:
-                self._writers.update(dict.fromkeys(call.results, call))
-                if call.kind is not Kind.SIZE:
-                    for value in dict.fromkeys((*call.inputs, *call.captured)):
-                        self._readers.setdefault(value, []).append(call)
+                self._link(call)
+
+    def _link(self, call: Call) -> None:
+        self._writers.update(dict.fromkeys(call.results, call))
+        for value in {*call.inputs, *call.captured}:
+            insort(self._users.setdefault(value, []), call, key=self._position.__getitem__)
+
+    def _unlink(self, call: Call) -> None:
+        for value in call.results:
+            self._writers.pop(value, None)
+        for value in {*call.inputs, *call.captured}:
+            self._users[value].remove(call)
 
     def resolve(self, value: Value) -> Value:
         """Return the current value for a value of the original graph."""
@@ -152,7 +203,7 @@ class Network(ABC):
 
     def readers(self, value: Value) -> list[Call]:
         """Return the calls that read the value, and not only its size."""
-        return self._readers.get(value, [])
+        return [call for call in self._users.get(value, ()) if call.kind is not Kind.SIZE]
 
     def layer(self, call: Call) -> Layer:
         """Return the layer that a call of kind `LINEAR` or `NORM` represents, including everything folded into it.

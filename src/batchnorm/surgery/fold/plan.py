@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -38,19 +36,16 @@ class FoldPlan:
     same: list[Value] = field(default_factory=list)
     absorbers: list[Call] = field(default_factory=list)
 
-    def carry_out(self, values: Mapping[Value, Any]) -> None:
-        """Make the change; `values` holds the new values of tensors."""
-        self.network.change(self.states, self.gone, self.sources, self.alias, values)
+    def carry_out(self) -> None:
+        """Make the change.
 
-    def inputs(self, call: Call) -> list[Value]:
-        """Return the inputs of a call after the change."""
-        inputs = [self.sources[call]] if call in self.sources else call.inputs
-        return [self.now(value) for value in inputs]
-
-    def now(self, value: Value) -> Value:
-        """Return the value that replaces one of the network's values, or the same value."""
-        new: Value = self.alias.get(value, value)
-        return new
+        Raises:
+            arithmetic.NotRepresentable: A new weight is not finite in its dtype. Nothing is changed.
+            CannotFold: The graph has no operators for a new state. Nothing is changed.
+        """
+        for call, state in self.states.items():
+            self.network.check_storable(call, state)
+        self.network.change(self.states, self.gone, self.sources, self.alias, self.through, self.same)
 
     @classmethod
     def backward(cls, network: Network, call: Call) -> FoldPlan:

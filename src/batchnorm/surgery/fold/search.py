@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from batchnorm.models.gate import Error, Results
+from batchnorm.models.gate import Error
 from batchnorm.models.report import Change
 from batchnorm.surgery.fold.arithmetic import NotRepresentable
 from batchnorm.surgery.fold.branches import merged
-from batchnorm.surgery.fold.network import Call, Kind, Network, Value
+from batchnorm.surgery.fold.network import Call, Kind, Network
 from batchnorm.surgery.fold.plan import FoldPlan
+from batchnorm.surgery.fold.proof import Proof
 from batchnorm.surgery.fold.states import CannotFold
 
-
-class Trial(NamedTuple):
-    """The effect of a plan's change, computed before and after.
-
-    Attributes:
-        runs: The values that must not change, for the example and for random inputs.
-        values: The new values of the tensors that the plan touches, for the example.
-    """
-
-    runs: Sequence[Results]
-    values: Mapping[Value, Any]
+Attempt = tuple[Call, str]  # a call, and the name of the function that plans its fold
 
 
 class Search:
     """Fold as much as possible in a network.
+
+    All folds are made first, and proven together. If that fails at a place, the search starts again, and proves each
+    fold near that place before it makes the next.
 
     Attributes:
         absorbed: The batch normalizations that were removed, each with the calls that absorbed it.
         reasons: The reason why each other batch normalization stays.
     """
 
-    def __init__(self, network: Network, tolerance: float, run: Callable[[FoldPlan], Trial]) -> None:
+    def __init__(self, network: Network, proof: Proof) -> None:
         self.absorbed: dict[Call, list[Call]] = {}
-        self.reasons: dict[Call, str] = dict(network.unfoldable)
-        self._network, self._tolerance, self._run = network, tolerance, run
+        self.reasons: dict[Call, str] = {}
+        self._network, self._proof = network, proof
+        self._made: dict[Attempt, set[Call]] = {}  # with the calls that each changed
+        self._doubtful: set[Attempt] = set()  # must be proven one by one
 
     def fold_all(self) -> None:
         """Change the network until nothing more can be folded."""
-        while self._fold_norms() | self._merge_branches():
-            pass
+        start = self._network.saved()
+        while True:
+            self.absorbed, self.reasons, self._made = {}, dict(self._network.unfoldable), {}
+            while self._fold_norms() | self._merge_branches():
+                pass
+            doubtful = self._unproven()
+            if not doubtful:
+                return
+            self._doubtful |= doubtful
+            start()
+
+    def _unproven(self) -> set[Attempt]:
+        """Return the folds that were made together, and not one by one, where the result is wrong."""
+        together = {attempt for attempt in self._made if attempt not in self._doubtful}
+        try:
+            wrong = self._proof.failures(self._network, set().union(*(self._made[each] for each in together)))
+        except CannotFold:
+            return together
+        return {each for each in together if any(self._made[each].intersection(found.calls) for found in wrong)}
 
     def rows(
         self, places: Mapping[Call, str], names: Mapping[Call, str], fused: Mapping[Any, str]
@@ -76,7 +89,7 @@ class Search:
             why = []
             for direction in (FoldPlan.backward, FoldPlan.forward):
                 try:
-                    self.absorbed[call] = self._carry_out(direction(self._network, call))
+                    self.absorbed[call] = self._made_plan(call, direction).absorbers
                     break
                 except (CannotFold, NotRepresentable) as error:
                     why.append(str(error))
@@ -91,8 +104,7 @@ class Search:
             if call.gone or call.kind not in (Kind.SUM, Kind.DIFFERENCE):
                 continue
             try:
-                plan = merged(self._network, call)
-                self._carry_out(plan)
+                plan = self._made_plan(call, merged)
             except (CannotFold, NotRepresentable):
                 continue
             found = True
@@ -101,15 +113,29 @@ class Search:
             self.absorbed.update({branch: [call] for branch in plan.gone if branch in self._network.norms})
         return found
 
-    def _carry_out(self, plan: FoldPlan) -> list[Call]:
-        """Make the change if its error is small enough. Return the calls that absorb the batch normalization.
+    def _made_plan(self, call: Call, planned: Callable[[Network, Call], FoldPlan]) -> FoldPlan:
+        """Plan a fold, make it, and prove it if a proof of all folds together has failed there. Return the plan.
 
         Raises:
-            CannotFold: The error is too large.
+            CannotFold: It is impossible, or its error is too large. Nothing is changed.
+            NotRepresentable: A new weight is not finite in its dtype. Nothing is changed.
         """
-        trial = self._run(plan)
-        error = Error.worst(trial.runs)
-        if not error.allowed(self._tolerance):
+        plan = planned(self._network, call)
+        changed = {*plan.states, *plan.through}
+        attempt = (call, planned.__name__)
+        undo = self._network.saved() if attempt in self._doubtful else None
+        plan.carry_out()
+        if undo is not None:
+            try:
+                self._prove(changed)
+            except BaseException:
+                undo()
+                raise
+        self._made.setdefault(attempt, set()).update(changed)
+        return plan
+
+    def _prove(self, changed: set[Call]) -> None:
+        wrong = self._proof.failures(self._network, changed)
+        if wrong:
+            error = Error.worst(found.error for found in wrong)
             raise CannotFold(f"folding it has an error of {error.after:.1e}, the layer itself of {error.before:.1e}")
-        plan.carry_out(trial.values)
-        return plan.absorbers

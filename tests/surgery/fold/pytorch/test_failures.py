@@ -96,9 +96,9 @@ def test_a_model_that_cannot_be_copied_is_reported() -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (folding.tracing, "trace"), (folding, "try_plan"),
+        (folding.tracing, "trace"), (folding.TorchProof, "compute"),
         (FoldPlan, "carry_out"), (folding.Emitter, "emit"), (folding._Original, "compared"),
-        (folding, "count_batch_norms"), (folding.walk, "copied"),
+        (folding, "counted"), (folding.walk, "copied"),
     ],
 )  # fmt: skip
 def test_a_failure_anywhere_leaves_the_model_as_it_was(

@@ -131,11 +131,10 @@ class _Runs:
     def error(self, after: list[Values], tensors: Sequence[Any]) -> Error:
         """Return the errors at these tensors, for the input at which folding adds most."""
         keys = [id(tensor) for tensor in tensors]
-        runs = [
-            Results([own[key] for key in keys], [new[key] for key in keys], [exact[key] for key in keys])
+        return Error.worst(
+            Error.of(Results([own[key] for key in keys], [new[key] for key in keys], [exact[key] for key in keys]))
             for new, (own, exact) in zip(after, self._before, strict=True)
-        ]
-        return Error.worst(runs)
+        )
 
     def allowed(self, after: list[Values], tensors: Sequence[Any]) -> bool:
         """Return whether the errors are within the limit for a whole network, as the folds before it add theirs."""

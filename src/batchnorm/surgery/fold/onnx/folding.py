@@ -53,7 +53,7 @@ def fold_onnx(
         OSError: output could not be written. An earlier file is then unchanged.
 
     Numerics: Weights are computed in float64 and rounded once to each weight's type. ONNX Runtime runs the nodes of
-        each fold before and after, on the inputs' values and on random ones, and the results are compared with float64.
+        all folds before and after, on the inputs' values and on random ones, and the results are compared with float64.
         A fold is skipped and reported if its error exceeds both the tolerance and twice the original's own error. The
         whole model is compared in the same way.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from batchnorm.surgery.fold.onnx.emit import emit
 from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, opset_version, subgraphs
 from batchnorm.surgery.fold.onnx.inputs import feeds_of
 from batchnorm.surgery.fold.onnx.network import NORM, OnnxNetwork
+from batchnorm.surgery.fold.onnx.proof import OnnxProof
 from batchnorm.surgery.fold.onnx.running import CannotRun, Feeds, Outputs, Runner, exact, is_floating
-from batchnorm.surgery.fold.onnx.trial import try_plan
 from batchnorm.surgery.fold.search import Search
 
 OLDEST = 7  # earlier versions write batch normalization and addition differently
@@ -62,7 +61,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     values, shapes = _everything(model, runs, runner)
     network = OnnxNetwork(model, values, shapes)
     limit = gate.tolerance_for(tolerance, _dtypes(model))
-    search = Search(network, limit, partial(try_plan, network, runner, model))
+    search = Search(network, OnnxProof(OnnxNetwork(model, values, shapes), limit, runner, model))
     search.fold_all()
     places = {call: call.node.name for call in network.calls if call.results}
     changed, left = search.rows(places, dict.fromkeys(network.calls, NORM), {})

@@ -13,8 +13,9 @@ from batchnorm.surgery.fold.moves import Shape
 from batchnorm.surgery.fold.network import Call, Kind, Network
 from batchnorm.surgery.fold.onnx import moves
 from batchnorm.surgery.fold.onnx.graph import DTYPES, Array, Constants, Operator, names_in, opset_version, subgraphs
+from batchnorm.surgery.fold.onnx.nodes import Writer
 from batchnorm.surgery.fold.onnx.states import LINEAR, OnnxLinear, OnnxNorm
-from batchnorm.surgery.fold.states import CannotFold, Linear
+from batchnorm.surgery.fold.states import CannotFold, Linear, State
 
 NORM = "BatchNormalization"
 _KINDS = dict.fromkeys(LINEAR, Kind.LINEAR) | {"Add": Kind.SUM, "Sub": Kind.DIFFERENCE}
@@ -73,7 +74,7 @@ class OnnxNetwork(Network):
                 for term, zero in (call.inputs, call.inputs[::-1]):
                     value = self.constant(zero)
                     if value is not None and not value.any() and self.same_shape(term, call.results[0]):
-                        self.change({}, [call], {}, {call.results[0]: term}, {})
+                        self.change({}, [call], {}, {call.results[0]: term})
                         break
 
     def constant(self, value: str) -> Tensor | None:
@@ -90,6 +91,15 @@ class OnnxNetwork(Network):
             CannotFold: Its weights are not constant.
         """
         return OnnxLinear.of(self.constants, call.node)
+
+    def check_storable(self, call: Call, state: State) -> None:
+        """Check that every new weight is finite in its type, and that this version of ONNX has the operators.
+
+        Raises:
+            arithmetic.NotRepresentable: A weight is not finite.
+            CannotFold: There are no operators.
+        """
+        Writer(self, lambda name, value: name, lambda stem: stem).nodes(call, state)
 
     def replacement(self, source: str, result: str, *, back: bool) -> tuple[str, str]:
         """Return the name to replace, and its replacement, when a call is removed.

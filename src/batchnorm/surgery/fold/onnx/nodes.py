@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import onnx
 import torch
@@ -12,36 +13,34 @@ from torch import Tensor
 
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.onnx.graph import DTYPES
-from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 from batchnorm.surgery.fold.onnx.states import OnnxLinear, OnnxNorm
-from batchnorm.surgery.fold.plan import FoldPlan
-from batchnorm.surgery.fold.states import CannotFold, NewConstants
+from batchnorm.surgery.fold.states import CannotFold, NewConstants, State
+
+if TYPE_CHECKING:
+    from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 
 _TYPES = {dtype: number for number, dtype in DTYPES.items()} | {torch.int64: TensorProto.INT64}
 
 
 class Writer:
-    """Write the calls of a network as nodes, after a plan's change.
+    """Write the calls of a network as nodes.
 
     Args:
-        plan: The change.
+        network: The network.
         store: Stores a tensor under a name like the given one, and returns the name.
         fresh: Returns a name like the given one that nothing has yet.
     """
 
-    def __init__(
-        self, network: OnnxNetwork, plan: FoldPlan, store: Callable[[str, Tensor], str], fresh: Callable[[str], str]
-    ) -> None:
-        self._network, self._plan, self._store, self._fresh = network, plan, store, fresh
+    def __init__(self, network: OnnxNetwork, store: Callable[[str, Tensor], str], fresh: Callable[[str], str]) -> None:
+        self._network, self._store, self._fresh = network, store, fresh
 
-    def nodes(self, call: Call) -> list[NodeProto]:
-        """Return the nodes of a call.
+    def nodes(self, call: Call, state: State | None) -> list[NodeProto]:
+        """Return the nodes of a call in this state.
 
         Raises:
             arithmetic.NotRepresentable: A weight is not finite in the original's dtype.
             CannotFold: This version of ONNX has no operators for it.
         """
-        state = self._plan.states.get(call, call.state)
         if isinstance(state, OnnxLinear):
             return self._linear(call, state)
         names = {}
@@ -55,12 +54,8 @@ class Writer:
             self._norm(node, state)
         for values in (node.input, node.output):
             for i, name in enumerate(values):
-                values[i] = names.get(name) or (self._name(name) if name else "")
+                values[i] = names.get(name) or (self._network.resolve(name) if name else "")
         return [node]
-
-    def _name(self, name: str) -> str:
-        new: str = self._plan.now(self._network.resolve(name))
-        return new
 
     def _norm(self, node: NodeProto, state: OnnxNorm) -> None:
         """Give a batch normalization neutral statistics, and the scale and shift as weight and bias."""
@@ -73,7 +68,7 @@ class Writer:
 
     def _linear(self, call: Call, state: OnnxLinear) -> list[NodeProto]:
         op, name, (like, bias_like) = state.kind, call.node.name, state.like
-        source, output = self._plan.inputs(call)[0], self._name(call.node.outputs[0])
+        source, output = call.inputs[0], self._network.resolve(call.node.outputs[0])
         is_transposed = op == "MatMul" or (op == "Gemm" and not state.options["transB"])
         weight = like.rounded(state.weight.T.contiguous() if is_transposed else state.weight)
         inputs = [source, self._store(like.name, weight)]

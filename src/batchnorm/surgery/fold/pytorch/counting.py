@@ -55,6 +55,11 @@ def count_batch_norms(model: nn.Module, example_inputs: Any) -> Counts:
         model: Any module; it is called once, without gradients.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments.
     """
+    return counted(model, Inputs.of(example_inputs))[0]
+
+
+def counted(model: nn.Module, inputs: Inputs) -> tuple[Counts, Any]:
+    """Call the model once, and return the counts and its result."""
     with _Counter() as counter:
-        evaluate(model, Inputs.of(example_inputs))
-    return counter.counts
+        result = evaluate(model, inputs)
+    return counter.counts, result

@@ -111,7 +111,7 @@ class Emitter:
     def _layer(self, node: Node, state: TorchLinear) -> None:
         """Give new parameters to a layer that has its own forward method."""
         weight, bias, _ = (
-            None if t is None else nn.Parameter(t, requires_grad=state.like.requires_grad) for t in state.tensors()
+            None if t is None else nn.Parameter(t, requires_grad=state.like.requires_grad) for t in state.tensors
         )
         calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target == node.target]
         if len(calls) > 1:  # the other calls keep the original
@@ -127,7 +127,7 @@ class Emitter:
         if state.opaque:
             self._layer(node, state)
             return
-        weight, bias, border = state.tensors()
+        weight, bias, border = state.tensors
         name = self._own(state.name, weight, state.like)
         stem = name.removesuffix("weight") if name.endswith("weight") else f"{name}_"
         held: list[Node | None] = [self._attribute(node, name), None, None]

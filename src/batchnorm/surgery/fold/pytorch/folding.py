@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm import walk
 from batchnorm.distributed.owners import check_not_sharded
@@ -22,11 +20,11 @@ from batchnorm.models.recording import fewer_samples
 from batchnorm.models.report import FLOAT64, Change, FoldReport, Result
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy
-from batchnorm.surgery.fold.pytorch.counting import count_batch_norms
+from batchnorm.surgery.fold.pytorch.counting import counted
 from batchnorm.surgery.fold.pytorch.emit import Emitter
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork
+from batchnorm.surgery.fold.pytorch.proof import TorchProof
 from batchnorm.surgery.fold.pytorch.states import TorchLinear
-from batchnorm.surgery.fold.pytorch.trial import try_plan
 from batchnorm.surgery.fold.search import Search
 from batchnorm.undo import UndoOnFailure
 
@@ -47,8 +45,8 @@ def fold(
     Args:
         model: Any module, in any mode. `fold` folds its computation in evaluation mode.
         example_inputs: An example of its inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on the
-            model's device. If the report's `how` is not "fixed", the result takes every batch and image size that the
-            model takes.
+            model's device. Its first two samples are used if the model computes the same for these alone. If the
+            report's `how` is not "fixed", the result takes every batch and image size that the model takes.
         inplace: Whether to turn the model itself into the folded network, which keeps the weights that did not change.
             Otherwise the model is left unchanged.
         tolerance: The relative error that one fold may make, even if the model's own error is smaller than half of it;
@@ -66,9 +64,9 @@ def fold(
         ValueError: The model cannot be called with the inputs, cannot be copied, or is sharded (FSDP, tensor parallel).
         FoldError: The folded network's results are not the original's. After any error the model is unchanged.
 
-    Numerics: Weights are computed in float64 and rounded once to each parameter's dtype. Each fold is computed before
-        and after, on the example's values and on random ones. A fold is skipped and reported if its error exceeds both
-        the tolerance and twice the model's own error.
+    Numerics: Weights are computed in float64 and rounded once to each parameter's dtype. Every place that must keep its
+        value is computed before and after, from the example's values and from random ones. A fold is skipped and
+        reported if its error there exceeds both the tolerance and twice the model's own error.
 
     Source: the mathematics page, "Folding, at inference"; Ding et al. 2021 (RepVGG), section 3.3, for the branches.
 
@@ -99,7 +97,7 @@ def _fold_checked(
 ) -> tuple[nn.Module, FoldReport]:
     working, notes = working_copy(model, inputs, share=share)
     try:
-        counts = count_batch_norms(working, inputs)
+        counts, result = counted(working, inputs)
     except Exception as error:
         if _takes(model, inputs):
             raise ValueError(
@@ -111,12 +109,12 @@ def _fold_checked(
     total = counts.batch_norm + counts.fused
     if total == 0:
         return working, FoldReport("fold", how="nothing to fold", notes=notes)
-    original = _Original.of(working, inputs, tolerance)
-    few, _ = fewer_samples(working, inputs, SAMPLES, original.for_example)
-    found = _folded(working, few, original)
-    errors = original.compared(found.model)
+    few, of_few = fewer_samples(working, inputs, SAMPLES, outputs(result))
+    original = _Original(working, tracing.Runs(working, few, result if few is inputs else of_few), tolerance)
+    found = _folded(working, original)
+    left, result = counted(found.model, few)
+    errors = original.compared(found.model, result)
     gate.check_whole(errors, original.limit, original.reference)
-    left = count_batch_norms(found.model, inputs)
     return found.model, FoldReport(
         "fold",
         tuple(found.changed),
@@ -153,72 +151,73 @@ class _Folded:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
 class _Original:
-    """The original's results, with which the folded network's are compared, and the error that one fold may make."""
+    """The original's results, with which the folded network's are compared, and the error that one fold may make.
 
-    inputs: tuple[Inputs, ...]
-    own: list[Tensor]
-    exact: list[Tensor]
-    reference: str
-    limit: float
+    The results are for the example, and for random values in the smallest inputs that the model takes.
+    """
 
-    @classmethod
-    def of(cls, working: nn.Module, inputs: Inputs, tolerance: float | None) -> _Original:
-        tried = (inputs, inputs.random())
-        own = _results(working, tried)
+    def __init__(self, working: nn.Module, runs: tracing.Runs, tolerance: float | None) -> None:
+        (_, result), *_ = runs.found
+        self.runs, self._random = runs, runs.smallest.random()
+        self._own = outputs((result, evaluate(working, self._random)))
+        tried = [inputs.to(torch.float64) for inputs in (runs.inputs, self._random)]
+        self.reference = FLOAT64
         try:
-            exact = _results(copied(working, share=False).double(), [i.to(torch.float64) for i in tried])
-            reference = FLOAT64
+            wide = copied(working, share=False).double()
+            self._exact = outputs([evaluate(wide, inputs) for inputs in tried])
         except Exception:  # it casts by itself, or has no float64 kernels
-            exact, reference = own, "the original itself, which does not run in float64"
-        limit = gate.tolerance_for(tolerance, [t.dtype for t in own if t.is_floating_point()])
-        return cls(tried, own, exact, reference, limit)
+            self._exact, self.reference = self._own, "the original itself, which does not run in float64"
+        self.limit = gate.tolerance_for(tolerance, [t.dtype for t in self._own if t.is_floating_point()])
 
-    @property
-    def for_example(self) -> list[Tensor]:
-        """The results for the example, without those for random inputs."""
-        return self.own[: len(self.own) // len(self.inputs)]
+    def compared(self, folded: nn.Module, result: Any) -> gate.Error:
+        """Return the largest errors of the original, and of the folded network with this result for the example."""
+        found = outputs((result, evaluate(folded, self._random)))
+        return gate.Error.of(gate.Results(self._own, found, self._exact))
 
-    def compared(self, folded: nn.Module) -> gate.Error:
-        """Return the largest errors of the original and of the folded network."""
-        return gate.Error.of(gate.Results(self.own, _results(folded, self.inputs), self.exact))
+    def agrees(self, folded: nn.Module) -> bool:
+        """Return whether the folded network runs, and its errors are allowed."""
+        try:
+            error = self.compared(folded, evaluate(folded, self.runs.inputs))
+        except Exception:  # the rest of the model reads modules inside a part that was replaced
+            return False
+        return error.allowed(self.limit, gate.AMPLIFICATION)
 
 
-def _results(model: nn.Module, inputs: Iterable[Inputs]) -> list[Tensor]:
-    return [tensor for each in inputs for tensor in outputs(evaluate(model, each))]
-
-
-def _folded(working: nn.Module, inputs: Inputs, original: _Original) -> _Folded:
+def _folded(working: nn.Module, original: _Original) -> _Folded:
     """Fold the model as a whole, in parts, or exported; choose the way that leaves the fewest batch normalizations.
 
     Traced models, and traced parts that Python code calls, take every size. Exported models may not, and export is
     slow.
     """
     try:
-        trace = tracing.trace(working, inputs, ways=("fx",), prepare=lowering.lower)
+        trace = tracing.trace(working, original.runs, ways=("fx",), prepare=lowering.lower)
     except Untraceable:
         pass
     else:
         if not trace.refused:
             return _fold_graph(trace, working, original)
-    parts = _fold_modules(copied(working, share=True), inputs, original, ("fx",))
-    if not parts.left:
+    parts = _fold_parts(working, original, ("fx",), whole=True)
+    if parts is not None:
         return parts
     try:
-        trace = tracing.trace(copied(working, share=True), inputs, prepare=lowering.lower)
+        trace = tracing.trace(copied(working, share=True), original.runs, prepare=lowering.lower)
     except Untraceable as error:
-        parts = _fold_modules(working, inputs, original, ("fx", "export"))
+        parts = _fold_parts(working, original, ("fx", "export"))
+        assert parts is not None
         parts.notes = (f"the whole cannot be traced: {error}",)
         return parts
-    whole = _fold_graph(trace, working, original)
-    if len(parts.left) < len(whole.left) or (trace.refused and len(parts.left) == len(whole.left)):
-        return parts
+    found = _fold_graph(trace, working, original)
+    if found.left:
+        parts = _fold_parts(working, original, ("fx",))
+        assert parts is not None
+        if len(parts.left) < len(found.left) or (trace.refused and len(parts.left) == len(found.left)):
+            return parts
     if trace.refused:
         sizes = ", ".join(str([list(x.shape) for x in refused.tensors()]) for refused in trace.refused)
-        whole.how = "fixed"
-        whole.notes = (f"only for sizes like the example's: the original takes {sizes} too",)
-    return whole
+        found.how = "fixed"
+        found.notes = (f"only for sizes like the example's: the original takes {sizes} too",)
+    return found
 
 
 def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
@@ -234,7 +233,7 @@ def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
 def _fold_graph(trace: tracing.Trace, working: nn.Module, original: _Original, prefix: str = "") -> _Folded:
     """Fold a traced model, or the part of one whose path is `prefix`."""
     network = TorchNetwork(trace)
-    search = Search(network, original.limit, partial(try_plan, network))
+    search = Search(network, TorchProof(TorchNetwork(trace), original.limit))
     search.fold_all()
     paths = {call: _path(network, call) for call in network.calls}
     emitter = Emitter(network)
@@ -258,60 +257,78 @@ def _norm_name(working: nn.Module, path: str) -> str:
     return type(module).__name__ if walk.is_batch_norm(module) else "batch_norm"
 
 
-def _fold_modules(working: nn.Module, inputs: Inputs, original: _Original, ways: tuple[str, ...]) -> _Folded:
-    """Fold the largest parts that can be traced, each with the inputs that it has in a run of the whole."""
-    calls: dict[nn.Module, Inputs] = {}
+def _fold_parts(
+    working: nn.Module, original: _Original, ways: tuple[str, ...], *, whole: bool = False
+) -> _Folded | None:
+    """Fold the parts of a copy of the model. Return None if `whole` and a batch normalization stays.
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(module, Inputs(args, kwargs).map(torch.clone))
+    The rest of the model may read modules inside a part, which are then missing. If so, each part is tried by itself.
+    """
+    for one_by_one in (False, True):
+        parts = _Parts(copied(working, share=True), original, ways, one_by_one=one_by_one, whole=whole)
+        parts.visit(parts.found.model, "")
+        if whole and parts.found.left:
+            return None
+        if one_by_one or original.agrees(parts.found.model):
+            break
+    return parts.found
 
-    with walk.restored(working):
-        for module in working.modules():
-            module.register_forward_pre_hook(keep, with_kwargs=True)
-        evaluate(working, inputs)
-    found = _Folded(working, "modules")
-    done: set[nn.Module] = set()
 
-    def visit(parent: nn.Module, prefix: str) -> None:
+class _Parts:
+    """Folds the largest parts of a model that can be traced, each with the inputs that it has in a run of the whole."""
+
+    def __init__(
+        self, working: nn.Module, original: _Original, ways: tuple[str, ...], *, one_by_one: bool, whole: bool
+    ) -> None:
+        self.found = _Folded(working, "modules")
+        self._original, self._ways, self._one_by_one, self._whole = original, ways, one_by_one, whole
+        self._runs: dict[nn.Module, tracing.Runs] = {}
+        self._done: set[nn.Module] = set()
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module not in self._runs:
+                self._runs[module] = tracing.Runs(module, Inputs(args, kwargs).map(torch.clone))
+
+        with walk.restored(working):
+            for module in working.modules():
+                if walk.norm_layers(module):
+                    module.register_forward_pre_hook(keep, with_kwargs=True)
+            evaluate(working, original.runs.inputs)
+
+    def visit(self, parent: nn.Module, prefix: str) -> None:
+        """Fold the parts inside a module."""
         for name, child in list(parent.named_children()):
             path = walk.joined(prefix, name)
-            if child in done or not walk.norm_layers(child):
+            if child in self._done or not walk.norm_layers(child):
                 continue
-            done.add(child)
+            if self._whole and self.found.left:
+                return
+            self._done.add(child)
             if walk.is_batch_norm(child):
-                was = describe(child)
-                found.left.append(Change.unchanged(path, was, "the module that calls it cannot be traced"))
+                why = "the module that calls it cannot be traced"
+                self.found.left.append(Change.unchanged(path, describe(child), why))
                 continue
-            part = _fold_part(working, child, calls.get(child), original, path, ways)
+            part = self._fold(child, path)
             if part is None:
-                visit(child, path)
+                self.visit(child, path)
             else:
-                found.changed += part.changed
-                found.left += part.left
+                self.found.changed += part.changed
+                self.found.left += part.left
 
-    visit(working, "")
-    return found
-
-
-def _fold_part(
-    working: nn.Module, part: nn.Module, given: Inputs | None, original: _Original, path: str, ways: tuple[str, ...]
-) -> _Folded | None:
-    """Replace a part of the model by the folded part; return None, and change nothing, if that is impossible."""
-    if given is None:
-        return None
-    try:
-        trace = tracing.trace(copied(part, share=True), given, ways=ways, prepare=lowering.lower)
-    except Untraceable:
-        return None
-    if trace.refused:
-        return None
-    found = _fold_graph(trace, part, original, path)
-    walk.replace(working, part, found.model)
-    try:
-        same = original.compared(working).allowed(original.limit, gate.AMPLIFICATION)
-    except Exception:  # the rest of the model reads modules inside the part
-        same = False
-    if not same:
-        walk.replace(working, found.model, part)
-        return None
-    return found
+    def _fold(self, part: nn.Module, path: str) -> _Folded | None:
+        """Replace a part of the model by the folded part; return None, and change nothing, if that is impossible."""
+        if part not in self._runs:
+            return None
+        try:
+            trace = tracing.trace(copied(part, share=True), self._runs[part], ways=self._ways, prepare=lowering.lower)
+        except Untraceable:
+            return None
+        if trace.refused:
+            return None
+        found = _fold_graph(trace, part, self._original, path)
+        working = self.found.model
+        walk.replace(working, part, found.model)
+        if self._one_by_one and not self._original.agrees(working):
+            walk.replace(working, found.model, part)
+            return None
+        return found

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from batchnorm.models import lowering
 from batchnorm.models.model_graph import Trace
-from batchnorm.surgery.fold.arithmetic import wide
+from batchnorm.surgery.fold.arithmetic import rounded, wide
 from batchnorm.surgery.fold.network import Call, Kind, Network
 from batchnorm.surgery.fold.pytorch import moves
 from batchnorm.surgery.fold.pytorch.states import TorchLinear, TorchNorm, is_linear_layer, linear_arguments
-from batchnorm.surgery.fold.states import CannotFold, Linear
+from batchnorm.surgery.fold.states import CannotFold, Linear, NewConstants, State
 
 _LINEAR = {*lowering.CONVOLUTIONS, *lowering.TRANSPOSED, F.linear}
 _SPLITS = (torch.split, torch.chunk)
@@ -52,7 +52,7 @@ class TorchNetwork(Network):
                     call.kind, call.inputs = Kind.NORM, call.inputs[:1]
                 except CannotFold as error:
                     self.unfoldable[call] = str(error)
-        self.change({}, (), {}, duplicates, {})
+        self.change({}, (), {}, duplicates)
 
     def _read(self, node: Node) -> Call:
         call = Call(node, Kind.OTHER, describe(node), operands(node), [node])
@@ -134,6 +134,20 @@ class TorchNetwork(Network):
         if call.node.op == "call_module":
             return TorchLinear.of_layer(call.node, self._module(call.node))
         return TorchLinear.of_call(call.node, self.attribute)
+
+    def check_storable(self, call: Call, state: State) -> None:
+        """Check that every new weight is finite in its dtype.
+
+        Raises:
+            arithmetic.NotRepresentable: One is not.
+        """
+        if isinstance(state, TorchLinear):
+            state.tensors  # noqa: B018  (it raises, and is kept)
+        elif isinstance(state, TorchNorm):
+            state.arguments()
+        elif isinstance(state, NewConstants):
+            for constant, value in state.values.items():
+                rounded(value, self.attribute(constant))
 
     def replacement(self, source: Node, result: Node, *, back: bool) -> tuple[Node, Node]:
         """Return the value to replace, and its replacement, when a call is removed: its result and its source."""

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,8 +70,9 @@ class TorchLinear(Linear):
             name=f"{node.target}.weight",
         )
 
+    @cached_property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the weight, bias and border kernel as they are stored.
+        """The weight, bias and border kernel as they are stored.
 
         Raises:
             arithmetic.NotRepresentable: One is not finite in the weight's dtype.
@@ -80,7 +82,7 @@ class TorchLinear(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the result for x: with the weights as they are stored, or for float64 x before rounding."""
-        weight, bias, border = (self.weight, self.bias, self.border) if x.dtype == torch.float64 else self.tensors()
+        weight, bias, border = (self.weight, self.bias, self.border) if x.dtype == torch.float64 else self.tensors
         held = [None if t is None else t.to(device=x.device, dtype=x.dtype) for t in (weight, bias, border)]
         if self.opaque:
             return with_parameters(self.kind, *held[:2])(x)
