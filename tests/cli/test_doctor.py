@@ -93,8 +93,10 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
     np.savez("d.npz", x=np.random.default_rng(0).normal(size=(40, 3, 8, 8)).astype("float32"), y=np.arange(40) % 5)
     words = ["doctor", f"{place}:build", "--weights", "w.pth", "--data", "d.npz", "--batch-size", "16",
              "--loss", "cross-entropy", "-o", "bn.json", "--json"]  # fmt: skip
-    _, out, _ = run(words, capsys)
+    _, out, err = run(words, capsys)
     held = json.loads(out)
+    line = f"Momentum 0.1 is that of {place}:build: w.pth does not store one. If training used another, set it there.\n"
+    assert err == line
     assert held["layers"][0]["running_mean"] == [7.0, 7.0]
     assert held["layers"] != json.loads(before)["layers"]
     assert (held["samples"], held["batches"]) == (40, 3)

@@ -25,9 +25,11 @@ from batchnorm.cli.loading import (
 )
 from batchnorm.cli.reporting import ReportingCommand, print_json
 from batchnorm.cli.writing import check_output
+from batchnorm.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
 _LEVELS = ("note", "warning", "error")
 _PIPED = 120  # columns without a terminal
@@ -116,6 +118,8 @@ def doctor(
     if not as_json:
         console()  # raises an error now if rich is missing
     built = network(model, weights, usage_error)
+    if weights is not None:
+        _print_momentum(built, model, weights.path)
     given = None if data is None else batches(data, batch_size, usage_error)
     criterion = None if loss is None else _loss(loss, usage_error)
     with running_on_data("diagnose", usage_error):
@@ -137,6 +141,17 @@ def doctor(
         raise failure
     if found.worst is not None and found.worst >= Severity[fail_on.upper()]:
         ctx.exit(1)
+
+
+def _print_momentum(built: nn.Module, model: str, path: Path) -> None:
+    """Print on standard error which momentum is examined, because a state_dict does not hold it."""
+    from batchnorm.walk import norm_layers
+
+    known = [found.module.momentum for found in norm_layers(built) if hasattr(found.module, "momentum")]
+    values = sorted({"None" if momentum is None else f"{momentum:g}" for momentum in known})
+    if values:
+        line = f"Momentum {', '.join(values)} is that of {model}: {path} does not store one."
+        print(printable(f"{line} If training used another, set it there."), file=sys.stderr, flush=True)
 
 
 def _check_files(output: Path | None, html: Path | None, usage_error: UsageErrorMaker) -> None:
