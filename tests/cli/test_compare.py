@@ -226,6 +226,10 @@ def test_a_report_is_rebuilt(file, tmp_path):
     assert result.stdout == first.stdout
     assert result.stderr == ""
     assert (out / "report.html").is_file()
+    held = json.loads(invoke("--report", out, "--json").stdout)
+    assert (held["schema"], held["verb"], held["report"]) == (1, "compare", str(out / "report.html"))
+    assert held["headline"] == first.stdout.splitlines()[:-2]
+    assert held["summary"] == json.loads((out / "summary.json").read_text())
     assert "accuracy reached 1.0 %" in invoke("--report", out, "--target-accuracy", 0.01).stdout
     assert_one_line(invoke("--report", out, "--lr", 0.1, "--seeds", 2), "got --lr, --seeds. Leave these out.")
     assert_one_line(invoke("--report", tmp_path / "none"), "report must name the directory of a comparison")

@@ -10,12 +10,13 @@ import click
 from click.core import ParameterSource
 
 from batchnorm.cli import INTERRUPTED
-from batchnorm.cli.command import OneLineCommand, OneLineError, SeveralValues
+from batchnorm.cli.command import OneLineError, SeveralValues
+from batchnorm.cli.reporting import ReportingCommand, print_values
 
 WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=ReportingCommand)
 @click.option(
     "--norms",
     cls=SeveralValues,
@@ -157,7 +158,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     help="Train nothing; write the page of the comparison in that directory again, also if it is incomplete.",
 )
 @click.pass_context
-def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **options: Any) -> None:
+def compare(ctx: click.Context, /, out: Path | None, report: Path | None, as_json: bool, **options: Any) -> None:
     r"""Train one network with several normalizations, or several networks, on the same data, and write a report.
 
     \b
@@ -176,7 +177,7 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
     from batchnorm.memory import keep_memory
 
     process = launched()
-    given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT} - {"as_json"}
     options |= {name: options[name] or None for name in ("norms", "lr", "dropout")}
     if out is None and not options["resume"]:
         out = comparison.default_directory()
@@ -209,7 +210,12 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, **opti
                 file=sys.stderr,
             )
         ctx.exit(INTERRUPTED)
-    if process.first:
+    if not process.first:
+        return
+    if as_json:
+        files = {"out": str(result.out), "report": str(result.report_path)}
+        print_values("compare", headline=result.headline, **files, summary=result.summary)
+    else:
         print(result)
 
 
