@@ -8,7 +8,7 @@ import click
 
 from batchnorm.cli.app import app
 
-WIDTH = 84  # columns of a block of code in a window of 1280 pixels
+WIDTH = 80  # columns of a block of code in a window of 1280 pixels
 
 
 def reference() -> str:
