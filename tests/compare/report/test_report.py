@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 
@@ -11,9 +12,11 @@ import pytest
 from torch import nn
 
 from batchnorm import compare, page
-from batchnorm.compare import Choice, Evaluation, Histogram, Run, Step
+from batchnorm.compare import Choice, Evaluation, Grid, Histogram, Run, Settings, Step
 from batchnorm.compare.inputs import norms
 from batchnorm.compare.report import curves, figures
+from batchnorm.compare.report.facets import Facets
+from batchnorm.compare.report.summary import outcomes
 
 OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?|url\(|@import""")
 
@@ -191,6 +194,35 @@ def _run(norm: str, seed: int, losses: list[float | None]) -> Run:
     run.steps = [Step(k + 1, k + 1.0 + seed, loss) for k, loss in enumerate(losses)]
     run.evaluations = [Evaluation(k, k + float(seed), 0.5, 0.1 * k) for k in range(0, len(losses) + 1, 2)]
     return run
+
+
+def _of_sizes(norm_names: tuple[str, ...], sizes: tuple[int, ...], lr: tuple[float, ...] = (0.1,)) -> Facets:
+    grid = Grid(norm_names, ("before",), lr, sizes, ("iid",), (None,), ("mlp",))
+    runs = [replace(_run(choice.norm, 0, [4, 2]), choice=choice) for choice in grid.choices]
+    settings = Settings(grid, False, "d", None, None, 2, "constant", "sgd", 1, 0.9, None, 1, "cpu")
+    return Facets.of(runs, outcomes(runs, settings, dict.fromkeys(norm_names, "norm"), 512), grid)
+
+
+def test_batch_sizes_have_charts_of_their_own_if_other_settings_vary():
+    facets = _of_sizes(("none", "batch"), (4, 256))
+    assert (facets.titles, facets.labels, facets.drawn) == (["batches of 4", "batches of 256"], ["none", "batch"], 2)
+    for size, of_series in zip((4, 256), facets.runs, strict=True):
+        choices = [run.choice for runs in of_series for run in runs]
+        assert [(choice.norm, choice.batch_size) for choice in choices] == [("none", size), ("batch", size)]
+        assert [facets.index(choice) for choice in choices] == [0, 1]
+
+
+def test_batch_sizes_alone_share_one_chart():
+    facets = _of_sizes(("batch",), (4, 256))
+    assert (facets.titles, facets.labels) == ([""], ["batches of 4", "batches of 256"])
+    (small,), (large,) = facets.runs[0]
+    ends = [curves.curve([run], curves.test_loss, 512)[-1] for run in (small, large)]
+    assert [(end.step, end.epochs) for end in ends] == [(2, 2 / 128), (2, 1)]
+
+
+def test_each_chart_shows_at_most_eight_series_at_first():
+    facets = _of_sizes(tuple(f"batch:momentum=0.{k}" for k in range(1, 10)), (4, 256), lr=(0.1, 0.2))
+    assert (len(facets.labels), facets.drawn) == (18, 8)
 
 
 def test_curves_have_bands_over_the_seeds():

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,22 +56,27 @@ class Cells:
         Returns:
             The time that each kind of run takes; the keys are those of `kind_of`.
         """
-        costs = {}
-        for choice in dict.fromkeys(map(self.kind_of, choices)):
-            begun = time.perf_counter()
-            network, norm, _ = self._build(choice, 0)
-            options = self._options(choice)
-            steps = min(3, options.steps)
-            options = replace(options, steps=steps, evaluate_every=steps + 1)
-            recorder, watched = Recorder(Run(choice, 0), io.StringIO()), self._activations(network, norm)
-            optimizer = self._optimizer(network, choice)
-            built = time.perf_counter()
-            train(network, norm, self.data, optimizer, options, watched, recorder, lambda *_: None, self.processes)
-            ends = [0.0, *(step.train_seconds for step in recorder.run.steps)]
-            evaluating = time.perf_counter() - built - ends[-1]
-            # The first step includes first calls, and two evaluations precede and follow the steps.
-            costs[choice] = Costs(built - begun, min(b - a for a, b in pairwise(ends)), evaluating / 2)
-        return costs
+        return {choice: self._trial(choice) for choice in dict.fromkeys(map(self.kind_of, choices))}
+
+    def _trial(self, choice: Choice) -> Costs:
+        """Train a network for at most three steps; return the time that this choice takes."""
+        begun = time.perf_counter()
+        network, norm, _ = self._build(choice, 0)
+        options = self._options(choice)
+        steps = min(3, options.steps)
+        options = replace(options, steps=steps, evaluate_every=steps + 1)
+        recorder, watched = Recorder(Run(choice, 0), io.StringIO()), self._activations(network, norm)
+        optimizer = self._optimizer(network, choice)
+        ends = [time.perf_counter()]
+
+        def note_end(*_: object) -> None:
+            ends.append(time.perf_counter())
+
+        train(network, norm, self.data, optimizer, options, watched, recorder, note_end, self.processes)
+        # An evaluation precedes the first step and follows the last one; the first step also includes first calls.
+        step = ends[2] - ends[1] if len(ends) > 2 else 0.0
+        evaluation = (time.perf_counter() - ends[0] - (len(ends) - 1) * step) / 2
+        return Costs(ends[0] - begun, step, max(evaluation, 0.0))
 
     def kind_of(self, choice: Choice) -> Choice:
         """Return a choice that stands for all that take the same time: the learning rate makes no difference."""
