@@ -53,6 +53,46 @@ def forward_training(
     return replace(forward, share=share, batch=batch)
 
 
+def backward(dy: ArrayLike, forward: Forward) -> Gradients:
+    """Return the gradients in closed form.
+
+        dz = dy·f′(z)    dβ = Σ dz    dγ = Σ dz·x̂    dx̂ = γ·dz
+        dx = invstd·(dx̂ − Σ dx̂/m − x̂·Σ(dx̂·x̂)/m)
+
+    With weights, w/V₁ replaces 1/m; at inference, 0 replaces it. Source: `backward_by_parts`, simplified. Section 3.
+
+    Args:
+        dy: Gradient of y, like x.
+        forward: The forward pass, of any kind.
+    """
+    spread, total, share, x_hat = forward.layout.spread, forward.layout.total, forward.share, forward.x_hat
+    dz, dweight, dbias, dx_hat = _affine_backward(dy, forward)
+    sum_dx_hat = total(dx_hat, like=forward.mean)
+    sum_dx_hat_x_hat = total(dx_hat * x_hat, like=forward.mean)
+    dx = spread(forward.invstd) * (dx_hat - share * (spread(sum_dx_hat) + x_hat * spread(sum_dx_hat_x_hat)))
+    return Gradients(dz, dweight, dbias, dx_hat, dx)
+
+
+def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
+    """Return the gradients by the chain rule, through x̂, then σ², then μ, with the arguments of `backward`.
+
+        dx̂  = dz·γ
+        dσ² = Σ dx̂·(x − μ)·(−½)·(σ² + ε)^(−3/2)
+        dμ  = Σ dx̂·(−1/√(σ² + ε)) + dσ²·Σ(−2(x − μ))/m
+        dx  = dx̂/√(σ² + ε) + dσ²·2(x − μ)/m + dμ/m
+
+    At inference 1/m is 0, and dσ² and dμ are the gradients of the given statistics.
+    Source: Ioffe & Szegedy 2015, section 3, the six equations after Algorithm 1. Section 3.
+    """
+    spread, total, share = forward.layout.spread, forward.layout.total, forward.share
+    x_centered, invstd = forward.x_centered, forward.invstd
+    dz, dweight, dbias, dx_hat = _affine_backward(dy, forward)
+    dvar = total(dx_hat * x_centered, like=invstd) * -0.5 * invstd**3
+    dmean = total(dx_hat, like=invstd) * -invstd + dvar * total(-2 * share * x_centered, like=invstd)
+    dx = dx_hat * spread(invstd) + spread(dvar) * 2 * share * x_centered + spread(dmean) * share
+    return GradientsByParts(dz, dweight, dbias, dx_hat, dx, dvar, dmean)
+
+
 def forward_inference(
     x: ArrayLike,
     running_mean: ArrayLike,
@@ -123,54 +163,6 @@ def normalize(
     return Forward(mean, var, x_centered, invstd, x_hat, z, y, weight, slope, layout, np.zeros(()), None)
 
 
-def backward(dy: ArrayLike, forward: Forward) -> Gradients:
-    """Return the gradients in closed form.
-
-        dz = dy·f′(z)    dβ = Σ dz    dγ = Σ dz·x̂    dx̂ = γ·dz
-        dx = invstd·(dx̂ − Σ dx̂/m − x̂·Σ(dx̂·x̂)/m)
-
-    With weights, w/V₁ replaces 1/m; at inference, 0 replaces it. Source: `backward_by_parts`, simplified. Section 3.
-
-    Args:
-        dy: Gradient of y, like x.
-        forward: The forward pass, of any kind.
-    """
-    spread, total, share, x_hat = forward.layout.spread, forward.layout.total, forward.share, forward.x_hat
-    dz, dweight, dbias, dx_hat = _affine_backward(dy, forward)
-    sum_dx_hat = total(dx_hat, like=forward.mean)
-    sum_dx_hat_x_hat = total(dx_hat * x_hat, like=forward.mean)
-    dx = spread(forward.invstd) * (dx_hat - share * (spread(sum_dx_hat) + x_hat * spread(sum_dx_hat_x_hat)))
-    return Gradients(dz, dweight, dbias, dx_hat, dx)
-
-
-def backward_by_parts(dy: ArrayLike, forward: Forward) -> GradientsByParts:
-    """Return the gradients by the chain rule, through x̂, then σ², then μ, with the arguments of `backward`.
-
-        dx̂  = dz·γ
-        dσ² = Σ dx̂·(x − μ)·(−½)·(σ² + ε)^(−3/2)
-        dμ  = Σ dx̂·(−1/√(σ² + ε)) + dσ²·Σ(−2(x − μ))/m
-        dx  = dx̂/√(σ² + ε) + dσ²·2(x − μ)/m + dμ/m
-
-    At inference 1/m is 0, and dσ² and dμ are the gradients of the given statistics.
-    Source: Ioffe & Szegedy 2015, section 3, the six equations after Algorithm 1. Section 3.
-    """
-    spread, total, share = forward.layout.spread, forward.layout.total, forward.share
-    x_centered, invstd = forward.x_centered, forward.invstd
-    dz, dweight, dbias, dx_hat = _affine_backward(dy, forward)
-    dvar = total(dx_hat * x_centered, like=invstd) * -0.5 * invstd**3
-    dmean = total(dx_hat, like=invstd) * -invstd + dvar * total(-2 * share * x_centered, like=invstd)
-    dx = dx_hat * spread(invstd) + spread(dvar) * 2 * share * x_centered + spread(dmean) * share
-    return GradientsByParts(dz, dweight, dbias, dx_hat, dx, dvar, dmean)
-
-
-def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Array, Array]:
-    """Return dz, dγ, dβ and dx̂, by differentiating y = f(γ·x̂ + β + residual)."""
-    layout, weight = forward.layout, forward.weight
-    dz = shaped("dy", dy, layout.shape) * forward.slope
-    dweight, dbias = layout.total(dz * forward.x_hat, like=weight), layout.total(dz, like=weight)
-    return dz, dweight, dbias, dz * layout.spread(weight)
-
-
 def double_backward(
     v: ArrayLike, v_weight: ArrayLike, v_bias: ArrayLike, dz: ArrayLike, forward: Forward
 ) -> DoubleGradients:
@@ -215,3 +207,11 @@ def double_backward(
         dx=-(invstd**2) * (through_invstd + through_x_hat) + invstd * q(v_gamma * dz),
         dweight=layout.total(invstd * dz * p(v), like=weight),
     )
+
+
+def _affine_backward(dy: ArrayLike, forward: Forward) -> tuple[Array, Array, Array, Array]:
+    """Return dz, dγ, dβ and dx̂, by differentiating y = f(γ·x̂ + β + residual)."""
+    layout, weight = forward.layout, forward.weight
+    dz = shaped("dy", dy, layout.shape) * forward.slope
+    dweight, dbias = layout.total(dz * forward.x_hat, like=weight), layout.total(dz, like=weight)
+    return dz, dweight, dbias, dz * layout.spread(weight)
