@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from batchnorm.doctor.rules import Rule, load_rules
+from batchnorm.rule_texts import RuleText, rule_texts
 
 # What a user has to provide for a need, from the most to the least demanding.
 NEEDS = {
@@ -17,25 +17,16 @@ NEEDS = {
 }
 
 
-def page(rule: type[Rule]) -> str:
-    """Return the Markdown page of a rule."""
-    parts = [f"# {rule.code}: {rule.title}", rule.why]
-    parts += ["## Evidence", rule.evidence, "## Severity", rule.severity, "## Fix", f"```py\n{rule.repair}\n```"]
-    parts += ["In Keras:", f"```py\n{rule.repair_keras}\n```"] if rule.repair_keras else []
-    parts += ["## Notes", rule.notes] if rule.notes else []
-    return "\n\n".join([*parts, "## Source", rule.source]) + "\n"
-
-
 def table() -> str:
     """Return the Markdown table of all rules."""
     rows = ["| code | finding | needs |", "|---|---|---|"]
-    for rule in load_rules():
+    for rule in rule_texts().values():
         needs = next((text for kinds, text in NEEDS.items() if set(kinds) & set(rule.needs)), "the model")
         rows.append(f"| [{rule.code}]({path(rule)}) | {rule.title} | {needs} |")
     return "\n".join(rows)
 
 
-def path(rule: type[Rule]) -> str:
+def path(rule: RuleText) -> str:
     """Return the path of a rule's page, in the folder of the doctor's pages."""
     return f"{rule.code.lower()}.md"
 
@@ -43,7 +34,7 @@ def path(rule: type[Rule]) -> str:
 def on_config(config: Any) -> None:
     """Put the rules into the navigation, after the first page of the section `Doctor`."""
     (section,) = sections(config.nav, "Doctor")
-    section[1:1] = [f"doctor/{path(rule)}" for rule in load_rules()]
+    section[1:1] = [f"doctor/{path(rule)}" for rule in rule_texts().values()]
 
 
 def sections(nav: list[Any], title: str) -> Iterator[list[Any]]:
@@ -56,8 +47,8 @@ def sections(nav: list[Any], title: str) -> Iterator[list[Any]]:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages of the rules."""
-    for rule in load_rules():
-        files.append(File.generated(config, f"doctor/{path(rule)}", content=page(rule)))
+    for rule in rule_texts().values():
+        files.append(File.generated(config, f"doctor/{path(rule)}", content=rule.markdown()))
     return files
 
 

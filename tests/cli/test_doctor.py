@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from batchnorm import cli
+from batchnorm.rule_texts import rule_texts
 
 NETWORK = """
 import torch
@@ -167,3 +169,24 @@ def test_inspect_reports_usage_errors_in_one_line(place, capsys, words, line) ->
     code, _, err = run(["inspect", *(word.format(net=place) for word in words)], capsys)
     assert code == 2
     assert err.startswith(line.format(net=place)) and err.count("\n") == 1
+
+
+def test_explain_prints_the_documentation_of_codes(capsys) -> None:
+    code, out, _ = run(["explain", "bn107", "BN217"], capsys)
+    assert code == 0
+    assert out.startswith("# BN107: frozen layers still update their running statistics\n")
+    assert "# BN217: too few updates for the momentum" in out and "## Fix" in out
+
+
+def test_explain_lists_the_codes_and_suggests_near_ones(capsys) -> None:
+    code, out, _ = run(["explain"], capsys)
+    assert code == 0 and [line[:5] for line in out.splitlines()] == sorted(rule_texts())
+    code, _, err = run(["explain", "BN17"], capsys)
+    assert code == 2 and "BN107" in err and "got BN17" in err
+    assert "Run batchnorm explain to list the codes." in run(["explain", "x"], capsys)[2]
+
+
+def test_explain_imports_no_framework() -> None:
+    program = "import sys; from batchnorm.cli.app import app; app(['explain', 'BN107'], standalone_mode=False); "
+    program += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0

@@ -384,6 +384,41 @@ def apart() -> Case:
     return Case(trained("plain"), None, options, Severity.WARNING, two_processes)
 
 
+def two_domains() -> Case:
+    """Train on dark and on bright pictures in turn, and diagnose such batches."""
+    model = trained("plain")
+    x, y = digits()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for step in range(20):
+        rows = slice(64 * step, 64 * (step + 1))
+        optimizer.zero_grad()
+        criterion(model(1 - x[rows] if step % 2 else x[rows]), y[rows]).backward()
+        optimizer.step()
+    data = [(1 - x if number % 2 else x, y) for number, (x, y) in enumerate(batches())]
+    return Case(model, data, {"loss": criterion}, Severity.ERROR)
+
+
+def averaged_model() -> Case:
+    """Average the weights of a training, and keep the last statistics."""
+    model = trained("plain")
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    train(model, 60, lr=0.1, seed=3)
+    average.update_parameters(model)
+    return Case(average.train(), batches(), {"loss": criterion}, Severity.ERROR)
+
+
+def small_momentum() -> Case:
+    model = trained("plain")
+    for layer in norms(model):
+        layer.reset_running_stats()
+        layer.momentum = 0.01
+    x, _ = batches(1)[0]
+    for _ in range(20):
+        model(x)
+    return Case(model, batches(), {"loss": criterion}, Severity.ERROR)
+
+
 def tracking_off() -> Case:
     """Fine-tune like callbacks that freeze γ and β and switch tracking off; the layers train by the batch."""
     model = trained("plain")
@@ -408,6 +443,8 @@ PLANTED: dict[str, Callable[[], Case]] = {
     "BN112": lambda: exposures(1.0),
     "BN113": lambda: sequences(padded=True),
     "BN114": lambda: overflowing(1e5),
+    "BN115": two_domains,
+    "BN116": averaged_model,
     "BN201": without_buffers,
     "BN202": poisoned,
     "BN203": lambda: decayed(0.05),
@@ -424,6 +461,7 @@ PLANTED: dict[str, Callable[[], Case]] = {
     "BN214": one_of_four,
     "BN215": apart,
     "BN216": tracking_off,
+    "BN217": small_momentum,
 }
 # Rules whose healthy case is not simply a trained network on data like its training data.
 HEALTHY: dict[str, Callable[[], Case]] = {
@@ -446,8 +484,11 @@ RELATED = {
     "BN111": {"BN101"},
     "BN112": {"BN101", "BN105"},
     "BN114": {"BN202"},
+    "BN115": {"BN101", "BN102", "BN112"},
+    "BN116": {"BN101"},
     "BN201": {"BN101", "BN102"},
     "BN210": {"BN101", "BN102"},
     "BN214": {"BN104"},
     "BN216": {"BN101", "BN102"},
+    "BN217": {"BN101"},
 }

@@ -142,7 +142,7 @@ def test_two_passes_before_a_backward_pass_are_found() -> None:
             optimizer.step()
     (finding,) = w.findings
     assert finding.code == "BN106"
-    assert "calls the model 2 times" in finding.summary
+    assert "calls the model twice" in finding.summary
 
 
 class Shrinking:

@@ -9,6 +9,7 @@ from batchnorm.cli.accelerate import accelerate
 from batchnorm.cli.command import OneLineGroup
 from batchnorm.cli.compare import compare
 from batchnorm.cli.doctor import doctor
+from batchnorm.cli.explain import explain
 from batchnorm.cli.fold import fold
 from batchnorm.cli.inspect import inspect
 from batchnorm.cli.recalibrate import recalibrate
@@ -29,5 +30,5 @@ def app(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (compare, doctor, inspect, fold, accelerate, recalibrate, standardize, completion):
+for command in (compare, doctor, explain, inspect, fold, accelerate, recalibrate, standardize, completion):
     app.add_command(command)

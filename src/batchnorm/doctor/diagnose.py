@@ -10,11 +10,19 @@ from torch import nn
 
 from batchnorm._options import check_max_samples
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.doctor.finding import Finding, NotChecked
+from batchnorm.doctor.finding import Finding, NotChecked, causes_first
 from batchnorm.doctor.inspection import check_model, guessed_inputs
+from batchnorm.doctor.measure.evaluation_mode import Evaluate
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.measure.measuring import add_data, add_effects, add_processes, add_trace, measure_model
+from batchnorm.doctor.measure.measuring import (
+    add_data,
+    add_effects,
+    add_modes,
+    add_processes,
+    add_trace,
+    measure_model,
+)
 from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import Rule, load_rules
@@ -34,6 +42,7 @@ def diagnose(
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     forward: Forward | None = None,
+    evaluate: Evaluate | None = None,
     max_samples: int | None = 1000,
     budget: int = 5,
     process_group: Any = None,
@@ -61,6 +70,8 @@ def diagnose(
             whose keys are names of its arguments. A Lightning module is called by its `training_step`, or by
             `validation_step` if it optimizes manually; what the step logs is dropped. If a step needs a trainer, the
             module is called by its `forward`.
+        evaluate: `evaluate(model)` is your evaluation. It is run once, after `model.train()`, to see whether it calls
+            `model.eval()`; what it returns is not used.
         max_samples: Stop after the batch that reaches this many samples; None reads all the data.
         budget: Number of further passes over the data to measure the cost of single layers.
         process_group: Compare the processes of this group; each of them must call `diagnose`. With None, there is no
@@ -68,7 +79,8 @@ def diagnose(
         progress: Whether to show the expected time and a bar on standard error (needs rich).
 
     Returns:
-        The diagnosis: the findings, worst first, and the rules that could not be checked. It prints as a report.
+        The diagnosis: the findings, worst first and causes before what they explain, and the rules that could not be
+        checked. It prints as a report.
 
     Raises:
         TypeError: model is not a module, data is not an iterable of batches, or a batch does not fit the model's
@@ -90,7 +102,8 @@ def diagnose(
         inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
         kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
         with restored(kept, buffers=True), bar("diagnose", progress, processes.check) as shown, eager():
-            measurements = add_processes(measure_model(inner, optimizer), processes if together else None)
+            measurements = add_modes(measure_model(inner, optimizer), evaluate)
+            measurements = add_processes(measurements, processes if together else None)
             call = ModelCall(forward or default_forward("diagnose", for_loss=loss is None), loss)
             batches = None if data is None else Batches(data, max_samples)
             measurements = _measure(measurements, call, batches, budget, shown)
@@ -108,7 +121,7 @@ def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: 
 
 
 def apply_rules(m: Measurements, rules: Iterable[type[Rule]]) -> tuple[list[Finding], list[NotChecked]]:
-    """Return the findings, worst first, and the rules whose needs are not met."""
+    """Return the findings, worst first and causes before what they explain, and the rules whose needs are not met."""
     findings: list[Finding] = []
     not_checked: list[NotChecked] = []
     by_code = {rule.code: rule() for rule in rules}
@@ -118,8 +131,7 @@ def apply_rules(m: Measurements, rules: Iterable[type[Rule]]) -> tuple[list[Find
             not_checked.append(NotChecked(rule.code, rule.title, reason))
         else:
             findings += rule.check(m)
-    revised = [by_code[finding.code].revise(finding, findings) for finding in findings]
-    return sorted(revised, key=lambda finding: (-finding.severity, finding.code)), not_checked
+    return causes_first([by_code[finding.code].revise(finding, findings) for finding in findings]), not_checked
 
 
 def layers_left_out(m: Measurements) -> list[NotChecked]:

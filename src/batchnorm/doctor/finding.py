@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -37,6 +37,7 @@ class Finding:
             data. A finding of low confidence is never an error.
         cost: The measured cost, such as `{"loss": 0.83}`; empty if it cannot be measured.
         figures: The evidence for programs.
+        causes: The codes of the findings that explain this one.
     """
 
     code: str
@@ -49,6 +50,30 @@ class Finding:
     confidence: str = "certain"
     cost: Mapping[str, float] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
+    causes: tuple[str, ...] = ()
+
+
+def causes_first(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings, worst first, and each one after its causes.
+
+    A cause ranks as high as the worst finding that it explains, directly or through another one.
+    """
+    direct: dict[str, set[str]] = {}
+    for finding in findings:
+        direct.setdefault(finding.code, set()).update(finding.causes)
+
+    def causes_of(code: str) -> set[str]:
+        return direct.get(code, set()).union(*map(causes_of, direct.get(code, ())))
+
+    every = {code: causes_of(code) for code in direct}
+    worst = {code: max(f.severity for f in findings if f.code == code) for code in direct}
+    rank = {code: max(worst[c] for c in direct if c == code or code in every[c]) for code in direct}
+
+    def key(finding: Finding) -> tuple[int, int, str]:
+        leads = finding.severity == worst[finding.code]
+        return -(rank[finding.code] if leads else finding.severity), len(every[finding.code]), finding.code
+
+    return sorted(findings, key=key)
 
 
 @dataclass(frozen=True)

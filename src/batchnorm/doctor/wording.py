@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import glob
+from collections.abc import Collection, Iterable, Sequence
 
 from batchnorm.text import printable
 
@@ -10,6 +11,11 @@ from batchnorm.text import printable
 def counted(number: int, singular: str, plural: str = "") -> str:
     """Return a number and its noun, such as `1 layer`; `plural` is needed for a phrase, such as `layers move`."""
     return f"{number} {singular if number == 1 else plural or singular + ('es' if singular.endswith('ch') else 's')}"
+
+
+def times(number: int) -> str:
+    """Return `twice`, or a larger number of times."""
+    return "twice" if number == 2 else f"{number} times"
 
 
 def listed(paths: Iterable[str], most: int = 4) -> str:
@@ -29,12 +35,36 @@ def named(path: str) -> str:
     return printable(path) or "(model)"
 
 
+def patterns(paths: Sequence[str], others: Collection[str], prefix: str = "") -> list[str]:
+    """Return few patterns for `only=` that match these layers, whose paths begin with the prefix, and no others."""
+    if len(paths) == 1:
+        return [glob.escape(paths[0])]
+    if not any(path.startswith(prefix) for path in others):
+        return [f"{glob.escape(prefix)}*"]
+    found: list[str] = []
+    for name in dict.fromkeys(path[len(prefix) :].partition(".")[0] for path in paths):
+        inner = [path for path in paths if path.startswith(f"{prefix}{name}.")]
+        found += [glob.escape(prefix + name)] if prefix + name in paths else []
+        found += patterns(inner, others, f"{prefix}{name}.") if inner else []
+    return found
+
+
 def noise_at(path: str, batch_size: float, noise: float) -> str:
     """Return a clause that states the noise of a layer's batch statistics, in σ."""
     value = f"a normalized value at {named(path)} varies by {noise:.2g}σ"
     return f"with {batch_size:g} samples {value} with the rest of its batch"
 
 
+def figure(value: float) -> str:
+    """Return a number in three significant digits, or whole from a thousand to a million."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 def signed(value: float) -> str:
     """Return a number in three significant digits with its sign, a true minus."""
     return f"{value:+.3g}".replace("-", "−")
+
+
+def explain_command(code: str) -> str:
+    """Return the command that prints the documentation of a code."""
+    return f"batchnorm explain {code}"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from statistics import median
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.linalg import lstsq
+from torch.optim.swa_utils import AveragedModel
 
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.measure.distance import Distance
 from batchnorm.doctor.measure.effect import Effect
+from batchnorm.doctor.measure.layers import Layer, remaining
 from batchnorm.doctor.measure.traced import tensor_of
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.wording import counted, listed, named
 from batchnorm.models.model_graph import Trace
 
 # Share of a layer's deviation that no change of its input can cause. Below the first value, the data have changed.
@@ -30,15 +33,26 @@ _FITS = 0.02
 # Smallest common factor of σ, and largest difference of the channels' own factors, relative to the common one.
 _SCALED, _UNEVEN = 0.2, 0.25
 
+# Names of classes that hold averaged weights, in libraries that have their own.
+_AVERAGES = re.compile(r"Averag|EMA(?![a-z])|Ema(?![a-z])|SWA")
+
 _UNSURE = "unsure: either the weights changed after the statistics, or these are not the training data (BN103)"
 
 
 @dataclass(frozen=True)
 class Cause:
-    """The cause: `stale`, `shift`, `dropout` or `unknown`, and the evidence for it."""
+    """The cause of a misfit.
+
+    Attributes:
+        kind: `stale` (the weights have changed), `averaged` (by averaging), `momentum` (too few updates), `shift` (the
+            data are different), `dropout` or `unknown`.
+        evidence: Lines with figures.
+        summary: The cause in one line; empty if the number of layers says it better.
+    """
 
     kind: str
-    evidence: tuple[str, ...]
+    evidence: tuple[str, ...] = ()
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,19 +78,22 @@ class Misfit:
 
     @property
     def finding(self) -> dict[str, Any]:
-        """The arguments of `Rule.finding` for BN102 and BN103."""
-        off = counted(self.compared, "layer is", "layers are")
+        """The arguments of `Rule.finding` for the rule of the cause."""
+        number = f"{len(self.distances)} of {counted(self.compared, 'layer')}"
+        off = f"{number} {'is' if len(self.distances) == 1 else 'are'} off: {listed(self.paths, 3)}"
         return {
             "severity": self.effect.severity,
             "effect": self.effect,
             "paths": self.paths,
-            "summary": f"{len(self.distances)} of {off} off: {listed(self.paths, 3)}",
+            "summary": self.cause.summary or off,
             "evidence": [
                 f"running statistics against the population's: {self.effect}",
                 *self.cause.evidence,
+                *([off] if self.cause.summary else []),
                 *(f"{distance}, divergence {distance.divergence:.2g} nats" for distance in self.distances[:5]),
             ],
             "cause": self.cause.kind,
+            "signs": self.cause.evidence,
             "layers": {
                 d.layer.path: {"shift": d.shift, "log_scale": d.scale, "divergence": d.divergence}
                 for d in self.distances
@@ -84,13 +101,16 @@ class Misfit:
         }
 
 
-def suspects(distances: tuple[Distance, ...], effect: Effect) -> tuple[Distance, ...]:
+def suspects(distances: tuple[Distance, ...], effect: Effect, gap: Effect | None) -> tuple[Distance, ...]:
     """Return the layers that are off, worst first.
 
-    If the running statistics do harm, layers that are off by less count, too, because they may cause the harm together.
+    If the running statistics do harm, or most of the harm in evaluation, layers that are off by less count, too,
+    because they may cause the harm together.
     """
     ranked = sorted(distances, key=lambda distance: -distance.divergence)
     harm = effect.severity > Severity.NOTE
+    if gap is not None and gap.severity > Severity.NOTE and gap.loss is not None and effect.loss is not None:
+        harm = harm or effect.loss > gap.loss / 2
     return tuple(d for d in ranked if d.matters or (harm and d.divergence > ranked[0].divergence / 4))
 
 
@@ -98,27 +118,85 @@ def cause_of(
     off: tuple[Distance, ...],
     distances: tuple[Distance, ...],
     trace: Trace | None,
-    dropout_scale: dict[str, float],
+    dropout_scale: Mapping[str, float],
+    averaged: str,
 ) -> Cause:
     """Return why the layers `off`, among all `distances`, do not fit the data.
+
+    Args:
+        off: The layers that do not fit, worst first.
+        distances: All layers that can be compared.
+        trace: The traced model.
+        dropout_scale: The layers whose input dropout changes.
+        averaged: Why the weights are known to be averages; empty if they are not.
+    """
+    cause = (
+        _too_few_updates(off)
+        or _of_the_data(off)
+        or _of_dropout(off, dropout_scale)
+        or _of_weights_or_data(distances, trace)
+    )
+    if averaged and cause.kind in ("stale", "unknown"):
+        return Cause("averaged", (averaged,), "the weights are averages, and the running statistics belong to others")
+    if cause.kind == "stale" and not cause.summary:
+        changed = "the weights changed after the running statistics, as by averaging (SWA, EMA), pruning, quantization"
+        return replace(cause, summary=f"{changed} or training in evaluation mode")
+    if cause.kind == "shift":
+        first = min(off, key=lambda distance: distance.layer.order)
+        behind = "from those behind the running statistics"
+        return replace(cause, summary=f"the data {first.as_change} {behind}, at {named(first.layer.path)}")
+    return cause
+
+
+def averaging_of(model: nn.Module) -> str:
+    """Return why the weights of a model are known to be averages; empty if they are not known to be."""
+    name = type(model).__name__
+    if isinstance(model, AveragedModel):
+        return f"{name} holds the average of {counted(int(model.n_averaged), 'model')}" if model.n_averaged > 1 else ""
+    return f"{name} is named after averaging" if _AVERAGES.search(name) else ""
+
+
+def _too_few_updates(off: tuple[Distance, ...]) -> Cause | None:
+    layers = [distance.layer for distance in off]
+    lags = [layer for layer in layers if layer.initial_share() > LAGS]
+    if 2 * len(lags) < len(off):
+        return None
+    number = f"{len(lags)} of {counted(len(off), 'layer')}"
+    new = [layer.path for layer in lags if layer.is_new()]
+    if 2 * len(new) >= len(lags):
+        return Cause("stale", summary=f"{len(new)} of {counted(len(off), 'layer')} never updated: {listed(new, 3)}")
+    worst = max((layer for layer in lags if not layer.is_new()), key=Layer.initial_share)
+    return Cause("momentum", (f"{number} that are off: more than {LAGS:.0%} of the initial values",), kept(worst))
+
+
+def kept(layer: Layer, updates: int | None = None) -> str:
+    """Return in words which share of a layer's initial statistics is left, after all its updates or so many."""
+    updates = layer.updates if updates is None else updates
+    share = f"{remaining(layer.momentum, updates):.0%} of the initial running statistics"
+    return f"{layer.momentum_as_set} over {counted(updates or 0, 'step')} keeps {share}"
+
+
+def _of_the_data(off: tuple[Distance, ...]) -> Cause | None:
+    entry = next((distance for distance in off if _normalizes_data(distance)), None)
+    if entry is None:
+        return None
+    return Cause("shift", (f"{entry.layer.path!r} normalizes the data themselves, with no weights before it",))
+
+
+def _of_dropout(off: tuple[Distance, ...], dropout_scale: Mapping[str, float]) -> Cause | None:
+    if 2 * sum(distance.layer.path in dropout_scale for distance in off) < len(off):
+        return None
+    return Cause("dropout", ("dropout makes their inputs deviate more in training",))
+
+
+def _of_weights_or_data(distances: tuple[Distance, ...], trace: Trace | None) -> Cause:
+    """Return whether the weights or the data have changed.
 
     The mean of a convolution's output over samples and positions is S·m, where m are the means of its input channels
     and S are the sums of its weights. After a change of the data, running mean and measured mean differ by a vector in
     the range of S. After a change of the weights, they do not. The two cases can be distinguished if there are more
     outputs than inputs.
     """
-    lags = [lag for distance in off if (lag := distance.layer.initial_share()) > LAGS]
-    if 2 * len(lags) >= len(off):
-        hold = counted(len(off), "layer still holds", "layers still hold")
-        return Cause(
-            "stale",
-            (f"{len(lags)} of {hold} {median(lags):.0%} of their initial values: too few updates for their momentum",),
-        )
-    entry = next((distance for distance in off if _normalizes_data(distance)), None)
-    if entry is not None:
-        return Cause("shift", (f"{entry.layer.path!r} normalizes the data themselves, with no weights before it",))
-    if 2 * sum(distance.layer.path in dropout_scale for distance in off) >= len(off):
-        return Cause("dropout", ("dropout makes their inputs deviate more in training",))
     # Changed weights also change the inputs of later layers, so only the first layer that is off indicates the data.
     called = sorted(distances, key=lambda distance: distance.layer.order)
     shares = [(d, _unexplained_share(d, trace)) for d in called if d.shift > _MEASURABLE]
@@ -128,12 +206,12 @@ def cause_of(
         first, share = later[0]
     if share is not None:
         shift = f"the shift of the running means of {first.layer.path!r}"
-        line = f"{min(share, 1.0):.0%} of {shift} is explained by changed weights"
+        line = f"{share:.0%} of {shift} is explained by changed weights"
         if share < _DATA:
             return Cause("shift", (f"{line}, the rest by the data",))
-        if share > _WEIGHTS:
-            return Cause("stale", (f"{line}, not by the data",))
-        return Cause("unknown", (line, _UNSURE))
+        if share > 1:  # more than of a random vector, by chance
+            return Cause("stale", (f"{shift} is explained by changed weights, not by the data",))
+        return Cause("stale", (f"{line}, not by the data",)) if share > _WEIGHTS else Cause("unknown", (line, _UNSURE))
     entry = called[0]
     if entry.scale > _SCALED and entry.unevenness < _UNEVEN * entry.scale:
         return Cause(

@@ -39,6 +39,11 @@ class Distance:
         """Whether the distance is larger than that of a healthy running average."""
         return self.shift > 0.25 or self.scale > 0.2
 
+    @property
+    def as_change(self) -> str:
+        """The distance as a change of the data, in words."""
+        return f"differ by {self.shift:.2g}σ in the mean and by a factor of {math.exp(self.scale):.2f} in σ"
+
     def __str__(self) -> str:
         return (
             f"{named(self.layer.path)}: running mean off by {self.shift:.2g}σ, running σ by a factor of "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.finding import Severity
-from batchnorm.doctor.wording import signed
+from batchnorm.doctor.wording import figure, signed
 
 # A finding is above a note only if the output changes, relative to its spread over the samples, and the loss grows,
 # relative to itself. One is not enough: a loss near zero can grow by a factor that means nothing, and a change of the
@@ -105,7 +105,7 @@ class Effect:
             interval = ""
             if self.loss_interval is not None:
                 interval = " (95 % interval {} to {})".format(*map(signed, self.loss_interval))
-            parts.append(f"loss {self.base + self.loss:.3g} against {self.base:.3g}{interval}")
+            parts.append(f"loss {figure(self.base + self.loss)} against {figure(self.base)}{interval}")
         parts.append(f"the output changes by {self.output:.2g} standard deviations")
         if self.disagreement is not None:
             parts.append(f"{self.disagreement:.1%} of the predictions change")

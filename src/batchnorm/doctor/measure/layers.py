@@ -182,17 +182,20 @@ class Layer:
 
     def initial_share(self) -> float:
         """Return the weight of the initial values in the running statistics, (1 - momentum)^updates."""
-        if self.is_new():
-            return 1.0
-        if self.momentum is None or not self.updates:  # loaded from elsewhere, or not counted
-            return 0.0
-        return math.pow(1 - min(self.momentum, 1.0), self.updates)
+        return 1.0 if self.is_new() else remaining(self.momentum, self.updates)
 
     def scatter(self, batch_size: float) -> Tensor | None:
         """Return the standard deviation `[C]` of the batch mean, in σ; None without data."""
         if self.samples is None or self.population is None:
             return None
         return (self.samples.error_of_mean(batch_size) / (self.population.var + self.eps)).sqrt()
+
+
+def remaining(momentum: float | None, updates: int | None) -> float:
+    """Return the weight of the initial values after so many updates; 0 if the updates are not counted."""
+    if momentum is None or not updates:  # loaded from elsewhere, or not counted
+        return 0.0
+    return math.pow(1 - min(momentum, 1.0), updates)
 
 
 def samples_needed(batch_size: float, noise: float) -> int:

@@ -9,8 +9,10 @@ from statistics import median
 import torch
 from torch import nn
 
+from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.measure.cause import Misfit
 from batchnorm.doctor.measure.distance import Distance
+from batchnorm.doctor.measure.domains import Domains
 from batchnorm.doctor.measure.effect import OUTPUT_MATTERS, Effect
 from batchnorm.doctor.measure.independence import Independence
 from batchnorm.doctor.measure.layers import Layer
@@ -40,7 +42,11 @@ class Measurements:
         step: A training step on the first batch.
         trace: The traced model.
         dropout: The layers with dropout right before them in the trace, and its probability.
+        evaluated_in_training: Paths of the layers that the user's evaluation runs in training mode.
+        left_in_training: Paths of the layers that are in training mode after `model.eval()`.
         gap: Effect of the running statistics against the batches', that is, of evaluation against training.
+        training_mode_effect: Effect of the batches' statistics against the running ones, that is, of evaluation in
+            training mode.
         running_effect: Effect of the running statistics against the population's.
         batch_effect: Effect of the batches' statistics against the population's.
         distances: Distance of the running statistics from the population's, for each layer that can be compared.
@@ -50,6 +56,7 @@ class Measurements:
         dropout_scale: Deviation of a layer's input in training over its deviation without dropout, by the layer's path,
             for layers in which the two differ.
         independence: Test of whether the batches are independent samples.
+        domains: The domains that the batches come from in turn; None if there is only one.
         pooled_calls: Effect of common statistics against statistics for each call, for layers that are called several
             times, by the layer's path.
         left_by_layer: The rest of `running_effect` after one layer gets the population's statistics, by the layer's
@@ -73,7 +80,10 @@ class Measurements:
     step: TrainingStep | None = None
     trace: Trace | None = None
     dropout: Mapping[nn.Module, float] = field(default_factory=dict)
+    evaluated_in_training: tuple[str, ...] = ()
+    left_in_training: tuple[str, ...] = ()
     gap: Effect | None = None
+    training_mode_effect: Effect | None = None
     running_effect: Effect | None = None
     batch_effect: Effect | None = None
     distances: tuple[Distance, ...] = ()
@@ -81,6 +91,7 @@ class Measurements:
     noise: Mapping[str, float] = field(default_factory=dict)
     dropout_scale: Mapping[str, float] = field(default_factory=dict)
     independence: Independence | None = None
+    domains: Domains | None = None
     pooled_calls: Mapping[str, Effect] = field(default_factory=dict)
     left_by_layer: Mapping[str, Effect] = field(default_factory=dict)
     reshuffled: Effect | None = None
@@ -100,6 +111,25 @@ class Measurements:
     def dependent(self) -> bool:
         """Whether the batches are not independent samples."""
         return self.independence is not None and self.independence.rejected
+
+    @property
+    def effect_of_dependence(self) -> Effect | None:
+        """The effect of the batches' statistics, or the gap to evaluation if that is worse.
+
+        A network that is better with its own batch is just as bad, because evaluation does not have that knowledge.
+        """
+        effect, gap = self.batch_effect, self.gap
+        if effect is not None and gap is not None and gap.loss is not None and gap.severity > effect.severity:
+            return gap
+        return effect
+
+    @property
+    def advice_on_mode(self) -> list[str]:
+        """A line of evidence if the running statistics do better than the batches'; otherwise none."""
+        effect = self.training_mode_effect
+        if effect is None or effect.severity == Severity.NOTE or not self.training:
+            return []
+        return [f"in training mode against model.eval(): {effect}; if these are batches of an evaluation, call it"]
 
     @property
     def gap_matters(self) -> bool:

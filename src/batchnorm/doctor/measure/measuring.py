@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from batchnorm.doctor.finding import Severity
-from batchnorm.doctor.measure.cause import Misfit, cause_of, suspects
+from batchnorm.doctor.measure.cause import Misfit, averaging_of, cause_of, suspects
 from batchnorm.doctor.measure.distance import different_calls, distance_of
+from batchnorm.doctor.measure.domains import domains_of
 from batchnorm.doctor.measure.effect import Effect, effect_of
-from batchnorm.doctor.measure.independence import Independence, independence_of
+from batchnorm.doctor.measure.evaluation_mode import Evaluate, evaluated_in_training, left_in_training
+from batchnorm.doctor.measure.independence import independence_of
 from batchnorm.doctor.measure.layers import Layer, layers_of
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.padding import padding_effect
@@ -48,6 +50,12 @@ def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         missing["optimizer"] = "needs the optimizer (optimizer=)"
     trains = any(p.requires_grad for p in model.parameters())
     return Measurements(model, layers_of(model), model.training, trains, optimizer, missing)
+
+
+def add_modes(m: Measurements, evaluate: Evaluate | None) -> Measurements:
+    """Find the layers that run in training mode when the model is evaluated."""
+    evaluated = () if evaluate is None else evaluated_in_training(m.model, m.layers, evaluate)
+    return replace(m, left_in_training=left_in_training(m.model, m.layers), evaluated_in_training=evaluated)
 
 
 def add_processes(m: Measurements, processes: Processes | None) -> Measurements:
@@ -145,15 +153,19 @@ def add_effects(m: Measurements, passes: Runs) -> Measurements:
         for layer in m.measured
         if layer.samples is not None and layer.by_batch
     }
+    values, batch = _values_of_samples(m.measured)
+    independence = independence_of(torch.cat(list(values.values()), 1), batch) if values else None
     m = replace(
         m,
         gap=effect_of(passes.by_running, passes.by_batch),
+        training_mode_effect=effect_of(passes.by_batch, passes.by_running),
         running_effect=effect_of(passes.by_running, passes.by_population),
         batch_effect=effect_of(passes.by_batch, passes.by_population),
         distances=distances,
         noise={path: value for path, value in noise.items() if math.isfinite(value)},
         dropout_scale=_dropout_scale(m.layers, m.step),
-        independence=_independence(m.measured, len(m.batch_sizes)),
+        independence=independence,
+        domains=domains_of(values, batch) if independence is not None and independence.rejected else None,
         padding=padding_effect(passes),
     )
     m = replace(m, misfit=_misfit(m), pooled_calls=_pooled_calls(m, passes))
@@ -175,22 +187,26 @@ def _dropout_scale(layers: Iterable[Layer], step: TrainingStep | None) -> dict[s
     return found
 
 
-def _independence(layers: list[Layer], batches: int) -> Independence | None:
-    samples = [layer.samples for layer in layers if layer.samples is not None]
-    if batches < 2 or not samples:
-        return None
-    batch = samples[0].batch
-    kept = [values for of in samples if len(values := torch.cat(of.kept)) == len(batch)]
-    values = torch.cat(kept, 1)[:_TESTED]
-    return independence_of(values.double().nan_to_num(0.0, 0.0, 0.0), torch.tensor(batch[:_TESTED]))
+def _values_of_samples(layers: list[Layer]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the mean of each sample over its positions `[samples, channels]` by layer, and each sample's batch."""
+    samples = {layer.path: layer.samples for layer in layers if layer.samples is not None}
+    batch = torch.tensor(next((of.batch for of in samples.values()), []))
+    kept = {path: torch.cat(of.kept) for path, of in samples.items()}
+    values = {
+        path: of_layer[:_TESTED].double().nan_to_num(0.0, 0.0, 0.0)
+        for path, of_layer in kept.items()
+        if len(of_layer) == len(batch)
+    }
+    return values if len(batch.unique()) > 1 else {}, batch[:_TESTED]
 
 
 def _misfit(m: Measurements) -> Misfit | None:
     effect = m.running_effect
-    off = () if effect is None else suspects(m.distances, effect)
+    off = () if effect is None else suspects(m.distances, effect, m.gap)
     if effect is None or not off:
         return None
-    return Misfit(off, len(m.distances), effect, cause_of(off, m.distances, m.trace, dict(m.dropout_scale)))
+    cause = cause_of(off, m.distances, m.trace, m.dropout_scale, averaging_of(m.model))
+    return Misfit(off, len(m.distances), effect, cause)
 
 
 def _pooled_calls(m: Measurements, passes: Runs) -> dict[str, Effect]:

@@ -27,7 +27,8 @@ class Diagnosis(Results):
 
     Attributes:
         model: The model's class.
-        findings: The findings, worst first.
+        findings: The findings, worst first, and each one after its causes.
+        headline: The loss in evaluation and training, and what explains the gap.
         not_checked: Rules that could not be applied, with the reason.
         layers: The facts of every layer, in the model's order.
         samples: Number of samples.
@@ -73,14 +74,15 @@ class Diagnosis(Results):
         """Return the diagnosis as one HTML page with charts, which needs no other files and no network.
 
         Raises:
-            ImportError: jinja2 is missing.
+            ImportError: jinja2 or markdown-it-py is missing.
         """
-        if find_spec("jinja2") is None:
-            raise ImportError(
-                "A diagnosis as HTML expects jinja2 to be installed, and it is not. "
-                "Run pip install 'batchnorm[doctor]', or save it as .json or .txt."
-            )
-        from batchnorm.doctor.report.page import as_html  # jinja2 is optional
+        for module, package in (("jinja2", "jinja2"), ("markdown_it", "markdown-it-py")):
+            if find_spec(module) is None:
+                raise ImportError(
+                    f"A diagnosis as HTML expects {package} to be installed, and it is not. "
+                    "Run pip install 'batchnorm[doctor]', or save it as .json or .txt."
+                )
+        from batchnorm.doctor.report.page import as_html  # both are optional
 
         return as_html(self)
 
@@ -92,7 +94,7 @@ class Diagnosis(Results):
 
         Raises:
             ValueError: the path has another ending.
-            ImportError: it ends in `.html`, and jinja2 is missing.
+            ImportError: it ends in `.html`, and jinja2 or markdown-it-py is missing.
             OSError: the path is not a regular file, or it cannot be written; nothing is changed.
         """
         path = Path(path)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity, by_reason
 from batchnorm.doctor.measure.facts import Channels, LayerFacts, LayerMeasures
 from batchnorm.doctor.report.plain import displayed, facts_as_text
 from batchnorm.doctor.report.results import Results
-from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted, named, signed
 from batchnorm.page import number, render, short
+from batchnorm.rule_texts import rule_texts
 
 # Number of channels for which the page shows all channels of a layer, worst layers first; about 1 MB.
 _CHANNELS = 32_768
@@ -69,7 +72,9 @@ def as_html(results: Results) -> str:
         rows=rows,
         parts=parts(rows),
         chosen=ranks[0],
-        why={rule.code: rule.why for rule in load_rules()},
+        why={code: text.why for code, text in rule_texts().items()},
+        titles={code: text.title for code, text in rule_texts().items()},
+        documentation=documentation(results),
         compared=sum(measures.divergence is not None for measures in results.measures),
         noisy=sum(measures.noise is not None for measures in results.measures),
         measured=results.batches > 0,
@@ -89,11 +94,11 @@ def verdict(results: Results) -> list[str]:
         found = [f"Nothing above a note was found in the {layers} of {results.model}{notes}."]
     else:
         counts = [counted(number_of[s], s.label) for s in (Severity.ERROR, Severity.WARNING) if number_of[s]]
-        worst = results.findings[0]
-        found = [
-            f"{results.model} has {' and '.join(counts)} in its {layers}. The worst, {worst.code}: {worst.title}.",
-            f"{worst.summary[:1].upper()}{worst.summary[1:]}.",
-        ]
+        first = results.findings[0]
+        found = [f"{results.model} has {' and '.join(counts)} in its {layers}."]
+        if results.headline:
+            found += [_sentence(finding.summary) for finding in results.findings[1:] if finding.code == "BN101"]
+        found.append(f"{first.code}: {first.title}. {_sentence(first.summary)}")
     if not results.batches:
         found.append("No data were given, so only the model itself was examined.")
     elif not results.conditions.loss:
@@ -104,6 +109,27 @@ def verdict(results: Results) -> list[str]:
     if whole:
         found.append(f"{counted(whole, 'rule')} could not be applied; the reasons are at the end.")
     return found
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def documentation(results: Results) -> dict[str, Markup]:
+    """Return the documentation of each code on the page as HTML, whose links stay on the page."""
+    texts = rule_texts()
+    codes = sorted({finding.code for finding in results.findings} | {rule.code for rule in results.not_checked})
+    markdown = MarkdownIt("commonmark", {"html": False})
+    found = {}
+    for code in codes:
+        _, _, text = texts[code].markdown().partition("\n\n")  # the page shows the title itself
+        text = re.sub(r"\[(BN\d+)\]\(bn\d+\.md\)", lambda link: _link(link[1], codes), text)
+        found[code] = Markup(markdown.render(re.sub(r"^## ", "### ", text, flags=re.MULTILINE)))
+    return found
+
+
+def _link(code: str, codes: Iterable[str]) -> str:
+    return f"[{code}](#rule-{code})" if code in codes else code
 
 
 def cost(finding: Finding) -> list[str]:

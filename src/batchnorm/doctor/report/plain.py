@@ -9,6 +9,7 @@ from typing import Any
 from batchnorm.doctor.finding import not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
 from batchnorm.doctor.report.results import Results
+from batchnorm.doctor.wording import explain_command
 from batchnorm.text import json_values, printable
 
 # Increases by one when a field is removed or changes its meaning. A new field does not change it.
@@ -33,12 +34,13 @@ def displayed(results: Results) -> Results:
 def as_text(results: Results) -> str:
     """Return the report as text."""
     results = displayed(results)
-    lines = [results.summary()]
+    lines = [results.summary(), *([results.headline] if results.headline else [])]
     for finding in results.findings:
         sure = "" if finding.confidence == "certain" else f" [confidence {finding.confidence}]"
         lines += ["", f"{finding.severity.label} {finding.code} {finding.title}{sure}", f"    {finding.summary}"]
         lines += [f"    - {line}" for line in finding.evidence]
         lines += [f"    > {line}" for line in finding.repair.splitlines()]
+        lines.append(f"    documentation: {explain_command(finding.code)}")
     if results.not_checked:
         lines += ["", "not checked:"]
         lines += [f"    {line}" for line in not_checked_lines(results.not_checked)]
@@ -52,6 +54,7 @@ def as_dict(results: Results) -> dict[str, Any]:
             "schema": SCHEMA_VERSION,
             "model": results.model,
             "healthy": results.healthy,
+            "headline": results.headline,
             "samples": results.samples,
             "batches": results.batches,
             "findings": [{**vars(f), "severity": f.severity.label} for f in results.findings],

@@ -36,6 +36,15 @@ class Results:
         """Whether no finding is above a note."""
         return self.worst is None or self.worst == Severity.NOTE
 
+    @property
+    def headline(self) -> str:
+        """The loss in evaluation and training, and what explains the gap; empty if it is no more than a note."""
+        gap = next((finding for finding in self.findings if finding.code == "BN101"), None)
+        if gap is None or gap.severity == Severity.NOTE:
+            return ""
+        causes = [finding.summary for finding in self.findings if gap.causes == (finding.code,)]
+        return f"{gap.summary} ({causes[0]})" if causes else gap.summary
+
     def summary(self) -> str:
         """Return one line: the number of findings of each severity, and what was examined."""
         number = Counter(finding.severity for finding in self.findings)

@@ -13,15 +13,16 @@ from batchnorm.doctor.finding import Finding, Severity, not_checked_lines
 from batchnorm.doctor.measure.facts import LayerFacts
 from batchnorm.doctor.report.plain import displayed, facts_as_text
 from batchnorm.doctor.report.results import Results
-from batchnorm.doctor.wording import named
+from batchnorm.doctor.wording import explain_command, named
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "cyan"}
 
 
 def as_rich(results: Results) -> RenderableType:
-    """Return the report: findings worst first, each with its evidence, and the fix as code."""
+    """Return the report: the headline, and each finding with its evidence, and the fix as code."""
     results = displayed(results)
     parts: list[RenderableType] = [Text(results.summary(), style="bold")]
+    parts += [Text(results.headline)] if results.headline else []
     for finding in results.findings:
         parts += _finding(finding)
     if results.not_checked:
@@ -39,6 +40,7 @@ def _finding(finding: Finding) -> list[RenderableType]:
     if finding.repair:
         code = Syntax(finding.repair, "python", background_color="default", word_wrap=True)
         parts.append(Padding(code, (0, 0, 0, 4)))
+    parts.append(Padding(Text(f"documentation: {explain_command(finding.code)}", style="dim"), (0, 0, 0, 4)))
     return parts
 
 

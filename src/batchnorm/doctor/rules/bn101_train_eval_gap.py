@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from batchnorm.doctor.measure.effect import Effect
-from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
-from batchnorm.doctor.wording import named
+from batchnorm.doctor.measure.measurements import Measurements
+from batchnorm.doctor.rules.rule import Finding, Findings, Rule, Severity
+from batchnorm.doctor.wording import figure, named
 
-# Rules that explain a gap between training and evaluation. For the first two, a note is enough.
-_CAUSES = ("BN102", "BN103", "BN104", "BN105", "BN109", "BN111", "BN112", "BN201", "BN202", "BN204", "BN216")
+# Rules that explain the two parts of a gap: wrong running statistics, and the batches' own statistics.
+_OF_RUNNING = (
+    *("BN202", "BN109", "BN116", "BN201", "BN216", "BN217", "BN204", "BN107", "BN111", "BN115", "BN105"),
+    *("BN103", "BN102"),
+)
+_OF_BATCHES = ("BN109", "BN115", "BN105", "BN112")
+# Rules that explain a gap although they are notes themselves; the second ones only if the gap is a note, too.
+_NOTES, _NOTES_OF_NOTES = ("BN102", "BN103", "BN116", "BN217"), ("BN111", "BN115")
+# Smallest share of the gap that is named with its cause.
+_SHARE = 0.1
 
 
 class TrainEvaluationGap(Rule):
@@ -23,9 +33,13 @@ class TrainEvaluationGap(Rule):
         is off both times, so nothing else differs. A third pass, normalized by the population's statistics, splits the
         gap in two:
 
-        - running statistics against the population's: the effect of wrong running statistics (BN102, BN103, BN109);
-        - batches' statistics against the population's: the gain or loss from the other samples of the batch (BN104,
-          BN105).
+        - running statistics against the population's: the effect of wrong running statistics (BN102, BN103, BN109,
+          BN116, BN217);
+        - batches' statistics against the population's: the gain or loss from the other samples of the batch (BN105,
+          BN112, BN115).
+
+        The two parts of the loss add up to the gap, so the finding says which share of it a cause explains. If the
+        parts have opposite signs, no share is given.
 
         Layers whose running statistics are off are ranked. For each of the worst ones (`budget=`), one more pass uses
         the population's statistics in that layer alone, and measures how much of the excess loss this removes. Passes
@@ -37,56 +51,87 @@ class TrainEvaluationGap(Rule):
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
-    notes = "If a cause was found, the finding names its code instead of this fix. Fix that cause first."
+    notes = """
+        If a cause was found, it comes first, and its fix closes the gap. The finding then names its code, and has no
+        fix of its own.
+    """
     source = """
         Ioffe & Szegedy 2015, *Batch Normalization*, section 3.1; Wu & Johnson 2021, *Rethinking “Batch” in BatchNorm*,
         section 4.
     """
     needs = ("data", "output")
+    causes = tuple(dict.fromkeys((*_OF_RUNNING, *_OF_BATCHES)))
 
     def check(self, m: Measurements) -> Findings:
-        gap, whole = m.gap, m.running_effect
-        if gap is None or whole is None or not m.gap_matters:
+        gap, whole, batches = m.gap, m.running_effect, m.batch_effect
+        if gap is None or whole is None or batches is None or not m.gap_matters:
             return
-        removed = {path: _removed(left, whole) for path, left in m.left_by_layer.items()}
-        ranked = sorted(removed, key=lambda path: -removed[path])
-        excess = "the excess loss" if _in_loss(whole) else "the change of the output"
+        running_share, batch_share = _shares(gap, whole, batches)
+        ranked = sorted(m.left_by_layer, key=lambda path: _rest(m.left_by_layer[path]))
         yield self.finding(
             gap.severity,
-            [*ranked, *(path for path in (m.misfit.paths if m.misfit else ()) if path not in removed)],
-            f"evaluation against training: {gap}",
+            [*ranked, *(path for path in (m.misfit.paths if m.misfit else ()) if path not in m.left_by_layer)],
+            _summary(gap),
             effect=gap,
             evidence=[
+                f"evaluation against training: {gap}",
                 f"running statistics against the population's: {whole}",
-                f"batches' statistics against the population's: {m.batch_effect}",
-                *(
-                    f"{named(path)}: the population's statistics in this layer alone {_change(removed[path])} {excess}"
-                    for path in ranked
-                ),
+                f"batches' statistics against the population's: {batches}",
+                *(f"{named(path)}: {_alone(m.left_by_layer[path], whole)}" for path in ranked),
             ],
             loss=gap.loss,
             output=gap.output,
             samples=gap.samples,
             batches=gap.batches,
+            shares={"running": running_share, "batches": batch_share},
         )
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
-        found = {f.code for f in findings if f.severity > Severity.NOTE or f.code in _CAUSES[:2]}
-        causes = [code for code in _CAUSES if code in found]
-        return replace(finding, repair=f"# fix these causes first: {', '.join(causes)}") if causes else finding
+        notes = (*_NOTES, *(_NOTES_OF_NOTES if finding.severity == Severity.NOTE else ()))
+        found = {f.code for f in findings if f.severity > Severity.NOTE or f.code in notes}
+        explained: dict[str, float] = {}
+        for of, share in zip((_OF_RUNNING, _OF_BATCHES), finding.figures["shares"].values(), strict=True):
+            cause = next((code for code in of if code in found), None)
+            if cause is not None and share >= _SHARE:
+                explained[cause] = explained.get(cause, 0.0) + share
+        if not explained:
+            return finding
+        text = " and ".join(_explained(code, share) for code, share in explained.items())
+        return replace(finding, causes=tuple(explained), summary=f"{finding.summary}: explained {text}", repair="")
 
 
-def _change(removed: float) -> str:
-    return f"remove {removed:.0%} of" if removed >= 0 else f"add {-removed:.0%} to"
+def _summary(gap: Effect) -> str:
+    if gap.loss is None or gap.base is None:
+        changes = "" if gap.disagreement is None else f", and {gap.disagreement:.1%} of the predictions change"
+        return f"from training to evaluation, the output changes by {gap.output:.2g} standard deviations{changes}"
+    return f"evaluation loss {figure(gap.base + gap.loss)}, training {figure(gap.base)}"
 
 
-def _in_loss(whole: Effect) -> bool:
-    return whole.loss is not None and whole.loss > 0
+def _shares(gap: Effect, running: Effect, batches: Effect) -> tuple[float, float]:
+    """Return the shares of the gap that the running statistics and the batches' statistics explain.
+
+    Without a loss, nothing adds up to the gap. The running statistics then cause it (`gap_matters`).
+    """
+    if gap.loss is None or running.loss is None or batches.loss is None:
+        return math.inf, math.inf
+    return running.loss / gap.loss, -batches.loss / gap.loss
 
 
-def _removed(left: Effect, whole: Effect) -> float:
-    """Return the share of the whole effect that was removed."""
-    if _in_loss(whole):
-        assert left.loss is not None and whole.loss is not None
-        return 1 - left.loss / whole.loss
-    return 1 - left.output / max(whole.output, 1e-30)
+def _explained(code: str, share: float) -> str:
+    """Return text such as `to 98% by BN217`; a number above 1 is no share."""
+    return f"to {share:.0%} by {code}" if share <= 1 else f"by {code}"
+
+
+def _rest(left: Effect) -> float:
+    return left.output if left.loss is None else left.loss
+
+
+def _alone(left: Effect, whole: Effect) -> str:
+    """Return what the population's statistics do in one layer alone."""
+    alone = "the population's statistics in this layer alone"
+    if whole.loss is None or whole.base is None or left.loss is None:
+        return f"{alone} leave a change of {left.output:.2g} standard deviations"
+    removed = 1 - left.loss / whole.loss if whole.loss > 0 else -1.0
+    share = f", {removed:.0%} of the excess" if 0 <= removed <= 1 else ""
+    verb = "lower" if left.loss <= whole.loss else "raise"
+    return f"{alone} {verb} the loss from {figure(whole.base + whole.loss)} to {figure(whole.base + left.loss)}{share}"

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from batchnorm.doctor.rules.rule import Findings, Measurements, Rule
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule
+from batchnorm.doctor.wording import counted, listed
 
 
 class StaleStatistics(Rule):
@@ -20,9 +24,12 @@ class StaleStatistics(Rule):
         mean of a convolution's output is S·m for any data; S are the sums of its weights over the kernel, and m are the
         means of its input channels. A change of the data moves the mean within the range of S; a change of the weights
         does not. The share outside that range is measured for the first layer that is off, in the order of the calls,
-        if it has at least twice as many outputs as inputs. There are two other signs of stale statistics: initial
-        values that are still in the average (`(1 - momentum)^updates`), and a first layer that fits while later ones do
-        not. If no sign decides, the finding is BN102 and says that it is unsure. Recalibration fixes both.
+        if it has at least twice as many outputs as inputs. Another sign of stale statistics is a first layer that fits
+        while later ones do not. If no sign decides, the finding is BN102 and says that it is unsure. Recalibration
+        fixes both.
+
+        Known causes have rules of their own: [BN116](bn116.md) (averaged weights), [BN217](bn217.md) (too few updates
+        for the momentum) and [BN111](bn111.md) (dropout).
     """
     severity = "Decided by the cost of the running statistics against the population's, on the same batches."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
@@ -32,7 +39,16 @@ class StaleStatistics(Rule):
         averaging).
     """
     needs = ("data", "output")
+    causes = ("BN109", "BN201", "BN216", "BN204", "BN107", "BN115", "BN105")
 
     def check(self, m: Measurements) -> Findings:
         if m.misfit is not None and m.misfit.cause.kind in ("stale", "unknown"):
             yield self.finding(**m.misfit.finding)
+
+    def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
+        revised = super().revise(finding, findings)
+        if not revised.causes:
+            return revised
+        off = counted(len(finding.paths), "layer is", "layers are")
+        evidence = tuple(line for line in revised.evidence if line not in finding.figures["signs"])
+        return replace(revised, summary=f"{off} off: {listed(finding.paths, 3)}", evidence=evidence)

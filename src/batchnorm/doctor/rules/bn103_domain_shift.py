@@ -29,6 +29,7 @@ class DomainShift(Rule):
         *Improving robustness against common corruptions by covariate shift adaptation*.
     """
     needs = ("data", "output")
+    causes = ("BN107", "BN115", "BN105")
 
     def check(self, m: Measurements) -> Findings:
         if m.misfit is not None and m.misfit.cause.kind == "shift":

@@ -42,6 +42,7 @@ class SmallBatch(Rule):
         page, “Measures”.
     """
     needs = ("data",)
+    causes = ("BN214",)
 
     def check(self, m: Measurements) -> Findings:
         number = len(m.batch_sizes)
@@ -80,7 +81,7 @@ class SmallBatch(Rule):
             f"{noise_at(worst[0], m.batch_size, noise)} ({median(m.noise.values()):.2g}σ in the median layer); "
             f"{NOISE_AIM}σ takes about {needed}",
             effect=effect,
-            evidence=[f"batches' statistics against the population's: {effect}"],
+            evidence=[f"batches' statistics against the population's: {effect}", *m.advice_on_mode],
             batch_size=m.batch_size,
             noise=m.noise,
             batch_size_needed=needed,

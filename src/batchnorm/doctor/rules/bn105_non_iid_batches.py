@@ -17,6 +17,8 @@ class NonIidBatches(Rule):
         neighbours there. The largest ratio over all channels of all layers is compared with that of 199 random orders
         of the samples. This assumes no distribution, and thousands of channels cause no false alarm.
 
+        Batches from a few domains in turn have a rule of their own, [BN115](bn115.md).
+
         A validation loader that is sorted by class also causes this finding. Pass the data as in training.
     """
     severity = """
@@ -39,24 +41,22 @@ class NonIidBatches(Rule):
     needs = ("data",)
 
     def check(self, m: Measurements) -> Findings:
-        test, effect, gap = m.independence, m.batch_effect, m.gap
+        test, effect = m.independence, m.effect_of_dependence
         paths = [layer.path for layer in m.measured if layer.by_batch]
-        if test is None or not test.rejected or effect is None or not paths:
+        if test is None or not test.rejected or effect is None or not paths or m.domains is not None:
             return
-        # A network that is better with its own batch is just as bad, because evaluation does not have that knowledge.
-        uses_batch = gap is not None and gap.loss is not None and gap.severity > effect.severity
-        worse = gap if uses_batch and gap is not None else effect
         inflation = float(test.inflation.mean())
         yield self.finding(
-            worse.severity,
+            effect.severity,
             paths,
             f"the means of batches vary {inflation:.3g} times as much as those of random batches "
             f"(p = {test.p:.2g}, {len(m.batch_sizes)} batches of {m.batch_size:g})",
-            effect=worse,
+            effect=effect,
             evidence=[
                 f"of {test.permutations} random orders of the samples {round(test.p * (test.permutations + 1)) - 1} "
                 "vary as much in their largest channel",
-                f"batches' statistics against the population's: {effect}",
+                f"batches' statistics against the population's: {m.batch_effect}",
+                *m.advice_on_mode,
             ],
             inflation=inflation,
             p=test.p,

@@ -5,7 +5,7 @@ from statistics import median
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.wording import counted, listed, times
 
 # A warning if the additional updates add more than this error to the running mean, in standard deviations.
 _MATTERS = 0.05
@@ -24,8 +24,10 @@ class MovedTwice(Rule):
         made if the parameters have hooks that start an update.
     """
     severity = """
-        Decided by the additional scatter of the running mean, in standard deviations: a warning from 0.05σ. Two updates
-        by the same batch turn a momentum of 0.1 into 0.19, which often has little effect.
+        An error if the backward pass updates the statistics, because activation checkpointing then changes the training
+        that it must leave unchanged. For a model that is called several times, decided by the additional scatter of the
+        running mean, in standard deviations: a warning from 0.05σ. Two updates by the same batch turn a momentum of 0.1
+        into 0.19.
     """
     repair = "model, report = batchnorm.accelerate(model)  # its layers are not updated in a backward pass"
     source = """
@@ -41,10 +43,10 @@ class MovedTwice(Rule):
         if again:
             updates = {layer.path: 1 + step.backward[layer.path] for layer in again}
             yield self.finding(
-                _severity(m, again, max(updates.values())),
+                Severity.ERROR,
                 updates,
-                f"the backward pass updates the running statistics of {counted(len(again), 'layer')} once more: "
-                f"{listed(updates)}",
+                f"activation checkpointing runs {counted(len(again), 'layer')} again in the backward pass, and updates "
+                f"the running statistics {times(max(updates.values()))} a step: {listed(updates)}",
                 evidence=[_effective_momentum(again[0], updates[again[0].path])],
                 updates=updates,
             )
@@ -53,11 +55,12 @@ class MovedTwice(Rule):
             yield self.finding(
                 _severity(m, each, step.model_calls),
                 [layer.path for layer in each],
-                f"a step calls the model {step.model_calls} times, and updates {counted(len(each), 'layer')} each time",
+                f"a step calls the model {times(step.model_calls)}, and updates {counted(len(each), 'layer')} each "
+                "time",
                 evidence=[_effective_momentum(each[0], step.model_calls)],
                 repair="model, report = batchnorm.accelerate(model)  # to layers whose updates can be switched off\n"
                 "with batchnorm.update_running_stats(model, False):  # around the passes that should not count\n"
-                "    ...",
+                "    output = model(x)",
                 calls=step.model_calls,
             )
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.wording import counted, listed, patterns
 from batchnorm.walk import is_frozen
 
 _AFTER_TRAINING = "model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training"
@@ -27,7 +27,7 @@ class HalfFrozen(Rule):
         A warning. The reverse is a note, because it is common in fine-tuning: statistics stay fixed while γ and β are
         trained. Layers without γ and β that stay in evaluation while others train are also a note.
     """
-    repair = 'model, report = batchnorm.freeze(model, only=["layer1.0.bn1", ...])'
+    repair = 'model, report = batchnorm.freeze(model, only=["backbone.*"])'
     repair_keras = """
         model, report = batchnorm.keras.freeze(model)  # sets trainable=False of each layer
     """
@@ -83,7 +83,7 @@ class HalfFrozen(Rule):
             evidence.append(f"running statistics against the batch's: {m.gap}")
         if not m.training:
             evidence.append("as model.train() makes it; code that calls .eval() on these layers afterwards is not seen")
-        first = ", ".join(repr(path) for path in paths[:8]) + (", ..." if len(paths) > 8 else "")
+        others = {path for layer in m.layers if layer not in layers for path in layer.found.paths}
         return self.finding(
             Severity.WARNING,
             paths,
@@ -92,6 +92,6 @@ class HalfFrozen(Rule):
             evidence=evidence,
             confidence="certain" if m.training else "medium",
             cost={} if m.gap is None else m.gap.cost,
-            repair=f"model, report = batchnorm.freeze(model, only=[{first}])",
+            repair=f"model, report = batchnorm.freeze(model, only={patterns(paths, others)})",
             shift={distance.layer.path: distance.shift for distance in distances},
         )

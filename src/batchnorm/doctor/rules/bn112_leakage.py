@@ -31,6 +31,7 @@ class Leakage(Rule):
         *Momentum Contrast for Unsupervised Visual Representation Learning*, section 3.3 (shuffling BN).
     """
     needs = ("data", "output", "pass")
+    causes = ("BN115", "BN105")
 
     def check(self, m: Measurements) -> Findings:
         effect = m.reshuffled

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from batchnorm.doctor.measure.cause import LAGS
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
-from batchnorm.doctor.wording import counted, listed, named
+from batchnorm.doctor.wording import counted, listed
 
 
 class NeverUpdated(Rule):
@@ -16,14 +15,14 @@ class NeverUpdated(Rule):
         checkpoint. In evaluation, it then does not normalize.
     """
     evidence = """
-        A mean of 0 and a variance of 1 in every channel of a layer whose γ and β are not 1 and 0. Three cases are
-        notes: a layer with only initial values; a counter at 0 with other statistics, as in many published weights;
-        and, without data, a layer with so few batches that its momentum leaves more than 5 % of the initial values.
+        A mean of 0 and a variance of 1 in every channel of a layer whose γ and β are not 1 and 0. Two cases are notes:
+        a layer with only initial values, and a counter at 0 with other statistics, as in many published weights.
     """
     severity = "Decided by the cost of the running statistics against the population's; without data, a warning."
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
     source = "PyTorch's documentation of `BatchNorm2d`."
+    causes = ("BN216",)
 
     def check(self, m: Measurements) -> Findings:
         new = [layer for layer in m.measured if layer.is_new()]
@@ -57,19 +56,6 @@ class NeverUpdated(Rule):
                 "no update, as after loading from another framework",
                 repair="",
             )
-        if "data" in m.missing:  # with data BN102 measures the effect
-            early = {layer: layer.initial_share() for layer in m.measured if not layer.is_new()}
-            early = {layer: share for layer, share in early.items() if share > LAGS}
-            if early:
-                worst = max(early, key=lambda layer: early[layer])
-                yield self.finding(
-                    Severity.NOTE,
-                    [layer.path for layer in early],
-                    f"{counted(len(early), 'layer has', 'layers have')} seen too few batches for the momentum: after "
-                    f"{counted(worst.updates or 0, 'batch')} {named(worst.path)} holds {early[worst]:.0%} of its "
-                    "initial values",
-                    left={layer.path: share for layer, share in early.items()},
-                )
 
 
 def _is_trained(layer: Layer) -> bool:

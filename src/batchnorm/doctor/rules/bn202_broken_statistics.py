@@ -27,6 +27,7 @@ class BrokenStatistics(Rule):
     source = """
         PyTorch's documentation of `BatchNorm2d`; `on_nonfinite="skip"` of this library's layers prevents it.
     """
+    causes = ("BN114",)
 
     def check(self, m: Measurements) -> Findings:
         broken = {layer.path: number for layer in m.layers if (number := _broken_channels(layer))}

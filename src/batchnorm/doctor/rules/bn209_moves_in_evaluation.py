@@ -13,7 +13,7 @@ class MovesInEvaluation(Rule):
     """
     evidence = "The running statistics before and after the first batch in evaluation."
     severity = "A warning: two evaluations give two results."
-    repair = "# in the forward of that layer: F.batch_norm(..., training=self.training)"
+    repair = "# pass training=self.training to F.batch_norm, in the forward of that layer"
     source = "PyTorch's documentation of `torch.nn.functional.batch_norm`."
     needs = ("data",)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from batchnorm.doctor.finding import Finding, Severity
@@ -36,6 +37,7 @@ class Rule(ABC):
         source: Publications that describe it.
         needs: Measurements that the rule requires, among "data", "output", "step", "trace", "pass", "optimizer" and
             "ranks"; "step or trace" if one of them is enough.
+        causes: Codes of the rules whose findings explain a finding of this rule, the most likely cause first.
     """
 
     code: ClassVar[str]
@@ -48,6 +50,7 @@ class Rule(ABC):
     notes: ClassVar[str] = ""
     source: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    causes: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         for name in ("why", "evidence", "severity", "repair", "repair_keras", "notes", "source"):
@@ -59,8 +62,11 @@ class Rule(ABC):
         """Find the problem in measurements that meet the rule's needs."""
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
-        """Return a finding of this rule, revised after all rules were applied; unchanged by default."""
-        return finding
+        """Return a finding of this rule, revised after all rules were applied: by default, with its causes."""
+        found = {other.code for other in findings if other.severity > Severity.NOTE}
+        causes = tuple(code for code in self.causes if code in found)
+        explained = (f"explained by {' and '.join(causes)}",) if causes else ()
+        return replace(finding, causes=causes, evidence=(*explained, *finding.evidence))
 
     def finding(
         self,

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
+import torch
 from torch import nn
 
 from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.measure.cause import LAGS, kept
 from batchnorm.doctor.measure.distance import Distance
-from batchnorm.doctor.measure.layers import DEAD_SHARE, NOISE_AIM, NOISY, Layer, samples_needed
+from batchnorm.doctor.measure.layers import DEAD_SHARE, NOISE_AIM, NOISY, Layer, remaining, samples_needed
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.training_step import TrainingStep
 from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.watch.inputs import InputBatches
+from batchnorm.doctor.watch.observing import StepObserver
 from batchnorm.doctor.watch.records import LayerState, Observation, Record, samples_sharing_statistics
-from batchnorm.doctor.wording import counted, listed, named, noise_at
+from batchnorm.doctor.wording import counted, layers_listed, listed, named, noise_at
 
 # A running average adapts within this many times 1/momentum steps. A layer without a momentum counts as having torch's.
 _HORIZONS, _USUAL_MOMENTUM = 5, 0.1
 # Number of looks that a problem must last, and number of looks in the median of the noise.
 _LASTING = 5
+# From this step on, the weight of the initial values is reported: during the training if it is above the second value.
+_LONG, _STAYS = 50, 0.9
 
 
 class BatchNormWarning(UserWarning):
@@ -54,6 +60,17 @@ class _History:
     off_looks: int = 0
     noise: deque[float] = field(default_factory=lambda: deque(maxlen=_LASTING))
     least_dead: float = math.inf
+    last: ObservedLayer | None = None
+    updates_of_steps: set[int | None] = field(default_factory=set)
+
+    def updated_outside(self, one: ObservedLayer) -> tuple[int, int]:
+        """Return the number of steps since the last look, and of updates that these do not explain."""
+        updates, last = one.record.updates, self.last
+        if last is None or updates is None or len(self.updates_of_steps) != 1:
+            return 0, 0
+        steps = one.record.step - 1 - last.record.step
+        each = next(iter(self.updates_of_steps)) or 0
+        return steps, (one.state.updates or 0) - updates - (last.state.updates or 0) - steps * each
 
 
 class Alarms:
@@ -63,24 +80,42 @@ class Alarms:
     horizons, because every running average lags behind a network that learns.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._model = model
+        self._optimizer = optimizer
+        self._inputs = InputBatches()
+        self._ordinary = 0  # looks at steps without an evaluation
         self._rules = {rule.code: rule() for rule in load_rules()}
         self._history: dict[str, _History] = defaultdict(_History)
         self._reported: set[tuple[str, str]] = set()
 
-    def findings(self, step: int, model_calls: int, observed: list[ObservedLayer]) -> list[Finding]:
+    def findings(self, step: int, seen: StepObserver, observed: list[ObservedLayer]) -> list[Finding]:
         """Return the new findings of a step.
 
         Args:
             step: Its number.
-            model_calls: The largest number of calls of the model without a backward pass between them; 0 if unknown.
+            seen: What was seen of the step.
             observed: All layers, in the model's order.
         """
-        found = [*self._updated_twice(observed, model_calls), *self._not_finite(observed), *self._dying(observed)]
-        found += [*self._noisy(observed), *self._off(observed, step)]
-        self._reported |= {(finding.code, path) for finding in found for path in finding.paths}
+        found = [*self._evaluated(observed, seen.evaluations), *self._updated_twice(observed, seen.model_calls)]
+        found += [*self._not_finite(observed), *self._dying(observed), *self._half_frozen(observed)]
+        found += [*self._after_dropout(observed, seen.dropout), *self._dependent(observed, seen)]
+        found += [*self._early(observed, step, _STAYS), *self._noisy(observed), *self._off(observed, step)]
+        self._remember(found)
+        for one in observed:
+            self._history[one.layer.path].last = one
         return found
+
+    def at_the_end(self, step: int) -> list[Finding]:
+        """Return the findings at the end of the training, whose number of steps was not known before."""
+        observed = [history.last for history in self._history.values() if history.last is not None]
+        off = [one for one in observed if _distance(one).matters]
+        found = list(self._early(off, step, LAGS))
+        self._remember(found)
+        return found
+
+    def _remember(self, found: list[Finding]) -> None:
+        self._reported |= {(finding.code, path) for finding in found for path in finding.paths}
 
     def _new(self, code: str, layers: Iterable[Layer]) -> list[Layer]:
         return [layer for layer in layers if (code, layer.path) not in self._reported]
@@ -104,6 +139,87 @@ class Alarms:
             step = TrainingStep(+forward, +backward, model_calls)
             yield from self._rules["BN106"].check(
                 Measurements(self._model, tuple(layers), batch_sizes=(size,), step=step)
+            )
+
+    def _evaluated(self, observed: list[ObservedLayer], calls: int) -> Iterator[Finding]:
+        """Find an evaluation in training mode: calls without gradients, or updates between the training steps."""
+        layers = [one for one in observed if one.layer.by_batch and one.record.updates is not None]
+        outside = [self._history[one.layer.path].updated_outside(one) for one in layers]
+        for one in layers if calls < 2 else []:
+            self._history[one.layer.path].updates_of_steps.add(one.record.updates)
+        self._ordinary += calls < 2
+        if calls >= 2 and self._ordinary:  # calls in every step belong to the training
+            evidence = f"in this step, {calls} calls of the model in training mode were without gradients"
+        elif outside and all(updates > max(1, steps) for steps, updates in outside):
+            steps, updates = outside[0]
+            evidence = f"{updates} updates more than the last {counted(steps, 'step')} made"
+        else:
+            return
+        if new := self._new("BN208", [one.layer for one in layers]):
+            yield self._rules["BN208"].finding(
+                Severity.WARNING,
+                [layer.path for layer in new],
+                "the evaluation runs in training mode, without model.eval(): it normalizes by the batch and updates "
+                "the running statistics",
+                evidence=[evidence],
+                confidence="medium",
+            )
+
+    def _half_frozen(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
+        moved = {one.layer.path for one in observed if one.record.updates != 0}
+        layers = tuple(one.layer for one in observed)
+        for finding in self._rules["BN107"].check(Measurements(self._model, layers, optimizer=self._optimizer)):
+            new = [path for path in finding.paths if path in moved and ("BN107", path) not in self._reported]
+            if finding.severity > Severity.NOTE and new:
+                yield finding
+
+    def _after_dropout(self, observed: list[ObservedLayer], dropout: Mapping[nn.Module, float]) -> Iterator[Finding]:
+        new = self._new("BN111", [one.layer for one in observed if one.layer.by_batch])
+        yield from self._rules["BN111"].check(Measurements(self._model, tuple(new), dropout=dropout))
+
+    def _dependent(self, observed: list[ObservedLayer], seen: StepObserver) -> Iterator[Finding]:
+        """Find batches that are not independent samples, by the inputs of the model."""
+        paths = [one.layer.path for one in observed if one.layer.by_batch]
+        if not paths or any(code in ("BN105", "BN115") for code, _ in self._reported):
+            return
+        found = self._inputs.add(seen.features)
+        if found is None:
+            return
+        test, domains = found
+        rule = self._rules["BN105" if domains is None else "BN115"]
+        inflation = float(test.inflation.mean())
+        turns = "" if domains is None else f", and come from {domains.number} domains in turn"
+        yield rule.finding(
+            Severity.NOTE,
+            paths,
+            f"the means of the inputs of batches vary {inflation:.3g} times as much as those of random batches{turns}",
+            evidence=[f"p = {test.p:.2g}; data and a loss show the cost (batchnorm.diagnose)"],
+            confidence="medium",
+            inflation=inflation,
+            p=test.p,
+        )
+
+    def _early(self, observed: list[ObservedLayer], step: int, least: float) -> Iterator[Finding]:
+        """Find layers whose initial values have more than this weight."""
+        if step < _LONG:
+            return
+        shares = {
+            one.layer: remaining(one.layer.momentum, one.state.updates)
+            for one in observed
+            if one.layer.by_batch and one.record.updates and one.layer.momentum
+        }
+        found = self._new("BN217", [layer for layer, share in shares.items() if share > least])
+        if found:
+            worst = max(found, key=lambda layer: shares[layer])
+            updates = next(one.state.updates for one in observed if one.layer is worst)
+            needed = math.ceil(math.log(LAGS) / math.log1p(-(worst.momentum or 0.0)))
+            yield self._rules["BN217"].finding(
+                Severity.WARNING,
+                [layer.path for layer in found],
+                f"{kept(worst, updates)}; evaluation needs {needed} steps, or recalibration",
+                evidence=[layers_listed([layer.path for layer in found])],
+                confidence="medium",
+                left={layer.path: shares[layer] for layer in found},
             )
 
     def _not_finite(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
@@ -150,7 +266,7 @@ class Alarms:
         steps_off: dict[Distance, int] = {}
         for one in observed:
             layer, history = one.layer, self._history[one.layer.path]
-            distance = Distance(layer, one.record.mean_distance, abs(one.record.log_ratio) / 2)
+            distance = _distance(one)
             if not distance.matters:
                 history.off_since, history.off_looks = None, 0
                 continue
@@ -175,6 +291,10 @@ class Alarms:
             confidence="medium",
             layers={distance.layer.path: {"shift": distance.shift, "scale": distance.scale} for distance in worst},
         )
+
+
+def _distance(one: ObservedLayer) -> Distance:
+    return Distance(one.layer, one.record.mean_distance, abs(one.record.log_ratio) / 2)
 
 
 def _repair(after_training: str, layer: Layer) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 import warnings
@@ -13,8 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm.distributed.owners import sharded_modules
@@ -22,30 +20,12 @@ from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.inspection import check_model
 from batchnorm.doctor.measure.layers import layers_of
 from batchnorm.doctor.watch.alarms import Alarms, BatchNormWarning, ObservedLayer
-from batchnorm.doctor.watch.hooks import (
-    has_one_batch,
-    is_compiled,
-    plain,
-    remove,
-    unwrapped,
-    user_stacklevel,
-    vector,
-    weakly,
-)
+from batchnorm.doctor.watch.hooks import is_compiled, plain, remove, unwrapped, user_stacklevel, vector, weakly
+from batchnorm.doctor.watch.observing import StepObserver
 from batchnorm.doctor.watch.pace import Pace
-from batchnorm.doctor.watch.records import (
-    QUANTITIES,
-    LayerState,
-    Observation,
-    RecentBatches,
-    Record,
-    copied,
-    recorded,
-)
+from batchnorm.doctor.watch.records import QUANTITIES, LayerState, RecentBatches, Record, copied, recorded
 from batchnorm.doctor.watch.table import table
-from batchnorm.doctor.wording import named
-from batchnorm.models.outputs import outputs
-from batchnorm.nn.layer import channels_second
+from batchnorm.doctor.wording import explain_command, named
 from batchnorm.text import printable
 
 if TYPE_CHECKING:
@@ -139,14 +119,13 @@ class Watch:
         self._written = 0
         self._optimizer = optimizer
         self._parameters = {id(parameter) for parameter in model.parameters()}
-        self._number = {layer.module: number for number, layer in enumerate(self._layers)}
         self._sharded = sharded_modules(model)
-        self._signatures = [inspect.signature(layer.module.forward) for layer in self._layers]
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._recent = [RecentBatches() for _ in self._layers]
-        self._alarms = Alarms(self._root)
+        self._alarms = Alarms(self._root, optimizer)
         self._warn, self._writer = warn, writer
         self._pace = Pace(overhead, every, clock)
+        self._observer = StepObserver(self._root, self._layers, self._pace)
         self._handles: list[Any] = []
         self._handles_of_look: list[Any] = []
         self.closed = False
@@ -164,8 +143,12 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching and remove every hook; the history stays. May be called again."""
-        self.closed = True
+        ended, self.closed = not self.closed, True
         remove(self._handles, self._handles_of_look)
+        found = self._alarms.at_the_end(self.steps) if ended else []
+        self.findings += found
+        for finding in found:  # last, because it raises if warnings are errors
+            self._report(finding)
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -198,25 +181,24 @@ class Watch:
             self._report(finding)
 
     def _begin_look(self) -> None:
-        self._observations = [Observation() for _ in self._layers]
         self._before = self._states()
-        self._calls = self._most_calls = 0
+        self._observer.begin([state.mean for state in self._before])
         self._waited = False
         if not self._compiled:
-            self._handles_of_look.append(register_module_forward_pre_hook(weakly(self._enter)))
-            self._handles_of_look.append(register_module_forward_hook(weakly(self._leave), with_kwargs=True))
+            self._handles_of_look += self._observer.hooks()
 
     def _nothing_seen(self) -> bool:
-        if any(seen.forward or seen.backward for seen in self._observations):
+        if self._observer.seen:
             return False
         return all(a.updates == b.updates for a, b in zip(self._before, self._states(), strict=True))
 
     def _end_look(self) -> list[Finding]:
         remove(self._handles_of_look)
-        batches = iter(copied([seen.batch for seen in self._observations if seen.batch is not None]))
+        observations = self._observer.observations
+        batches = iter(copied([seen.batch for seen in observations if seen.batch is not None]))
         observed = []
         for layer, seen, recent, before, after in zip(
-            self._layers, self._observations, self._recent, self._before, self._states(), strict=True
+            self._layers, observations, self._recent, self._before, self._states(), strict=True
         ):
             batch = None if seen.batch is None else next(batches)
             record, measured = recorded(self.steps, layer, seen, batch, recent, before, after)
@@ -225,7 +207,7 @@ class Watch:
         self.looks += 1
         if any(one.record.updates and not one.observation.forward for one in observed):
             self._compiled = True  # compiled code compiles again for each hook that it sees: no more hooks
-        found = self._alarms.findings(self.steps, self._most_calls, observed)
+        found = self._alarms.findings(self.steps, self._observer, observed)
         self.findings += found
         if self._writer is not None:
             self.write(self._writer)
@@ -257,54 +239,8 @@ class Watch:
         lines += [f"  {printable(line)}" for line in finding.evidence]
         if finding.repair:
             lines += ["Fix:", *(f"  {printable(line)}" for line in finding.repair.splitlines())]
+        lines.append(f"Documentation: {explain_command(finding.code)}")
         warnings.warn("\n".join(lines), BatchNormWarning, stacklevel=user_stacklevel())
-
-    # Hooks ------------------------------------------------------------------------------------------------------------
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        number = self._number.get(module)
-        if number is None and module is not self._root:
-            return
-        if not module.training:
-            return
-        again = torch._C._current_graph_task_id() != -1
-        if module is self._root and not again:
-            self._calls += 1
-            self._most_calls = max(self._most_calls, self._calls)
-        if number is not None:
-            seen = self._observations[number]
-            seen.forward, seen.backward = seen.forward + (not again), seen.backward + again
-
-    def _backward(self, *_: Any) -> None:
-        self._calls = 0
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-        number = self._number.get(module)
-        if (number is None and module is not self._root) or not module.training:
-            return
-        if torch._C._current_graph_task_id() != -1:
-            return
-        if module is self._root:
-            node = next((tensor.grad_fn for tensor in outputs(y) if tensor.grad_fn is not None), None)
-            if node is not None:
-                node.register_prehook(weakly(self._backward))
-        if number is None:
-            return
-        seen = self._observations[number]
-        if seen.batch_size is not None or not has_one_batch(module):
-            return
-        x: Any = args[0] if args else kwargs.get("input")
-        if type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point() or x.dim() < 2:
-            return
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return
-        with self._pace.spending():
-            if len(args) + len(kwargs) > 1:
-                given = self._signatures[number].bind(*args, **kwargs).arguments
-                if given.get("mask") is not None:
-                    seen.batch_size = x.shape[0]
-                    return
-            seen.measure(channels_second(module, x), self._before[number].mean)
 
     # Results ---------------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def diagnose(
         with bar(_CALLER, progress) as shown:
             passes = KerasPasses(model, found, layers, forward, call, budget, shown)
             passes.first(batches)
-            m = add_effects(add_passes(m, passes), passes)
+            m = replace(add_effects(add_passes(m, passes), passes), domains=None)  # Keras has no layer for domains
     every = load_rules()
     rules = {rule.code: rule for rule in every if rule.repair_keras}
     findings, not_checked = apply_rules(m, rules.values())

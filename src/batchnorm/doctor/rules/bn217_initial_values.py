@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from batchnorm.doctor.measure.cause import LAGS, kept
+from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import layers_listed
+
+
+class InitialValues(Rule):
+    code = "BN217"
+    title = "too few updates for the momentum"
+    why = """
+        After n updates, the running statistics still contain the initial values with a weight of (1 - momentum)^n. With
+        a small momentum and a short training, evaluation normalizes by these instead of by the data.
+    """
+    evidence = """
+        Layers whose initial values have a weight above 5 %, by their momentum and the number of their updates. With
+        data: if these are at least half of the layers whose running statistics do not fit the data. Layers that were
+        never updated belong to [BN201](bn201.md).
+    """
+    severity = """
+        Decided by the cost of the running statistics against the population's, on the same batches; without data, a
+        note.
+    """
+    repair = """
+        model, report = batchnorm.recalibrate(model, training_data)
+        for found in batchnorm.walk.norm_layers(model):  # if the training goes on
+            found.module.momentum = 0.1
+    """
+    notes = """
+        A weight below 5 % takes about 3/momentum updates: 30 with a momentum of 0.1, 3000 with 0.001. The layer does
+        not know whether its momentum was changed during the training; the present value is used for all updates.
+    """
+    source = "Ioffe & Szegedy 2015, section 3.1; PyTorch's documentation of `BatchNorm2d`."
+
+    def check(self, m: Measurements) -> Findings:
+        if m.misfit is not None and m.misfit.cause.kind == "momentum":
+            yield self.finding(**m.misfit.finding)
+        if "data" not in m.missing:
+            return
+        early = {layer: layer.initial_share() for layer in m.measured if not layer.is_new()}
+        early = {layer: share for layer, share in early.items() if share > LAGS}
+        if early:
+            worst = max(early, key=lambda layer: early[layer])
+            yield self.finding(
+                Severity.NOTE,
+                [layer.path for layer in early],
+                kept(worst),
+                evidence=[layers_listed([layer.path for layer in early])],
+                left={layer.path: share for layer, share in early.items()},
+            )
