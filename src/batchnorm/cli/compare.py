@@ -81,10 +81,10 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     "--dropout",
     cls=SeveralValues,
     type=float,
-    show_default="none; a network without arguments keeps its own",
+    show_default="none; a finished network keeps its own",
     metavar="P...",
-    help="Probability of dropout before each linear layer that reads hidden units; in a network without arguments, of "
-    "its own dropout layers.",
+    help="Probability of dropout before each linear layer that reads hidden units; in a finished network, of its own "
+    "dropout layers.",
 )
 @click.option("--epochs", type=int, show_default="10", metavar="N", help="Number of epochs.")
 @click.option("--steps", type=int, metavar="N", help="Number of training steps, instead of epochs.")
