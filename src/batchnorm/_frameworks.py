@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any
 
 _NAMES = {"torch": "PyTorch", "jax": "JAX", "flax": "Flax", "keras": "Keras"}
 
@@ -45,12 +45,20 @@ def required_by(what: str) -> Iterator[None]:
         ) from (error.__cause__ if isinstance(error, MissingFrameworkError) else error)
 
 
-def modules_on_demand(package: str, *names: str) -> Callable[[str], ModuleType]:
-    """Return a package's `__getattr__`, which imports these modules of it when they are first used."""
+def parts_on_demand(package: str, *modules: str, **functions: str) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`, which imports parts of the package when they are first used.
 
-    def attribute(name: str) -> ModuleType:
-        if name not in names:
+    Args:
+        package: The package's name.
+        modules: Modules of the package.
+        functions: Other names, each with the package's module that holds it.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in modules and name not in functions:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return import_module(f"{package}.{name}")
+        with required_by(f"{package}.{name}"):
+            module = import_module(f"{package}.{functions.get(name, name)}")
+        return getattr(module, name) if name in functions else module
 
     return attribute

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from batchnorm._frameworks import modules_on_demand
+from batchnorm._frameworks import parts_on_demand
 
 if TYPE_CHECKING:
     from batchnorm.integrations import lightning as lightning
     from batchnorm.integrations import transformers as transformers
 
-__getattr__ = modules_on_demand(__name__, "lightning", "transformers")
+__getattr__ = parts_on_demand(__name__, "lightning", "transformers")

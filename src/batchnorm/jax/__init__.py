@@ -7,7 +7,7 @@
 
 from typing import TYPE_CHECKING
 
-from batchnorm._frameworks import modules_on_demand, required_by
+from batchnorm._frameworks import parts_on_demand, required_by
 
 if TYPE_CHECKING:
     from batchnorm.jax import linen as linen
@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 with required_by("batchnorm.jax"):
     from batchnorm.jax.function import batch_norm, normalize
 
-__getattr__ = modules_on_demand(__name__, "linen", "nnx")
+__getattr__ = parts_on_demand(__name__, "linen", "nnx")
 
 __all__ = ["batch_norm", "normalize"]

@@ -27,9 +27,9 @@ Functions that change a model:
 
 from typing import TYPE_CHECKING
 
-from batchnorm._frameworks import modules_on_demand
+from batchnorm._frameworks import parts_on_demand
 
 if TYPE_CHECKING:
     from batchnorm.models import report as report
 
-__getattr__ = modules_on_demand(__name__, "report")
+__getattr__ = parts_on_demand(__name__, "report")

@@ -2,22 +2,30 @@
 
 from typing import TYPE_CHECKING
 
-from batchnorm._frameworks import modules_on_demand, required_by
+from batchnorm._frameworks import parts_on_demand, required_by
 
 if TYPE_CHECKING:
     from batchnorm.surgery import prune as prune
+    from batchnorm.surgery.fold.onnx import fold_onnx
+    from batchnorm.surgery.groups import parameter_groups
+    from batchnorm.surgery.insert import insert_batchnorm
+    from batchnorm.surgery.redundant_bias import drop_redundant_bias
 
 with required_by("batchnorm.surgery"):
     from batchnorm.surgery.accelerate.accelerate import AccelerateReport, accelerate
     from batchnorm.surgery.convert.convert import convert
     from batchnorm.surgery.convert.freeze import freeze, unfreeze
     from batchnorm.surgery.fold import FoldError, FoldReport, fold
-    from batchnorm.surgery.fold.onnx import fold_onnx
-    from batchnorm.surgery.groups import parameter_groups
-    from batchnorm.surgery.insert import insert_batchnorm
-    from batchnorm.surgery.redundant_bias import drop_redundant_bias
 
-__getattr__ = modules_on_demand(__name__, "prune")
+# The functions above have the names of their modules, which would hide them if they were imported later.
+__getattr__ = parts_on_demand(
+    __name__,
+    "prune",
+    fold_onnx="fold.onnx",
+    parameter_groups="groups",
+    insert_batchnorm="insert",
+    drop_redundant_bias="redundant_bias",
+)
 
 __all__ = [
     "AccelerateReport",
