@@ -45,7 +45,8 @@ def assert_same(first: Standardizer, second: Standardizer, rtol: float = 1e-12) 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every array is read in several parts."""
     monkeypatch.setattr(data_module, "_PART", 24)
-    monkeypatch.setattr(data_module, "_SMALL_PART", 24)
+    monkeypatch.setattr(data_module, "_LARGE_PART", 24)
+    monkeypatch.setattr(data_module, "_BLOCK", 72)
 
 
 # Statistics
@@ -199,7 +200,7 @@ def test_results_can_be_written_where_the_user_says(axis: int, tmp_path: Path) -
 
 
 def test_nothing_is_written_where_the_data_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "_SMALL_PART", 24)
+    monkeypatch.setattr(data_module, "_PART", 24)
     x = table()
     s = Standardizer(nan_policy="raise").fit(x)
     for wrong in (np.nan, np.inf):

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 
-# Number of values that are converted to float64 at a time.
-_PART = 2**21
-# The same for operations on single values on the CPU. torch computes so few in the calling thread. Threads would not
-# speed up these operations, which memory limits, but would wait for one another if the machine has other work.
-_SMALL_PART = 2**15
+# Number of values that are converted to float64 at a time. On the CPU, torch computes so few in the calling thread.
+# Threads would not speed up these operations, which memory limits, but would wait for one another on a busy machine.
+_PART = 2**15
+# The same for data on other devices, and for data in which the values of a sample are far apart.
+_LARGE_PART = 2**19
+# Number of values whose sums are added before they are merged with the others.
+_BLOCK = 2**23
 # scikit-learn's checks require the last words of the second sentence.
 _COMPLEX = (
     "Standardizer expects real numbers, got {}. Pass the real and the imaginary part as separate features: "
@@ -81,16 +83,20 @@ def as_array(x: Any) -> Any:
     return array
 
 
-def parts(x: Array, *, small: bool = False) -> Iterator[slice]:
-    """Yield slices of x's samples, each small enough to convert to float64.
+def parts(x: Array) -> Iterator[slice]:
+    """Yield slices of x's samples, each small enough to convert to float64."""
+    small = x.device.type == "cpu" and x.is_contiguous() if isinstance(x, Tensor) else x.flags.c_contiguous
+    return _slices(x, _PART if small else _LARGE_PART)
 
-    Args:
-        x: The data.
-        small: Whether each value is processed on its own, for which smaller parts are faster on the CPU.
-    """
+
+def blocks(x: Array) -> Iterator[slice]:
+    """Yield slices of x's samples, each of many parts."""
+    return _slices(x, _BLOCK)
+
+
+def _slices(x: Array, values: int) -> Iterator[slice]:
     per_sample = max(1, int(np.prod(x.shape[1:])))
-    on_cpu = not isinstance(x, Tensor) or x.device.type == "cpu"
-    step = max(1, (_SMALL_PART if small and on_cpu else _PART) // per_sample)
+    step = max(1, values // per_sample)
     for start in range(0, x.shape[0], step):
         yield slice(start, min(start + step, x.shape[0]))
 
@@ -106,13 +112,20 @@ def float64(part: Array) -> Tensor:
     return torch.from_numpy(values)
 
 
-def as_float64(x: Array) -> Tensor | None:
-    """Return x as a tensor of the same memory if it is contiguous and float64 already, and None otherwise."""
-    if isinstance(x, Tensor):
-        return x.detach() if x.dtype == torch.float64 and x.is_contiguous() else None
-    plain = not isinstance(x, np.ma.MaskedArray) and x.dtype == np.float64 and x.dtype.isnative
-    # torch warns about memory that cannot be written.
-    return torch.from_numpy(x) if plain and x.flags.c_contiguous and x.flags.writeable else None
+def weights(given: Any, samples: int) -> Tensor:
+    """Return `sample_weight` as float64 `[N]`, checked."""
+    weights = float64(as_array(given))
+    if weights.shape != (samples,):
+        raise ValueError(
+            f"Standardizer expects sample_weight of shape [N] = [{samples}], got {list(weights.shape)}. "
+            "Pass one number for each sample."
+        )
+    if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.any():
+        raise ValueError(
+            "Standardizer expects sample_weight >= 0, finite and not all zero, got other values. Use a weight of 0 for "
+            "samples that do not count."
+        )
+    return weights
 
 
 def mask_of(x: Array) -> NDArray[Any]:
@@ -131,7 +144,7 @@ def new_like(x: Array) -> Array:
     """Return an uninitialized array or tensor for x's standardized values."""
     if isinstance(x, Tensor):
         return torch.empty_like(x, dtype=result_dtype(x), requires_grad=False)
-    empty = np.empty(x.shape, result_dtype(x))
+    empty = np.empty_like(np.ma.getdata(x), result_dtype(x), subok=False)
     return np.ma.MaskedArray(empty) if isinstance(x, np.ma.MaskedArray) else empty
 
 

@@ -59,7 +59,7 @@ class Standardizer(Estimator):
             weight is negative.
         NotFittedError: data are transformed before `fit`.
 
-    Numerics: statistics are computed in float64, in two passes over each part, and merged by Chan's formula. The mean
+    Numerics: statistics are computed in float64, as deviations from a value near the mean, and merged by Chan's formula. The mean
         is stored as two float64 values. Neither a large mean nor many parts reduce accuracy. Results are computed in
         float64 and rounded once to the data's dtype. Integers give float64 arrays, or tensors of the default dtype.
         Results have no gradient; those of the layer from `to_layer` do.
@@ -132,28 +132,37 @@ class Standardizer(Estimator):
         return self
 
     def _measure(self, x: Array, sample_weight: Any) -> Features:
-        weights = None if sample_weight is None else _weights(sample_weight, x.shape[0])
-        omit_nan = self.nan_policy == "omit"
+        weights = None if sample_weight is None else data.weights(sample_weight, x.shape[0])
         if sparse.is_sparse(x):
             self._check_finite(sparse.values(x))
-            return sparse.moments(x, weights, omit_nan=omit_nan)
+            return sparse.moments(x, weights, omit_nan=self.nan_policy == "omit")
         x = _channels_second(x, self.channel_axis)
-        whole = data.as_float64(x) if weights is None else None
-        if whole is not None and (measured := Features.of(whole, None)).finite.all():
-            return measured
         measured = Features.empty(x.shape[1])
-        for part in data.parts(x):
-            values = data.float64(x[part])
-            here = None if weights is None else weights[part].to(values.device)
-            found = Features.of(values, here)
-            finite = found.finite
-            if here is not None or not finite.all():  # values with a weight of 0 are checked, too
-                self._check_finite(values)
-            if not finite.all():
-                rest = Features.of_incomplete(values[:, ~finite.to(values.device)], here, omit_nan=omit_nan)
-                found = found.replaced(~finite, rest)
-            measured = measured.merge(found)
+        for block in data.blocks(x):
+            here = None if weights is None else weights[block]
+            measured = measured.merge(self._measure_block(x[block], here, measured))
         return measured
+
+    def _measure_block(self, x: Array, weights: Tensor | None, before: Features) -> Features:
+        def parts() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for part in data.parts(x):
+                values = data.float64(x[part])
+                if weights is not None:  # values with a weight of 0 are checked, too
+                    self._check_finite(values)
+                yield values, None if weights is None else weights[part].to(values.device)
+
+        values, _ = next(parts())
+        near = torch.where(before.count > 0, before.mean, values.mean([0, *range(2, values.dim())]).cpu())
+        found = Features.of(parts, near.nan_to_num(0.0, 0.0, 0.0))
+        rest = ~found.finite
+        if rest.any():
+            incomplete = Features.empty(int(rest.sum()))
+            for values, here in parts():
+                self._check_finite(values)
+                chosen = values[:, rest.to(values.device)]
+                incomplete = incomplete.merge(Features.of_incomplete(chosen, here, omit_nan=self.nan_policy == "omit"))
+            found = found.replaced(rest, incomplete)
+        return found
 
     def _set_fitted(self, measured: Features, ndim: int) -> None:
         self._features, self._ndim = measured, ndim
@@ -217,14 +226,14 @@ class Standardizer(Estimator):
             out = data.new_like(x)
         else:  # check everything before writing anything
             data.check_out(out, x)
-            for part in data.parts(x, small=True):
+            for part in data.parts(x):
                 self._check_finite(data.float64(x[part]))
         source, target = _channels_second(x, self.channel_axis), _channels_second(out, self.channel_axis)
         shape = (1, -1, *(1,) * (x.ndim - 2))
         means = (torch.from_numpy(self.mean_), self._features.mean_low) if self.with_mean else ()
         vectors = [v.view(shape) for v in (torch.from_numpy(self.scale_), *means)]
         change_ = _restore_ if inverse else _standardize_
-        for part in data.parts(source, small=True):
+        for part in data.parts(source):
             values = data.float64(source[part])
             self._check_finite(values)
             data.write(target, part, change_(values, *(v.to(values.device) for v in vectors)))
@@ -382,18 +391,3 @@ def _channels_second(x: Array, axis: int) -> Array:
 
 def _int_if_whole(count: float) -> int | float:
     return int(count) if count.is_integer() else count
-
-
-def _weights(given: Any, samples: int) -> Tensor:
-    weights = data.float64(data.as_array(given))
-    if weights.shape != (samples,):
-        raise ValueError(
-            f"Standardizer expects sample_weight of shape [N] = [{samples}], got {list(weights.shape)}. "
-            "Pass one number for each sample."
-        )
-    if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.any():
-        raise ValueError(
-            "Standardizer expects sample_weight >= 0, finite and not all zero, got other values. Use a weight of 0 for "
-            "samples that do not count."
-        )
-    return weights

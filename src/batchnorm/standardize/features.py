@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import batchnorm.ops  # noqa: F401  (registers the operators)
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    Parts = Iterable[tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,20 +36,46 @@ class Features:
         return cls(zeros, zeros, zeros, zeros)
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor | None) -> Features:
-        """Compute the moments of `x [N, C, *S]`, float64, with `weights [N]`.
+    def of(cls, parts: Callable[[], Parts], pivot: Tensor) -> Features:
+        """Compute the moments of parts of the data in one pass, as deviations from a pivot.
 
-        They are not finite for a feature with a value that is not finite, or too large to be squared.
+        If the pivot is farther from a feature's mean than its standard deviation, the difference of the sums would lose
+        digits. A second pass then takes the mean as the pivot. The moments are not finite for a feature with a value
+        that is not finite, or too large to be squared.
+
+        Args:
+            parts: Returns the parts: x `[N, C, *S]`, float64, which is overwritten, and the weights `[N]` or None.
+            pivot: Values near the means, float64 `[C]` on the CPU.
         """
-        if weights is not None:
-            shape = (x.shape[0], *x.shape[2:])
-            weights = weights.view(-1, *(1,) * (x.dim() - 2)).expand(shape)
-        count, *others = torch.ops.batchnorm.moments(x, None, weights, 1)
-        return cls(count.cpu().expand(x.shape[1]), *(each.cpu() for each in others))
+        found, precise = cls._about(parts(), pivot)
+        return found if precise else cls._about(parts(), found.mean.nan_to_num(0.0, 0.0, 0.0))[0]
+
+    @classmethod
+    def _about(cls, parts: Parts, pivot: Tensor) -> tuple[Features, bool]:
+        counts, sums, squares = [], [], []
+        for x, weights in parts:
+            dims = [0, *range(2, x.dim())]
+            deviation = x.sub_(pivot.to(x.device).view(1, -1, *(1,) * (x.dim() - 2)))
+            positions = x[0, 0].numel()
+            if weights is None:
+                counts.append(torch.tensor(float(x.shape[0] * positions), dtype=torch.float64))
+                sums.append(deviation.sum(dims))
+                squares.append(deviation.square_().sum(dims))
+            else:
+                w = weights.view(-1, *(1,) * (x.dim() - 1))
+                counts.append(weights.sum() * positions)
+                sums.append((w * deviation).sum(dims))
+                squares.append((w * deviation.square_()).sum(dims))
+        count, total, square = (torch.stack(each).sum(0).cpu() for each in (counts, sums, squares))
+        count = count.expand_as(pivot)
+        shift = total / torch.where(count > 0, count, 1.0)
+        lost = total * shift
+        found = cls(count, *_pair(pivot, shift), (square - lost).clamp_min(0.0))
+        return found, bool(((2 * lost <= square) | ~found.finite).all())
 
     @classmethod
     def of_incomplete(cls, x: Tensor, weights: Tensor | None, *, omit_nan: bool) -> Features:
-        """Compute the same in plain torch operations; a value that is not finite does not make the others NaN."""
+        """Compute the moments of x with weights in two passes; with `omit_nan`, NaN does not count."""
         dims = [0, *range(2, x.dim())]
         per_feature = (1, -1, *(1,) * (x.dim() - 2))
         w = torch.ones((), dtype=x.dtype, device=x.device)

@@ -51,7 +51,9 @@ def moments(x: Any, weights: Tensor | None, *, omit_nan: bool) -> Features:
     kept = w != 0
     if omit_nan:
         kept &= ~entries.isnan()
-    found = Features.of_entries(entries[kept], columns[kept], w[kept], features)
+    if not kept.all():
+        entries, columns, w = entries[kept], columns[kept], w[kept]
+    found = Features.of_entries(entries, columns, w, features)
     zeros = (of_rows.sum() - stored).clamp_min(0.0)
     nothing = torch.zeros(features, dtype=torch.float64)
     return found.merge(Features(zeros, nothing, nothing, nothing))
