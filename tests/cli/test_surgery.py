@@ -171,8 +171,14 @@ def test_wrong_data_are_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     (folder / "done.npy").write_text("earlier")
     monkeypatch.setattr(sys.modules["batchnorm.cli.standardize"], "_BYTES", 24)
     for words, text in {
-        ("nan.npy",): "Standardizer expects finite values, got NaN",
-        ("nan.npy", "--like", "x.npy"): "batchnorm standardize: Standardizer expects finite values, got NaN",
+        ("nan.npy", "--nan-policy", "raise"): "Standardizer expects finite values, got NaN",
+        (
+            "nan.npy",
+            "--nan-policy",
+            "raise",
+            "--like",
+            "x.npy",
+        ): "batchnorm standardize: Standardizer expects finite values, got NaN",
         ("several.npz",): "several.npz must hold one array",
         ("none.npy",): "none.npy must be a file of numpy.save, but reading it failed",
         ("x.npy", "--channel-axis", 2): "with features on axis 2",
@@ -180,6 +186,9 @@ def test_wrong_data_are_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         assert_one_line(invoke("standardize", *words, "-o", "done.npy", "--overwrite"), text)
         assert (folder / "done.npy").read_text() == "earlier"
     assert_one_line(invoke("standardize", "x.npy", "-o", "done.npy"), "done.npy must not exist yet")
+    result = invoke("standardize", "nan.npy", "-o", "kept.npy")
+    assert "3 values are NaN: excluded from the statistics, and kept" in result.stdout
+    assert np.isnan(np.load("kept.npy")).sum() == 3
     assert not list(folder.glob(".batchnorm-*"))
 
 

@@ -45,7 +45,8 @@ class ReportingCommand(OneLineCommand):
 
 def print_json(text: str) -> None:
     """Print a JSON object on standard output."""
-    print(encodable_json(text), file=click.get_current_context().meta[_STDOUT])
+    out = click.get_current_context().meta[_STDOUT]
+    print(encodable_json(text, out), file=out)
 
 
 def print_values(verb: str, **values: Any) -> None:

@@ -80,6 +80,7 @@ def standardize(
             samples=len(source),
             features=standardizer.n_features_in_,
             dtype=str(source.dtype),
+            missing=_missing(standardizer, source),
             mean=standardizer.mean_.tolist(),
             deviation=(standardizer.var_**0.5).tolist(),
             output=str(output),
@@ -119,6 +120,13 @@ def _write(file: BinaryIO, x: NDArray[Any], dtype: np.dtype[Any], standardizer: 
         file.write(np.ascontiguousarray(part).data)
 
 
+def _missing(standardizer: Standardizer, source: NDArray[Any]) -> int:
+    """Return the number of values that were excluded from the statistics."""
+    features = standardizer.n_features_in_
+    seen = standardizer.n_samples_seen_
+    return int(source.size - (seen * features if isinstance(seen, (int, float)) else seen.sum()))
+
+
 def _summary(standardizer: Standardizer, source: NDArray[Any]) -> str:
     features = standardizer.n_features_in_
     lines = [f"standardize: {len(source)} samples of {features} features, {source.dtype}", ""]
@@ -127,4 +135,6 @@ def _summary(standardizer: Standardizer, source: NDArray[Any]) -> str:
     lines += [f"{i:>7}  {standardizer.mean_[i]:>12.6g}  {deviations[i]:>12.6g}" for i in range(min(features, _SHOWN))]
     if features > _SHOWN:
         lines.append(f"    ... and {features - _SHOWN} more")
+    if (missing := _missing(standardizer, source)) > 0:
+        lines += ["", f"{missing:,} values are NaN: excluded from the statistics, and kept in the result"]
     return "\n".join(lines)

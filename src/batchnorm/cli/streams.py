@@ -94,10 +94,10 @@ def _opened(stream: TextIO | None, errors: str) -> tuple[TextIO, _Lossy | None]:
     ), lossy
 
 
-def encodable_json(text: str) -> str:
-    """Return the JSON with escapes for control characters, and for those that standard output cannot encode."""
+def encodable_json(text: str, stream: TextIO) -> str:
+    """Return the JSON with escapes for control characters, and for those that the stream cannot encode."""
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(stream.encoding or "utf-8")
         plain = printable(text, lines=True) == text
     except UnicodeEncodeError:
         plain = False

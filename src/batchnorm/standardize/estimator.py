@@ -59,10 +59,10 @@ class Standardizer(Estimator):
             weight is negative.
         NotFittedError: data are transformed before `fit`.
 
-    Numerics: statistics are computed in float64, as deviations from a value near the mean, and merged by Chan's formula. The mean
-        is stored as two float64 values. Neither a large mean nor many parts reduce accuracy. Results are computed in
-        float64 and rounded once to the data's dtype. Integers give float64 arrays, or tensors of the default dtype.
-        Results have no gradient; those of the layer from `to_layer` do.
+    Numerics: statistics are computed in float64, as deviations from a value near the mean, and merged by Chan's
+        formula. The mean is stored as two float64 values. Neither a large mean nor many parts reduce accuracy. Results
+        are computed in float64 and rounded once to the data's dtype. Integers give float64 arrays, or tensors of the
+        default dtype. Results have no gradient; those of the layer from `to_layer` do.
 
     Examples:
         >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
