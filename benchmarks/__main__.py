@@ -29,6 +29,7 @@ from benchmarks import (
     peers,
     records,
     report,
+    small,
     steps,
 )
 from benchmarks.gpu import command as gpu_command
@@ -56,13 +57,14 @@ _BOTH: Settings = dict(records.ALLOCATORS)
 _DEFAULT: Settings = {"default": {}}
 
 # The variables of all settings; they are not inherited from the caller.
-_SETTINGS: list[Settings] = [_BOTH, page_faults.settings(), frameworks.settings()]
+_SETTINGS: list[Settings] = [_BOTH, page_faults.settings(), frameworks.settings(), small.SETTINGS]
 _SET_HERE = {name for settings in _SETTINGS for setting in settings.values() for name in setting or ()}
 
 SECTIONS = {
     "layers": Section(layers.KEY, layers.measure_layers, _BOTH),
     "sizes": Section(layers.KEY, layers.measure_sizes, _BOTH),
     "threads": Section(layers.KEY, layers.measure_threads, {"kept": records.ALLOCATORS["kept"]}),
+    "small": Section(small.KEY, small.measure_small, small.SETTINGS),
     "exactness": Section(exactness.KEY, exactness.measure_exactness, _DEFAULT),
     "frameworks": Section(frameworks.KEY, frameworks.measure_frameworks, frameworks.settings()),
     "keras": Section(keras_layer.KEY, keras_layer.measure_keras, frameworks.settings()),

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from batchnorm.files import write_whole
-from benchmarks import accelerate, flax_layer, frameworks, keras_layer, pictures, records, steps, targets
+from benchmarks import accelerate, flax_layer, frameworks, keras_layer, pictures, records, small, steps, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 from benchmarks.records import Row, select
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
-    "layers", "sizes", "threads", "exactness", "memory", "page-faults", "family", "steps", "accelerate", "fold",
-    "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
+    "layers", "sizes", "threads", "small", "exactness", "memory", "page-faults", "family", "steps", "accelerate",
+    "fold", "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
 )  # fmt: skip
 
 Cells = Sequence[str]
@@ -232,6 +232,32 @@ def threads_markdown(rows: list[Row]) -> str:
     return markdown(("threads", *[f"{n}, ms" for n in names]), body)
 
 
+def small_markdown(rows: list[Row]) -> str:
+    """Return torch's time → ours, and for each pass the geometric mean of the ratios and the smallest."""
+    columns = [(dtype, activation) for dtype in small.DTYPES for activation in small.ACTIVATIONS]
+    names = {"none": "BN", "relu": "BN + ReLU"}
+
+    def least(row: Row, contender: str) -> float:
+        return float(row[f"{contender}_least_us"])
+
+    def cell(row: Row) -> str:
+        torchs, ours = least(row, TORCH), least(row, OURS)
+        return f"{torchs:.3g} → {ours:.3g} ({torchs / ours:.2f}×)"
+
+    body = []
+    for threads, what in dict.fromkeys((r["threads"], r["pass"]) for r in rows):
+        own = list(select(rows, threads=threads, **{"pass": what}))
+        for shape in dict.fromkeys(r["shape"] for r in own):
+            found = {(r["dtype"], r["activation"]): r for r in own if r["shape"] == shape}
+            cells = [cell(found[column]) if column in found else "" for column in columns]
+            body.append([threads, what, shape, *cells, f"{min(least(r, small.FLOOR) for r in found.values()):.3g}"])
+        ratios = np.array([least(r, TORCH) / least(r, OURS) for r in own if r["shape"] != small.NETWORK])
+        mean = f"geometric mean {np.exp(np.log(ratios).mean()):.2f}×, smallest {ratios.min():.2f}×"
+        body.append([threads, what, "all layers", mean, *[""] * len(columns)])
+    heads = [f"{dtype} {names[activation]}, µs" for dtype, activation in columns]
+    return markdown(("threads", "pass", "shape", *heads, "floor, µs"), body, 3)
+
+
 def family_markdown(rows: list[Row]) -> str:
     """Return the time of each layer; with two processes, each works on half of the batch."""
     columns = list(dict.fromkeys((r["processes"], r["shape"]) for r in rows))
@@ -316,6 +342,7 @@ def write(out: Path, pictures_to: Path) -> None:
         "accelerate": accelerate_markdown,
         "page-faults": page_faults_markdown,
         "threads": threads_markdown,
+        "small": small_markdown,
         "fold": fold_markdown,
         "fold-photographs": fold_photographs_markdown,
         "fold-speed": fold_speed_markdown,

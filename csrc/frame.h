@@ -17,7 +17,7 @@ class Frame {
     STD_TORCH_CHECK(dim_ >= 2, "batchnorm expects x of shape [N, C, *S], got ", dim_,
                     " dimension(s). Add the missing batch or channel dimension.");
     const int64_t* sizes = x.sizes().data();
-    sizes_.assign(sizes, sizes + dim_);
+    sizes_ = Dims(sizes, dim_);
     shape = {sizes[0], sizes[1], 1, false};
     for (int64_t d = 2; d < dim_; ++d) shape.s *= sizes[d];
     if (shape.numel() > 0 && take(x)) return;
@@ -30,14 +30,14 @@ class Frame {
   // Returns the data of a tensor of x's shape, or of a copy if its strides or dtype differ.
   const void* read(const char* name, const Tensor& t) {
     const int64_t* sizes = t.sizes().data();
-    STD_TORCH_CHECK(t.dim() == dim_ && std::equal(sizes_.begin(), sizes_.end(), sizes), "batchnorm expects ", name,
+    STD_TORCH_CHECK(t.dim() == dim_ && std::equal(sizes, sizes + dim_, sizes_.data()), "batchnorm expects ", name,
                     " of x's shape ", shape_text(sizes_.data(), dim_), ", got ", shape_text(sizes, t.dim()),
                     ". Reshape or expand it.");
     check_device(name, t);
     const int64_t* strides = t.strides().data();
     bool same = dtype_code(t) == code_of(dtype);
     for (int64_t d = 0; same && d < dim_; ++d) same = sizes_[d] == 1 || strides[d] == strides_[d];
-    return data(name, t, same, strides_, code_of(dtype));
+    return data(name, t, same, strides_.data(), code_of(dtype));
   }
   const void* read(const char* name, const MaybeTensor& t) { return t ? read(name, *t) : nullptr; }
 
@@ -107,7 +107,7 @@ class Frame {
                     " on another device. Move it with .to(x.device).");
   }
   // Returns the tensor's data if `same`, else the data of a copy with these strides and this dtype.
-  const void* data(const char* name, const Tensor& t, bool same, const std::vector<int64_t>& strides, int32_t code) {
+  const void* data(const char* name, const Tensor& t, bool same, const int64_t* strides, int32_t code) {
     check_memory(name, t);
     if (same) return t.const_data_ptr();
     copies_.push_back(copy_with(t, strides, code));
@@ -115,23 +115,56 @@ class Frame {
   }
   const void* contiguous_data(const char* name, const Tensor& t, int32_t code) {
     const bool same = dtype_code(t) == code && t.is_contiguous();
-    return data(name, t, same, same ? std::vector<int64_t>() : contiguous_strides(t.sizes().data(), t.dim()), code);
+    return data(name, t, same, contiguous_strides(t.sizes().data(), t.dim()).data(), code);
   }
   bool take(const Tensor& t) {
     const int64_t* strides = t.strides().data();
     const bool plain = contiguous(sizes_.data(), strides, dim_);
     if (!plain && !channels_last(sizes_.data(), strides, dim_)) return false;
     shape.channels_last = !plain;
-    strides_.assign(strides, strides + dim_);
+    strides_ = Dims(strides, dim_);
     return true;
   }
 
   int64_t dim_;
   Tensor like_;
   bool converted_ = false;
-  std::vector<int64_t> sizes_, strides_;
+  Dims sizes_, strides_;
   std::vector<Tensor> copies_;
   int64_t rows_ = INT64_MAX;
 };
+
+inline void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
+
+inline Threads threads() { return {run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
+
+// The arguments that are not tensors. An operator reads them first, so that an error in another argument does not leak
+// the activation's name, which the operator owns.
+struct Attributes {
+  Attributes(double eps_, StringHandle name, double parameter_) : Attributes(eps_, activation_of(name), parameter_) {}
+  Attributes(double eps_, Activation activation_, double parameter_)
+      : eps(eps_), activation(activation_), parameter(parameter_) {}
+  double eps;
+  Activation activation;
+  double parameter;
+};
+
+// Collects the arguments of the map from x to y. If `indexed`, vectors may have rows, and each sample uses one row.
+inline Normalization normalization_of(Frame& frame, bool indexed, const MaybeTensor& mean,
+                                      const MaybeTensor& mean_low, const MaybeTensor& var, const MaybeTensor& weight,
+                                      const MaybeTensor& bias, const Attributes& attributes) {
+  Normalization n;
+  n.activation = attributes.activation;
+  n.parameter = attributes.parameter;
+  n.eps = attributes.eps;
+  n.mean = frame.vector("mean", mean, indexed);
+  n.mean_low = frame.vector("mean_low", mean_low, indexed);
+  n.var = frame.vector("var", var, indexed);
+  n.weight = frame.vector("weight", weight, indexed);
+  n.bias = frame.vector("bias", bias, indexed);
+  return n;
+}
 
 }  // namespace batchnorm

@@ -128,14 +128,38 @@ inline bool channels_last(const int64_t* sizes, const int64_t* strides, int64_t 
   return dense(sizes, strides, dim, [dim](int64_t i) { return i == 0 ? 0 : i == dim - 1 ? 1 : i + 1; });
 }
 
-inline std::vector<int64_t> contiguous_strides(const int64_t* sizes, int64_t dim) {
-  std::vector<int64_t> strides(static_cast<size_t>(dim), 1);
-  for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
+// Sizes or strides. Those of usual tensors take no memory of their own: each allocation costs as much as a small layer's
+// arithmetic on a channel.
+class Dims {
+ public:
+  Dims() = default;
+  explicit Dims(int64_t dim) {
+    if (dim > kInline) more_.resize(static_cast<size_t>(dim));
+  }
+  Dims(const int64_t* values, int64_t dim) : Dims(dim) { std::copy(values, values + dim, data()); }
+  int64_t* data() { return more_.empty() ? few_ : more_.data(); }
+  const int64_t* data() const { return more_.empty() ? few_ : more_.data(); }
+  int64_t& operator[](int64_t d) { return data()[d]; }
+  int64_t operator[](int64_t d) const { return data()[d]; }
+
+ private:
+  static constexpr int64_t kInline = 6;
+  int64_t few_[kInline];
+  std::vector<int64_t> more_;
+};
+
+inline Dims contiguous_strides(const int64_t* sizes, int64_t dim) {
+  Dims strides(dim);
+  int64_t step = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
   return strides;
 }
 
-inline Tensor copy_with(const Tensor& t, const std::vector<int64_t>& strides, int32_t code) {
-  Tensor copy = empty(t.sizes().data(), strides.data(), t.dim(), code);
+inline Tensor copy_with(const Tensor& t, const int64_t* strides, int32_t code) {
+  Tensor copy = empty(t.sizes().data(), strides, t.dim(), code);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), t.get(), 0));
   return copy;
 }

@@ -26,7 +26,7 @@ _NO_VARIANCE = (
 )
 
 _HALF = (torch.float16, torch.bfloat16)
-_LAYOUTS = {
+LAYOUTS = {
     "1d": ((2, 3), "[N, C] or [N, C, L]"),
     "2d": ((4,), "[N, C, H, W]"),
     "3d": ((5,), "[N, C, D, H, W]"),
@@ -128,7 +128,7 @@ def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
         if x.is_quantized:
             fix = "Call batchnorm.convert(model, torch.nn) before you quantize: torch quantizes its own layers only."
         raise TypeError(f"{caller} expects x of a floating-point dtype, got {x.dtype}. {fix}")
-    ranks, layout = _LAYOUTS.get(caller[-2:], (None, "[N, C, *]"))
+    ranks, layout = LAYOUTS.get(caller[-2:], (None, "[N, C, *]"))
     if x.dim() in ranks if ranks is not None else x.dim() >= 2 or x.shape == (0,):
         return
     hint = "Add the missing batch or channel dimension, for example x.unsqueeze(0)."

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import _checks, _options, ops
+from batchnorm.ops import strict
 from batchnorm.ops.eager import values_per_channel
 
 __all__ = ["batch_norm"]
@@ -109,6 +110,13 @@ def batch_norm(
         tensor([[0.0000, 0.0000],
                 [1.0000, 1.0000]])
     """
+    if mask is None:
+        y = strict.batch_norm(
+            input, running_mean, running_var, weight, bias, training, update_running_stats, momentum, eps, activation,
+            negative_slope, alpha, residual, num_batches_tracked, on_nonfinite, on_single, channel_dim, caller,
+        )  # fmt: skip
+        if y is not None:
+            return y
     overridden = has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual, mask)
     if overridden or (isinstance(input, Tensor) and input.is_nested):
         fixed = (running_mean, running_var, weight, bias, training, momentum, eps)

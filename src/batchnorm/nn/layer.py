@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import init
 
 from batchnorm import _checks, _options, functional
+from batchnorm.ops import strict
 
 
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
@@ -101,10 +102,19 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
             running_mean = running_var = None
         own = self.activation, self.negative_slope, self.alpha
         name, negative_slope, alpha = own if activation is None else (*activation, activation[1])
+        counter = held["num_batches_tracked"] if updates else None
+        if mask is None:  # first, because it takes less time than the call below
+            y = strict.batch_norm(
+                x, running_mean, running_var, weight, bias, training, updates, self.momentum, self.eps, name,
+                negative_slope, alpha, residual, counter, self.on_nonfinite, self.on_single, self.channel_dim,
+                self.layer_name,
+            )  # fmt: skip
+            if y is not None:
+                return y
         return functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, self.momentum, self.eps,
             activation=name, negative_slope=negative_slope, alpha=alpha, residual=residual, mask=mask,
-            num_batches_tracked=held["num_batches_tracked"] if updates else None,
+            num_batches_tracked=counter,
             on_nonfinite=self.on_nonfinite, on_single=self.on_single,
             update_running_stats=updates, channel_dim=self.channel_dim, caller=self.layer_name,
         )  # fmt: skip

@@ -33,6 +33,25 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records an operation on these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator for `any` would take longer than this
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def kept_for_activation(
+    residual: Tensor | None, y: Tensor, attributes: Attributes
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return residual and y, but None for those that do not determine f′(z)."""
+    _, activation, parameter = attributes
+    if residual is None or activation == "none":
+        return None, None
+    return (None, y) if known_from_output(activation, parameter) else (residual, None)
+
+
 def keep(
     ctx: Any,
     x: Tensor,
@@ -42,13 +61,8 @@ def keep(
     attributes: Attributes,
     *others: Tensor | None,
 ) -> None:
-    """Save a `Kept` and `others` for backward; of residual and y, keep only the one that determines f′(z), if any."""
-    if residual is None or attributes.activation == "none":
-        ctx.save_for_backward(x, None, None, *vectors, *others)
-    elif known_from_output(attributes.activation, attributes.negative_slope):
-        ctx.save_for_backward(x, None, y, *vectors, *others)
-    else:
-        ctx.save_for_backward(x, residual, None, *vectors, *others)
+    """Save a `Kept` and `others` for backward."""
+    ctx.save_for_backward(x, *kept_for_activation(residual, y, attributes), *vectors, *others)
     ctx.attributes = attributes
     ctx.set_materialize_grads(False)
 

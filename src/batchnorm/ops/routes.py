@@ -18,7 +18,15 @@ from torch.autograd import forward_ad
 from batchnorm import _checks
 from batchnorm.distributed import Peers
 from batchnorm.ops import direct, eager
-from batchnorm.ops.derivatives import NormalizeFunction, TrainFunction, below_autograd, named, normalize, train_forward
+from batchnorm.ops.derivatives import (
+    NormalizeFunction,
+    TrainFunction,
+    below_autograd,
+    named,
+    needs_gradient,
+    normalize,
+    train_forward,
+)
 from batchnorm.ops.parts import BatchStatistics, FiniteFunction, PartsFunction, finite, statistics_by_parts
 from batchnorm.ops.schemas import Attributes
 
@@ -39,14 +47,6 @@ def _plain() -> bool:
     return _transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:  # a generator for `any` would take longer than this
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
 def batch_statistics_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -64,7 +64,7 @@ def batch_statistics_norm(
         return y, mean, mean_low, var
     if torch.compiler.is_compiling():
         return _ops.train_forward(x, weight, bias, residual, *attributes)
-    if not _needs_gradient(x, weight, bias, residual):
+    if not needs_gradient(x, weight, bias, residual):
         with below_autograd():
             return train_forward(x, weight, bias, residual, *attributes)
     statistics: list[Tensor] = []
@@ -91,7 +91,7 @@ def batch_statistics_norm_and_update_(
         update_running_(*running, *found, eager.values_per_channel(x), None, momentum, skip_nonfinite)
         return y
     attributes = named(Attributes, (eps, activation, negative_slope))
-    if _needs_gradient(x, weight, bias, residual):
+    if needs_gradient(x, weight, bias, residual):
         return _apply_train(x, weight, bias, residual, attributes, [], (*running, momentum))
     return direct.train_forward_and_update_(x, weight, bias, residual, *attributes, *running, momentum)[0]
 
@@ -113,17 +113,17 @@ def fixed_statistics_norm(
     Statistics, weight and bias are `[C]`, or `[K, C]` with `index`.
     """
     attributes = named(Attributes, (eps, activation, negative_slope))
-    needs_gradient, compiling = _needs_gradient(x, weight, bias, residual), torch.compiler.is_compiling()
+    differentiable, compiling = needs_gradient(x, weight, bias, residual), torch.compiler.is_compiling()
     mean, var = mean.detach(), var.detach()
     if index is not None and (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
         return eager.normalize(x, mean, None, var, weight, bias, residual, index, *attributes)  # needs only torch
     dtype = eager.statistics_dtype(x)
     if _transforms_active():
         mean, var = eager.copy_running(mean, var)
-    elif needs_gradient or not mean.dtype == var.dtype == dtype:
+    elif differentiable or not mean.dtype == var.dtype == dtype:
         # A compiler's backward would recompute a plain clone, from changed buffers.
         mean, var = _ops.copy_running.default(mean, var)
-    if needs_gradient and not compiling and not _transforms_active():
+    if differentiable and not compiling and not _transforms_active():
         return _apply_normalize(x, weight, bias, residual, mean, var, index, attributes)
     return _normalize(x, mean, None, var, weight, bias, residual, index, *attributes)
 
@@ -203,7 +203,7 @@ def batch_statistics_norm_by_parts(
     plain = torch.compiler.is_compiling() or _plain()
     if weights is not None:
         x = finite(x) if plain else FiniteFunction.apply(x)
-    if not plain and _needs_gradient(x, weight, bias, residual):
+    if not plain and needs_gradient(x, weight, bias, residual):
         return _apply_parts(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
     return _normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
 

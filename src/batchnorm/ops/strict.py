@@ -1,0 +1,229 @@
+"""Small tensors in eager mode on the CPU: one operator per pass, which checks its arguments itself.
+
+For a tensor of 64 × 64 values, Python's checks and the bookkeeping of several operators take longer than the kernels.
+The strict operators, which only the compiled part has, do the work of several operators of the contract in one call.
+They raise an error for arguments that a layer must not accept, before they change anything. So a layer calls them
+first. Only after an error, it checks its arguments one by one, and takes the ordinary route if it finds nothing wrong.
+
+They serve plain tensors if nobody else wants to see the operators of the contract: no compiler, transform, trace or
+dispatch mode. Below, `attributes` are eps, the activation's number in the table of activations, and its parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
+
+from batchnorm._checks import CHANNEL_DIMS, LAYOUTS
+from batchnorm._options import LEAST_EPS, ON_NONFINITE, ON_SINGLE
+from batchnorm.ops import compiled, eager
+from batchnorm.ops.activations import ACTIVATIONS
+from batchnorm.ops.derivatives import (
+    Gradients,
+    below_autograd,
+    differentiable_gradients,
+    kept_for_activation,
+    train_gradients,
+)
+from batchnorm.ops.schemas import Attributes, Kept
+
+_Numbered = tuple[float, int, float]
+
+AVAILABLE = bool(compiled.cpu_capabilities()) and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "batchnorm::strict_train_forward_", "CPU"
+)
+
+_LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
+_NAMES = tuple(ACTIVATIONS)
+_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
+# The place of each activation's parameter in (none, negative_slope, alpha).
+_PARAMETERS = [(None, "negative_slope", "alpha").index(row.parameter) for row in ACTIVATIONS.values()]
+_ANY_RANK = (None, "")
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    if not AVAILABLE:
+        return _unavailable
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # has no derivative
+    function: Callable[..., Any] = getattr(torch.ops.batchnorm, name).default._op  # without a frame of Python
+    return function
+
+
+def _unavailable(*arguments: Any) -> Any:
+    raise RuntimeError
+
+
+_train_forward = _operator("strict_train_forward_")
+_train_backward = _operator("strict_train_backward")
+_normalize = _operator("strict_normalize")
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..., is_grads_batched=True)
+
+
+class _RefusedError(Exception):
+    """The operator refused its arguments. An error of a hook on saved tensors must not be taken for this."""
+
+
+class StrictTrainFunction(torch.autograd.Function):
+    """y of a training step under autograd, with the update of the running statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> Tensor:
+        """Compute y, and save tensors for backward. `options` are the operator's arguments after the residual."""
+        y: Tensor
+        try:
+            y, statistics = _train_forward(x, weight, bias, residual, *options)
+        except RuntimeError as error:
+            raise _RefusedError from error
+        attributes = options[3:6]
+        if residual is None:
+            ctx.save_for_backward(x, statistics, weight, bias)
+        else:
+            others = kept_for_activation(residual, y, _named(attributes))
+            ctx.save_for_backward(x, statistics, weight, bias, *others)
+        ctx.attributes = attributes
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        """Compute the first derivative by one operator, higher ones through plain torch operations."""
+        if dy is None:
+            return (None,) * 5
+        saved, needs, attributes = ctx.saved_tensors, ctx.needs_input_grad, ctx.attributes
+        x, statistics, weight, bias, residual, y = saved if len(saved) == 6 else (*saved, None, None)
+        ordinary = needs[0] and not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or _dispatch_modes()
+            or _transforms_active()
+            or _is_batched(dy)
+        )
+        if ordinary:
+            need_dz = needs[3] and attributes[1] != 0
+            dx, dweight, dbias, dz = _train_backward(dy, x, residual, y, statistics, weight, bias, *attributes, need_dz)
+            if needs[3] and not need_dz:
+                dz = dy
+            return dx, dweight if needs[1] else None, dbias if needs[2] else None, dz, None
+        mean, mean_low, var = statistics.unbind()
+        kept = Kept(x, residual, y, mean, mean_low, var, weight, bias)
+        return *_gradients(dy, kept, needs[:4], _named(attributes)), None
+
+
+def _named(attributes: _Numbered) -> Attributes:
+    eps, number, parameter = attributes
+    return Attributes(eps, _NAMES[number], parameter)
+
+
+def _gradients(dy: Tensor, kept: Kept, needs: tuple[bool, ...], attributes: Attributes) -> Gradients:
+    """Return the gradients by the operators of the contract, or as differentiable functions."""
+    if torch.is_grad_enabled():
+        return differentiable_gradients(dy, kept, needs, attributes, eager.batch_statistics)
+    with below_autograd():
+        return train_gradients(dy, kept, needs, attributes)
+
+
+# This skips the functorch handling in Function.apply.
+_apply_train = super(torch.autograd.Function, StrictTrainFunction).apply
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    updates: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    alpha: float,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    on_nonfinite: str,
+    on_single: str,
+    channel_dim: int,
+    caller: str,
+) -> Tensor | None:
+    """Compute `functional.batch_norm`, or return None without any effect if that function must do it.
+
+    This is one long function, because every further call of Python adds to a small layer's time.
+    """
+    if (
+        not AVAILABLE
+        or torch.compiler.is_compiling()  # or exporting
+        or x.__class__ is not Tensor
+        or has_torch_function_variadic(x, running_mean, running_var, weight, bias, residual)
+        or not x.is_cpu  # after the line above, because a mode for functions sees it
+        or _dispatch_modes()
+        or _transforms_active()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    dims, number = x.dim(), _NUMBERS.get(activation)
+    ranks, _ = LAYOUTS.get(caller[-2:], _ANY_RANK)
+    if (
+        number is None
+        or (dims < 2 if ranks is None else dims not in ranks)
+        or x.is_nested
+        or not (eps >= LEAST_EPS or (eps == 0.0 and not training))
+        or not -math.inf < alpha < math.inf
+        or on_nonfinite not in ON_NONFINITE
+        or on_single not in ON_SINGLE
+        or channel_dim not in CHANNEL_DIMS
+        or (running_mean is None) != (running_var is None)
+        or (running_mean is None and (not training or on_single == "running"))
+    ):
+        return None
+    channels_are_last = channel_dim == -1 and dims > 2
+    if channels_are_last:
+        x, residual = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
+    parameter = (0.0, negative_slope, alpha)[_PARAMETERS[number]]
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    refused = _RefusedError if differentiable else RuntimeError
+    try:
+        if not training:
+            if differentiable:
+                return None
+            y = _normalize(x, running_mean, running_var, weight, bias, residual, eps, number, parameter)
+        else:
+            if not updates or running_mean is None:
+                running_mean = running_var = num_batches_tracked = None
+            elif running_mean.requires_grad or running_var.requires_grad:  # type: ignore[union-attr]
+                return None
+            options = (
+                running_mean, running_var, num_batches_tracked, eps, number, parameter, momentum, on_nonfinite == "skip"
+            )  # fmt: skip
+            if not differentiable:
+                y, _ = _train_forward(x, weight, bias, residual, *options)
+            elif x.is_inference():  # autograd cannot save it
+                return None
+            else:
+                y = _apply_train(x, weight, bias, residual, options)
+    except refused:
+        return None
+    return y.movedim(1, -1) if channels_are_last else y
