@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from threading import Timer
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PATIENCE = 3.0  # seconds without a bar, for functions that are usually faster
 
 
 class Bar:
@@ -32,6 +36,11 @@ class Bar:
             if self._display is not None:
                 self._display.update(self._task, advance=1)
 
+    def during(self, title: str) -> None:
+        """Show a step of unknown length."""
+        if self._display is not None:
+            self._display.reset(self._task, description=title, total=None)
+
     def expect(self, total: int, text: str) -> None:
         """Set the total number of batches, and print a line of text."""
         if self._display is not None:
@@ -40,12 +49,22 @@ class Bar:
 
 
 @contextmanager
-def bar(caller: str, show: bool, before_each: Callable[[], None] = lambda: None) -> Iterator[Bar]:
+def bar(
+    caller: str, show: bool | None, before_each: Callable[[], None] = lambda: None, *, after: float = 0.0
+) -> Iterator[Bar]:
     """Show a progress bar on standard error within the block, and call a function before each batch.
 
+    Args:
+        caller: The function that the user called, for the error message.
+        show: Whether to show the bar; None: if standard error is a terminal, and rich is installed.
+        before_each: Called before each batch.
+        after: The seconds before the bar appears.
+
     Raises:
-        ImportError: rich, which draws the bar, is not installed.
+        ImportError: show is true, and rich, which draws the bar, is not installed.
     """
+    if show is None:
+        show = sys.stderr is not None and sys.stderr.isatty() and find_spec("rich") is not None
     if not show:
         yield Bar(before_each=before_each)
         return
@@ -58,5 +77,15 @@ def bar(caller: str, show: bool, before_each: Callable[[], None] = lambda: None)
             "Run pip install rich, or leave progress=False."
         ) from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    display = Progress(*columns, console=Console(stderr=True), transient=True)
+    timer = Timer(after, display.start)
+    timer.daemon = True
+    try:
+        timer.start() if after else display.start()
         yield Bar(display, before_each)
+    finally:
+        if after:
+            timer.cancel()
+            timer.join()
+        if display.live.is_started:
+            display.stop()

@@ -16,6 +16,7 @@ from batchnorm.foreign import applies_followers
 from batchnorm.models.description import describe
 from batchnorm.models.inputs import Inputs, evaluate
 from batchnorm.models.outputs import difference
+from batchnorm.models.progress import PATIENCE, Bar, bar
 from batchnorm.models.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.nn import (
@@ -64,7 +65,9 @@ class AccelerateReport(Report):
         return [counts if self.difference is None else f"{counts}; outputs differ by {self.difference:.1e}"]
 
 
-def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = False) -> Result[AccelerateReport]:
+def accelerate(
+    model: nn.Module, example_inputs: Any = None, inplace: bool = False, *, progress: bool | None = None
+) -> Result[AccelerateReport]:
     """Replace batch normalization with this library's, and fuse it with the additions and activations after it.
 
     Each `torch.nn.BatchNorm*d` becomes this library's layer: a subclass, with the same parameters, buffers, hooks and
@@ -82,6 +85,8 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
             of named arguments. Pass a few samples in the dtype and on the device of training. Each rewritten `forward`
             is then compared with the original in both modes, and modules that take lists of tensors can be rewritten.
         inplace: Whether to change the model itself instead of a copy.
+        progress: Whether to show a progress bar on standard error after 3 seconds (needs rich); by default, if that is
+            a terminal and rich is installed.
 
     Returns:
         The model, and a report of each layer: its replacement and the operations fused with it, or the reason why
@@ -91,6 +96,7 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
         TypeError: model is not a module.
         ValueError: the model does not take the example inputs, cannot be copied, or is sharded. The model is then
             unchanged.
+        ImportError: progress is true, and rich is not installed.
 
     Numerics: as `batchnorm.functional.batch_norm`; in float64 a training run has the same losses to rounding.
 
@@ -111,7 +117,8 @@ def accelerate(model: nn.Module, example_inputs: Any = None, inplace: bool = Fal
     swapped = {f.path: faster[f.path] for f in layers if f.path in faster and faster[f.path] is not type(f.module)}
     ours = [f.path for f in layers if f.path in faster]
 
-    found, relative_difference, notes = _find_and_try(model, swapped, ours, example_inputs)
+    with bar("accelerate", progress, after=PATIENCE) as shown:
+        found, relative_difference, notes = _find_and_try(model, swapped, ours, example_inputs, shown)
     _add_own_activations(model, ours, found)
     changed: list[Change] = []
     for path in ours:
@@ -179,9 +186,10 @@ def _why_left(layer: nn.Module) -> str:
 
 
 def _find_and_try(
-    model: nn.Module, swapped: dict[str, type[nn.Module]], ours: list[str], example_inputs: Any
+    model: nn.Module, swapped: dict[str, type[nn.Module]], ours: list[str], example_inputs: Any, shown: Bar
 ) -> tuple[Fusions, float | None, tuple[str, ...]]:
     """Find the fusions and try them on a copy that shares the tensors; return them, the output's change and notes."""
+    shown.during("tracing")
     try:
         trial = walk.trial_copy("accelerate", model)
     except ValueError as error:
@@ -198,7 +206,7 @@ def _find_and_try(
         before, calls = record_calls("accelerate", trial, ours, inputs)
         found = find_fusions(trial, norms, calls)
     _apply(trial, swapped, found)
-    for path in list(found.rewrites):
+    for path in shown.over(list(found.rewrites), "comparing", len(found.rewrites)):
         if why := _disagreement(trial.get_submodule(path), calls[path]):
             _undo(trial, found, path, why)
     with walk.restored(trial, buffers=True):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.models.gate import Error, Results, relative
+from batchnorm.models.progress import Bar
 from batchnorm.surgery.fold.network import Call, Kind, Network, Value
 
 
@@ -33,10 +34,11 @@ class Proof(ABC):
         original: The network before any fold.
         tolerance: The relative error that is allowed at one place, even if the original's own error is smaller than
             half of it.
+        shown: The progress bar.
     """
 
-    def __init__(self, original: Network, tolerance: float) -> None:
-        self._original, self._tolerance = original, tolerance
+    def __init__(self, original: Network, tolerance: float, shown: Bar) -> None:
+        self._original, self._tolerance, self.shown = original, tolerance, shown
 
     @abstractmethod
     def compute(
@@ -72,7 +74,8 @@ class Proof(ABC):
             else:
                 own = (self._original.values[end] for end in ends)
             folded = self.compute(network, given, places, random=random, wide=False)
-            for i, pair in enumerate(zip(own, folded, strict=True)):
+            pairs = self.shown.over(zip(own, folded, strict=True), "comparing", len(places))
+            for i, pair in enumerate(pairs):
                 # Within half the tolerance of the original, the error is within the tolerance, or within twice the
                 # original's error, whatever the exact value.
                 if relative(*pair[::-1]) > 0.5 * self._tolerance:

@@ -85,7 +85,10 @@ class Search:
     def _fold_norms(self) -> bool:
         """Try to fold every batch normalization once, backward and then forward. Return whether one was folded."""
         before = len(self.absorbed)
-        for call in (call for call in self._network.norms if not call.gone):
+        left = [call for call in self._network.norms if not call.gone]
+        for call in self._proof.shown.over(left, "folding", len(left)):
+            if call.gone:
+                continue
             why = []
             for direction in (FoldPlan.backward, FoldPlan.forward):
                 try:

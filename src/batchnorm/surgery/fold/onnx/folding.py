@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.models.progress import PATIENCE, bar
 from batchnorm.models.report import FoldReport, Result
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def fold_onnx(
     inputs: Mapping[str, Any] | Sequence[Any] | Any | None = None,
     tolerance: float | None = None,
     overwrite: bool = True,
+    progress: bool | None = None,
 ) -> Result[FoldReport]:
     """Return the ONNX model without batch normalization, for inference, and a report of each one.
 
@@ -40,13 +42,14 @@ def fold_onnx(
             the sizes that the model gives; for open sizes, several are tried.
         tolerance: The relative error that one fold may make, as in `batchnorm.fold`.
         overwrite: Whether to replace an earlier file at `output`.
+        progress: Whether to show a progress bar on standard error after 3 seconds, as in `batchnorm.fold`.
 
     Returns:
         The folded model, with the versions, names and metadata of the original; and the report, whose `how` names the
         program that ran the model.
 
     Raises:
-        ModuleNotFoundError: onnx or onnxruntime is not installed.
+        ModuleNotFoundError: onnx or onnxruntime is not installed, or rich with progress=True.
         TypeError: The model is neither a ModelProto nor a path.
         ValueError: The file is not a model, the model cannot be run, or no file can be written at output.
         FoldError: The folded model's results are not the original's.
@@ -91,7 +94,8 @@ def fold_onnx(
     target = None if output is None else Path(output)
     if target is not None:
         _check_output(target, model, external=external, overwrite=overwrite)
-    report = fold_in_place(working, inputs, tolerance)
+    with bar("fold_onnx", progress, after=PATIENCE) as shown:
+        report = fold_in_place(working, inputs, tolerance, shown)
     if target is not None:
         files.write(working, target, external=external, overwrite=overwrite)
     return Result(working, report)

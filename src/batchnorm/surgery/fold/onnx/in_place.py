@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto
 
 from batchnorm.models import gate
+from batchnorm.models.progress import Bar
 from batchnorm.models.report import FLOAT64, Change, FoldError, FoldReport
 from batchnorm.surgery.fold.moves import Shape
 from batchnorm.surgery.fold.onnx.emit import emit
@@ -24,8 +25,8 @@ from batchnorm.surgery.fold.search import Search
 OLDEST = 7  # earlier versions write batch normalization and addition differently
 
 
-def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) -> FoldReport:
-    """Turn the model into the folded one.
+def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None, shown: Bar) -> FoldReport:
+    """Turn the model into the folded one, and show the progress.
 
     Raises:
         ValueError: The model cannot be run.
@@ -47,6 +48,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
         ) from error
     if total == 0:
         return FoldReport("fold", how=runner.how, notes=notes)
+    shown.during("running the original")
     runs = feeds_of(model, inputs, runner)
     plain = False  # with ONNX Runtime's optimizations, as users run it
     try:
@@ -61,10 +63,11 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None) 
     values, shapes = _everything(model, runs, runner)
     network = OnnxNetwork(model, values, shapes)
     limit = gate.tolerance_for(tolerance, _dtypes(model))
-    search = Search(network, OnnxProof(OnnxNetwork(model, values, shapes), limit, runner, model))
+    search = Search(network, OnnxProof(OnnxNetwork(model, values, shapes), limit, shown, runner, model))
     search.fold_all()
     places = {call: call.node.name for call in network.calls if call.results}
     changed, left = search.rows(places, dict.fromkeys(network.calls, NORM), {})
+    shown.during("checking the result")
     emit(network, model)
     try:
         found = runner.run(model, *runs, plain=plain)

@@ -11,6 +11,7 @@ from onnx import helper
 from torch import Tensor
 
 from batchnorm.models.gate import relative
+from batchnorm.models.progress import Bar
 from batchnorm.surgery.fold.network import Call, Network
 from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
@@ -29,12 +30,15 @@ class OnnxProof(Proof):
     Args:
         original: The network before any fold.
         tolerance: The relative error that is allowed at one place.
+        shown: The progress bar.
         runner: Runs models like the original.
         model: The original.
     """
 
-    def __init__(self, original: OnnxNetwork, tolerance: float, runner: Runner, model: onnx.ModelProto) -> None:
-        super().__init__(original, tolerance)
+    def __init__(
+        self, original: OnnxNetwork, tolerance: float, shown: Bar, runner: Runner, model: onnx.ModelProto
+    ) -> None:
+        super().__init__(original, tolerance, shown)
         self._network, self._runner = original, runner
         self._opsets, self._ir_version = list(model.opset_import), max(model.ir_version, 4)
 

@@ -16,6 +16,7 @@ from batchnorm.models.description import describe
 from batchnorm.models.errors import Untraceable
 from batchnorm.models.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.outputs import outputs
+from batchnorm.models.progress import PATIENCE, Bar, bar
 from batchnorm.models.recording import fewer_samples
 from batchnorm.models.report import FLOAT64, Change, FoldReport, Result
 from batchnorm.surgery.fold.network import Call
@@ -32,7 +33,12 @@ SAMPLES = 2  # samples of the example that every fold is tried on
 
 
 def fold(
-    model: nn.Module, example_inputs: Any, *, inplace: bool = False, tolerance: float | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    inplace: bool = False,
+    tolerance: float | None = None,
+    progress: bool | None = None,
 ) -> Result[FoldReport]:
     """Return the network without batch normalization, for inference, and a report of each one.
 
@@ -51,6 +57,8 @@ def fold(
             Otherwise the model is left unchanged.
         tolerance: The relative error that one fold may make, even if the model's own error is smaller than half of it;
             by default 1e-12 for float64, 1e-5 for float32, 1e-2 for float16 and 5e-2 for bfloat16.
+        progress: Whether to show a progress bar on standard error after 3 seconds (needs rich); by default, if that is
+            a terminal and rich is installed.
 
     Returns:
         A graph module in evaluation mode, and the report. Its parameters have the model's names; it can be copied,
@@ -62,6 +70,7 @@ def fold(
     Raises:
         TypeError: The model is not a module.
         ValueError: The model cannot be called with the inputs, cannot be copied, or is sharded (FSDP, tensor parallel).
+        ImportError: progress is true, and rich is not installed.
         FoldError: The folded network's results are not the original's. After any error the model is unchanged.
 
     Numerics: Weights are computed in float64 and rounded once to each parameter's dtype. Every place that must keep its
@@ -87,14 +96,15 @@ def fold(
     check_not_sharded("fold", model)
     walk.check_has_values("fold", model)
     inputs = Inputs.of(example_inputs)
-    with walk.restored(model):
-        folded, report = _fold_checked(model, inputs, inplace, tolerance)
+    with walk.restored(model), bar("fold", progress, after=PATIENCE) as shown:
+        folded, report = _fold_checked(model, inputs, inplace, tolerance, shown)
     return Result(_become(model, folded) if inplace else folded, report)
 
 
 def _fold_checked(
-    model: nn.Module, inputs: Inputs, share: bool, tolerance: float | None
+    model: nn.Module, inputs: Inputs, share: bool, tolerance: float | None, shown: Bar
 ) -> tuple[nn.Module, FoldReport]:
+    shown.during("running the original")
     working, notes = working_copy(model, inputs, share=share)
     try:
         counts, result = counted(working, inputs)
@@ -110,8 +120,9 @@ def _fold_checked(
     if total == 0:
         return working, FoldReport("fold", how="nothing to fold", notes=notes)
     few, of_few = fewer_samples(working, inputs, SAMPLES, outputs(result))
-    original = _Original(working, tracing.Runs(working, few, result if few is inputs else of_few), tolerance)
+    original = _Original(working, tracing.Runs(working, few, result if few is inputs else of_few), tolerance, shown)
     found = _folded(working, original)
+    shown.during("checking the result")
     left, result = counted(found.model, few)
     errors = original.compared(found.model, result)
     gate.check_whole(errors, original.limit, original.reference)
@@ -157,7 +168,8 @@ class _Original:
     The results are for the example, and for random values in the smallest inputs that the model takes.
     """
 
-    def __init__(self, working: nn.Module, runs: tracing.Runs, tolerance: float | None) -> None:
+    def __init__(self, working: nn.Module, runs: tracing.Runs, tolerance: float | None, shown: Bar) -> None:
+        self.shown = shown
         (_, result), *_ = runs.found
         self.runs, self._random = runs, runs.smallest.random()
         self._own = outputs((result, evaluate(working, self._random)))
@@ -190,6 +202,7 @@ def _folded(working: nn.Module, original: _Original) -> _Folded:
     Traced models, and traced parts that Python code calls, take every size. Exported models may not, and export is
     slow.
     """
+    original.shown.during("tracing")
     try:
         trace = tracing.trace(working, original.runs, ways=("fx",), prepare=lowering.lower)
     except Untraceable:
@@ -200,6 +213,7 @@ def _folded(working: nn.Module, original: _Original) -> _Folded:
     parts = _fold_parts(working, original, ("fx",), whole=True)
     if parts is not None:
         return parts
+    original.shown.during("tracing")
     try:
         trace = tracing.trace(copied(working, share=True), original.runs, prepare=lowering.lower)
     except Untraceable as error:
@@ -233,7 +247,7 @@ def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
 def _fold_graph(trace: tracing.Trace, working: nn.Module, original: _Original, prefix: str = "") -> _Folded:
     """Fold a traced model, or the part of one whose path is `prefix`."""
     network = TorchNetwork(trace)
-    search = Search(network, TorchProof(TorchNetwork(trace), original.limit))
+    search = Search(network, TorchProof(TorchNetwork(trace), original.limit, original.shown))
     search.fold_all()
     paths = {call: _path(network, call) for call in network.calls}
     emitter = Emitter(network)
