@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 import batchnorm
-from batchnorm.ops import direct, eager, triton
+from batchnorm.ops import direct, eager, strict, triton
 from batchnorm.ops.triton import counters, frame, launch, tiling
 from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
@@ -254,7 +254,8 @@ def test_in_triton_a_step_with_activation_checkpointing_updates_the_running_stat
 
 
 @pytest.fixture
-def _kernels_serve_the_cpu() -> Iterator[None]:
+def _kernels_serve_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(strict, "AVAILABLE", False)  # these operators are only for the CPU
     library = torch.library.Library("batchnorm", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns, once a process, that this overrides the compiled operators

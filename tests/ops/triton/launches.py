@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 
 import batchnorm
-from batchnorm.ops import direct, registration, triton
+from batchnorm.ops import direct, registration, strict, triton
 from batchnorm.ops.triton import launch, support
 from batchnorm.ops.triton.variants import Kernel
 from tests.ops.triton import stub_driver
@@ -58,6 +58,7 @@ def main() -> None:
 
 def _serve_the_cpu() -> None:
     support.problem = lambda device: None  # type: ignore[assignment]
+    strict.AVAILABLE = False  # these operators are only for the CPU
     direct.is_direct = lambda *tensors: direct.unobserved(tensors)  # type: ignore[assignment]
     library = torch.library.Library("batchnorm", "IMPL")
     with warnings.catch_warnings():
