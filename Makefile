@@ -165,7 +165,7 @@ aarch64: $(VENV)/.build-installed ## cross-compile the kernels for 64-bit Arm an
 wheel: $(VENV)/.build-installed ## build a wheel for processors like this one into dist/ (BATCHNORM_CAPABILITIES=all: for all)
 	$(BIN)/pip wheel . --verbose --no-deps --no-build-isolation --wheel-dir dist
 
-# Without containers, the compiler and glibc of this machine decide for which systems the wheel is.
+# Without containers, the compiler and glibc of this machine determine which systems the wheel supports.
 REHEARSAL := build/rehearsal
 
 rehearse: | $(BIN)/python ## rehearse a release: build, check, install in an empty environment, test (a few minutes)

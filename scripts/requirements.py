@@ -1,4 +1,4 @@
-"""Print what a part of .venv is made from, so that `make` installs it again only if that changed.
+"""Print the requirements of a part of .venv, so that `make` installs it again only if they changed.
 
     python scripts/requirements.py NAME
 

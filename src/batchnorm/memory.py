@@ -133,7 +133,7 @@ def advice(bytes_per_sample: int) -> tuple[str, ...]:
     if samples > _MANY_SAMPLES or hint() is None:
         return ()
     return (
-        f"On a CPU, a batch of {samples} or more makes tensors above 32 MB, whose memory is mapped anew at each step: "
+        f"On a CPU, a batch of {samples} or more makes tensors above 32 MB, and each step maps new memory for them: "
         "call batchnorm.keep_memory() before training.",
     )
 
@@ -200,7 +200,7 @@ def _keep(reserve: int) -> int:
     libc = _libc()
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     reserved = _reserve(libc, reserve) if reserve else 0
-    # Before 2.35, glibc refuses thresholds above 32 MB. It can still be told to map no block at all.
+    # Before 2.35, glibc refuses thresholds above 32 MB. It then accepts a limit of 0 mapped blocks.
     if libc.mallopt(_MMAP_THRESHOLD, _LARGEST):
         libc.mallopt(_MMAP_MAX, _DEFAULT_MAPPINGS)
     else:

@@ -67,12 +67,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
             "state_dict": {**under("model."), "loss.weight": torch.ones(4)},
             "hyper_parameters": {"optimizer": torch.optim.Adam, "root": Path("data")},
         },
-        "entry 'state_dict.model'; not used: 1 other tensor beside them",
+        "entry 'state_dict.model'; not used: 1 other tensor",
     ),
     "two networks": (
         lambda: {"state_dict": {**under("teacher.", OTHER), **under("student.")}},
-        "entry 'state_dict.student'; not used: 9 other tensors beside them; others that fit: "
-        "--entry state_dict.teacher",
+        "entry 'state_dict.student'; not used: 9 other tensors; others that fit: --entry state_dict.teacher",
     ),
     "nested": (lambda: {"checkpoint": {"last": {"weights": STATE}}}, "entry 'checkpoint.last.weights'"),
 }
@@ -107,7 +106,7 @@ def test_an_entry_is_chosen_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "why"),
     [
-        (net(1, 7).state_dict(), r"other shapes are 3\.weight \[7, 4\] instead of \[4, 4\], 3\.bias"),
+        (net(1, 7).state_dict(), r"shapes differ: 3\.weight \[7, 4\] instead of \[4, 4\], 3\.bias"),
         (
             {"m": {k: t for k, t in STATE.items() if k != "0.bias"}},
             r"its entry 'm' does not fit: it lacks 0\.bias\. Name",

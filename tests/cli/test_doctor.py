@@ -97,8 +97,8 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
              "--loss", "cross-entropy", "-o", "bn.json", "--json"]  # fmt: skip
     _, out, err = run(words, capsys)
     held = json.loads(out)
-    line = f"Momentum 0.1 is that of {place}:build: w.pth does not store one. If training used another, set it there.\n"
-    assert err == line
+    used = f"Using the momentum 0.1 of {place}:build, because w.pth does not store one."
+    assert err == f"{used} If training used another value, set it there.\n"
     assert held["layers"][0]["running_mean"] == [7.0, 7.0]
     assert held["layers"] != json.loads(before)["layers"]
     assert (held["samples"], held["batches"]) == (40, 3)

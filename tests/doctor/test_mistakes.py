@@ -96,7 +96,7 @@ FIRST_LINES = {
     "two domains in turn": "8 batches come from 2 domains in turn, whose means are",
     "checkpointed": "activation checkpointing runs 3 layers again in the backward pass, and updates the running "
     "statistics twice a step",
-    "averaged weights": "the weights are averages, and the running statistics belong to others",
+    "averaged weights": "the weights are averages, but the running statistics belong to other weights",
     "another scale in evaluation": "by a factor of 25",
 }
 

@@ -38,7 +38,7 @@ class _Candidate:
         state: The tensors, by the network's names.
         metadata: The versions of modules, as in a state_dict.
         matched: The number of tensors with a name and a shape of the network.
-        others: The number of tensors beside them, without the prefix.
+        others: The number of tensors without the prefix.
         wrappers: The names of wrappers that were removed from the tensors' names.
     """
 
@@ -198,7 +198,7 @@ def _what_was_done(chosen: _Candidate, others: list[str]) -> str:
     if chosen.wrappers:
         parts.append(f"names without {' and '.join(map(repr, chosen.wrappers))}")
     if chosen.others:
-        parts.append(f"not used: {chosen.others} other tensor{'s' * (chosen.others > 1)} beside them")
+        parts.append(f"not used: {chosen.others} other tensor{'s' * (chosen.others > 1)}")
     if others:
         parts.append(f"others that fit: {', '.join(f'--entry {name}' for name in others)}")
     return "; ".join(parts)
@@ -231,7 +231,7 @@ def _why_not_loaded(model: nn.Module, chosen: _Candidate, error: Exception) -> s
     differences = {
         "it lacks": [name for name in expected if name not in chosen.state],
         "it also has": [name for name in chosen.state if name not in expected],
-        "other shapes are": [
+        "shapes differ:": [
             f"{name} {list(value.shape)} instead of {list(expected[name].shape)}"
             for name, value in chosen.state.items()
             if name in expected and not _fits(value, expected[name])

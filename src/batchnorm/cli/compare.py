@@ -23,7 +23,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     show_default="none batch; as-is for several networks",
     metavar="NAME...",
     help="Normalizations; the others are compared with the first. Options of a layer follow its name: "
-    "batch:momentum=0.01. as-is leaves a network as it is.",
+    "batch:momentum=0.01. as-is leaves a network unchanged.",
 )
 @click.option(
     "--placement",
@@ -46,7 +46,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
     metavar="NAME|MODULE.PATH:CALLABLE...",
     help="mlp, sigmoid-mlp, cnn, resnet20 or vgg; or a callable that takes (norm, in_shape, num_classes) and returns a "
     "torch.nn.Module; or one without arguments: the batch normalization of its network is replaced. Several networks "
-    "of your own are compared with each other as they are.",
+    "of your own are compared with each other unchanged.",
 )
 @click.option(
     "--data",

@@ -48,7 +48,8 @@ _PIPED = 120  # columns without a terminal
 @click.option(
     "--loss",
     metavar="cross-entropy|mse|MODULE.PATH:CALLABLE",
-    help="Loss of output and target. Without it, costs are measured as changes of the output.",
+    help="Loss of output and target; by default, the loss that the model computes. Without any, costs are changes of "
+    "the output.",
 )
 @batch_size_option
 @click.option(
@@ -76,7 +77,7 @@ _PIPED = 120  # columns without a terminal
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.html",
-    help="Also write the diagnosis as a self-contained page with charts (needs jinja2).",
+    help="Also write the diagnosis as a self-contained page with charts (needs jinja2 and markdown-it-py).",
 )
 @click.option(
     "--fail-on",
@@ -150,8 +151,8 @@ def _print_momentum(built: nn.Module, model: str, path: Path) -> None:
     known = [found.module.momentum for found in norm_layers(built) if hasattr(found.module, "momentum")]
     values = sorted({"None" if momentum is None else f"{momentum:g}" for momentum in known})
     if values:
-        line = f"Momentum {', '.join(values)} is that of {model}: {path} does not store one."
-        print(printable(f"{line} If training used another, set it there."), file=sys.stderr, flush=True)
+        line = f"Using the momentum {', '.join(values)} of {model}, because {path} does not store one."
+        print(printable(f"{line} If training used another value, set it there."), file=sys.stderr, flush=True)
 
 
 def _check_files(output: Path | None, html: Path | None, usage_error: UsageErrorMaker) -> None:

@@ -38,20 +38,20 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--weights",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE.pth",
-        help="Weights for the model that the callable returns: a state_dict, or a checkpoint that holds it, also of "
-        "Lightning, DistributedDataParallel, torch.compile or an averaged model. The file runs no code.",
+        help="Weights for the model that the callable returns: a state_dict, or a checkpoint that contains one, such "
+        "as those of Lightning, DistributedDataParallel, torch.compile or averaged models. No code in the file is run.",
     )
     @click.option(
         "--entry",
         metavar="KEY",
-        help="The entry of a checkpoint to load, such as model_ema, if several fit. By default the first that fits "
+        help="The entry of a checkpoint to load, such as model_ema, if several fit. By default, the first that fits "
         "and is not an average of weights.",
     )
     @functools.wraps(command)
     def with_weights(*args: Any, weights: Path | None, entry: str | None, **options: Any) -> Any:
         if weights is None and entry is not None:
             raise usage_errors_of(click.get_current_context())(
-                f"--entry is an entry of the file given as --weights, got --entry {entry} alone. Add --weights."
+                f"--entry selects an entry of the file given as --weights, got --entry {entry} alone. Add --weights."
             )
         return command(*args, weights=None if weights is None else Weights(weights, entry), **options)
 

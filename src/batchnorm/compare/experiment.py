@@ -83,7 +83,7 @@ def run(
 
     Args:
         norms: Names of normalizations, such as `["none", "batch"]` or `"none,batch"`. The others are compared with the
-            first. `as-is` leaves a finished network as it is. The default is `none` and `batch` for one network, and
+            first. `as-is` leaves a finished network unchanged. The default is `none` and `batch` for one network, and
             `as-is` for several.
         model: `mlp`, `sigmoid-mlp`, `cnn`, `resnet20`, `vgg`, a callable, or `module.path:callable`. It is called as
             `callable(norm, in_shape, num_classes)` and returns a `torch.nn.Module` from `[N, *in_shape]` to

@@ -63,7 +63,7 @@ def diagnose(
             loss of torch gets the `logits` of the output, and of a dict the entry `labels`, `label`, `targets`,
             `target` or `y`. By default, the loss that the model computes: the `loss` of its output, as in transformers,
             or the result of a Lightning module's `training_step`. Without any loss, costs are changes of the output,
-            and no effect is an error.
+            and an effect is at most a warning.
         optimizer: The optimizer that trains the model.
         forward: `forward(model, batch)` calls the model and returns its output. By default, the model gets a tensor
             itself; as many leading parts of a tuple as its `forward` has required arguments; and the entries of a dict

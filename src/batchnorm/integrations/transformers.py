@@ -54,7 +54,7 @@ class BatchNormWatch(TrainerCallback):
     def __enter__(self) -> BatchNormWatch:
         if self.trainer is None:
             raise ValueError(
-                "BatchNormWatch expects a Trainer in a with block, got none. Write with BatchNormWatch(trainer), or "
+                "BatchNormWatch expects a Trainer in a with block, got none. Pass it: BatchNormWatch(trainer), or "
                 "pass callbacks=[BatchNormWatch()] to the Trainer."
             )
         self.trainer.add_callback(self)

@@ -15,6 +15,6 @@ def describe(layer: nn.Module, kind: type[nn.Module] | None = None) -> str:
     if not sizes and is_batch_norm(layer):
         sizes = [num_channels(layer)]
     described = f"{name}({', '.join(map(str, sizes))})" if sizes else name
-    # Another library's layers tell in their names that they apply an activation.
+    # A layer of another library may apply an activation, which its description then includes.
     act = layer._modules.get("act") if kind is None and plain_class(type(layer)) is not type(layer) else None
     return described if act is None or isinstance(act, nn.Identity) else f"{described} + {type(act).__name__}"

@@ -53,7 +53,7 @@ class Error(NamedTuple):
 
     @staticmethod
     def worst(errors: Iterable[Error]) -> Error:
-        """Return the one to which folding adds most."""
+        """Return the error that folding increases most."""
         return max(errors, key=lambda error: error.after - 2.0 * error.before)
 
     def allowed(self, tolerance: float, amplification: float = 1.0) -> bool:

@@ -196,7 +196,7 @@ def _same_result(found: Any, expected: Any) -> bool:
 
 
 class Runs:
-    """A model's results for an example, and for other sizes that it accepts. It is called when they are needed.
+    """A model's results for an example, and for other sizes that it accepts. It is called only when they are needed.
 
     Args:
         model: A module in evaluation mode, on the inputs' device.
@@ -269,7 +269,7 @@ def trace(
             reasons.append(f"{way}: {in_one_line(error)[:200]}")
             continue
         if found is None:
-            reasons.append(f"{way}: its graph gives other results")
+            reasons.append(f"{way}: its graph gives different results")
         elif not found.refused:
             return found
         elif fixed is None or len(found.refused) < len(fixed.refused):
@@ -280,7 +280,7 @@ def trace(
 
 
 def _tried(module: fx.GraphModule, how: str, runs: list[tuple[Inputs, Any]]) -> Trace | None:
-    """Return the graph with what is recorded in the runs; None if its result for the example is another."""
+    """Return the graph with what is recorded in the runs; None if its result for the example differs."""
     (example, expected), *others = runs
     first, result = _recorded(module, example, keep=True)
     if not _same_result(result, expected):

@@ -125,8 +125,8 @@ class FoldReport(Report):
             "onnx.reference". For a Keras model, "graph".
         error: Largest relative error of the folded network against the reference, over the example and a random input.
         error_before: The same error of the original, run in its own dtype.
-        reference: What both were compared with: "float64", which is the original in float64; another run of the
-            original, in words, if it cannot run in float64; "" if there was nothing to compare.
+        reference: What both were compared with: "float64", which is the original in float64; a description of
+            another run of the original, if it cannot run in float64; "" if there was nothing to compare.
         remaining: Batch normalizations that one forward pass still runs on their own, counted at the dispatcher.
         before: Batch normalizations that one forward pass of the original runs.
         fused: Batch normalizations that became one operation with the addition or activation that follows them.

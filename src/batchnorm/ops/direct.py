@@ -24,7 +24,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
 
 
 def unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether nobody else wants to see a call with these tensors, and their memory holds their values."""
+    """Return whether nothing else observes a call with these tensors, and their memory holds their values."""
     for t in tensors:
         if t is None:
             continue

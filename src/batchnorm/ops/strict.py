@@ -5,7 +5,7 @@ The strict operators, which only the compiled part has, do the work of several o
 They raise an error for arguments that a layer must not accept, before they change anything. So a layer calls them
 first. Only after an error, it checks its arguments one by one, and takes the ordinary route if it finds nothing wrong.
 
-They serve plain tensors if nobody else wants to see the operators of the contract: no compiler, transform, trace or
+They are used for plain tensors if nothing else observes the operators of the contract: no compiler, transform, trace or
 dispatch mode. Below, `attributes` are eps, the activation's number in the table of activations, and its parameter.
 """
 
@@ -70,7 +70,7 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..
 
 
 class _RefusedError(Exception):
-    """The operator refused its arguments. An error of a hook on saved tensors must not be taken for this."""
+    """The operator refused its arguments. An error of a hook on saved tensors must not be mistaken for it."""
 
 
 class StrictTrainFunction(torch.autograd.Function):

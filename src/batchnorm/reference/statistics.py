@@ -73,8 +73,8 @@ def update_running(
         r ← (1 − a)·r + a·s    a = momentum in torch, 1 − momentum in Keras and Flax
 
     running_mean averages μ. running_var averages the unbiased variance in torch, and the biased one in Keras 3 and
-    Flax. With momentum=None, a = 1/num_batches_tracked, which gives the cumulative average. Empty batches (m = 0)
-    change nothing.
+    Flax. With momentum=None, a = 1/(num_batches_tracked + 1), which gives the cumulative average. Empty batches
+    (m = 0) change nothing.
     Source: section 2; Ioffe & Szegedy 2015, section 3.1, for the unbiased variance.
 
     Args:

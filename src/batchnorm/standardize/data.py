@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 
-# Number of values that are converted to float64 at a time. On the CPU, torch computes so few in the calling thread.
-# Threads would not speed up these operations, which memory limits, but would wait for one another on a busy machine.
+# Number of values that are converted to float64 at a time. On the CPU, torch processes so few in the calling thread.
+# More threads would not speed up these memory-bound operations, but would wait for one another on a busy machine.
 _PART = 2**15
 # The same for data on other devices, and for data in which the values of a sample are far apart.
 _LARGE_PART = 2**19

@@ -1,4 +1,4 @@
-"""Prepare a finished network: as it is, or with a norm of the comparison instead of its batch normalization."""
+"""Prepare a finished network: unchanged, or with a norm of the comparison instead of its batch normalization."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from batchnorm.nn.sync import SyncBatchNorm
 Build = Callable[..., nn.Module]
 
 PLACEMENTS = ("before", "after")
-AS_IS = "as-is"  # leaves a finished network as it is
+AS_IS = "as-is"  # leaves a finished network unchanged
 UNPLACED = ("none", AS_IS)  # norms that have no layer to place
 
 

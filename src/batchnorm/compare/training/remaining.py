@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Kind = TypeVar("Kind", bound=Hashable)
-TRUSTED = 2.0  # seconds of training that correct a trial as much as they confirm it
+TRUSTED = 2.0  # seconds of training for which a trial counts when the runs correct it
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,11 @@ def cause_of(
         or _of_weights_or_data(distances, trace)
     )
     if averaged and cause.kind in ("stale", "unknown"):
-        return Cause("averaged", (averaged,), "the weights are averages, and the running statistics belong to others")
+        summary = "the weights are averages, but the running statistics belong to other weights"
+        return Cause("averaged", (averaged,), summary)
     if cause.kind == "stale" and not cause.summary:
-        changed = "the weights changed after the running statistics, as by averaging (SWA, EMA), pruning, quantization"
-        return replace(cause, summary=f"{changed} or training in evaluation mode")
+        changed = "the weights changed after the running statistics, for example by averaging (SWA, EMA), pruning"
+        return replace(cause, summary=f"{changed}, quantization or training in evaluation mode")
     if cause.kind == "shift":
         first = min(off, key=lambda distance: distance.layer.order)
         behind = "from those behind the running statistics"
@@ -166,11 +167,12 @@ def _too_few_updates(off: tuple[Distance, ...]) -> Cause | None:
     if 2 * len(new) >= len(lags):
         return Cause("stale", summary=f"{len(new)} of {counted(len(off), 'layer')} never updated: {listed(new, 3)}")
     worst = max((layer for layer in lags if not layer.is_new()), key=Layer.initial_share)
-    return Cause("momentum", (f"{number} that are off: more than {LAGS:.0%} of the initial values",), kept(worst))
+    remain = f"more than {LAGS:.0%} of the initial values remain in {number} that are off"
+    return Cause("momentum", (remain,), kept(worst))
 
 
 def kept(layer: Layer, updates: int | None = None) -> str:
-    """Return in words which share of a layer's initial statistics is left, after all its updates or so many."""
+    """Return a phrase with the share of a layer's initial statistics that is left after these or all updates."""
     updates = layer.updates if updates is None else updates
     share = f"{remaining(layer.momentum, updates):.0%} of the initial running statistics"
     return f"{layer.momentum_as_set} over {counted(updates or 0, 'step')} keeps {share}"
@@ -186,7 +188,7 @@ def _of_the_data(off: tuple[Distance, ...]) -> Cause | None:
 def _of_dropout(off: tuple[Distance, ...], dropout_scale: Mapping[str, float]) -> Cause | None:
     if 2 * sum(distance.layer.path in dropout_scale for distance in off) < len(off):
         return None
-    return Cause("dropout", ("dropout makes their inputs deviate more in training",))
+    return Cause("dropout", ("dropout increases the variance of their inputs in training",))
 
 
 def _of_weights_or_data(distances: tuple[Distance, ...], trace: Trace | None) -> Cause:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from batchnorm.doctor.measure.independence import independence_of
 
-# Largest number of domains that are told apart.
+# Largest number of domains that are distinguished.
 _MOST = 4
-# Batches of one domain vary at most by this share of what all batches vary.
+# Batches of one domain vary at most by this share of the variation of all batches.
 _INSIDE = 0.05
 
 

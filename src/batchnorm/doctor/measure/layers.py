@@ -192,7 +192,7 @@ class Layer:
 
 
 def remaining(momentum: float | None, updates: int | None) -> float:
-    """Return the weight of the initial values after so many updates; 0 if the updates are not counted."""
+    """Return the weight of the initial values after this number of updates; 0 if the updates are not counted."""
     if momentum is None or not updates:  # loaded from elsewhere, or not counted
         return 0.0
     return math.pow(1 - min(momentum, 1.0), updates)

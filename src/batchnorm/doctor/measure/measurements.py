@@ -129,7 +129,7 @@ class Measurements:
         effect = self.training_mode_effect
         if effect is None or effect.severity == Severity.NOTE or not self.training:
             return []
-        return [f"in training mode against model.eval(): {effect}; if these are batches of an evaluation, call it"]
+        return [f"in training mode against model.eval(): {effect}; if these batches are from an evaluation, call it"]
 
     @property
     def gap_matters(self) -> bool:

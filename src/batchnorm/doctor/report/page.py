@@ -102,7 +102,7 @@ def verdict(results: Results) -> list[str]:
     if not results.batches:
         found.append("No data were given, so only the model itself was examined.")
     elif not results.conditions.loss:
-        found.append("There is no loss: costs are changes of the output, and no effect is an error.")
+        found.append("There is no loss: costs are changes of the output, and an effect is at most a warning.")
     elif results.conditions.loss_source:
         found.append(f"The loss comes {results.conditions.loss_source}.")
     whole = sum(not rule.paths for rule in results.not_checked)

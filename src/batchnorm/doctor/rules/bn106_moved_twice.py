@@ -24,10 +24,9 @@ class MovedTwice(Rule):
         made if the parameters have hooks that start an update.
     """
     severity = """
-        An error if the backward pass updates the statistics, because activation checkpointing then changes the training
-        that it must leave unchanged. For a model that is called several times, decided by the additional scatter of the
-        running mean, in standard deviations: a warning from 0.05σ. Two updates by the same batch turn a momentum of 0.1
-        into 0.19.
+        An error if the backward pass updates the statistics, because activation checkpointing must not change the
+        training. For a model that is called several times, decided by the additional scatter of the running mean, in
+        standard deviations: a warning from 0.05σ. Two updates by the same batch turn a momentum of 0.1 into 0.19.
     """
     repair = "model, report = batchnorm.accelerate(model)  # its layers are not updated in a backward pass"
     source = """

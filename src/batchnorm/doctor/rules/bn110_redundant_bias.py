@@ -24,7 +24,7 @@ class RedundantBias(Rule):
         `forward`, are left out. Without data the model is traced on random input of a common size.
     """
     severity = "Always a note: it does no harm."
-    repair = "model, report = batchnorm.drop_redundant_bias(model)  # optimizer=optimizer, inplace=True if there is one"
+    repair = "model, report = batchnorm.drop_redundant_bias(model)  # in training: optimizer=optimizer, inplace=True"
     source = "Ioffe & Szegedy 2015, section 3.2."
     needs = ("trace",)
 

@@ -13,7 +13,7 @@ class BatchInEvaluation(Rule):
     """
     evidence = """
         - Layers that the evaluation runs in training mode. `diagnose(evaluate=...)` runs your evaluation once, after
-          `model.train()`, and sees their mode. `watch` counts the updates of the running statistics between training
+          `model.train()`, and records their mode. `watch` counts the updates of the running statistics between training
           steps.
         - Layers that are in training mode after `model.eval()`, because the model overrides `train()`.
         - Layers without running statistics (`track_running_stats=False`).
@@ -24,20 +24,24 @@ class BatchInEvaluation(Rule):
     """
     repair = "model.eval()  # before every evaluation, and model.train() after it"
     notes = """
-        For layers without running statistics, the finding has a fix that adds these. If the model overrides `train()`,
+        For layers without running statistics, the finding has a fix that adds them. If the model overrides `train()`,
         that method must set these layers to `mode`.
     """
     source = "PyTorch's documentation of `Module.eval` and of `BatchNorm2d`."
 
     def check(self, m: Measurements) -> Findings:
         if m.evaluated_in_training:
-            yield from self._in_training(
-                m, m.evaluated_in_training, "the evaluation runs in training mode, without model.eval()", self.repair
+            summary = (
+                "the evaluation runs in training mode, without model.eval(): it normalizes by the batch and updates "
+                "the running statistics"
             )
+            yield from self._in_training(m, m.evaluated_in_training, summary, self.repair)
         elif m.left_in_training:
-            yield from self._in_training(
-                m, m.left_in_training, "model.eval() leaves layers in training mode", _REPAIR_OF_TRAIN
+            summary = (
+                "model.eval() leaves layers in training mode: they normalize by the batch and update the running "
+                "statistics"
             )
+            yield from self._in_training(m, m.left_in_training, summary, _REPAIR_OF_TRAIN)
         found = [layer.path for layer in m.layers if getattr(layer.module, "running_mean", None) is None]
         if found:
             yield self.finding(
@@ -52,7 +56,7 @@ class BatchInEvaluation(Rule):
         yield self.finding(
             Severity.WARNING if effect is None else max(Severity.WARNING, effect.severity),
             paths,
-            f"{summary}: it normalizes by the batch and updates the running statistics",
+            summary,
             effect=effect,
             evidence=[
                 layers_listed(paths),

@@ -10,7 +10,7 @@ class InitialValues(Rule):
     title = "too few updates for the momentum"
     why = """
         After n updates, the running statistics still contain the initial values with a weight of (1 - momentum)^n. With
-        a small momentum and a short training, evaluation normalizes by these instead of by the data.
+        a small momentum and a short training, evaluation normalizes by these instead of by statistics of the data.
     """
     evidence = """
         Layers whose initial values have a weight above 5 %, by their momentum and the number of their updates. With
@@ -27,8 +27,8 @@ class InitialValues(Rule):
             found.module.momentum = 0.1
     """
     notes = """
-        A weight below 5 % takes about 3/momentum updates: 30 with a momentum of 0.1, 3000 with 0.001. The layer does
-        not know whether its momentum was changed during the training; the present value is used for all updates.
+        A weight below 5 % takes about 3/momentum updates: 30 with a momentum of 0.1, 3000 with 0.001. A layer
+        does not record changes of its momentum, so its present value is used for all updates.
     """
     source = "Ioffe & Szegedy 2015, section 3.1; PyTorch's documentation of `BatchNorm2d`."
 

@@ -149,10 +149,10 @@ class Alarms:
             self._history[one.layer.path].updates_of_steps.add(one.record.updates)
         self._ordinary += calls < 2
         if calls >= 2 and self._ordinary:  # calls in every step belong to the training
-            evidence = f"in this step, {calls} calls of the model in training mode were without gradients"
+            evidence = f"this step calls the model {calls} times in training mode without gradients"
         elif outside and all(updates > max(1, steps) for steps, updates in outside):
             steps, updates = outside[0]
-            evidence = f"{updates} updates more than the last {counted(steps, 'step')} made"
+            evidence = f"{counted(updates, 'update')} in addition to those of the last {counted(steps, 'step')}"
         else:
             return
         if new := self._new("BN208", [one.layer for one in layers]):
@@ -192,8 +192,8 @@ class Alarms:
         yield rule.finding(
             Severity.NOTE,
             paths,
-            f"the means of the inputs of batches vary {inflation:.3g} times as much as those of random batches{turns}",
-            evidence=[f"p = {test.p:.2g}; data and a loss show the cost (batchnorm.diagnose)"],
+            f"the batch means of the inputs vary {inflation:.3g} times as much as those of random batches{turns}",
+            evidence=[f"p = {test.p:.2g}; batchnorm.diagnose measures the cost with data and a loss"],
             confidence="medium",
             inflation=inflation,
             p=test.p,

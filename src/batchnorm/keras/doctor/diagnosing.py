@@ -48,7 +48,7 @@ def diagnose(
         data: The data that the model is trained on, in the batches of training, as for `recalibrate`. Without data,
             only the model itself is examined.
         loss: `loss(y_true, y_pred)` or the name of a loss of Keras. The target is the second part of a tuple. Without a
-            loss, costs are changes of the output, and no effect is an error.
+            loss, costs are changes of the output, and an effect is at most a warning.
         forward: `forward(model, batch)` calls the model in evaluation and returns its output.
         batch_size: The number of samples in a batch, for data that are arrays.
         max_samples: Stop after the batch that reaches this many samples; None reads all the data.

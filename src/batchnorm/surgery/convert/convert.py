@@ -205,7 +205,7 @@ def _replacement(
             return back
     if to is nn and applies_followers(before := replacement.without_kernels(old)):
         if before is old:
-            raise Unconvertible("it is one already, of another library")
+            raise Unconvertible("it is one already, from another library")
         return Replacement(before, {})
     kind = class_for(old, to, given.rank)
     if kind is plain_class(class_of(old)) and not options:
@@ -222,7 +222,7 @@ def _replacement(
 
 
 def _is_of(layer: nn.Module, namespace: ModuleType) -> bool:
-    """Return whether the layer is of this library; or of torch, also as another library derives it."""
+    """Return whether the layer is one of the namespace's; for torch, also one that another library derives."""
     kind = plain_class(class_of(layer))
     return getattr(namespace, kind.__name__, None) is kind or (
         namespace is nn and applies_followers(replacement.without_kernels(layer))

@@ -128,7 +128,7 @@ def adopt(layer: nn.Module) -> nn.Module:
 
 
 def without_kernels(layer: nn.Module) -> nn.Module:
-    """Return another library's layer that `accelerate` changed as it was before, and any other layer itself."""
+    """Return another library's layer as it was before `accelerate` changed it, and any other layer itself."""
     kind = plain_class(type(layer))
     if kind is type(layer) or _is_known(kind):
         return layer

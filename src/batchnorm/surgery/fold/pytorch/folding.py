@@ -52,7 +52,7 @@ def fold(
         model: Any module, in any mode. `fold` folds its computation in evaluation mode.
         example_inputs: An example of its inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on the
             model's device. Its first two samples are used if the model computes the same for these alone. If the
-            report's `how` is not "fixed", the result takes every batch and image size that the model takes.
+            report's `how` is not "fixed", the result accepts every batch and image size that the model accepts.
         inplace: Whether to turn the model itself into the folded network, which keeps the weights that did not change.
             Otherwise the model is left unchanged.
         tolerance: The relative error that one fold may make, even if the model's own error is smaller than half of it;
@@ -230,7 +230,7 @@ def _folded(working: nn.Module, original: _Original) -> _Folded:
     if trace.refused:
         sizes = ", ".join(str([list(x.shape) for x in refused.tensors()]) for refused in trace.refused)
         found.how = "fixed"
-        found.notes = (f"only for sizes like the example's: the original takes {sizes} too",)
+        found.notes = (f"works only for sizes like the example's; the original also takes {sizes}",)
     return found
 
 
