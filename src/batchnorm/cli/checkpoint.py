@@ -134,13 +134,17 @@ def _by_unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def _mappings(held: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Yield every mapping with tensors in the file, with the keys that lead to it."""
+    """Yield every mapping with named tensors in the file, with the keys that lead to it."""
     if not isinstance(held, Mapping) or len(keys) > _DEEPEST:
         return
-    if any(isinstance(value, Tensor) for value in held.values()):
-        yield keys, {key: value for key, value in held.items() if isinstance(key, str)}
+    if any(_named_tensors(held)):
+        yield keys, held
     for key, value in held.items():
         yield from _mappings(value, (*keys, str(key)))
+
+
+def _named_tensors(mapping: Mapping[Any, Any]) -> Iterator[str]:
+    return (key for key, value in mapping.items() if isinstance(key, str) and isinstance(value, Tensor))
 
 
 def _candidates(
@@ -150,10 +154,11 @@ def _candidates(
 
     `names` are the network's, by the names without wrappers.
     """
-    own = {name: mapping[key] for name, key in _by_unwrapped(key for key in mapping if key != _COUNTER).items()}
-    metadata = {_unwrapped(key): value for key, value in getattr(mapping, "_metadata", {}).items()}
+    stored = [key for key in mapping if isinstance(key, str) and key != _COUNTER]
+    own = {name: mapping[key] for name, key in _by_unwrapped(stored).items()}
+    metadata = {f"{_unwrapped(key)}.": value for key, value in getattr(mapping, "_metadata", {}).items()}
     expected = model.state_dict()
-    removed = {f"{part}." for key in mapping for part in key.split(".")[:-1] if part in _WRAPPERS}
+    removed = {f"{part}." for key in stored for part in key.split(".")[:-1] if part in _WRAPPERS}
     for prefix in _prefixes(own, names):
         state = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
         matched = sum(_fits(value, expected[names[key]]) for key, value in state.items() if key in names)
@@ -161,7 +166,7 @@ def _candidates(
             yield _Candidate(
                 ".".join([*keys, prefix.rstrip(".")]).strip("."),
                 {names.get(key, key): value for key, value in state.items()},
-                {key.removeprefix(prefix[:-1]).removeprefix("."): value for key, value in metadata.items()},
+                {key[len(prefix) :].rstrip("."): value for key, value in metadata.items() if key.startswith(prefix)},
                 matched,
                 len(own) - len(state),
                 tuple(sorted(removed)),
@@ -207,7 +212,7 @@ def _what_was_done(chosen: _Candidate, others: list[str]) -> str:
 def _why_nothing_fits(held: Any, names: Mapping[str, str], path: Path) -> str:
     entries = [mapping for _, mapping in _mappings(held)]
     if entries:
-        theirs, ours = next(key for mapping in entries for key in mapping), next(iter(names), "no tensor")
+        theirs, ours = next(_named_tensors(entries[0])), next(iter(names), "no tensor")
         return (
             "must hold the state_dict of the network, but none of its tensors has a name and the shape of the "
             f"network's: the file has {theirs!r}, for example, and the network {ours!r}. Name a callable that builds "
@@ -215,7 +220,7 @@ def _why_nothing_fits(held: Any, names: Mapping[str, str], path: Path) -> str:
         )
     network = f"torch.load({path.name!r}, weights_only=False)"
     if isinstance(held, Mapping):
-        held_as = f"the entries {', '.join(map(repr, held))} without tensors" if held else "an empty dict"
+        held_as = f"the entries {', '.join(map(repr, held))} without tensors with names" if held else "an empty dict"
         network += f"[{next(iter(held), 'model')!r}]"
     else:
         held_as = f"an object of {type(held).__name__}"
