@@ -198,8 +198,8 @@ notebooks: $(DEV) ## write the pages of "Learn" as notebooks into docs/learn/
 	$(BIN)/python scripts/notebooks.py
 
 constraints: $(DEV) ## pin the package versions of .venv in constraints.txt
-	{ sed -n '/^#/p' constraints.txt; \
-	  $(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+.*//'; } > $(VENV)/constraints.new
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip > $(VENV)/freeze.new # no pipe, which would hide an error
+	{ sed -n '/^#/p' constraints.txt; sed 's/+.*//' $(VENV)/freeze.new; } > $(VENV)/constraints.new
 	mv $(VENV)/constraints.new constraints.txt
 
 clean: ## remove .venv and everything built

@@ -10,6 +10,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,18 +19,18 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 VENDOR = SOURCES / "vendor"
 
 
-def headers(source: str, include: Path) -> list[Path]:
-    """Return the headers in `include` that a source includes, directly or indirectly."""
-    command = ["c++", "-std=c++20", "-M", f"-I{include}", str(SOURCES / source)]
-    rule = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = {Path(word) for word in rule.replace("\\\n", " ").split() if word.startswith(str(include))}
+def headers(sources: Sequence[str], include: Path) -> list[Path]:
+    """Return the headers in `include` that the sources include, directly or indirectly."""
+    command = ["c++", "-std=c++20", "-M", f"-I{include}", *(str(SOURCES / source) for source in sources)]
+    rules = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {Path(word) for word in rules.replace("\\\n", " ").split() if word.startswith(str(include))}
     return sorted(path.relative_to(include) for path in found)
 
 
-def vendor(name: str, source: str, include: Path, license_text: str) -> None:
+def vendor(name: str, sources: Sequence[str], include: Path, license_text: str) -> None:
     """Replace the headers of `name`, and its license."""
     shutil.rmtree(VENDOR / name, ignore_errors=True)
-    for header in headers(source, include):
+    for header in headers(sources, include):
         (VENDOR / header).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(include / header, VENDOR / header)
     (VENDOR / name / "LICENSE").write_text(license_text)
@@ -43,12 +44,12 @@ def license_of(distribution: importlib.metadata.Distribution) -> str:
 
 def main() -> None:
     torch_include = Path(torch.__file__).parent / "include"
-    vendor("torch", "ops.cpp", torch_include, license_of(importlib.metadata.distribution("torch")))
+    vendor("torch", ("ops.cpp", "strict.cpp"), torch_include, license_of(importlib.metadata.distribution("torch")))
     folder = Path(sys.argv[1])
     (jaxlib,) = importlib.metadata.distributions(path=[str(folder)])
     # The wheel's file begins with the license of JAX and XLA, and continues with those of libraries.
     apache = license_of(jaxlib).split(f"{'-' * 80}\n")[1]
-    vendor("xla", "xla.cpp", folder / "jaxlib/include", apache)
+    vendor("xla", ("xla.cpp",), folder / "jaxlib/include", apache)
 
 
 if __name__ == "__main__":
