@@ -2,13 +2,19 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import batchnorm
 from batchnorm import memory
 
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_glibc = pytest.mark.skipif(not memory.allocator().startswith("glibc"), reason="glibc's allocator only")
+counts_faults = pytest.mark.skipif(
+    HUGE.exists() and "[always]" in HUGE.read_text(), reason="mapped memory causes few page faults here"
+)
 
 
 def in_a_new_process(program: str, **environment: str) -> list[str]:
@@ -40,6 +46,7 @@ def again(size):
 
 
 @needs_glibc
+@counts_faults
 def test_blocks_are_kept_after_the_call_and_returned_after_the_opposite_one() -> None:
     program = """
 SIZES = [33 << 20, 100 << 20]
@@ -74,7 +81,8 @@ def test_there_is_no_hint_if_the_environment_keeps_memory(setting: dict[str, str
 
 
 @needs_glibc
-def test_an_old_glibc_that_refuses_the_threshold_is_told_to_map_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@counts_faults
+def test_an_old_glibc_that_refuses_the_threshold_is_told_to_map_nothing() -> None:
     """Like glibc 2.31: mallopt returns 0 for thresholds above 32 MB."""
     program = """
 real = memory._libc
@@ -104,6 +112,7 @@ print("MB of the heap" in str(report) if report.reserved else "Nothing was reser
 
 
 @needs_glibc
+@counts_faults
 def test_the_report_says_that_other_threads_map_large_blocks() -> None:
     program = """
 found = []
@@ -114,6 +123,14 @@ report, small, large = found[0]
 print(report.kept, small, large > 1000, "only in the main thread" in str(report))
 """
     assert in_a_new_process(FAULTS + program) == ["True 0 True True"]
+
+
+def test_without_memory_for_the_measurement_there_is_an_error_and_no_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "allocator", lambda: "glibc 2.36")
+    monkeypatch.setattr(memory, "_libc", lambda: SimpleNamespace(malloc=lambda size: None))
+    with pytest.raises(MemoryError, match="expects 48 MB for its measurement, but malloc has none left. Free memory"):
+        batchnorm.keep_memory()
+    assert memory.hint() is None
 
 
 @pytest.mark.parametrize(

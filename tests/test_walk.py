@@ -181,6 +181,10 @@ def test_a_copy_has_what_is_kept_from_a_forward_pass_and_shares_what_is_asked_fo
     assert other[0].weight is model[0].weight
     assert other[0].bias is not model[0].bias
     assert torch.equal(other.kept, model.kept) and not other.kept.requires_grad and model.kept.requires_grad
+    model.kept = [model.kept]
+    model.kept.append(model.kept)  # a list that contains itself
+    other = copied("mine", model)
+    assert torch.equal(other.kept[0], model.kept[0]) and other.kept[1] is other.kept
     model.kept = (i for i in range(3))
     with pytest.raises(
         ValueError, match="mine expects a model that can be copied, got Sequential with TypeError: .*It is"

@@ -146,7 +146,7 @@ def _applies(module: nn.Module) -> bool:
     x, vectors = _drawn(int(module.num_features))  # type: ignore[arg-type]
     held = {name: vectors[name] if getattr(module, name) is not None else None for name in VECTORS}
     copies = {name: None if vector is None else vector.clone() for name, vector in held.items()}
-    tracked = None if module.num_batches_tracked is None else torch.tensor(0)
+    tracked = None if module.num_batches_tracked is None else torch.tensor(0, device="cpu")
     trial = _trial(module, {**copies, "num_batches_tracked": tracked})
     vars(trial).update(eps=0.25, momentum=0.25)
     # SyncBatchNorm trains on a GPU only, and this class's `forward` calls that of its base.

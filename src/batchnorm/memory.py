@@ -71,6 +71,7 @@ def keep_memory(keep: bool = True, *, reserve: int = 0) -> MemoryReport:
     Raises:
         TypeError: `reserve` is not an integer.
         ValueError: `reserve` is negative, or is given with `keep=False`.
+        MemoryError: less than 48 MB are left, so that nothing can be measured.
 
     Examples:
         >>> report = keep_memory()
@@ -117,7 +118,11 @@ def hint() -> str | None:
     # With this setting, torch requests huge pages for large tensors, which cause few page faults.
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" or not allocator().startswith("glibc"):
         return None
-    if _page_faults() < _FEW_FAULTS:
+    try:
+        faults = _page_faults()
+    except MemoryError:
+        return None
+    if faults < _FEW_FAULTS:
         return None
     return (
         "each tensor above 32 MB gets newly mapped memory, which is slow; batchnorm.keep_memory() keeps memory for the "
@@ -188,6 +193,11 @@ def _page_faults() -> int:
     counts = []
     for _ in range(2):
         block = libc.malloc(_PROBE)
+        if not block:
+            raise MemoryError(
+                "keep_memory expects 48 MB for its measurement, but malloc has none left. Free memory, or raise the "
+                "process's limit."
+            )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         libc.memset(block, 1, _PROBE)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

@@ -224,12 +224,15 @@ def copied(
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a value and in its dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
+    """Yield the tensors in a value and in its dictionaries, lists and tuples, which may contain themselves."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def _can_be_copied(buffer: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,3 +156,20 @@ def test_a_teacher_without_gradients_is_no_evaluation() -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
     assert codes(w) == ["BN106"]
+
+
+def test_a_look_keeps_no_graph() -> None:
+    """A call without a backward pass, as of a generator whose output is detached, keeps its inputs in its graph."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for closed in (False, True):
+        with watch(model, every=1, warn=False) as w:
+            optimizer.step()
+            x = torch.randn(8, 4)
+            kept = weakref.ref(x)
+            model(x)
+            del x
+            if not closed:
+                optimizer.step()
+                assert w.looks == 1 and kept() is None
+        assert kept() is None

@@ -167,3 +167,8 @@ def test_a_step_that_needs_a_trainer_is_an_error_without_forward() -> None:
 
     with pytest.raises(TypeError, match=r"Alone has no forward, .* not attached .* Pass forward=lambda model, batch"):
         bn.diagnose(Alone(), BATCHES)
+
+
+def test_layers_that_a_failing_step_runs_do_not_count_as_called_twice() -> None:
+    found = {finding.code for finding in bn.diagnose(Attached(), BATCHES).findings}
+    assert not found & {"BN106", "BN109"}

@@ -212,3 +212,51 @@ def test_saved_tensor_hooks_see_the_kept_tensors() -> None:
     with torch.autograd.graph.save_on_cpu():
         y = bn.BatchNorm2d(3)(x)
     y.sum().backward()
+
+
+BATCHES = [torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.Flatten()]
+    model = nn.Sequential(*layers)
+    for x in BATCHES:
+        model(x)
+    model[1].weight.data[0] = 0.0
+    return model
+
+
+def diagnosed(model: nn.Sequential) -> list[str]:
+    return [finding.summary for finding in bn.diagnose(model, BATCHES).findings]
+
+
+def watched(model: nn.Sequential) -> list[Any]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with bn.watch(model, every=1, warn=False) as w:
+        for x in BATCHES:
+            model(x).square().mean().backward()
+            optimizer.step()
+    return [str(record) for record in w.history]
+
+
+# What each function gives for data on the CPU.
+ON_THE_CPU = {
+    "fold": lambda model: bn.fold(model, BATCHES[0]).model(BATCHES[0]),
+    "prune_channels": lambda model: bn.prune_channels(model, BATCHES[0]).model.eval()(BATCHES[0]),
+    "diagnose": diagnosed,
+    "watch": watched,
+    "Standardizer": lambda _: bn.Standardizer().fit(BATCHES[0].numpy()).transform(BATCHES[1].numpy()),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_CPU)
+def test_the_default_device_does_not_matter_for_a_model_on_the_cpu(name: str) -> None:
+    """On the device "meta", tensors have no values, so that nothing can be computed there by mistake."""
+    expected, model = ON_THE_CPU[name](small_network()), small_network()
+    with torch.device("meta"):
+        found = ON_THE_CPU[name](model)
+    if isinstance(found, list):
+        assert found and found == expected
+    else:
+        assert_close(found, expected, rtol=0, atol=0)

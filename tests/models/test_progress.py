@@ -78,3 +78,12 @@ def test_a_bar_ends_if_the_call_fails(patience: Callable[[float], None], capsys:
     with pytest.raises(ValueError, match="example_inputs that the model takes"):
         bn.fold(network(), torch.randn(2, 4, 8, 8), progress=True)
     assert capsys.readouterr().err.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is shown, the bar removed
+
+
+def test_a_step_of_unknown_length_shows_no_total_of_the_step_before() -> None:
+    with progress.bar("fold", True) as shown:
+        for begin in (lambda: shown.during("checking"), lambda: next(shown.over([0, 0], "reading", None))):
+            list(shown.over([0, 0, 0], "folding", 3))
+            begin()
+            (task,) = shown._display.tasks
+            assert (task.description != "folding", task.total, task.completed) == (True, None, 0)

@@ -143,7 +143,7 @@ def batches(data: str, batch_size: int, usage_error: UsageErrorMaker) -> Any:
             f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}. "
             "Save the arrays under these names."
         )
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu")
     parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
     split = [part.split(min(batch_size, max(1, len(x)))) for part in parts]
     return list(split[0]) if y is None else list(zip(*split, strict=True))
@@ -171,7 +171,7 @@ def random_inputs(
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     try:
-        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        return tuple(torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         raise usage_error(
             "--input must be the shape of a tensor that fits into memory, got "

@@ -95,7 +95,7 @@ def guessed_inputs(model: nn.Module) -> Inputs | None:
         like: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
         for sizes in _SIZES[kind]:
             generator = torch.Generator().manual_seed(0)
-            x = torch.randn(2, channels, *sizes, generator=generator)
+            x = torch.randn(2, channels, *sizes, generator=generator, device="cpu")
             x = x if like is None else x.to(device_of(model), like.dtype)
             try:
                 model(x)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from batchnorm._options import in_one_line
-from batchnorm.models.batches import Forward
 from batchnorm.models.outputs import outputs
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
@@ -33,7 +32,7 @@ class StepResult(NamedTuple):
     loss: Tensor | None
 
 
-def default_forward(caller: str, *, for_loss: bool = False) -> Forward:
+def default_forward(caller: str, *, for_loss: bool = False) -> DefaultForward:
     """Return the function that calls a model with a batch if the user passes no `forward`.
 
     It passes a tensor to the model as the only argument. From a tuple or list, it passes as many of the first items as
@@ -48,7 +47,7 @@ def default_forward(caller: str, *, for_loss: bool = False) -> Forward:
         for_loss: Whether the loss matters. Then the step is called also if there is a `forward`, unless it fails, and
             models of transformers get the last item of a tuple as `labels`.
     """
-    return _DefaultForward(caller, for_loss)
+    return DefaultForward(caller, for_loss)
 
 
 def loss_in(result: Any) -> Tensor | None:
@@ -73,14 +72,29 @@ def arguments_of_loss(loss: Any, result: Any, batch: Any) -> tuple[Any, Any]:
     return output, target
 
 
-class _DefaultForward:
+class DefaultForward:
+    """The function that `default_forward` returns.
+
+    Attributes:
+        problem: Why there is no loss, if a step failed.
+    """
+
     def __init__(self, caller: str, for_loss: bool) -> None:
         self._caller = caller
         self._for_loss = for_loss
         self._failed: set[str] = set()
-        self.problem = ""  # why there is no loss
+        self.problem = ""
+
+    def settle(self, model: nn.Module, batch: Any) -> None:
+        """Find out whether a step is used instead of `forward`; call this before the layers' calls are observed.
+
+        A step may fail after it has run layers. If `forward` then ran them again, they would count as called twice.
+        """
+        if self._for_loss and _defines(model, "forward") and _steps(model):
+            self(model, batch)
 
     def __call__(self, model: nn.Module, batch: Any) -> object:
+        """Call the model with the batch, and return its result, or that of a step."""
         has_forward = _defines(model, "forward")
         if not has_forward or self._for_loss:
             for name in _steps(model):

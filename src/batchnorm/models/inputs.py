@@ -68,7 +68,7 @@ class Inputs:
         def draw(x: Tensor) -> Tensor:
             if not x.is_floating_point():
                 return x
-            values = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            values = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")
             return torch.empty_like(x).copy_(values)
 
         return self.map(draw)

@@ -28,8 +28,7 @@ class Bar:
 
     def over(self, batches: Iterable[T], title: str, total: int | None) -> Iterator[T]:
         """Yield the batches and count them."""
-        if self._display is not None:
-            self._display.reset(self._task, description=title, total=total)
+        self._begin(title, total)
         for batch in batches:
             self._before_each()
             yield batch
@@ -38,14 +37,18 @@ class Bar:
 
     def during(self, title: str) -> None:
         """Show a step of unknown length."""
-        if self._display is not None:
-            self._display.reset(self._task, description=title, total=None)
+        self._begin(title, None)
 
     def expect(self, total: int, text: str) -> None:
         """Set the total number of batches, and print a line of text."""
         if self._display is not None:
             self._display.update(self._task, total=total)
             self._display.console.print(text, highlight=False)
+
+    def _begin(self, title: str, total: int | None) -> None:
+        if self._display is not None:  # a new task, because rich keeps the former total if the new one is None
+            self._display.remove_task(self._task)
+            self._task = self._display.add_task(title, total=total)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Features:
     @classmethod
     def empty(cls, features: int) -> Features:
         """Return the moments of no data."""
-        zeros = torch.zeros(features, dtype=torch.float64)
+        zeros = torch.zeros(features, dtype=torch.float64, device="cpu")
         return cls(zeros, zeros, zeros, zeros)
 
     @classmethod
@@ -58,7 +58,7 @@ class Features:
             deviation = x.sub_(pivot.to(x.device).view(1, -1, *(1,) * (x.dim() - 2)))
             positions = x[0, 0].numel()
             if weights is None:
-                counts.append(torch.tensor(float(x.shape[0] * positions), dtype=torch.float64))
+                counts.append(torch.tensor(float(x.shape[0] * positions), dtype=torch.float64, device="cpu"))
                 sums.append(deviation.sum(dims))
                 squares.append(deviation.square_().sum(dims))
             else:

@@ -45,7 +45,7 @@ def moments(x: Any, weights: Tensor | None, *, omit_nan: bool) -> Features:
     samples, features = x.shape
     rows, columns = _places(x)
     entries = values(x)
-    of_rows = torch.ones(samples, dtype=torch.float64) if weights is None else weights
+    of_rows = torch.ones(samples, dtype=torch.float64, device="cpu") if weights is None else weights
     w = of_rows[rows]
     stored = torch.bincount(columns, w, features)
     kept = w != 0
@@ -55,7 +55,7 @@ def moments(x: Any, weights: Tensor | None, *, omit_nan: bool) -> Features:
         entries, columns, w = entries[kept], columns[kept], w[kept]
     found = Features.of_entries(entries, columns, w, features)
     zeros = (of_rows.sum() - stored).clamp_min(0.0)
-    nothing = torch.zeros(features, dtype=torch.float64)
+    nothing = torch.zeros(features, dtype=torch.float64, device="cpu")
     return found.merge(Features(zeros, nothing, nothing, nothing))
 
 

@@ -15,6 +15,7 @@ from batchnorm.compare.inputs import models, norms
 from batchnorm.compare.inputs.networks import mlp, resnet20
 from batchnorm.compare.records import Distribution
 from batchnorm.compare.training.distributions import distributions
+from tests.foreign_layers import TimmAct
 
 X = 2 + 3 * torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 STAGES = ["input", "normalized", "activated"]
@@ -81,10 +82,22 @@ def test_an_activation_behind_an_addition_belongs_to_the_last_normalization() ->
     assert found[-1].layer == "block3_3.norm2"
 
 
-def test_a_fused_activation_hides_what_is_before_it() -> None:
-    network, norm = nn.Sequential(ours.BatchNormAct1d(8), nn.Linear(8, 3)), norms.parse("as-is")
-    models.Model("f", lambda: network, finished=True)(norm, X, 3)
-    assert [(r.layer, r.stage) for r in distributions(network, norm, X)] == [("0", "input"), ("0", "activated")]
+@pytest.mark.parametrize(
+    ("layer", "stages"),
+    [
+        (ours.BatchNormAct2d(8), ["input", "activated"]),
+        (ours.BatchNormAct2d(8, activation="none"), STAGES),
+        (TimmAct(8), ["input", "activated"]),
+        (TimmAct(8, nn.Identity()), STAGES),
+    ],
+    ids=["activation", "no activation", "module", "no module"],
+)
+def test_an_activation_in_the_layer_hides_what_is_before_it(layer: nn.Module, stages: list[str]) -> None:
+    rest = [nn.ReLU()] * (stages == STAGES)
+    network, norm = nn.Sequential(layer, *rest, nn.Flatten(), nn.Linear(8, 3)), norms.parse("as-is")
+    x = X[..., None, None]
+    models.Model("f", lambda: network, finished=True)(norm, x, 3)
+    assert [(r.layer, r.stage) for r in distributions(network, norm, x)] == [("0", stage) for stage in stages]
 
 
 def test_calls_of_one_layer_are_distinguished() -> None:

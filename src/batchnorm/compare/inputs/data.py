@@ -56,7 +56,7 @@ class Data:
     @cached_property
     def train_part(self) -> tuple[Tensor, Tensor]:
         """A fixed subset of the training samples, at most as large as the test set: inputs and labels."""
-        order = torch.randperm(len(self.y_train), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(self.y_train), generator=torch.Generator().manual_seed(0), device="cpu")
         index = order[: len(self.y_test)].to(self.y_train.device)
         return self.x_train[index], self.y_train[index]
 

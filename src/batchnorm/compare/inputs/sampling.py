@@ -80,7 +80,7 @@ class Sampling:
         """
         generator = torch.Generator().manual_seed(seed)
         if self.classes is None:
-            return _shuffled(torch.arange(len(labels)), batch_size, generator)
+            return _shuffled(torch.arange(len(labels), device="cpu"), batch_size, generator)
         return self._of_classes(labels, batch_size, generator)
 
     def _of_classes(self, labels: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -91,7 +91,7 @@ class Sampling:
         while True:
             drawn = torch.multinomial(counts.double(), self.classes, generator=generator).tolist()
             batch = [next(orders[which]) for place, which in enumerate(drawn) for _ in range(whole + (place < more))]
-            yield torch.tensor(batch)[torch.randperm(batch_size, generator=generator)]
+            yield torch.tensor(batch, device="cpu")[torch.randperm(batch_size, generator=generator, device="cpu")]
 
 
 IID = Sampling()
@@ -99,10 +99,10 @@ IID = Sampling()
 
 def _shuffled(index: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     while True:
-        order = index[torch.randperm(len(index), generator=generator)]
+        order = index[torch.randperm(len(index), generator=generator, device="cpu")]
         yield from order[: len(index) // batch_size * batch_size].split(batch_size)
 
 
 def _one_by_one(index: Tensor, generator: torch.Generator) -> Iterator[int]:
     while True:
-        yield from index[torch.randperm(len(index), generator=generator)].tolist()
+        yield from index[torch.randperm(len(index), generator=generator, device="cpu")].tolist()

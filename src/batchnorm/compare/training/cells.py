@@ -167,7 +167,7 @@ class Cells:
         return OPTIMIZERS[self.settings.optimizer].build(parameters, lr=choice.lr)
 
     def _kept_bytes(self, network: nn.Module, choice: Choice) -> int:
-        share = self.processes.share(torch.arange(choice.batch_size)).to(self._device)
+        share = self.processes.share(torch.arange(choice.batch_size, device="cpu")).to(self._device)
         return kept_bytes(network, self.data.x_train[share], self.data.y_train[share])
 
     @contextmanager

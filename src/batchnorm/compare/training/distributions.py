@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from batchnorm.compare.inputs.norms import Norm
 from batchnorm.compare.records import Distribution
 from batchnorm.compare.training.measurements import binned
+from batchnorm.nn.followed import followers
 
 SAMPLES = 128
 STAGES = ("input", "normalized", "activated")
@@ -78,8 +79,7 @@ class _Observer(TorchFunctionMode):
         self._inside -= 1
         site = self._open
         assert site is not None
-        fused = "activation" in vars(module)  # as in BatchNormAct
-        site.stages["activated" if fused else "normalized"] = binned(output)
+        site.stages["activated" if _is_activated(module) else "normalized"] = binned(output)
         if "activated" in site.stages:
             self._open = None
 
@@ -103,6 +103,12 @@ class _Observer(TorchFunctionMode):
     def _count(self, name: str) -> int:
         self._calls[name] += 1
         return self._calls[name]
+
+
+def _is_activated(module: nn.Module) -> bool:
+    """Return whether a normalization applies an activation itself, as `BatchNormAct2d` and timm's layers do."""
+    act = followers(module).get("act", nn.Identity())
+    return vars(module).get("activation", "none") != "none" or not isinstance(act, nn.Identity)
 
 
 def distributions(network: nn.Module, norm: Norm, inputs: Tensor) -> list[Distribution]:

@@ -52,7 +52,7 @@ def domains_of(values: Mapping[str, Tensor], batch: Tensor) -> Domains | None:
     deviation = joined.std(0)
     joined = (joined - joined.mean(0)) / deviation.where(deviation > 0, 1.0)
     means = torch.stack([joined[batch == number].mean(0) for number in range(int(batch.max()) + 1)])
-    waiting, found = [torch.arange(len(means))], list[Tensor]()
+    waiting, found = [torch.arange(len(means), device="cpu")], list[Tensor]()
     most = float(independence_of(joined, batch, permutations=0).inflation.mean())
     while waiting:
         group = waiting.pop()
@@ -73,7 +73,7 @@ def domains_of(values: Mapping[str, Tensor], batch: Tensor) -> Domains | None:
     runs = [domain for domain, _ in groupby(of_batches)]
     if min(runs.count(domain) for domain in range(len(found))) < 2:
         return None
-    domain = torch.tensor(of_batches)[batch]
+    domain = torch.tensor(of_batches, device="cpu")[batch]
     return Domains(of_batches, {path: _distance(of_layer, domain) for path, of_layer in values.items()})
 
 

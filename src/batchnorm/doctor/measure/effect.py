@@ -134,7 +134,7 @@ def compared(outcome: Outcome, baseline: Outcome) -> Effect:
     loss = base = interval = None
     if outcome.losses and baseline.losses:
         base = sum(baseline.losses) / len(baseline.losses)
-        ours, theirs = (torch.tensor(one.losses, dtype=torch.float64) for one in (outcome, baseline))
+        ours, theirs = (torch.tensor(one.losses, dtype=torch.float64, device="cpu") for one in (outcome, baseline))
         differences = ours - theirs
         loss = differences.mean().item()
         if len(differences) >= 3:

@@ -51,9 +51,9 @@ def independence_of(values: Tensor, batch: Tensor, permutations: int = 199) -> I
     _, batch = batch.unique(return_inverse=True)
     sizes = batch.bincount().to(values.dtype)
     if values.shape[1] == 0 or len(sizes) < 2 or len(values) <= len(sizes):
-        return Independence(torch.ones(0), 1.0, 0)
-    groups = torch.zeros(len(sizes), len(values), dtype=values.dtype)
-    groups[batch, torch.arange(len(values))] = 1
+        return Independence(torch.ones(0, device="cpu"), 1.0, 0)
+    groups = torch.zeros(len(sizes), len(values), dtype=values.dtype, device="cpu")
+    groups[batch, torch.arange(len(values), device="cpu")] = 1
     total = values.square().sum(0)
 
     def inflation(order: Tensor | None) -> Tensor:
@@ -66,6 +66,7 @@ def independence_of(values: Tensor, batch: Tensor, permutations: int = 199) -> I
     generator = torch.Generator().manual_seed(0)
     largest = float(observed.max())
     as_large = sum(
-        float(inflation(torch.randperm(len(values), generator=generator)).max()) >= largest for _ in range(permutations)
+        float(inflation(torch.randperm(len(values), generator=generator, device="cpu")).max()) >= largest
+        for _ in range(permutations)
     )
     return Independence(observed, (as_large + 1) / (permutations + 1), permutations)

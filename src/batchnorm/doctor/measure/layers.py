@@ -42,7 +42,7 @@ class Samples:
         sums = torch.stack([u.sum(0), u.square().sum(0), v.sum(0), v.square().sum(0)])
         self.sums = sums if self.sums is None else self.sums + sums
         self.count += len(u)
-        every = torch.linspace(0, u.shape[1] - 1, min(KEPT_CHANNELS, u.shape[1])).long()
+        every = torch.linspace(0, u.shape[1] - 1, min(KEPT_CHANNELS, u.shape[1]), device="cpu").long()
         self.kept.append(u[:, every].float())
         self.batch += [batch] * len(u)
 
@@ -56,7 +56,7 @@ class Samples:
         Source: the mathematics page, "Measures", for independent values.
         """
         if self.sums is None or self.count < 2:
-            return torch.full((1,), math.nan)
+            return torch.full((1,), math.nan, device="cpu")
         u, uu, v, vv = self.sums / self.count
         var_u, var_v = (uu - u * u).clamp_min(0), (vv - v * v).clamp_min(0)
         var = (v - u * u).clamp_min(0) + eps

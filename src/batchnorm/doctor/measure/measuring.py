@@ -190,7 +190,7 @@ def _dropout_scale(layers: Iterable[Layer], step: TrainingStep | None) -> dict[s
 def _values_of_samples(layers: list[Layer]) -> tuple[dict[str, Tensor], Tensor]:
     """Return the mean of each sample over its positions `[samples, channels]` by layer, and each sample's batch."""
     samples = {layer.path: layer.samples for layer in layers if layer.samples is not None}
-    batch = torch.tensor(next((of.batch for of in samples.values()), []))
+    batch = torch.tensor(next((of.batch for of in samples.values()), []), device="cpu")
     kept = {path: torch.cat(of.kept) for path, of in samples.items()}
     values = {
         path: of_layer[:_TESTED].double().nan_to_num(0.0, 0.0, 0.0)

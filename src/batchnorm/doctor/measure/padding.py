@@ -188,7 +188,7 @@ def _ends(sizes: Tensor) -> Tensor | None:
         if not alike:
             return None
         ends.append(alike[0])
-    return torch.tensor(ends)
+    return torch.tensor(ends, device="cpu")
 
 
 def _same(x: Tensor, values: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class _Margins:
 
     def outside(self) -> list[Tensor]:
         """Return for each axis the lines that are padding, `[N, L]`."""
-        lengths = [torch.arange(length) for length in self.same.shape[1:]]
+        lengths = [torch.arange(length, device="cpu") for length in self.same.shape[1:]]
         pairs = zip(lengths, self.sizes.unbind(1), strict=True)
         return [(index < size[:, :1]) | (index >= len(index) - size[:, 1:]) for index, size in pairs]
 
@@ -246,7 +246,7 @@ class _Margins:
         """Return for each axis the longest run of lines that hold the constant and are not padding, `[N, axes]`."""
         runs = []
         for lines, outside in zip(_lines(self.same), self.outside(), strict=True):
-            index = torch.arange(lines.shape[1])
+            index = torch.arange(lines.shape[1], device="cpu")
             before = torch.where(lines & ~outside, -1, index).cummax(1).values
             runs.append((index - before).amax(1))
         return torch.stack(runs, 1)
@@ -258,7 +258,9 @@ class _Margins:
         for axis, ends in enumerate(self.sizes.unbind(1), start=1):
             last = self.same.shape[axis] - 1
             for lines, line in ((ends[:, 0], ends[:, 0]), (ends[:, 1], last - ends[:, 1])):
-                there, same = (values.movedim(axis, 1)[torch.arange(size), line] for values in (inside, self.same))
+                there, same = (
+                    values.movedim(axis, 1)[torch.arange(size, device="cpu"), line] for values in (inside, self.same)
+                )
                 share = (same & there).reshape(size, -1).sum(1) / there.reshape(size, -1).sum(1)
                 found.append((share < 0.5)[lines > 0])
         return torch.cat(found)

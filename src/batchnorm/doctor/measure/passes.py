@@ -19,7 +19,7 @@ from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.wording import counted
 from batchnorm.models.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
-from batchnorm.models.calling import StepResult, arguments_of_loss, loss_in
+from batchnorm.models.calling import DefaultForward, StepResult, arguments_of_loss, loss_in
 from batchnorm.models.inputs import Inputs
 from batchnorm.models.observe import (
     LayerCall,
@@ -67,7 +67,12 @@ class ModelCall:
             return ""
         if loss_in(returned) is not None:
             return f"from {returned.step}" if isinstance(returned, StepResult) else "from the model's output"
-        return getattr(self.forward, "problem", "")
+        return self.forward.problem if isinstance(self.forward, DefaultForward) else ""
+
+    def settle(self, model: nn.Module, batch: Any) -> None:
+        """Find out how the model is called, before its layers are observed."""
+        if isinstance(self.forward, DefaultForward):
+            self.forward.settle(model, batch)
 
 
 class Passes(Runs):
@@ -138,6 +143,9 @@ class Passes(Runs):
             return self._training_statistics(call, rows)
 
         for number, given in enumerate(self.bar.over(batches, "training and evaluation", batches.length)):
+            if number == 0:
+                with self._ambient.entered():
+                    self.call.settle(self.model, own_copy(given, device_of(self.model)))
             with self._hooked():
                 times = [time.perf_counter()]
                 self.observer.current = by_its_own = Pass(record)
@@ -213,7 +221,7 @@ class Passes(Runs):
         if len(kept) < 2 or len(shapes) != 1 or any(spec != specs[0] for spec in specs):
             return None
         joined = [torch.cat(parts) for parts in zip(*leaves, strict=True)]
-        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0), device="cpu")
         outcome = Outcome()
         with self._hooked():
             for chosen in self.bar.over(order.split(sizes), "the same samples in other batches", len(sizes)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.passes import ModelCall, input_of
+from batchnorm.models.batches import device_of, own_copy
 from batchnorm.models.outputs import outputs
 from batchnorm.moments import Moments
 from batchnorm.walk import restored
@@ -60,6 +62,8 @@ def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, ba
     with restored(nn.ModuleList([model, *losses]), buffers=True, gradients=True):
         if not model.training:
             model.train()
+        with _as_step_error():
+            call.settle(model, own_copy(batch, device_of(model)))
 
         def count_update(path: str) -> Callable[[], None]:
             return lambda: phase.update([path])
@@ -73,15 +77,20 @@ def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, ba
             model_calls += phase is forward
 
         model.register_forward_pre_hook(count_call)
-        try:
-            with torch.enable_grad():
-                loss = _loss(call, call.forward(model, batch), batch)
-                phase = backward
-                loss.backward()
-        except Exception as error:
-            line = next(iter(str(error).strip().splitlines()), "")
-            raise StepError(f"it failed with {type(error).__name__}: {line}"[:300]) from error
+        with _as_step_error(), torch.enable_grad():
+            loss = _loss(call, call.forward(model, batch), batch)
+            phase = backward
+            loss.backward()
     return TrainingStep(forward, backward, model_calls, inputs)
+
+
+@contextmanager
+def _as_step_error() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise StepError(f"it failed with {type(error).__name__}: {line}"[:300]) from error
 
 
 def _loss(call: ModelCall, returned: Any, batch: Any) -> Tensor:

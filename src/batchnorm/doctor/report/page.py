@@ -257,7 +257,7 @@ def against_population(channels: Channels, most: int) -> dict[str, Any] | None:
         return None
     running_mean, running_var, mean, var = (v.double() for v in vectors if v is not None)
     number = len(mean)
-    index = torch.arange(number)
+    index = torch.arange(number, device="cpu")
     if number > most:
         sigma = var.clamp_min(1e-30).sqrt()
         distance = (running_mean - mean).abs() / sigma + (running_var.clamp_min(1e-30).sqrt() / sigma).log().abs()

@@ -51,7 +51,9 @@ class InputBatches:
 
     def _tested(self) -> tuple[Independence, Domains | None] | None:
         values = torch.cat(list(self._batches)).double().nan_to_num(0.0, 0.0, 0.0)
-        batch = torch.arange(len(self._batches)).repeat_interleave(torch.tensor([len(b) for b in self._batches]))
+        batch = torch.arange(len(self._batches), device="cpu").repeat_interleave(
+            torch.tensor([len(b) for b in self._batches], device="cpu")
+        )
         inflation = independence_of(values, batch, permutations=0).inflation
         if not len(inflation) or float(inflation.mean()) < _INFLATED:
             return None

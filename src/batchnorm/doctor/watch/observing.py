@@ -40,7 +40,11 @@ class StepObserver:
         self._root, self._pace = root, pace
         self._number = {layer.module: number for number, layer in enumerate(layers)}
         self._signatures = [inspect.signature(layer.module.forward) for layer in layers]
-        self.begin([None] * len(layers))
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the last step, whose graph would otherwise stay in memory until the next look."""
+        self.begin([None] * len(self._signatures))
 
     def begin(self, running_means: Sequence[Tensor | None]) -> None:
         """Forget the last step, and begin another with these running means."""

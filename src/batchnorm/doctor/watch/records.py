@@ -198,7 +198,7 @@ def recorded(
         if cancels or values == 1:
             mean = var = None
         else:
-            calls = (Moments(torch.tensor(float(values)), mean, var * values),)
+            calls = (Moments(torch.tensor(float(values), device="cpu"), mean, var * values),)
             var = var * (values / (values - 1))
     if mean is None and updates == 1:
         mean, var = _from_running(layer.module, before, after)

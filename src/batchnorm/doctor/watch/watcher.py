@@ -145,6 +145,7 @@ class Watch:
         """Stop watching and remove every hook; the history stays. May be called again."""
         ended, self.closed = not self.closed, True
         remove(self._handles, self._handles_of_look)
+        self._observer.forget()
         found = self._alarms.at_the_end(self.steps) if ended else []
         self.findings += found
         for finding in found:  # last, because it raises if warnings are errors
@@ -208,6 +209,7 @@ class Watch:
         if any(one.record.updates and not one.observation.forward for one in observed):
             self._compiled = True  # compiled code compiles again for each hook that it sees: no more hooks
         found = self._alarms.findings(self.steps, self._observer, observed)
+        self._observer.forget()
         self.findings += found
         if self._writer is not None:
             self.write(self._writer)

@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
 def wide(values: Any) -> Tensor:
     """Return a tensor, array or sequence as a detached float64 tensor on the CPU."""
-    return torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
 def rounded(values: Tensor, like: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ def interior(kernel: Tensor) -> Tensor:
 def as_kernel(scale: Tensor, *, groups: int, dims: int) -> Tensor:
     """Return the scale as the weight `[C, C / groups, 1, ...]` of a convolution with `dims` spatial dimensions."""
     channels = scale.numel()
-    weight = torch.zeros(channels, channels // groups, dtype=torch.float64)
-    each = torch.arange(channels)
+    weight = torch.zeros(channels, channels // groups, dtype=torch.float64, device="cpu")
+    each = torch.arange(channels, device="cpu")
     weight[each, each % (channels // groups)] = scale
     return weight.reshape(channels, -1, *(1,) * dims)
 
@@ -145,7 +145,7 @@ def as_kernel(scale: Tensor, *, groups: int, dims: int) -> Tensor:
 def embedded(weight: Any, kernel: Sequence[int], offset: Sequence[int], step: Sequence[int]) -> Tensor:
     """Return the weight in a larger kernel: its tap j at `offset + step·j` along each dimension, zeros elsewhere."""
     w = wide(weight)
-    result = torch.zeros(*w.shape[:2], *kernel, dtype=torch.float64)
+    result = torch.zeros(*w.shape[:2], *kernel, dtype=torch.float64, device="cpu")
     taps = [
         slice(first, first + by * (size - 1) + 1, by) for first, by, size in zip(offset, step, w.shape[2:], strict=True)
     ]

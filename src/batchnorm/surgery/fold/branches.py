@@ -76,7 +76,7 @@ def _as_linear(branch: Layer | None, other: Linear) -> Linear:
     if other.dims == 0 or other.transposed or other.opaque:
         raise CannotFold("the other term is not a convolution")
     s = branch.scale_shift if isinstance(branch, Norm) else None
-    scale = torch.ones(other.in_channels, dtype=torch.float64) if s is None else s.scale
+    scale = torch.ones(other.in_channels, dtype=torch.float64, device="cpu") if s is None else s.scale
     if scale.numel() != other.in_channels or set(other.window.stride) != {1}:
         raise CannotFold("the other term has another shape")
     ones = (1,) * other.dims

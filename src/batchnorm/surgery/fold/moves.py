@@ -183,7 +183,9 @@ def within_concatenation(s: ScaleShift, axis: int, sizes: Sequence[int], positio
         parts = []
         for i, size in enumerate(sizes):
             shape[axis] = size
-            parts.append(values.expand(shape) if i in positions else torch.full(shape, other, dtype=values.dtype))
+            parts.append(
+                values.expand(shape) if i in positions else torch.full(shape, other, dtype=values.dtype, device="cpu")
+            )
         return torch.cat(parts, axis)
 
     return ScaleShift(placed(s.scale, 1.0), placed(s.shift, 0.0))

@@ -207,7 +207,7 @@ class FoldPlan:
             if addition is not None:  # it absorbs the bias, so no second addition is needed
                 self.states[call] = replace(state, bias=None)
                 call, constant = addition
-                self._into_constant(constant, call, ScaleShift(torch.ones(()).double(), state.bias))
+                self._into_constant(constant, call, ScaleShift(torch.ones((), device="cpu").double(), state.bias))
         self.same.append(call.results[0])
 
     def _addition_of_constant(self, call: Call, linear: Linear) -> tuple[Call, Value] | None:

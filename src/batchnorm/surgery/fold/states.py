@@ -116,7 +116,12 @@ class Linear:
 
     def negated(self) -> Self:
         """Return the layer with the opposite sign."""
-        return self.after(ScaleShift(-torch.ones(self.out_channels).double(), torch.zeros(self.out_channels).double()))
+        return self.after(
+            ScaleShift(
+                -torch.ones(self.out_channels, device="cpu").double(),
+                torch.zeros(self.out_channels, device="cpu").double(),
+            )
+        )
 
     def _bias_plus(self, more: Tensor) -> Tensor | None:
         if self.bias is None:

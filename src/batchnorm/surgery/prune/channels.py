@@ -55,7 +55,9 @@ class Channels:
         for call in network.calls:
             self._read(call)
         for numbers in (self.held, self.mixed):
-            numbers.update({c: torch.tensor([self._root(int(n)) for n in found]) for c, found in numbers.items()})
+            numbers.update(
+                {c: torch.tensor([self._root(int(n)) for n in found], device="cpu") for c, found in numbers.items()}
+            )
         for number, why in list(self.kept.items()):
             self.kept.setdefault(self._root(number), why)
 
@@ -111,7 +113,7 @@ class Channels:
         if isinstance(layer, Linear) and is_depthwise(layer):
             outputs = inputs.repeat_interleave(layer.out_channels // layer.in_channels)
         elif isinstance(layer, Linear):
-            outputs = torch.tensor([self._new() for _ in range(layer.out_channels)]).double()
+            outputs = torch.tensor([self._new() for _ in range(layer.out_channels)], device="cpu").double()
             self.mixed[call] = inputs
             if layer.groups > 1:
                 self._keep([inputs, outputs], "a grouped convolution has them")
@@ -152,7 +154,7 @@ class Channels:
     def _staying(self, value: Value, why: str) -> Tensor:
         number = self._new()
         self.kept[number] = why
-        return torch.full((1,) * len(self.network.shapes.get(value, ())), number).double()
+        return torch.full((1,) * len(self.network.shapes.get(value, ())), number, device="cpu").double()
 
     def _new(self) -> int:
         self._same.append(len(self._same))

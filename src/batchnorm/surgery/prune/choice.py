@@ -39,7 +39,7 @@ class Choice:
     def share(self, share: float) -> Removal:
         """Return the removal of this share of all channels that can be removed, those with the smallest |γ|."""
         calls = self._calls()
-        every = torch.cat([torch.empty(0).double(), *(self._gammas[call] for call in calls)])
+        every = torch.cat([torch.empty(0, device="cpu").double(), *(self._gammas[call] for call in calls)])
         ranks = every.argsort(stable=True).argsort().split([len(self._gammas[call]) for call in calls])
 
         def smallest(count: int) -> Removal:
@@ -91,5 +91,5 @@ class Choice:
 
 def _gammas(channels: Channels, call: Call) -> Tensor:
     gamma = call.node.args[3]
-    ones = torch.ones(len(channels.held[call]), dtype=torch.float64)
+    ones = torch.ones(len(channels.held[call]), dtype=torch.float64, device="cpu")
     return ones if gamma is None else channels.network.attribute(gamma).detach().cpu().double().abs()

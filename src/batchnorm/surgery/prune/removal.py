@@ -43,7 +43,7 @@ class Removal:
 
     def has(self, numbers: Tensor) -> Tensor:
         """Return which of these channels are removed."""
-        return torch.isin(numbers, torch.tensor(sorted(self.numbers), dtype=numbers.dtype))
+        return torch.isin(numbers, torch.tensor(sorted(self.numbers), dtype=numbers.dtype, device="cpu"))
 
 
 def removal(channels: Channels, small: Mapping[Call, Tensor], largest: Mapping[int, float], exactly: bool) -> Removal:
@@ -96,7 +96,7 @@ def _vector(s: ScaleShift, layer: Any) -> ScaleShift:
 def _constant(layer: Linear, constants: Tensor) -> tuple[Tensor, bool]:
     """Return what constant channels add to the layer's result inside its borders, and whether also at its borders."""
     moved = layer.before(ScaleShift(torch.ones_like(constants), constants))
-    bias = torch.zeros(layer.out_channels).double() if layer.bias is None else layer.bias
+    bias = torch.zeros(layer.out_channels, device="cpu").double() if layer.bias is None else layer.bias
     if moved.border is None:
         return (bias if moved.bias is None else moved.bias) - bias, True
     return arithmetic.interior(moved.border.transpose(0, 1) if layer.transposed else moved.border), False
@@ -125,7 +125,7 @@ class _Constants:
         if value in self._states:
             return self._states[value]
         ones = (1,) * len(self._network.shapes.get(value, ()))
-        return ScaleShift(torch.ones(ones).double(), torch.zeros(ones).double())
+        return ScaleShift(torch.ones(ones, device="cpu").double(), torch.zeros(ones, device="cpu").double())
 
     def _results(self, call: Call) -> list[ScaleShift]:
         if is_pointwise(call.node):
@@ -149,8 +149,10 @@ class _Constants:
         return []
 
     def _normalized(self, call: Call, layer: Norm, s: ScaleShift) -> ScaleShift:
-        zeroed, beta = self._zeroed.get(call, torch.tensor(False)), call.node.args[4]
-        at_zero = torch.zeros(()).double() if beta is None else arithmetic.wide(self._network.attribute(beta))
+        zeroed, beta = self._zeroed.get(call, torch.tensor(False, device="cpu")), call.node.args[4]
+        at_zero = (
+            torch.zeros((), device="cpu").double() if beta is None else arithmetic.wide(self._network.attribute(beta))
+        )
         values = layer.scale_shift.scale * s.shift + layer.scale_shift.shift
         return _constant_where((s.scale == 0) | zeroed, torch.where(zeroed, at_zero, values))
 

@@ -93,7 +93,7 @@ class Parameter:
         Raises:
             arithmetic.NotRepresentable: It is not finite in it.
         """
-        return rounded(value, torch.empty(0, dtype=self.dtype))
+        return rounded(value, torch.empty(0, dtype=self.dtype, device="cpu"))
 
 
 class Constants:

@@ -76,7 +76,7 @@ class Writer:
             bias_name = self._fresh(f"{like.name}_bias") if bias_like is None else bias_like.name
             inputs.append(self._store(bias_name, (bias_like or like).rounded(state.bias)))
         elif op == "Gemm" and self._network.opset < 11:  # the bias is not optional there
-            inputs.append(self._store(self._fresh(f"{like.name}_bias"), torch.zeros(1, dtype=like.dtype)))
+            inputs.append(self._store(self._fresh(f"{like.name}_bias"), torch.zeros(1, dtype=like.dtype, device="cpu")))
         if op == "MatMul" and state.bias is not None:
             product = self._fresh(f"{output}_product")
             addition = make_node("Add", [product, inputs.pop()], [output], name=f"{name}_bias")
@@ -98,8 +98,8 @@ class Writer:
         whole, sizes, shape, ones, added = (
             self._fresh(f"{output}_{part}") for part in ("shape", "sizes", "ones_shape", "ones", "border")
         )
-        positions = self._store(self._fresh(f"{output}_positions"), torch.arange(2, 2 + state.dims))
-        first = self._store(self._fresh(f"{output}_one"), torch.ones(2, dtype=torch.int64))
+        positions = self._store(self._fresh(f"{output}_positions"), torch.arange(2, 2 + state.dims, device="cpu"))
+        first = self._store(self._fresh(f"{output}_one"), torch.ones(2, dtype=torch.int64, device="cpu"))
         kernel = self._store(self._fresh(f"{like.name}_border"), like.rounded(state.border))
         one = make_tensor("one", _TYPES[like.dtype], [1], [1.0])
         return [

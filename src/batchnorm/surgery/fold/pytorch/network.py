@@ -98,7 +98,7 @@ class TorchNetwork(Network):
         sizes = set(shape[axis % len(shape)])
         if len(sizes) == 1 and all(_is_part(user) for user in node.users):
             call.kind, call.axis = Kind.SPLIT, axis % len(shape)
-            call.sizes = [len(part) for part in node.target(torch.empty(sizes.pop()), how)]
+            call.sizes = [len(part) for part in node.target(torch.empty(sizes.pop(), device="cpu"), how)]
             taken = {part.args[1]: part for part in reversed(node.users)}
             call.results = [taken.get(i) for i in range(len(call.sizes))]
 

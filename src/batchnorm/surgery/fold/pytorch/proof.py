@@ -60,7 +60,7 @@ class _Run:
             return value
         if self._random:
             generator = torch.Generator().manual_seed(self._number[original])
-            value = torch.randn(value.shape, generator=generator).to(value)
+            value = torch.randn(value.shape, generator=generator, device="cpu").to(value)
         return value.double() if self._wide else value
 
     def _result(self, call: Call) -> Any:
