@@ -126,6 +126,13 @@ def test_a_momentum_that_is_too_small_is_found(momentum: float, when: str) -> No
         assert found[0].summary.startswith("momentum 0.001 over 50 steps keeps 95% of the initial running statistics")
 
 
+def test_updates_after_the_last_look_count() -> None:
+    model = trained(NETWORK)
+    for found in batchnorm.walk.norm_layers(model):
+        found.module.reset_running_stats()
+    assert codes(watched(model, random_batches(NETWORK, STEPS + 2), every=1000)) == []  # looks at the second step only
+
+
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("forgotten", [True, False])
 def test_an_evaluation_in_training_mode_is_found(forgotten: bool, every: int) -> None:

@@ -592,6 +592,14 @@ def test_a_notebook_shows_it_as_an_estimator(monkeypatch: pytest.MonkeyPatch) ->
         s.set_fit_request(sample_weight=True)
 
 
+def test_missing_values_of_pandas_are_nan() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": pandas.array([1, 2, None, 6], dtype="Int64"), "b": [True, False, True, True]})
+    s = Standardizer().fit(frame)
+    np.testing.assert_allclose(s.mean_, [3.0, 0.75])
+    assert np.isnan(s.transform(frame)).tolist() == [[False, False]] * 2 + [[True, False], [False, False]]
+
+
 def test_columns_of_a_data_frame_must_be_those_of_fit() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(table(), columns=list("abcd"))

@@ -44,12 +44,17 @@ class Error(NamedTuple):
 
     @classmethod
     def of(cls, results: Results) -> Error:
-        """Return the largest errors of any tensor."""
-        own, folded = (
-            max((relative(*pair) for pair in zip(found, results.exact, strict=True)), default=0.0)
-            for found in (results.own, results.folded)
-        )
-        return cls(own, folded)
+        """Return the largest errors of any tensor.
+
+        An element that overflows in the original has no error of the original. It has one of the folded network only if
+        that is finite there. Otherwise one overflow would be an infinite error that allows any other.
+        """
+        before, after = 0.0, 0.0
+        for arrays in zip(results.own, results.folded, results.exact, strict=True):
+            own, folded, exact = (as_array(value) for value in arrays)
+            before = max(before, relative(own, _without_overflow(exact, own, own)))
+            after = max(after, relative(folded, _without_overflow(exact, own, folded)))
+        return cls(before, after)
 
     @staticmethod
     def worst(errors: Iterable[Error]) -> Error:
@@ -83,6 +88,13 @@ def relative(found: Any, exact: Any) -> float:
     largest = float(np.abs(exact[finite]).max())
     difference = float(np.abs(found[finite] - exact[finite]).max())
     return difference / largest if largest else difference
+
+
+def _without_overflow(exact: Any, own: Any, found: Any) -> Any:
+    """Return `exact`, but `found` where neither this nor the original's `own` value is finite."""
+    if not own.shape == found.shape == exact.shape:
+        return exact
+    return np.where(np.isfinite(own) | np.isfinite(found), exact, found)
 
 
 def check_whole(error: Error, tolerance: float, reference: str = FLOAT64) -> None:

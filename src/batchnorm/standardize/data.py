@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -77,6 +78,9 @@ def as_array(x: Any) -> Any:
     if array.dtype.kind == "c":
         raise ValueError(_COMPLEX.format(array.dtype))
     if array.dtype.kind == "O":
+        pandas = sys.modules.get("pandas")
+        if pandas is not None:  # its missing values do not convert to float
+            array = np.where(pandas.isna(array), np.nan, array)
         array = array.astype(np.float64)  # an error of NumPy names a value that is not a number
     if array.dtype.kind not in "buif":
         raise ValueError(f"Standardizer expects numbers, got an array of dtype {array.dtype}. Convert it first.")

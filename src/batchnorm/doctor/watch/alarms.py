@@ -203,20 +203,20 @@ class Alarms:
         """Find layers whose initial values have more than this weight."""
         if step < _LONG:
             return
-        shares = {
-            one.layer: remaining(one.layer.momentum, one.state.updates)
+        updates = {  # every step since the look made at least one
+            one.layer: one.state.updates + step - one.record.step
             for one in observed
-            if one.layer.by_batch and one.record.updates and one.layer.momentum
+            if one.layer.by_batch and one.record.updates and one.layer.momentum and one.state.updates
         }
+        shares = {layer: remaining(layer.momentum, number) for layer, number in updates.items()}
         found = self._new("BN217", [layer for layer, share in shares.items() if share > least])
         if found:
             worst = max(found, key=lambda layer: shares[layer])
-            updates = next(one.state.updates for one in observed if one.layer is worst)
             needed = math.ceil(math.log(LAGS) / math.log1p(-(worst.momentum or 0.0)))
             yield self._rules["BN217"].finding(
                 Severity.WARNING,
                 [layer.path for layer in found],
-                f"{kept(worst, updates)}; evaluation needs {needed} steps, or recalibration",
+                f"{kept(worst, updates[worst])}; evaluation needs {needed} steps, or recalibration",
                 evidence=[layers_listed([layer.path for layer in found])],
                 confidence="medium",
                 left={layer.path: shares[layer] for layer in found},

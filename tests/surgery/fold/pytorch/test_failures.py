@@ -51,6 +51,22 @@ def test_a_fold_with_a_large_error_is_refused_and_the_others_are_made(monkeypatc
     assert_equal(folded, model, torch.randn(IMAGE))
 
 
+def test_an_overflow_of_the_original_allows_no_error_elsewhere() -> None:
+    own = torch.tensor([float("inf"), 1.0, 2.0])
+    exact = torch.tensor([1e5, 1.0, 2.0], dtype=torch.float64)
+    for overflows, value, allowed in [
+        (True, 1.0, True),  # overflows in the same place
+        (False, 1.0, True),  # or no longer
+        (True, 1.5, False),
+    ]:
+        folded = torch.tensor([float("inf") if overflows else 1e5, value, 2.0])
+        assert gate.Error.of(gate.Results([own], [folded], [exact])).allowed(1e-2) == allowed
+    wrong = torch.tensor([2e5, 1.0, 2.0])
+    assert not gate.Error.of(gate.Results([own], [wrong], [exact])).allowed(1e-2)
+    overflow = gate.Results([exact], [own], [exact])
+    assert not gate.Error.of(overflow).allowed(1e-2)
+
+
 def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())).train()
     before = copy.deepcopy(model.state_dict())
