@@ -112,8 +112,8 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, torch.optim
 }
 # One of so many places, if each takes a while; tests/test_undo.py and tests/attack interrupt at other moments.
 SAMPLE = {
-    "accelerate": 16, "undo": 6, "fold": 12, "recalibrate": 6, "recalibrate sequentially": 12,
-    "drop_redundant_bias": 16, "prune_channels": 60, "convert": 2, "freeze": 2,
+    "accelerate": 32, "undo": 12, "fold": 24, "recalibrate": 16, "recalibrate sequentially": 24,
+    "drop_redundant_bias": 32, "prune_channels": 80, "convert": 4, "freeze": 4, "unfreeze": 2,
 }  # fmt: skip
 
 
