@@ -137,8 +137,9 @@ def test_an_entry_is_chosen_by_name(tmp_path: Path) -> None:
         ({"step": 3, "fc.bias": torch.ones(3)}, r"the file has 'fc\.bias', for example"),
         ({"m": without("1.num_batches_tracked")}, r"entry 'm' does not fit: it lacks 1\.num_batches_tracked\."),
         ({0: torch.ones(4)}, "got the entries 0 without tensors with names"),
-        ([STATE], "got an object of list"),
-        ({}, "got an empty dict"),
+        ({"epoch": 3, "net": TRAINED}, r"the entries 'epoch', 'net' without .*False\)\['net'\]\.state_dict\(\)"),
+        ([STATE], r"got an object of list\. Save it with torch\.save\(model\.state_dict\(\), \.\.\.\)\.$"),
+        ({}, r"got an empty dict\. Save it with torch\.save\(model\.state_dict\(\), \.\.\.\)\.$"),
     ],
     ids=[
         "classes",
@@ -150,6 +151,7 @@ def test_an_entry_is_chosen_by_name(tmp_path: Path) -> None:
         "number",
         "counter",
         "numbered",
+        "module in the second entry",
         "list",
         "empty",
     ],
@@ -157,6 +159,13 @@ def test_an_entry_is_chosen_by_name(tmp_path: Path) -> None:
 def test_a_file_that_does_not_fit_is_explained_in_one_sentence(held: Any, why: str, tmp_path: Path) -> None:
     torch.save(held, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=rf"^must hold the state_dict of the network, .*{why}"):
+        load_weights(net(0), tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello"], ids=["empty", "text"])
+def test_a_file_that_torch_did_not_save_is_explained(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"the file is empty, incomplete or not of torch\.save\. Save it with"):
         load_weights(net(0), tmp_path / "file.pth")
 
 

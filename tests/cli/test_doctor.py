@@ -114,6 +114,8 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
         (["{net}:loader"], "batchnorm doctor: {net}:loader must return a torch.nn.Module, got list"),
         (["{net}:build", "--weights", "none.pth"], "batchnorm doctor: none.pth must hold the state_dict"),
         (["{net}:build", "--data", "none.npz"], "batchnorm doctor: none.npz must be a file of numpy.savez"),
+        (["{net}:build", "--data", "no-samples.npz"], "batchnorm doctor: no-samples.npz must hold at least one sample"),
+        (["{net}:build", "--data", "scalar.npz"], "batchnorm doctor: scalar.npz must hold x and, if it has targets"),
         (["{net}:build", "--data", "{net}:fails"], "batchnorm doctor: {net}:fails must return batches"),
         (["{net}:build", "--data", "{net}:three"], "batchnorm doctor: diagnose expects batches that are tensors"),
         (["{net}:build", "--loss", "hinge"], "batchnorm doctor: --loss must be module.path:callable, got 'hinge'"),
@@ -125,6 +127,8 @@ def test_weights_and_a_file_of_data(place, capsys, tmp_path) -> None:
     ],
 )
 def test_a_usage_error_is_one_line_and_exits_with_2(place, capsys, words, line) -> None:
+    np.savez("no-samples.npz", x=np.zeros((0, 3, 8, 8), "float32"))
+    np.savez("scalar.npz", x=np.float32(1))
     code, out, err = run(["doctor", *(word.format(net=place) for word in words)], capsys)
     assert code == 2
     assert out == ""

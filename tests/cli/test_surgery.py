@@ -189,6 +189,10 @@ def test_wrong_data_are_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     result = invoke("standardize", "nan.npy", "-o", "kept.npy")
     assert "3 values are NaN: excluded from the statistics, and kept" in result.stdout
     assert np.isnan(np.load("kept.npy")).sum() == 3
+    np.save("one-nan.npy", np.array([[1.0], [np.nan]]))
+    result = invoke("standardize", "one-nan.npy", "-o", "kept-one.npy")
+    assert "2 samples of 1 feature," in result.stdout
+    assert "1 value is NaN: excluded" in result.stdout
     assert not list(folder.glob(".batchnorm-*"))
 
 

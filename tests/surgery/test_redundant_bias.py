@@ -279,6 +279,8 @@ def test_wrong_arguments() -> None:
         drop_redundant_bias([model])
     with pytest.raises(ValueError, match="expects inplace=True with an optimizer, got inplace=False"):
         drop_redundant_bias(model, optimizer)
+    with pytest.raises(TypeError, match=r"expects a torch\.optim\.Optimizer .*, got Tensor\. .* as example_inputs="):
+        drop_redundant_bias(model, torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match="holds none of its parameters"):
         drop_redundant_bias(networks.ResNet(), optimizer, inplace=True)
     with pytest.raises(ValueError, match=r"takes, got a tensor \[2, 5\] of torch.float32"):

@@ -100,7 +100,13 @@ def _loaded(path: Path) -> Any:
     with warnings.catch_warnings():  # torch warns about files that it then refuses
         warnings.simplefilter("ignore")
         with _objects_replaced(path):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except (EOFError, LookupError) as error:  # torch's parser reads any file as the oldest format
+                raise CheckpointError(
+                    "must hold the state_dict of the network, but the file is empty, incomplete or not of torch.save. "
+                    "Save it with torch.save(model.state_dict(), ...)."
+                ) from error
 
 
 def _objects_replaced(path: Path) -> AbstractContextManager[object]:
@@ -119,6 +125,10 @@ def _replacement(name: str) -> type:
         return object.__new__(cls)
 
     return type(name, (), {"__new__": new, "__init__": lambda *_, **__: None, "__setstate__": lambda *_: None})
+
+
+def _is_replaced(held: Any) -> bool:
+    return type(held).__module__ == __name__
 
 
 def _unwrapped(name: str) -> str:
@@ -221,14 +231,17 @@ def _why_nothing_fits(held: Any, names: Mapping[str, str], path: Path) -> str:
     network = f"torch.load({path.name!r}, weights_only=False)"
     if isinstance(held, Mapping):
         held_as = f"the entries {', '.join(map(repr, held))} without tensors with names" if held else "an empty dict"
-        network += f"[{next(iter(held), 'model')!r}]"
+        objects = [f"{network}[{key!r}]" for key, value in held.items() if _is_replaced(value)]
     else:
         held_as = f"an object of {type(held).__name__}"
-    return (
-        f"must hold the state_dict of the network, got {held_as}. Save it with torch.save(model.state_dict(), ...). "
-        "For a file that holds the network itself, and that you trust: "
-        f"torch.save({network}.state_dict(), 'weights.pth')."
-    )
+        objects = [network] * _is_replaced(held)
+    why = f"must hold the state_dict of the network, got {held_as}. Save it with torch.save(model.state_dict(), ...)."
+    if objects:
+        why += (
+            " For a file that holds the network itself, and that you trust: "
+            f"torch.save({objects[0]}.state_dict(), 'weights.pth')."
+        )
+    return why
 
 
 def _why_not_loaded(model: nn.Module, chosen: _Candidate, error: Exception) -> str:

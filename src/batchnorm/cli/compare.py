@@ -202,13 +202,11 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, as_jso
         if process.first and out is not None:
             runs = out / "runs"
             finished = len(list(runs.glob("*.jsonl")))
-            advice = f"Continue with: {ctx.command_path} --resume --out {out}"
+            what = f"{finished} finished {'run is' if finished == 1 else 'runs are'} in {runs}, without a summary. "
+            what += f"Continue with: {ctx.command_path} --resume --out {out}"
             if not (out / SETTINGS).is_file():
-                advice = "Start again: training had not begun."
-            print(
-                f"{ctx.command_path}: interrupted; {finished} finished runs are in {runs}, without a summary. {advice}",
-                file=sys.stderr,
-            )
+                what = "training had not begun. Start again."
+            print(f"{ctx.command_path}: interrupted; {what}", file=sys.stderr)
         ctx.exit(INTERRUPTED)
     if not process.first:
         return

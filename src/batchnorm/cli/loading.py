@@ -138,11 +138,13 @@ def batches(data: str, batch_size: int, usage_error: UsageErrorMaker) -> Any:
         raise usage_error(f"{data} must be a file of numpy.savez, but reading it failed", error) from error
     x = arrays.get("x", arrays.get("x_train"))
     y = arrays.get("y", arrays.get("y_train"))
-    if x is None or (y is not None and len(x) != len(y)):
+    if x is None or not x.ndim or (y is not None and (not y.ndim or len(x) != len(y))):
         raise usage_error(
             f"{data} must hold x and, if it has targets, as many y, got {', '.join(arrays) or 'nothing'}. "
             "Save the arrays under these names."
         )
+    if len(x) == 0:
+        raise usage_error(f"{data} must hold at least one sample, got x of shape {list(x.shape)}. Add samples.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu")
     parts = [torch.from_numpy(x)[order]] if y is None else [torch.from_numpy(x)[order], torch.from_numpy(y)[order]]
     split = [part.split(min(batch_size, max(1, len(x)))) for part in parts]

@@ -127,14 +127,19 @@ def _missing(standardizer: Standardizer, source: NDArray[Any]) -> int:
     return int(source.size - (seen * features if isinstance(seen, (int, float)) else seen.sum()))
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _summary(standardizer: Standardizer, source: NDArray[Any]) -> str:
     features = standardizer.n_features_in_
-    lines = [f"standardize: {len(source)} samples of {features} features, {source.dtype}", ""]
+    lines = [f"standardize: {_counted(len(source), 'sample')} of {_counted(features, 'feature')}, {source.dtype}", ""]
     lines.append(f"{'feature':>7}  {'mean':>12}  {'deviation':>12}")
     deviations = standardizer.var_**0.5
     lines += [f"{i:>7}  {standardizer.mean_[i]:>12.6g}  {deviations[i]:>12.6g}" for i in range(min(features, _SHOWN))]
     if features > _SHOWN:
         lines.append(f"    ... and {features - _SHOWN} more")
     if (missing := _missing(standardizer, source)) > 0:
-        lines += ["", f"{missing:,} values are NaN: excluded from the statistics, and kept in the result"]
+        are = "value is" if missing == 1 else "values are"
+        lines += ["", f"{missing:,} {are} NaN: excluded from the statistics, and kept in the result"]
     return "\n".join(lines)

@@ -54,7 +54,7 @@ def drop_redundant_bias(
         The model, and the report: the biases that were removed, and the others with the reason.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or optimizer is not an optimizer.
         ValueError: an optimizer is passed without inplace=True, or holds other parameters; the model does not take the
             example inputs, or its output on them would change; the model is in DistributedDataParallel or sharded. The
             model is then unchanged.
@@ -136,6 +136,11 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None, inplace: b
     check_not_reduced(_CALLER, model, why)
     if optimizer is None:
         return
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"{_CALLER} expects a torch.optim.Optimizer as the second argument, got {type(optimizer).__name__}. "
+            "Pass inputs of the model as example_inputs=."
+        )
     if not inplace:
         raise ValueError(
             f"{_CALLER} expects inplace=True with an optimizer, got inplace=False. "
