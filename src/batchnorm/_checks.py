@@ -123,6 +123,8 @@ def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
             f"{caller} expects a dense x, got a nested tensor. Pad it with x.to_padded_tensor(0.0) and pass a mask of "
             "the real positions. BatchNorm with channel_dim=-1 takes jagged tensors [N, j, *S, C]."
         )
+    if x.layout != torch.strided:
+        raise ValueError(f"{caller} expects a dense x, got one of layout {x.layout}. Use x.to_dense().")
     if not x.is_floating_point():
         fix = "Convert it, for example x.float()."
         if x.is_quantized:

@@ -155,6 +155,14 @@ def test_lazy_refuses_a_wrong_rank_before_it_makes_anything() -> None:
     assert (lazy.running_mean == 0).all()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sparse_input_is_refused(training: bool) -> None:
+    layer = nn.BatchNormAct1d(4).train(training)
+    with pytest.raises(ValueError, match=r"expects a dense x, got one of layout torch.sparse_coo\. Use x.to_dense"):
+        layer(torch.randn(8, 4).to_sparse())
+    assert layer.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
