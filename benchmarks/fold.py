@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import io
 import time
 import warnings
 from collections import Counter
@@ -26,7 +25,7 @@ from benchmarks.timing import alternate
 KEY = ("network",)
 PHOTOGRAPHS_KEY = ("network",)
 SPEED_KEY = ("network", "contender")
-OURS, TORCH, FX, FREEZING, ONNXRUNTIME = "batchnorm.fold", "torch", "torch.fx fuse", "inductor freezing", "onnxruntime"
+OURS, TORCH, FX = "fold", "torch", "torch.fx fuse"
 BATCH, SIZE = 4, 224
 
 
@@ -174,30 +173,46 @@ def _freezing(model: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def _onnxruntime(model: nn.Module, x: Tensor) -> Call:
+def _jit(model: nn.Module, x: Tensor) -> Call:
+    traced = torch.jit.trace(model, x)
+    return _inference(torch.jit.optimize_for_inference(traced), x)
+
+
+def _exported(model: nn.Module, x: Tensor, *, optimize: bool) -> Any:
+    """Return the network as an ONNX model, with onnxscript's optimizer or without."""
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, optimize=optimize)
+    assert program is not None
+    return program.model_proto
+
+
+def _onnxruntime(model: Any, x: Tensor) -> Call:
     import onnxruntime
 
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    file = io.BytesIO(program.model_proto.SerializeToString())
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(file.getvalue(), settings, providers=["CPUExecutionProvider"])
+    file = model.SerializeToString()
+    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
     arrays = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, arrays)[0])
 
 
 def _contenders(model: nn.Module, x: Tensor, *, slow: bool) -> dict[str, Call]:
-    calls: dict[str, Call] = {
-        TORCH: _inference(model, x),
-        OURS: _inference(fold(model, x).model, x),
-        FX: _inference(_fx_fused(model), x),
-    }
-    if slow:
-        calls[FREEZING] = _freezing(copy.deepcopy(model), x)
+    """Return a forward pass of each contender: what folds alone, compilers alone, and both."""
+    folded = fold(model, x).model
+    calls = {TORCH: _inference(model, x), OURS: _inference(folded, x), FX: _inference(_fx_fused(model), x)}
+    for name, compiled in {"jit optimize_for_inference": _jit, "inductor freezing": _freezing}.items():
+        if slow or compiled is _jit:
+            calls[name] = compiled(copy.deepcopy(model), x)
+            calls[f"fold + {name}"] = compiled(copy.deepcopy(folded), x)
     if slow and installed("onnx", "onnxscript", "onnxruntime"):
-        calls[ONNXRUNTIME] = _onnxruntime(copy.deepcopy(model), x)
+        from batchnorm.surgery.fold.onnx import fold_onnx
+
+        plain = _exported(copy.deepcopy(model), x, optimize=False)
+        calls["onnxruntime"] = _onnxruntime(plain, x)
+        calls["onnxscript + onnxruntime"] = _onnxruntime(_exported(copy.deepcopy(model), x, optimize=True), x)
+        calls["fold_onnx + onnxruntime"] = _onnxruntime(fold_onnx(plain).model, x)
+        calls["fold + onnxruntime"] = _onnxruntime(_exported(copy.deepcopy(folded), x, optimize=True), x)
     return calls
 
 

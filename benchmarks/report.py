@@ -308,15 +308,18 @@ def fold_photographs_markdown(rows: list[Row]) -> str:
 
 def fold_speed_markdown(rows: list[Row]) -> str:
     """Return the time of a forward pass of each contender, and its speed-up over the original network."""
-    names = list(dict.fromkeys(r["contender"] for r in rows))
-    body = []
-    for network in dict.fromkeys(r["network"] for r in rows):
-        own = {r["contender"]: r for r in select(rows, network=network)}
-        first = float(next(iter(own.values()))["p50_ms"])
-        times = [f"{_ms(own[n]['p50_ms'])} ({first / float(own[n]['p50_ms']):.2f}×)" if n in own else "" for n in names]
-        r = next(iter(own.values()))
-        body.append([f"{network}, {r['batch']}×3×{r['size']}×{r['size']}", *times])
-    return markdown(("network", *[f"{n}, ms" for n in names]), body)
+    networks = list(dict.fromkeys(r["network"] for r in rows))
+    times = {(r["network"], r["contender"]): float(r["p50_ms"]) for r in rows}
+    first = rows[0]["contender"]
+
+    def cell(network: str, contender: str) -> str:
+        ms = times.get((network, contender))
+        return "" if ms is None else f"{_ms(ms)} ({times[network, first] / ms:.2f}×)"
+
+    contenders = dict.fromkeys(r["contender"] for r in rows)
+    body = [[contender, *[cell(network, contender) for network in networks]] for contender in contenders]
+    shape = "{batch}×3×{size}×{size}".format_map(rows[0])
+    return markdown((shape, *[f"{network}, ms" for network in networks]), body)
 
 
 def write(out: Path, pictures_to: Path) -> None:
