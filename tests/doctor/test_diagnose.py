@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.doctor import Diagnosis, Severity, diagnose
+from batchnorm.doctor import Diagnosis, Finding, Severity, diagnose
+from batchnorm.doctor.finding import causes_first
 from batchnorm.doctor.inspection import inspect_layers
 from batchnorm.doctor.measure.measuring import measure_model
 from batchnorm.doctor.rules import load_rules
@@ -359,3 +360,29 @@ def test_the_bar_says_how_long_it_will_take(capsys) -> None:
 )
 def test_the_number_of_batches_is_known_where_it_can_be(data, most, number) -> None:
     assert Batches(data, most).expected(10) == number
+
+
+def planted(code: str, severity: Severity, *causes: str, confidence: str = "high") -> Finding:
+    return Finding(code, "", severity, (), "", confidence=confidence, causes=causes)
+
+
+@pytest.mark.parametrize(
+    ("findings", "expected"),
+    [
+        ([planted("BN1", Severity.ERROR, "BN2"), planted("BN2", Severity.NOTE)], ["BN2", "BN1"]),
+        ([planted("BN1", Severity.WARNING), planted("BN2", Severity.ERROR)], ["BN2", "BN1"]),
+        ([planted("BN1", Severity.WARNING), planted("BN2", Severity.WARNING, confidence="certain")], ["BN2", "BN1"]),
+        (
+            [
+                planted("BN1", Severity.WARNING),
+                planted("BN2", Severity.WARNING),
+                planted("BN3", Severity.WARNING, "BN2"),
+            ],
+            ["BN2", "BN1", "BN3"],
+        ),
+    ],
+    ids=["a cause before what it explains", "the worst first", "certain first", "one that explains another first"],
+)
+def test_findings_are_ordered_by_what_explains_what(findings: list[Finding], expected: list[str]) -> None:
+    for given in (findings, findings[::-1]):
+        assert [finding.code for finding in causes_first(given)] == expected

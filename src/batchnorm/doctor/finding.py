@@ -56,7 +56,8 @@ class Finding:
 def causes_first(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings, worst first, and each one after its causes.
 
-    A cause ranks as high as the worst finding that it explains, directly or through another one.
+    A cause ranks as high as the worst finding that it explains, directly or through another one. Of findings that rank
+    alike, those that follow from the model itself come first, and then those that explain others.
     """
     direct: dict[str, set[str]] = {}
     for finding in findings:
@@ -69,9 +70,11 @@ def causes_first(findings: Sequence[Finding]) -> list[Finding]:
     worst = {code: max(f.severity for f in findings if f.code == code) for code in direct}
     rank = {code: max(worst[c] for c in direct if c == code or code in every[c]) for code in direct}
 
-    def key(finding: Finding) -> tuple[int, int, str]:
+    def key(finding: Finding) -> tuple[int, int, bool, int, str]:
         leads = finding.severity == worst[finding.code]
-        return -(rank[finding.code] if leads else finding.severity), len(every[finding.code]), finding.code
+        ranked = rank[finding.code] if leads else finding.severity
+        explained = sum(finding.code in causes for causes in every.values())
+        return -ranked, len(every[finding.code]), finding.confidence != "certain", -explained, finding.code
 
     return sorted(findings, key=key)
 

@@ -12,7 +12,8 @@ class StaleStatistics(Rule):
     title = "running statistics do not fit the activations"
     why = """
         Running statistics follow the activations with a delay. They belong to another network if weights were averaged,
-        pruned or quantized, if the layers were in evaluation mode during training, or if there were too few updates.
+        pruned or quantized, if the layers were in evaluation mode during training, if there were too few updates, or if
+        the learning rate was still high in the last steps.
     """
     evidence = """
         The distance of each layer's running mean and variance from the mean and variance of all its inputs: in standard
@@ -39,7 +40,7 @@ class StaleStatistics(Rule):
         averaging).
     """
     needs = ("data", "output")
-    causes = ("BN109", "BN201", "BN216", "BN204", "BN107", "BN115", "BN105")
+    causes = ("BN109", "BN201", "BN216", "BN208", "BN204", "BN107", "BN115", "BN105")
 
     def check(self, m: Measurements) -> Findings:
         if m.misfit is not None and m.misfit.cause.kind in ("stale", "unknown"):

@@ -63,7 +63,7 @@ class Rule(ABC):
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:
         """Return a finding of this rule, revised after all rules were applied: by default, with its causes."""
-        found = {other.code for other in findings if other.severity > Severity.NOTE}
+        found = {other.code for other in findings if other.severity >= min(finding.severity, Severity.WARNING)}
         causes = tuple(code for code in self.causes if code in found)
         explained = (f"explained by {' and '.join(causes)}",) if causes else ()
         return replace(finding, causes=causes, evidence=(*explained, *finding.evidence))
