@@ -174,8 +174,8 @@ def _freezing(model: nn.Module, x: Tensor) -> Call:
 
 
 def _jit(model: nn.Module, x: Tensor) -> Call:
-    traced = torch.jit.trace(model, x)
-    return _inference(torch.jit.optimize_for_inference(traced), x)
+    with _quiet():  # torch.jit is deprecated
+        return _inference(torch.jit.optimize_for_inference(torch.jit.trace(model, x)), x)
 
 
 def _exported(model: nn.Module, x: Tensor, *, optimize: bool) -> Any:

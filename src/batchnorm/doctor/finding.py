@@ -57,7 +57,7 @@ def causes_first(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings, worst first, and each one after its causes.
 
     A cause ranks as high as the worst finding that it explains, directly or through another one. Of findings that rank
-    alike, those that follow from the model itself come first, and then those that explain others.
+    alike, above a note, those that follow from the model itself come first, and then those that explain others.
     """
     direct: dict[str, set[str]] = {}
     for finding in findings:
@@ -74,7 +74,8 @@ def causes_first(findings: Sequence[Finding]) -> list[Finding]:
         leads = finding.severity == worst[finding.code]
         ranked = rank[finding.code] if leads else finding.severity
         explained = sum(finding.code in causes for causes in every.values())
-        return -ranked, len(every[finding.code]), finding.confidence != "certain", -explained, finding.code
+        certain = finding.confidence == "certain" and ranked > Severity.NOTE
+        return -ranked, len(every[finding.code]), not certain, -explained, finding.code
 
     return sorted(findings, key=key)
 

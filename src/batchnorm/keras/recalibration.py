@@ -100,13 +100,12 @@ def recalibrate(
             f"{_CALLER} expects the data to reach the selected layers, got values at none of them. Pass a forward= "
             "that calls them."
         )
-    _write({layer.path: Statistics(layer.mean, layer.var) for layer in layers}, selected)
-    return Result(
-        model,
-        Recalibration(
-            _CALLER, tuple(changed), tuple(left), tuple(layers), batches=batches.count, samples=batches.samples
-        ),
+    report = Recalibration(
+        _CALLER, tuple(changed), tuple(left), tuple(layers), batches=batches.count, samples=batches.samples
     )
+    result = Result(model, report)
+    _write({layer.path: Statistics(layer.mean, layer.var) for layer in layers}, selected)
+    return result
 
 
 def _select(model: Any, only: Choice | None) -> tuple[list[Found], list[Change]]:

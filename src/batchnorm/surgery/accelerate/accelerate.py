@@ -127,8 +127,9 @@ def accelerate(
         reason = _where(path, fused) if fused else found.reasons.get(path, "")
         (changed if path in swapped or fused else left).append(Change(path, _name(layer), now, reason))
     report = AccelerateReport("accelerate", tuple(changed), tuple(left), found.fused, relative_difference, notes=notes)
+    result = Result(model, report)  # before the change, after which no interruption can undo it
     _apply(model, swapped, found)
-    return Result(model, report)
+    return result
 
 
 def _add_own_activations(model: nn.Module, paths: list[str], found: Fusions) -> None:

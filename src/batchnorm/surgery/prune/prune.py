@@ -137,9 +137,10 @@ def prune_channels(
             report, changed=tuple(changed), left=tuple(left), difference=difference, notes=edits.notes(),
             **_measured(pruned, inputs),
         )  # fmt: skip
+    result = Result(model if inplace else pruned, report)
     if inplace:
         edits.apply(model)
-    return Result(model if inplace else pruned, report)
+    return result
 
 
 def _check(model: nn.Module, share: float | None, threshold: float | None) -> None:

@@ -96,9 +96,10 @@ def fold_onnx(
         _check_output(target, model, external=external, overwrite=overwrite)
     with bar("fold_onnx", progress, after=PATIENCE) as shown:
         report = fold_in_place(working, inputs, tolerance, shown)
+    result = Result(working, report)
     if target is not None:
         files.write(working, target, external=external, overwrite=overwrite)
-    return Result(working, report)
+    return result
 
 
 def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:

@@ -98,7 +98,10 @@ def fold(
     inputs = Inputs.of(example_inputs)
     with walk.restored(model), bar("fold", progress, after=PATIENCE) as shown:
         folded, report = _fold_checked(model, inputs, inplace, tolerance, shown)
-    return Result(_become(model, folded) if inplace else folded, report)
+    result = Result(model if inplace else folded, report)
+    if inplace:
+        _become(model, folded)
+    return result
 
 
 def _fold_checked(
@@ -234,14 +237,13 @@ def _folded(working: nn.Module, original: _Original) -> _Folded:
     return found
 
 
-def _become(model: nn.Module, folded: nn.Module) -> nn.Module:
+def _become(model: nn.Module, folded: nn.Module) -> None:
     """Turn the model object itself into the folded network, so that references to it remain valid."""
     with UndoOnFailure() as undo:
         undo.before(setattr, model, "__class__", type(model))
         undo.before(object.__setattr__, model, "__dict__", model.__dict__)
         model.__class__ = type(folded)
         model.__dict__ = folded.__dict__
-    return model
 
 
 def _fold_graph(trace: tracing.Trace, working: nn.Module, original: _Original, prefix: str = "") -> _Folded:
