@@ -386,3 +386,16 @@ def planted(code: str, severity: Severity, *causes: str, confidence: str = "high
 def test_findings_are_ordered_by_what_explains_what(findings: list[Finding], expected: list[str]) -> None:
     for given in (findings, findings[::-1]):
         assert [finding.code for finding in causes_first(given)] == expected
+
+
+def test_no_rule_is_a_cause_of_itself_through_others() -> None:
+    direct = {rule.code: rule.causes for rule in load_rules()}
+    assert all(code in direct for causes in direct.values() for code in causes)
+    for start in direct:
+        reached, waiting = set[str](), list(direct[start])
+        while waiting:
+            code = waiting.pop()
+            if code not in reached:
+                reached.add(code)
+                waiting += direct[code]
+        assert start not in reached
