@@ -145,15 +145,15 @@ def test_a_model_is_diagnosed_with_its_own_loss(resnet: Any) -> None:
 
 
 def test_calls_and_losses_of_each_kind_of_batch(resnet: Any) -> None:
-    from batchnorm.models.calling import arguments_of_loss, default_forward, loss_in
+    from batchnorm.models.calling import DefaultForward, arguments_of_loss, loss_in
 
     x, y = PAIRS[0]
-    call = default_forward("diagnose", for_loss=True)
+    call = DefaultForward("diagnose", for_loss=True)
     for batch in (ENCODINGS[0], PAIRS[0], {"pixel_values": x, "labels": y, "path": "file"}):
         result: Any = call(resnet.eval(), batch)
         for loss in (nn.CrossEntropyLoss(), nn.functional.cross_entropy):
             torch.testing.assert_close(loss(*arguments_of_loss(loss, result, batch)), loss_in(result))
-    assert loss_in(default_forward("recalibrate")(resnet, PAIRS[0])) is None
+    assert loss_in(DefaultForward("recalibrate")(resnet, PAIRS[0])) is None
     own = arguments_of_loss(lambda output, target: 0, result, ENCODINGS[0])
     assert own == (result, ENCODINGS[0])
 

@@ -28,7 +28,7 @@ from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import Rule, load_rules
 from batchnorm.doctor.wording import counted, listed
 from batchnorm.models.batches import Batches, check_data
-from batchnorm.models.calling import default_forward
+from batchnorm.models.calling import DefaultForward
 from batchnorm.models.processes import Processes
 from batchnorm.models.progress import Bar, bar
 from batchnorm.models.uncompiled import eager
@@ -104,7 +104,7 @@ def diagnose(
         with restored(kept, buffers=True), bar("diagnose", progress, processes.check) as shown, eager():
             measurements = add_modes(measure_model(inner, optimizer), evaluate)
             measurements = add_processes(measurements, processes if together else None)
-            call = ModelCall(forward or default_forward("diagnose", for_loss=loss is None), loss)
+            call = ModelCall(forward or DefaultForward("diagnose", for_loss=loss is None), loss)
             batches = None if data is None else Batches(data, max_samples)
             measurements = _measure(measurements, call, batches, budget, shown)
             findings, not_checked = apply_rules(measurements, load_rules())

@@ -32,24 +32,6 @@ class StepResult(NamedTuple):
     loss: Tensor | None
 
 
-def default_forward(caller: str, *, for_loss: bool = False) -> DefaultForward:
-    """Return the function that calls a model with a batch if the user passes no `forward`.
-
-    It passes a tensor to the model as the only argument. From a tuple or list, it passes as many of the first items as
-    the model's `forward` requires arguments, but at least one. Labels are therefore left out. From a mapping, it passes
-    the keys that are arguments of `forward`. It raises TypeError if the batch has another type or too few items.
-
-    For a Lightning module without a `forward` of its own, it calls `training_step` or `validation_step`, and returns a
-    `StepResult`.
-
-    Args:
-        caller: The function that errors name.
-        for_loss: Whether the loss matters. Then the step is called also if there is a `forward`, unless it fails, and
-            models of transformers get the last item of a tuple as `labels`.
-    """
-    return DefaultForward(caller, for_loss)
-
-
 def loss_in(result: Any) -> Tensor | None:
     """Return the loss that a model computed itself: the scalar `loss` of its output."""
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
@@ -73,13 +55,25 @@ def arguments_of_loss(loss: Any, result: Any, batch: Any) -> tuple[Any, Any]:
 
 
 class DefaultForward:
-    """The function that `default_forward` returns.
+    """The function that calls a model with a batch if the user passes no `forward`.
+
+    It passes a tensor to the model as the only argument. From a tuple or list, it passes as many of the first items as
+    the model's `forward` requires arguments, but at least one. Labels are therefore left out. From a mapping, it passes
+    the keys that are arguments of `forward`. It raises TypeError if the batch has another type or too few items.
+
+    For a Lightning module without a `forward` of its own, it calls `training_step` or `validation_step`, and returns a
+    `StepResult`.
+
+    Args:
+        caller: The function that errors name.
+        for_loss: Whether the loss matters. Then the step is called also if there is a `forward`, unless it fails, and
+            models of transformers get the last item of a tuple as `labels`.
 
     Attributes:
         problem: Why there is no loss, if a step failed.
     """
 
-    def __init__(self, caller: str, for_loss: bool) -> None:
+    def __init__(self, caller: str, *, for_loss: bool = False) -> None:
         self._caller = caller
         self._for_loss = for_loss
         self._failed: set[str] = set()

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm import _checks, _options
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, device_of
-from batchnorm.models.calling import default_forward
+from batchnorm.models.calling import DefaultForward
 from batchnorm.models.description import describe
 from batchnorm.models.observe import (
     Observer,
@@ -152,7 +152,7 @@ def recalibrate(
             observer = Observer(_CALLER, selected)
             observer.install()
             run = Run(
-                inner, observer, RepeatableBatches(data, max_samples), forward or default_forward(_CALLER), mask,
+                inner, observer, RepeatableBatches(data, max_samples), forward or DefaultForward(_CALLER), mask,
                 target, ThreadSettings(autocast, target), shown,
             )  # fmt: skip
             measured = (

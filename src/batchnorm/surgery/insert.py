@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
 from batchnorm.models.batches import Forward, check_data, device_of, own_copy
-from batchnorm.models.calling import default_forward
+from batchnorm.models.calling import DefaultForward
 from batchnorm.models.outputs import check_unchanged
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select, some_paths
@@ -83,6 +83,7 @@ def insert_batchnorm(
     chosen = _chosen_modules(model, after)
     with walk.restored(model, buffers=True), torch.no_grad():
         walk.set_mode(model, training=False)
+        forward = forward or DefaultForward(_CALLER)
         outputs, first, before = _measure(model, chosen, data, forward)
     layers = [_layer(found, outputs[found.module], eps, momentum) for found in chosen]
 
@@ -125,7 +126,7 @@ def _chosen_modules(model: nn.Module, after: Choice) -> list[walk.Found]:
 
 
 def _measure(
-    model: nn.Module, chosen: list[walk.Found], data: Iterable[Any], forward: Forward | None
+    model: nn.Module, chosen: list[walk.Found], data: Iterable[Any], forward: Forward
 ) -> tuple[dict[nn.Module, _MeasuredOutput], Any, object]:
     """Return the outputs of the chosen modules over the data, the first batch, and the model's output for it."""
     outputs = {found.module: _MeasuredOutput() for found in chosen}
@@ -139,7 +140,6 @@ def _measure(
         output.dims, output.dtype, output.device = y.dim(), y.dtype, y.device
 
     handles = [module.register_forward_hook(note) for module in outputs]
-    forward = forward or default_forward(_CALLER)
     device, first, before, count = device_of(model), None, None, 0
     try:
         for batch in data:
@@ -200,11 +200,11 @@ def _layer(found: walk.Found, output: _MeasuredOutput, eps: float, momentum: flo
     return layer
 
 
-def _compare(model: nn.Module, before: object, batch: Any, forward: Forward | None) -> None:
+def _compare(model: nn.Module, before: object, batch: Any, forward: Forward) -> None:
     with walk.restored(model, buffers=True), torch.no_grad():
         walk.set_mode(model, training=False)
         try:
-            after = (forward or default_forward(_CALLER))(model, own_copy(batch, device_of(model)))
+            after = forward(model, own_copy(batch, device_of(model)))
         except Exception as error:
             raise ValueError(
                 f"{_CALLER} expects a model that only calls the chosen modules, got "
