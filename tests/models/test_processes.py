@@ -166,8 +166,13 @@ def test_a_failure_on_one_rank_is_a_failure_on_all(tmp_path: Path) -> None:
 
 def dying(rank: int, folder: str) -> None:
     join_group(rank, folder, 20)
+    joined = Path(folder, "joined")
     if rank == 1:
+        until = time.monotonic() + 20  # the other rank's set-up fails if this process ends before it
+        while not joined.exists() and time.monotonic() < until:
+            time.sleep(0.01)
         os._exit(0)
+    joined.touch()
     with pytest.raises(RuntimeError, match=r"expects all of ranks 0, 1 to call it, but their exchange failed with"):
         bn.recalibrate(network(), [X])
     Path(folder, "told").touch()
