@@ -256,7 +256,7 @@ FRAMEWORK_FREE = [
     "importing",
     "memory",
     "models.gate",
-    "models.progress",
+    "models.execution.progress",
     "models.report",
     "models.selection",
     "page",

@@ -21,7 +21,7 @@ from batchnorm.doctor.inspection import inspect_layers
 from batchnorm.doctor.measure.measuring import measure_model
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import signed
-from batchnorm.models.batches import Batches
+from batchnorm.models.data.batches import Batches
 from tests.doctor.networks import Plain, batches, criterion, trained
 
 

@@ -145,7 +145,7 @@ def test_a_model_is_diagnosed_with_its_own_loss(resnet: Any) -> None:
 
 
 def test_calls_and_losses_of_each_kind_of_batch(resnet: Any) -> None:
-    from batchnorm.models.calling import DefaultForward, arguments_of_loss, loss_in
+    from batchnorm.models.execution.calling import DefaultForward, arguments_of_loss, loss_in
 
     x, y = PAIRS[0]
     call = DefaultForward("diagnose", for_loss=True)

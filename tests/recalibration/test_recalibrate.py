@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.models.batches import ThreadSettings
+from batchnorm.models.data.batches import ThreadSettings
 from batchnorm.nn.domain import DomainBatchNorm1d, use_domain
 from batchnorm.nn.frozen import FrozenBatchNorm2d
 from batchnorm.nn.ghost import GhostBatchNorm2d

@@ -1,4 +1,11 @@
-"""The command line: one file per command."""
+"""The command line.
+
+commands: The commands, one file each.
+inputs: What commands load: networks, weights, data and exported programs.
+outputs: What commands print and write, on streams that may break.
+syntax: The syntax of commands and options, beyond that of click.
+errors, exit_codes: Usage errors, printed in one line, and the exit codes of the process.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +14,9 @@ import traceback
 from collections.abc import Sequence
 
 from batchnorm._frameworks import MissingFrameworkError, required_by
+from batchnorm.cli.exit_codes import INTERNAL, INTERRUPTED, USAGE
 
 EXTRA = ("click",)
-USAGE = 2
-INTERNAL = 3
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The arguments after `batchnorm`; by default those of the process.
     """
-    from batchnorm.cli.streams import exits_at_signals, lossy_streams
+    from batchnorm.cli.outputs.streams import exits_at_signals, lossy_streams
 
     with lossy_streams(), exits_at_signals():
         try:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import click
 
-from batchnorm.cli.about import completion, version_option
-from batchnorm.cli.accelerate import accelerate
-from batchnorm.cli.command import OneLineGroup
-from batchnorm.cli.compare import compare
-from batchnorm.cli.doctor import doctor
-from batchnorm.cli.explain import explain
-from batchnorm.cli.fold import fold
-from batchnorm.cli.inspect import inspect
-from batchnorm.cli.recalibrate import recalibrate
-from batchnorm.cli.standardize import standardize
+from batchnorm.cli.commands.about import completion, version_option
+from batchnorm.cli.commands.accelerate import accelerate
+from batchnorm.cli.commands.compare import compare
+from batchnorm.cli.commands.doctor import doctor
+from batchnorm.cli.commands.explain import explain
+from batchnorm.cli.commands.fold import fold
+from batchnorm.cli.commands.inspect import inspect
+from batchnorm.cli.commands.recalibrate import recalibrate
+from batchnorm.cli.commands.standardize import standardize
+from batchnorm.cli.syntax import OneLineGroup
 
 
 @version_option

@@ -27,11 +27,10 @@ from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import Rule, load_rules
 from batchnorm.doctor.wording import counted, listed
-from batchnorm.models.batches import Batches, check_data
-from batchnorm.models.calling import DefaultForward
-from batchnorm.models.processes import Processes
-from batchnorm.models.progress import Bar, bar
-from batchnorm.models.uncompiled import eager
+from batchnorm.models.data.batches import Batches, check_data
+from batchnorm.models.execution.calling import DefaultForward, eager
+from batchnorm.models.execution.processes import Processes
+from batchnorm.models.execution.progress import Bar, bar
 from batchnorm.walk import restored, set_mode
 
 

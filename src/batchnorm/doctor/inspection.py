@@ -12,9 +12,9 @@ from batchnorm import _checks
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
 from batchnorm.doctor.measure.measuring import add_trace, measure_model
-from batchnorm.models.batches import device_of
-from batchnorm.models.inputs import Inputs, evaluate, not_taken
-from batchnorm.models.uncompiled import eager
+from batchnorm.models.data.batches import device_of
+from batchnorm.models.data.inputs import Inputs, evaluate, not_taken
+from batchnorm.models.execution.calling import eager
 from batchnorm.walk import check_has_values, norm_layers, restored, set_mode
 
 

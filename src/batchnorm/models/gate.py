@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.models.arrays import as_array
+from batchnorm.models.data.arrays import as_array
 from batchnorm.models.report import FLOAT64, FoldError
 
 # The relative error that one fold may make, whatever the original's own error, by the name of the dtype.

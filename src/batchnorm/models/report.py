@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from batchnorm.models.arrays import as_array
+from batchnorm.models.data.arrays import as_array
 from batchnorm.text import json_values, printable
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from batchnorm.distributed.owners import sharded_modules
-from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, as_tensors, own_copy, size_of, tensors_in
-from batchnorm.models.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
-from batchnorm.models.processes import Processes
-from batchnorm.models.progress import Bar
+from batchnorm.models.data.batches import Forward, MaskOf, ThreadSettings, as_tensors, own_copy, size_of, tensors_in
+from batchnorm.models.execution.observe import LayerCall, Observer, Pass, Rows, Statistics, merged, running_statistics
+from batchnorm.models.execution.processes import Processes
+from batchnorm.models.execution.progress import Bar
 from batchnorm.moments import Moments
 from batchnorm.nn.domain import keep_domain
 from batchnorm.recalibration.memory import Alive

@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import _checks, _options
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.models.batches import Forward, MaskOf, ThreadSettings, check_data, device_of
-from batchnorm.models.calling import DefaultForward
+from batchnorm.models.data.batches import Forward, MaskOf, ThreadSettings, check_data, device_of
 from batchnorm.models.description import describe
-from batchnorm.models.observe import (
+from batchnorm.models.execution.calling import DefaultForward, eager
+from batchnorm.models.execution.observe import (
     Observer,
     Rows,
     Statistics,
@@ -24,11 +24,10 @@ from batchnorm.models.observe import (
     running_buffer,
     running_statistics,
 )
-from batchnorm.models.processes import Processes
-from batchnorm.models.progress import bar
+from batchnorm.models.execution.processes import Processes
+from batchnorm.models.execution.progress import bar
 from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
 from batchnorm.models.selection import Choice, select
-from batchnorm.models.uncompiled import eager
 from batchnorm.recalibration.passes import Measured, Run, sequential, single
 from batchnorm.recalibration.rereading import RepeatableBatches
 from batchnorm.undo import UndoOnFailure, overwrite, restorer

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.models.batches import Batches
-from batchnorm.models.samples import samples_in
+from batchnorm.models.data.batches import Batches
+from batchnorm.models.data.samples import samples_in
 
 
 class RepeatableBatches(Batches):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm import _options
-from batchnorm.models.processes import Processes
+from batchnorm.models.execution.processes import Processes
 from batchnorm.nn import frozen
 from batchnorm.standardize import data, sparse
 from batchnorm.standardize.data import Array

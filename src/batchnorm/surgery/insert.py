@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
-from batchnorm.models.batches import Forward, check_data, device_of, own_copy
-from batchnorm.models.calling import DefaultForward
-from batchnorm.models.outputs import check_unchanged
+from batchnorm.models.data.batches import Forward, check_data, device_of, own_copy
+from batchnorm.models.data.outputs import check_unchanged
+from batchnorm.models.execution.calling import DefaultForward
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.models.selection import Choice, select, some_paths
 from batchnorm.moments import Moments

@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 
 from batchnorm import _checks, walk
 from batchnorm.distributed.owners import check_not_reduced, check_not_sharded
-from batchnorm.models import forward_graph as forward_tracing
-from batchnorm.models.errors import Untraceable
-from batchnorm.models.inputs import Inputs, evaluate
-from batchnorm.models.outputs import check_unchanged
-from batchnorm.models.recording import record_calls
+from batchnorm.models.data.inputs import Inputs, evaluate
+from batchnorm.models.data.outputs import check_unchanged
+from batchnorm.models.execution.recording import record_calls
+from batchnorm.models.graphs import forward_graph as forward_tracing
+from batchnorm.models.graphs.tracing import Untraceable
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.nn.followed import followers
 from batchnorm.surgery.accelerate.find_fusions import caller_of

@@ -19,7 +19,7 @@ from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.measure.layers import Layer, remaining
 from batchnorm.doctor.measure.traced import tensor_of
 from batchnorm.doctor.wording import counted, listed, named
-from batchnorm.models.model_graph import Trace
+from batchnorm.models.graphs.model_graph import Trace
 
 # Share of a layer's deviation that no change of its input can cause. Below the first value, the data have changed.
 # Above the second, the weights have changed.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.models.neighbours import BatchNormCall
-from batchnorm.models.observe import Statistics, running_statistics
+from batchnorm.models.execution.observe import Statistics, running_statistics
+from batchnorm.models.graphs.neighbours import BatchNormCall
 from batchnorm.moments import Moments
 from batchnorm.walk import Found, as_in_training, eps_of, is_frozen, norm_layers, uses_batch
 

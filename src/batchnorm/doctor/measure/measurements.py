@@ -19,7 +19,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.padding import PaddingEffect
 from batchnorm.doctor.measure.processes import ProcessStates
 from batchnorm.doctor.measure.training_step import TrainingStep
-from batchnorm.models.model_graph import Trace
+from batchnorm.models.graphs.model_graph import Trace
 
 
 @dataclass(frozen=True)

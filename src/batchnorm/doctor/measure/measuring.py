@@ -24,15 +24,15 @@ from batchnorm.doctor.measure.processes import ProcessStates, number_of_processe
 from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.measure.traced import dropout_before
 from batchnorm.doctor.measure.training_step import StepError, TrainingStep, training_step
-from batchnorm.models.batches import Batches, device_of, own_copy
-from batchnorm.models.errors import Untraceable
-from batchnorm.models.inputs import Inputs
-from batchnorm.models.lowering import lower
-from batchnorm.models.model_graph import trace
-from batchnorm.models.neighbours import batch_norm_calls
-from batchnorm.models.observe import Statistics
-from batchnorm.models.processes import Processes
-from batchnorm.models.recording import fewer_samples
+from batchnorm.models.data.batches import Batches, device_of, own_copy
+from batchnorm.models.data.inputs import Inputs
+from batchnorm.models.execution.observe import Statistics
+from batchnorm.models.execution.processes import Processes
+from batchnorm.models.execution.recording import fewer_samples
+from batchnorm.models.graphs.lowering import lower
+from batchnorm.models.graphs.model_graph import trace
+from batchnorm.models.graphs.neighbours import batch_norm_calls
+from batchnorm.models.graphs.tracing import Untraceable
 from batchnorm.walk import set_mode
 
 # Number of samples that the model is traced with.

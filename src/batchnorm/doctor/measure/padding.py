@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.runs import Runs
-from batchnorm.models.batches import as_tensors
-from batchnorm.models.samples import samples_in
+from batchnorm.models.data.batches import as_tensors
+from batchnorm.models.data.samples import samples_in
 from batchnorm.moments import Moments
 
 # Padding is reported from this share of the positions.

@@ -18,10 +18,12 @@ from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer, Precision, Samples
 from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.wording import counted
-from batchnorm.models.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
-from batchnorm.models.calling import DefaultForward, StepResult, arguments_of_loss, loss_in
-from batchnorm.models.inputs import Inputs
-from batchnorm.models.observe import (
+from batchnorm.models.data.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
+from batchnorm.models.data.inputs import Inputs
+from batchnorm.models.data.outputs import outputs
+from batchnorm.models.data.samples import samples_in
+from batchnorm.models.execution.calling import DefaultForward, StepResult, arguments_of_loss, loss_in
+from batchnorm.models.execution.observe import (
     LayerCall,
     Observer,
     Pass,
@@ -30,9 +32,7 @@ from batchnorm.models.observe import (
     put_running_statistics,
     running_statistics,
 )
-from batchnorm.models.outputs import outputs
-from batchnorm.models.progress import Bar
-from batchnorm.models.samples import samples_in
+from batchnorm.models.execution.progress import Bar
 from batchnorm.moments import Moments
 from batchnorm.nn.layer import channels_second
 

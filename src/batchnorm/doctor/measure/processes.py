@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.models.processes import Processes
+from batchnorm.models.execution.processes import Processes
 
 _NAMES = ("weight", "bias", "running_mean", "running_var")
 

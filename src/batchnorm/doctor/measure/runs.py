@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.doctor.measure.effect import Outcome
 from batchnorm.doctor.measure.layers import Layer
-from batchnorm.models.observe import Statistics
+from batchnorm.models.execution.observe import Statistics
 
 
 class Runs(ABC):

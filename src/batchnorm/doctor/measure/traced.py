@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 from torch.nn import functional as F
 
-from batchnorm.models.model_graph import Trace
+from batchnorm.models.graphs.model_graph import Trace
 
 _FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 

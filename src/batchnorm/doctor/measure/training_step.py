@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.passes import ModelCall, input_of
-from batchnorm.models.batches import device_of, own_copy
-from batchnorm.models.outputs import outputs
+from batchnorm.models.data.batches import device_of, own_copy
+from batchnorm.models.data.outputs import outputs
 from batchnorm.moments import Moments
 from batchnorm.walk import restored
 

@@ -5,7 +5,7 @@ import torch
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import layers_listed, named
-from batchnorm.models.observe import running_buffer
+from batchnorm.models.execution.observe import running_buffer
 
 # A warning if updates stop farther than this from the mean, in standard deviations.
 _MATTERS = 0.05

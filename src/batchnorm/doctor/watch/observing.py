@@ -16,7 +16,7 @@ from batchnorm.doctor.watch.hooks import has_one_batch, weakly
 from batchnorm.doctor.watch.inputs import features_of
 from batchnorm.doctor.watch.pace import Pace
 from batchnorm.doctor.watch.records import Observation
-from batchnorm.models.outputs import outputs
+from batchnorm.models.data.outputs import outputs
 from batchnorm.nn.layer import channels_second
 
 

@@ -19,7 +19,7 @@ from batchnorm.keras.doctor.mirror import mirrored
 from batchnorm.keras.doctor.passes import KerasPasses, Loss
 from batchnorm.keras.models.batches import Batches, Forward
 from batchnorm.keras.models.layers import check_model
-from batchnorm.models.progress import bar
+from batchnorm.models.execution.progress import bar
 
 _CALLER = "diagnose"
 

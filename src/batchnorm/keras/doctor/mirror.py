@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.keras.models import layers as keras_layers
 from batchnorm.keras.models.observe import statistics_of
-from batchnorm.models.observe import Statistics
+from batchnorm.models.execution.observe import Statistics
 from batchnorm.walk import Found
 
 

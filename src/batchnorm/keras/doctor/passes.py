@@ -18,8 +18,8 @@ from batchnorm.doctor.measure.runs import Runs
 from batchnorm.keras.models.batches import Forward, default_forward, inputs_of
 from batchnorm.keras.models.layers import Found, as_numpy
 from batchnorm.keras.models.observe import Input, LayerCall, Observer, Statistics, StatisticsFor, statistics_of
-from batchnorm.models import observe
-from batchnorm.models.progress import Bar
+from batchnorm.models.execution import observe
+from batchnorm.models.execution.progress import Bar
 from batchnorm.moments import Moments
 
 Loss = Callable[[Any, Any], Any]

@@ -9,7 +9,7 @@ import keras
 from keras import tree
 
 from batchnorm._options import checked_integer
-from batchnorm.models.arrays import as_array
+from batchnorm.models.data.arrays import as_array
 
 Forward = Callable[[Any, Any], Any]
 

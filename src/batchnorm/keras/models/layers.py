@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.keras.layer import BatchNormalization
-from batchnorm.models.arrays import as_array
+from batchnorm.models.data.arrays import as_array
 
 STOCK = keras.layers.BatchNormalization
 

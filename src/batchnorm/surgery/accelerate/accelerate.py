@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from batchnorm import _checks, _options, walk
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.foreign import applies_followers
+from batchnorm.models.data.inputs import Inputs, evaluate
+from batchnorm.models.data.outputs import difference
 from batchnorm.models.description import describe
-from batchnorm.models.inputs import Inputs, evaluate
-from batchnorm.models.outputs import difference
-from batchnorm.models.progress import PATIENCE, Bar, bar
-from batchnorm.models.recording import record_calls
+from batchnorm.models.execution.progress import PATIENCE, Bar, bar
+from batchnorm.models.execution.recording import record_calls
 from batchnorm.models.report import Change, Report, Result
 from batchnorm.nn import (
     BatchNorm,

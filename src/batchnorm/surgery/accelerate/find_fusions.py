@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import ops
-from batchnorm.models import forward_graph as forward_tracing
-from batchnorm.models.errors import Untraceable
-from batchnorm.models.inputs import Inputs
+from batchnorm.models.data.inputs import Inputs
+from batchnorm.models.graphs import forward_graph as forward_tracing
+from batchnorm.models.graphs.tracing import Untraceable
 from batchnorm.surgery.accelerate.fused_forward import (
     Activation,
     Assumed,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm import ops
-from batchnorm.models.forward_graph import ABSENT, Expected
+from batchnorm.models.graphs.forward_graph import ABSENT, Expected
 from batchnorm.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.followed import fused_activation, is_foreign
 from batchnorm.walk import is_hooked

@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm import walk
 from batchnorm._checks import check_module
-from batchnorm.models.errors import Untraceable
-from batchnorm.models.forward_graph import graph_as_called
-from batchnorm.models.inputs import Inputs
-from batchnorm.models.recording import record_calls
+from batchnorm.models.data.inputs import Inputs
+from batchnorm.models.execution.recording import record_calls
+from batchnorm.models.graphs.forward_graph import graph_as_called
+from batchnorm.models.graphs.tracing import Untraceable
 from batchnorm.surgery.accelerate.find_fusions import caller_of
 from batchnorm.surgery.convert.replacement import origin_of
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from batchnorm.models.execution.progress import Bar
 from batchnorm.models.gate import Error, Results, relative
-from batchnorm.models.progress import Bar
 from batchnorm.surgery.fold.network import Call, Kind, Network, Value
 
 

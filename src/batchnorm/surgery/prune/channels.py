@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.nn import functional as F
 
-from batchnorm.models.lowering import activation_of
+from batchnorm.models.graphs.lowering import activation_of
 from batchnorm.surgery.fold import moves
 from batchnorm.surgery.fold.arithmetic import ScaleShift
 from batchnorm.surgery.fold.network import Call, Kind, Value

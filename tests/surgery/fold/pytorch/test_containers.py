@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import batchnorm as bn
-from batchnorm.models.outputs import difference
+from batchnorm.models.data.outputs import difference
 
 X = torch.randn(4, 3, 8, 8)
 

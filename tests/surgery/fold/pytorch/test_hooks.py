@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.models.outputs import difference
+from batchnorm.models.data.outputs import difference
 
 X = torch.randn(3, 3, 8, 8)
 

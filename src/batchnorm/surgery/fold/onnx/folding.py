@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.models.progress import PATIENCE, bar
+from batchnorm.models.execution.progress import PATIENCE, bar
 from batchnorm.models.report import FoldReport, Result
 
 if TYPE_CHECKING:

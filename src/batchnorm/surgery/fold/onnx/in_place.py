@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto
 
 from batchnorm.models import gate
-from batchnorm.models.progress import Bar
+from batchnorm.models.execution.progress import Bar
 from batchnorm.models.report import FLOAT64, Change, FoldError, FoldReport
 from batchnorm.surgery.fold.moves import Shape
 from batchnorm.surgery.fold.onnx.emit import emit

@@ -10,8 +10,8 @@ import onnx
 from onnx import helper
 from torch import Tensor
 
+from batchnorm.models.execution.progress import Bar
 from batchnorm.models.gate import relative
-from batchnorm.models.progress import Bar
 from batchnorm.surgery.fold.network import Call, Network
 from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 from batchnorm import walk
 from batchnorm.foreign import foreign_eps
-from batchnorm.models.inputs import Inputs, evaluate
-from batchnorm.models.outputs import difference
+from batchnorm.models.data.inputs import Inputs, evaluate
+from batchnorm.models.data.outputs import difference
 from batchnorm.nn.frozen import adopted
 from batchnorm.undo import package_of
 

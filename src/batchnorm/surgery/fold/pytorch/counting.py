@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.models.inputs import Inputs, evaluate
+from batchnorm.models.data.inputs import Inputs, evaluate
 
 _BATCH_NORM = {
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_impl_index",

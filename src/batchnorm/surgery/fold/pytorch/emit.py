@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import batchnorm.functional
 from batchnorm import ops
-from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED, activation_of, written
+from batchnorm.models.graphs.lowering import CONVOLUTIONS, TRANSPOSED, activation_of, written
 from batchnorm.surgery.fold.arithmetic import rounded
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork, operands

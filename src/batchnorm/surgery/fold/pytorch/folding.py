@@ -10,14 +10,15 @@ from torch import nn
 
 from batchnorm import walk
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.models import gate, lowering
-from batchnorm.models import model_graph as tracing
+from batchnorm.models import gate
+from batchnorm.models.data.inputs import Inputs, evaluate, not_taken
+from batchnorm.models.data.outputs import outputs
 from batchnorm.models.description import describe
-from batchnorm.models.errors import Untraceable
-from batchnorm.models.inputs import Inputs, evaluate, not_taken
-from batchnorm.models.outputs import outputs
-from batchnorm.models.progress import PATIENCE, Bar, bar
-from batchnorm.models.recording import fewer_samples
+from batchnorm.models.execution.progress import PATIENCE, Bar, bar
+from batchnorm.models.execution.recording import fewer_samples
+from batchnorm.models.graphs import lowering
+from batchnorm.models.graphs import model_graph as tracing
+from batchnorm.models.graphs.tracing import Untraceable
 from batchnorm.models.report import FLOAT64, Change, FoldReport, Result
 from batchnorm.surgery.fold.network import Call
 from batchnorm.surgery.fold.pytorch.copies import copied, working_copy

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx.node import Node, map_arg
 from torch.nn import functional as F
 
-from batchnorm.models import lowering
-from batchnorm.models.model_graph import Trace
+from batchnorm.models.graphs import lowering
+from batchnorm.models.graphs.model_graph import Trace
 from batchnorm.surgery.fold.arithmetic import rounded, wide
 from batchnorm.surgery.fold.network import Call, Kind, Network
 from batchnorm.surgery.fold.pytorch import moves

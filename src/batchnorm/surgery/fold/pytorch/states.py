@@ -15,7 +15,7 @@ from torch.fx.node import Node
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from batchnorm.models.lowering import CONVOLUTIONS, TRANSPOSED
+from batchnorm.models.graphs.lowering import CONVOLUTIONS, TRANSPOSED
 from batchnorm.surgery.fold.arithmetic import ScaleShift, rounded, wide
 from batchnorm.surgery.fold.states import CannotFold, Linear, Norm, Window
 
