@@ -15,7 +15,7 @@ from tests.keras.backends import run_cases
 # Not NumPy: Keras finds shapes there by computing with uninitialized memory, which may warn of an overflow.
 # The surgery does not depend on the backend. The diagnosis runs the model as recalibrate does.
 _CASES = {
-    "torch": ("surgery", "folding", "recalibration", "doctor"),
+    "torch": ("surgery", "folding", "joined", "recalibration", "doctor"),
     "tensorflow": ("folding", "recalibration"),
     "jax": ("folding", "recalibration"),
 }

@@ -165,8 +165,9 @@ class _Copier:
     def _sequential(self, model: Any) -> Any:
         nodes = nodes_of(model)
         first = keras.layers.InputLayer.from_config(nodes[0].operation.get_config())
-        kept = [layer for layer in model.layers if id(layer) not in self._removed]
-        new = keras.Sequential([first, *map(self.layer, kept)], name=model.name)
+        kept = [self.layer(layer) for layer in model.layers if id(layer) not in self._removed]
+        # Keras builds no graph without layers.
+        new = keras.Sequential([first, *(kept or [keras.layers.Identity()])], name=model.name)
         new._trainable = model._trainable
         results = iter(nodes_of(new))
         tensors = self.result.tensors

@@ -53,6 +53,19 @@ class ScaleShift:
         """Whether any shift is not zero."""
         return bool((self.shift != 0).any())
 
+    def unshifted(self) -> ScaleShift:
+        """Return the scale alone."""
+        return replace(self, shift=np.zeros_like(self.shift))
+
+    def check_not_negative(self, name: str) -> None:
+        """Check that the scale keeps the order of values.
+
+        Raises:
+            CannotFold: It does not, and the call of this name depends on the order.
+        """
+        if (self.scale < 0).any():
+            raise CannotFold(f"{name} next to it does not commute with a negative scale")
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:

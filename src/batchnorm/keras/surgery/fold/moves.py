@@ -32,13 +32,8 @@ def _by_position(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShif
     return s
 
 
-def _check_not_negative(layer: Any, s: ScaleShift) -> None:
-    if (s.scale < 0).any():
-        raise CannotFold(f"{named(layer)} next to it does not commute with a negative scale")
-
-
 def _max_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
-    _check_not_negative(layer, s)
+    s.check_not_negative(named(layer))
     return _by_position(layer, s, shape, back)
 
 
@@ -65,7 +60,7 @@ def _global_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShif
 
 
 def _global_max_pool(layer: Any, s: ScaleShift, shape: Any, back: bool) -> ScaleShift:
-    _check_not_negative(layer, s)
+    s.check_not_negative(named(layer))
     return _global_pool(layer, s, shape, back)
 
 

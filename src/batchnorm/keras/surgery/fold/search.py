@@ -2,84 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from keras import activations
 
-from batchnorm.keras.models.copying import is_graph, nodes_of
-from batchnorm.keras.models.layers import Found, is_known_norm, named, norm_layers, walk
+from batchnorm.keras.models.layers import Found, is_known_norm, norm_layers
+from batchnorm.keras.surgery.fold import merges
+from batchnorm.keras.surgery.fold.graph import Call, Graph, Graphs
 from batchnorm.keras.surgery.fold.linear import CannotFold, Linear, ScaleShift, is_linear, read
 from batchnorm.keras.surgery.fold.moves import move
-
-
-@dataclass(eq=False)
-class Call:
-    """A call in a graph.
-
-    Attributes:
-        operation: The layer or operation that is called.
-        inputs: The symbolic tensors that it reads, with repetitions.
-        results: The symbolic tensors that it computes.
-        arguments: Whether it has arguments beside its first input.
-        gone: Whether the call has been removed.
-    """
-
-    operation: Any
-    inputs: list[Any]
-    results: list[Any]
-    arguments: bool
-    gone: bool = False
-
-    @property
-    def name(self) -> str:
-        """The name and the class of what is called, for messages."""
-        return named(self.operation)
-
-
-class Graph:
-    """The calls of a functional or sequential model, in order.
-
-    Attributes:
-        calls: The calls, without those that stand for the model's inputs.
-        results: The ids of the model's results.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.calls = [_call(node) for node in nodes_of(model) if not node.is_input]
-        self.results = {id(tensor) for tensor in model.outputs}
-        self._joined: dict[int, set[int]] = {}
-
-    def writer(self, tensor: Any) -> Call | None:
-        """Return the call that computes the tensor; None for the model's inputs."""
-        return next((call for call in self.calls if not call.gone and any(t is tensor for t in call.results)), None)
-
-    def readers(self, tensor: Any) -> list[Call]:
-        """Return the calls that read the tensor."""
-        return [call for call in self.calls if not call.gone and any(t is tensor for t in call.inputs)]
-
-    def ids(self, tensor: Any) -> set[int]:
-        """Return the ids of the tensor, and of the results of removed calls that are this tensor now."""
-        return self._joined.get(id(tensor), {id(tensor)})
-
-    def remove(self, call: Call) -> None:
-        """Let the readers of the call's result read its input."""
-        source, result = call.inputs[0], call.results[0]
-        call.gone = True
-        self._joined[id(source)] = self.ids(source) | self.ids(result)
-        for reader in self.readers(result):
-            reader.inputs = [source if tensor is result else tensor for tensor in reader.inputs]
-        if id(result) in self.results:
-            self.results.add(id(source))
-
-
-def _call(node: Any) -> Call:
-    arguments = node.arguments
-    others = (*arguments.args[1:], *arguments.kwargs.values())
-    given = any(value is not None and value is not False for value in others)
-    return Call(node.operation, list(node.input_tensors), list(node.outputs), given)
 
 
 @dataclass
@@ -124,17 +57,16 @@ class Search:
     weights: dict[int, Linear] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        graphs = [Graph(model) for model in _graphs(self.model)]
-        self._times = Counter(id(call.operation) for graph in graphs for call in graph.calls)
+        self._graphs = Graphs(self.model)
         layers, known = norm_layers(self.model), 0
         while len(layers) != known:  # a fold may remove the layer that was next to another one
             known = len(layers)
-            layers = [found for found in layers if not self._try(found, graphs)]
+            layers = [found for found in layers if not self._try(found)]
 
-    def _try(self, found: Found, graphs: list[Graph]) -> bool:
+    def _try(self, found: Found) -> bool:
         """Fold a layer, or note why it stays."""
         layer = found.module
-        place = next(((graph, call) for graph in graphs for call in graph.calls if call.operation is layer), None)
+        place = self._graphs.place(layer)
         try:
             if id(layer) in self.refused:
                 raise CannotFold(self.refused[id(layer)])
@@ -151,10 +83,12 @@ class Search:
         layer = found.module
         if not is_known_norm(layer):
             raise CannotFold("it has a call of its own")
-        if self._times[id(layer)] > 1:
-            raise CannotFold(f"it is used {self._times[id(layer)]} times")
-        if call.arguments:
+        if self._graphs.times(layer) > 1:
+            raise CannotFold(f"it is used {self._graphs.times(layer)} times")
+        if not call.plain:
             raise CannotFold("it is called with arguments such as training=True or a mask")
+        if self._graphs.has_arguments(graph):
+            raise CannotFold(f"{graph.model.name} is called with arguments such as training=True or a mask")
         s = ScaleShift.of(layer, len(call.results[0].shape))
         reasons = []
         for direction in (self._backward, self._forward):
@@ -175,33 +109,49 @@ class Search:
             return
         raise CannotFold("; ".join(dict.fromkeys(reasons)))
 
-    def _linear(self, call: Call) -> Linear:
+    def _linear(self, call: Call, fold: Fold) -> Linear:
         layer = call.operation
-        if self._times[id(layer)] > 1:
-            raise CannotFold(f"{call.name} is used {self._times[id(layer)]} times")
-        if call.arguments:
+        if self._graphs.times(layer) > 1:
+            raise CannotFold(f"{call.name} is used {self._graphs.times(layer)} times")
+        if not call.plain:
             raise CannotFold(f"{call.name} is called with several arguments")
-        return self.weights.get(id(layer)) or read(layer)
+        return fold.weights.get(id(layer)) or self.weights.get(id(layer)) or read(layer)
 
     def _backward(self, graph: Graph, call: Call, s: ScaleShift, fold: Fold) -> None:
-        """Fold into the layer that computes the input."""
+        """Fold into the layers that compute the input."""
         fold.same += call.results
-        tensor, reader = call.inputs[0], call
-        while True:
-            fold.changed |= graph.ids(tensor)
-            others = [other for other in graph.readers(tensor) if other is not reader]
-            if others:
-                raise CannotFold(f"its input is also read by {others[0].name}")
-            if id(tensor) in graph.results:
-                raise CannotFold("its input is a result of the model")
-            writer = graph.writer(tensor)
-            if writer is None:
-                raise CannotFold("it follows an input")
-            if is_linear(writer.operation):
-                fold.weights[id(writer.operation)] = self._linear(writer).after(s, len(tensor.shape))
-                return
-            s = self._moved(writer, s, back=True)
-            tensor, reader = writer.inputs[0], writer
+        self._into_result(graph, call.inputs[0], call, s, fold)
+
+    def _into_result(self, graph: Graph, tensor: Any, reader: Call, s: ScaleShift, fold: Fold) -> None:
+        """Apply `s` to the tensor, for its only reader."""
+        fold.changed |= graph.ids(tensor)
+        others = [other for other in graph.readers(tensor) if other is not reader]
+        if others:
+            raise CannotFold(f"its input is also read by {others[0].name}")
+        if sum(given is tensor for given in reader.inputs) > 1:
+            raise CannotFold(f"{reader.name} reads its input twice")
+        if id(tensor) in graph.results:
+            raise CannotFold("its input is a result of the model")
+        writer = graph.writer(tensor)
+        if writer is None:
+            raise CannotFold("it follows an input")
+        if is_linear(writer.operation):
+            fold.weights[id(writer.operation)] = self._linear(writer, fold).after(s, len(tensor.shape))
+            return
+        for given, part in zip(writer.inputs, self._before(writer, s), strict=True):
+            self._into_result(graph, given, writer, part, fold)
+
+    def _before(self, call: Call, s: ScaleShift) -> list[ScaleShift]:
+        """Return the scale and shift of each input of a call that equal one of its result."""
+        found: list[ScaleShift] | None = None
+        if call.plain:
+            moved = move(call.operation, s, call.inputs[0].shape, back=True)
+            found = None if moved is None else [moved]
+        elif not call.arguments:
+            found = merges.parts(call.operation, s, _shapes(call))
+        if found is None:
+            raise CannotFold(f"it follows {call.name}")
+        return found
 
     def _forward(self, graph: Graph, call: Call, s: ScaleShift, fold: Fold) -> None:
         """Fold into the layers that read the result."""
@@ -210,30 +160,34 @@ class Search:
         self._into_readers(graph, call.results[0], s, fold)
 
     def _into_readers(self, graph: Graph, tensor: Any, s: ScaleShift, fold: Fold) -> None:
+        """Let every reader of the tensor apply `s`, which is no longer part of the tensor."""
         fold.changed |= graph.ids(tensor)
         if id(tensor) in graph.results:
             raise CannotFold("it is a result of the model")
         for reader in graph.readers(tensor):
             if is_linear(reader.operation):
-                fold.weights[id(reader.operation)] = self._linear(reader).before(s, len(tensor.shape))
+                fold.weights[id(reader.operation)] = self._linear(reader, fold).before(s, len(tensor.shape))
                 fold.same += reader.results
             else:
-                self._into_readers(graph, reader.results[0], self._moved(reader, s, back=False), fold)
+                self._into_readers(graph, reader.results[0], self._after(reader, tensor, s), fold)
 
-    def _moved(self, call: Call, s: ScaleShift, *, back: bool) -> ScaleShift:
-        moved = None
-        if len(call.inputs) == 1:
-            moved = move(call.operation, s, call.inputs[0].shape, back=back)
-        if moved is None:
-            raise CannotFold(f"it follows {call.name}" if back else f"{call.name} reads its result")
-        return moved
+    def _after(self, call: Call, tensor: Any, s: ScaleShift) -> ScaleShift:
+        """Return the scale and shift of a call's result that equals one of a tensor that it reads."""
+        found: ScaleShift | None = None
+        if call.plain:
+            found = move(call.operation, s, tensor.shape, back=False)
+        elif not call.arguments:
+            positions = [i for i, given in enumerate(call.inputs) if given is tensor]
+            found = merges.whole(call.operation, s, _shapes(call), positions)
+        if found is None:
+            raise CannotFold(f"{call.name} reads its result")
+        return found
+
+
+def _shapes(call: Call) -> list[Any]:
+    return [tensor.shape for tensor in call.inputs]
 
 
 def has_activation(norm: Any) -> bool:
     """Return whether batch normalization has an activation of its own."""
     return getattr(norm, "activation", activations.linear) is not activations.linear
-
-
-def _graphs(model: Any) -> list[Any]:
-    """Return the model and the models inside whose calls are graphs, each once."""
-    return list({id(layer): layer for _, layer in [("", model), *walk(model)] if is_graph(layer)}.values())
