@@ -22,11 +22,11 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
     """Return a copy for inference without the batch normalization that other layers can absorb.
 
     A batch normalization is absorbed by the convolution (transposed, depthwise and separable ones too) or dense layer
-    that computes its input, or by those that read its result, also past dropout, pooling, padding, cropping, flattening,
-    additions and concatenations where that is exact. An addition, subtraction, average, maximum or concatenation lets it
-    pass to all of its inputs. A model inside is folded together with what is around it if it is called once, without
-    arguments. A convolution with an activation only absorbs one that comes before it. A shift does not pass padding with
-    zeros. An activation of the batch normalization becomes a layer of its own.
+    that computes its input, or by those that read its result, also past dropout, pooling, padding, cropping,
+    flattening and concatenations where that is exact. Before an addition, subtraction, average, maximum or minimum, the
+    layers of all branches absorb it. A model inside is folded together with what is around it if it is called once,
+    without arguments. A convolution with an activation only absorbs one that comes before it. A shift does not pass
+    padding with zeros. An activation of the batch normalization becomes a layer of its own.
 
     The copy is compared with the model, and the model in float64, on random inputs and on the example, at the result of
     each fold and of the model. A fold that adds more error than `batchnorm.fold` allows is left out.
