@@ -179,7 +179,7 @@ rehearse: | $(BIN)/python ## rehearse a release: build, check, install in an emp
 	$(REHEARSAL)/tools/bin/twine check --strict $(REHEARSAL)/dist/*
 	$(BIN)/python -m venv $(REHEARSAL)/empty
 	$(REHEARSAL)/empty/bin/pip install --quiet $(TORCH) $(REHEARSAL)/dist/*.whl
-	cd $(REHEARSAL) && empty/bin/python -I $(CURDIR)/tests/smoke.py
+	cd $(REHEARSAL) && empty/bin/python -I $(CURDIR)/tests/project/smoke.py
 
 lint: $(DEV) ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -19,8 +19,8 @@ from batchnorm.doctor import Finding, Severity, diagnose
 from batchnorm.doctor.report.page import is_code
 from batchnorm.doctor.rules import load_rules
 from tests.doctor.cases import PLANTED, Case, Sequences, four_processes
+from tests.doctor.measure.test_padding import Masked, of_photographs, with_labels
 from tests.doctor.networks import Plain, batches, criterion, train, trained
-from tests.doctor.test_padding import Masked, of_photographs, with_labels
 
 Names = dict[str, Any]
 CODES = [rule.code for rule in load_rules()]

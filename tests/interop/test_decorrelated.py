@@ -22,7 +22,7 @@ from batchnorm.nn.decorrelated import (
     DecorrelatedBatchNorm3d,
     decorrelated_batch_norm,
 )
-from tests.correlated import correlated, trained
+from tests.nn.correlated import correlated, trained
 
 LAYERS: dict[type, tuple[int, ...]] = {
     DecorrelatedBatchNorm: (3, 5, 2, 3, 2, 2),

@@ -19,7 +19,7 @@ from batchnorm.nn.decorrelated import (
 )
 from batchnorm.ops import whitening
 from tests.cases import CASES, EPS, Case, ids
-from tests.correlated import correlated, trained
+from tests.nn.correlated import correlated, trained
 from tests.tolerance import ROUNDINGS, assert_within, bound
 
 Array = NDArray[np.float64]

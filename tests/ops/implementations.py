@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,11 +16,14 @@ from batchnorm.ops import compiled, eager
 from tests.cases import Case
 
 Ops = Callable[[str], Callable[..., Any]]
+Check = Callable[..., None]
 
-# Triton's interpreter can only be selected for a whole process, which tests/ops/triton/test_interpreted.py starts.
+# Triton's interpreter can only be selected for a whole process, which tests/ops/triton/interpreter starts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The emulator, too, is selected for a whole process: "sample", which test_emulated.py starts, or "whole".
 EMULATED = os.environ.get("BATCHNORM_EMULATE")
+# The values that the interpreter runs on axes with many values.
+_INTERPRETED = {"activation": "relu", "residual": "residual"}
 
 
 def names() -> list[str]:
@@ -33,25 +36,55 @@ def names() -> list[str]:
     return ["eager", *on_cpu, *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def over(case: Sequence[Case], **axes: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrize a test over the implementations, the cases and further axes of strings.
+def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Check]:
+    """Make a check of one point a test of one case, at every point: implementations and further axes of strings.
+
+    A point is not a test of its own: there are thousands, and collecting and reporting one takes longer than it runs.
+    A failure lists all points at which the check fails.
 
     Eager and the best instruction set run the whole product. Each of the other instruction sets runs a different fifth
     of it, which contains every case and every value. They are the same templates with vectors of another size, and the
     driver in `tests/csrc` compares each of their kernels with its definition in float64. A sample of the emulator runs
-    every case once, with the values of the axes in turn.
+    every case once, with the values of the axes in turn. The interpreter, which is slow, runs one point of every case.
+
+    Args:
+        cases: The cases, each of which becomes a test.
+        axes: The names of the check's arguments after `op` and `case`, and their values.
+
+    Returns:
+        A decorator. The test that it returns keeps the check as `at_one_point`.
     """
-    rest = list(itertools.product(*axes.values()))
-    complete = (*names()[:2], "cuda")
-    step = len(rest) if EMULATED == "sample" else 5 if len(rest) >= 5 else 1  # a fifth of fewer would lose cases
-    points = [
-        pytest.param(name, one, *values, id="-".join([name, one.id, *values]))
-        for j, one in enumerate(case)
-        for k, values in enumerate(rest)
-        for i, name in enumerate(names())
-        if (name in complete and EMULATED != "sample") or (i + j + k) % step == 0
-    ]
-    return pytest.mark.parametrize(("op", "case", *axes), points, indirect=["op"])
+
+    def decorate(check: Check) -> Check:
+        def test(number: int) -> None:
+            case, failures = cases[number], {}
+            for name, values in _points(number, axes):
+                try:
+                    with chosen(name) as op:
+                        check(op, case, *values)
+                except Exception as error:
+                    failures["-".join([name, *values])] = error
+            for error in failures.values():
+                raise AssertionError(f"{case.id} fails with {', '.join(failures)}") from error
+
+        test.__name__, test.__doc__, test.__module__ = check.__name__, check.__doc__, check.__module__
+        test.at_one_point = check  # type: ignore[attr-defined]
+        return pytest.mark.parametrize("number", range(len(cases)), ids=[case.id for case in cases])(test)
+
+    return decorate
+
+
+def _points(number: int, axes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the points at which the case with this number is checked: the implementation, and values of the axes."""
+    if INTERPRETED:
+        axes = {name: [_INTERPRETED[name]] if name in _INTERPRETED else values for name, values in axes.items()}
+    product = list(itertools.product(*axes.values()))
+    complete = () if EMULATED == "sample" else (*names()[:2], "cuda")
+    step = len(product) if EMULATED == "sample" else 5 if len(product) >= 5 else 1  # a fifth of fewer would lose cases
+    for k, values in enumerate(product):
+        for i, name in enumerate(names()):
+            if name in complete or (i + number + k) % step == 0:
+                yield name, values
 
 
 @contextlib.contextmanager
@@ -60,7 +93,7 @@ def chosen(name: str) -> Iterator[Ops]:
     if name == "eager":
         yield lambda op: getattr(eager, op)
     elif name == "interpreted":
-        from tests.ops.triton.interpreter import operator
+        from tests.ops.triton.interpreter.operators import operator
 
         yield operator
     elif name == "emulated":

@@ -94,7 +94,7 @@ class Pass:
         assert_within(dz, self.gradients.dz, bound(self.dz_terms, dtype, self.gradients.dz), "dz")
 
 
-@functools.lru_cache(maxsize=4)  # the implementations of one point of the table follow one another
+@functools.lru_cache(maxsize=1)  # the implementations of one point follow one another
 def reference_pass(case: Case, activation: str, residual: str, *, training: bool) -> Pass:
     return Pass(case, activation, residual == "residual", training=training)
 

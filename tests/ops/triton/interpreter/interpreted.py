@@ -19,7 +19,7 @@ from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
 from tests.cases import Case
 from tests.ops import test_contract as contract
-from tests.ops.triton.interpreter import operator, programs_in_order
+from tests.ops.triton.interpreter.operators import operator, programs_in_order
 from tests.tolerance import bound
 
 ATTRIBUTES = (1e-5, "relu", 0.0)
@@ -49,9 +49,9 @@ def test_in_triton_channels_that_share_a_line_agree_with_the_reference(
     for t in (x.at_once(1), x.at_once(2)) if shape[0] == 4 else (x.streamed(),):
         assert t is not None
         assert t.group == shape[1]
-    contract.test_train_forward_and_backward_agree_with_the_reference(operator, case, "relu", "residual")
-    contract.test_normalize_and_its_backward_agree_with_the_reference(operator, case, "gelu", "alone")
-    contract.test_weights_agree_with_the_reference(operator, case, "mask")
+    contract.test_train_forward_and_backward_agree_with_the_reference.at_one_point(operator, case, "relu", "residual")
+    contract.test_normalize_and_its_backward_agree_with_the_reference.at_one_point(operator, case, "gelu", "alone")
+    contract.test_weights_agree_with_the_reference.at_one_point(operator, case, "mask")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -104,7 +104,7 @@ def test_in_triton_samples_of_one_value_are_merged_without_parts(
 ) -> None:
     moments = operator("moments")
     case = Case(shape, dtype)
-    contract.test_index_gives_each_group_its_own_statistics(operator, case, "affine_by_group")
+    contract.test_index_gives_each_group_its_own_statistics.at_one_point(operator, case, "affine_by_group")
     x, index = case.x(), torch.arange(24) % 3
     weights = torch.rand(24, *shape[2:])
     weights[::5] = 0.0

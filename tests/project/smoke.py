@@ -1,4 +1,4 @@
-"""Whether an installed wheel works: run by `python tests/smoke.py`, with nothing installed but batchnorm and torch.
+"""Whether an installed wheel works, with nothing installed but batchnorm and torch: run it as a script.
 
 It must have the compiled operators, and they must compute what plain torch operations do.
 """

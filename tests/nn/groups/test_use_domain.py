@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batchnorm.nn import domain as domain_module
 from batchnorm.nn.domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, keep_domain, use_domain
-from tests.nn.by_rows import randomized, step_results
+from tests.nn.groups.by_rows import randomized, step_results
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled_before")
 

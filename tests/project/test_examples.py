@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.missing import HIDE
+from tests.project.missing import HIDE
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTED = {
     "keras_mnist.py": "learning rate 0.05, with BN\n  test accuracy: ",
     "recalibrate_under_torchrun.py": "rank 0: recalibrate: 2 changed, 0 left; 90 samples in 9 batches, single pass",

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.nn.sync import SyncBatchNorm
-from tests.nn import sync_checks
+from tests.nn.processes import sync_checks
 from tests.processes import spawn
 
 # Alone

@@ -22,7 +22,7 @@ from batchnorm.nn.domain import (
     DomainBatchNorm3d,
 )
 from tests.cases import CASES, Case, ids
-from tests.nn.by_rows import assert_agrees_with_the_reference, randomized, step_results, wide
+from tests.nn.groups.by_rows import assert_agrees_with_the_reference, randomized, step_results, wide
 from tests.tolerance import assert_within
 
 # torch's compiler and its forward-mode rules script functions of their own at first use, and warn themselves of it.

@@ -17,9 +17,9 @@ import pytest
 
 import batchnorm
 from batchnorm._backends import Backends
-from tests.missing import HIDE
+from tests.project.missing import HIDE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # test_learn.py runs the pages of "Learn", as notebooks.
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "learn")]
 
@@ -363,7 +363,7 @@ def test_python_examples_of_a_page_run(page, tmp_path, monkeypatch):
         pytest.skip(f"not installed: {', '.join(missing)}")
     # In a process of their own, because JAX starts threads, and Keras chooses its backend when it is imported.
     environment = {"KERAS_BACKEND": "torch", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = f"import tests.test_package as t; t.run_examples(t.Path({str(page)!r}))"
+    program = f"import tests.project.test_package as t; t.run_examples(t.Path({str(page)!r}))"
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARTS = ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt", "scripts/requirements.py")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
