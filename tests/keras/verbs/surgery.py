@@ -120,6 +120,17 @@ def test_convert_keeps_dtype_policies_frozen_layers_and_layers_inside_wrappers()
     assert_same(model, ours, X, 2e-2)
 
 
+@pytest.mark.parametrize("make", [nested, subclassed])
+def test_convert_keeps_layers_frozen_inside_layers_of_python_code(make: Any) -> None:
+    model = make()
+    found = {each.path: each.module for each in norm_layers(model)}
+    found["block.norm"].trainable = found["block.second"].trainable = False
+    for only in ("block.*", "inner.*"):
+        copied = convert(model, only=only).model
+        frozen = {each.path for each in norm_layers(copied) if not each.module.trainable}
+        assert frozen == {"block.norm", "block.second"}
+
+
 def test_convert_refuses_what_it_cannot_do() -> None:
     with pytest.raises(TypeError, match="expects a Keras model, got int"):
         convert(3)
@@ -160,6 +171,44 @@ def test_freeze_normalizes_by_the_moving_statistics_in_training_and_unfreeze_res
     assert_same(model, thawed, X)
     assert {change.reason for change in freeze(frozen).report.left} == {"it is frozen already"}
     assert {change.reason for change in unfreeze(model).report.left} == {"it is not frozen"}
+
+
+def test_freeze_in_place_needs_no_configuration_and_says_that_the_model_was_compiled() -> None:
+    class Opaque(keras.Model):
+        def __init__(self, norm: Any) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def call(self, x: Any) -> Any:
+            return self.norm(x)
+
+    model = Opaque(layers.BatchNormalization(name="norm"))
+    model(X)
+    same, report = freeze(model, inplace=True)
+    assert same is model and not model.norm.trainable and [change.path for change in report.changed] == ["norm"]
+    assert unfreeze(model, inplace=True).model is model and model.norm.trainable
+    compiled = nested()
+    compiled.compile("sgd", "mse")
+    report = freeze(compiled, only="inner.*", inplace=True).report
+    assert "call compile() again" in report.notes[0]
+    assert [found.path for found in norm_layers(compiled) if not found.module.trainable] == ["inner.norm"]
+
+
+def test_freeze_an_interruption_changes_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nested()
+    last = norm_layers(model)[-1].module
+
+    class Interrupted(layers.BatchNormalization):
+        trainable = property(lambda self: True, lambda self, value: self.interrupt(value))
+
+        def interrupt(self, value: bool) -> None:
+            if not value:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "__class__", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        freeze(model, inplace=True)
+    assert all(found.module.trainable for found in norm_layers(model))
 
 
 def test_unfreeze_leaves_a_layer_within_a_frozen_model() -> None:

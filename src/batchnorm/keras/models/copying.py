@@ -59,7 +59,7 @@ def copied(
     removed: Collection[int] = (),
     dtype: str | None = None,
 ) -> Copy:
-    """Return a copy of a built model, whose variables have the same values.
+    """Return a copy of a built model, whose variables have the same values and of whose layers the same ones train.
 
     Args:
         caller: The function that the user called.
@@ -95,6 +95,10 @@ def _copy_values(copy: Copy) -> None:
     for values, variables in pairs:
         for value, variable in zip(values, variables, strict=True):
             variable.assign(as_numpy(value))
+    for old, new in copy.same:
+        for (_, layer), (_, other) in zip(walk(old), walk(new), strict=True):
+            if other.trainable != layer.trainable:  # a layer's configuration need not say which layers inside train
+                other.trainable = layer.trainable
 
 
 def _attributes(layer: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def convert(
 
     Sequential, functional and nested models are rebuilt from their graphs. A subclassed model or layer must define
     `get_config`, and hold its layers in attributes, lists or dicts that `__init__` fills. A layer that is used in
-    several places stays one layer. The given model stays unchanged. The copy is not compiled.
+    several places stays one layer. The given model stays unchanged, and there is no `inplace=`: the graph of a
+    functional model cannot call another layer than the one it was built with. The copy is not compiled.
 
     Args:
         model: A built Keras model, or a layer.

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import keras
 
-from batchnorm.keras.models.layers import Found, describe, walk
-from batchnorm.keras.surgery.replacement import Left, NewLayer, replace_layers
-from batchnorm.models.report import Report, Result
-from batchnorm.models.selection import Choice
+from batchnorm.keras.models.copying import copied
+from batchnorm.keras.models.layers import Found, check_model, describe, walk
+from batchnorm.keras.surgery.replacement import not_compiled
+from batchnorm.models.report import Change, Report, Result
+from batchnorm.models.selection import Choice, select
 
 
-def freeze(model: keras.layers.Layer, *, only: Choice | None = None) -> Result[Report]:
-    """Return a copy whose batch normalization uses its moving statistics in training too, without updating them.
+def freeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
+    """Let batch normalization use its moving statistics in training too, without updating them.
 
     Each layer gets `trainable=False`, which also stops the training of γ and β. Keras sets `trainable` of all layers
     inside when `model.trainable` is set: `model.trainable = True` undoes this function.
 
     Args:
-        model: A built Keras model, or a layer; it stays unchanged.
+        model: A built Keras model, or a layer.
         only: The layers to freeze, as in `convert`.
+        inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The copy, which is not compiled, and the report.
+        The model, which is not compiled if it is a copy, and the report.
 
     Raises:
         TypeError: the model is not a Keras model.
-        ValueError: as for `convert`.
+        ValueError: as for `convert`. With `inplace`, a subclassed model needs no `get_config`.
 
     Examples:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
@@ -34,39 +38,65 @@ def freeze(model: keras.layers.Layer, *, only: Choice | None = None) -> Result[R
         (False, True)
     """
 
-    def choose(found: Found) -> NewLayer:
-        layer = found.module
-        if not layer.trainable:
-            raise Left("it is frozen already")
-        return NewLayer(type(layer), {**layer.get_config(), "trainable": False}, f"frozen {describe(layer)}")
+    def reason(model: keras.layers.Layer, found: Found) -> str | None:
+        return None if found.module.trainable else "it is frozen already"
 
-    return replace_layers("freeze", model, choose, only=only)
+    return _set_trainable("freeze", model, False, reason, only, inplace)
 
 
-def unfreeze(model: keras.layers.Layer, *, only: Choice | None = None) -> Result[Report]:
-    """Return a copy whose frozen batch normalization trains and updates its statistics again.
+def unfreeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
+    """Let frozen batch normalization train and update its statistics again.
 
     Args:
-        model: A built Keras model, or a layer; it stays unchanged.
+        model: A built Keras model, or a layer.
         only: The layers to restore, as in `convert`.
+        inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The copy, which is not compiled, and the report. A layer is left if a layer that contains it is frozen,
-        because that one was frozen with everything inside.
+        The model, which is not compiled if it is a copy, and the report. A layer is left if a layer that contains it is
+        frozen, because that one was frozen with everything inside.
 
     Raises:
         TypeError: the model is not a Keras model.
-        ValueError: as for `convert`.
+        ValueError: as for `freeze`.
     """
-    frozen = {path: layer for path, layer in [("", model), *walk(model)] if not layer.trainable}
 
-    def choose(found: Found) -> NewLayer:
-        layer = found.module
-        if layer.trainable:
-            raise Left("it is not frozen")
-        for path, outer in frozen.items():
-            if outer is not layer and (not path or found.path.startswith(f"{path}.")):
-                raise Left(f"{path or 'the model'} is frozen: set its trainable first")
-        return NewLayer(type(layer), {**layer.get_config(), "trainable": True}, describe(layer), "was frozen")
+    def reason(model: keras.layers.Layer, found: Found) -> str | None:
+        if found.module.trainable:
+            return "it is not frozen"
+        for path, outer in [("", model), *walk(model)]:
+            if not outer.trainable and outer is not found.module and (not path or found.path.startswith(f"{path}.")):
+                return f"{path or 'the model'} is frozen: set its trainable first"
+        return None
 
-    return replace_layers("unfreeze", model, choose, only=only)
+    return _set_trainable("unfreeze", model, True, reason, only, inplace)
+
+
+def _set_trainable(
+    caller: str, model: keras.layers.Layer, trainable: bool, reason: Callable[[keras.layers.Layer, Found], str | None],
+    only: Choice | None, inplace: bool,
+) -> Result[Report]:  # fmt: skip
+    """Set `trainable` of the chosen layers for which there is no reason to leave them."""
+    select(caller, check_model(caller, model), only)  # fail before anything is copied
+    notes = not_compiled(model)
+    if not inplace:
+        model = copied(caller, model).model
+    elif notes:
+        notes = ("the model was compiled: call compile() again before you train it",)
+    changed, left, layers = [], [], []
+    for found in select(caller, check_model(caller, model), only):
+        was, why = describe(found.module), reason(model, found)
+        if why is not None:
+            left.append(Change.unchanged(found.path, was, why))
+            continue
+        layers.append(found.module)
+        changed.append(Change(found.path, *((f"frozen {was}", was) if trainable else (was, f"frozen {was}"))))
+    result = Result(model, Report(caller, tuple(changed), tuple(left), notes=notes))
+    try:
+        for layer in layers:
+            layer.trainable = trainable
+    except BaseException:
+        for layer in layers:
+            layer.trainable = not trainable
+        raise
+    return result

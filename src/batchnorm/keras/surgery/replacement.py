@@ -26,14 +26,10 @@ class NewLayer:
     Attributes:
         kind: Its class.
         config: Its configuration.
-        now: Its description; by default, of the class.
-        reason: What the report says about it.
     """
 
     kind: type[Any]
     config: dict[str, Any]
-    now: str = ""
-    reason: str = ""
 
 
 def replace_layers(
@@ -58,13 +54,17 @@ def replace_layers(
             continue
         _check_options(caller, new)
         makers[id(layer)] = partial(new.kind.from_config, new.config)
-        changed.append(Change(found.path, was, new.now or describe(layer, new.kind), new.reason))
+        changed.append(Change(found.path, was, describe(layer, new.kind)))
     copy = copied(caller, model, makers)
     for old, replaced in copy.replaced:
         copy_variables(old, replaced)
+    return Result(copy.model, Report(caller, tuple(changed), tuple(left), notes=not_compiled(model)))
+
+
+def not_compiled(model: keras.layers.Layer) -> tuple[str, ...]:
+    """Return the note on the copy of a compiled model."""
     compiled = getattr(model, "compiled", False)
-    notes = ("the copy is not compiled: call compile() before you train it",) if compiled else ()
-    return Result(copy.model, Report(caller, tuple(changed), tuple(left), notes=notes))
+    return ("the copy is not compiled: call compile() before you train it",) if compiled else ()
 
 
 def _check_options(caller: str, new: NewLayer) -> None:
