@@ -7,11 +7,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from batchnorm._options import check_prior
+from batchnorm._options import check_choice, check_prior
 from batchnorm.keras.models.batches import Batches, Forward, default_forward
 from batchnorm.keras.models.copying import copied
 from batchnorm.keras.models.layers import Found, as_numpy, check_model, describe, largest
-from batchnorm.keras.models.observe import Input, LayerCall, Observer, Statistics, put_statistics, statistics_of
+from batchnorm.keras.models.observe import Observer, Statistics, put_statistics, statistics_of
+from batchnorm.keras.passes import sequential, single
 from batchnorm.keras.surgery.replacement import start_renorm
 from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
 from batchnorm.models.selection import Choice, select
@@ -25,6 +26,7 @@ def recalibrate(
     data: Any,
     *,
     only: Choice | None = None,
+    passes: str = "single",
     prior: float = 0.0,
     forward: Forward | None = None,
     batch_size: int = 32,
@@ -38,14 +40,16 @@ def recalibrate(
     size. Use this function for weights that were averaged, fine-tuned or pruned, for moving averages that lag behind
     (Keras's default momentum of 0.99 takes some 500 steps), and for data of another domain.
 
-    One pass is made over the data, in which each batch is normalized by its own statistics, as in training. All other
-    layers run in evaluation. Masks are respected. If anything fails, the model does not change.
+    All other layers run in evaluation. Masks are respected. If anything fails, the model does not change.
 
     Args:
         model: A built Keras model.
         data: An array, a dict of arrays, or an iterable of batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
             loader of PyTorch, a list, or a generator. Of a tuple `(x, y)`, x is used.
         only: The layers to recalibrate, as in `convert`. By default, all layers except frozen ones (`trainable=False`).
+        passes: "single" makes one pass, and normalizes each batch by its own statistics, as in training. "sequential"
+            goes layer by layer from the input. Each layer gets the output of the recalibrated layers before it, as in
+            evaluation. This keeps the data in memory, and runs the model once for each layer, up to this layer.
         prior: The weight of the former statistics, as a number of samples: `(prior·former + n·measured)/(prior + n)`,
             with n samples of data. 0 discards the former ones.
         forward: `forward(model, batch)` calls the model. By default, it calls `model(x, training=False)`.
@@ -60,7 +64,7 @@ def recalibrate(
     Raises:
         TypeError: the model is not a Keras model; data are none of these.
         ValueError: an argument is out of range; no layer is selected or reached; a batch has a single value per
-            channel; values are not finite; data are empty; the model cannot be copied.
+            channel and `passes` is "single"; values are not finite; data are empty; the model cannot be copied.
 
     Numerics: moments are float64, merged as by Chan et al. 1979, and rounded once to the variables' dtype.
 
@@ -75,13 +79,25 @@ def recalibrate(
         (4.0, 10.0)
     """
     check_prior(_CALLER, prior)
+    check_choice(_CALLER, "passes", passes, ("single", "sequential"))
     batches = Batches(_CALLER, data, batch_size, max_samples)
     _select(model, only)  # fail before anything is copied
     if not inplace:
         model = copied(_CALLER, model).model
     selected, left = _select(model, only)
     before = [statistics_of(found.module) for found in selected]
-    calls = _measure(model, selected, batches, forward or default_forward(_CALLER))
+
+    def own_statistics(number: int, moments: Moments) -> Statistics:
+        return _own_statistics(selected[number], moments)
+
+    def new_statistics(number: int, moments: Moments) -> Statistics:
+        return _new_statistics(selected[number], before[number], moments, prior, batches.samples)
+
+    observer, call_model = Observer(model, selected), forward or default_forward(_CALLER)
+    if passes == "single":
+        calls = single(observer, batches, call_model, own_statistics)
+    else:
+        calls = sequential(observer, batches, call_model, new_statistics)
     if not batches.count:
         raise ValueError(f"{_CALLER} expects at least one batch, got empty data. Pass more data.")
     layers, changed = [], []
@@ -92,7 +108,7 @@ def recalibrate(
             reason = "all its values are masked" if own else "not reached by the data"
             left.append(Change.unchanged(found.path, describe(found.module), reason))
             continue
-        new = _new_statistics(found, before[number], total, prior, batches.samples)
+        new = new_statistics(number, total)
         layers.append(LayerStatistics(found.paths, (total,), tuple((each,) for each in own), *before[number], *new))
         changed.append(Change(found.path, describe(found.module), layers[-1].change(), layers[-1].remarks()))
     if not layers:
@@ -100,9 +116,7 @@ def recalibrate(
             f"{_CALLER} expects the data to reach the selected layers, got values at none of them. Pass a forward= "
             "that calls them."
         )
-    report = Recalibration(
-        _CALLER, tuple(changed), tuple(left), tuple(layers), batches=batches.count, samples=batches.samples
-    )
+    report = Recalibration(_CALLER, tuple(changed), tuple(left), tuple(layers), passes, batches.count, batches.samples)
     result = Result(model, report)
     _write({layer.path: Statistics(layer.mean, layer.var) for layer in layers}, selected)
     return result
@@ -126,29 +140,16 @@ def _select(model: Any, only: Choice | None) -> tuple[list[Found], list[Change]]
     return selected, left
 
 
-def _measure(model: Any, layers: list[Found], batches: Batches, forward: Forward) -> dict[LayerCall, Moments]:
-    observer = Observer(model, layers)
-    calls: dict[LayerCall, Moments] = {}
-
-    def statistics_for(call: LayerCall, given: Input) -> Statistics:
-        found = given.moments()
-        calls[call] = merge([calls[call], found]) if call in calls else found
-        if not found.count > 0:
-            return statistics_of(layers[call.layer].module)
-        if found.count <= 1:
-            raise ValueError(
-                f"{_CALLER} expects more than one value per channel in every batch, got one at "
-                f"{layers[call.layer].path!r}. One value has no variance: use larger batches."
-            )
-        own = Statistics(found.mean, found.var)
-        _check_finite(layers[call.layer], own)
-        return own
-
-    with observer.installed():
-        for batch in batches:
-            observer.start(statistics_for)
-            forward(model, batch)
-    return calls
+def _own_statistics(found: Found, moments: Moments) -> Statistics:
+    """Return the statistics of one batch, by which training would normalize."""
+    if moments.count <= 1:
+        raise ValueError(
+            f"{_CALLER} expects more than one value per channel in every batch, got one at {found.path!r}. One value "
+            'has no variance: use larger batches, or passes="sequential", which accepts any batch.'
+        )
+    own = Statistics(moments.mean, moments.var)
+    _check_finite(found, own)
+    return own
 
 
 def _new_statistics(found: Found, before: Statistics, total: Moments, prior: float, samples: int) -> Statistics:

@@ -86,6 +86,46 @@ def test_recalibrate_updates_the_deviation_that_renorm_continues_from() -> None:
         assert np.allclose(as_numpy(getattr(layer, name)), expected, rtol=1e-6)
 
 
+def test_recalibrate_in_sequential_passes_gives_the_statistics_of_evaluation() -> None:
+    model = network()
+    parts = (X[i : i + 3] for i in range(0, 50, 3))  # the last batch has two samples
+    new, report = recalibrate(model, parts, passes="sequential")
+    assert (report.passes, report.batches, report.samples) == ("sequential", 17, 50)
+    first, second = (new.get_layer(name) for name in ("first", "second"))
+    between = keras.Model(new.inputs, [first.output, second.input])
+    y, z = (as_numpy(value).astype(np.float64) for value in between(X, training=False))
+    assert np.abs(y.mean((0, 1)) - as_numpy(first.beta)).max() < 1e-5  # the mean of y is β if its mean is the data's
+    assert np.allclose(as_numpy(second.moving_mean), z.mean((0, 2)), rtol=1e-5)
+    assert np.allclose(as_numpy(second.moving_variance), z.var((0, 2)), rtol=1e-5)
+    single = recalibrate(model, X, batch_size=3).report
+    assert not np.allclose(single["second"].var, report["second"].var, rtol=1e-3)
+
+
+def test_recalibrate_in_sequential_passes_takes_single_values_shared_layers_and_python_code() -> None:
+    norm = layers.BatchNormalization(name="norm")
+    x = keras.Input((3,))
+    shared = keras.Model(x, norm(norm(x) + 1.0))
+    data = normal(40, 3)
+    report = recalibrate(shared, data, batch_size=1, passes="sequential").report
+    assert len(report["norm"].calls) == 2
+    assert np.allclose(report["norm"].calls[0][0].mean, data.astype(np.float64).mean(0), atol=1e-6)
+    model = subclassed()
+    before = weights(model)
+    report = recalibrate(model, data_of_four := normal(9, 4), passes="sequential").report
+    assert [change.path for change in report.changed] == [found.path for found in norm_layers(model)]
+    assert_unchanged(before, model)
+    with pytest.raises(ValueError, match="passes to be one of 'single', 'sequential', got 'both'"):
+        recalibrate(model, data_of_four, passes="both")
+
+
+def test_recalibrate_errors_have_no_text_of_keras() -> None:
+    for model, data in ((network(), X[:2]), (subclassed(), normal(2, 4))):
+        for values, shown in ((np.nan, "for NaN and overflow."), (np.inf, "for NaN and overflow.")):
+            with pytest.raises(ValueError, match="^recalibrate expects finite values") as caught:
+                recalibrate(model, [np.full_like(data, values)])
+            assert str(caught.value).endswith(shown)
+
+
 def test_recalibrate_pools_the_calls_of_a_shared_layer() -> None:
     norm = layers.BatchNormalization(name="norm")
     x = keras.Input((3,))

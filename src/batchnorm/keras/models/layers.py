@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -105,8 +106,12 @@ def named(layer: Any) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the message of an exception in one line without a full stop, for the middle of a message."""
-    return " ".join(str(error).split())[:300].rstrip(".")
+    """Return the message of an exception in one line without a full stop, for the middle of a message.
+
+    Keras puts the message between text of its own, in bold.
+    """
+    own = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(error), re.DOTALL)
+    return " ".join((own[1] if own else str(error)).split())[:300].rstrip(".")
 
 
 def channels_of(layer: Any) -> int:

@@ -47,7 +47,8 @@ class Input(NamedTuple):
 
     def moments(self) -> Moments:
         """Return the moments of each channel, of the positions that count."""
-        return moments(self.x, weights=self.mask, axis=self.axis)
+        with np.errstate(invalid="ignore", over="ignore"):  # callers check that the moments are finite
+            return moments(self.x, weights=self.mask, axis=self.axis)
 
 
 StatisticsFor = Callable[[LayerCall, Input], Statistics]
@@ -70,6 +71,7 @@ class Observer:
         self.statistics_for: StatisticsFor | None = None
         self.calls: Counter[int] = Counter()
         self.trained: set[int] = set()
+        self._failed: Exception | None = None
 
     def start(self, statistics_for: StatisticsFor | None) -> None:
         """Begin a forward pass."""
@@ -79,7 +81,11 @@ class Observer:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Observe the layers in the block. Their moving statistics are restored at its end, also after an exception."""
+        """Observe the layers in the block. Their moving statistics are restored at its end, also after an exception.
+
+        An exception of `statistics_for` leaves the block as it was raised, without the text that Keras adds to it.
+        """
+        self._failed = None
         # If `model.predict` fails on JAX, Keras leaves its variables without values.
         values = [(variable, as_numpy(variable)) for variable in self.model.variables] if backend() == "jax" else []
         former = [statistics_of(found.module) for found in self.layers]
@@ -88,9 +94,11 @@ class Observer:
             for number, found in enumerate(self.layers):
                 vars(found.module)["call"] = self._call(number, found.module, found.module.call)
             yield
-        except BaseException:
+        except BaseException as error:
             for variable, value in values:
                 variable.assign(value)
+            if self._failed is not None and isinstance(error, Exception):
+                raise self._failed from None
             raise
         finally:
             for found, call, statistics in zip(self.layers, own, former, strict=True):
@@ -110,7 +118,12 @@ class Observer:
                 self.calls[number] += 1
                 if given.arguments.get("training"):
                     self.trained.add(number)
-                put_statistics(layer, self.statistics_for(at, _input(layer, inputs, given.arguments.get("mask"))))
+                try:
+                    statistics = self.statistics_for(at, _input(layer, inputs, given.arguments.get("mask")))
+                except Exception as error:
+                    self._failed = error
+                    raise
+                put_statistics(layer, statistics)
             if "training" in signature.parameters:  # a subclass may have a call of its own without it
                 given.arguments["training"] = False
             return original(*given.args, **given.kwargs)
