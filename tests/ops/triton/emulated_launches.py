@@ -143,6 +143,16 @@ def test_the_last_programs_merge_in_any_order_and_leave_counters_of_0(
             assert torch.equal(a, b)
 
 
+def test_a_sigmoid_near_zero_is_rounded_nearly_correctly() -> None:
+    case = Case(SHAPES["several"])
+    x = case.place(torch.linspace(-0.5, 0.5, case.m * case.shape[1]).reshape(case.shape))
+    mean, var = torch.zeros(case.shape[1]), torch.full((case.shape[1],), 1 - 1e-5)
+    y = operator("normalize")(x, mean, None, var, None, None, None, None, 1e-5, "sigmoid", 0.0)
+    # The emulated exponential and division err as much as those of a GPU may.
+    error = (y - x.double().sigmoid()).abs().max().item() / torch.finfo(x.dtype).eps
+    assert error < 0.6
+
+
 @pytest.mark.usefixtures("_many_splits")
 def test_a_launch_of_another_stream_does_not_disturb_one_that_has_not_finished(
     monkeypatch: pytest.MonkeyPatch,

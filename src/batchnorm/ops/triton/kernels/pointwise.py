@@ -67,8 +67,8 @@ def preactivation(x, mean, scale, shift, residual_ptr, offset, mask, LAST: tl.co
 
 
 @triton.jit
-def expm1_of_negative(x):
-    """Return eˣ − 1 for x <= 0; near zero, by a Taylor series, because the difference would lose digits."""
+def expm1_near_zero(x):
+    """Return eˣ − 1 for −0.5 <= x <= 0 by a Taylor series, because the difference would lose digits."""
     p = tl.zeros_like(x) + 1.0 / 40320.0
     p = p * x + 1.0 / 5040.0
     p = p * x + 1.0 / 720.0
@@ -76,7 +76,21 @@ def expm1_of_negative(x):
     p = p * x + 1.0 / 24.0
     p = p * x + 1.0 / 6.0
     p = p * x + 0.5
-    return tl.where(x < -0.5, tl.exp(x) - 1.0, p * x * x + x)
+    return p * x * x + x
+
+
+@triton.jit
+def expm1_of_negative(x):
+    """Return eˣ − 1 for x <= 0."""
+    return tl.where(x < -0.5, tl.exp(x) - 1.0, expm1_near_zero(x))
+
+
+@triton.jit
+def sigmoid(z):
+    """Return 1/(1 + e^(−z)), by e^(−|z|). Near zero, the GPU's exponential and division alone err by several units."""
+    x = tl.where(z < 0.0, z, -z)
+    e = tl.where(x < -0.5, tl.exp(x), 1.0 + expm1_near_zero(x))
+    return tl.div_rn(tl.where(z < 0.0, e, 1.0), 1.0 + e)
 
 
 @triton.jit
@@ -114,7 +128,7 @@ def activate(z, parameter, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         y = tanh(z)
     elif ACTIVATION == "sigmoid":
-        y = 1.0 / (1.0 + tl.exp(-z))
+        y = sigmoid(z)
     elif ACTIVATION == "elu":
         y = tl.where(z > 0.0, z, parameter * expm1_of_negative(tl.where(z > 0.0, 0.0, z)))
     else:
@@ -152,7 +166,7 @@ def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
         y = tanh(t)
         dz = dy * (1.0 - y * y)
     elif ACTIVATION == "sigmoid":
-        y = 1.0 / (1.0 + tl.exp(-t))
+        y = sigmoid(t)
         dz = dy * (y * (1.0 - y))
     elif ACTIVATION == "elu":
         dz = tl.where(t <= 0.0, dy * (parameter * tl.exp(t)), dy)
