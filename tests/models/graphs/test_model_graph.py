@@ -62,6 +62,15 @@ def test_both_ways_give_the_same_calls_for_every_size(block: nn.Module, way: str
         assert torch.allclose(found.module(x), block(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [bn.BatchNorm1d, bn.BatchNormAct1d, bn.BatchRenorm1d])
+def test_channels_in_the_last_dimension_are_moved_in_the_graph_of_torch_fx(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), kind(4, channel_dim=-1), nn.Linear(4, 2)).eval()
+    found = trace(model, Inputs.of(torch.randn(2, 5, 3)), ways=("fx",), prepare=lower)
+    functions = [node.target for node in found.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    activations = [F.relu] if kind is bn.BatchNormAct1d else []
+    assert functions == [F.linear, torch.movedim, F.batch_norm, torch.movedim, *activations, F.linear]
+
+
 def test_shapes_tell_open_sizes_from_fixed_ones(block: nn.Module) -> None:
     found = trace(block, Inputs.of(torch.randn(IMAGE)), prepare=lower)
     (norm, *_) = batch_norm_calls(found)

@@ -132,6 +132,44 @@ def test_functions_of_math_and_wrapped_functions_are_recorded() -> None:
     assert wrapped.__name__ == "wrapped" and not hasattr(wrapped, "__wrapped__")
 
 
+class Gate(nn.Module):
+    """Waits in each call until it may return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.entered.set()
+        self.opened.wait()
+        return x
+
+
+class CalledElsewhere(Net):
+    """Multiplies while another thread is inside a call of a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate.entered.clear(), self.gate.opened.clear()
+        thread = threading.Thread(target=self.gate, args=(None,))
+        thread.start()
+        self.gate.entered.wait()
+        try:
+            return super().forward(x)
+        finally:
+            self.gate.opened.set()
+            thread.join()
+
+
+def test_an_export_does_not_record_a_call_in_another_thread() -> None:
+    found = trace(CalledElsewhere().eval(), Inputs.of(X), ways=("export",))
+    paths = [found.paths[node] for node in found.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    assert paths and not [path for path in paths if "gate" in path]
+
+
 @pytest.mark.parametrize(("way", "kind"), [("fx", Net), ("fx", Sizes), ("export", Net), ("export", Decides)])
 def test_threads_trace_at_the_same_time(way: str, kind: type[Net]) -> None:
     before = of_the_process()
