@@ -184,11 +184,11 @@ if not TYPE_CHECKING:  # type checkers would accept every name
 
 
 def __dir__() -> list[str]:
-    """List all names that can be imported. Those whose framework is not installed are left out."""
+    """List the public names. Those whose framework is not installed are left out."""
     from batchnorm._frameworks import is_installed
 
     def available(name: str) -> bool:
         framework = _FRAMEWORKS.get(name, "torch")
         return framework is None or is_installed(framework)
 
-    return sorted({*globals(), *filter(available, (*_MODULES, *__all__))})
+    return sorted(filter(available, {*_MODULES, *__all__}))

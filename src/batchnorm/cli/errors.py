@@ -43,9 +43,17 @@ def usage_errors_of(ctx: click.Context) -> UsageErrorMaker:
 @contextmanager
 def library_errors(usage_error: UsageErrorMaker, *others: type[Exception]) -> Iterator[None]:
     """Report errors of the library in one line: TypeError, ValueError and `others`."""
+    from batchnorm.models.data.inputs import InputsNotTaken
+
     kinds: tuple[type[Exception], ...] = (TypeError, ValueError, *others)
     try:
         yield
+    except InputsNotTaken as error:
+        raise usage_error(
+            "--input must be the shape of an input that the model takes, once for each of its arguments, but calling "
+            "it failed",
+            error.__cause__,
+        ) from error
     except kinds as error:
         raise usage_error(str(error)) from error
 

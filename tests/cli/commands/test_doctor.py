@@ -144,7 +144,8 @@ def test_without_rich_json_is_left(place, capsys, monkeypatch) -> None:
     assert run(["doctor", f"{place}:build", "--json"], capsys)[0] == 0
 
 
-def test_inspect_prints_every_layer(place, capsys) -> None:
+def test_inspect_prints_every_layer(place, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     code, out, _ = run(["inspect", f"{place}:build", "--input", "1,3,8,8", "--json"], capsys)
     held = json.loads(out)
     (layer,) = held["layers"]
@@ -155,6 +156,10 @@ def test_inspect_prints_every_layer(place, capsys) -> None:
     assert code == 0
     (row,) = [line.split() for line in out.splitlines() if "BatchNorm2d" in line]
     assert row[:5] == ["1", "BatchNorm2d(8)", "0", "(conv2d)", "relu"]
+    assert not [line for line in out.splitlines() if line != line.rstrip()]
+    monkeypatch.setenv("COLUMNS", "70")
+    _, out, _ = run(["inspect", f"{place}:build", "--input", "1,3,8,8"], capsys)
+    assert max(map(len, out.splitlines())) <= 70
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_inspect_prints_every_layer(place, capsys) -> None:
             ["{net}:build", "--input", "1,3,99999999999999,8"],
             "batchnorm inspect: --input must be the shape of a tensor",
         ),
-        (["{net}:build", "--input", "1,3"], "batchnorm inspect: inspect_layers expects inputs that the model takes"),
+        (["{net}:build", "--input", "1,3"], "batchnorm inspect: --input must be the shape of an input that the"),
         (["{net}:fails"], "batchnorm inspect: {net}:fails must return the network"),
     ],
 )

@@ -128,7 +128,7 @@ def test_an_exported_program_brings_its_example(folder: Path) -> None:
         (["net_for_fold:build", "--input", f"1,{10**30}", "-o", "f.pt2"], "--input must be the shape of a tensor that"),
         (
             ["net_for_fold:build", "--input", "1,5,8,8", "-o", "f.pt2"],
-            "fold expects example_inputs that the model takes",
+            "--input must be the shape of an input that the model takes, once for each of its arguments, but",
         ),
         (["net_for_fold:build", "--weights", "no.pth", "--input", "1,3,8,8", "-o", "f.pt2"], "FileNotFoundError"),
         (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
@@ -91,6 +93,19 @@ def test_the_network_is_found_in_a_checkpoint(name: str, tmp_path: Path) -> None
     model = net(0)
     assert load_weights(model, tmp_path / "file.pth") == said
     assert all(torch.equal(tensor, STATE[key]) for key, tensor in model.state_dict().items())
+
+
+def test_files_of_safetensors_are_read_if_the_package_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.safetensors"
+    safetensors.torch.save_file(under("model."), path)
+    model = net(0)
+    assert load_weights(model, path) == "entry 'model'"
+    assert all(torch.equal(tensor, STATE[key]) for key, tensor in model.state_dict().items())
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(CheckpointError, match=r"which is not installed\. Run pip install safetensors\."):
+        load_weights(model, path)
 
 
 def test_a_wrapped_network_takes_the_weights_of_a_plain_one(tmp_path: Path) -> None:

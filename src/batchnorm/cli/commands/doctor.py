@@ -20,7 +20,7 @@ from batchnorm.cli.inputs.loading import (
     weights_options,
 )
 from batchnorm.cli.outputs.reporting import ReportingCommand, print_json
-from batchnorm.cli.outputs.terminal import console, shows_progress
+from batchnorm.cli.outputs.terminal import console, print_rich, shows_progress
 from batchnorm.cli.outputs.writing import check_output
 from batchnorm.cli.syntax import complete_files
 from batchnorm.text import printable
@@ -133,7 +133,7 @@ def doctor(
     if as_json:
         print_json(found.to_json())
     else:
-        console().print(found)
+        print_rich(found, console())
     for failure in failed:
         raise failure
     if found.worst is not None and found.worst >= Severity[fail_on.upper()]:

@@ -7,9 +7,9 @@ import click
 from batchnorm.cli.errors import library_errors, usage_errors_of
 from batchnorm.cli.inputs.loading import Weights, network, random_inputs, shape_of, weights_options
 from batchnorm.cli.outputs.reporting import ReportingCommand, print_values
-from batchnorm.cli.outputs.terminal import console
+from batchnorm.cli.outputs.terminal import console, print_rich
 
-_PIPED = 240  # columns without a terminal
+_WIDEST = 240  # columns without a terminal, so that each layer has one line
 
 
 @click.command(cls=ReportingCommand)
@@ -25,6 +25,8 @@ _PIPED = 240  # columns without a terminal
 def inspect(ctx: click.Context, /, model: str, weights: Weights | None, size: str | None, as_json: bool) -> None:
     r"""Print every layer of batch normalization: its place, settings, and ranges of parameters and statistics.
 
+    The table fits the terminal. In a pipe or a file, each layer has one line; $COLUMNS sets another width.
+
     \b
     Examples:
       batchnorm inspect net:build --weights net.pth --input 1,3,224,224
@@ -39,7 +41,7 @@ def inspect(ctx: click.Context, /, model: str, weights: Weights | None, size: st
     if as_json:
         print_values("inspect", model=type(built).__name__, layers=layers)
     else:
-        shown = console(piped=_PIPED)
+        out = console(_WIDEST)
         from batchnorm.doctor.report.terminal import layer_table
 
-        shown.print(layer_table(layers))
+        print_rich(layer_table(layers), out)

@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, path: Path, entry: str | None = None) -> str:
 
     Args:
         model: The network, which is changed.
-        path: A file of `torch.save`.
+        path: A file of `torch.save`, or of safetensors by its suffix.
         entry: The entry to take.
 
     Returns:
@@ -97,6 +97,8 @@ def load_weights(model: nn.Module, path: Path, entry: str | None = None) -> str:
 
 
 def _loaded(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path)
     with warnings.catch_warnings():  # torch warns about files that it then refuses
         warnings.simplefilter("ignore")
         with _objects_replaced(path):
@@ -107,6 +109,16 @@ def _loaded(path: Path) -> Any:
                     "must hold the state_dict of the network, but the file is empty, incomplete or not of torch.save. "
                     "Save it with torch.save(model.state_dict(), ...)."
                 ) from error
+
+
+def _of_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            "must be read by the package safetensors, which is not installed. Run pip install safetensors."
+        ) from error
+    return load_file(path)
 
 
 def _objects_replaced(path: Path) -> AbstractContextManager[object]:

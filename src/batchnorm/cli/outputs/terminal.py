@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +14,9 @@ from batchnorm.cli.errors import OneLineError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PIPED = 120  # columns without a terminal
 
-
-def console(piped: int = _PIPED) -> Console:
-    """Return standard output, with `piped` columns if it is not a terminal."""
+def console(columns: int = 120) -> Console:
+    """Return standard output; if it is not a terminal, it has $COLUMNS columns, by default this number."""
     try:
         from rich.console import Console
     except ModuleNotFoundError as error:
@@ -25,7 +24,15 @@ def console(piped: int = _PIPED) -> Console:
             click.get_current_context().command_path,
             "rich, which prints the report, is not installed. Run pip install 'batchnorm[doctor]', or use --json.",
         ) from error
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=piped)
+    width = os.environ.get("COLUMNS", "")
+    return Console(highlight=False, width=None if sys.stdout.isatty() else int(width) if width.isdigit() else columns)
+
+
+def print_rich(shown: Any, out: Console) -> None:
+    """Print something that rich renders, without the spaces with which rich fills lines."""
+    with out.capture() as captured:
+        out.print(shown)
+    print("\n".join(map(str.rstrip, captured.get().splitlines())))
 
 
 def shows_progress() -> bool:

@@ -15,6 +15,10 @@ from batchnorm.models.data.batches import tensors_in
 from batchnorm.walk import is_hooked
 
 
+class InputsNotTaken(ValueError):
+    """A model raised an error when it was called with the inputs of an argument."""
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """The arguments of one call of a model.
@@ -136,9 +140,9 @@ def _with_sizes(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return x
 
 
-def not_taken(caller: str, name: str, error: Exception) -> ValueError:
+def not_taken(caller: str, name: str, error: Exception) -> InputsNotTaken:
     """Return the error of a function whose argument of this name holds inputs that the model does not take."""
-    return ValueError(
+    return InputsNotTaken(
         f"{caller} expects {name} that the model takes, but calling it raised {type(error).__name__}: {error}. "
         "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
     )
