@@ -16,6 +16,10 @@ LEAST_EPS = 1e-70
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-15, 1e15
 
 
+class InputsNotTaken(ValueError):
+    """A model raised an error when it was called with the inputs of an argument."""
+
+
 def in_one_line(error: BaseException) -> str:
     """Return the class of an exception and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")

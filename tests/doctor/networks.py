@@ -87,12 +87,14 @@ def criterion(returned: object, y: Tensor) -> Tensor:
     return F.cross_entropy(logits(returned), y)
 
 
-def train(model: nn.Module, steps: int, *, lr: float = 0.1, size: int = 64, seed: int = 0) -> torch.optim.Optimizer:
-    """Train with a learning rate that falls to zero, so the running statistics catch up."""
+def train(
+    model: nn.Module, steps: int, *, lr: float = 0.1, size: int = 64, seed: int = 0, falls: bool = True
+) -> torch.optim.Optimizer:
+    """Train with a learning rate that falls to zero, so the running statistics catch up, or with a constant one."""
     x, y = digits()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1e-3, 1 - step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1e-3, 1 - step / steps) if falls else 1.0)
     model.train()
     for _ in range(steps):
         rows = torch.randint(5000, (size,), generator=generator)

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import batchnorm
 from batchnorm.doctor import Diagnosis, Finding, Severity, diagnose
@@ -45,9 +44,8 @@ def in_training(model: nn.Module) -> nn.Module:
 
 def pasted(finding: Finding, mistake: Mistake) -> dict[str, Any]:
     """Run the fix as printed, with the user's objects under the names that it uses; return all names afterwards."""
-    dataset = TensorDataset(*(torch.cat(part) for part in zip(*mistake.data, strict=True)))
-    names = {"batchnorm": batchnorm, "torch": torch, "model": mistake.model, "dataset": dataset}
-    names |= {"training_data": mistake.data, "data": mistake.data}
+    names = {"batchnorm": batchnorm, "torch": torch, "model": mistake.model, "training_data": mistake.data}
+    names |= {"data": mistake.data}
     exec(compile(finding.repair, finding.code, "exec"), names)
     return names
 

@@ -18,6 +18,7 @@ from batchnorm import walk
 from batchnorm.doctor import Finding, Severity, diagnose
 from batchnorm.doctor.report.page import is_code
 from batchnorm.doctor.rules import load_rules
+from batchnorm.doctor.wording import example_as_code, loader_as_code, samples_as_code
 from tests.doctor.cases import PLANTED, Case, Sequences, four_processes
 from tests.doctor.measure.test_padding import Masked, of_photographs, with_labels
 from tests.doctor.networks import Plain, batches, criterion, train, trained
@@ -34,10 +35,9 @@ def planted(code: str) -> tuple[Case, Finding]:
     return case, next(finding for finding in found.findings if finding.code == code)
 
 
-def pasted(finding: Finding, model: nn.Module, training_data: Any, **more: Any) -> Names:
+def pasted(finding: Finding, model: nn.Module, training_data: Any) -> Names:
     """Run the fix with the user's objects under the names that it uses; return all names afterwards."""
-    given = {"model": model, "training_data": training_data or batches(4), **more}
-    names = {"batchnorm": batchnorm, "torch": torch, **given}
+    names = {"batchnorm": batchnorm, "torch": torch, "model": model, "training_data": training_data or batches(4)}
     exec(compile(finding.repair, finding.code, "exec"), names)
     return names
 
@@ -63,7 +63,7 @@ def test_after_the_fix_nothing_is_found(code: str) -> None:
 @pytest.mark.parametrize("code", ["BN102", "BN216"])
 def test_after_the_fix_there_is_nothing_above_a_note(code: str) -> None:
     case, finding = planted(code)
-    model = pasted(finding, case.model, case.data, data=case.data)["model"]
+    model = pasted(finding, case.model, case.data)["model"]
     assert not above_notes(left(code, model, case.data, **case.options))
     assert not above_notes(left("BN101", model, case.data, **case.options))
 
@@ -99,7 +99,7 @@ def test_a_last_batch_of_one_is_dropped() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     dataset = TensorDataset(torch.randn(193, 4))
     (finding,) = left("BN104", model, DataLoader(dataset, 64), max_samples=None)
-    loader = pasted(finding, model, None, dataset=dataset)["loader"]
+    loader = pasted(finding, model, DataLoader(dataset, 64))["loader"]
     assert not left("BN104", model, loader, max_samples=None)
 
 
@@ -117,8 +117,7 @@ def test_a_last_batch_of_one_is_normalized_by_the_running_statistics() -> None:
 
 def test_shuffled_batches_are_independent() -> None:
     case, finding = planted("BN105")
-    dataset = TensorDataset(*(torch.cat(part) for part in zip(*case.data, strict=True)))
-    names = pasted(finding, case.model, case.data, dataset=dataset)
+    names = pasted(finding, case.model, case.data)
     assert not left("BN105", names["model"], names["loader"], **case.options)
 
 
@@ -127,8 +126,10 @@ def test_columns_standardized_in_float64_do_not_cancel() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1024, 8, generator=generator, dtype=torch.float64)
     rows[:, 3] = 1.7e9 + 1000 * rows[:, 3]
-    names = pasted(finding, case.model, None, data=rows)
-    x = names["standardizer"].transform(rows).float()
+    names = pasted(finding, case.model, None)
+    standardizer = batchnorm.Standardizer().fit(rows)
+    assert "batchnorm.Standardizer().fit(data)" in finding.repair
+    x = standardizer.transform(rows).float()
     data = [(part, part[:, :1] * 0) for part in x.split(128)]
     model, _ = batchnorm.recalibrate(names["model"], data)
     assert not left("BN108", model, data, **case.options)
@@ -150,8 +151,7 @@ def test_a_module_in_several_places_has_statistics_for_each() -> None:
 
 def test_without_batch_statistics_nothing_leaks() -> None:
     case, finding = planted("BN112")
-    dataset = TensorDataset(*(torch.cat(part) for part in zip(*case.data, strict=True)))
-    names = pasted(finding, case.model, case.data, dataset=dataset)
+    names = pasted(finding, case.model, case.data)
     assert not walk.norm_layers(names["model"])
     assert isinstance(names["loader"].sampler, torch.utils.data.RandomSampler)
     train(names["model"], 2)
@@ -171,9 +171,7 @@ class MaskedSequences(Sequences):
 
 def test_masks_keep_padding_of_sequences_out() -> None:
     case, finding = planted("BN113")
-    x = torch.randn(4, 32, 42)
-    names = pasted(finding, case.model, case.data, layer=batchnorm.nn.BatchNorm1d(32), x=x, mask=x[:, 0] > 0)
-    assert names["y"].shape == x.shape
+    names = pasted(finding, case.model, case.data)
     assert left("BN113", names["model"], case.data, **case.options)
     names["model"].__class__ = MaskedSequences
     assert not left("BN113", names["model"], case.data, **case.options)
@@ -183,8 +181,7 @@ def test_masks_keep_padding_of_images_out() -> None:
     torch.manual_seed(0)
     model, data = Plain(), with_labels(of_photographs())
     (finding,) = left("BN113", model, data, loss=criterion)
-    x = data[0][0]
-    names = pasted(finding, model, data, layer=batchnorm.nn.BatchNorm2d(3), x=x, mask=(x != 0).any(1))
+    names = pasted(finding, model, data)
     assert left("BN113", names["model"], data, loss=criterion)
     names["model"].blocks.__class__ = Masked
     assert not left("BN113", names["model"], data, loss=criterion)
@@ -192,8 +189,7 @@ def test_masks_keep_padding_of_images_out() -> None:
 
 def test_autocast_to_bfloat16_does_not_overflow() -> None:
     case, finding = planted("BN114")
-    names = pasted(finding, case.model, case.data, x=batches(1)[0][0])
-    assert names["y"].isfinite().all()
+    names = pasted(finding, case.model, case.data)
 
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -225,7 +221,7 @@ def test_groups_keep_weight_decay_from_killing_channels() -> None:
 def test_folded_away_nothing_is_left(code: str) -> None:
     case, finding = planted(code)
     x = batches(1)[0][0]
-    folded = pasted(finding, case.model, None, example_inputs=x)["folded"]
+    folded = pasted(finding, case.model, None)["folded"]
     assert not walk.norm_layers(folded)
     assert torch.allclose(folded.eval()(x), case.model.eval()(x), atol=1e-4)
 
@@ -255,7 +251,7 @@ def test_passes_that_must_not_count_do_not() -> None:
         return model(batch[0]) + model(batch[0].flip(3))
 
     (finding,) = left("BN106", model, batches(4, 32), forward=twice)
-    model = pasted(finding, model, None, x=batches(1, 32)[0][0])["model"]
+    model = pasted(finding, model, None)["model"]
     assert left("BN106", model, batches(4, 32), forward=twice)
 
     def once(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -281,6 +277,37 @@ def test_layers_that_train_on_fixed_statistics_are_recalibrated() -> None:
 def test_a_fix_without_code_says_what_to_change(code: str) -> None:
     _, finding = planted(code)
     assert finding.repair and not is_code(finding.repair)
+
+
+X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
+
+
+@pytest.mark.parametrize("data", [
+    [X[:4], X[4:]],
+    [(X[:4], Y[:4]), (X[4:], Y[4:])],
+    [{"x": X[:4], "y": Y[:4]}, {"x": X[4:], "y": Y[4:]}],
+    DataLoader(TensorDataset(X, Y), 4),
+], ids=["tensors", "tuples", "dicts", "loader"])  # fmt: skip
+def test_a_loader_of_all_samples_is_made_from_batches(data: Any) -> None:
+    names = {"torch": torch, "training_data": data}
+    exec(loader_as_code(samples_as_code(data, next(iter(data)))), names)
+    (batch,) = names["loader"]
+    x = batch["x"] if isinstance(batch, dict) else batch[0] if isinstance(batch, list) else batch
+    assert torch.equal(x[x[:, 0].argsort()], X)
+
+
+@pytest.mark.parametrize("given", [
+    (torch.ones(2, 3),), (torch.ones(2, dtype=torch.float64), torch.ones((), dtype=torch.int64)),
+], ids=["one", "two"])  # fmt: skip
+def test_an_example_has_the_shapes_and_types_of_the_arguments(given: tuple[Tensor, ...]) -> None:
+    def described(*tensors: Tensor) -> list[Any]:
+        return [(x.shape, x.dtype) for x in tensors]
+
+    found = eval(example_as_code(given))
+    assert described(*(found if isinstance(found, tuple) else (found,))) == described(*given)
+    named = eval(example_as_code(given, ["a", "b"][: len(given)]))
+    assert described(*named.values()) == described(*given) and "a" in named
+    assert example_as_code([*given, None]) == example_as_code([]) == "example_inputs"
 
 
 def test_every_code_is_tried_here() -> None:

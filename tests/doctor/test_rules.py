@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import functools
+import symtable
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from batchnorm.doctor import Diagnosis, Severity, diagnose, watch
 from batchnorm.doctor.rules import load_rules
 from batchnorm.rule_texts import rule_texts
 from tests.doctor.cases import HEALTHY, PLANTED, RELATED, Case, healthy
-from tests.doctor.networks import Plain, batches, criterion, trained
+from tests.doctor.networks import Plain, batches, criterion, train, trained
 
 CODES = [rule.code for rule in load_rules()]
 
@@ -37,6 +39,19 @@ def above_notes(diagnosis: Diagnosis) -> list[str]:
     return [f"{f.code} {f.summary} {f.evidence}" for f in diagnosis.findings if f.severity > Severity.NOTE]
 
 
+# The names that a fix may use: the packages, and the user's objects.
+NAMES = {"batchnorm", "torch", "model", "training_data", "data"}
+
+
+def undefined(code: str) -> set[str]:
+    """Return the names that code reads and does not define."""
+    table = symtable.symtable(code, "fix", "exec")
+    every = [table, *table.get_children()]
+    defined = {s.get_name() for each in every for s in each.get_symbols() if s.is_assigned() or s.is_imported()}
+    read = {s.get_name() for each in every for s in each.get_symbols() if s.is_referenced()}
+    return {name for name in read - defined if not hasattr(builtins, name) and not name.startswith(".")}
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_a_planted_defect_is_found(code: str) -> None:
     diagnosis, case = diagnosed(PLANTED[code])
@@ -44,6 +59,7 @@ def test_a_planted_defect_is_found(code: str) -> None:
     assert found, str(diagnosis)
     assert max(finding.severity for finding in found) >= case.severity
     assert all(finding.summary and (finding.repair or finding.causes) for finding in found)
+    assert all(undefined(finding.repair) <= NAMES for finding in diagnosis.findings)
     errors = {finding.code for finding in diagnosis.findings if finding.severity == Severity.ERROR}
     assert errors <= {code, *RELATED.get(code, set())}
 
@@ -113,6 +129,18 @@ def test_pruned_weights_have_stale_statistics() -> None:
     found = {f.code: f for f in diagnose(model, batches(), loss=criterion).findings}
     assert found["BN102"].figures["cause"] == "stale"
     assert found["BN102"].severity == Severity.ERROR
+
+
+def test_statistics_that_lag_at_a_constant_learning_rate_are_a_note() -> None:
+    model = trained("plain")
+    train(model, 80, lr=0.05, falls=False)
+    found = diagnose(model, batches(start=0), loss=criterion)
+    assert above_notes(found) == []
+    (lag,) = [finding for finding in found.findings if finding.code == "BN102"]
+    assert lag.figures["cause"] == "lag" and "learning rate" in lag.summary
+    assert lag.cost["loss"] > 0.5 * float(lag.evidence[0].split(" against ")[2].split()[0])  # it is no small cost
+    (stale,) = [finding for finding in diagnosed(PLANTED["BN102"])[0].findings if finding.code == "BN102"]
+    assert stale.figures["cause"] == "stale" and stale.severity == Severity.ERROR
 
 
 def test_too_few_updates_are_named() -> None:
@@ -300,6 +328,7 @@ def test_a_rule_documents_itself(rule) -> None:
         assert text and text == text.strip(), name
     compile(rule.repair, rule.code, "exec")
     assert "..." not in rule.repair + rule.repair_keras
+    assert undefined(rule.repair) <= {*NAMES, "example_inputs"} and undefined(rule.repair_keras) <= NAMES
 
 
 def test_a_page_is_made_from_each_rule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import click
 
+from batchnorm._options import InputsNotTaken
 from batchnorm.cli.exit_codes import USAGE
 from batchnorm.text import printable
 
@@ -43,8 +44,6 @@ def usage_errors_of(ctx: click.Context) -> UsageErrorMaker:
 @contextmanager
 def library_errors(usage_error: UsageErrorMaker, *others: type[Exception]) -> Iterator[None]:
     """Report errors of the library in one line: TypeError, ValueError and `others`."""
-    from batchnorm.models.data.inputs import InputsNotTaken
-
     kinds: tuple[type[Exception], ...] = (TypeError, ValueError, *others)
     try:
         yield

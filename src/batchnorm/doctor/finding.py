@@ -21,6 +21,11 @@ class Severity(IntEnum):
         return self.name.lower()
 
 
+def one_less(severity: Severity) -> Severity:
+    """Return the next lower severity, at least a note."""
+    return Severity(max(severity - 1, Severity.NOTE))
+
+
 @dataclass(frozen=True)
 class Finding:
     """One problem of a model's batch normalization, or one fact worth knowing about it.

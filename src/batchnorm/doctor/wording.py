@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from batchnorm.text import printable
+
+# Code for the data set of a loader.
+DATASET = "training_data.dataset"
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -63,6 +67,44 @@ def figure(value: float) -> str:
 def signed(value: float) -> str:
     """Return a number in three significant digits with its sign, a true minus."""
     return f"{value:+.3g}".replace("-", "−")
+
+
+def samples_as_code(data: Any, batch: Any) -> str:
+    """Return code for a data set of the samples of `training_data`: these data, of which this is a batch."""
+    if hasattr(data, "dataset"):
+        return DATASET
+    samples = "batch"
+    if isinstance(batch, Mapping):
+        samples = "(dict(zip(batch, values)) for values in zip(*batch.values()))"
+    elif isinstance(batch, (tuple, list)):
+        samples = "zip(*batch)"
+    return f"[sample for batch in training_data for sample in {samples}]"
+
+
+def loader_as_code(dataset: str, options: str = "") -> str:
+    """Return code for a loader that draws batches of random samples."""
+    return f"loader = torch.utils.data.DataLoader({dataset}, batch_size=64, shuffle=True{options})"
+
+
+def example_as_code(values: Iterable[Any], names: Iterable[str] = ()) -> str:
+    """Return code for random arguments of a model with the shapes of these; `example_inputs` if one is no tensor."""
+    code = list(map(_tensor_as_code, values))
+    if not code or "" in code:
+        return "example_inputs"
+    names = list(names)
+    if names:
+        return f"dict({', '.join(f'{name}={one}' for name, one in zip(names, code, strict=True))})"
+    return code[0] if len(code) == 1 else f"({', '.join(code)})"
+
+
+def _tensor_as_code(value: Any) -> str:
+    shape, dtype = getattr(value, "shape", None), str(getattr(value, "dtype", ""))
+    if shape is None or not dtype:
+        return ""
+    sizes = ", ".join(map(str, shape)) or "()"
+    options = "" if dtype == "torch.float32" else f", dtype={dtype}"
+    options += "" if str(value.device) == "cpu" else f', device="{value.device}"'
+    return f"torch.{'randn' if value.is_floating_point() else 'zeros'}({sizes}{options})"
 
 
 def explain_command(code: str) -> str:

@@ -26,15 +26,15 @@ class RepeatableBatches(Batches):
         Raises:
             ValueError: the data cannot be read again, or the batches differ.
         """
-        if isinstance(self._data, Iterator):
+        if isinstance(self.data, Iterator):
             raise ValueError(
                 f"recalibrate with passes='sequential' expects data that can be read again, got an iterator "
-                f"({type(self._data).__name__}). Pass a list or a DataLoader, or raise cache_bytes so that all "
+                f"({type(self.data).__name__}). Pass a list or a DataLoader, or raise cache_bytes so that all "
                 "batches are kept."
             )
-        _set_random_state(self._data, self._start)
+        _set_random_state(self.data, self._start)
         count = samples = 0
-        for batch in self._data:
+        for batch in self.data:
             count += 1
             samples += samples_in(batch)
             if count > after:

@@ -13,7 +13,7 @@ from torch.fx.node import Node
 from torch.linalg import lstsq
 from torch.optim.swa_utils import AveragedModel
 
-from batchnorm.doctor.finding import Severity
+from batchnorm.doctor.finding import Severity, one_less
 from batchnorm.doctor.measure.distance import Distance
 from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.measure.layers import Layer, remaining
@@ -36,6 +36,7 @@ _SCALED, _UNEVEN = 0.2, 0.25
 # Names of classes that hold averaged weights, in libraries that have their own.
 _AVERAGES = re.compile(r"Averag|EMA(?![a-z])|Ema(?![a-z])|SWA")
 
+_LAG = "the running statistics are off by no more than a learning rate that is still high explains"
 _UNSURE = "unsure: either the weights changed after the statistics, or these are not the training data (BN103)"
 
 
@@ -44,8 +45,9 @@ class Cause:
     """The cause of a misfit.
 
     Attributes:
-        kind: `stale` (the weights have changed), `averaged` (by averaging), `momentum` (too few updates), `shift` (the
-            data are different), `dropout` or `unknown`.
+        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (so little that a training at a high
+            learning rate explains it), `momentum` (too few updates), `shift` (the data are different), `dropout` or
+            `unknown`.
         evidence: Lines with figures.
         summary: The cause in one line; empty if the number of layers says it better.
     """
@@ -81,8 +83,9 @@ class Misfit:
         """The arguments of `Rule.finding` for the rule of the cause."""
         number = f"{len(self.distances)} of {counted(self.compared, 'layer')}"
         off = f"{number} {'is' if len(self.distances) == 1 else 'are'} off: {listed(self.paths, 3)}"
+        severity = self.effect.severity
         return {
-            "severity": self.effect.severity,
+            "severity": one_less(severity) if self.cause.kind == "lag" else severity,
             "effect": self.effect,
             "paths": self.paths,
             "summary": self.cause.summary or off,
@@ -139,6 +142,8 @@ def cause_of(
     if averaged and cause.kind in ("stale", "unknown"):
         summary = "the weights are averages, but the running statistics belong to other weights"
         return Cause("averaged", (averaged,), summary)
+    if cause.kind in ("stale", "unknown") and not cause.summary and not any(distance.matters for distance in off):
+        return Cause("lag", cause.evidence, _LAG)
     if cause.kind == "stale" and not cause.summary:
         changed = "the weights changed after the running statistics, for example by averaging (SWA, EMA), pruning"
         return replace(cause, summary=f"{changed}, quantization or training in evaluation mode")

@@ -19,6 +19,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.padding import PaddingEffect
 from batchnorm.doctor.measure.processes import ProcessStates
 from batchnorm.doctor.measure.training_step import TrainingStep
+from batchnorm.doctor.wording import DATASET, example_as_code
 from batchnorm.models.graphs.model_graph import Trace
 
 
@@ -63,6 +64,7 @@ class Measurements:
             path, worst layers first.
         reshuffled: Effect of normalizing the samples in new random batches.
         padding: Effect of padding on the statistics.
+        dataset: Code for the samples of the data, which are called `training_data`.
     """
 
     model: nn.Module
@@ -96,6 +98,7 @@ class Measurements:
     left_by_layer: Mapping[str, Effect] = field(default_factory=dict)
     reshuffled: Effect | None = None
     padding: PaddingEffect | None = None
+    dataset: str = DATASET
 
     @property
     def measured(self) -> list[Layer]:
@@ -130,6 +133,14 @@ class Measurements:
         if effect is None or effect.severity == Severity.NOTE or not self.training:
             return []
         return [f"in training mode against model.eval(): {effect}; if these batches are from an evaluation, call it"]
+
+    @property
+    def example(self) -> str:
+        """Code for random arguments of the model, such as those that it was traced with."""
+        inputs = None if self.trace is None else self.trace.sizes[0]
+        if inputs is None or (inputs.args and inputs.kwargs):
+            return "example_inputs"
+        return example_as_code(inputs.args or inputs.kwargs.values(), inputs.kwargs)
 
     @property
     def gap_matters(self) -> bool:

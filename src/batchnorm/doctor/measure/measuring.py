@@ -24,6 +24,7 @@ from batchnorm.doctor.measure.processes import ProcessStates, number_of_processe
 from batchnorm.doctor.measure.runs import Runs
 from batchnorm.doctor.measure.traced import dropout_before
 from batchnorm.doctor.measure.training_step import StepError, TrainingStep, training_step
+from batchnorm.doctor.wording import samples_as_code
 from batchnorm.models.data.batches import Batches, device_of, own_copy
 from batchnorm.models.data.inputs import Inputs
 from batchnorm.models.execution.observe import Statistics
@@ -97,7 +98,7 @@ def add_data(m: Measurements, passes: Passes, batches: Batches) -> Measurements:
     training = {module: module.training for module in m.model.modules()}
     set_mode(m.model, training=False)
     passes.first(batches)
-    m = add_passes(m, passes)
+    m = replace(add_passes(m, passes), dataset=samples_as_code(batches.data, passes.kept[0]))
     for module, mode in training.items():
         module.training = mode
     m = _add_step(m, passes)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from batchnorm.doctor.finding import one_less
 from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.rules.rule import Finding, Findings, Rule, Severity
@@ -47,7 +48,8 @@ class TrainEvaluationGap(Rule):
     """
     severity = """
         Decided by the loss in evaluation minus the loss in training: a warning if the loss grows by 10 % and the output
-        changes by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts.
+        changes by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts. One
+        level less if a learning rate that is still high explains the gap (BN102).
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
@@ -96,8 +98,12 @@ class TrainEvaluationGap(Rule):
                 explained[cause] = explained.get(cause, 0.0) + share
         if not explained:
             return finding
+        severity = finding.severity
+        if "BN102" in explained and any(f.code == "BN102" and f.figures["cause"] == "lag" for f in findings):
+            severity = one_less(severity)
         text = " and ".join(_explained(code, share) for code, share in explained.items())
-        return replace(finding, causes=tuple(explained), summary=f"{finding.summary}: explained {text}", repair="")
+        summary = f"{finding.summary}: explained {text}"
+        return replace(finding, severity=severity, causes=tuple(explained), summary=summary, repair="")
 
 
 def _summary(gap: Effect) -> str:

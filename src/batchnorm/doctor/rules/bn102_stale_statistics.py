@@ -29,10 +29,17 @@ class StaleStatistics(Rule):
         while later ones do not. If no sign decides, the finding is BN102 and says that it is unsure. Recalibration
         fixes both.
 
+        If no layer is off by more than 0.25 standard deviations or a factor of 1.22, a learning rate that is still high
+        in the last steps explains the distance: the weights change faster than the running average follows. A lower
+        rate at the end of training removes it, and so does recalibration.
+
         Known causes have rules of their own: [BN116](bn116.md) (averaged weights), [BN217](bn217.md) (too few updates
         for the momentum) and [BN111](bn111.md) (dropout).
     """
-    severity = "Decided by the cost of the running statistics against the population's, on the same batches."
+    severity = """
+        Decided by the cost of the running statistics against the population's, on the same batches; one level less if a
+        high learning rate explains the distance.
+    """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"
     source = """
@@ -43,7 +50,7 @@ class StaleStatistics(Rule):
     causes = ("BN109", "BN201", "BN216", "BN208", "BN204", "BN107", "BN115", "BN105")
 
     def check(self, m: Measurements) -> Findings:
-        if m.misfit is not None and m.misfit.cause.kind in ("stale", "unknown"):
+        if m.misfit is not None and m.misfit.cause.kind in ("stale", "lag", "unknown"):
             yield self.finding(**m.misfit.finding)
 
     def revise(self, finding: Finding, findings: Sequence[Finding]) -> Finding:

@@ -4,7 +4,7 @@ from statistics import median
 
 from batchnorm.doctor.measure.layers import NOISE_AIM, NOISY, samples_needed
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
-from batchnorm.doctor.wording import counted, listed, noise_at
+from batchnorm.doctor.wording import counted, listed, loader_as_code, noise_at
 
 
 class SmallBatch(Rule):
@@ -61,7 +61,7 @@ class SmallBatch(Rule):
                 f"one value per channel in {most} of {counted(number, 'batch')} at "
                 f"{listed(layer.path for layer in single)}: training raises an error there, or cannot normalize by "
                 "the batch",
-                repair="loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)\n"
+                repair=f"{loader_as_code(m.dataset, ', drop_last=True')}\n"
                 '# or: model, report = batchnorm.convert(model, batchnorm.nn, on_single="running")',
                 batches=most,
             )

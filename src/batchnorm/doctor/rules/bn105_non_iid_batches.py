@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule
+from batchnorm.doctor.wording import loader_as_code
 
 
 class NonIidBatches(Rule):
@@ -26,12 +27,12 @@ class NonIidBatches(Rule):
         network has learned to use them.
     """
     repair = """
-        loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
+        loader = torch.utils.data.DataLoader(training_data.dataset, batch_size=64, shuffle=True)
         # if batches cannot be shuffled: exact statistics for evaluation, or no batch statistics (batchnorm.convert)
         model, report = batchnorm.recalibrate(model, training_data)
     """
     repair_keras = """
-        dataset = dataset.shuffle(10_000).batch(64)  # or model.fit(x, y, shuffle=True)
+        # model.fit(x, y, shuffle=True), or dataset.shuffle(10_000).batch(64)
         # if batches cannot be shuffled: exact statistics for evaluation
         model, report = batchnorm.keras.recalibrate(model, training_data)
     """
@@ -58,6 +59,7 @@ class NonIidBatches(Rule):
                 f"batches' statistics against the population's: {m.batch_effect}",
                 *m.advice_on_mode,
             ],
+            repair=self.repair_from(loader_as_code(m.dataset)),
             inflation=inflation,
             p=test.p,
         )

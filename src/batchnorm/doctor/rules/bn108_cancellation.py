@@ -24,7 +24,7 @@ class Cancellation(Rule):
         warning from 0.01, an error from 0.1.
     """
     repair = """
-        standardizer = batchnorm.Standardizer().fit(data)  # in float64, before conversion to the layer's dtype
+        # before the data are converted to the layer's dtype: standardizer = batchnorm.Standardizer().fit(data)
         model, report = batchnorm.accelerate(model)  # its layers lose no more than the input has already lost
     """
     source = "The mathematics page, “Forward, training”; Chan, Golub & LeVeque 1979."

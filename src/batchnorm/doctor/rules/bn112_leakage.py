@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
+from batchnorm.doctor.wording import loader_as_code
 
 
 class Leakage(Rule):
@@ -22,7 +23,7 @@ class Leakage(Rule):
         batches changes outputs just as much.
     """
     repair = """
-        loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
+        loader = torch.utils.data.DataLoader(training_data.dataset, batch_size=64, shuffle=True)
         # if batches cannot be shuffled, use no statistics of the batch; then train again
         model, report = batchnorm.convert(model, torch.nn.GroupNorm, num_groups=8)
     """
@@ -42,4 +43,5 @@ class Leakage(Rule):
                 f"the same samples in new random batches: {effect}",
                 effect=effect,
                 evidence=[f"evaluation against training: {m.gap}"],
+                repair=self.repair_from(loader_as_code(m.dataset)),
             )

@@ -33,7 +33,7 @@ class Padding(Rule):
     severity = "A warning if the statistics move by more than 0.25, otherwise a note."
     repair = """
         model, report = batchnorm.convert(model, batchnorm.nn)
-        y = layer(x, mask=mask)  # in the model's forward; mask [N, L], for images [N, H, W], is True where x counts
+        # in the model's forward: layer(x, mask=mask); mask [N, L], for images [N, H, W], is True where x counts
     """
     notes = """
         Padding that looks like a background is not found: sequences in the middle of their padding, images at random

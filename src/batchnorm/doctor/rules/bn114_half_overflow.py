@@ -23,8 +23,8 @@ class HalfOverflow(Rule):
     severity = "An error if values are infinite or NaN; a note from a quarter of the largest number."
     repair = """
         model = model.float()
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):  # which has the range of float32
-            y = model(x)
+        with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):
+            pass  # training and evaluation: bfloat16 has the range of float32
     """
     source = "Micikevicius et al. 2018, *Mixed Precision Training*; IEEE 754."
     needs = ("data",)

@@ -23,9 +23,9 @@ class DomainsInTurn(Rule):
         worse.
     """
     repair = """
-        model, report = batchnorm.convert(model, batchnorm.DomainBatchNorm, num_domains=2)
         domains = [0, 1] * 6  # of the batches in training_data
-        for domain in range(2):
+        model, report = batchnorm.convert(model, batchnorm.DomainBatchNorm, num_domains=len(set(domains)))
+        for domain in set(domains):
             batches = [batch for batch, own in zip(training_data, domains) if own == domain]
             with batchnorm.use_domain(domain):  # also around each call of the model, in training and in evaluation
                 model, report = batchnorm.recalibrate(model, batches)
@@ -53,9 +53,7 @@ class DomainsInTurn(Rule):
             f"{domains.distances[paths[0]]:.2g}σ apart at {named(paths[0])}",
             effect=effect,
             evidence=[f"batches' statistics against the population's: {m.batch_effect}"],
-            repair=self.repair.replace("num_domains=2", f"num_domains={number}")
-            .replace("[0, 1] * 6", _as_code(domains.of_batches))
-            .replace("range(2)", f"range({number})"),
+            repair=self.repair_from(f"domains = {_as_code(domains.of_batches)}  # of the batches in training_data"),
             domains=domains.of_batches,
             distances=domains.distances,
         )

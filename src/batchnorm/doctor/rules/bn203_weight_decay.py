@@ -45,8 +45,10 @@ class WeightDecay(Rule):
 def _repair(optimizer: torch.optim.Optimizer, rate: float) -> str:
     """Return code that makes the same optimizer, with its options."""
     kind = type(optimizer)
-    name = f"torch.optim.{kind.__name__}" if hasattr(torch.optim, kind.__name__) else kind.__name__
+    known = getattr(torch.optim, kind.__name__, None) is kind
+    name = f"torch.optim.{kind.__name__}" if known else kind.__name__
+    imported = "" if known else f"from {kind.__module__} import {kind.__name__}\n"
     defaults = inspect.signature(kind).parameters
     chosen = {key: value for key, value in optimizer.defaults.items() if key in defaults and key != "weight_decay"}
     options = "".join(f", {key}={value!r}" for key, value in chosen.items() if value != defaults[key].default)
-    return f"optimizer = {name}(batchnorm.parameter_groups(model, weight_decay={rate:g}){options})"
+    return f"{imported}optimizer = {name}(batchnorm.parameter_groups(model, weight_decay={rate:g}){options})"

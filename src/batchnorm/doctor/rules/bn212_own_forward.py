@@ -27,4 +27,9 @@ class OwnForward(Rule):
         found = {path: type(module).__name__ for path, module in modules.items() if has_own_forward(module)}
         if found:
             kinds = ", ".join(sorted(set(found.values())))
-            yield self.finding(Severity.NOTE, found, f"{kinds} at {counted(len(found), 'place')}: {listed(found)}")
+            yield self.finding(
+                Severity.NOTE,
+                found,
+                f"{kinds} at {counted(len(found), 'place')}: {listed(found)}",
+                repair=f"folded, report = batchnorm.fold(model, {m.example})  # follows calls, not classes",
+            )

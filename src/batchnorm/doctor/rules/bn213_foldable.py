@@ -29,4 +29,5 @@ class Foldable(Rule):
                 Severity.NOTE,
                 found,
                 f"{len(found)} of {counted(len(m.layers), 'layer')} can be folded: {listed(found)}",
+                repair=f"folded, report = batchnorm.fold(model, {m.example})",
             )

@@ -68,6 +68,10 @@ class Rule(ABC):
         explained = (f"explained by {' and '.join(causes)}",) if causes else ()
         return replace(finding, causes=causes, evidence=(*explained, *finding.evidence))
 
+    def repair_from(self, line: str) -> str:
+        """Return the repair with another first line."""
+        return "\n".join([line, *self.repair.splitlines()[1:]])
+
     def finding(
         self,
         severity: Severity,

@@ -44,13 +44,14 @@ class Batches:
         max_samples: Stop after the batch that reaches this many samples; None reads all.
 
     Attributes:
+        data: The iterable of batches.
         count: The number of batches.
         samples: The number of samples in them.
         shape: The shape of the first layer's input for the current batch, which the caller sets (see `samples_in`).
     """
 
     def __init__(self, data: Iterable[Any], max_samples: int | None) -> None:
-        self._data = data
+        self.data = data
         self._max_samples = max_samples
         self.samples = self.count = self._estimate = 0
         self.shape: Sequence[int] | None = None
@@ -67,13 +68,13 @@ class Batches:
 
     def _length_of_data(self) -> int | None:
         try:
-            return len(self._data)  # type: ignore[arg-type]
+            return len(self.data)  # type: ignore[arg-type]
         except TypeError:
             return None
 
     def __iter__(self) -> Iterator[Any]:
         """Read the data and count batches and samples."""
-        for batch in self._data:
+        for batch in self.data:
             self.count += 1
             self._estimate += samples_in(batch)
             self.shape = None

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from batchnorm._options import InputsNotTaken
 from batchnorm.models.data.batches import tensors_in
 from batchnorm.walk import is_hooked
-
-
-class InputsNotTaken(ValueError):
-    """A model raised an error when it was called with the inputs of an argument."""
 
 
 @dataclass(frozen=True, eq=False)
