@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from batchnorm import cli
 from batchnorm.cli.app import app
+from batchnorm.cli.commands.compare import compare
 from batchnorm.cli.syntax import repeat_options
 
 
@@ -25,6 +26,18 @@ from batchnorm.cli.syntax import repeat_options
 )
 def test_an_option_takes_every_argument_up_to_the_next(words, expected):
     assert repeat_options(words.split(), {"--norms"}) == expected.split()
+
+
+@pytest.mark.parametrize("words", [
+    "--lr 0.1 0.5 --model mlp cnn --batch-size 8 64 --norms renorm:rmax=3,dmax=5 batch",
+    "--lr 0.1,0.5 --model mlp,cnn --batch-size=8, 64 --norms renorm:rmax=3,dmax=5 batch",
+    "--lr 0.1 --lr=0.5 --model mlp, cnn --batch-size 8,64 --norms renorm:rmax=3,dmax=5 batch",
+])  # fmt: skip
+def test_spaces_and_commas_separate_the_values_of_an_option(words):
+    found = compare.make_context("compare", words.split()).params
+    assert found["lr"] == (0.1, 0.5) and found["model"] == ("mlp", "cnn") and found["batch_size"] == (8, 64)
+    assert found["norms"] == ("renorm:rmax=3,dmax=5", "batch")
+    assert found["sampling"] == ("iid",)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,23 @@ def _one_line(context: click.Context) -> Iterator[None]:
 
 
 class SeveralValues(click.Option):
-    """An option that takes every argument up to the next option, and can also be repeated."""
+    """An option that takes every argument up to the next option, and can also be repeated.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    Args:
+        commas: Whether commas within an argument also separate values.
+    """
+
+    def __init__(self, *arguments: Any, commas: bool = True, **options: Any) -> None:
         options["multiple"] = True
         super().__init__(*arguments, **options)
+        self._commas = commas
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Convert the values, each to the option's type."""
+        if self._commas and value is not None:
+            parts = (part.strip() for item in value for part in str(item).split(","))
+            value = [part for part in parts if part]
+        return super().type_cast_value(ctx, value)
 
 
 def complete_files(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

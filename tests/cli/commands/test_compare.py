@@ -143,6 +143,15 @@ def test_an_unknown_norm_is_reported_with_the_closest_name(tmp_path):
     assert_one_line(result, f"norms must be among {', '.join(norms.names())}, got 'btach'. Did you mean batch?")
 
 
+def test_batches_of_one_are_refused_before_training(file, tmp_path):
+    result = invoke("--batch-size", "16", "1", "--data", file, "--out", tmp_path / "out", "--steps", "3")
+    assert_one_line(
+        result,
+        "batch_size must give 'batch' in mlp more than one value per channel, got 1. Choose a larger one, or norms",
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_callable_that_raises_is_reported(tmp_path, monkeypatch):
     (tmp_path / "bad_net_for_cli.py").write_text(
         "def build(norm, in_shape, num_classes):\n    raise KeyError('width')\n"

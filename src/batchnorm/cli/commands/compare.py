@@ -21,6 +21,7 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.option(
     "--norms",
     cls=SeveralValues,
+    commas=False,  # they also separate the options of a layer
     show_default="none batch; as-is for several networks",
     metavar="NAME...",
     help="Normalizations; the others are compared with the first. Options of a layer follow its name: "
@@ -161,6 +162,8 @@ WITH_REPORT = {"report", "target_accuracy", "records", "tensorboard"}
 @click.pass_context
 def compare(ctx: click.Context, /, out: Path | None, report: Path | None, as_json: bool, **options: Any) -> None:
     r"""Train one network with several normalizations, or several networks, on the same data, and write a report.
+
+    Several values of an option are separated by spaces or commas. Every combination is trained.
 
     \b
     Examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compare.directory import recording
+from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs import models
 from batchnorm.compare.inputs.choices import Choice
 from batchnorm.compare.inputs.data import Data
@@ -31,6 +33,8 @@ from batchnorm.compare.training.measurements import Activations, kept_bytes
 from batchnorm.compare.training.parallel import Processes
 from batchnorm.compare.training.remaining import Costs
 
+# The error of this library and of torch for a batch with one value per channel.
+_SINGLE = re.compile("more than (one|1) value per channel")
 SAMPLE = 64  # inputs that each new network is tried on
 
 
@@ -72,7 +76,16 @@ class Cells:
         def note_end(*_: object) -> None:
             ends.append(time.perf_counter())
 
-        train(network, norm, self.data, optimizer, options, watched, recorder, note_end, self.processes)
+        try:
+            train(network, norm, self.data, optimizer, options, watched, recorder, note_end, self.processes)
+        except ComparisonError as error:
+            if not _SINGLE.search(str(error.__cause__)):
+                raise
+            each = f" on {self.processes.size} processes" if self.processes.size > 1 else ""
+            raise ComparisonError(
+                f"batch_size must give {choice.norm!r} in {choice.model} more than one value per channel, got "
+                f"{choice.batch_size}{each}. Choose a larger one, or norms without statistics of the batch."
+            ) from error
         # An evaluation precedes the first step and follows the last one; the first step also includes first calls.
         step = ends[2] - ends[1] if len(ends) > 2 else 0.0
         evaluation = (time.perf_counter() - ends[0] - (len(ends) - 1) * step) / 2
