@@ -185,6 +185,7 @@ def test_backends_gives_the_hint(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
+        ({"keep": "yes"}, TypeError, "expects True or False, got 'yes'. Pass keep_memory"),
         ({"reserve": 1.5}, TypeError, "an integer number of bytes for reserve, got 1.5. Pass, for example"),
         ({"reserve": True}, TypeError, "an integer number of bytes for reserve, got True"),
         ({"reserve": -1}, ValueError, "a positive number of bytes, got reserve=-1 with keep=True. Leave reserve out"),

@@ -75,7 +75,10 @@ def check_update(
     # A compiler cannot trace is_inference(). The operator checks this when it runs.
     compiling = torch.compiler.is_compiling()
     for name, t in running.items():
-        if t is not None and (t.requires_grad or not t.is_contiguous() or (not compiling and t.is_inference())):
+        if t is None:
+            continue
+        check_dense(caller, name, t)
+        if t.requires_grad or not t.is_contiguous() or (not compiling and t.is_inference()):
             _check_writable(caller, name, t)
 
 
@@ -123,8 +126,7 @@ def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
             f"{caller} expects a dense x, got a nested tensor. Pad it with x.to_padded_tensor(0.0) and pass a mask of "
             "the real positions. BatchNorm with channel_dim=-1 takes jagged tensors [N, j, *S, C]."
         )
-    if x.layout != torch.strided:
-        raise ValueError(f"{caller} expects a dense x, got one of layout {x.layout}. Use x.to_dense().")
+    check_dense(caller, "x", x)
     if not x.is_floating_point():
         fix = "Convert it, for example x.float()."
         if x.is_quantized:
@@ -144,6 +146,15 @@ def check_input(caller: str, x: Tensor, channel_dim: int = 1) -> None:
     raise ValueError(f"{caller} expects x of shape {layout}, got {list(x.shape)} ({x.dim()} dims). {hint}")
 
 
+def check_dense(caller: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise ValueError(
+            f"{caller} expects a dense {name}, got a nested tensor. Pad it with {name}.to_padded_tensor(0.0)."
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{caller} expects a dense {name}, got one of layout {tensor.layout}. Use {name}.to_dense().")
+
+
 def check_channel_vectors(caller: str, x: Tensor, channel_dim: int = 1, /, **vectors: Tensor | None) -> None:
     """Check that every vector is `[C]`, on x's device, and in x's dtype, or in float32 if x is float16 or bfloat16."""
     # Read once, because this runs in every forward.
@@ -151,6 +162,7 @@ def check_channel_vectors(caller: str, x: Tensor, channel_dim: int = 1, /, **vec
     for name, vector in vectors.items():
         if vector is None:
             continue
+        check_dense(caller, name, vector)
         if vector.shape == shape and vector.dtype == dtype and vector.device == device:
             continue
         if vector.shape != shape:
@@ -209,6 +221,7 @@ def _quantizes(tracer: type) -> bool:
 def check_residual(caller: str, x: Tensor, residual: Tensor | None) -> None:
     if residual is None:
         return
+    check_dense(caller, "residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"{caller} expects a residual of x's shape {list(x.shape)}, got {list(residual.shape)}. "
@@ -284,6 +297,8 @@ def check_running(
 def mask_as_weights(caller: str, x: Tensor, mask: Tensor, channel_dim: int = 1) -> Tensor:
     """Return the weights `[N, *S]` of a mask: booleans or weights >= 0, broadcastable to `[N, *S]`."""
     positions = positions_of(x, channel_dim)
+    if isinstance(mask, Tensor):
+        check_dense(caller, "mask", mask)
     check_allocated(caller, mask=mask)
     if not isinstance(mask, Tensor) or mask.is_complex():
         kind = type(mask).__name__ if not isinstance(mask, Tensor) else mask.dtype

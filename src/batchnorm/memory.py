@@ -22,6 +22,7 @@ _ADAPTED_THRESHOLD, _ADAPTED_TRIM, _DEFAULT_MAPPINGS = 32 << 20, 64 << 20, 65536
 _MAPPED = 32 << 20  # glibc maps larger blocks, whatever it adapts to
 _MANY_SAMPLES = 512  # larger batches are rare on a CPU
 _PROBE = 48 << 20  # above 32 MB, which glibc maps by default; below 64 MB, which it always maps in other threads
+_SAMPLED = 192  # pages of the block that are written to learn whether it is new memory
 _FEW_FAULTS = 64  # a block of new memory causes thousands, and in huge pages still one per 2 MB
 _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc", "tbbmalloc", "hoard", "snmalloc", "asan")
 
@@ -69,7 +70,7 @@ def keep_memory(keep: bool = True, *, reserve: int = 0) -> MemoryReport:
             peak memory of a training step is a good choice.
 
     Raises:
-        TypeError: `reserve` is not an integer.
+        TypeError: `keep` is not a boolean, or `reserve` not an integer.
         ValueError: `reserve` is negative, or is given with `keep=False`.
         MemoryError: less than 48 MB are left, so that nothing can be measured.
 
@@ -119,7 +120,7 @@ def hint() -> str | None:
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" or not allocator().startswith("glibc"):
         return None
     try:
-        faults = _page_faults()
+        faults = _page_faults(_PROBE // _SAMPLED, 1)
     except MemoryError:
         return None
     if faults < _FEW_FAULTS:
@@ -144,6 +145,8 @@ def advice(bytes_per_sample: int) -> tuple[str, ...]:
 
 
 def _check(keep: bool, reserve: int) -> None:
+    if not isinstance(keep, bool):
+        raise TypeError(f"keep_memory expects True or False, got {keep!r}. Pass keep_memory(False) to return memory.")
     if not isinstance(reserve, int) or isinstance(reserve, bool):
         raise TypeError(
             f"keep_memory expects an integer number of bytes for reserve, got {reserve!r}. Pass, for example, "
@@ -185,8 +188,13 @@ def _library_of_malloc() -> str:
     return os.path.basename(os.fsdecode(found.file or b"unknown"))
 
 
-def _page_faults() -> int:
-    """Return the page faults of writing to a block that was freed and allocated again."""
+def _page_faults(apart: int = _PROBE, size: int = _PROBE) -> int:
+    """Return the page faults of writing to a block that was freed and allocated again.
+
+    Args:
+        apart: Bytes from the beginning of one part that is written to that of the next; by default, there is one part.
+        size: Bytes of each part.
+    """
     import resource
 
     libc = _libc()
@@ -199,7 +207,8 @@ def _page_faults() -> int:
                 "process's limit."
             )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        libc.memset(block, 1, _PROBE)
+        for start in range(block, block + _PROBE, apart):
+            libc.memset(start, 1, size)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         libc.free(block)
     return int(counts[-1])

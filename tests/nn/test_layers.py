@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 import batchnorm
 from batchnorm import nn
+from batchnorm.functional import batch_norm
 from batchnorm.nn.layer import NormLayer
 from tests.cases import torch_activation
 
@@ -153,6 +155,19 @@ def test_lazy_refuses_a_wrong_rank_before_it_makes_anything() -> None:
     assert lazy(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
     lazy.reset_parameters()
     assert (lazy.running_mean == 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["residual", "mask", "weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize(
+    "change", [Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))], ids=["sparse", "nested"]
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_every_tensor_must_be_dense(change: Callable[[Tensor], Tensor], name: str, training: bool) -> None:
+    x, given = torch.randn(8, 4), {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    given |= {name: change({**given, "residual": x, "mask": torch.ones(8)}.get(name, torch.ones(4)))}
+    with pytest.raises(ValueError, match=rf"batch_norm expects a dense {name}, got .*{name}\.to_"):
+        batch_norm(x, **given, training=training)
 
 
 @pytest.mark.parametrize("training", [True, False])
