@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.checkpoint import checkpoint
 
-import batchnorm as bn
 from batchnorm.doctor import Severity
+from tests.doctor.defective import AlwaysTraining, Checkpointed, OnlyNamed, Recurrent, Sequences, Table, WithActivation
 from tests.doctor.networks import Plain, batches, criterion, digits, train, trained
 
 Batches = list[tuple[Tensor, Tensor]] | None
@@ -69,17 +68,6 @@ def sorted_batches() -> Case:
     return Case(trained("plain"), data, {"loss": criterion}, Severity.ERROR)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, network: Plain) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.network.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return self.network.head(x.mean((2, 3)))
-
-
 def checkpointed() -> Case:
     return Case(Checkpointed(trained("plain")), batches(6, 16), {"loss": criterion}, Severity.NOTE)
 
@@ -88,18 +76,6 @@ def frozen_backbone() -> Case:
     model = trained("plain")
     model.blocks.requires_grad_(False)
     return Case(model, batches(), {"loss": criterion}, Severity.WARNING)
-
-
-class Table(nn.Module):
-    """A network for tables, which normalizes its columns first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.columns = nn.BatchNorm1d(8)
-        self.hidden = nn.Sequential(nn.Linear(8, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.hidden(self.columns(x))
 
 
 def table(start: float, severity: Severity = Severity.NOTE) -> Case:
@@ -113,25 +89,6 @@ def table(start: float, severity: Severity = Severity.NOTE) -> Case:
     for x, _ in data:
         model(x)
     return Case(model, data, {"loss": nn.functional.mse_loss}, severity)
-
-
-class Recurrent(nn.Module):
-    """A cell whose batch normalization all steps share, and whose state grows from step to step."""
-
-    def __init__(self, apart: bool) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 24, 3, 2, 1, bias=False)
-        self.cell = nn.Conv2d(24, 24, 3, 1, 1, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(24) for _ in range(4))
-        self.apart = apart
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = given = self.first(x)
-        for step in range(4):
-            norm = self.norms[step if self.apart else 0]
-            state = state + 2 * step * given + torch.relu(norm(self.cell(state)))
-        return self.head(state.mean((2, 3)))
 
 
 def recurrent(apart: bool) -> Case:
@@ -227,20 +184,11 @@ def exploded() -> Case:
     return Case(model, None)
 
 
-class WithActivation(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).relu()
-
-
 def hidden_activation() -> Case:
     model = trained("plain")
     for block in model.blocks:
         block[1].__class__ = WithActivation
     return Case(model, None)
-
-
-class OnlyNamed(bn.BatchNorm2d):
-    """With the forward of this library's layer."""
 
 
 def only_named() -> Case:
@@ -250,13 +198,6 @@ def only_named() -> Case:
     replaced.load_state_dict(model.blocks[1][1].state_dict())
     model.blocks[1][1] = replaced
     return Case(model, None)
-
-
-class AlwaysTraining(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1, self.eps
-        )
 
 
 def moving() -> Case:
@@ -291,25 +232,6 @@ def exposures(spread: float) -> Case:
         criterion(model(given), labels).backward()
         optimizer.step()
     return Case(model, [batch(5000, len(x)) for _ in range(12)], {"loss": criterion}, Severity.ERROR)
-
-
-class Sequences(nn.Module):
-    """A network for sequences `[N, C, L]`, most of which end early."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv1d(42, 32, 3, 1, 1, bias=False),
-            nn.BatchNorm1d(32),
-            nn.ReLU(),
-            nn.Conv1d(32, 32, 3, 2, 1, bias=False),
-            nn.BatchNorm1d(32),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).mean(2))
 
 
 def sequences(padded: bool) -> Case:

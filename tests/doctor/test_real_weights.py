@@ -17,7 +17,8 @@ from torch.nn.utils import prune
 import batchnorm
 from batchnorm import walk
 from batchnorm.doctor import Finding, Severity, diagnose
-from tests.doctor.cases import RELATED, AlwaysTraining, WithActivation
+from tests.doctor.cases import RELATED
+from tests.doctor.defective import AlwaysTraining, WithActivation
 from tests.doctor.real_weights import digits_of, efficientnet, mobilenet, photographs
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from batchnorm.recalibration import recalibrate
 from tests.processes import spawn
-from tests.recalibration.test_recalibrate import assert_as_before, batches, network, snapshot
+from tests.recalibration.models import assert_as_before, batches, network, snapshot
 
 SHARES = {"ragged": (slice(0, 3), slice(3, 4)), "empty": (slice(0, 0), slice(0, 4))}
 

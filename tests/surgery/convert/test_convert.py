@@ -1,4 +1,4 @@
-"""convert: every class to every other and back, with everything that hangs on a layer, and nothing lost silently."""
+"""`convert`: every class to every other, with the same parameters, statistics and results."""
 
 from __future__ import annotations
 
@@ -6,46 +6,25 @@ import copy
 import io
 import pickle
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import batchnorm.nn
 from batchnorm.models.report import Result
-from batchnorm.nn import act, batch, conditional, decorrelated, domain, frozen, ghost, renorm, sync
+from batchnorm.nn import act, batch, conditional, domain, frozen, ghost, renorm, sync
 from batchnorm.surgery import convert
 from batchnorm.surgery.accelerate.accelerate import accelerate
 from batchnorm.surgery.convert.ranks import rank_of
+from tests.surgery.convert.family import CALLED_PLAINLY, FAMILY, SHAPES, trained
 
 RANKS = ("1d", "2d", "3d")
-SHAPES = {"1d": (6, 4, 5), "2d": (6, 4, 3, 5), "3d": (6, 4, 3, 2, 3)}
-# Each algorithm, with options that make it plain batch normalization of a batch, so that outputs can be compared.
-FAMILY: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "BatchNorm": (batch.BatchNorm, {}),
-    "BatchRenorm": (renorm.BatchRenorm, {"rmax": 1.0, "dmax": 0.0}),
-    "GhostBatchNorm": (ghost.GhostBatchNorm, {"ghost_size": 6}),
-    "SyncBatchNorm": (sync.SyncBatchNorm, {}),
-    "FrozenBatchNorm": (frozen.FrozenBatchNorm, {}),
-    "DomainBatchNorm": (domain.DomainBatchNorm, {"num_domains": 2}),
-    "ConditionalBatchNorm": (conditional.ConditionalBatchNorm, {"num_classes": 3}),
-    "DecorrelatedBatchNorm": (decorrelated.DecorrelatedBatchNorm, {"group_size": 1}),
-}
-CALLED_PLAINLY = ("BatchNorm", "BatchRenorm", "GhostBatchNorm", "SyncBatchNorm")
+
 MEANS_THE_SAME = (*CALLED_PLAINLY, "FrozenBatchNorm")
-
-
-def trained(rank: str = "2d", **options: Any) -> nn.Module:
-    """A torch layer with values in everything."""
-    layer = getattr(nn, f"BatchNorm{rank}")(4, **options)
-    with torch.no_grad():
-        for tensor in layer.state_dict().values():
-            tensor.uniform_(0.5, 2.0) if tensor.is_floating_point() else tensor.fill_(5)
-    return layer
 
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:
@@ -165,191 +144,9 @@ def test_what_a_layer_lacks_the_other_lacks(name: str, options: dict[str, Any]) 
     assert repr(convert(nn.Sequential(new), to=torch.nn).model[0]) == repr(model[0])
 
 
-def test_a_shared_layer_stays_shared() -> None:
-    shared = trained()
-    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared, "c": trained()})
-    result = convert(model, to=batch.BatchNorm, inplace=True)
-    assert result.model is model
-    assert model["a"][0] is model["b"]
-    assert [(c.path, c.reason) for c in result.report.changed] == [("a.0", "also at b"), ("c", "")]
-    assert model["b"].weight is shared.weight
-    tied = nn.Sequential(trained(), trained())
-    tied[1].weight = tied[0].weight
-    converted = convert(tied, to=batch.BatchNorm).model
-    assert converted[0].weight is converted[1].weight
-
-
-def test_an_optimizer_and_others_go_on_with_the_same_tensors() -> None:
-    model = nn.Sequential(trained())
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for to in (batch.BatchNorm, renorm.BatchRenorm, torch.nn.BatchNorm2d, "GroupNorm"):
-        convert(model, to=to, inplace=True)
-        for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
-            assert tensor is tensors[name]
-    before = model[0].weight.detach().clone()
-    model(torch.randn(SHAPES["2d"])).square().sum().backward()
-    optimizer.step()
-    assert not torch.equal(model[0].weight, before)
-
-
-def test_modes_flags_dtypes_and_devices_are_kept() -> None:
-    model = nn.Sequential(trained(), trained(), trained(), trained(device="meta"))
-    model[1].eval()
-    model[0].weight.requires_grad_(False)
-    model[2].half()
-    model[2].running_mean = model[2].running_mean.float()
-    model[2].running_var = model[2].running_var.float()
-    model[0].track_running_stats = False
-    for name in (*CALLED_PLAINLY, "DomainBatchNorm"):
-        kind, options = FAMILY[name]
-        new = convert(model, to=kind, **options).model
-        assert [m.training for m in new] == [True, False, True, True]
-        assert [(m.weight.requires_grad, m.bias.requires_grad) for m in new] == [(False, True)] + [(True, True)] * 3
-        assert (new[2].weight.dtype, new[2].running_var.dtype) == (torch.float16, torch.float32)
-        assert new[3].weight.is_meta and new[3].running_mean.is_meta
-        assert [m.track_running_stats for m in new] == [False, True, True, True]
-        if name != "DomainBatchNorm":
-            back = convert(new, to=torch.nn).model
-            assert back[0].track_running_stats is False
-            assert back[1].training is False
-            assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in model.parameters()]
-            assert vars(back[0]).keys() == vars(model[0]).keys()
-
-
-def test_the_switch_of_running_statistics_is_kept() -> None:
-    model = nn.Sequential(batch.BatchNorm2d(4, on_nonfinite="skip"))
-    model[0].update_running_stats = False
-    new = convert(model, to=ghost.GhostBatchNorm).model[0]
-    assert new.update_running_stats is False
-    assert new.on_nonfinite == "skip"
-
-
-def test_hooks_and_their_handles_are_kept() -> None:
-    model, seen = nn.Sequential(trained()), []
-    layer = model[0]
-    handles = [
-        layer.register_forward_hook(lambda *_, **__: seen.append("forward"), with_kwargs=True),
-        layer.register_forward_pre_hook(lambda *_: seen.append("pre")),
-        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
-        layer.register_state_dict_post_hook(lambda *_: seen.append("state")),
-        layer.register_load_state_dict_pre_hook(lambda m, *_: seen.append(type(m).__name__)),
-    ]
-    for to in (ghost.GhostBatchNorm, torch.nn, nn.GroupNorm):
-        convert(model, to=to, inplace=True)
-        del layer
-        layer = model[0]
-        seen.clear()
-        model(torch.randn(SHAPES["2d"], requires_grad=True)).sum().backward()
-        layer.load_state_dict(layer.state_dict())
-        assert seen == ["pre", "forward", "backward", "state", type(layer).__name__]
-    for handle in handles:
-        handle.remove()
-    seen.clear()
-    model(torch.randn(SHAPES["2d"], requires_grad=True)).sum().backward()
-    layer.load_state_dict(layer.state_dict())
-    assert seen == []
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-
-@pytest.mark.parametrize("make", [Doubled, nn.Softplus], ids=["invertible", "not_invertible"])
-def test_parametrizations_are_kept(make: Callable[[], nn.Module]) -> None:
-    model = nn.Sequential(trained())
-    parametrize.register_parametrization(model[0], "weight", make())
-    original = model[0].parametrizations.weight.original
-    original.requires_grad_(False)
-    x = torch.randn(SHAPES["2d"])
-    expected, state = model(x), model.state_dict().keys()
-    new = convert(model, to=ghost.GhostBatchNorm, ghost_size=6, inplace=True).model
-    assert parametrize.type_before_parametrizations(new[0]) is ghost.GhostBatchNorm2d
-    assert new[0].parametrizations.weight.original is original
-    assert not original.requires_grad
-    assert new.state_dict().keys() == state
-    assert_close(new(x), expected)
-    grouped = convert(new, to=nn.GroupNorm).model
-    assert_close(grouped[0].weight, new[0].weight)
-    frozen_layer = convert(new, to=frozen.FrozenBatchNorm).model[0]
-    assert not frozen_layer.bias.requires_grad
-    left = convert(new, to=domain.DomainBatchNorm, num_domains=2, affine_per_domain=True).report.left
-    assert left[0].reason == "its weight is parametrized and would change its shape"
-    back = convert(new, to=torch.nn, inplace=True).model
-    assert parametrize.type_before_parametrizations(back[0]) is nn.BatchNorm2d
-    assert back[0].parametrizations.weight.original is original
-    assert_close(back(x), expected)
-
-
-def test_a_parametrization_added_or_removed_later_is_respected() -> None:
-    model = convert(nn.Sequential(trained()), to=batch.BatchNorm).model
-    parametrize.register_parametrization(model[0], "weight", Doubled())
-    back = convert(model, to=torch.nn).model
-    assert parametrize.is_parametrized(back[0], "weight")
-    assert_close(back[0].weight, model[0].weight)
-    again = convert(back, to=batch.BatchNorm).model
-    parametrize.remove_parametrizations(again[0], "weight")
-    last = convert(again, to=torch.nn).model
-    assert type(last[0]) is nn.BatchNorm2d
-    assert_close(last[0].weight, model[0].weight)
-
-
-class WithActivation(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).relu()
-
-
-class StaysInEvaluation(nn.BatchNorm2d):
-    def train(self, mode: bool = True) -> StaysInEvaluation:
-        return super().train(False)
-
-
 class OnlyNamed(nn.BatchNorm2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, momentum=0.05)
-
-
-def with_parameter() -> nn.Module:
-    layer = nn.BatchNorm2d(4)
-    layer.gain = nn.Parameter(torch.ones(1))
-    return layer
-
-
-def with_forward() -> nn.Module:
-    layer = nn.BatchNorm2d(4)
-    layer.forward = lambda x: x
-    return layer
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("to", [ghost.GhostBatchNorm, torch.nn.SyncBatchNorm, nn.GroupNorm, nn.Identity])
-@pytest.mark.parametrize(
-    ("layer", "reason"),
-    [
-        (lambda: WithActivation(4), "its class WithActivation has its own forward, which would be lost"),
-        (lambda: StaysInEvaluation(4), "its class StaysInEvaluation has its own train, which would be lost"),
-        (with_parameter, "it also holds gain, which would be lost"),
-        (with_forward, "its forward was replaced on the instance, which would be lost"),
-        (lambda: prune.random_unstructured(nn.BatchNorm2d(4), "weight", 0.5),
-         "its weight is computed by a hook (weight_norm, pruning): make it permanent first"),
-        (lambda: act.BatchNormAct2d(4, activation="silu"),
-         "it also adds a residual and applies 'silu', which {} cannot"),
-    ],
-    ids=["activation", "train", "parameter", "forward", "pruned", "fused"],
-)  # fmt: skip
-def test_layers_whose_conversion_loses_something_are_left(layer: Callable[[], nn.Module], reason: str, to: Any) -> None:
-    model = nn.Sequential(layer(), trained())
-    old = model[0]
-    report = convert(model, to=to, inplace=True).report
-    assert model[0] is old
-    name = "GhostBatchNorm2d" if to is ghost.GhostBatchNorm else to.__name__
-    assert [(c.path, c.reason) for c in report.left] == [("0", reason.format(name))]
-    assert [c.path for c in report.changed] == ["1"]
-    assert "0" in str(report)
 
 
 def test_a_subclass_that_only_constructs_is_converted_and_comes_back() -> None:
@@ -423,72 +220,6 @@ def test_other_normalizations() -> None:
     assert [(m.num_groups, m.eps) for m in two] == [(2, 0.1)] * 4
 
 
-def values_are_kept(layer: nn.Module, x: Tensor) -> bool:
-    """Whether different samples come out of the layer differently."""
-    return bool(layer(x).std(0).max() > 1e-3)
-
-
-@pytest.mark.parametrize("make", [nn.BatchNorm1d, batch.BatchNorm1d, batch.BatchNorm, ghost.GhostBatchNorm1d])
-@pytest.mark.parametrize("to", [nn.GroupNorm, "GroupNorm", nn.LayerNorm])
-@pytest.mark.parametrize("channels", [1, 2, 3, 16, 31, 48, 1024])
-def test_rows_without_positions_are_not_erased(make: Any, to: Any, channels: int) -> None:
-    options = {"ghost_size": 4} if make is ghost.GhostBatchNorm1d else {}
-    model, report = convert(nn.Sequential(make(channels, **options)), to=to)
-    assert values_are_kept(model, torch.randn(8, channels))
-    assert bool(report.left) == (channels == 1)
-    if channels > 1:
-        groups = model[0].num_groups
-        assert groups <= 32
-        assert groups == 1 or channels // groups >= 16
-        assert groups == (1 if to is nn.LayerNorm else {48: 3, 1024: 32}.get(channels, 1))
-
-
-@pytest.mark.parametrize(
-    ("to", "options"), [(nn.GroupNorm, {"num_groups": 8}), (nn.InstanceNorm1d, {}), ("InstanceNorm", {})]
-)
-def test_one_value_per_group_is_left_with_the_reason(to: Any, options: dict[str, Any]) -> None:
-    report = convert(nn.Sequential(nn.BatchNorm1d(8)), to=to, **options).report
-    assert "would erase an input with one position, such as [N, C], because a group" in report.left[0].reason
-    model = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.InstanceNorm1d(8, affine=True)).model
-    assert type(model[0]) is nn.InstanceNorm1d
-    for rank, expected in (("1d", nn.BatchNorm1d), ("2d", nn.InstanceNorm2d)):
-        layer = getattr(nn, f"BatchNorm{rank}")(8)
-        assert type(convert(nn.Sequential(layer), to="InstanceNorm").model[0]) is expected
-        any_rank = convert(nn.Sequential(batch.BatchNorm(8)), to=getattr(nn, f"InstanceNorm{rank}"))
-        assert type(any_rank.model[0]) is (batch.BatchNorm if rank == "1d" else expected)
-    report = convert(nn.Sequential(nn.BatchNorm1d(8)), to=lambda layer: nn.GroupNorm(8, 8)).report
-    assert report.changed[0].reason == "one channel per group: an input with one position would be erased"
-
-
-def test_a_convolution_or_an_example_shows_that_there_are_positions() -> None:
-    alone = nn.Sequential(nn.BatchNorm1d(8))
-    beside = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.BatchNorm1d(8))
-    linear = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
-    for to, expected in (("InstanceNorm", nn.InstanceNorm1d), (nn.GroupNorm, nn.GroupNorm)):
-        options = {"num_groups": 8} if to is nn.GroupNorm else {}
-        assert type(convert(beside, to=to, **options).model[2]) is expected
-        assert type(convert(linear, to=to, **options).model[1]) is nn.BatchNorm1d
-        assert type(convert(alone, to=to, example_inputs=torch.randn(4, 8, 5), **options).model[0]) is expected
-        for shape in ((4, 8), (4, 8, 1)):
-            report = convert(alone, to=to, example_inputs=torch.randn(shape), **options).report
-            assert [change.path for change in report.left] == ["0"]
-    assert convert(beside, to=nn.GroupNorm).model[2].num_groups == 4
-    assert convert(alone, to=nn.GroupNorm, example_inputs=torch.randn(4, 8, 5)).model[0].num_groups == 4
-    one = convert(nn.Sequential(nn.BatchNorm2d(8)), to=nn.GroupNorm, example_inputs=torch.randn(4, 8, 1, 1)).model
-    assert one[0].num_groups == 1
-    pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8))
-    report = convert(pooled, to="InstanceNorm", example_inputs=torch.randn(4, 3, 9, 9)).report
-    assert [change.path for change in report.left] == ["2"]
-
-
-@pytest.mark.parametrize("channels", [2, 6, 32, 33])
-def test_a_map_of_one_position_is_not_erased_by_the_default_groups(channels: int) -> None:
-    model = convert(nn.Sequential(nn.BatchNorm2d(channels)), to=nn.GroupNorm).model
-    assert values_are_kept(model, torch.randn(64, channels, 1, 1))
-    report = convert(nn.Sequential(nn.BatchNorm2d(channels)), to=nn.GroupNorm, num_groups=channels).report
-    assert report.changed[0].reason == "one channel per group: an input with one position would be erased"
-
-
 def test_a_function_may_make_any_module() -> None:
     model = nn.Sequential(trained(), trained()).eval()
     new = convert(model, to=lambda layer: nn.GroupNorm(2, layer.num_features), only="1").model
@@ -527,62 +258,6 @@ def test_a_model_that_is_a_layer_and_one_without() -> None:
 def test_another_rank_is_left() -> None:
     report = convert(nn.Sequential(trained("1d"), trained("2d")), to=batch.BatchNorm2d).report
     assert [(c.path, c.reason) for c in report.left] == [("0", "it takes other inputs (1d) than BatchNorm2d")]
-
-
-def test_a_class_without_place_for_the_weight_is_refused() -> None:
-    report = convert(nn.Sequential(trained()), to=conditional.ConditionalBatchNorm).report
-    assert report.left[0].reason == "ConditionalBatchNorm2d(4) has no place for its bias, weight"
-
-
-@pytest.mark.parametrize(
-    ("to", "options", "error", "message"),
-    [
-        (3, {}, TypeError, r"convert expects `to` to be a class of normalization, .* got 3"),
-        (nn.Linear, {}, TypeError, r"got <class 'torch.nn.modules.linear.Linear'>. For a class of your own pass"),
-        ("BatchNrom", {}, TypeError, r"to name a class of batchnorm.nn or torch.nn, got 'BatchNrom'"),
-        ("sync", {}, TypeError, r"to name a class of batchnorm.nn or torch.nn, got 'sync'"),
-        (ghost.GhostBatchNorm, {"ghost_sise": 3}, TypeError, r"GhostBatchNorm2d expects options among eps, .*'ghost_s"),
-        (domain.DomainBatchNorm, {}, TypeError, r"DomainBatchNorm2d expects num_domains, got none. Pass num_domains="),
-        (ghost.GhostBatchNorm, {"ghost_size": 0}, ValueError,
-         r"convert cannot change any layer; 0: GhostBatchNorm2d expects ghost_size >= 1, got 0"),
-        (nn.GroupNorm, {"num_groups": 3}, ValueError, r"convert cannot change any layer; 0: num_channels"),
-    ],
-)  # fmt: skip
-def test_a_wrong_argument_is_refused_and_changes_nothing(
-    to: Any, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    model = nn.Sequential(trained(), trained("1d"))
-    before, state = list(model), [dict(vars(m)) for m in model]
-    with pytest.raises(error, match=message):
-        convert(model, to=to, inplace=True, **options)
-    assert all(a is b for a, b in zip(model, before, strict=True))
-    assert [dict(vars(m)) for m in model] == state
-
-
-def test_an_exception_on_the_way_changes_nothing() -> None:
-    model = nn.Sequential(trained(), trained())
-    before, calls = list(model), []
-
-    def fails(layer: nn.Module) -> nn.Module:
-        calls.append(layer)
-        if len(calls) == 2:
-            raise KeyError("mine")
-        return nn.Identity()
-
-    with pytest.raises(KeyError, match="mine"):
-        convert(model, to=fails, inplace=True)
-    assert all(a is b for a, b in zip(model, before, strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")
-def test_a_scripted_model_and_one_that_cannot_be_copied_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"convert expects a model in Python, got RecursiveScriptModule"):
-        convert(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), to=batch.BatchNorm)
-    model = nn.Sequential(trained())
-    model.result = (i for i in range(3))
-    with pytest.raises(ValueError, match=r"a model that can be copied, got Sequential with .* Pass inplace=True"):
-        convert(model, to=batch.BatchNorm)
-    assert type(convert(model, to=batch.BatchNorm, inplace=True).model[0]) is batch.BatchNorm2d
 
 
 def test_a_converted_model_copies_pickles_and_comes_back() -> None:

@@ -1,0 +1,16 @@
+"""What every test of this folder starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.doctor.watch.training import left_behind
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    before = left_behind()
+    yield
+    assert left_behind() == before

@@ -1,0 +1,15 @@
+"""What tests of this folder can ask for."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchnorm.standardize import data as data_module
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that every array is read in several parts."""
+    monkeypatch.setattr(data_module, "_PART", 24)
+    monkeypatch.setattr(data_module, "_LARGE_PART", 24)
+    monkeypatch.setattr(data_module, "_BLOCK", 72)
