@@ -66,6 +66,18 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], **tolerance: f
         assert actual[key].stride() == value.stride(), key
 
 
+def inputs_of(layer: str, training: bool) -> tuple[int, ...]:
+    """Return with how many inputs a layer is called: x, or x and a residual.
+
+    Of the activations, only pairs are tried: each with a residual in one mode, and without in the other.
+    """
+    if layer in ("act_1d", "act_3d"):
+        return (1, 2)
+    if not layer.startswith("act_"):
+        return (1,)
+    return (1 + (list(LAYERS).index(layer) + training) % 2,)
+
+
 @TRAINING
 @LAYER
 def test_layers_compile_without_a_break_and_agree_with_eager(layer: str, training: bool) -> None:
@@ -73,18 +85,25 @@ def test_layers_compile_without_a_break_and_agree_with_eager(layer: str, trainin
     eager = randomized(eager, training)
     again = copy.deepcopy(eager)
     compiled = torch.compile(again, backend="aot_eager", fullgraph=True)
-    fused = isinstance(eager, (bn.BatchNormAct1d, bn.BatchNormAct2d, bn.BatchNormAct3d))
-    for number in (1, 2) if fused else (1,):  # with and without a residual
+    for calls, number in enumerate(inputs_of(layer, training), 1):
         inputs, dy = tuple(torch.randn(shape) for _ in range(number)), torch.randn(shape)
         actual, expected = step(compiled, again, inputs, dy), step(eager, eager, inputs, dy)
         assert_same(actual, expected, rtol=0, atol=0)
         if training and "num_batches_tracked" in expected and inputs[0].numel():
-            assert expected["num_batches_tracked"] == 3 + number
+            assert expected["num_batches_tracked"] == 3 + calls
 
 
-@TRAINING
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "training"),
+    [  # every pair of values
+        (torch.float64, "channels_last", True),
+        (torch.float64, "transposed", False),
+        (torch.bfloat16, "channels_last", False),
+        (torch.bfloat16, "transposed", True),
+        (torch.float16, "channels_last", True),
+        (torch.float16, "transposed", False),
+    ],
+)
 def test_dtypes_and_layouts_are_kept(dtype: torch.dtype, layout: str, training: bool) -> None:
     eager = randomized(bn.BatchNormAct2d(3), training)
     eager = eager.double() if dtype == torch.float64 else eager
