@@ -131,6 +131,19 @@ def test_a_large_mean_costs_no_precision(axis: int, offset: float, implementatio
     Problem((16, 9, 9, 9), axis, offset=offset).check()
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((7, 3, 13, 11), 1), ((7, 13, 11, 3), 3)])
+def test_values_on_a_coarse_grid_cost_no_precision(shape: tuple[int, ...], axis: int, implementation: None) -> None:
+    # A large mean leaves few bits to the deviations. The sums of their squares then round to one side.
+    rng = np.random.default_rng(1)
+    x, dy = rng.normal(1e4, 1.0, shape).astype("float32"), rng.normal(size=shape).astype("float32")
+    exact = reference.forward_training(x.astype(np.float64), axis=axis, eps=EPS)
+    (y, _, var), pull = jax.vjp(lambda x: batch_norm(x, axis=axis, eps=EPS), x)
+    (dx,) = pull((dy, jnp.zeros(3), jnp.zeros(3)))
+    assert np.abs(y - exact.y).max() <= 1e-6
+    assert np.abs(dx - reference.backward(dy.astype(np.float64), exact).dx).max() <= 1e-6
+    assert np.abs(var / exact.var - 1).max() <= 5e-7
+
+
 MASK = np.random.default_rng(1).random((6, 4, 5)) > 0.4
 
 

@@ -118,15 +118,14 @@ def moments(x: Array, weights: Array | None, at: Attributes) -> tuple[Array, Arr
 
 
 def _sum_in_stages(values: Array, axis: int) -> Array:
-    """Return the sums `[C]` over all positions, which are summed for each sample first.
+    """Return the sums `[C]` over all positions, which are summed along one axis after the other, the samples last.
 
-    XLA may sum one value after the other, so that the error grows with their number. It would join the two stages.
+    XLA may sum one value after the other, so that the error grows with their number. It would join the stages.
     """
-    sample = 1 if axis == 0 else 0
-    within = tuple(i for i in range(values.ndim) if i not in (axis, sample))
-    if within:
-        values = materialized(jnp.sum(values, within, keepdims=True))
-    return sum_positions(values, axis)
+    *within, sample = [i for i in reversed(range(values.ndim)) if i != axis]
+    for position in within:
+        values = materialized(jnp.sum(values, position, keepdims=True))
+    return jnp.sum(values, sample, keepdims=True).reshape(-1)
 
 
 def train_forward(
