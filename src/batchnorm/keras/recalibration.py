@@ -9,7 +9,7 @@ import numpy as np
 
 from batchnorm._options import check_choice, check_prior
 from batchnorm.keras.models.batches import Batches, Forward, default_forward
-from batchnorm.keras.models.copying import copied
+from batchnorm.keras.models.copying import IN_PLACE, copied
 from batchnorm.keras.models.layers import Found, as_numpy, check_model, describe, largest
 from batchnorm.keras.models.observe import Observer, Statistics, put_statistics, statistics_of
 from batchnorm.keras.passes import sequential, single
@@ -83,7 +83,7 @@ def recalibrate(
     batches = Batches(_CALLER, data, batch_size, max_samples)
     _select(model, only)  # fail before anything is copied
     if not inplace:
-        model = copied(_CALLER, model).model
+        model = copied(_CALLER, model, advice=IN_PLACE).model
     selected, left = _select(model, only)
     before = [statistics_of(found.module) for found in selected]
 

@@ -184,6 +184,8 @@ def test_freeze_in_place_needs_no_configuration_and_says_that_the_model_was_comp
 
     model = Opaque(layers.BatchNormalization(name="norm"))
     model(X)
+    with pytest.raises(ValueError, match="whose copy failed: .* or pass inplace=True"):
+        freeze(model)
     same, report = freeze(model, inplace=True)
     assert same is model and not model.norm.trainable and [change.path for change in report.changed] == ["norm"]
     assert unfreeze(model, inplace=True).model is model and model.norm.trainable

@@ -13,6 +13,9 @@ from keras.src.saving.serialization_lib import SafeModeScope
 
 from batchnorm.keras.models.layers import Layer, as_numpy, reason_of, walk
 
+# For functions that can also change the model itself.
+IN_PLACE = ", or pass inplace=True"
+
 
 @dataclass
 class Copy:
@@ -58,6 +61,7 @@ def copied(
     *,
     removed: Collection[int] = (),
     dtype: str | None = None,
+    advice: str = "",
 ) -> Copy:
     """Return a copy of a built model, whose variables have the same values and of whose layers the same ones train.
 
@@ -68,6 +72,7 @@ def copied(
             keep their initial values.
         removed: The ids of layers in graphs that pass their input on.
         dtype: The dtype of every layer; by default, each keeps its own.
+        advice: What else the user can do if a layer has no configuration.
 
     Raises:
         ValueError: a layer cannot be created from its configuration.
@@ -83,7 +88,7 @@ def copied(
         raise ValueError(
             f"{caller} expects a model that its configuration describes completely, got {type(model).__name__} "
             f"{model.name!r}, whose copy failed: {reason_of(error)}. Define get_config, and register the class of "
-            "every layer."
+            f"every layer{advice}."
         ) from error
     _copy_values(copier.result)
     return copier.result

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import keras
 
-from batchnorm.keras.models.copying import copied
+from batchnorm.keras.models.copying import IN_PLACE, copied
 from batchnorm.keras.models.layers import Found, check_model, describe, walk
 from batchnorm.keras.surgery.replacement import not_compiled
 from batchnorm.models.report import Change, Report, Result
@@ -80,7 +80,7 @@ def _set_trainable(
     select(caller, check_model(caller, model), only)  # fail before anything is copied
     notes = not_compiled(model)
     if not inplace:
-        model = copied(caller, model).model
+        model = copied(caller, model, advice=IN_PLACE).model
     elif notes:
         notes = ("the model was compiled: call compile() again before you train it",)
     changed, left, layers = [], [], []
