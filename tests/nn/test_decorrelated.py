@@ -17,7 +17,7 @@ from batchnorm.nn.decorrelated import (
     DecorrelatedBatchNorm2d,
     decorrelated_batch_norm,
 )
-from batchnorm.ops import whitening
+from batchnorm.ops import whitening, whitening_function
 from tests.cases import CASES, EPS, Case, ids
 from tests.nn.correlated import correlated, trained
 from tests.tolerance import ROUNDINGS, assert_within, bound
@@ -64,9 +64,11 @@ def reference(
         w = (vectors * p) @ vectors.T / np.sqrt(trace)
         packed[group, :d] = w
         y[group] = w @ centered[group]
-        # Rounding moves Σ_N, of norm at most 1, and so W√trΣ by at most the slope; then come the products.
+        # Rounding moves Σ_N, of norm at most 1, and so W√trΣ by at most the slope; then come the mean and the products.
         length = np.linalg.norm(centered[group], axis=0)
-        terms[group] = slope * length / np.sqrt(trace) + np.abs(w) @ np.abs(centered[group])
+        size = np.abs(centered[group])
+        size += size.sum(1, keepdims=True) / max(m, 1)
+        terms[group] = slope * length / np.sqrt(trace) + np.abs(w) @ size
     y = y * gamma[:, None] + beta[:, None]
     terms = terms * np.abs(gamma)[:, None] + np.abs(beta)[:, None]
 
@@ -115,6 +117,55 @@ def test_gradients_in_lower_precision_are_those_of_float64(dtype: torch.dtype, o
         arithmetic = ROUNDINGS * slope * torch.finfo(torch.float32).eps / 2
         allowed = (arithmetic + torch.finfo(dtype).eps / 2) * exact.norm()
         assert (ours - exact).norm() <= allowed
+
+
+LAYOUTS = {
+    "samples": (3, 6, 5, 2),
+    "channels_last": (3, 6, 5, 2),
+    "smaller_last_group": (3, 5, 4, 2),
+    "few_positions": (5, 6, 1, 2),
+    "no_positions": (12, 6),
+    "not_dense": (3, 6, 5, 2),
+}
+
+
+@TRAINING
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_function_computes_what_its_operations_compute(layout: str, masked: bool, training: bool) -> None:
+    shape, channels = LAYOUTS[layout], LAYOUTS[layout][1]
+    x, dy = correlated(*shape) + 100.0, torch.randn(shape, dtype=torch.float64)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "not_dense":
+        x = torch.stack([x, x], -1)[..., 0]
+    weight, bias = torch.randn(2, channels, dtype=torch.float64)
+    weights = torch.rand(shape[0], *shape[2:], dtype=torch.float64) if masked and training else None
+    mean, packed = torch.randn(channels, dtype=torch.float64) + 100.0, torch.randn(channels, 3, dtype=torch.float64)
+    packed[3:, channels - 3 :] = 0.0  # of a smaller last group
+    held = None if training else whitening.Held(mean, packed)
+    found = []
+    for whiten in (whitening_function.whiten, whitening.whiten):
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
+        y, _ = whiten(*leaves, weights, held, whitening.Settings(3, EPS, 5), training)
+        assert y.stride() == torch.empty_like(x).stride() or whiten is whitening.whiten
+        found.append([y, *torch.autograd.grad(y, leaves, dy)])
+    assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(layout: torch.memory_format) -> None:
+    x, dy = (t.contiguous(memory_format=layout) for t in torch.randn(2, 4, 32, 40, 40))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        layer, leaf = DecorrelatedBatchNorm2d(32, group_size=16), x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(dy)
+        found.append([y, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_whitening])
+    for others in found[1:]:
+        for ours, theirs in zip(others, found[0], strict=True):
+            assert torch.equal(ours, theirs)
 
 
 # What it is for

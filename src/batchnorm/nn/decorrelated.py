@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from batchnorm import _checks, _options
+from batchnorm import _checks, _options, functional
 from batchnorm.nn.layer import NormLayer
 from batchnorm.ops import eager, whitening
 
@@ -122,45 +121,28 @@ def decorrelated_batch_norm(
             return x.clone()
     if training and _checks.uses_running(caller, x, on_single, channel_dim):
         training = updates = False
-    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask, channel_dim).flatten()
+    weights = None if mask is None else _checks.mask_as_weights(caller, x, mask, channel_dim)
 
-    with _without_autocast(x):
-        channels_first = x.movedim(channel_dim, 0)
-        values = channels_first.flatten(1).to(eager.statistics_dtype(x))
-        if training:
-            found = whitening.batch_whitening(values, weights, group_size, eps, iterations)
-            if on_single == "running" and weights is not None:
-                assert running_mean is not None
-                assert running_whitening is not None
-                mean, packed = _detached(running_mean, running_whitening)
-                found = whitening.running_where_single(
-                    found, values, mean, whitening.unpack_matrices(packed, group_size)
-                )
-            y = whitening.apply_whitening(found.deviations, found.low, found.matrices, group_size, weight, bias)
-        else:
-            assert running_mean is not None
-            assert running_whitening is not None
-            mean, packed = _detached(running_mean, running_whitening)
-            matrices = whitening.unpack_matrices(packed, group_size)
-            y = whitening.apply_whitening(values - mean.unsqueeze(1), None, matrices, group_size, weight, bias)
-        y = _in_format_of(x, y.reshape(channels_first.shape).movedim(0, channel_dim))
+    from batchnorm.ops import whitening_function  # only this layer needs it, and importing the package loads all layers
+
+    held: whitening.Held | None = None
+    if not training or (on_single == "running" and weights is not None):
+        assert running_mean is not None
+        assert running_whitening is not None
+        held = whitening.Held(*_detached(running_mean, running_whitening))
+    settings = whitening.Settings(group_size, eps, iterations)
+    x = functional.channels_second(x, channel_dim)
+    y, found = whitening_function.whiten(x, weight, bias, weights if training else None, held, settings, training)
     if updates and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
         assert running_mean is not None
         assert running_whitening is not None
         wide = eager.wide_dtype(x)
         whitening.update_whitening_(
             running_mean, running_whitening, num_batches_tracked,
-            (found.origin.to(wide) + found.low.to(wide)).squeeze(1).detach(),
-            whitening.pack_matrices(found.matrices).detach(),
+            (found.mean.to(wide) + found.low.to(wide)).detach(), whitening.pack_matrices(found.matrices).detach(),
             found.effective_count, momentum, on_nonfinite == "skip",
         )  # fmt: skip
-    return y
-
-
-def _without_autocast(x: Tensor) -> Any:
-    """Return a context that disables autocast, which would compute the products in half precision."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return functional.channels_back(y, channel_dim)
 
 
 def _detached(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,13 +154,6 @@ def _detached(running_mean: Tensor, running_whitening: Tensor) -> tuple[Tensor, 
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return torch.ops.batchnorm.copy_running(mean, matrices)  # a plain clone would be recomputed in backward
     return eager.copy_running(mean, matrices)
-
-
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """Return `y` in x's dtype and memory format."""
-    if torch._C._are_functorch_transforms_active():  # y may be batched although x is not
-        return y.to(x.dtype)
-    return torch.empty_like(x).copy_(y)
 
 
 def _checked_options(caller: str, group_size: int, iterations: int) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _plain() -> bool:
+def is_plain() -> bool:
     """Return whether to use plain torch operations: for transforms, and in a trace, which cannot contain a Function."""
     return _transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
@@ -85,7 +85,7 @@ def batch_statistics_norm_and_update_(
     skip_nonfinite: bool,
 ) -> Tensor:
     """Return y, and update the running statistics (mean, variance and count) by those of the batch."""
-    together = not (momentum is None or skip_nonfinite or torch.compiler.is_compiling() or _plain())
+    together = not (momentum is None or skip_nonfinite or torch.compiler.is_compiling() or is_plain())
     if not (together and direct.is_direct(x, weight, bias, residual, *running)):
         y, *found = batch_statistics_norm(x, weight, bias, residual, eps, activation, negative_slope)
         update_running_(*running, *found, eager.values_per_channel(x), None, momentum, skip_nonfinite)
@@ -130,7 +130,7 @@ def fixed_statistics_norm(
 
 def _normalize(*arguments: Any) -> Tensor:
     """Return y of the operator `normalize` without an `autograd.Function`."""
-    if _plain():
+    if is_plain():
         return eager.normalize(*arguments)
     if torch.compiler.is_compiling():
         return _ops.normalize(*arguments)
@@ -149,7 +149,7 @@ def batch_moments(
 
     Only that function handles their gradient. For any other computation, detach them.
     """
-    if _plain():
+    if is_plain():
         return statistics_by_parts(x, index, weights, groups, peers, eager.moments)
     if torch.compiler.is_compiling():
         return statistics_by_parts(x, index, weights, groups, peers, _ops.moments)
@@ -200,7 +200,7 @@ def batch_statistics_norm_by_parts(
     """
     attributes = named(Attributes, (eps, activation, negative_slope))
     _, mean, mean_low, var, _ = statistics
-    plain = torch.compiler.is_compiling() or _plain()
+    plain = torch.compiler.is_compiling() or is_plain()
     if weights is not None:
         x = finite(x) if plain else FiniteFunction.apply(x)
     if not plain and needs_gradient(x, weight, bias, residual):

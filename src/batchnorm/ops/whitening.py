@@ -1,12 +1,14 @@
 """Whitening of groups of channels (IterNorm), in plain torch operations with derivatives of any order.
 
 `values` are `[C, m]`, all values of each channel. A group is `size` consecutive channels that are whitened together.
-The last group may be smaller. The mathematics page has the equations in section "Whitening".
+The last group may be smaller. `whitening_function` is faster in eager mode, and uses these operations for second
+derivatives. The mathematics page has the equations in section "Whitening".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from batchnorm.ops import eager
 from batchnorm.ops.routes import update_once
 
 # The number of values that one product sums. Longer products would lose accuracy, because they sum one by one.
-_BLOCK = 4096
+LONGEST_SUM = 4096
 
 
 def in_groups(values: Tensor, size: int) -> Iterator[Tensor]:
@@ -33,6 +35,12 @@ def join_groups(groups: Sequence[Tensor]) -> Tensor:
     """Undo `in_groups`: return one tensor `[C, *]`."""
     parts = [group.flatten(0, 1) for group in groups]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context that disables autocast, which would compute the products in half precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def pack_matrices(matrices: Sequence[Tensor]) -> Tensor:
@@ -64,37 +72,61 @@ def inverse_square_root(covariance: Tensor, iterations: int) -> Tensor:
     return p * trace.rsqrt()
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def summed_product(left: Tensor, right: Tensor) -> Tensor:
     """Return `left @ rightᵀ` of `[groups, d, m]`, summed in blocks."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return left @ right.mT  # a compiled or exported graph must not depend on the size
-    blocks = zip(left.split(_BLOCK, dim=-1), right.split(_BLOCK, dim=-1), strict=True)
+    blocks = zip(left.split(LONGEST_SUM, dim=-1), right.split(LONGEST_SUM, dim=-1), strict=True)
     first, *others = (a @ b.mT for a, b in blocks)
     return sum(others, start=first)
 
 
-class BatchWhitening(NamedTuple):
-    """Deviations `[C, m]` from `origin [C, 1]`, their mean `low [C, 1]`, and the groups' whitening `matrices`.
+class Settings(NamedTuple):
+    """The number of channels in a group, the constant on the covariance's diagonal, and the number of iterations."""
 
-    The mean is `origin + low`. `origin` is a rounded mean and a constant. `low` is the rounding error, and enters only
-    vectors and small matrices. A large mean therefore costs no accuracy, and one tensor of x's size is enough. The
-    derivative of the mean is that of `low`. With weights, `effective_count` is V₁²/V₂.
+    size: int
+    eps: float
+    iterations: int
+
+
+class Held(NamedTuple):
+    """Running statistics without gradient: the mean `[C]` and the packed whitening matrices `[C, size]`."""
+
+    mean: Tensor
+    packed: Tensor
+
+
+class Whitening(NamedTuple):
+    """The map from x to `W·((x - mean) - low)`: `mean` and `low` are `[C]`, and `matrices` are those of the groups.
+
+    `mean` is rounded and a constant. `low` is the rounding error, and enters only vectors and small matrices. A large
+    mean therefore costs no accuracy, and one tensor of x's size is enough. The derivative of the mean is that of `low`.
+    With weights, `effective_count` is V₁²/V₂.
     """
 
-    deviations: Tensor
-    origin: Tensor
+    mean: Tensor
     low: Tensor
     matrices: list[Tensor]
     effective_count: Tensor | None
 
 
-def batch_whitening(values: Tensor, weights: Tensor | None, size: int, eps: float, iterations: int) -> BatchWhitening:
-    """Return the whitening of `values [C, m]` by their own statistics, with `weights [m]` for the positions."""
+def covariances(products: Sequence[Tensor], low: Tensor, settings: Settings) -> list[Tensor]:
+    """Return `Σ` of each group from the means of `(x - mean)(x - mean)ᵀ`, `[groups, d, d]`, and `low [C]`."""
+    found = []
+    for product, column in zip(products, in_groups(low.unsqueeze(1), settings.size), strict=True):
+        noise = settings.eps * torch.eye(product.shape[1], dtype=low.dtype, device=low.device)
+        found.append(product - column @ column.mT + noise)
+    return found
+
+
+def batch_whitening(values: Tensor, weights: Tensor | None, settings: Settings) -> tuple[Tensor, Whitening]:
+    """Return the deviations `values - mean` of `values [C, m]`, and their whitening by their own statistics.
+
+    `weights [m]` are those of the positions.
+    """
     count: Tensor | None = None
     divisor: Tensor | int = values.shape[1]
     if weights is not None:
-        # A position with weight 0 may have any value, and 0·NaN would be NaN, here and in backward.
-        values = torch.where((weights != 0) | values.isfinite(), values, 0.0)
         tiny = torch.finfo(weights.dtype).tiny
         divisor = weights.sum().clamp_min(tiny)
         count = weights.sum().square() / weights.square().sum().clamp_min(tiny)
@@ -106,61 +138,77 @@ def batch_whitening(values: Tensor, weights: Tensor | None, size: int, eps: floa
 
     origin = weighted(values.detach()).sum(1, keepdim=True) / divisor
     deviations = values - origin
-    low = weighted(deviations).sum(1, keepdim=True) / divisor
-    matrices = []
-    for group, counted, group_low in zip(
-        in_groups(deviations, size), in_groups(weighted(deviations), size), in_groups(low, size), strict=True
-    ):
-        noise = eps * torch.eye(group.shape[1], dtype=values.dtype, device=values.device)
-        covariance = _product(counted, group) / divisor - group_low @ group_low.mT + noise
-        matrices.append(inverse_square_root(covariance, iterations))
-    return BatchWhitening(deviations, origin, low, matrices, count)
+    low = (weighted(deviations).sum(1, keepdim=True) / divisor).squeeze(1)
+    counted = in_groups(weighted(deviations), settings.size)
+    pairs = zip(counted, in_groups(deviations, settings.size), strict=True)
+    products = [summed_product(*pair) / divisor for pair in pairs]
+    matrices = [inverse_square_root(c, settings.iterations) for c in covariances(products, low, settings)]
+    return deviations, Whitening(origin.squeeze(1), low, matrices, count)
 
 
-def running_where_single(
-    found: BatchWhitening, values: Tensor, mean: Tensor, matrices: Sequence[Tensor]
-) -> BatchWhitening:
-    """Replace the whitening of weighted `values [C, m]` by the running one if at most one value counts.
+def running_where_single(found: Whitening, held: Held, size: int) -> Whitening:
+    """Replace a weighted batch's whitening by the running one if at most one value counts.
 
     The count becomes 0, which updates nothing.
     """
     assert found.effective_count is not None
     single = found.effective_count <= 1
-    held = mean.unsqueeze(1)
-    return BatchWhitening(
-        torch.where(single, values - held, found.deviations),
-        torch.where(single, held, found.origin),
+    running = unpack_matrices(held.packed, size)
+    return Whitening(
+        torch.where(single, held.mean, found.mean),
         torch.where(single, 0.0, found.low),
-        [torch.where(single, running, own) for running, own in zip(matrices, found.matrices, strict=True)],
+        [torch.where(single, *pair) for pair in zip(running, found.matrices, strict=True)],
         torch.where(single, 0.0, found.effective_count),
     )
 
 
-def apply_whitening(
-    deviations: Tensor,
-    low: Tensor | None,
-    matrices: Sequence[Tensor],
-    size: int,
+def affine_map(found: Whitening, weight: Tensor | None, bias: Tensor | None, size: int) -> tuple[list[Tensor], Tensor]:
+    """Return the matrices `γ·W` and the shift `β - γ·W·low`, `[C, 1]`, which map `x - mean` to y."""
+    gamma, beta = (None if t is None else t.to(found.mean.dtype).unsqueeze(1) for t in (weight, bias))
+    matrices = found.matrices
+    if gamma is not None:
+        matrices = [group * matrix for group, matrix in zip(in_groups(gamma, size), matrices, strict=True)]
+    shift = join_groups(
+        [matrix @ group for group, matrix in zip(in_groups(found.low.unsqueeze(1), size), matrices, strict=True)]
+    )
+    return matrices, -shift if beta is None else beta - shift
+
+
+def whiten(
+    x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-) -> Tensor:
-    """Return `γ·W·(deviations - low) + β`, `[C, m]`, by one product, with γ, low and β in the small matrices."""
+    weights: Tensor | None,
+    held: Held | None,
+    settings: Settings,
+    training: bool,
+) -> tuple[Tensor, Whitening]:
+    """Return y in the statistics' dtype, and how x was whitened.
 
-    def columns(vector: Tensor | None) -> Sequence[Tensor | None]:
-        if vector is None:
-            return [None] * len(matrices)
-        return list(in_groups(vector.to(deviations.dtype).reshape(-1, 1), size))
+    In training, this is by the batch's statistics with `weights [N, *S]`. `held` then replaces them where at most one
+    value counts. In evaluation, it is by `held`.
+    """
+    channels_first = x.movedim(1, 0)
+    values = channels_first.flatten(1).to(eager.statistics_dtype(x))
+    if training:
+        deviations, found = batch_whitening(values, None if weights is None else weights.flatten(), settings)
+        if held is not None and weights is not None:
+            found = running_where_single(found, held, settings.size)
+            deviations = values - found.mean.unsqueeze(1)
+    else:
+        assert held is not None
+        found = held_whitening(held, settings.size)
+        deviations = values - held.mean.unsqueeze(1)
+    matrices, shift = affine_map(found, weight, bias, settings.size)
+    groups = zip(matrices, in_groups(deviations, settings.size), strict=True)
+    shifts = in_groups(shift, settings.size)
+    y = join_groups([torch.baddbmm(one, *pair) for one, pair in zip(shifts, groups, strict=True)])
+    return y.reshape(channels_first.shape).movedim(0, 1), found
 
-    results = []
-    for group, matrix, group_low, gamma, beta in zip(
-        in_groups(deviations, size), matrices, columns(low), columns(weight), columns(bias), strict=True
-    ):
-        scaled = matrix if gamma is None else gamma * matrix
-        shift = beta
-        if group_low is not None:
-            shift = -(scaled @ group_low) if beta is None else torch.baddbmm(beta, scaled, group_low, alpha=-1.0)
-        results.append(scaled @ group if shift is None else torch.baddbmm(shift, scaled, group))
-    return join_groups(results)
+
+def held_whitening(held: Held, size: int) -> Whitening:
+    """Return the whitening by running statistics."""
+    return Whitening(held.mean, torch.zeros_like(held.mean), unpack_matrices(held.packed, size), None)
 
 
 def _update(
