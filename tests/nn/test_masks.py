@@ -185,6 +185,21 @@ def test_padding_may_hold_anything(padding: float, compiled: bool, layout: Any) 
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("padding", [0.0, torch.nan, torch.inf, -torch.inf])
+def test_a_mask_copies_x_only_to_clear_what_is_not_finite(padding: float) -> None:
+    mask = some((4, 3, 5, 5))
+    x = torch.randn(4, 3, 5, 5).masked_fill(~mask.unsqueeze(1), padding).requires_grad_()
+    kept: list[int] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        nn.BatchNorm2d(3)(x, mask)
+    assert (x.data_ptr() in kept) == (padding == 0.0)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_nonfinite_value_that_counts_is_visible(value: float) -> None:
     x, mask = torch.randn(4, 3), torch.tensor([True, True, True, False])

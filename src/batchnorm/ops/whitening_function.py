@@ -177,8 +177,8 @@ def _differentiable_gradients(
 def _gradients(dy: Tensor, saved: _Saved, settings: Settings, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return dx, dγ and dβ. The mathematics page has the equations in section "Whitening"."""
     with torch.enable_grad():  # autograd differentiates the computations on small matrices
-        leaves: _Saved = tree_map_only(Tensor, _as_leaf, saved._replace(x=None, weights=None))
-        _, matrices, shift = _whitening_and_map(leaves._replace(weights=saved.weights), settings)
+        leaves: _Saved = tree_map_only(Tensor, _as_leaf, saved)
+        _, matrices, shift = _whitening_and_map(leaves, settings)
     planes = _Planes(saved.x, settings.size)
     values, upstream = planes.of(saved.x), planes.of(dy)
     statistics = leaves.statistics
@@ -195,8 +195,9 @@ def _gradients(dy: Tensor, saved: _Saved, settings: Settings, needs: Sequence[bo
         dlow, *dproducts = (t / eager.positive(statistics.count).to(t.dtype) for t in through if t is not None)
         dx.copy_(dlow.unsqueeze(1))
         planes.add_products(dx, [t + t.mT for t in dproducts], values)
-        if saved.weights is not None:
-            dx *= planes.of_weights(saved.weights)
+        w = planes.of_weights(saved.weights)
+        if w is not None:
+            dx *= w
     planes.add_products(dx, [matrix.detach().mT for matrix in matrices], upstream)
     return [planes.restored(dx, saved.x), dweight, dbias]
 
