@@ -16,7 +16,6 @@ import torch
 
 import batchnorm
 from benchmarks import (
-    accelerate,
     exactness,
     family,
     flax_layer,
@@ -57,7 +56,7 @@ _BOTH: Settings = dict(records.ALLOCATORS)
 _DEFAULT: Settings = {"default": {}}
 
 # The variables of all settings; they are not inherited from the caller.
-_SETTINGS: list[Settings] = [_BOTH, page_faults.settings(), frameworks.settings(), small.SETTINGS]
+_SETTINGS: list[Settings] = [_BOTH, page_faults.settings(), frameworks.settings(), small.SETTINGS, steps.SETTINGS]
 _SET_HERE = {name for settings in _SETTINGS for setting in settings.values() for name in setting or ()}
 
 SECTIONS = {
@@ -72,8 +71,7 @@ SECTIONS = {
     "memory": Section(memory.KEY, memory.measure_memory, _DEFAULT),
     "page-faults": Section(page_faults.KEY, page_faults.measure_page_faults, page_faults.settings()),
     "family": Section(family.KEY, family.measure_family, {"kept": records.ALLOCATORS["kept"]}),
-    "steps": Section(steps.KEY, steps.measure_steps, _BOTH),
-    "accelerate": Section(accelerate.KEY, accelerate.measure_accelerate, {"kept": records.ALLOCATORS["kept"]}),
+    "networks": Section(steps.KEY, steps.measure_networks, steps.SETTINGS),
     "fold": Section(fold.KEY, fold.measure_fold, _DEFAULT),
     "fold-photographs": Section(fold.PHOTOGRAPHS_KEY, fold.measure_photographs, _DEFAULT),
     "fold-speed": Section(fold.SPEED_KEY, fold.measure_speed, {"kept": records.ALLOCATORS["kept"]}),
@@ -117,12 +115,12 @@ def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same commit.")
 @click.option("--seconds", type=click.FloatRange(0.01), default=2.0, help="Time for all contenders of one case.")
-@click.option("--rounds", type=click.IntRange(2), default=30, help="Rounds of a network's training step.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="Threads of every contender.")
 @click.option(
     "--only",
     default="",
-    help="Only layers whose description contains this, such as '32×64×56×56, channels-last', or one network by name.",
+    help="Only layers whose description contains this, such as '32×64×56×56, channels-last', or only such networks, "
+    "such as 'MobileNetV2', 'ResNet-50, training step' or 'inference, channels-last, float32'.",
 )
 @click.option("--here", hidden=True)
 def main(
@@ -132,7 +130,6 @@ def main(
     quick: bool,
     resume: bool,
     seconds: float,
-    rounds: int,
     threads: int,
     only: str,
     here: str | None,
@@ -144,7 +141,7 @@ def main(
     """
     torch.set_num_threads(threads)
     if quick:
-        seconds, rounds = 0.05, 2
+        seconds = 0.05
     if quick or only:  # partial results must not replace complete ones
         out = out or Path(tempfile.mkdtemp(prefix="batchnorm-benchmarks-"))
         pictures = pictures or out
@@ -153,18 +150,20 @@ def main(
         (name,) = sections
         _prepare(here)
         section = SECTIONS[name]
-        section.measure(Options(out, quick, seconds, rounds, threads, only, here), section.table(out, name))
+        section.measure(Options(out, quick, seconds, threads, only, here), section.table(out, name))
         return
     start = time.monotonic()
     for line in peers.missing():
         print(line)
     print(batchnorm.backends())
-    arguments = ["--out", str(out), "--seconds", str(seconds), "--rounds", str(rounds), "--threads", str(threads)]
+    arguments = ["--out", str(out), "--seconds", str(seconds), "--threads", str(threads)]
     arguments += ["--only", only, *(["--quick"] if quick else [])]
     for name in sections or SECTIONS:
         if name != "report":
             settings = SECTIONS[name].settings
-            _in_processes(name, {"kept": records.ALLOCATORS["kept"]} if quick else settings, arguments, out, resume)
+            if quick:
+                settings = {"kept": settings.get("kept", records.ALLOCATORS["kept"])}
+            _in_processes(name, settings, arguments, out, resume)
     report.write(out, pictures)
     print(f"results: {out}; pictures: {pictures}; {time.monotonic() - start:.0f} s")
 

@@ -14,7 +14,6 @@ class Options:
         out: Directory of the results.
         quick: Whether only to test that everything runs.
         seconds: Time for all contenders of a case.
-        rounds: Rounds of a network's training step.
         threads: Number of threads that torch uses.
         only: Only the cases whose description contains this text.
         allocator: The name of the allocator setting of this process.
@@ -23,7 +22,6 @@ class Options:
     out: Path
     quick: bool
     seconds: float
-    rounds: int
     threads: int
     only: str
     allocator: str

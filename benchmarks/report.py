@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +10,23 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from batchnorm.files import write_whole
-from benchmarks import accelerate, flax_layer, frameworks, keras_layer, pictures, records, small, steps, targets
+from benchmarks import flax_layer, frameworks, keras_layer, pictures, records, small, steps_report, targets
 from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
+from benchmarks.markdown import markdown
+from benchmarks.markdown import milliseconds as _ms
 from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 from benchmarks.records import Row, select
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
-    "layers", "sizes", "threads", "small", "exactness", "memory", "page-faults", "family", "steps", "accelerate",
+    "layers", "sizes", "threads", "small", "exactness", "memory", "page-faults", "family", "networks",
     "fold", "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
 )  # fmt: skip
 
-Cells = Sequence[str]
 
-
-def markdown(head: Cells, body: Iterable[Cells], numbers_from: int = 1) -> str:
-    """Return a table; columns from `numbers_from` on are right-aligned."""
-    rule = ["---" if i < numbers_from else "---:" for i in range(len(head))]
-    lines = [head, rule, *([c.replace("|", "\\|") for c in row] for row in body)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
-def _ms(value: str | float) -> str:
-    return f"{float(value):.3g}"
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
+QUOTED = ("summary", "networks-summary")
 
 
 def machine(rows: list[Row]) -> str:
@@ -87,8 +81,8 @@ def verdicts_of(tables: dict[str, list[Row]]) -> list[targets.Verdict]:
     for allocator in records.ALLOCATORS:
         if tables.get("layers"):
             found += targets.layer_verdicts(tables["layers"], allocator)
-        if tables.get("steps"):
-            found += targets.step_verdicts(tables["steps"], allocator)
+        if tables.get("networks"):
+            found += targets.network_verdicts(tables["networks"], allocator)
     if tables.get("exactness"):
         found += targets.exactness_verdicts(tables["exactness"])
     if tables.get("memory"):
@@ -185,34 +179,6 @@ def memory_markdown(rows: list[Row]) -> str:
         (r["what"], r["contender"], f"{float(r['kept_tensors']):.2f}", f"{float(r['peak_tensors']):.2f}") for r in rows
     ]
     return markdown(("what", "contender", "kept for backward", "peak of a training step"), body, 2)
-
-
-def steps_markdown(rows: list[Row]) -> str:
-    """Return medians of each network's step, and the time above no normalization as a share of torch's."""
-    body = []
-    for where in dict.fromkeys((r["network"], r["layout"], r["precision"], r["allocator"]) for r in rows):
-        chosen = [r for r in rows if (r["network"], r["layout"], r["precision"], r["allocator"]) == where]
-        share, low, high = steps.share_of_torch(chosen)
-        medians = {n: float(np.median([float(r[f"{n}_ms"]) for r in chosen])) for n in ("none", "torch", "batchnorm")}
-        times = [f"{m:.4g}" for m in medians.values()]
-        body.append([*where, *times, f"{share:.0%} ({low:.0%} to {high:.0%})", str(len(chosen))])
-    head = ("network", "layout", "precision", "allocator", "no BN, ms", "torch, ms", "batchnorm, ms")
-    return markdown((*head, "time above no BN, of torch's", "alternations"), body, 4)
-
-
-def accelerate_markdown(rows: list[Row]) -> str:
-    """Return the median of each network's step before and after acceleration, and the speed-up."""
-    body = []
-    for where in dict.fromkeys((r["network"], r["layout"]) for r in rows):
-        own = [r for r in rows if (r["network"], r["layout"]) == where]
-        times, low, high = accelerate.times_as_fast(own)
-        medians = [f"{np.median([float(r[f'{n}_ms']) for r in own]):.4g}" for n in accelerate.CONTENDERS]
-        r = own[0]
-        name = f"{r['network']}, {r['batch']}×3×{r['size']}×{r['size']}"
-        counts = f"{r['changed']}, {r['fused']}"
-        body.append([name, counts, where[1], *medians, f"{times:.2f}× ({low:.2f} to {high:.2f})", str(len(own))])
-    head = ("network", "layers, fused", "layout", *[f"{name}, ms" for name in accelerate.CONTENDERS])
-    return markdown((*head, "times as fast", "alternations"), body, 3)
 
 
 def page_faults_markdown(rows: list[Row]) -> str:
@@ -341,8 +307,6 @@ def write(out: Path, pictures_to: Path) -> None:
         "keras": keras_markdown,
         "frameworks": frameworks_markdown,
         "memory": memory_markdown,
-        "steps": steps_markdown,
-        "accelerate": accelerate_markdown,
         "page-faults": page_faults_markdown,
         "threads": threads_markdown,
         "small": small_markdown,
@@ -352,10 +316,20 @@ def write(out: Path, pictures_to: Path) -> None:
         "family": family_markdown,
     }
     texts |= {name: markdown_of(tables[name]) for name, markdown_of in writers.items() if tables.get(name)}
+    if networks := tables.get("networks"):
+        texts |= steps_report.texts(networks)
     for name, text in texts.items():
+        if name in QUOTED and out == RESULTS:
+            _quote_in_readme(out / f"{name}.md", text)
         write_whole(out / f"{name}.md", text)
     pictures.draw(tables, pictures_to)
     _print(tables)
+
+
+def _quote_in_readme(path: Path, text: str) -> None:
+    """Replace the former table by the new one in the README."""
+    if path.exists() and (former := path.read_text(encoding="utf-8")):
+        write_whole(README, README.read_text(encoding="utf-8").replace(former, text))
 
 
 def _print(tables: dict[str, list[Row]]) -> None:

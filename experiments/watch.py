@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import batchnorm
 from batchnorm.doctor import Watch
-from benchmarks.networks import NORMS, ResNet18
+from benchmarks.networks import resnet18
 
 BATCH, SIZE = 32, 64
 
@@ -37,13 +38,18 @@ def step_of(model: torch.nn.Module) -> Callable[[], float]:
     return step
 
 
+def _network(name: str) -> torch.nn.Module:
+    model = resnet18()
+    return model if name == "torch" else batchnorm.accelerate(model).model
+
+
 def main(rounds: int, names: list[str]) -> None:
     """Print the costs for torch's layers and for this library's."""
     for name in names:
         torch.manual_seed(0)
-        plain = step_of(ResNet18(NORMS[name]))
+        plain = step_of(_network(name))
         torch.manual_seed(0)
-        model = ResNet18(NORMS[name])
+        model = _network(name)
         watched = step_of(model)
         for _ in range(3):
             plain()

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import cases, flax_layer, frameworks, layers, memory, networks, records, report, steps, targets
+from benchmarks import cases, flax_layer, frameworks, layers, memory, records, report, targets
 from benchmarks.cases import STEP, TASKS, Case, make_data
+from benchmarks.markdown import markdown
 from benchmarks.options import Options
 from benchmarks.peers import CONTENDERS, OURS, TORCH, Contender
 from benchmarks.timing import alternate, shortest
@@ -19,7 +20,7 @@ SHAPES = ((4, 3, 5, 5), (16, 3), (2, 3, 4, 3, 2))
 
 @pytest.fixture
 def options(tmp_path):
-    return Options(tmp_path, quick=True, seconds=0.001, rounds=2, threads=1, only="", allocator="default")
+    return Options(tmp_path, quick=True, seconds=0.001, threads=1, only="", allocator="default")
 
 
 def test_floor_of_a_training_step_is_two_and_a_half_copies():
@@ -81,14 +82,14 @@ def test_table_is_partial_until_finished_and_resumes(tmp_path):
     assert not table.partial.exists()
 
 
-@pytest.mark.parametrize("name", networks.NETWORKS)
-def test_networks_are_the_same_with_ours_and_torchs(name):
-    steps._check_agreement(networks.NETWORKS[name])
-
-
-def test_share_of_torch_is_that_of_the_differences():
-    rows = [{"batchnorm_ms": 12 + i, "torch_ms": 20 + i, "none_ms": 10 + i} for i in range(30)]
-    assert steps.share_of_torch(rows) == pytest.approx((0.2, 0.2, 0.2))
+def test_a_new_table_replaces_the_former_one_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text("before\n\n| 1 |\n\nafter\n")
+    table = tmp_path / "summary.md"
+    table.write_text("| 1 |\n")
+    report._quote_in_readme(table, "| 2 |\n")
+    report._quote_in_readme(tmp_path / "absent.md", "| 3 |\n")
+    assert report.README.read_text() == "before\n\n| 2 |\n\nafter\n"
 
 
 def test_autograd_keeps_x_and_vectors():
@@ -125,7 +126,7 @@ def test_what_was_not_measured_is_not_judged():
 
 
 def test_markdown_is_a_table():
-    assert report.markdown(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
+    assert markdown(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |\n"
 
 
 def test_shortest_times_are_of_calls_in_turns():

@@ -17,7 +17,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_is_one_row_and_is_not_folded_again(small, tmp_path) -> None:
-    options = Options(tmp_path, quick=True, seconds=0.001, rounds=2, threads=1, only="", allocator="default")
+    options = Options(tmp_path, quick=True, seconds=0.001, threads=1, only="", allocator="default")
     table = records.Table(tmp_path / "fold.csv", fold.KEY)
     for _ in range(2):
         fold.measure_fold(options, table)
@@ -41,8 +41,8 @@ def test_what_torch_fx_cannot_trace_is_named() -> None:
 
 def test_networks_of_our_own_are_always_there() -> None:
     found = zoo.found(quick=True)
-    assert {"ResNet18", "DepthwiseNet"} <= set(found)
-    assert list(zoo.found(only="DepthwiseNet")) == ["DepthwiseNet"]
+    assert {"ResNet18", "MobileNetV2"} <= set(found)
+    assert list(zoo.found(only="MobileNetV2")) == ["MobileNetV2"]
 
 
 def test_every_contender_gives_the_networks_result() -> None:

@@ -10,8 +10,8 @@ from benchmarks.gpu.layers import BATCHES, LAYERS, Case
 from benchmarks.gpu.model.devices import DEVICES
 from benchmarks.gpu.model.expected import expected
 from benchmarks.gpu.static import table
+from benchmarks.markdown import markdown
 from benchmarks.records import Row
-from benchmarks.report import markdown
 
 EXPECTED = "gpu_expected.csv"
 _CASE = ("shape", "layout", "dtype")
