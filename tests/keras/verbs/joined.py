@@ -75,6 +75,11 @@ def add_to_itself(x: Any) -> Any:
     return norm()(y + y)
 
 
+def trained_around(x: Any) -> Any:
+    twice, model = keras.Input(IMAGE), inner(conv(), norm())
+    return keras.Model(twice, model(model(twice)))(x, training=True)
+
+
 STAYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "number": (lambda x: norm()(conv()(x) + 1.0), "it follows add"),
     "residual": (lambda x: norm()(conv()(x) + x), "its input is also read by conv2d"),
@@ -84,7 +89,8 @@ STAYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "maximum": (lambda x: norm()(layers.Maximum()([conv()(x), conv()(x)])), "negative scale"),
     "reader": (lambda x: layers.Multiply()([norm()(x), x]), "multiply (Multiply) reads its result"),
     "noise": (lambda x: norm()(layers.Dropout(0.5)(conv()(x), training=True)), "it follows dropout"),
-    "trained model": (lambda x: inner(conv(), norm())(x, training=True), "inner is called with arguments"),
+    "trained model": (lambda x: inner(conv(), norm())(x, training=True), "inner, or a model around it, is called with"),
+    "trained around": (trained_around, "inner, or a model around it, is called with"),
 }
 
 

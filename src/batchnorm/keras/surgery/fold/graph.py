@@ -124,7 +124,8 @@ class Graphs:
         calls = [call for each in models for call in Graph(each).calls]
         in_python = [child for layer in layers if not is_graph(layer) for child in children(layer)]
         self._times = Counter(id(called) for called in [*(call.operation for call in calls), *in_python])
-        self._with_arguments = {id(call.operation) for call in calls if call.arguments}
+        given = [call.operation for call in calls if call.arguments and is_graph(call.operation)]
+        self._with_arguments = {id(layer) for outer in given for _, layer in [("", outer), *walk(outer)]}
         inlined = {
             id(call.operation) for call in calls
             if is_graph(call.operation) and self._times[id(call.operation)] == 1 and not call.arguments
@@ -141,7 +142,7 @@ class Graphs:
         return next(((graph, call) for graph in self.graphs for call in graph.calls if call.operation is layer), None)
 
     def has_arguments(self, graph: Graph) -> bool:
-        """Return whether the graph's model is itself called with arguments."""
+        """Return whether the graph's model, or one that contains it, is called with arguments."""
         return id(graph.model) in self._with_arguments
 
 

@@ -88,7 +88,7 @@ class Search:
         if not call.plain:
             raise CannotFold("it is called with arguments such as training=True or a mask")
         if self._graphs.has_arguments(graph):
-            raise CannotFold(f"{graph.model.name} is called with arguments such as training=True or a mask")
+            raise CannotFold(f"{graph.model.name}, or a model around it, is called with training=True or a mask")
         s = ScaleShift.of(layer, len(call.results[0].shape))
         reasons = []
         for direction in (self._backward, self._forward):
