@@ -56,9 +56,11 @@ def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Chec
     """
 
     def decorate(check: Check) -> Check:
-        def test(number: int) -> None:
+        def test(number: int, among: Sequence[str]) -> None:
             case, failures = cases[number], {}
             for name, values in _points(number, axes):
+                if name not in among:
+                    continue
                 try:
                     with chosen(name) as op:
                         check(op, case, *values)
@@ -69,7 +71,18 @@ def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Chec
 
         test.__name__, test.__doc__, test.__module__ = check.__name__, check.__doc__, check.__module__
         test.at_one_point = check  # type: ignore[attr-defined]
-        return pytest.mark.parametrize("number", range(len(cases)), ids=[case.id for case in cases])(test)
+        # The GPU has tests of its own, which can be selected by their names.
+        groups = {
+            "": [name for name in names() if name != "cuda"],
+            "cuda-": [name for name in names() if name == "cuda"],
+        }
+        points = [
+            pytest.param(number, among, id=prefix + case.id)
+            for number, case in enumerate(cases)
+            for prefix, among in groups.items()
+            if among
+        ]
+        return pytest.mark.parametrize(("number", "among"), points)(test)
 
     return decorate
 
