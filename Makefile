@@ -100,8 +100,13 @@ demo-keras: setup ## train one network in Keras on MNIST with and without batch 
 	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/keras_mnist.py \
 	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)')
 
+# Each worker runs whole files, which share fixtures, imports and compiled functions, and the last ones are divided.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Tests start about a hundred processes. With PYTHONDONTWRITEBYTECODE, each of them would compile the package again.
 test: setup ## run the tests and the examples in docstrings, README and docs
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4
+	@$(BIN)/python -m compileall -q src
+	$(PYTEST)
 
 # Folders with the official files of MNIST and Fashion-MNIST. If unset, the experiments download the files once.
 DATA_DIR ?=
@@ -132,7 +137,7 @@ bench-quick: setup ## check that the benchmarks run; their figures mean nothing
 	$(BIN)/python -m benchmarks --quick
 
 emulate: setup ## run the compiled GPU kernels on this CPU, in an emulator, over the whole table of tests (half an hour)
-	BATCHNORM_EMULATE=whole $(BIN)/pytest --numprocesses auto --maxprocesses 4 \
+	BATCHNORM_EMULATE=whole $(PYTEST) \
 	  tests/ops/test_contract.py tests/ops/triton/emulated_launches.py
 
 sanitize: $(VENV)/.build-installed ## test the kernels under AddressSanitizer and UndefinedBehaviorSanitizer (several minutes)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Threads that wait for others sleep. If they spun, they would take the cores from the threads that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers already fill the cores; their threads would only wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
