@@ -25,6 +25,9 @@ KEY = ("processes", "shape", "layer")
 SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14))
 QUICK_SHAPES = ((8, 16, 14, 14),)
 PLAIN = "BatchNorm"
+GROUP_SIZE = 16
+DECORRELATED = f"DecorrelatedBatchNorm, groups of {GROUP_SIZE}"
+PRODUCTS = "matrix products of DecorrelatedBatchNorm alone"
 SYNC, COLLECTIVES = "SyncBatchNorm", "its collectives alone"
 WITHOUT_COLLECTIVES = "its passes alone, without collectives"
 
@@ -52,7 +55,7 @@ def _layers(shape: tuple[int, ...]) -> dict[str, Forward]:
         "DomainBatchNorm, one domain a batch": lambda x: domain(x, 0),
         "DomainBatchNorm, a domain per sample": lambda x: domain(x, halves),
         "ConditionalBatchNorm, 10 classes": lambda x: conditional(x, classes),
-        "DecorrelatedBatchNorm, groups of 16": ours.DecorrelatedBatchNorm2d(c, group_size=16),
+        DECORRELATED: ours.DecorrelatedBatchNorm2d(c, group_size=GROUP_SIZE),
         "torch.nn.BatchNorm2d": nn.BatchNorm2d(c),
         "torch.nn.GroupNorm, 8 groups": nn.GroupNorm(8, c),
     }
@@ -66,6 +69,20 @@ def _step(forward: Forward, x: Tensor, dy: Tensor) -> Callable[[], None]:
     return step
 
 
+def _products(x: Tensor, size: int) -> Callable[[], None]:
+    """Return the products that whitening needs at least: two in forward and three in backward, by torch's `bmm`."""
+    groups = x.detach().reshape(-1, size, x[0, 0].numel())
+    matrices, result = torch.randn(len(groups), size, size), torch.empty_like(groups)
+
+    def step() -> None:
+        for _ in range(2):
+            torch.bmm(groups, groups.mT)
+        for _ in range(3):
+            torch.bmm(matrices, groups, out=result)
+
+    return step
+
+
 def measure_family(options: Options, table: Table) -> None:
     """Write the time of a training step of each layer: in this process, then in two with half of the threads each."""
     if table.measured():
@@ -74,6 +91,7 @@ def measure_family(options: Options, table: Table) -> None:
         torch.manual_seed(0)
         x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
         steps = {name: _step(forward, x, dy) for name, forward in _layers(shape).items()}
+        steps[PRODUCTS] = _products(x, GROUP_SIZE)
         times = alternate(steps, 10 * options.seconds, least=2 if options.quick else 7)
         table.append([_row(1, shape, name, t.seconds, times[PLAIN].seconds) for name, t in times.items()])
         table.append(_two_processes(shape, 4 if options.quick else 40))
