@@ -86,7 +86,10 @@ def _measured(call: Callable[[], object]) -> dict[str, float]:
 def in_rounds(
     contenders: dict[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 40
 ) -> list[dict[str, float]]:
-    """Call each contender once untimed, then once in every round for about `seconds`, in a rotating order.
+    """Call each contender once untimed, then once in every round for about `seconds`, in random order.
+
+    In a rotating order, each contender would nearly always follow the same other one, which decides what the caches
+    and the allocator hold.
 
     Args:
         contenders: Calls by name: whole training steps.
@@ -102,9 +105,9 @@ def in_rounds(
         contenders[name]()
     found: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
+    order = np.random.default_rng(0)
     while len(found) < least or (time.perf_counter() < end and len(found) < most):
-        at = len(found) % len(names)
-        times = {name: _measured(contenders[name]) for name in names[at:] + names[:at]}
+        times = {names[i]: _measured(contenders[names[i]]) for i in order.permutation(len(names))}
         found.append({f"{name}_{kind}": ms for name in names for kind, ms in times[name].items()})
     return found
 
