@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batchnorm.surgery.fold.onnx import fold_onnx
-from tests.surgery.fold.onnx.graphs import Graph, assert_same, ops
+from tests.surgery.fold.onnx.graphs import Graph, assert_same, initializer, ops
 
 
 def conv_kinds(x: str, g: Graph) -> dict[str, tuple[Callable[[], str], int]]:
@@ -165,6 +165,22 @@ def test_operations_in_between_are_passed_or_named(between: Callable[[Graph, str
     else:
         assert report.remaining == 1 and len(ops(folded)) == len(ops(model)) - 1
         assert_same(model, folded, (3, 4, 8, 10))
+
+
+def test_small_constants_that_are_computed_are_stored() -> None:
+    """The bounds of a Clip, as exporters write them; runtimes fuse it only if they are stored."""
+    g = Graph()
+    y = g.norm(g.conv(g.input("n", 4, 10, 12), 4, 4), 4)
+    low = g.call("CastLike", g.constant(np.array(-0.5, np.float32)), y)
+    six = g.call("Neg", g.constant(np.array(-6.0, np.float32)))
+    large = g.call("Neg", g.random(1, 4, 8, 10))
+    model = g.model(g.call("Add", g.call("Clip", y, low, six), large), six)
+    folded, report = fold_onnx(model)
+    assert report.remaining == 0
+    assert sorted(ops(folded)) == ["Add", "Clip", "Conv", "Neg", "Neg"]  # a result and a large one stay computed
+    clip = next(node for node in folded.graph.node if node.op_type == "Clip")
+    assert initializer(folded, clip.input[1]) == -0.5
+    assert_same(model, folded, (3, 4, 10, 12))
 
 
 def test_a_negative_scale_does_not_go_through_max_pooling() -> None:

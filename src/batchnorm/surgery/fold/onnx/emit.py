@@ -15,16 +15,18 @@ from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 from batchnorm.surgery.fold.onnx.nodes import Writer, as_tensor
 from batchnorm.surgery.fold.states import NewConstants
 
+_SMALL = 1024  # bytes of a computed constant that is stored instead
+
 
 def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
     """Turn the model of this network into the folded one. Names, versions and metadata stay."""
     graph, constants = model.graph, network.constants
     taken = set(every_name(model))
     before = _names(graph.node)
-    calls = _needed(network)
+    changed = any(call.gone or call.state is not None for call in network.calls)
+    calls, new = _evaluated(network, _needed(network)) if changed else (_needed(network), {})
     still = _read_by(calls)
     stored = {tensor.name for tensor in graph.initializer}
-    new: dict[str, TensorProto] = {}
 
     def fresh(stem: str) -> str:
         name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}_{i}") not in taken)
@@ -70,6 +72,29 @@ def _needed(network: OnnxNetwork) -> list[Call]:
         if len(kept) == len(calls):
             return calls
         calls = kept
+
+
+def _evaluated(network: OnnxNetwork, calls: list[Call]) -> tuple[list[Call], dict[str, TensorProto]]:
+    """Return the calls without those that compute small constants, and these constants by their names.
+
+    Runtimes fuse an operator such as Clip only if its bounds are stored. Exporters compute them in the type of x.
+    """
+    results = set(calls[-1].inputs)
+    found: dict[str, TensorProto] = {}
+    for call in calls:
+        name = call.results[0] if call.results else ""
+        if call.state is not None or name in results or not _is_constant(network, call) or call.node.op == "Constant":
+            continue
+        tensor = network.constants.tensor(name)
+        if tensor is not None and tensor.ByteSize() <= _SMALL:
+            stored = TensorProto()
+            stored.CopyFrom(tensor)
+            stored.name = name
+            found[name] = stored
+    calls = [call for call in calls if not found.keys() & set(call.results)]
+    read = _read_by(calls)
+    calls = [c for c in calls if read.intersection(c.results) or not _is_constant(network, c)]
+    return calls, {name: tensor for name, tensor in found.items() if name in read}
 
 
 def _is_constant(network: OnnxNetwork, call: Call) -> bool:
