@@ -137,7 +137,7 @@ class Constants:
                 return None
             arrays[each] = array
         found: Any = ReferenceEvaluator(operator.node, opsets={"": self._opset}).run(None, arrays)
-        return numpy_helper.from_array(np.ascontiguousarray(found[0]), operator.node.output[0])
+        return numpy_helper.from_array(np.asarray(found[0], order="C"), operator.node.output[0])
 
     def array(self, name: str) -> Array | None:
         """Return the constant of this name as an array; None if it is not a constant."""
