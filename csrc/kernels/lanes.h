@@ -17,8 +17,13 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 bool streams(const Shape& s) { return kHasStream && s.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes; }
 
-// Returns whether to process x in planes (each row is one channel) instead of rows of lanes.
-bool in_planes(const Shape& s, bool whole) { return !s.channels_last && s.s > 1 && (whole || s.s >= kLanes<A>); }
+// Returns whether to process x in planes (each row is one channel) instead of rows of lanes. Rows of half a vector or
+// more take part if there are few samples: spreading coefficients over lanes then takes longer than the values do.
+bool in_planes(const Shape& s, bool whole) {
+  constexpr int64_t kFewSamples = 8;
+  if (s.channels_last || s.s <= 1) return false;
+  return whole || s.s >= kLanes<A> || (2 * s.s >= kLanes<A> && s.n <= kFewSamples);
+}
 
 // Spreads [c] coefficients over lanes if lanes and channels differ.
 void spread(const RowShape& r, const A* per_channel, A* lanes) {

@@ -44,11 +44,24 @@ BATCHNORM_INLINE void fetch_lines(const Term& term, int64_t offset, int64_t coun
 
 // ---- planes: [n, c, s] in memory, a row is s values of one channel --------------------------------------------------
 
+// The last vector of a row whose length is no multiple of a vector: where it starts, and the lanes that no other vector
+// has. In a row shorter than a vector, it starts with the row and goes beyond its end.
+template <class A>
+struct LastVector {
+  int64_t start, whole;  // the vectors before it have `whole` values
+  decltype(lanes_between(0, 0, A{})) fresh;
+  explicit LastVector(int64_t length)
+      : start(length < kLanes<A> ? 0 : length - kLanes<A>),
+        whole(length / kLanes<A> * kLanes<A>),
+        fresh(lanes_between(whole - start, length - start, A{})) {}
+};
+
 // a += Σ u and b += Σ u·v over `length` values from `offset`; their weights start at `position`. Also prefetches the
 // values `ahead` positions later, or none if `ahead` is 0.
 template <class Term>
 BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& c, int64_t offset, int64_t position,
-                                 int64_t length, int64_t ahead, Vec<typename Term::A>& a, Vec<typename Term::A>& b) {
+                                 int64_t length, const LastVector<typename Term::A>& last, int64_t ahead,
+                                 Vec<typename Term::A>& a, Vec<typename Term::A>& b) {
   using A = typename Term::A;
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
@@ -72,20 +85,18 @@ BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& 
     b = (b + b1) + (b2 + b3);
   }
   if (ahead) fetch_lines<1>(term, offset + i + ahead, length - i);
-  for (; i + W <= length; i += W) step(i, a, b);
-  if (i < length) {  // the last full vector, without the lanes already summed
+  for (; i < last.whole; i += W) step(i, a, b);
+  if (i < length) {
     V u, v;
-    const int64_t start = length - W;
-    term.pair(c, offset + start, W, term.weights ? load(term.weights + position + start, W) : V{}, u, v);
-    const auto fresh = lanes_between(i - start, W, A{});
-    u = select(fresh, u, V{});
-    v = select(fresh, v, V{});
+    term.pair(c, offset + last.start, W, term.weights ? load(term.weights + position + last.start, W) : V{}, u, v);
+    u = select(last.fresh, u, V{});
+    v = select(last.fresh, v, V{});
     a = a + u;
     b = fma(u, v, b);
   }
 }
 
-// The same for a row shorter than a vector.
+// The same for a row shorter than a vector, without reading beyond its end.
 template <class Term>
 __attribute__((noinline)) static void reduce_short_row(const Term& term, int64_t channel, int64_t offset,
                                                        int64_t position, int64_t length, Vec<typename Term::A>& a,
@@ -118,13 +129,14 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
   const int64_t run = channels * length, jump = s.c * s.s, distance = kAhead<Term>;
   const int64_t after = run > distance ? jump + distance - run : jump * (distance / run);
   const bool fetches = s.s * static_cast<int64_t>(sizeof(typename Term::Type)) < kLongRowBytes;
+  const LastVector<A> last(length);
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t row = rows ? rows[n] : 0;
     for (int64_t k = 0; k < channels; ++k) {
       const int64_t channel = row * s.c + c0 + k, offset = (n * s.c + c0 + k) * s.s + begin;
-      if (length >= kLanes<A>) {
+      if (length >= kLanes<A> || (!term.weights && offset + kLanes<A> <= s.numel())) {
         Vec<A> sum_u = a[k], sum_uv = b[k];
-        reduce_row(term, term.at(OneChannel<A>{channel}), offset, n * s.s + begin, length,
+        reduce_row(term, term.at(OneChannel<A>{channel}), offset, n * s.s + begin, length, last,
                    !fetches ? 0 : (k + 1) * length + distance <= run ? distance : after, sum_u, sum_uv);
         a[k] = sum_u, b[k] = sum_uv;
       } else {
@@ -154,6 +166,24 @@ __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, 
   }
 }
 
+// The same in full vectors, as many as fit, of rows that have at least half a vector and no weights. Returns the end of
+// the last one.
+template <class Map>
+__attribute__((noinline)) static int64_t map_narrow(const Map& original, int64_t channel, int64_t channels,
+                                                    int64_t offset, int64_t length, int64_t i, int64_t end,
+                                                    bool streamed) {
+  using A = typename Map::A;
+  constexpr int64_t W = kLanes<A>;
+  const Map map = original;
+  for (; i + W <= end; i += W) {
+    const int64_t k = i / length, first = (k + 1) * length - i;
+    const ThreeChannels<A> c{channel + k, channel + channels - 1, lanes_between(first, W, A{}),
+                             lanes_between(first + length, W, A{})};
+    map.apply(map.at(c), offset + i, W, Vec<A>{}, streamed);
+  }
+  return i;
+}
+
 // Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`.
 // Several channels must be whole rows, which are contiguous. Also prefetches the inputs `ahead` values later, or none
 // if `ahead` is 0.
@@ -170,7 +200,10 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
   const Map map = original;
   const int64_t channel = row * s.c + c0, offset = (n * s.c + c0) * s.s + begin, position = n * s.s + begin;
   const int64_t total = channels * length;
-  if (length < W) return map_some(original, channel, offset, position, length, 0, total);
+  const bool narrow = length < W;
+  if (narrow && (2 * length < W || total < W || map.weights)) {
+    return map_some(original, channel, offset, position, length, 0, total);
+  }
   int64_t i = 0, stop = total;
   if (streamed) {  // whole lines bypass the caches; writing part of such a line normally would be slow
     const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.first_output() + offset) / sizeof(T));
@@ -181,8 +214,9 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
       i = head, stop = head + (total - head) / kLine * kLine;
     }
   }
+  if (narrow) i = map_narrow(original, channel, channels, offset, length, i, stop, streamed);
   int64_t k = i / length, end = (k + 1) * length;
-  while (true) {
+  while (!narrow) {
     const auto c = map.at(OneChannel<A>{channel + k});
     const int64_t until = end < stop ? end : stop, weight = position - k * length;
 #pragma GCC unroll 4
@@ -205,6 +239,7 @@ static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, 
   if (i == total) return;
   if (streamed) return map_some(original, channel, offset, position, length, i, total);
   i = total - W;  // the last full vector again
+  if (narrow) return void(map_narrow(original, channel, channels, offset, length, i, total, false));
   map.apply(map.at(OneChannel<A>{channel + k}), offset + i, W,
             map.weights ? load(map.weights + position - k * length + i, W) : Vec<A>{}, false);
 }

@@ -38,6 +38,18 @@ struct TwoChannels {
   }
 };
 
+// Lanes without a bit belong to channel `at`, those in `next` to channel at + 1, and those in `after`, which `next`
+// contains, to the channel after it. `last` is the last channel that exists.
+template <class A>
+struct ThreeChannels {
+  int64_t at, last;
+  decltype(Vec<A>{} < Vec<A>{}) next, after;
+  BATCHNORM_INLINE Vec<A> get(const A* p, const ThreeChannels& c) {
+    const A third = p[c.at + 2 < c.last ? c.at + 2 : c.last];
+    return select(c.after, broadcast(third), select(c.next, broadcast(p[c.at + 1]), broadcast(p[c.at])));
+  }
+};
+
 template <class A>
 struct ManyChannels {
   int64_t at, count;

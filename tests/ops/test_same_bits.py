@@ -96,7 +96,7 @@ def test_a_channel_has_the_same_bits(name: str, shape: tuple[int, ...], layout: 
 
 @pytest.mark.skipif(not compiled.cpu_capabilities(), reason="no compiled operators in this build")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(32, 64, 8, 8), (4, 3, 90, 90), (2, 130, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 64, 8, 8), (4, 3, 90, 90), (2, 130, 64), (2, 130, 9)], ids=str)
 def test_a_channel_alone_has_the_bits_that_it_has_beside_others(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
     for c in range(0, shape[1], 2):
