@@ -12,8 +12,9 @@ using T = BATCHNORM_TYPE;
 using A = Arithmetic<T>;
 constexpr Values kValues{sizeof(T), kLanes<A>};
 
-// Larger outputs bypass the caches. This is half of a typical last-level cache, because the input uses it, too.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Larger outputs bypass the caches. This is a quarter of a typical last-level cache, which also holds the inputs and
+// must keep the output until it is read.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 bool streams(const Shape& s) { return kHasStream && s.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes; }
 
