@@ -12,11 +12,17 @@ inline constexpr int64_t kChannelsAtOnce = 128;  // planes: channels summed toge
 // The number of consecutive additions in the arithmetic type; their sum is then added in float64.
 inline constexpr int64_t kAdditions = 32;
 
-// The prefetch distance of sums, in bytes. Processors also prefetch, but restart after every jump. This prefetch reads
-// short rows and many lanes a third faster, but long rows slightly slower.
+// The part of a core's own cache that holds values that are read twice. The same amount is prefetched.
+inline constexpr int64_t kCacheBytes = 512 << 10;
+
+// The values that sums prefetch, in bytes, together for all inputs: half of a first-level cache. Processors also
+// prefetch, but restart after every jump. This prefetch reads short rows and many lanes a third faster, but long rows
+// and inputs that are already in the cache slower.
 inline constexpr int64_t kFetchBytes = 16384, kLongRowBytes = 8192;
 template <class Term>
-inline constexpr int64_t kAhead = kFetchBytes / static_cast<int64_t>(sizeof(typename Term::Type));
+inline constexpr int64_t kValueBytes = Term::kInputs * static_cast<int64_t>(sizeof(typename Term::Type));
+template <class Term>
+inline constexpr int64_t kAhead = kFetchBytes / kValueBytes<Term>;
 
 // Σ u and Σ u·v in float64, with one partial sum per lane.
 struct WideSums {
@@ -128,7 +134,8 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
   // The rows of a sample are contiguous; near their end, prefetch those of the next sample or a later one.
   const int64_t run = channels * length, jump = s.c * s.s, distance = kAhead<Term>;
   const int64_t after = run > distance ? jump + distance - run : jump * (distance / run);
-  const bool fetches = s.s * static_cast<int64_t>(sizeof(typename Term::Type)) < kLongRowBytes;
+  const bool fetches = s.s * static_cast<int64_t>(sizeof(typename Term::Type)) < kLongRowBytes &&
+                       s.numel() * kValueBytes<Term> > kCacheBytes;
   const LastVector<A> last(length);
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t row = rows ? rows[n] : 0;

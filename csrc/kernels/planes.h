@@ -9,9 +9,6 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// The part of a core's own cache that holds values that are read twice. The same amount is prefetched.
-inline constexpr int64_t kCacheBytes = 512 << 10;
-
 // The steps before and after the sums of a channel.
 struct PlaneSteps {
   virtual void begin(int64_t /*c0*/, int64_t /*channels*/) {}  // at most kChannelsAtOnce of them

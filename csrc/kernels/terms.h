@@ -61,6 +61,7 @@ template <class T, bool weighted>
 struct MomentTerm {
   using Type = T;
   using A = Arithmetic<T>;
+  static constexpr int kInputs = 1;
   const T* x;
   Coefficients<A> coefficients;
   const A* weights;
@@ -150,6 +151,7 @@ template <class T, class F>
 struct BackwardTerm {
   using Type = T;
   using A = Arithmetic<T>;
+  static constexpr int kInputs = 2;  // dy and x; few calls have a third
   const T* dy;
   const T* x;
   const T* residual;
