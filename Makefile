@@ -7,7 +7,8 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --no-compile --constraint $(VENV)/constraints.txt
-CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
+  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
@@ -71,17 +72,19 @@ setup: $(DEV) build/dev/.all ## create or update .venv with everything that the 
 # ---- the compiled part -------------------------------------------------------------------------------------------------
 # Both builds share a folder, so the larger one reuses the objects of the smaller one. The files say when each was made.
 
-SOURCES := CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*) csrc/vendor/README.md
+SOURCES := CMakeLists.txt scripts/torch_interface.py $(wildcard csrc/*.* csrc/kernels/*) csrc/vendor/README.md
 
-build/dev/.native: OPTIONS := -DBATCHNORM_CAPABILITIES=native -DBATCHNORM_XLA=OFF
-build/dev/.all: OPTIONS := -DBATCHNORM_CAPABILITIES=all -DBATCHNORM_XLA=ON
+build/dev/.native: OPTIONS := -DBATCHNORM_CAPABILITIES=native -DBATCHNORM_XLA=OFF -DBATCHNORM_AUTOGRAD=OFF
+build/dev/.all: OPTIONS := -DBATCHNORM_CAPABILITIES=all -DBATCHNORM_XLA=ON -DBATCHNORM_AUTOGRAD=ON
 
-# Without a compiler, the eager implementation is used, and batchnorm.backends() reports it.
-build/dev/.native build/dev/.all: $(VENV)/.build-installed $(SOURCES)
+# Without a compiler, the eager implementation is used, and batchnorm.backends() reports it. A node for another torch, which
+# may be left from an earlier build, is removed.
+build/dev/.native build/dev/.all: $(VENV)/.build-installed $(VENV)/.torch-installed $(SOURCES)
 	@if ! command -v $(CXX) > /dev/null; then echo '-- No C++ compiler: continuing without the compiled part'; else \
 	  set -e; echo '-- Compiling the kernels (half a minute to two minutes)'; \
 	  $(CMAKE) -B build/dev $(OPTIONS) > build.log || { cat build.log; exit 1; }; \
-	  mv build.log build/dev/; grep 'Instruction sets' build/dev/build.log; \
+	  mv build.log build/dev/; grep -E 'Instruction sets|Node for' build/dev/build.log; \
+	  rm -f build/dev/libbatchnorm_autograd_*.so src/batchnorm/libbatchnorm_autograd_*.so; \
 	  $(BIN)/cmake --build build/dev; \
 	  for library in build/dev/libbatchnorm_*.so; do \
 	    cp $$library src/batchnorm/library.new && mv src/batchnorm/library.new src/batchnorm/$${library##*/}; \
@@ -154,7 +157,7 @@ sanitize-quick: $(VENV)/.build-installed ## the same without AVX-512, in half th
 
 # The operators and two instruction sets under sanitizers; the compiler must be the one whose runtime libraries are loaded.
 attack: setup ## attack the library with random input, a minute each way, and write the documentation's table
-	$(CMAKE) -B build/attack -DBATCHNORM_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	$(CMAKE) -B build/attack -DBATCHNORM_SANITIZE=ON -DBATCHNORM_AUTOGRAD=OFF \
 	  $(if $(filter x86_64,$(shell uname -m)),'-DBATCHNORM_CAPABILITIES=baseline;avx2')
 	$(BIN)/cmake --build build/attack
 	$(BIN)/python -m tests.attack --library build/attack --write

@@ -21,7 +21,7 @@ class Frame {
     shape = {sizes[0], sizes[1], 1, false};
     for (int64_t d = 2; d < dim_; ++d) shape.s *= sizes[d];
     if (shape.numel() > 0 && take(x)) return;
-    like_ = torch::stable::empty_like(x);
+    like_ = empty_like(x);
     if (take(like_)) return;
     converted_ = true;
     strides_ = contiguous_strides(sizes, dim_);
@@ -49,8 +49,8 @@ class Frame {
   }
   Tensor returned(const Tensor& written) const {
     if (!converted_) return written;
-    Tensor out = torch::stable::empty_like(like_);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), written.get(), 0));
+    Tensor out = empty_like(like_);
+    copy_to(out, written);
     return out;
   }
 
@@ -134,18 +134,8 @@ class Frame {
   int64_t rows_ = INT64_MAX;
 };
 
-inline void run(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
-}
-
-inline Threads threads() { return {run, static_cast<int64_t>(torch::stable::get_num_threads())}; }
-
-// The arguments that are not tensors. An operator reads them first, so that an error in another argument does not leak
-// the activation's name, which the operator owns.
+// The arguments that are not tensors.
 struct Attributes {
-  Attributes(double eps_, StringHandle name, double parameter_) : Attributes(eps_, activation_of(name), parameter_) {}
-  Attributes(double eps_, Activation activation_, double parameter_)
-      : eps(eps_), activation(activation_), parameter(parameter_) {}
   double eps;
   Activation activation;
   double parameter;

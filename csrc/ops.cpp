@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -16,12 +18,29 @@ using namespace batchnorm;
 
 constexpr int64_t kAnyGroups = INT64_MAX;
 
+// Returns the activation of this name. Takes ownership of the string, as operators do. An operator calls it first, so that
+// an error in another argument does not leak the string.
+Activation activation_of(StringHandle handle) {
+  const char* name = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
+  const std::optional<Activation> found = find_activation(name);
+  std::string expected, unknown;
+  if (!found) {
+    unknown = name;
+    for (const char* known : kActivationNames) expected.append(expected.empty() ? "" : ", ").append(known);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  STD_TORCH_CHECK(found.has_value(), "batchnorm expects activation to be one of ", expected, ", got '", unknown,
+                  "'. Choose one of them.");
+  return *found;
+}
+
 // ---- operators -----------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const MaybeTensor& weight,
                                                          const MaybeTensor& bias, const MaybeTensor& residual,
                                                          double eps, StringHandle activation, double parameter) {
-  const Attributes attributes(eps, activation, parameter);
+  const Attributes attributes{eps, activation_of(activation), parameter};
   TrainForward args{};
   Frame frame(x);
   const DType statistics = statistics_of(frame.dtype);
@@ -42,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const 
 Tensor normalize(const Tensor& x, const Tensor& mean, const MaybeTensor& mean_low, const Tensor& var,
                  const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
                  const MaybeTensor& index, double eps, StringHandle activation, double parameter) {
-  const Attributes attributes(eps, activation, parameter);
+  const Attributes attributes{eps, activation_of(activation), parameter};
   Normalize args{};
   Frame frame(x);
   Tensor y = frame.result();
@@ -140,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(const Tensor& dy, cons
                                                           const Tensor& var, const MaybeTensor& weight,
                                                           const MaybeTensor& bias, double eps, StringHandle activation,
                                                           double parameter, bool need_dz) {
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, false, {eps, activation, parameter});
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, false,
+                    {eps, activation_of(activation), parameter});
   call.want_sums(1);
   call.want_dx(need_dz);
   call.args.through_batch = true;
@@ -156,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(const Tensor& dy, 
                                                               int64_t groups, double eps, StringHandle activation,
                                                               double parameter, bool need_dz) {
   BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(),
-                    {eps, activation, parameter});
+                    {eps, activation_of(activation), parameter});
   call.want_sums(groups);
   call.want_dx(need_dz);
   call.run(index, groups);
@@ -169,7 +189,7 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, co
                                            const MaybeTensor& index, int64_t groups, double eps,
                                            StringHandle activation, double parameter) {
   BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(),
-                    {eps, activation, parameter});
+                    {eps, activation_of(activation), parameter});
   call.want_sums(groups);
   call.run(index, groups);
   return {call.sum_dz, call.sum_dz_xhat};
@@ -182,7 +202,8 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
                                           const MaybeTensor& index, const MaybeTensor& weights, double eps,
                                           StringHandle activation, double parameter, bool need_dz) {
   const bool indexed = index.has_value();
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed, {eps, activation, parameter});
+  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, indexed,
+                    {eps, activation_of(activation), parameter});
   if (mean_dxhat && mean_dxhat_xhat) {
     call.args.mean_dxhat = call.frame.vector("mean_dxhat", mean_dxhat, indexed);
     call.args.mean_dxhat_xhat = call.frame.vector("mean_dxhat_xhat", mean_dxhat_xhat, indexed);

@@ -60,12 +60,12 @@ inline std::vector<double> values_of(const char* name, const Tensor& t) {
   return values;
 }
 
-// Checks that a tensor can be written, and increments its version for autograd by copying it to itself.
+// Checks that a tensor can be written, and increments its version for autograd.
 inline void announce_write(const char* name, const Tensor& t) {
   check_memory(name, t);
   bool writable = true;
   for (int64_t d = 0; d < t.dim(); ++d) writable &= t.stride(d) != 0 || t.size(d) < 2;
-  STD_TORCH_CHECK(writable && aoti_torch_copy_(t.get(), t.get(), 0) == 0, "batchnorm::update_running_ expects ", name,
+  STD_TORCH_CHECK(writable && increment_version(t), "batchnorm::update_running_ expects ", name,
                   " to be a buffer that can be written, got an expanded tensor, an inference tensor or a leaf that "
                   "requires a gradient. Make a copy with .detach().clone() outside inference_mode.");
 }
@@ -84,7 +84,7 @@ inline void replace_values(const char* name, const Tensor& t, const F& f) {
   Tensor wide = empty(t.sizes().data(), strides.data(), t.dim(), code_of(DType::float64));
   auto* p = static_cast<double*>(wide.mutable_data_ptr());
   for (size_t i = 0; i < size; ++i) p[i] = f(i, old[i]);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), wide.get(), 0));
+  copy_to(t, wide);
 }
 
 // The statistics of a batch: its mean as a pair, its biased variance, and its number of values per channel.

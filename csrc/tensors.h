@@ -1,41 +1,22 @@
-// Access to tensors through torch's stable ABI: dtypes, memory and allocation.
+// What both accesses to tensors share: dtypes, memory and layout.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "shim.h"
 
+#if defined(BATCHNORM_ATEN)
+#include "aten_tensors.h"
+#else
+#include "stable_tensors.h"
+#endif
+
 namespace batchnorm {
 
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 // ---- reading arguments ---------------------------------------------------------------------------------------------
-
-inline int32_t dtype_code(const Tensor& t) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
-
-// The dtype codes of this torch, read once.
-struct Codes {
-  int32_t by_dtype[kDTypes] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                               aoti_torch_dtype_float16()};
-  int32_t int64 = aoti_torch_dtype_int64();
-  int32_t cpu = aoti_torch_device_type_cpu();
-};
-inline const Codes& codes() {
-  static const Codes read;
-  return read;
-}
 
 inline int32_t code_of(DType dtype) { return codes().by_dtype[static_cast<int>(dtype)]; }
 
@@ -58,43 +39,20 @@ inline DType floating(const char* name, const Tensor& t) {
 // Checks that a tensor's memory is allocated. FSDP, for example, frees the storage of parameters between uses. The data
 // of such a tensor would be at address 0, or near it.
 inline void check_memory(const char* name, const Tensor& t) {
-  int64_t bytes, offset, last = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  const int64_t bytes = storage_bytes(t);
+  int64_t last = 0;
   const int64_t *sizes = t.sizes().data(), *strides = t.strides().data(), dim = t.dim();
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] == 0) return;
     last += (sizes[d] - 1) * strides[d];
   }
-  const int64_t needed = (offset + last + 1) * static_cast<int64_t>(t.element_size());
+  const int64_t needed = (storage_offset(t) + last + 1) * static_cast<int64_t>(t.element_size());
   STD_TORCH_CHECK(needed <= bytes, "batchnorm expects ", name, " with its memory allocated, got a storage of ", bytes,
                   " bytes for a tensor of ", t.numel(), " values. It was freed or resized: allocate it and fill it ",
                   "first. With FSDP, call the wrapped module, which gathers its parameters.");
 }
 
-// Returns the activation of this name. Takes ownership of the string, as operators do.
-inline Activation activation_of(StringHandle handle) {
-  const char* name = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
-  const std::optional<Activation> found = find_activation(name);
-  std::string expected, unknown;
-  if (!found) {
-    unknown = name;
-    for (const char* known : kActivationNames) expected.append(expected.empty() ? "" : ", ").append(known);
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  STD_TORCH_CHECK(found.has_value(), "batchnorm expects activation to be one of ", expected, ", got '", unknown,
-                  "'. Choose one of them.");
-  return *found;
-}
-
 // ---- allocation and layout -----------------------------------------------------------------------------------------
-
-inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t code) {
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, codes().cpu, -1, &made));
-  return Tensor(made);
-}
 
 inline Tensor empty_vector(int64_t n, DType dtype) {
   const int64_t one = 1;
@@ -160,7 +118,7 @@ inline Dims contiguous_strides(const int64_t* sizes, int64_t dim) {
 
 inline Tensor copy_with(const Tensor& t, const int64_t* strides, int32_t code) {
   Tensor copy = empty(t.sizes().data(), strides, t.dim(), code);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), t.get(), 0));
+  copy_to(copy, t);
   return copy;
 }
 

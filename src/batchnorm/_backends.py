@@ -28,6 +28,10 @@ def backends() -> Backends:
     `jax.numpy` on other devices. A framework that is not installed has no entry. JAX is not imported. Keras uses the
     implementation of its backend; on TensorFlow, these are TensorFlow's own operations, which have no entry.
 
+    "cpu autograd" is the node that records a layer's call for PyTorch's autograd on the CPU: "native" if it is written
+    in C++, which makes small layers faster, or "python" and the reason. The native node is built for one minor version
+    of PyTorch. The environment variable `BATCHNORM_AUTOGRAD=python` turns it off.
+
     Examples:
         >>> backends()["other"]
         'eager: plain torch operations'

@@ -40,7 +40,7 @@ def test_compiled_operators_exist_if_there_is_a_compiler() -> None:
 
 def test_backends_prints_a_line_for_each_device_and_hint() -> None:
     found = batchnorm.backends()
-    assert list(found) == ["cpu", "cuda", "other"] + ["jax"] * is_installed("jax")
+    assert list(found) == ["cpu", "cpu autograd", "cuda", "other"] + ["jax"] * is_installed("jax")
     assert len(str(found).splitlines()) == len(found) + len(found.hints)
 
 

@@ -19,7 +19,10 @@ from batchnorm.ops import ACTIVATIONS, strict
 pytestmark = pytest.mark.skipif(not strict.AVAILABLE, reason="no compiled operators in this build")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NODE = "StrictTrainFunctionBackward"
+NATIVE = strict._native
+NODES = {"python": "StrictTrainFunctionBackward"}
+if NATIVE is not None:
+    NODES["native"] = "torch::autograd::CppNode<batchnorm::node::BatchNorm>"
 
 
 class Run:
@@ -57,9 +60,18 @@ class Run:
             self.results.append(batch_norm(x, *running[:2], **options))
             self.results.append(batch_norm(x, *running[:2], training=True, **options))
         if dtype == torch.float64:
-            again = torch.autograd.grad(self.y, wanted, dy, create_graph=True)
-            total = self.y.square().sum() + sum(t.square().sum() for t in again)
-            self.results += torch.autograd.grad(total, wanted)
+            self.results += self._second(self.y, wanted, dy)
+        fixed = batch_norm(x, *running[:2], **options)  # running statistics are constants, which may change
+        running[1].add_(1.0)
+        self.results += [fixed, *torch.autograd.grad(fixed, wanted, dy, retain_graph=True)]
+        if dtype == torch.float64:
+            self.results += self._second(fixed, wanted, dy)
+
+    @staticmethod
+    def _second(y: Tensor, wanted: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(y, wanted, dy, create_graph=True)
+        total = y.square().sum() + sum(t.square().sum() for t in first)
+        return torch.autograd.grad(total, wanted)
 
     @property
     def node(self) -> str:
@@ -80,6 +92,13 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMan
     return Ordinary
 
 
+@pytest.fixture(params=NODES)
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Use the node in Python or in C++, and return its name."""
+    monkeypatch.setattr(strict, "_native", NATIVE if request.param == "native" else None)
+    return NODES[request.param]
+
+
 CALLS: dict[str, dict[str, Any]] = {
     **{activation: {"activation": activation} for activation in ACTIVATIONS},
     **{f"{activation}, residual": {"activation": activation, "residual": True} for activation in ACTIVATIONS},
@@ -98,20 +117,23 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_step_gives_the_same_bits_as_on_the_ordinary_route(dtype: torch.dtype, call: str, ordinary: Any) -> None:
+def test_a_step_gives_the_same_bits_as_on_the_ordinary_route(
+    dtype: torch.dtype, call: str, ordinary: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"layout": torch.contiguous_format, "residual": False, **CALLS[call]}
     if dtype == torch.float64:
         options.pop("vectors", None)
-    found = Run(dtype, **options)
     with ordinary():
         expected = Run(dtype, **options)
-    assert found.node == NODE != expected.node
-    assert len(found.results) == len(expected.results)
-    assert found.versions == expected.versions
-    for result, other in zip(found.results, expected.results, strict=True):
-        assert result.dtype == other.dtype
-        assert result.stride() == other.stride()
-        assert torch.equal(result, other)
+    for name, node in NODES.items():
+        monkeypatch.setattr(strict, "_native", NATIVE if name == "native" else None)
+        found = Run(dtype, **options)
+        assert found.node == node != expected.node
+        assert found.versions == expected.versions
+        for result, other in zip(found.results, expected.results, strict=True):
+            assert result.dtype == other.dtype
+            assert result.stride() == other.stride()
+            assert torch.equal(result, other)
 
 
 X = torch.randn(4, 3)
@@ -141,6 +163,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.usefixtures("node")
 def test_an_error_is_that_of_the_ordinary_route_and_nothing_changes(case: str, gradient: bool, ordinary: Any) -> None:
     x, wrong = REFUSED[case]
     messages, x = [], x.clone().requires_grad_(gradient)
@@ -155,14 +178,15 @@ def test_an_error_is_that_of_the_ordinary_route_and_nothing_changes(case: str, g
     assert messages[0] == messages[1]
 
 
-def test_the_ordinary_route_serves_what_is_unusual_but_right() -> None:
+def test_the_ordinary_route_serves_what_is_unusual_but_right(node: str) -> None:
     layer, x = batchnorm.BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
     layer.num_batches_tracked = torch.tensor(0.0)
     y = layer(x)
-    assert y.grad_fn.name() != NODE
+    assert y.grad_fn.name() != node
     assert layer.num_batches_tracked == 1
 
 
+@pytest.mark.usefixtures("node")
 def test_an_error_of_a_hook_is_raised_and_the_batch_counts_once() -> None:
     def refuse(t: Tensor) -> Tensor:
         raise RuntimeError("no memory left")
@@ -183,12 +207,12 @@ class _Names(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_dispatch_mode_sees_the_operators_of_the_contract() -> None:
+def test_a_dispatch_mode_sees_the_operators_of_the_contract(node: str) -> None:
     layer, x = batchnorm.BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
     with _Names() as forward:
         layer(x)
     y = layer(x)
-    assert y.grad_fn.name() == NODE
+    assert y.grad_fn.name() == node
     with _Names() as backward:
         y.sum().backward()
     assert {"batchnorm::train_forward", "batchnorm::update_running_"} <= forward.names
@@ -196,10 +220,10 @@ def test_a_dispatch_mode_sees_the_operators_of_the_contract() -> None:
     assert not any("strict" in name for name in forward.names | backward.names)
 
 
-def test_gradients_of_several_upstreams_at_once_are_those_of_each() -> None:
+def test_gradients_of_several_upstreams_at_once_are_those_of_each(node: str) -> None:
     x, dys = torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 6, 3, dtype=torch.float64)
     y = batchnorm.BatchNormAct1d(3, dtype=torch.float64, activation="silu")(x)
-    assert y.grad_fn.name() == NODE
+    assert y.grad_fn.name() == node
 
     def each() -> Iterator[Tensor]:
         for dy in dys:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt", "scripts/requirements.py")
+SCRIPTS = ("scripts/requirements.py", "scripts/torch_interface.py")
+PARTS = ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt", *SCRIPTS)
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 

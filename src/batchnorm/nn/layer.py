@@ -92,17 +92,23 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     ) -> Tensor:
         """Normalize, add the residual, and apply the activation: the given name and parameter, or the layer's own."""
         # Module.__getattr__ takes half a microsecond. The dictionaries hold all tensors except parametrized ones.
-        held = {**self._parameters, **self._buffers}
-        weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401  (avoids a needless lookup)
-        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
-        running_mean, running_var = held["running_mean"], held["running_var"]
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401  (avoids a lookup)
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        if "running_mean" in buffers and "running_var" in buffers:
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        else:
+            running_mean, running_var = self.running_mean, self.running_var
         training = not self._frozen and (self.training or (running_mean is None and running_var is None))
-        updates = self._updates_running
+        updates = training and self._updates_running
         if training and not updates and self.on_single == "error":
             running_mean = running_var = None
-        own = self.activation, self.negative_slope, self.alpha
-        name, negative_slope, alpha = own if activation is None else (*activation, activation[1])
-        counter = held["num_batches_tracked"] if updates else None
+        if activation is None:
+            name, negative_slope, alpha = self.activation, self.negative_slope, self.alpha
+        else:
+            name, negative_slope = activation
+            alpha = negative_slope
+        counter = buffers["num_batches_tracked"] if updates else None
         if mask is None:  # first, because it takes less time than the call below
             y = strict.batch_norm(
                 x, running_mean, running_var, weight, bias, training, updates, self.momentum, self.eps, name,

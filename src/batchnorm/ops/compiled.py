@@ -7,13 +7,22 @@ not load, a warning gives the reason once.
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from batchnorm.compiled import CAPABILITY, FOLDER, Kernels, find_library, kernels
 from batchnorm.ops.triton import support
+
+AUTOGRAD = "BATCHNORM_AUTOGRAD"
+NODE = "batchnorm_autograd"
 
 
 class _Compiled:
@@ -47,12 +56,73 @@ class _Compiled:
         return None if self.reason else self.kernels.library
 
 
+class Native:
+    """The node for torch's autograd in C++ in `folder`, or the reason why there is none.
+
+    It is optional: without it, a node in Python serves. It needs torch's own C++ interface, which changes with every
+    minor version. So each library serves one minor version, which its name contains, and no other is ever loaded.
+
+    Attributes:
+        module: The loaded module, whose `batch_norm` computes a layer's call; or None.
+        reason: Why it is None; otherwise empty.
+    """
+
+    def __init__(self, folder: Path, version: str = torch.__version__, reason: str = "") -> None:
+        """Load the library for torch `version`, unless there is a `reason` against it."""
+        self.module: Any = None
+        self.reason = reason or _native_refusal(version)
+        if self.reason:
+            return
+        path = find_library(folder, _library_name(version))
+        if path is None:
+            built = sorted(path.stem.removeprefix(f"lib{NODE}_") for path in folder.glob(f"*{NODE}_*"))
+            versions = ", ".join(name.replace("_", ".") for name in built)
+            self.reason = f"built for torch {versions}" if versions else "this build contains no node in C++"
+            return
+        try:
+            loader = importlib.machinery.ExtensionFileLoader(f"batchnorm.{NODE}", str(path))
+            spec = importlib.util.spec_from_file_location(f"batchnorm.{NODE}", path, loader=loader)
+            assert spec is not None
+            module = importlib.util.module_from_spec(spec)
+            loader.exec_module(module)
+        except ImportError as error:
+            self.reason = f"it did not load: {error}"
+            return
+        self.module = module
+
+    def __str__(self) -> str:
+        """Return the description in `backends()`."""
+        return f"python: {self.reason}" if self.reason else "native"
+
+
+def _library_name(version: str) -> str:
+    major, minor = version.split(".")[:2]
+    return f"{NODE}_{major}_{minor}"
+
+
+def _native_refusal(version: str) -> str:
+    """Return why no library can serve this process; empty if one can."""
+    if os.environ.get(AUTOGRAD) == "python":
+        return f"{AUTOGRAD}=python"
+    if "t" in getattr(sys, "abiflags", ""):
+        return "the free-threaded Python has no stable ABI"
+    if re.fullmatch(r"\d+\.\d+\.\d+(\+.*)?", version) is None:
+        return f"torch {version} is not a release"
+    return ""
+
+
 _compiled = _Compiled(FOLDER, kernels())
+_native = Native(FOLDER, reason=_compiled.reason)
 
 
 def cpu_capabilities() -> tuple[str, ...]:
     """Return the instruction sets that build and processor have, best first; empty without compiled operators."""
     return tuple(_compiled.kernels.text("batchnorm_capabilities").split()) if _compiled.library else ()
+
+
+def autograd_module() -> Any:
+    """Return the module with the node for torch's autograd in C++, or None."""
+    return _native.module
 
 
 def cpu_capability() -> str:
@@ -82,4 +152,9 @@ def set_cpu_capability(name: str) -> None:
 def descriptions() -> dict[str, str]:
     """Return the implementation for each type of device, and the reason if a faster one cannot be used."""
     cpu = f"compiled: {cpu_capability()}" if _compiled.library else f"eager: {_compiled.reason}"
-    return {"cpu": cpu, "cuda": support.description(), "other": "eager: plain torch operations"}
+    return {
+        "cpu": cpu,
+        "cpu autograd": str(_native),
+        "cuda": support.description(),
+        "other": "eager: plain torch operations",
+    }

@@ -203,7 +203,7 @@ class TrainFunction(torch.autograd.Function):
 # Given statistics: normalize(x, mean, mean_low, var, weight, bias, residual, index, eps, activation, negative_slope)
 
 
-def _normalize_gradients(
+def normalize_gradients(
     dy: Tensor, kept: Kept, index: Tensor | None, needs: tuple[bool, ...], attributes: Attributes
 ) -> tuple[Gradients, Tensor, Tensor]:
     """Return dx, dγ, dβ and dr, and the sums Σ dz·x̂ and Σ dz."""
@@ -228,7 +228,7 @@ def _registered_backward_normalize(ctx: Any, dy: Tensor | None) -> tuple[Tensor 
     *tensors, index = ctx.saved_tensors
     kept = Kept(*tensors)
     needs_x, needs_mean, needs_low, needs_var, *needs = ctx.needs_input_grad[:7]
-    gradients, sum_dz_xhat, sum_dz = _normalize_gradients(dy, kept, index, (needs_x, *needs), ctx.attributes)
+    gradients, sum_dz_xhat, sum_dz = normalize_gradients(dy, kept, index, (needs_x, *needs), ctx.attributes)
     dmean = dlow = dvar = None
     if needs_mean or needs_low or needs_var:
         invstd = (kept.var + ctx.attributes.eps).rsqrt()
@@ -272,7 +272,7 @@ class NormalizeFunction(torch.autograd.Function):
             gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, index=index)
         else:
             with below_autograd():
-                gradients, _, _ = _normalize_gradients(dy, kept, index, needs, ctx.attributes)
+                gradients, _, _ = normalize_gradients(dy, kept, index, needs, ctx.attributes)
         return *gradients, None, None, None, None
 
 

@@ -23,12 +23,13 @@ from torch.overrides import has_torch_function_variadic
 from batchnorm._checks import CHANNEL_DIMS, LAYOUTS
 from batchnorm._options import LEAST_EPS, ON_NONFINITE, ON_SINGLE
 from batchnorm.ops import compiled, eager
-from batchnorm.ops.activations import ACTIVATIONS
+from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 from batchnorm.ops.derivatives import (
     Gradients,
     below_autograd,
     differentiable_gradients,
     kept_for_activation,
+    normalize_gradients,
     train_gradients,
 )
 from batchnorm.ops.schemas import Attributes, Kept
@@ -38,6 +39,9 @@ _Numbered = tuple[float, int, float]
 AVAILABLE = bool(compiled.cpu_capabilities()) and torch._C._dispatch_has_kernel_for_dispatch_key(
     "batchnorm::strict_train_forward_", "CPU"
 )
+
+# The module with the node in C++, or None.
+_native = compiled.autograd_module()
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 _NAMES = tuple(ACTIVATIONS)
@@ -132,12 +136,47 @@ def _named(attributes: _Numbered) -> Attributes:
 
 
 def _gradients(dy: Tensor, kept: Kept, needs: tuple[bool, ...], attributes: Attributes) -> Gradients:
-    """Return the gradients by the operators of the contract, or as differentiable functions."""
-    if torch.is_grad_enabled():
-        return differentiable_gradients(dy, kept, needs, attributes, eager.batch_statistics)
-    with below_autograd():
-        return train_gradients(dy, kept, needs, attributes)
+    """Return the gradients by the operators of the contract, or as differentiable functions.
 
+    Statistics without `mean_low` are running statistics, which are constants.
+    """
+    of_batch = kept.mean_low is not None
+    if torch.is_grad_enabled():
+        statistics = eager.batch_statistics if of_batch else None
+        return differentiable_gradients(dy, kept, needs, attributes, statistics)
+    with below_autograd():
+        if of_batch:
+            return train_gradients(dy, kept, needs, attributes)
+        gradients, _, _ = normalize_gradients(dy, kept, None, needs, attributes)
+        return gradients
+
+
+def _operator_gradients(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    number: int,
+    parameter: float,
+    needs: list[bool],
+) -> Gradients:
+    """Compute the gradients of the node in C++ where something observes them, or where they must be differentiable."""
+    mean, *low, var = statistics.unbind()
+    kept = Kept(x, residual, y, mean, low[0] if low else None, var, weight, bias)
+    return _gradients(dy, kept, tuple(needs), _named((eps, number, parameter)))
+
+
+_LIBRARY.define(
+    "strict_gradients(Tensor dy, Tensor x, Tensor? residual, Tensor? y, Tensor statistics, Tensor? weight, "
+    "Tensor? bias, float eps, int activation, float negative_slope, bool[4] needs) -> "
+    "(Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dz)"
+)
+for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatched"):  # the others for gradients under vmap
+    _LIBRARY.impl("strict_gradients", _operator_gradients, _key)
 
 # This skips the functorch handling in Function.apply.
 _apply_train = super(torch.autograd.Function, StrictTrainFunction).apply
@@ -198,6 +237,37 @@ def batch_norm(
     if channels_are_last:
         x, residual = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
     parameter = (0.0, negative_slope, alpha)[_PARAMETERS[number]]
+    if training and (not updates or running_mean is None):
+        running_mean = running_var = num_batches_tracked = None
+    if _native is None:
+        y = _by_operators(
+            x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, number, parameter,
+            momentum, on_nonfinite == "skip",
+        )  # fmt: skip
+    else:
+        y = _native.batch_norm(
+            x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, number, parameter,
+            residual is not None and known_from_output(activation, parameter), momentum, on_nonfinite == "skip",
+        )  # fmt: skip
+    return y.movedim(1, -1) if channels_are_last and y is not None else y
+
+
+def _by_operators(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    number: int,
+    parameter: float,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> Tensor | None:
+    """Compute y by the strict operators, or return None without any effect."""
     differentiable = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -209,21 +279,15 @@ def batch_norm(
         if not training:
             if differentiable:
                 return None
-            y = _normalize(x, running_mean, running_var, weight, bias, residual, eps, number, parameter)
-        else:
-            if not updates or running_mean is None:
-                running_mean = running_var = num_batches_tracked = None
-            elif running_mean.requires_grad or running_var.requires_grad:  # type: ignore[union-attr]
-                return None
-            options = (
-                running_mean, running_var, num_batches_tracked, eps, number, parameter, momentum, on_nonfinite == "skip"
-            )  # fmt: skip
-            if not differentiable:
-                y, _ = _train_forward(x, weight, bias, residual, *options)
-            elif x.is_inference():  # autograd cannot save it
-                return None
-            else:
-                y = _apply_train(x, weight, bias, residual, options)
+            return _normalize(x, running_mean, running_var, weight, bias, residual, eps, number, parameter)
+        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):  # type: ignore[union-attr]
+            return None
+        options = running_mean, running_var, num_batches_tracked, eps, number, parameter, momentum, skip_nonfinite
+        if not differentiable:
+            y, _ = _train_forward(x, weight, bias, residual, *options)
+            return y
+        if x.is_inference():  # autograd cannot save it
+            return None
+        return _apply_train(x, weight, bias, residual, options)
     except refused:
         return None
-    return y.movedim(1, -1) if channels_are_last else y
