@@ -147,8 +147,8 @@ def derivative(dy, t, parameter, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         dz = tl.where(t > 0.0, dy, dy * parameter)
     elif ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-t))
-        dz = dy * sigmoid * (1.0 + t * (1.0 - sigmoid))
+        gate = 1.0 / (1.0 + tl.exp(-t))
+        dz = dy * gate * (1.0 + t * (1.0 - gate))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(t * 0.7071067811865476))
         dz = dy * (cdf + t * 0.3989422804014327 * tl.exp(-0.5 * t * t))
