@@ -59,33 +59,41 @@ struct Silu {
   template <class V, class A>
   BATCHNORM_INLINE V backward(V dy, V t, A) {
     V sigmoid = A(1) / (A(1) + exp(-t));
-    return dy * sigmoid * (A(1) + t * (A(1) - sigmoid));
+    return dy * sigmoid * fma(t, A(1) - sigmoid, broadcast(A(1)));
   }
 };
 
 struct Gelu {
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
-    return z * A(0.5) * (A(1) + erf(z * A(0.70710678118654752440)));
+    return z * normal_distribution(z).probability;
   }
   template <class V, class A>
   BATCHNORM_INLINE V backward(V dy, V t, A) {
-    V cdf = A(0.5) * (A(1) + erf(t * A(0.70710678118654752440)));
-    V density = A(0.39894228040143267794) * exp(A(-0.5) * t * t);
-    return dy * (cdf + t * density);
+    const auto normal = normal_distribution(t);
+    return dy * fma(t, normal.density, normal.probability);
+  }
+};
+
+struct Hardsigmoid {
+  template <class V, class A>
+  BATCHNORM_INLINE V forward(V z, A) {
+    return at_least(at_most(z + A(3), A(6)), A(0)) * A(1.0 / 6);
+  }
+  template <class V, class A>
+  BATCHNORM_INLINE V backward(V dy, V t, A) {
+    return select((t > A(-3)) & (t < A(3)), dy * A(1.0 / 6), V{});
   }
 };
 
 struct Hardswish {
   template <class V, class A>
-  BATCHNORM_INLINE V forward(V z, A) {
-    V gate = z + A(3);
-    gate = select(gate < A(0), V{}, select(gate > A(6), broadcast(A(6)), gate));
-    return z * gate / A(6);
+  BATCHNORM_INLINE V forward(V z, A a) {
+    return z * Hardsigmoid::forward(z, a);
   }
   template <class V, class A>
   BATCHNORM_INLINE V backward(V dy, V t, A) {
-    V inner = dy * (t / A(3) + A(0.5));
+    V inner = dy * fma(t, broadcast(A(1.0 / 3)), broadcast(A(0.5)));
     return select(t <= A(-3), V{}, select(t >= A(3), dy, inner));
   }
 };
@@ -94,35 +102,23 @@ struct Hardswish {
 struct Mish {
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
-    V e = exp(select(z > A(20), broadcast(A(20)), z)), w = e * (e + A(2));
+    V e = exp(at_most(z, A(20))), w = e * (e + A(2));
     return z * (w / (w + A(2)));
   }
   template <class V, class A>
   BATCHNORM_INLINE V backward(V dy, V t, A) {
-    t = select(t > A(20), broadcast(A(20)), t);
-    V e = exp(t), w = e * (e + A(2)), n = w + A(2);
-    return dy * (w / n + t * (e / (e + A(1))) * (A(4) * (w + A(1)) / (n * n)));
+    t = at_most(t, A(20));
+    V e = exp(t), w = e * (e + A(2)), share = A(1) / (w + A(2));
+    return dy * (share * fma(t, A(4) * share * (e * (e + A(1))), w));
   }
 };
 
-struct Hardsigmoid {
-  template <class V, class A>
-  BATCHNORM_INLINE V forward(V z, A) {
-    V gate = z + A(3);
-    return select(gate < A(0), V{}, select(gate > A(6), broadcast(A(6)), gate)) / A(6);
-  }
-  template <class V, class A>
-  BATCHNORM_INLINE V backward(V dy, V t, A) {
-    return select((t > A(-3)) & (t < A(3)), dy / A(6), V{});
-  }
-};
-
-// With u = e^(-2|z|) - 1, tanh |z| is -u/(u + 2).
+// With u = e^(-2|z|) - 1, -tanh |z| is u/(u + 2).
 struct Tanh {
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A) {
-    V u = expm1_of_negative(select(z < A(0), z, -z) * A(2)), magnitude = -u / (u + A(2));
-    return select(z < A(0), -magnitude, magnitude);
+    V u = expm1_of_negative(select(z < A(0), z, -z) * A(2)), negative = u / (u + A(2));
+    return select(z < A(0), negative, A(0) - negative);
   }
   template <class V, class A>
   BATCHNORM_INLINE V backward(V dy, V t, A a) {
@@ -146,7 +142,7 @@ struct Sigmoid {
 struct Elu {
   template <class V, class A>
   BATCHNORM_INLINE V forward(V z, A alpha) {
-    return select(z > A(0), z, alpha * expm1_of_negative(select(z > A(0), V{}, z)));
+    return select(z > A(0), z, alpha * expm1_of_negative(at_most(z, A(0))));
   }
   template <class V, class A>
   BATCHNORM_INLINE V backward(V dy, V t, A alpha) {

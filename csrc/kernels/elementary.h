@@ -1,5 +1,5 @@
-// exp, expm1 and erf for vectors, to about one unit in the last place of float32. float64 calls the C library for each
-// lane.
+// exp, expm1 and the normal distribution for vectors, to about one unit in the last place of float32. float64 calls the
+// C library for each lane.
 #pragma once
 
 #include <cmath>
@@ -8,57 +8,68 @@
 
 namespace BATCHNORM_NAMESPACE {
 
-// As in Cephes: x = n·ln 2 + r, a polynomial in r, and 2^n in two steps to cover the whole range.
-BATCHNORM_INLINE Vec<float> exp(Vec<float> x) {
-  x = select(x > 89.0f, broadcast(89.0f), x);
-  x = select(x < -104.0f, broadcast(-104.0f), x);
-  const float magic = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
-  Vec<float> n = (x * 1.44269504f + magic) - magic;
-  Vec<float> r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  Vec<float> p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r + 1.0f);
-  Int32 i = __builtin_convertvector(select(n == n, n, Vec<float>{}), Int32);
-  Int32 half = i >> 1;
-  Vec<float> first = reinterpret_cast<Vec<float>>((half + 127) << 23);
-  Vec<float> second = reinterpret_cast<Vec<float>>((i - half + 127) << 23);
-  return p * first * second;
+// A polynomial by Horner's rule; the coefficient of the highest power comes first.
+template <class... More>
+BATCHNORM_INLINE Vec<float> polynomial(Vec<float> x, float first, More... more) {
+  Vec<float> sum = broadcast(first);
+  ((sum = fma(sum, x, broadcast(more))), ...);
+  return sum;
 }
 
-// e^x - 1 for x <= 0; near zero, by a Taylor series, because the difference would lose digits.
-BATCHNORM_INLINE Vec<float> expm1_of_negative(Vec<float> x) {
-  Vec<float> p = broadcast(1.0f / 40320.0f);
-  for (float coefficient : {1.0f / 5040.0f, 1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f}) {
-    p = fma(p, x, broadcast(coefficient));
+// e^x = 2^n·e^r for an integer n, and a polynomial (e^r - 1)/r, which is minimax for |r| <= ln 2 / 2.
+struct Exponential {
+  Vec<float> shifted;  // n + kMagic, so that n is in the lowest bits
+  Vec<float> r, slope;
+  static constexpr float kMagic = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
+
+  BATCHNORM_INLINE Exponential of(Vec<float> x) {
+    const Vec<float> shifted = fma(x, broadcast(1.44269504f), broadcast(kMagic)), n = shifted - kMagic;
+    Vec<float> r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts, the first of few digits
+    r = fma(n, broadcast(2.12194440e-4f), r);
+    return {shifted, r,
+            polynomial(r, 1.38145406e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f, 0.49999994f, 1.0f)};
   }
-  return select(x < -0.5f, exp(x) - 1.0f, fma(p * x, x, x));
+  __attribute__((always_inline)) Int32 n() const {
+    return reinterpret_cast<Int32>(shifted) - reinterpret_cast<Int32>(broadcast(kMagic));
+  }
+};
+
+// 2^n for -126 <= n <= 127.
+BATCHNORM_INLINE Vec<float> power_of_two(Int32 n) { return reinterpret_cast<Vec<float>>((n + 127) << 23); }
+
+BATCHNORM_INLINE Vec<float> exp(Vec<float> x) {
+  const auto e = Exponential::of(at_least(at_most(x, 89.0f), -104.0f));
+  const Vec<float> p = fma(e.slope, e.r, broadcast(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, e.shifted - Exponential::kMagic);
+#else
+  const Int32 n = e.n(), half = n >> 1;  // in two steps, to cover the whole range
+  return p * power_of_two(half) * power_of_two(n - half);
+#endif
 }
 
-// Selects one of two polynomials by |a|, as N. Juffa's single-precision erf.
-BATCHNORM_INLINE Vec<float> erf(Vec<float> a) {
-  Vec<float> t = select(a < 0.0f, -a, a), s = a * a;
-  Vec<float> far = fma(broadcast(-1.72853470e-5f), t, broadcast(3.83197126e-4f));
-  Vec<float> u = fma(broadcast(-3.88396438e-3f), t, broadcast(2.42546219e-2f));
-  far = fma(far, s, u);
-  far = fma(far, t, broadcast(-1.06777877e-1f));
-  far = fma(far, t, broadcast(-6.34846687e-1f));
-  far = fma(far, t, broadcast(-1.28717512e-1f));
-  far = fma(far, t, -t);
-  far = select(t > 10.0f, broadcast(1.0f), 1.0f - exp(far));
-  far = select(a < 0.0f, -far, far);
-  Vec<float> near = broadcast(-5.96761703e-4f);
-  near = fma(near, s, broadcast(4.99119423e-3f));
-  near = fma(near, s, broadcast(-2.67681349e-2f));
-  near = fma(near, s, broadcast(1.12819925e-1f));
-  near = fma(near, s, broadcast(-3.76125336e-1f));
-  near = fma(near, s, broadcast(1.28379166e-1f));
-  near = fma(near, a, a);
-  return select(t > 0.927734375f, far, near);
+// e^x - 1 for x <= 0, as 2^n·(e^r - 1) + (2^n - 1), which does not cancel.
+BATCHNORM_INLINE Vec<float> expm1_of_negative(Vec<float> x) {
+  const auto e = Exponential::of(at_least(x, -87.0f));
+  const Vec<float> power = power_of_two(e.n());
+  return fma(power, e.slope * e.r, power - 1.0f);
+}
+
+// The standard normal distribution's cumulative probability and density.
+template <class V>
+struct NormalDistribution {
+  V probability, density;
+};
+
+// The probability of a value beyond |t| is e^(-t²/2) times a polynomial in |t|, whose error weighted by e^(-t²/2) is
+// minimax. Beyond 6 the probability is 0 to the precision of float32.
+BATCHNORM_INLINE NormalDistribution<Vec<float>> normal_distribution(Vec<float> t) {
+  const Vec<float> bell = exp(-0.5f * t * t), a = at_most(select(t < 0.0f, -t, t), 6.0f);
+  const Vec<float> beyond =
+      bell * polynomial(a, 5.85334448e-8f, -1.60366949e-6f, 1.98930957e-5f, -1.49791580e-4f, 7.79675611e-4f,
+                        -3.05535295e-3f, 9.65980161e-3f, -2.60691755e-2f, 6.22623861e-2f, -1.32916898e-1f,
+                        2.49991104e-1f, -3.98941785e-1f, 0.5f);
+  return {select(t < 0.0f, beyond, 1.0f - beyond), 0.398942280f * bell};
 }
 
 [[maybe_unused]] static Vec<double> exp(Vec<double> x) {
@@ -71,9 +82,13 @@ BATCHNORM_INLINE Vec<float> erf(Vec<float> a) {
   return x;
 }
 
-[[maybe_unused]] static Vec<double> erf(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::erf(x[i]);
-  return x;
+[[maybe_unused]] static NormalDistribution<Vec<double>> normal_distribution(Vec<double> t) {
+  NormalDistribution<Vec<double>> found;
+  for (int i = 0; i < kLanes<double>; ++i) {
+    found.probability[i] = 0.5 * ::erfc(t[i] * -0.70710678118654752440);
+    found.density[i] = 0.39894228040143267794 * ::exp(-0.5 * t[i] * t[i]);
+  }
+  return found;
 }
 
 }  // namespace BATCHNORM_NAMESPACE

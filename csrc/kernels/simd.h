@@ -93,6 +93,28 @@ BATCHNORM_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
+// Returns the smaller of v and `bound`; NaN stays NaN. g++ 12 does not find the instruction in a comparison.
+BATCHNORM_INLINE Vec<float> at_most(Vec<float> v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(broadcast(bound), v);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(broadcast(bound), v);
+#elif defined(__x86_64__)
+  return _mm_min_ps(broadcast(bound), v);
+#elif defined(__aarch64__)
+  return vminq_f32(broadcast(bound), v);
+#else
+  return select(v > bound, broadcast(bound), v);
+#endif
+}
+BATCHNORM_INLINE Vec<double> at_most(Vec<double> v, double bound) { return select(v > bound, broadcast(bound), v); }
+
+// Returns the larger of v and `bound`; NaN stays NaN.
+template <class A, class V>
+BATCHNORM_INLINE V at_least(V v, A bound) {
+  return -at_most(-v, -bound);
+}
+
 // ---- float16 and bfloat16 --------------------------------------------------------------------------------------
 
 // Convert 16 bits to 32 and back by intrinsics, because g++ 12 generates slow code for __builtin_convertvector here.
