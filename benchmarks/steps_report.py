@@ -1,4 +1,4 @@
-"""Tables of whole networks: a training step and inference, the gain of memory kept, and a summary."""
+"""Tables of whole networks: a training step and inference, the gain of keeping memory, and a summary."""
 
 from __future__ import annotations
 

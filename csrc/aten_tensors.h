@@ -1,5 +1,5 @@
-// Access to tensors through torch's C++ API, which changes with every minor version of torch. It takes a fraction of the
-// time of the stable ABI, whose every call makes or reads a handle.
+// Access to tensors through torch's C++ API, which changes with every minor version of torch. It is much
+// faster than the stable ABI, in which every call creates or reads a handle.
 #pragma once
 
 #include <ATen/EmptyTensor.h>

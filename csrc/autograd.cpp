@@ -1,13 +1,13 @@
-// The node of node.h for Python, as a module of the stable ABI of Python. torch's own C++ API is not stable: a library serves
-// only the minor version of torch that it was built for.
+// The node of node.h as a Python module, through Python's stable ABI. torch's C++ API is not stable: a library works only
+// with the minor version of torch that it was built for.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "node.h"
 
-// From torch/csrc/autograd/python_variable.h, which cannot be included: it needs pybind11, and so all of Python's API. The
-// build checks that this is its layout.
+// From torch/csrc/autograd/python_variable.h, which cannot be included: it needs pybind11, which needs more than
+// Python's stable ABI. The build checks that this is its layout.
 struct THPVariable {
   PyObject_HEAD
   at::Tensor cdata;
@@ -96,7 +96,7 @@ PyObject* batch_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyMethodDef kMethods[] = {
     {"batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&batch_norm)), METH_FASTCALL,
-     "Return y, or None before any change where another route must serve."},
+     "Return y, or None before any change if another route must be used."},
     {nullptr, nullptr, 0, nullptr},
 };
 // Initialized in two phases, so that the loader need not register it in sys.modules.

@@ -1,4 +1,5 @@
-// Hidden definitions of what headers of newer compilers ask for and the libraries of manylinux_2_28 (glibc 2.28, GCC 8) lack.
+// Hidden definitions of symbols that headers of newer compilers use, but that the libraries of manylinux_2_28 (glibc 2.28,
+// GCC 8) do not have.
 #include <new>
 #include <sstream>
 

@@ -24,7 +24,7 @@ struct Refused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What a call needs besides the tensors that may have gradients. In evaluation, the last three are not used.
+// The arguments of a call besides the tensors that may have gradients. In evaluation, the last three are not used.
 struct Call {
   MaybeTensor running_mean, running_var, num_batches_tracked;
   bool training;
@@ -143,7 +143,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
   }
 };
 
-// Returns y, with this node if a gradient is needed. Returns nothing, before any change, where another route must serve.
+// Returns y, with this node if a gradient is needed. Returns nothing, before any change, if another route must be used.
 inline MaybeTensor batch_norm(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                               const MaybeTensor& residual, const Call& call) {
   bool differentiable = false;

@@ -1,4 +1,4 @@
-// What the shims for torch and XLA share: sizes of dtypes, activations by name, and a hint about memory.
+// Common code of the shims for torch and XLA: sizes of dtypes, activations by name, and a hint about memory.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What both accesses to tensors share: dtypes, memory and layout.
+// Dtypes, memory and layout of tensors, for either API of torch.
 #pragma once
 
 #include <algorithm>

@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 from batchnorm.rule_texts import RuleText, rule_texts
 
-# What a user has to provide for a need, from the most to the least demanding.
+# The arguments that a need requires of the user, from the most to the least demanding.
 NEEDS = {
     ("data", "output", "pass", "step"): "data",
     ("optimizer",): "the optimizer",

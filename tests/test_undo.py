@@ -26,7 +26,7 @@ from tests.surgery.accelerate.test_failures import Snapshot
 
 SOURCE = Path(bn.__file__).parent
 CHANGES = (
-    "undo.py", "walk.py", "recalibrate/recalibrate.py", "surgery/insert.py", "surgery/redundant_bias.py",
+    "undo.py", "walk.py", "recalibration/recalibrate.py", "surgery/insert.py", "surgery/redundant_bias.py",
     "surgery/accelerate/accelerate.py", "surgery/convert/convert.py", "surgery/convert/replacement.py",
 )  # fmt: skip
 NO_HANDLERS = ("try:", "finally:", "with ")  # Python calls no handlers there

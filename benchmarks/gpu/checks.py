@@ -34,7 +34,7 @@ class UnusedError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found: one of `PASSED`, `FAILED`, `CUT` (no failure before its time was over) and `SKIPPED`."""
+    """The result of a check: one of `PASSED`, `FAILED`, `CUT` (no failure before its time was over) and `SKIPPED`."""
 
     result: str
     detail: str

@@ -101,8 +101,8 @@ def batch_norm(
         Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean. The mean is stored
         as a pair, so that even a mean of 1e6 standard deviations costs no accuracy. The result has the same bits for
         every number of CPU threads. With ReLU, autograd keeps x and `[C]` vectors, and with a residual also y.
-        If σ² does not fit float32 (σ above 1.8e19), y is `bias` as in torch, or NaN for |x| above 1.7e38, and there is
-        no error; on_nonfinite decides about the running statistics.
+        If σ² does not fit float32 (σ above 1.8e19), y is `bias` as in torch, or NaN for |x| above 1.7e38. No error is
+        raised; on_nonfinite decides whether the running statistics are updated.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; the equations are on the mathematics page, "Forward".
 

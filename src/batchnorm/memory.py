@@ -29,7 +29,7 @@ _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc", "tbbmalloc", "hoard", "
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What `keep_memory` did; prints as a sentence or two.
+    """The result of `keep_memory`; prints as a sentence or two.
 
     Attributes:
         kept: Whether freed memory now stays in the process: the settings were made, and few page faults were measured.
@@ -98,7 +98,7 @@ def keep_memory(keep: bool = True, *, reserve: int = 0) -> MemoryReport:
 
 
 def allocator() -> str:
-    """Return the allocator that serves malloc in this process: "glibc" with its version, or another one's name."""
+    """Return the allocator behind malloc in this process: "glibc" with its version, or another one's name."""
     if not sys.platform.startswith("linux"):
         return {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
     library = _library_of_malloc()
@@ -192,7 +192,7 @@ def _page_faults(apart: int = _PROBE, size: int = _PROBE) -> int:
     """Return the page faults of writing to a block that was freed and allocated again.
 
     Args:
-        apart: Bytes from the beginning of one part that is written to that of the next; by default, there is one part.
+        apart: Bytes between the beginnings of two parts that are written; by default, one part is written.
         size: Bytes of each part.
     """
     import resource

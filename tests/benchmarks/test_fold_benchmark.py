@@ -1,4 +1,4 @@
-"""What the benchmark of folding writes, on networks of its own; none of these looks at a time."""
+"""The files that the benchmark of folding writes, on networks of its own. No test depends on measured time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark of whole networks measures and reports, on a network of its own; none of these looks at a time."""
+"""The benchmark of whole networks, on a network of its own: rows and reports. No test depends on measured time."""
 
 from __future__ import annotations
 

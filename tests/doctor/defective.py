@@ -58,7 +58,7 @@ class WithActivation(nn.BatchNorm2d):
 
 
 class OnlyNamed(bn.BatchNorm2d):
-    """With the forward of this library's layer."""
+    """A subclass that keeps the `forward` of this library's layer."""
 
 
 class AlwaysTraining(nn.BatchNorm2d):

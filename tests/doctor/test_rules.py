@@ -138,7 +138,7 @@ def test_statistics_that_lag_at_a_constant_learning_rate_are_a_note() -> None:
     assert above_notes(found) == []
     (lag,) = [finding for finding in found.findings if finding.code == "BN102"]
     assert lag.figures["cause"] == "lag" and "learning rate" in lag.summary
-    assert lag.cost["loss"] > 0.5 * float(lag.evidence[0].split(" against ")[2].split()[0])  # it is no small cost
+    assert lag.cost["loss"] > 0.5 * float(lag.evidence[0].split(" against ")[2].split()[0])  # the cost is not small
     (stale,) = [finding for finding in diagnosed(PLANTED["BN102"])[0].findings if finding.code == "BN102"]
     assert stale.figures["cause"] == "stale" and stale.severity == Severity.ERROR
 

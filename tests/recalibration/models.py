@@ -39,7 +39,7 @@ def norms(model: nn.Module) -> dict[str, Any]:
 
 
 class Recorder:
-    """What every normalization of a model is given while it is recalibrated, by hooks of the user's own."""
+    """Records the inputs of every normalization through hooks, as a user may."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, list[Tensor]] = {path: [] for path in norms(model)}
@@ -53,7 +53,7 @@ class Recorder:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that must be as before."""
+    """The state that must be unchanged."""
     return {
         "state": {key: value.clone() for key, value in model.state_dict().items()},
         "modes": [m.training for m in model.modules()],

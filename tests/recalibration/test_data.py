@@ -139,7 +139,7 @@ def test_the_default_device_reaches_other_threads() -> None:
 
 def test_batches_move_to_the_device() -> None:
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3))
-    with pytest.raises(RuntimeError, match="meta tensors"):  # whose values cannot be had: the batch went there
+    with pytest.raises(RuntimeError, match="meta tensors"):  # the batch went to the model's device, meta
         recalibrate(model, [torch.rand(4, 3)], device="meta")
     found, _ = recalibrate(model, [np.ones((4, 3), np.float32), np.zeros((4, 3), np.float32)])
     assert_close(found[1].running_mean, torch.full((3,), 0.5))

@@ -1,4 +1,4 @@
-"""What tests of this folder can ask for."""
+"""Fixtures of this folder's tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchnorm.standardize import data as data_module
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that every array is read in several parts."""
+    """Make every array be read in several parts."""
     monkeypatch.setattr(data_module, "_PART", 24)
     monkeypatch.setattr(data_module, "_LARGE_PART", 24)
     monkeypatch.setattr(data_module, "_BLOCK", 72)

@@ -168,7 +168,7 @@ LARGER_THAN_MEMORY = """
 import resource, sys
 import numpy as np, torch
 from batchnorm.standardize import Standardizer
-Standardizer().fit_transform(np.ones((9, 4)))  # what is loaded late is loaded
+Standardizer().fit_transform(np.ones((9, 4)))  # load everything that is loaded at the first use
 shape = (int(sys.argv[2]), 64)
 x = np.memmap(sys.argv[1], np.float32, "r", shape=shape)
 y = np.memmap(sys.argv[1] + ".out", np.float32, "w+", shape=shape)

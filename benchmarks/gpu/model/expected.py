@@ -60,7 +60,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does, whatever the device's speed.
+    """The work of one launch, independent of the device's speed.
 
     Attributes:
         launch: The launch.

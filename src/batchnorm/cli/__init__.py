@@ -1,8 +1,8 @@
 """The command line.
 
 commands: The commands, one file each.
-inputs: What commands load: networks, weights, data and exported programs.
-outputs: What commands print and write, on streams that may break.
+inputs: Load networks, weights, data and exported programs.
+outputs: Print and write results, on streams that may break.
 syntax: The syntax of commands and options, beyond that of click.
 errors, exit_codes: Usage errors, printed in one line, and the exit codes of the process.
 """

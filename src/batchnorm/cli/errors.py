@@ -50,7 +50,7 @@ def library_errors(usage_error: UsageErrorMaker, *others: type[Exception]) -> It
     except InputsNotTaken as error:
         raise usage_error(
             "--input must be the shape of an input that the model takes, once for each of its arguments, but calling "
-            "it failed",
+            "the model failed",
             error.__cause__,
         ) from error
     except kinds as error:

@@ -70,7 +70,7 @@ def signed(value: float) -> str:
 
 
 def samples_as_code(data: Any, batch: Any) -> str:
-    """Return code for a data set of the samples of `training_data`: these data, of which this is a batch."""
+    """Return code for a data set of the samples of `training_data`; `batch` is a batch of these `data`."""
     if hasattr(data, "dataset"):
         return DATASET
     samples = "batch"
@@ -87,7 +87,7 @@ def loader_as_code(dataset: str, options: str = "") -> str:
 
 
 def example_as_code(values: Iterable[Any], names: Iterable[str] = ()) -> str:
-    """Return code for random arguments of a model with the shapes of these; `example_inputs` if one is no tensor."""
+    """Return code for random arguments of a model with the shapes of these; `example_inputs` if one is not a tensor."""
     code = list(map(_tensor_as_code, values))
     if not code or "" in code:
         return "example_inputs"

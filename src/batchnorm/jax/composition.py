@@ -118,9 +118,10 @@ def moments(x: Array, weights: Array | None, at: Attributes) -> tuple[Array, Arr
 
 
 def _sum_in_stages(values: Array, axis: int) -> Array:
-    """Return the sums `[C]` over all positions, which are summed along one axis after the other, the samples last.
+    """Return the sums `[C]` over all positions, summed along one axis after the other, the samples last.
 
-    XLA may sum one value after the other, so that the error grows with their number. It would join the stages.
+    XLA may add the values of a sum one by one, so that the error grows with their number. `materialized` prevents
+    XLA from merging the stages into one sum.
     """
     *within, sample = [i for i in reversed(range(values.ndim)) if i != axis]
     for position in within:

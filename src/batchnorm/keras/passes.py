@@ -72,7 +72,7 @@ def sequential(
                 observer.start(statistics_for)
                 with suppress(_Reached):
                     forward(observer.model, batch)
-            # Batches may take different ways through the model and reach different calls: take one at a time.
+            # Batches may take different paths through the model and reach different calls; measure one at a time.
             call = next(iter(reached), None)
             if call is None:
                 return calls

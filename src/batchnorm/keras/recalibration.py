@@ -49,7 +49,7 @@ def recalibrate(
         only: The layers to recalibrate, as in `convert`. By default, all layers except frozen ones (`trainable=False`).
         passes: "single" makes one pass, and normalizes each batch by its own statistics, as in training. "sequential"
             goes layer by layer from the input. Each layer gets the output of the recalibrated layers before it, as in
-            evaluation. This keeps the data in memory, and runs the model once for each layer, up to this layer.
+            evaluation. For each layer, this runs the model on all data, up to that layer. It keeps the data in memory.
         prior: The weight of the former statistics, as a number of samples: `(prior·former + n·measured)/(prior + n)`,
             with n samples of data. 0 discards the former ones.
         forward: `forward(model, batch)` calls the model. By default, it calls `model(x, training=False)`.

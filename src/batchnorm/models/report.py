@@ -106,7 +106,7 @@ class Result(tuple[Any, R], Generic[R]):
 
     @property
     def report(self) -> R:
-        """What was changed, what was left, and why."""
+        """The layers that were changed or left, with reasons."""
         return self[1]
 
 

@@ -59,8 +59,8 @@ class _Compiled:
 class Native:
     """The node for torch's autograd in C++ in `folder`, or the reason why there is none.
 
-    It is optional: without it, a node in Python serves. It needs torch's own C++ interface, which changes with every
-    minor version. So each library serves one minor version, which its name contains, and no other is ever loaded.
+    It is optional: without it, a node in Python is used. It needs torch's C++ API, which changes with every minor
+    version. Each library therefore works with one minor version, which its name contains. No other library is loaded.
 
     Attributes:
         module: The loaded module, whose `batch_norm` computes a layer's call; or None.
@@ -101,7 +101,7 @@ def _library_name(version: str) -> str:
 
 
 def _native_refusal(version: str) -> str:
-    """Return why no library can serve this process; empty if one can."""
+    """Return why this process cannot use any library; empty if it can."""
     if os.environ.get(AUTOGRAD) == "python":
         return f"{AUTOGRAD}=python"
     if "t" in getattr(sys, "abiflags", ""):

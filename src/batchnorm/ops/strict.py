@@ -164,7 +164,7 @@ def _operator_gradients(
     parameter: float,
     needs: list[bool],
 ) -> Gradients:
-    """Compute the gradients of the node in C++ where something observes them, or where they must be differentiable."""
+    """Compute gradients for the node in C++ if a mode or transform is active, or if they must be differentiable."""
     mean, *low, var = statistics.unbind()
     kept = Kept(x, residual, y, mean, low[0] if low else None, var, weight, bias)
     return _gradients(dy, kept, tuple(needs), _named((eps, number, parameter)))

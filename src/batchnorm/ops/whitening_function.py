@@ -26,7 +26,7 @@ class _Planes:
         n, self.channels = x.shape[:2]
         positions = x[0, 0].numel()
         self.size = min(size, self.channels)
-        # The other view has a smaller last group between the samples, and products larger than their factors.
+        # In the other view, a smaller last group is between the samples, or products are larger than their factors.
         innermost = x.movedim(1, -1).is_contiguous() or self.channels % self.size != 0 or positions < self.size
         self.channels_innermost = innermost
         self.count, self.length = (1, n * positions) if innermost else (n, positions)
@@ -65,7 +65,7 @@ class _Planes:
         return [sum_pairwise(whitening.summed_product(*pair).unflatten(0, (self.count, -1)), 0) for pair in pairs]
 
     def add_products(self, onto: Tensor, matrices: Sequence[Tensor], values: Tensor) -> None:
-        """Add each group's `matrix·values` to it, in place."""
+        """Add each group's `matrix·values` to `onto`, in place."""
         for total, matrix, group in zip(self.groups(onto), matrices, self.groups(values), strict=True):
             repeated = matrix.expand(group.shape[0] // matrix.shape[0], *matrix.shape).flatten(0, 1)
             if self.channels_innermost:
@@ -75,7 +75,7 @@ class _Planes:
 
 
 class _Statistics(NamedTuple):
-    """Those of a batch of deviations: `products` are the means of `x·xᵀ`; the others are as in `ops.parts`."""
+    """The statistics of a batch of deviations: `products` are the means of `x·xᵀ`; the others are as in `ops.parts`."""
 
     products: list[Tensor]
     low: Tensor

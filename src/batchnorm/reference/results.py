@@ -1,4 +1,4 @@
-"""What the passes return."""
+"""The results of the passes."""
 
 from __future__ import annotations
 

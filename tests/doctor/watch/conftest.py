@@ -1,4 +1,4 @@
-"""What every test of this folder starts from."""
+"""Checks after every test of this folder."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_two_optimizers_in_a_step_do_not_split_a_look() -> None:
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -75,14 +75,14 @@ def test_looking_takes_no_more_than_its_share(overhead: float, look: float) -> N
     clock = Clock()
     looked = paced(Pace(overhead, clock=clock), clock, 5000, lambda step: 0.1 + 0.05 * math.sin(step), look)
     affordable = overhead * 0.1 * 5000 / (AFTERMATH * look)
-    assert len(looked) - 1 <= 1.01 * affordable  # the first is on the house
+    assert len(looked) - 1 <= 1.01 * affordable  # the first does not count
     assert len(looked) >= 0.9 * min(affordable, 5000)
 
 
 def test_a_pause_buys_no_burst() -> None:
     clock = Clock()
     looked = paced(Pace(0.02, clock=clock), clock, 1000, lambda step: 100.0 if step == 500 else 0.1, 0.02)
-    assert sum(501 <= step <= 510 for step in looked) == 2  # what is saved up, and no more
+    assert sum(501 <= step <= 510 for step in looked) == 2  # the time saved until then allows two
     assert min(np.diff([step for step in looked if step > 510])) >= 12
 
 

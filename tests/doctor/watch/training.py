@@ -47,7 +47,7 @@ def train(
 
 
 def watched(model: nn.Module, steps: int = STEPS, **options: Any) -> Watch:
-    """So many steps are looked at, after the first."""
+    """Watch a training of this many steps, after a first step without training."""
     with watch(model, every=1, warn=False) as w:
         w.step()
         train(model, steps, **options)

@@ -27,7 +27,7 @@ CALLED_PLAINLY = ("BatchNorm", "BatchRenorm", "GhostBatchNorm", "SyncBatchNorm")
 
 
 def trained(rank: str = "2d", **options: Any) -> nn.Module:
-    """A torch layer with values in everything."""
+    """Return a torch layer with random parameters and statistics."""
     layer = getattr(nn, f"BatchNorm{rank}")(4, **options)
     with torch.no_grad():
         for tensor in layer.state_dict().values():

@@ -144,7 +144,7 @@ def test_an_accelerated_model_is_pruned() -> None:
 
 
 class Auxiliary(nn.Module):
-    """Training, or a larger image, calls one more layer, which the trace of the example does not show."""
+    """Calls one more layer in training and for larger images, which the trace of the example does not show."""
 
     def __init__(self, size: int | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What commands load.
+"""Load the inputs of commands.
 
 loading: The options and arguments for a network, its weights, data, and the shapes of inputs.
 checkpoint: Weights in checkpoints of several trainers.

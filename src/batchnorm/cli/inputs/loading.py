@@ -35,7 +35,7 @@ def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE.pth",
         help="Weights for the model that the callable returns: a state_dict, or a checkpoint that contains one, such "
-        "as those of Lightning, DistributedDataParallel, torch.compile or averaged models; or a file of safetensors. "
+        "as those of Lightning, DistributedDataParallel, torch.compile or averaged models; or a .safetensors file. "
         "No code in the file is run.",
     )
     @click.option(

@@ -1,4 +1,4 @@
-"""What commands print and write.
+"""Print and write the results of commands.
 
 reporting: Commands that print a report: as text, or with `--json` as one JSON object.
 terminal: Tables and progress bars.

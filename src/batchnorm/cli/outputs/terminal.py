@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def console(columns: int = 120) -> Console:
-    """Return standard output; if it is not a terminal, it has $COLUMNS columns, by default this number."""
+    """Return a console on standard output. If that is not a terminal, $COLUMNS or `columns` is the width."""
     try:
         from rich.console import Console
     except ModuleNotFoundError as error:
@@ -29,7 +29,7 @@ def console(columns: int = 120) -> Console:
 
 
 def print_rich(shown: Any, out: Console) -> None:
-    """Print something that rich renders, without the spaces with which rich fills lines."""
+    """Print an object that rich renders, without spaces at the end of lines."""
     with out.capture() as captured:
         out.print(shown)
     print("\n".join(map(str.rstrip, captured.get().splitlines())))

@@ -79,7 +79,7 @@ def linear_range(points: Sequence[Point]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Lines:
-    """What the panels of curves have in common.
+    """Options that all panels of curves share.
 
     Attributes:
         facets: One row of panels each.

@@ -84,7 +84,7 @@ class Cells:
             each = f" on {self.processes.size} processes" if self.processes.size > 1 else ""
             raise ComparisonError(
                 f"batch_size must give {choice.norm!r} in {choice.model} more than one value per channel, got "
-                f"{choice.batch_size}{each}. Choose a larger one, or norms without statistics of the batch."
+                f"{choice.batch_size}{each}. Choose a larger one, or norms that do not use batch statistics."
             ) from error
         # An evaluation precedes the first step and follows the last one; the first step also includes first calls.
         step = ends[2] - ends[1] if len(ends) > 2 else 0.0

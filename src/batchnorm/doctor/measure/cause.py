@@ -36,7 +36,7 @@ _SCALED, _UNEVEN = 0.2, 0.25
 # Names of classes that hold averaged weights, in libraries that have their own.
 _AVERAGES = re.compile(r"Averag|EMA(?![a-z])|Ema(?![a-z])|SWA")
 
-_LAG = "the running statistics are off by no more than a learning rate that is still high explains"
+_LAG = "a learning rate that is still high explains how far off the running statistics are"
 _UNSURE = "unsure: either the weights changed after the statistics, or these are not the training data (BN103)"
 
 
@@ -45,8 +45,8 @@ class Cause:
     """The cause of a misfit.
 
     Attributes:
-        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (so little that a training at a high
-            learning rate explains it), `momentum` (too few updates), `shift` (the data are different), `dropout` or
+        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (so little that a high learning rate
+            explains it), `momentum` (too few updates), `shift` (the data are different), `dropout` or
             `unknown`.
         evidence: Lines with figures.
         summary: The cause in one line; empty if the number of layers says it better.

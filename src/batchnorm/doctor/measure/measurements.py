@@ -64,7 +64,7 @@ class Measurements:
             path, worst layers first.
         reshuffled: Effect of normalizing the samples in new random batches.
         padding: Effect of padding on the statistics.
-        dataset: Code for the samples of the data, which are called `training_data`.
+        dataset: Code for the samples of the data. In the code, the data are named `training_data`.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What the measurements need of passes over the data, in any framework."""
+"""The results of passes over the data that measurements need, in any framework."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ class TrainEvaluationGap(Rule):
     """
     severity = """
         Decided by the loss in evaluation minus the loss in training: a warning if the loss grows by 10 % and the output
-        changes by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts. One
-        level less if a learning rate that is still high explains the gap (BN102).
+        changes by 10 %, an error from 50 % and 30 %. The lower end of the 95 % interval over the batches counts. The
+        severity is one level lower if a learning rate that is still high explains the gap (BN102).
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"

@@ -37,8 +37,8 @@ class StaleStatistics(Rule):
         for the momentum) and [BN111](bn111.md) (dropout).
     """
     severity = """
-        Decided by the cost of the running statistics against the population's, on the same batches; one level less if a
-        high learning rate explains the distance.
+        Decided by the cost of the running statistics against the population's, on the same batches; one level lower if
+        a high learning rate explains the distance.
     """
     repair = "model, report = batchnorm.recalibrate(model, training_data)"
     repair_keras = "model, report = batchnorm.keras.recalibrate(model, training_data)"

@@ -63,7 +63,7 @@ def copied(
     dtype: str | None = None,
     advice: str = "",
 ) -> Copy:
-    """Return a copy of a built model, whose variables have the same values and of whose layers the same ones train.
+    """Return a copy of a built model, with the same values of its variables and the same frozen layers.
 
     Args:
         caller: The function that the user called.
@@ -102,7 +102,7 @@ def _copy_values(copy: Copy) -> None:
             variable.assign(as_numpy(value))
     for old, new in copy.same:
         for (_, layer), (_, other) in zip(walk(old), walk(new), strict=True):
-            if other.trainable != layer.trainable:  # a layer's configuration need not say which layers inside train
+            if other.trainable != layer.trainable:  # a configuration may omit which inner layers train
                 other.trainable = layer.trainable
 
 

@@ -108,7 +108,7 @@ def named(layer: Any) -> str:
 def reason_of(error: Exception) -> str:
     """Return the message of an exception in one line without a full stop, for the middle of a message.
 
-    Keras puts the message between text of its own, in bold.
+    Keras adds its own text around the message, which is bold.
     """
     own = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(error), re.DOTALL)
     return " ".join((own[1] if own else str(error)).split())[:300].rstrip(".")

@@ -53,8 +53,8 @@ def unfreeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: 
         inplace: Whether to change the model itself instead of a copy.
 
     Returns:
-        The model, which is not compiled if it is a copy, and the report. A layer is left if a layer that contains it is
-        frozen, because that one was frozen with everything inside.
+        The model, which is not compiled if it is a copy, and the report. A layer stays frozen if a layer that contains
+        it is frozen: the outer layer must be unfrozen first.
 
     Raises:
         TypeError: the model is not a Keras model.

@@ -23,8 +23,8 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
 
     A batch normalization is absorbed by the convolution (transposed, depthwise and separable ones too) or dense layer
     that computes its input, or by those that read its result, also past dropout, pooling, padding, cropping,
-    flattening and concatenations where that is exact. Before an addition, subtraction, average, maximum or minimum, the
-    layers of all branches absorb it. A model inside is folded together with what is around it if it is called once,
+    flattening and concatenations where that is exact. After an addition, subtraction, average, maximum or minimum, the
+    layers of all branches absorb it. A nested model is folded together with the layers around it if it is called once,
     without arguments. A convolution with an activation only absorbs one that comes before it. A shift does not pass
     padding with zeros. An activation of the batch normalization becomes a layer of its own.
 

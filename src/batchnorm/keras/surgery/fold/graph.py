@@ -39,7 +39,7 @@ class Call:
 
     @property
     def plain(self) -> bool:
-        """Whether one tensor is all that it is called with."""
+        """Whether its only argument is one tensor."""
         return len(self.inputs) == 1 and not self.arguments
 
 
@@ -112,7 +112,7 @@ class Graphs:
     """The graphs of a model and of the models inside.
 
     A model inside that is called once, by a graph, without arguments, belongs to that graph: a scale and shift can move
-    into it and out of it. Each other one is a graph of its own.
+    into it and out of it. Every other one is a graph of its own.
 
     Attributes:
         graphs: The graphs.
@@ -134,7 +134,7 @@ class Graphs:
         self.graphs = [Graph(each, inlined) for each in models if id(each) not in inlined]
 
     def times(self, layer: Any) -> int:
-        """Return how often graphs call a layer. To be held by a layer whose call is Python code counts as one call."""
+        """Return how often graphs call a layer. Being held by a layer whose call is Python code counts as a call."""
         return self._times[id(layer)]
 
     def place(self, layer: Any) -> tuple[Graph, Call] | None:

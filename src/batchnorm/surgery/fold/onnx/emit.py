@@ -15,7 +15,7 @@ from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 from batchnorm.surgery.fold.onnx.nodes import Writer, as_tensor
 from batchnorm.surgery.fold.states import NewConstants
 
-_SMALL = 1024  # bytes of a computed constant that is stored instead
+_SMALL = 1024  # bytes; computed constants up to this size are stored
 
 
 def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
