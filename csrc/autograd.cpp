@@ -50,6 +50,17 @@ Activation activation(PyObject* o) {
   return static_cast<Activation>(static_cast<int>(number));
 }
 
+// A flag is any object, as in Python: a caller may pass training=1.
+bool flag(PyObject* o) {
+  if (o == Py_True || o == Py_False) return o == Py_True;
+  const int value = PyObject_IsTrue(o);
+  if (value < 0) {
+    PyErr_Clear();
+    throw Unexpected();
+  }
+  return value != 0;
+}
+
 // batch_norm(x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, activation,
 //            parameter, keeps_y, momentum, skip_nonfinite), all by position. The activation is its number in the table.
 constexpr Py_ssize_t kArguments = 14;
@@ -61,11 +72,11 @@ MaybeTensor called(PyObject* const* a) {
       maybe_tensor(a[1]),
       maybe_tensor(a[2]),
       maybe_tensor(a[3]),
-      a[7] == Py_True,
+      flag(a[7]),
       {real(a[8]), activation(a[9]), real(a[10])},
-      a[11] == Py_True,
+      flag(a[11]),
       a[12] == Py_None ? std::nullopt : std::optional<double>(real(a[12])),
-      a[13] == Py_True,
+      flag(a[13]),
   };
   struct WithoutGil {
     PyThreadState* state = PyEval_SaveThread();

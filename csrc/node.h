@@ -147,7 +147,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
 inline MaybeTensor batch_norm(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                               const MaybeTensor& residual, const Call& call) {
   bool differentiable = false;
-  if (!plain(x)) return std::nullopt;
+  if (!plain(x) || (!call.training && !(call.running_mean && call.running_var))) return std::nullopt;
   for (const MaybeTensor* t : {&call.running_mean, &call.running_var, &call.num_batches_tracked}) {
     if (!plain(*t) || (*t && (*t)->requires_grad())) return std::nullopt;
   }

@@ -115,6 +115,17 @@ def test_the_build_refuses_a_torch_whose_interface_is_unknown(interface: ModuleT
     assert "another way" in interface.problem(tmp_path, "2.9.0", tmp_path)
 
 
+@pytest.mark.usefixtures("_node")
+@pytest.mark.parametrize("true", [1, "yes", torch.tensor(True)])
+def test_any_true_object_means_training(true: Any) -> None:
+    x, found, wanted = inputs(), batchnorm.BatchNorm1d(3).double(), batchnorm.BatchNorm1d(3).double()
+    found.training = true
+    assert torch.equal(found(x), wanted(x))
+    assert torch.equal(found.running_var, wanted.running_var)  # type: ignore[arg-type]
+    y = batchnorm.functional.batch_norm(x, None, None, training=true)
+    assert torch.equal(y, batchnorm.functional.batch_norm(x, None, None, training=True))
+
+
 @needs_native
 def test_arguments_of_unexpected_types_are_left_to_the_other_routes() -> None:
     x, vector = torch.randn(4, 3), torch.ones(3)
