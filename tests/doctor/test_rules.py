@@ -133,12 +133,12 @@ def test_pruned_weights_have_stale_statistics() -> None:
 
 def test_statistics_that_lag_at_a_constant_learning_rate_are_a_note() -> None:
     model = trained("plain")
-    train(model, 80, lr=0.05, falls=False)
+    train(model, 80, lr=0.02, falls=False)
     found = diagnose(model, batches(start=0), loss=criterion)
     assert above_notes(found) == []
     (lag,) = [finding for finding in found.findings if finding.code == "BN102"]
     assert lag.figures["cause"] == "lag" and "learning rate" in lag.summary
-    assert lag.cost["loss"] > 0.5 * float(lag.evidence[0].split(" against ")[2].split()[0])  # the cost is not small
+    assert lag.cost["loss"] > 0.1 * float(lag.evidence[0].split(" against ")[2].split()[0])  # elsewhere a warning
     (stale,) = [finding for finding in diagnosed(PLANTED["BN102"])[0].findings if finding.code == "BN102"]
     assert stale.figures["cause"] == "stale" and stale.severity == Severity.ERROR
 
