@@ -73,3 +73,30 @@ def test_a_batch_that_cannot_train_is_an_error_and_changes_nothing():
     with pytest.raises(ValueError, match="on which the model can take a training step, and it raised .*1 value per"):
         accelerate(model, x, inplace=True, measure=True)
     before.assert_same(model)
+
+
+class BackwardInForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = block()
+
+    def forward(self, x):
+        y = self.block(x)
+        if y.requires_grad:
+            y.sum().backward(retain_graph=True)
+        return y
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_measuring_restores_gradients_that_the_model_itself_computes():
+    model = BackwardInForward()
+    model.block[0].weight.grad = torch.ones_like(model.block[0].weight)
+    accelerate(model, torch.rand(2, 3, 6, 6), inplace=True, measure=True)
+    assert torch.equal(model.block[0].weight.grad, torch.ones_like(model.block[0].weight))
+    assert model.block[1].weight.grad is None
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_model_without_trainable_parameters_is_measured_by_its_forward_pass():
+    _, report = accelerate(block().requires_grad_(False), torch.rand(2, 3, 6, 6), measure=True)
+    assert report.speedup > 0

@@ -17,7 +17,7 @@ _SECONDS, _LEAST, _MOST = 2.0, 5, 50
 
 
 def step_times(before: nn.Module, after: nn.Module, inputs: Inputs) -> tuple[float, float]:
-    """Return the shortest time of a training step of two models in seconds: forward, and every gradient.
+    """Return the shortest time of a training step of two models in seconds: forward, and every gradient of a parameter.
 
     On a CPU this is the CPU time of all threads, which other processes affect less than the time elapsed. Modes,
     buffers, gradients and random state are restored.
@@ -41,7 +41,7 @@ def _step(model: nn.Module, inputs: Inputs) -> Callable[[], float]:
     synchronized = [torch.get_device_module(device).synchronize for device in devices]
 
     def step() -> float:
-        with walk.restored(model, buffers=True), walk.as_in_training(model), torch.enable_grad():
+        with walk.restored(model, buffers=True, gradients=True), walk.as_in_training(model), torch.enable_grad():
             parameters = [p for p in model.parameters() if p.requires_grad]
             given = inputs.map(torch.clone)  # a model may write to its inputs
             for synchronize in synchronized:
@@ -49,7 +49,8 @@ def _step(model: nn.Module, inputs: Inputs) -> Callable[[], float]:
             start = clock()
             try:
                 results = [t for t in outputs(given.call(model)) if t.requires_grad]
-                torch.autograd.grad(results, parameters, [torch.ones_like(t) for t in results], allow_unused=True)
+                if parameters:  # otherwise a step is a forward pass
+                    torch.autograd.grad(results, parameters, [torch.ones_like(t) for t in results], allow_unused=True)
             except Exception as error:
                 raise ValueError(
                     "accelerate with measure=True expects example inputs on which the model can take a training step, "
