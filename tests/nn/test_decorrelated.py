@@ -372,6 +372,14 @@ def test_integer_weights_are_repetitions() -> None:
     assert_close(layers[0].state_dict(), layers[1].state_dict())
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_no_counted_value_gives_finite_gradients(create_graph: bool) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y = decorrelated_batch_norm(x, None, None, training=True, mask=torch.zeros(4))
+    (dx,) = torch.autograd.grad(y, x, torch.randn(4, 3, dtype=torch.float64), create_graph=create_graph)
+    assert dx.isfinite().all()
+
+
 def test_no_counted_value_updates_nothing_and_one_updates_only_the_mean() -> None:
     layer = DecorrelatedBatchNorm1d(5)
     before = copy.deepcopy(layer.state_dict())

@@ -128,7 +128,7 @@ def batch_whitening(values: Tensor, weights: Tensor | None, settings: Settings) 
     divisor: Tensor | int = values.shape[1]
     if weights is not None:
         tiny = torch.finfo(weights.dtype).tiny
-        divisor = weights.sum().clamp_min(tiny)
+        divisor = eager.positive(weights.sum())  # not tiny: a gradient divided by it would overflow
         count = weights.sum().square() / weights.square().sum().clamp_min(tiny)
     elif not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
         divisor = max(values.shape[1], 1)
