@@ -372,6 +372,21 @@ def test_integer_weights_are_repetitions() -> None:
     assert_close(layers[0].state_dict(), layers[1].state_dict())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_vectorized_gradients_are_those_of_each_vector(training: bool) -> None:
+    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 7), (7,)))
+    running = torch.zeros(7, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    y = decorrelated_batch_norm(x, *running, weight, training=training, group_size=3)
+    upstream = torch.randn(2, 9, 7, dtype=torch.float64)
+
+    def gradients(dy: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, (x, weight), dy, retain_graph=True, **options)
+
+    expected = tuple(torch.stack(pair) for pair in zip(*map(gradients, upstream), strict=True))
+    assert_close(gradients(upstream, is_grads_batched=True), expected)
+    assert_close(torch.func.vmap(gradients)(upstream), expected)
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_no_counted_value_gives_finite_gradients(create_graph: bool) -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

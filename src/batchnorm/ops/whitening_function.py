@@ -18,6 +18,8 @@ from batchnorm.ops.parts import BatchStatistics
 from batchnorm.ops.reduce import sum_pairwise, sum_positions
 from batchnorm.ops.whitening import Held, Settings, Whitening
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..., is_grads_batched=True)
+
 
 class _Planes:
     """The view `[P, C, K]` of x, and of other tensors of its shape."""
@@ -154,24 +156,28 @@ class WhitenFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        """Compute the first derivative by few products, higher ones through plain torch operations."""
+        """Compute the first derivative by few products; higher and vectorized ones through plain torch operations."""
         if dy is None:
             return (None,) * 8
         saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
-        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        by_operations = torch.is_grad_enabled() or routes.is_plain() or _is_batched(dy)
+        gradients = _gradients_by_operations if by_operations else _gradients
         with whitening.without_autocast(dy):
             return *gradients(dy, saved, ctx.settings, ctx.needs_input_grad[:3]), None, None, None, None, None
 
 
-def _differentiable_gradients(
+def _gradients_by_operations(
     dy: Tensor, saved: _Saved, settings: Settings, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    # Views, so that the first derivative stops here even if two arguments are the same tensor.
-    x, weight, bias = (None if t is None else t.view_as(t) for t in saved[:3])
-    assert x is not None
-    y, _ = whitening.whiten(x, weight, bias, saved.weights, saved.held, settings, saved.statistics is not None)
+    """Return dx, dγ and dβ, differentiable if gradients are enabled."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that the first derivative stops here even if two arguments are the same tensor.
+        x, weight, bias = (None if t is None else t.view_as(t) for t in saved[:3])
+        assert x is not None
+        y, _ = whitening.whiten(x, weight, bias, saved.weights, saved.held, settings, saved.statistics is not None)
     wanted = [t if need else None for t, need in zip((x, weight, bias), needs, strict=True)]
-    return _gradients_of([y], [dy], wanted, create_graph=True)
+    return _gradients_of([y], [dy], wanted, create_graph=create_graph)
 
 
 def _gradients(dy: Tensor, saved: _Saved, settings: Settings, needs: Sequence[bool]) -> list[Tensor | None]:
