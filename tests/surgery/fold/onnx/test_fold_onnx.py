@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import pytest
 
 from batchnorm.surgery.fold.onnx import fold_onnx
@@ -181,6 +182,18 @@ def test_small_constants_that_are_computed_are_stored() -> None:
     clip = next(node for node in folded.graph.node if node.op_type == "Clip")
     low = initializer(folded, clip.input[1])
     assert low == -0.5 and low.shape == ()
+    assert_same(model, folded, (3, 4, 10, 12))
+
+
+@pytest.mark.parametrize("kind", ["FLOAT16", "INT4"])  # overflows to -inf; has no type in NumPy
+def test_constants_that_overflow_or_have_4_bits_are_no_obstacle(kind: str) -> None:
+    g = Graph()
+    y = g.norm(g.conv(g.input("n", 4, 10, 12), 4, 4), 4)
+    given = g.constant(np.array(-1e30 if kind == "FLOAT16" else -1.5, np.float32))
+    small = g.call("Cast", given, to=getattr(onnx.TensorProto, kind))
+    model = g.model(g.call("Max", y, g.call("Cast", small, to=onnx.TensorProto.FLOAT)), opset=21)
+    folded, report = fold_onnx(model)
+    assert report.remaining == 0
     assert_same(model, folded, (3, 4, 10, 12))
 
 

@@ -125,7 +125,9 @@ class Constants:
             return _constant(operator)
         if operator.op == "Identity":
             return self.tensor(operator.node.input[0])
-        return self._computed(operator) if operator.op in _OF_CONSTANTS else None
+        # What the run does not give, integers of 4 bits, runtimes round in different ways.
+        known = operator.op in _OF_CONSTANTS and name in self._values
+        return self._computed(operator) if known else None
 
     def _computed(self, operator: Operator) -> TensorProto | None:
         arrays: dict[str, Array] = {}
@@ -136,7 +138,8 @@ class Constants:
             if array is None:
                 return None
             arrays[each] = array
-        found: Any = ReferenceEvaluator(operator.node, opsets={"": self._opset}).run(None, arrays)
+        with np.errstate(all="ignore"):  # a mask may overflow to -inf
+            found: Any = ReferenceEvaluator(operator.node, opsets={"": self._opset}).run(None, arrays)
         return numpy_helper.from_array(np.asarray(found[0], order="C"), operator.node.output[0])
 
     def array(self, name: str) -> Array | None:

@@ -63,7 +63,7 @@ class Runner:
         return {name: _cast(value, np.float32) for name, value in feeds.items()}
 
     def run(self, model: onnx.ModelProto, *runs: Feeds, plain: bool = True) -> list[Outputs]:
-        """Return the results of a run for each of the inputs.
+        """Return the results of a run for each of the inputs, without integers of 4 bits.
 
         Args:
             model: A model.
@@ -78,7 +78,8 @@ class Runner:
         if self.how.endswith("float32"):
             model = in_type(model, TensorProto.FLOAT)
         session = _session(model, plain)
-        names = [output.name for output in session.get_outputs()]
+        # Integers of 4 bits have no type in NumPy.
+        names = [output.name for output in session.get_outputs() if "int4)" not in output.type]
         return [dict(zip(names, session.run(names, self.convert(feeds)), strict=True)) for feeds in runs]
 
 
