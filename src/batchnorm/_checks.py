@@ -109,6 +109,7 @@ def check_allocated(caller: str, **tensors: object) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor) or type(t) not in (Tensor, torch.nn.Parameter):
             continue  # a subclass may have no memory of its own
+        check_dense(caller, name, t)  # the others have no storage
         if not t.untyped_storage().nbytes() and t.numel():
             raise RuntimeError(
                 f"{caller} expects {name} with its memory allocated, got a tensor of shape {list(t.shape)} whose "

@@ -387,6 +387,14 @@ def test_vectorized_gradients_are_those_of_each_vector(training: bool) -> None:
     assert_close(torch.func.vmap(gradients)(upstream), expected)
 
 
+@pytest.mark.parametrize("name", ["weight", "running_mean", "running_whitening"])
+def test_every_tensor_must_be_dense(name: str) -> None:
+    given = {"weight": torch.ones(4), "running_mean": torch.zeros(4), "running_whitening": torch.eye(4)}
+    given[name] = given[name].to_sparse()
+    with pytest.raises(ValueError, match=rf"decorrelated_batch_norm expects a dense {name}, got one of layout"):
+        decorrelated_batch_norm(torch.randn(8, 4), **given)
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_no_counted_value_gives_finite_gradients(create_graph: bool) -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

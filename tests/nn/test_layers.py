@@ -170,6 +170,16 @@ def test_every_tensor_must_be_dense(change: Callable[[Tensor], Tensor], name: st
         batch_norm(x, **given, training=training)
 
 
+@pytest.mark.parametrize("change", [Tensor.to_sparse_csr, Tensor.to_mkldnn], ids=["csr", "mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_tensor_with_channels_last_must_be_dense(change: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="expects a dense x, got one of layout"):
+        nn.BatchNorm1d(4, channel_dim=-1)(change(x))
+    with pytest.raises(ValueError, match="expects a dense residual, got one of layout"):
+        nn.BatchNormAct1d(4, channel_dim=-1)(x, change(x))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_sparse_input_is_refused(training: bool) -> None:
     layer = nn.BatchNormAct1d(4).train(training)

@@ -235,6 +235,8 @@ def batch_norm(
         return None
     channels_are_last = channel_dim == -1 and dims > 2
     if channels_are_last:
+        if x.layout is not torch.strided or (residual is not None and residual.layout is not torch.strided):
+            return None  # other layouts have no movedim
         x, residual = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
     parameter = (0.0, negative_slope, alpha)[_PARAMETERS[number]]
     if training and (not updates or running_mean is None):
