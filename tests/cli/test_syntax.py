@@ -20,7 +20,6 @@ from batchnorm.cli.syntax import repeat_options
         ("--norms none,batch", "--norms none,batch"),
         ("--norms none --norms batch", "--norms none --norms batch"),
         ("--norms=none batch -h", "--norms=none --norms batch -h"),
-        ("--norms --lr 1", "--norms --lr 1"),
         ("--lr 1 stray", "--lr 1 stray"),
     ],
 )
@@ -51,6 +50,11 @@ def test_spaces_and_commas_separate_the_values_of_an_option(words):
             ["compare", "--norms"],
             "batchnorm compare: Option '--norms' requires an argument. See batchnorm compare --help",
         ),
+        (
+            ["compare", "--norms", "--out", "result"],
+            "batchnorm compare: Option '--norms' requires an argument. See batchnorm compare --help",
+        ),
+        (["compare", "--lr", ","], "batchnorm compare: Invalid value for '--lr': it has no value. Write one, or leave"),
         (["compare", "--lr", "high"], "batchnorm compare: Invalid value for '--lr': 'high' is not a valid float"),
     ],
 )

@@ -39,7 +39,9 @@ class SeveralValues(click.Option):
         """Convert the values, each to the option's type."""
         if self._commas and value is not None:
             parts = (part.strip() for item in value for part in str(item).split(","))
-            value = [part for part in parts if part]
+            given, value = bool(value), [part for part in parts if part]
+            if given and not value:  # otherwise the default would be used
+                raise click.BadParameter("it has no value. Write one, or leave the option out.", ctx, self)
         return super().type_cast_value(ctx, value)
 
 
@@ -93,18 +95,23 @@ def repeat_options(arguments: Sequence[str], several: set[str]) -> list[str]:
 
     Returns:
         For example `--norms none --norms batch --lr 0.1`.
+
+    Raises:
+        click.BadOptionUsage: another option follows such an option instead of a value.
     """
     found: list[str] = []
     current: str | None = None  # the option whose values are being read
     pending = False  # whether its first value is still to come
     for word in arguments:
         name, equals, _ = word.partition("=")
+        if pending and word.startswith("--"):
+            raise click.BadOptionUsage(str(current), f"Option {current!r} requires an argument.")
         if name in several:
             found.append(word)
             current, pending = name, not equals
         elif word.startswith("-") or current is None:
             found.append(word)
-            current = None
+            current, pending = None, False
         else:
             found += [word] if pending else [current, word]
             pending = False

@@ -99,7 +99,8 @@ def _load(model: nn.Module, weights: Weights, usage_error: UsageErrorMaker) -> N
         raise usage_error(f"{weights.path} {error}") from error
     except Exception as error:
         raise usage_error(
-            f"{weights.path} must hold the state_dict of the network, saved with torch.save, but loading it failed",
+            f"{weights.path} must hold the state_dict of the network, saved with torch.save or safetensors, but "
+            "loading it failed",
             error,
         ) from error
     if done:
