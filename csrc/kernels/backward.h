@@ -93,7 +93,7 @@ void grouped_backward(const Threads& threads, const Backward& args, const Channe
                       const CoefficientRows& rows, const Coefficients<A>& coefficients, Scratch& scratch) {
   const Shape& s = args.shape;
   const bool planes = in_planes(s, true);
-  const RowShape r = row_shape<A>(s, true);
+  const RowShape r = row_shape<T>(s, true);
   if (args.sum_dz) {
     const int64_t* groups = args.normalization.index;
     const auto term = backward_term<F>(args, coefficients);
@@ -148,7 +148,7 @@ void backward(const Threads& threads, const Backward& args) {
     return;
   }
   const bool planes = in_planes(s, false);
-  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<A>(s, false);
+  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<T>(s, false);
   LaneCoefficients coefficients(r, scratch);
   fill_coefficients(channels, rows, s.c, coefficients.channels);
   coefficients.spread_mean_scale_shift();

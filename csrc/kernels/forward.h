@@ -61,7 +61,7 @@ void fused_forward(const Threads& threads, const TrainForward& args) {
     });
     return;
   }
-  const RowShape r = row_shape<A>(s, false);
+  const RowShape r = row_shape<T>(s, false);
   LaneCoefficients coefficients(r, scratch);
   const MomentTerm<T, false> term{x, coefficients.lanes.view(), nullptr};
   const Reducer sums = reducer(term);
@@ -119,7 +119,7 @@ void normalize(const Threads& threads, const Normalize& args) {
   const Channels<T> channels(args.normalization, s.c, scratch);
   const CoefficientRows rows(args.normalization, {}, s.n, scratch);
   const bool planes = in_planes(s, rows.of_sample);
-  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<A>(s, rows.of_sample);
+  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<T>(s, rows.of_sample);
   with_activation(args.normalization.activation, [&](auto f) {
     if (planes || rows.of_sample) {
       CoefficientArrays<A> coefficients(rows.count * s.c, scratch);

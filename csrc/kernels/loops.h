@@ -12,17 +12,47 @@ namespace BATCHNORM_NAMESPACE {
 template <class Term>
 __attribute__((noinline)) static void reduce_some(const Term& term, int64_t lanes, int64_t r0, int64_t r1, int64_t j,
                                                   int64_t count, int64_t channel, double* u_sums, double* uv_sums) {
-  using A = typename Term::A;
-  using V = Vec<A>;
-  const auto c = term.at(ManyChannels<A>{channel, count});
+  using T = typename Term::Type;
+  using V = Packet<T>;
+  const auto c = term.at(ManyChannels<V>{channel, count});
   V a{}, b{}, u, v;
   for (int64_t row = r0; row < r1; ++row) {
-    term.pair(c, row * lanes + j, count, term.weights ? broadcast(term.weights[row]) : V{}, u, v);
+    term.pair(c, row * lanes + j, count, term.weights ? broadcast_to<V>(term.weights[row]) : V{}, u, v);
     a = a + u;
     b = fma(u, v, b);
   }
   add_to(u_sums, a, count);
   add_to(uv_sums, b, count);
+}
+
+// u[0 .. packets·W) += Σ u and uv[..] += Σ u·v of a column of `packets` packets from lane j. The sums stay in registers.
+// Meanwhile, as many values are prefetched from `next`, in the order of memory, which the processor reads fastest. If
+// `last`, the first `skipped` lanes have been summed before.
+template <int64_t packets, bool last, class Term>
+BATCHNORM_INLINE void reduce_column(const Term& term, int64_t lanes, int64_t r0, int64_t r1, int64_t j, int64_t channel,
+                                    int64_t skipped, int64_t& next, double* u_sums, double* uv_sums) {
+  using T = typename Term::Type;
+  using V = Packet<T>;
+  constexpr int64_t W = kPacket<T>, kRowsAhead = 4;
+  typename Term::template Loaded<V> c[packets];
+  V a[packets]{}, b[packets]{};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < packets; ++k) c[k] = term.at(ManyChannels<V>{channel + k * W, W});
+  const auto fresh = lanes_between<V>(skipped, W);
+  for (int64_t row = r0; row < r1; ++row, next += packets * W) {
+    fetch_lines<2>(term, next, packets * W);
+    fetch_lines<1>(term, (row + kRowsAhead) * lanes + j, packets * W);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < packets; ++k) {
+      V u, v;
+      term.pair(c[k], row * lanes + j + k * W, W, term.weights ? broadcast_to<V>(term.weights[row]) : V{}, u, v);
+      if constexpr (last) u = select(fresh, u, V{}), v = select(fresh, v, V{});
+      a[k] = a[k] + u;
+      b[k] = fma(u, v, b[k]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < packets; ++k) add_to(u_sums + k * W, a[k], W), add_to(uv_sums + k * W, b[k], W);
 }
 
 // u[j - j0] += Σ u and uv[j - j0] += Σ u·v of lanes [j0, j1) over rows [r0, r1). Coefficients start at `channel0`.
@@ -32,77 +62,24 @@ using ReduceRows = void (*)(const void* term, int64_t lanes, int64_t r0, int64_t
 template <class Term>
 static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, int64_t j0, int64_t j1,
                         int64_t channel0, double* u_sums, double* uv_sums) {
-  using A = typename Term::A;
-  using V = Vec<A>;
-  constexpr int64_t W = kLanes<A>;
+  using T = typename Term::Type;
+  constexpr int64_t W = kPacket<T>, kTogether = 4 * kLanes<typename Term::A>;
   const Term term = *static_cast<const Term*>(self);
-  auto step = [&](const typename Term::Loaded& c, int64_t row, int64_t j, int64_t count, V& a, V& b)
-      __attribute__((always_inline)) {
-    V u, v;
-    term.pair(c, row * lanes + j, count, term.weights ? broadcast(term.weights[row]) : V{}, u, v);
-    a = a + u;
-    b = fma(u, v, b);
-  };
-  constexpr int64_t kTile = 64;  // vectors of lanes whose sums stay in the first cache
-  // A line holds two vectors of a half type, so two rows at a time halve the traffic of the sums. Wider types are
-  // faster one row at a time.
-  constexpr bool kTwoRows = sizeof(typename Term::Type) < 4;
-  constexpr int64_t kPerLine = W * sizeof(typename Term::Type) < 64 ? 64 / (W * sizeof(typename Term::Type)) : 1;
   for (int64_t block = r0; block < r1; block += kAdditions) {
-    const int64_t block_end = r1 - block < kAdditions ? r1 : block + kAdditions;
-    int64_t j = j0;
-    if (j1 - j0 == 4 * W) {  // the sums stay in registers
-      const auto c0 = term.at(ManyChannels<A>{channel0 + j, W});
-      const auto c1 = term.at(ManyChannels<A>{channel0 + j + W, W});
-      const auto c2 = term.at(ManyChannels<A>{channel0 + j + 2 * W, W});
-      const auto c3 = term.at(ManyChannels<A>{channel0 + j + 3 * W, W});
-      V a0{}, b0{}, a1{}, b1{}, a2{}, b2{}, a3{}, b3{};
-      for (int64_t row = block; row < block_end; ++row) {
-        fetch_lines<1>(term, row * lanes + j + kAhead<Term>, 4 * W);
-        step(c0, row, j, W, a0, b0);
-        step(c1, row, j + W, W, a1, b1);
-        step(c2, row, j + 2 * W, W, a2, b2);
-        step(c3, row, j + 3 * W, W, a3, b3);
-      }
-      add_to(u_sums, a0, W), add_to(u_sums + W, a1, W), add_to(u_sums + 2 * W, a2, W), add_to(u_sums + 3 * W, a3, W);
-      add_to(uv_sums, b0, W), add_to(uv_sums + W, b1, W);
-      add_to(uv_sums + 2 * W, b2, W), add_to(uv_sums + 3 * W, b3, W);
-      continue;
+    const int64_t end = r1 - block < kAdditions ? r1 : block + kAdditions, size = (end - block) * lanes;
+    int64_t j = j0, next = block * lanes + (size > kAhead<Term> ? size : kAhead<Term>);
+    double *u = u_sums, *uv = uv_sums;
+    for (; j + kTogether <= j1; j += kTogether, u += kTogether, uv += kTogether) {
+      reduce_column<kTogether / W, false>(term, lanes, block, end, j, channel0 + j, 0, next, u, uv);
     }
-    while (j + W <= j1) {  // row by row, because memory is read fastest in this order
-      const int64_t vectors = (j1 - j) / W < kTile ? (j1 - j) / W : kTile;
-      V sums[kTile][2];  // adjacent, because the processor confuses addresses that are 4 KB apart
-      for (int64_t v = 0; v < vectors; ++v) sums[v][0] = sums[v][1] = V{};
-      int64_t row = block;
-      for (; kTwoRows && row + 2 <= block_end; row += 2) {
-        const int64_t first = row * lanes + j, second = first + lanes;
-        for (int64_t v = 0; v < vectors; ++v) {
-          if (v % kPerLine == 0) {
-            term.template fetch<1>(first + v * W + kAhead<Term>);
-            term.template fetch<1>(second + v * W + kAhead<Term>);
-          }
-          const auto c = term.at(ManyChannels<A>{channel0 + j + v * W, W});
-          V a = sums[v][0], b = sums[v][1];
-          step(c, row, j + v * W, W, a, b);
-          step(c, row + 1, j + v * W, W, a, b);
-          sums[v][0] = a, sums[v][1] = b;
-        }
-      }
-      for (; row < block_end; ++row) {
-        for (int64_t v = 0; v < vectors; ++v) {
-          if (v % kPerLine == 0) term.template fetch<1>(row * lanes + j + v * W + kAhead<Term>);
-          step(term.at(ManyChannels<A>{channel0 + j + v * W, W}), row, j + v * W, W, sums[v][0], sums[v][1]);
-        }
-      }
-      for (int64_t v = 0; v < vectors; ++v) {
-        add_to(u_sums + (j - j0) + v * W, sums[v][0], W);
-        add_to(uv_sums + (j - j0) + v * W, sums[v][1], W);
-      }
-      j += vectors * W;
+    for (; j + W <= j1; j += W, u += W, uv += W) {
+      reduce_column<1, false>(term, lanes, block, end, j, channel0 + j, 0, next, u, uv);
     }
-    if (j < j1) {
-      reduce_some(*static_cast<const Term*>(self), lanes, block, block_end, j, j1 - j, channel0 + j, u_sums + (j - j0),
-                  uv_sums + (j - j0));
+    if (j == j1) continue;
+    if (const int64_t back = W - (j1 - j); back <= j - j0) {  // the last full packet
+      reduce_column<1, true>(term, lanes, block, end, j - back, channel0 + j - back, back, next, u - back, uv - back);
+    } else {
+      reduce_some(*static_cast<const Term*>(self), lanes, block, end, j, j1 - j, channel0 + j, u, uv);
     }
   }
 }
@@ -111,9 +88,9 @@ static void reduce_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1,
 template <class Map>
 __attribute__((noinline)) static void map_some_lanes(const Map& map, int64_t lanes, int64_t row, int64_t j,
                                                      int64_t count, int64_t channel) {
-  using A = typename Map::A;
-  map.apply(map.at(ManyChannels<A>{channel, count}), row * lanes + j, count,
-            map.weights ? broadcast(map.weights[row]) : Vec<A>{}, false);
+  using V = Packet<typename Map::Type>;
+  map.apply(map.at(ManyChannels<V>{channel, count}), row * lanes + j, count,
+            map.weights ? broadcast_to<V>(map.weights[row]) : V{}, false);
 }
 
 // Maps lanes [j0, j1) of rows [r0, r1).
@@ -123,29 +100,32 @@ using MapRows = void (*)(const void* map, int64_t lanes, int64_t r0, int64_t r1,
 template <class Map>
 static void map_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, int64_t j0, int64_t j1, int64_t channel0,
                      bool streamed) {
-  using A = typename Map::A;
-  constexpr int64_t W = kLanes<A>;
+  using V = Packet<typename Map::Type>;
+  constexpr int64_t W = kValuesIn<V>, kTogether = 4 * kLanes<typename Map::A>;
   const Map map = *static_cast<const Map*>(self);
-  auto step = [&](const typename Map::Loaded& c, int64_t row, int64_t j) __attribute__((always_inline)) {
-    map.apply(c, row * lanes + j, W, map.weights ? broadcast(map.weights[row]) : Vec<A>{}, streamed);
+  auto step = [&](const typename Map::template Loaded<V>& c, int64_t row, int64_t j) __attribute__((always_inline)) {
+    map.apply(c, row * lanes + j, W, map.weights ? broadcast_to<V>(map.weights[row]) : V{}, streamed);
   };
-  if (j1 - j0 == 4 * W) {  // coefficients stay in registers
-    const auto c0 = map.at(ManyChannels<A>{channel0 + j0, W});
-    const auto c1 = map.at(ManyChannels<A>{channel0 + j0 + W, W});
-    const auto c2 = map.at(ManyChannels<A>{channel0 + j0 + 2 * W, W});
-    const auto c3 = map.at(ManyChannels<A>{channel0 + j0 + 3 * W, W});
+  if (j1 - j0 == kTogether) {  // coefficients stay in registers
+    constexpr int64_t kPackets = kTogether / W;
+    typename Map::template Loaded<V> c[kPackets];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kPackets; ++k) c[k] = map.at(ManyChannels<V>{channel0 + j0 + k * W, W});
     for (int64_t row = r0; row < r1; ++row) {
-      step(c0, row, j0);
-      step(c1, row, j0 + W);
-      step(c2, row, j0 + 2 * W);
-      step(c3, row, j0 + 3 * W);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kPackets; ++k) step(c[k], row, j0 + k * W);
     }
     return;
   }
   for (int64_t row = r0; row < r1; ++row) {
     int64_t j = j0;
-    for (; j + W <= j1; j += W) step(map.at(ManyChannels<A>{channel0 + j, W}), row, j);
-    if (j < j1) map_some_lanes(*static_cast<const Map*>(self), lanes, row, j, j1 - j, channel0 + j);
+    for (; j + W <= j1; j += W) step(map.at(ManyChannels<V>{channel0 + j, W}), row, j);
+    if (j == j1) continue;
+    if (j1 - j0 >= W) {  // the last full packet again
+      step(map.at(ManyChannels<V>{channel0 + j1 - W, W}), row, j1 - W);
+    } else {
+      map_some_lanes(*static_cast<const Map*>(self), lanes, row, j, j1 - j, channel0 + j);
+    }
   }
 }
 

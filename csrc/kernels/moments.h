@@ -152,7 +152,7 @@ void grouped_moments(const Threads& threads, const Moments& args) {
   const T* x = static_cast<const T*>(args.x);
   const A* weights = static_cast<const A*>(args.weights);
   const bool planes = in_planes(s, true);
-  const RowShape r = row_shape<A>(s, true);
+  const RowShape r = row_shape<T>(s, true);
   Scratch scratch;
   const int64_t all = args.groups * s.c;
   A* pivot = scratch.get<A>(all);
@@ -222,7 +222,7 @@ void moments(const Threads& threads, const Moments& args) {
     reduce_then_map(threads, s, sums, steps, Mapper{}, false, 1, kValues);
     return;
   }
-  const RowShape r = row_shape<A>(s, false);
+  const RowShape r = row_shape<T>(s, false);
   LaneCoefficients pivots(r, scratch);
   const MomentTerm<T, false> term{x, pivots.lanes.view(), nullptr};
   const Reducer sums = reducer(term);

@@ -5,7 +5,7 @@
 #include <new>
 
 #include "kernels.h"
-#include "simd.h"
+#include "packets.h"
 
 namespace BATCHNORM_NAMESPACE {
 

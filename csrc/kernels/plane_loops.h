@@ -11,19 +11,20 @@ namespace BATCHNORM_NAMESPACE {
 template <class A>
 struct LastVector {
   int64_t start, whole;  // the vectors before it have `whole` values
-  decltype(lanes_between(0, 0, A{})) fresh;
+  decltype(lanes_between<Vec<A>>(0, 0)) fresh;
   explicit LastVector(int64_t length)
       : start(length < kLanes<A> ? 0 : length - kLanes<A>),
         whole(length / kLanes<A> * kLanes<A>),
-        fresh(lanes_between(whole - start, length - start, A{})) {}
+        fresh(lanes_between<Vec<A>>(whole - start, length - start)) {}
 };
 
 // a += Σ u and b += Σ u·v over `length` values from `offset`; their weights start at `position`. Also prefetches the
 // values `ahead` positions later, or none if `ahead` is 0.
 template <class Term>
-BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::Loaded& c, int64_t offset, int64_t position,
-                                 int64_t length, const LastVector<typename Term::A>& last, int64_t ahead,
-                                 Vec<typename Term::A>& a, Vec<typename Term::A>& b) {
+BATCHNORM_INLINE void reduce_row(const Term& term, const typename Term::template Loaded<Vec<typename Term::A>>& c,
+                                 int64_t offset, int64_t position, int64_t length,
+                                 const LastVector<typename Term::A>& last, int64_t ahead, Vec<typename Term::A>& a,
+                                 Vec<typename Term::A>& b) {
   using A = typename Term::A;
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
@@ -66,9 +67,9 @@ __attribute__((noinline)) static void reduce_short_row(const Term& term, int64_t
   using A = typename Term::A;
   using V = Vec<A>;
   V u, v;
-  term.pair(term.at(OneChannel<A>{channel}), offset, length, term.weights ? load(term.weights + position, length) : V{},
+  term.pair(term.at(OneChannel<V>{channel}), offset, length, term.weights ? load(term.weights + position, length) : V{},
             u, v);
-  const auto present = lanes_between(0, length, A{});
+  const auto present = lanes_between<V>(0, length);
   u = select(present, u, V{});
   v = select(present, v, V{});
   a = a + u;
@@ -99,7 +100,7 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
       const int64_t channel = row * s.c + c0 + k, offset = (n * s.c + c0 + k) * s.s + begin;
       if (length >= kLanes<A> || (!term.weights && offset + kLanes<A> <= s.numel())) {
         Vec<A> sum_u = a[k], sum_uv = b[k];
-        reduce_row(term, term.at(OneChannel<A>{channel}), offset, n * s.s + begin, length, last,
+        reduce_row(term, term.at(OneChannel<Vec<A>>{channel}), offset, n * s.s + begin, length, last,
                    !fetches ? 0 : (k + 1) * length + distance <= run ? distance : after, sum_u, sum_uv);
         a[k] = sum_u, b[k] = sum_uv;
       } else {
@@ -115,36 +116,85 @@ static void reduce_planes(const void* self, const Shape& s, int64_t n0, int64_t 
 
 // Maps values [i, end) of contiguous rows of `length` from `offset`, channel by channel. Never writes outside this
 // range.
-template <class Map>
+template <class V, class Map>
 __attribute__((noinline)) static void map_some(const Map& map, int64_t channel, int64_t offset, int64_t position,
                                                int64_t length, int64_t i, int64_t end) {
-  using A = typename Map::A;
-  constexpr int64_t W = kLanes<A>;
+  constexpr int64_t W = kValuesIn<V>;
   while (i < end) {
     const int64_t k = i / length, row_end = (k + 1) * length < end ? (k + 1) * length : end;
     const int64_t count = row_end - i < W ? row_end - i : W;
-    map.apply(map.at(OneChannel<A>{channel + k}), offset + i, count,
-              map.weights ? load(map.weights + position + (i - k * length), count) : Vec<A>{}, false);
+    map.apply(map.at(OneChannel<V>{channel + k}), offset + i, count,
+              map.weights ? load_as<V>(map.weights + position + (i - k * length), count) : V{}, false);
     i += count;
   }
 }
 
 // The same in full vectors, as many as fit, of rows that have at least half a vector and no weights. Returns the end of
 // the last one.
-template <class Map>
+template <class V, class Map>
 __attribute__((noinline)) static int64_t map_narrow(const Map& original, int64_t channel, int64_t channels,
                                                     int64_t offset, int64_t length, int64_t i, int64_t end,
                                                     bool streamed) {
-  using A = typename Map::A;
-  constexpr int64_t W = kLanes<A>;
+  constexpr int64_t W = kValuesIn<V>;
   const Map map = original;
   for (; i + W <= end; i += W) {
     const int64_t k = i / length, first = (k + 1) * length - i;
-    const ThreeChannels<A> c{channel + k, channel + channels - 1, lanes_between(first, W, A{}),
-                             lanes_between(first + length, W, A{})};
-    map.apply(map.at(c), offset + i, W, Vec<A>{}, streamed);
+    const ThreeChannels<V> c{channel + k, channel + channels - 1, lanes_between<V>(first, W),
+                             lanes_between<V>(first + length, W)};
+    map.apply(map.at(c), offset + i, W, V{}, streamed);
   }
   return i;
+}
+
+// See MapPlanes.
+template <class V, class Map>
+static void map_planes_by(const Map& original, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
+                          int64_t length, int64_t row, bool streamed, int64_t ahead) {
+  using T = typename Map::Type;
+  constexpr int64_t W = kValuesIn<V>, kLine = 64 / sizeof(T);
+  const Map map = original;
+  const int64_t channel = row * s.c + c0, offset = (n * s.c + c0) * s.s + begin, position = n * s.s + begin;
+  const int64_t total = channels * length;
+  const bool narrow = length < W;
+  if (narrow && (2 * length < W || total < W || map.weights)) {
+    return map_some<V>(original, channel, offset, position, length, 0, total);
+  }
+  int64_t i = 0, stop = total;
+  if (streamed) {  // whole lines bypass the caches; writing part of such a line normally would be slow
+    const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.first_output() + offset) / sizeof(T));
+    const int64_t head = (kLine - at % kLine) % kLine;
+    streamed = head + kLine <= total;
+    if (streamed) {
+      map_some<V>(original, channel, offset, position, length, 0, head);
+      i = head, stop = head + (total - head) / kLine * kLine;
+    }
+  }
+  if (narrow) i = map_narrow<V>(original, channel, channels, offset, length, i, stop, streamed);
+  int64_t k = i / length, end = (k + 1) * length;
+  while (!narrow) {
+    const auto c = map.at(OneChannel<V>{channel + k});
+    const int64_t until = end < stop ? end : stop, weight = position - k * length;
+    for (; i + W <= until; i += W) {
+      if (ahead) map.template fetch<2>(offset + i + ahead);
+      map.apply(c, offset + i, W, map.weights ? load_as<V>(map.weights + weight + i, W) : V{}, streamed);
+    }
+    if (i + W > stop) break;
+    if (i < end) {  // this vector contains the end of one row and the start of the next
+      if (map.weights) {
+        map_some<V>(original, channel, offset, position, length, i, i + W);
+      } else {
+        map.apply(map.at(TwoChannels<V>{channel + k, lanes_between<V>(end - i, W)}), offset + i, W, V{}, streamed);
+      }
+      i += W;
+    }
+    ++k, end += length;
+  }
+  if (i == total) return;
+  if (streamed) return map_some<V>(original, channel, offset, position, length, i, total);
+  i = total - W;  // the last full vector again
+  if (narrow) return void(map_narrow<V>(original, channel, channels, offset, length, i, total, false));
+  map.apply(map.at(OneChannel<V>{channel + k}), offset + i, W,
+            map.weights ? load_as<V>(map.weights + position - k * length + i, W) : V{}, false);
 }
 
 // Maps values [begin, begin + length) of `channels` channels from c0 of sample n, with the coefficients of row `row`.
@@ -153,58 +203,16 @@ __attribute__((noinline)) static int64_t map_narrow(const Map& original, int64_t
 using MapPlanes = void (*)(const void* map, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
                            int64_t length, int64_t row, bool streamed, int64_t ahead);
 
+// Maps by packets, or by vectors if rows are shorter than a packet.
 template <class Map>
 static void map_planes(const void* self, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
                        int64_t length, int64_t row, bool streamed, int64_t ahead) {
-  using A = typename Map::A;
   using T = typename Map::Type;
-  constexpr int64_t W = kLanes<A>, kLine = 64 / sizeof(T);
-  const Map& original = *static_cast<const Map*>(self);
-  const Map map = original;
-  const int64_t channel = row * s.c + c0, offset = (n * s.c + c0) * s.s + begin, position = n * s.s + begin;
-  const int64_t total = channels * length;
-  const bool narrow = length < W;
-  if (narrow && (2 * length < W || total < W || map.weights)) {
-    return map_some(original, channel, offset, position, length, 0, total);
+  const Map& map = *static_cast<const Map*>(self);
+  if (sizeof(T) < 4 && length < kPacket<T>) {
+    return map_planes_by<Vec<Arithmetic<T>>>(map, s, n, c0, channels, begin, length, row, streamed, ahead);
   }
-  int64_t i = 0, stop = total;
-  if (streamed) {  // whole lines bypass the caches; writing part of such a line normally would be slow
-    const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.first_output() + offset) / sizeof(T));
-    const int64_t head = (kLine - at % kLine) % kLine;
-    streamed = head + kLine <= total;
-    if (streamed) {
-      map_some(original, channel, offset, position, length, 0, head);
-      i = head, stop = head + (total - head) / kLine * kLine;
-    }
-  }
-  if (narrow) i = map_narrow(original, channel, channels, offset, length, i, stop, streamed);
-  int64_t k = i / length, end = (k + 1) * length;
-  while (!narrow) {
-    const auto c = map.at(OneChannel<A>{channel + k});
-    const int64_t until = end < stop ? end : stop, weight = position - k * length;
-#pragma GCC unroll 4
-    for (; i + W <= until; i += W) {
-      if (ahead) map.template fetch<2>(offset + i + ahead);
-      map.apply(c, offset + i, W, map.weights ? load(map.weights + weight + i, W) : Vec<A>{}, streamed);
-    }
-    if (i + W > stop) break;
-    if (i < end) {  // this vector contains the end of one row and the start of the next
-      if (map.weights) {
-        map_some(original, channel, offset, position, length, i, i + W);
-      } else {
-        map.apply(map.at(TwoChannels<A>{channel + k, lanes_between(end - i, W, A{})}), offset + i, W, Vec<A>{},
-                  streamed);
-      }
-      i += W;
-    }
-    ++k, end += length;
-  }
-  if (i == total) return;
-  if (streamed) return map_some(original, channel, offset, position, length, i, total);
-  i = total - W;  // the last full vector again
-  if (narrow) return void(map_narrow(original, channel, channels, offset, length, i, total, false));
-  map.apply(map.at(OneChannel<A>{channel + k}), offset + i, W,
-            map.weights ? load(map.weights + position - k * length + i, W) : Vec<A>{}, false);
+  map_planes_by<Packet<T>>(map, s, n, c0, channels, begin, length, row, streamed, ahead);
 }
 
 }  // namespace BATCHNORM_NAMESPACE

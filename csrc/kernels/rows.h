@@ -21,15 +21,19 @@ struct RowShape {
 };
 
 // With `whole`, positions are not combined into longer rows. Rows with their own coefficients or weights need this.
-template <class A>
+template <class T>
 static RowShape row_shape(const Shape& s, bool whole) {
   if (!s.channels_last && s.s > 1) return {s.c * s.s, s.n, 0, s.c, s.s, 1};
   int64_t rows = s.n * s.s, together = 1;
   if (!whole && s.c > 0) {
-    constexpr int64_t W = kLanes<A>;
+    constexpr int64_t W = kPacket<T>, kTogether = 4 * kLanes<Arithmetic<T>>;
     while (together * s.c % W != 0 && together < W) together *= 2;
-    while (together * s.c < 4 * W || (together * s.c % (4 * W) != 0 && together * s.c < 32 * W)) together *= 2;
-    if (together * s.c > 4096 || rows < 16 * together) together = 1;
+    while (together * s.c < kTogether || (together * s.c % kTogether != 0 && together * s.c < 8 * kTogether)) {
+      together *= 2;
+    }
+    // Longer rows must pay for spreading coefficients over their lanes.
+    const int64_t least = s.c < 4 * kTogether ? 16 : 1024;
+    if (together * s.c > 4096 || rows < least * together) together = 1;
   }
   return {s.c * together, rows / together, rows % together * s.c, s.c, 1, s.s};
 }
@@ -64,11 +68,15 @@ static bool rows_streamed(const Mapper& mapper, int64_t lanes, bool streamed, co
   return streamed && lanes * values.bytes % 64 == 0 && reinterpret_cast<uintptr_t>(mapper.output) % 64 == 0;
 }
 
-// Maps rows [r0, r1) in small blocks. The last block comes first, because it is still in the cache if all rows were
+// The bytes of a tensor that are mapped forward before the mapping goes back. Small blocks jump too often for the
+// processor's own prefetching.
+inline constexpr int64_t kMappedTogether = 1 << 20;
+
+// Maps rows [r0, r1) in blocks. The last block comes first, because it is still in the cache if all rows were
 // just read. Within a block, rows are mapped forward, because memory is prefetched in that direction only.
 static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, int64_t r1, bool streamed,
                           const Values& values) {
-  const int64_t few = 64 * 1024 / (r.lanes * values.bytes) + 4;
+  const int64_t few = kMappedTogether / (r.lanes * values.bytes) + 4;
   for (int64_t end = r1; end > r0; end -= few) {
     mapper.rows(mapper.map, r.lanes, end - few > r0 ? end - few : r0, end, 0, r.lanes, 0, streamed);
   }

@@ -27,16 +27,39 @@ struct WideSums {
   Vec<double> u{}, uv{};
 };
 
-// Returns a mask of lanes [from, to).
-BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, float) {
-  Int32 lane;
-  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
-  return (lane >= static_cast<int32_t>(from)) & (lane < static_cast<int32_t>(to));
+// Widens v to float64 and adds its parts. Returns float64 unchanged.
+BATCHNORM_INLINE Vec<double> wide_sum(Vec<double> v) { return v; }
+BATCHNORM_INLINE Vec<double> wide_sum(Vec<float> v) {
+  typename VectorOf<float, kBytes / 2>::type low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  return __builtin_convertvector(low, Vec<double>) + __builtin_convertvector(high, Vec<double>);
 }
-BATCHNORM_INLINE auto lanes_between(int64_t from, int64_t to, double) {
-  Vec<int64_t> lane;
-  for (int i = 0; i < kLanes<double>; ++i) lane[i] = i;
-  return (lane >= from) & (lane < to);
+
+BATCHNORM_INLINE double sum_lanes(Vec<double> v) {
+  double sum = v[0];
+  for (int i = 1; i < kLanes<double>; ++i) sum += v[i];
+  return sum;
+}
+
+// sums[0 .. count) += v in float64.
+BATCHNORM_INLINE void add_to(double* sums, Vec<float> v, int64_t count) {
+  if (count == kLanes<float>) {
+    typename VectorOf<float, kBytes / 2>::type half[2];
+    std::memcpy(&half, &v, sizeof v);
+    for (int i = 0; i < 2; ++i) {
+      Vec<double> sum = load(sums + i * kLanes<double>, kLanes<double>);
+      store(sums + i * kLanes<double>, sum + __builtin_convertvector(half[i], Vec<double>), kLanes<double>);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(v[i]);
+  }
+}
+BATCHNORM_INLINE void add_to(double* sums, Vec<double> v, int64_t count) { store(sums, load(sums, count) + v, count); }
+BATCHNORM_INLINE void add_to(double* sums, Pair<Vec<float>> v, int64_t count) {
+  constexpr int64_t W = kLanes<float>;
+  add_to(sums, v.low, count < W ? count : W);
+  if (count > W) add_to(sums + W, v.high, count - W);
 }
 
 // Prefetches [offset, offset + count), line by line.

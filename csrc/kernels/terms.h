@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "activations.h"
-#include "simd.h"
+#include "packets.h"
 
 namespace BATCHNORM_NAMESPACE {
 
@@ -22,38 +22,47 @@ struct Coefficients {
   const A* constant = nullptr;
 };
 
-template <class A>
+// The coefficients of the values of a vector or packet V. All have one channel.
+template <class V>
 struct OneChannel {
   int64_t at;
-  BATCHNORM_INLINE Vec<A> get(const A* p, const OneChannel& c) { return broadcast(p[c.at]); }
+  template <class A>
+  BATCHNORM_INLINE V get(const A* p, const OneChannel& c) {
+    return broadcast_to<V>(p[c.at]);
+  }
 };
 
 // The lanes in `next` belong to channel at + 1, the others to channel `at`.
-template <class A>
+template <class V>
 struct TwoChannels {
   int64_t at;
-  decltype(Vec<A>{} < Vec<A>{}) next;
-  BATCHNORM_INLINE Vec<A> get(const A* p, const TwoChannels& c) {
-    return select(c.next, broadcast(p[c.at + 1]), broadcast(p[c.at]));
+  decltype(lanes_between<V>(0, 0)) next;
+  template <class A>
+  BATCHNORM_INLINE V get(const A* p, const TwoChannels& c) {
+    return select(c.next, broadcast_to<V>(p[c.at + 1]), broadcast_to<V>(p[c.at]));
   }
 };
 
 // Lanes without a bit belong to channel `at`, those in `next` to channel at + 1, and those in `after`, which `next`
 // contains, to the channel after it. `last` is the last channel that exists.
-template <class A>
+template <class V>
 struct ThreeChannels {
   int64_t at, last;
-  decltype(Vec<A>{} < Vec<A>{}) next, after;
-  BATCHNORM_INLINE Vec<A> get(const A* p, const ThreeChannels& c) {
-    const A third = p[c.at + 2 < c.last ? c.at + 2 : c.last];
-    return select(c.after, broadcast(third), select(c.next, broadcast(p[c.at + 1]), broadcast(p[c.at])));
+  decltype(lanes_between<V>(0, 0)) next, after;
+  template <class A>
+  BATCHNORM_INLINE V get(const A* p, const ThreeChannels& c) {
+    const V third = broadcast_to<V>(p[c.at + 2 < c.last ? c.at + 2 : c.last]);
+    return select(c.after, third, select(c.next, broadcast_to<V>(p[c.at + 1]), broadcast_to<V>(p[c.at])));
   }
 };
 
-template <class A>
+template <class V>
 struct ManyChannels {
   int64_t at, count;
-  BATCHNORM_INLINE Vec<A> get(const A* p, const ManyChannels& c) { return load(p + c.at, c.count); }
+  template <class A>
+  BATCHNORM_INLINE V get(const A* p, const ManyChannels& c) {
+    return load_as<V>(p + c.at, c.count);
+  }
 };
 
 // Σ w·(x - pivot) and Σ w·(x - pivot)². A value with weight 0 may be NaN.
@@ -66,22 +75,26 @@ struct MomentTerm {
   Coefficients<A> coefficients;
   const A* weights;
 
+  template <class V>
   struct Loaded {
-    Vec<A> pivot;
+    V pivot;
   };
-  template <class Channels>
-  __attribute__((always_inline)) Loaded at(const Channels& c) const {
-    return {Channels::get(coefficients.mean, c)};
+  template <template <class> class Channels, class V>
+  __attribute__((always_inline)) Loaded<V> at(const Channels<V>& c) const {
+    return {Channels<V>::get(coefficients.mean, c)};
   }
   template <int cache>
   __attribute__((always_inline)) void fetch(int64_t offset) const {
     prefetch<cache>(x + offset);
   }
-  __attribute__((always_inline)) void pair(const Loaded& c, int64_t offset, int64_t count, Vec<A> w, Vec<A>& u,
-                                           Vec<A>& v) const {
-    v = load(x + offset, count) - c.pivot;
+  template <class V>
+  __attribute__((always_inline)) void pair(const Loaded<V>& c, int64_t offset, int64_t count, V w, V& u, V& v) const {
+    v = load_as<V>(x + offset, count) - c.pivot;
     if constexpr (weighted) {
-      v = select(w != A(0), v, Vec<A>{});
+      auto counted = [](auto weight, auto value) __attribute__((always_inline)) {
+        return select(weight != A(0), value, decltype(value){});
+      };
+      v = each(counted, w, v);
       u = w * v;
     } else {
       u = v;
@@ -95,9 +108,9 @@ BATCHNORM_INLINE V preactivation(V deviation, V scale, V shift) {
   return fma(deviation, scale, shift);
 }
 
-// Stores `count` values. If `streamed`, stores a full aligned vector that bypasses the caches.
-template <class T>
-BATCHNORM_INLINE void put(T* p, Vec<Arithmetic<T>> v, int64_t count, bool streamed) {
+// Stores `count` values. If `streamed`, stores a full aligned vector or packet that bypasses the caches.
+template <class T, class V>
+BATCHNORM_INLINE void put(T* p, V v, int64_t count, bool streamed) {
   if (streamed) {
     stream(p, v);
   } else {
@@ -105,11 +118,11 @@ BATCHNORM_INLINE void put(T* p, Vec<Arithmetic<T>> v, int64_t count, bool stream
   }
 }
 
-// The coefficients of z, as vectors.
-template <class A>
+// The coefficients of z.
+template <class V>
 struct ScaleAndShift {
-  Vec<A> mean, scale, shift;
-  template <class Channels>
+  V mean, scale, shift;
+  template <class A, class Channels>
   BATCHNORM_INLINE ScaleAndShift of(const Coefficients<A>& coefficients, const Channels& c) {
     return {Channels::get(coefficients.mean, c), Channels::get(coefficients.scale, c),
             Channels::get(coefficients.shift, c)};
@@ -127,10 +140,11 @@ struct NormalizeMap {
   A parameter;
   static constexpr const A* weights = nullptr;
 
-  using Loaded = ScaleAndShift<A>;
-  template <class Channels>
-  __attribute__((always_inline)) Loaded at(const Channels& c) const {
-    return Loaded::of(coefficients, c);
+  template <class V>
+  using Loaded = ScaleAndShift<V>;
+  template <template <class> class Channels, class V>
+  __attribute__((always_inline)) Loaded<V> at(const Channels<V>& c) const {
+    return Loaded<V>::of(coefficients, c);
   }
   T* first_output() const { return y; }
   template <int cache>
@@ -138,11 +152,12 @@ struct NormalizeMap {
     prefetch<cache>(x + offset);
     if (residual) prefetch<cache>(residual + offset);
   }
-  __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A>,
-                                            bool streamed) const {
-    Vec<A> z = preactivation(load(x + offset, count) - c.mean, c.scale, c.shift);
-    if (residual) z = z + load(residual + offset, count);
-    put(y + offset, F::forward(z, parameter), count, streamed);
+  template <class V>
+  __attribute__((always_inline)) void apply(const Loaded<V>& c, int64_t offset, int64_t count, V, bool streamed) const {
+    V z = preactivation(load_as<V>(x + offset, count) - c.mean, c.scale, c.shift);
+    if (residual) z = z + load_as<V>(residual + offset, count);
+    auto forward = [&](auto part) __attribute__((always_inline)) { return F::forward(part, parameter); };
+    put(y + offset, each(forward, z), count, streamed);
   }
 };
 
@@ -160,10 +175,11 @@ struct BackwardTerm {
   A parameter;
   static constexpr const A* weights = nullptr;
 
-  using Loaded = ScaleAndShift<A>;
-  template <class Channels>
-  __attribute__((always_inline)) Loaded at(const Channels& c) const {
-    return Loaded::of(coefficients, c);
+  template <class V>
+  using Loaded = ScaleAndShift<V>;
+  template <template <class> class Channels, class V>
+  __attribute__((always_inline)) Loaded<V> at(const Channels<V>& c) const {
+    return Loaded<V>::of(coefficients, c);
   }
   template <int cache>
   __attribute__((always_inline)) void fetch(int64_t offset) const {
@@ -172,19 +188,23 @@ struct BackwardTerm {
     if (residual) prefetch<cache>(residual + offset);
     if (y) prefetch<cache>(y + offset);
   }
-  __attribute__((always_inline)) void pair(const Loaded& c, int64_t offset, int64_t count, Vec<A>, Vec<A>& dz,
-                                           Vec<A>& deviation) const {
-    deviation = load(x + offset, count) - c.mean;
-    dz = load(dy + offset, count);
+  template <class V>
+  __attribute__((always_inline)) void pair(const Loaded<V>& c, int64_t offset, int64_t count, V, V& dz,
+                                           V& deviation) const {
+    deviation = load_as<V>(x + offset, count) - c.mean;
+    dz = load_as<V>(dy + offset, count);
     if constexpr (!std::is_same_v<F, None>) {
-      Vec<A> t;
+      V t;
       if (y) {
-        t = load(y + offset, count);
+        t = load_as<V>(y + offset, count);
       } else {
         t = preactivation(deviation, c.scale, c.shift);
-        if (residual) t = t + load(residual + offset, count);
+        if (residual) t = t + load_as<V>(residual + offset, count);
       }
-      dz = F::backward(dz, t, parameter);
+      auto backward = [&](auto dy_part, auto t_part) __attribute__((always_inline)) {
+        return F::backward(dy_part, t_part, parameter);
+      };
+      dz = each(backward, dz, t);
     }
   }
 };
@@ -201,27 +221,29 @@ struct ApplyMap {
   const A* weights;
   Coefficients<A> coefficients;
 
+  template <class V>
   struct Loaded {
-    typename BackwardTerm<T, F>::Loaded term;
-    Vec<A> scale, slope, constant;
+    ScaleAndShift<V> term;
+    V scale, slope, constant;
   };
-  template <class Channels>
-  __attribute__((always_inline)) Loaded at(const Channels& c) const {
-    return {term.at(c), Channels::get(coefficients.scale, c), Channels::get(coefficients.slope, c),
-            Channels::get(coefficients.constant, c)};
+  template <template <class> class Channels, class V>
+  __attribute__((always_inline)) Loaded<V> at(const Channels<V>& c) const {
+    using C = Channels<V>;
+    return {term.at(c), C::get(coefficients.scale, c), C::get(coefficients.slope, c), C::get(coefficients.constant, c)};
   }
   T* first_output() const { return dx; }
   template <int cache>
   __attribute__((always_inline)) void fetch(int64_t offset) const {
     term.template fetch<cache>(offset);
   }
-  __attribute__((always_inline)) void apply(const Loaded& c, int64_t offset, int64_t count, Vec<A> w,
+  template <class V>
+  __attribute__((always_inline)) void apply(const Loaded<V>& c, int64_t offset, int64_t count, V w,
                                             bool streamed) const {
-    Vec<A> upstream, deviation;
+    V upstream, deviation;
     term.pair(c.term, offset, count, w, upstream, deviation);
-    Vec<A> result;
+    V result;
     if (through_statistics) {
-      Vec<A> share = fma(deviation, c.slope, c.constant);
+      V share = fma(deviation, c.slope, c.constant);
       if (weights) share = share * w;
       result = fma(upstream, c.scale, -share);
     } else {
