@@ -87,7 +87,7 @@ STAYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "itself": (add_to_itself, "reads its input twice"),
     "broadcast": (lambda x: norm()(conv(4)(x) + conv(1)(x)), "broadcasts its inputs"),
     "maximum": (lambda x: norm()(layers.Maximum()([conv()(x), conv()(x)])), "negative scale"),
-    "reader": (lambda x: layers.Multiply()([norm()(x), x]), "multiply (Multiply) reads its result"),
+    "reader": (lambda x: layers.Multiply()([norm()(x), x]), "(Multiply) reads its result"),
     "noise": (lambda x: norm()(layers.Dropout(0.5)(conv()(x), training=True)), "it follows dropout"),
     "trained model": (lambda x: inner(conv(), norm())(x, training=True), "inner, or a model around it, is called with"),
     "trained around": (trained_around, "inner, or a model around it, is called with"),
