@@ -125,7 +125,7 @@ def _in_process(command: list[str], seconds: float, settings: dict[str, str] | N
     environment = {**os.environ, "PYTHONPATH": path, **(settings or {})}
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_let_interrupt,
     )  # fmt: skip
     try:
         text, cut = process.communicate(timeout=seconds)[0], False
@@ -137,6 +137,11 @@ def _in_process(command: list[str], seconds: float, settings: dict[str, str] | N
         print("\n".join(lines[-_SHOWN:]), flush=True)
     detail = f"after {seconds:.0f} s: {lines[-1]}" if cut else lines[-1]
     return Outcome(FAILED if failed else CUT if cut else PASSED, detail)
+
+
+def _let_interrupt() -> None:
+    """Let SIGINT interrupt this process, although a shell that runs the benchmark in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupted(process: subprocess.Popen[str]) -> str:
