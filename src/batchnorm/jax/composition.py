@@ -74,14 +74,13 @@ def safe_divide(sums: Array, count: Array) -> Array:
 
 
 def materialized(values: Array) -> Array:
-    """Return the values with their last bits cleared, so that they have the same bits wherever XLA computes them.
+    """Return the values rounded to one bit less, so that they have the same bits wherever XLA computes them.
 
     Otherwise, XLA may repeat a last product in every fusion that reads it, and join that product with a sum to one
     instruction that does not round it. Deviations would then be from another pivot than the returned one.
     """
-    integer = jnp.uint64 if values.dtype == jnp.float64 else jnp.uint32
-    bits = lax.bitcast_convert_type(values, integer)
-    return lax.bitcast_convert_type(bits & ~jnp.ones((), integer), values.dtype)
+    bits = jnp.finfo(values.dtype)
+    return lax.reduce_precision(values, bits.nexp, bits.nmant - 1)
 
 
 def values_per_channel(x: Array, axis: int) -> int:
