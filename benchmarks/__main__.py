@@ -15,7 +15,11 @@ import click
 import torch
 
 import batchnorm
-from benchmarks import (
+from benchmarks.gpu import command as gpu_command
+from benchmarks.measuring import records
+from benchmarks.measuring.options import Options
+from benchmarks.reports import report
+from benchmarks.sections import (
     exactness,
     family,
     flax_layer,
@@ -25,14 +29,10 @@ from benchmarks import (
     layers,
     memory,
     page_faults,
-    peers,
-    records,
-    report,
     small,
     steps,
 )
-from benchmarks.gpu import command as gpu_command
-from benchmarks.options import Options
+from benchmarks.subjects import peers
 
 HERE = Path(__file__).parent
 # Environment variables by the name of an allocator setting; None if this machine does not have the allocator.
@@ -76,15 +76,6 @@ SECTIONS = {
     "fold-photographs": Section(fold.PHOTOGRAPHS_KEY, fold.measure_photographs, _DEFAULT),
     "fold-speed": Section(fold.SPEED_KEY, fold.measure_speed, {"kept": records.ALLOCATORS["kept"]}),
 }
-
-
-def _prepare(setting: str) -> None:
-    """Change this process's allocator as the setting says; raise if that has no effect."""
-    if setting.startswith("kept"):
-        kept = batchnorm.keep_memory(reserve=page_faults.RESERVE if setting == page_faults.KEPT_RESERVED else 0)
-        print(kept)
-        if sys.platform == "linux" and not kept.kept:
-            raise RuntimeError(f"the allocator must keep memory for the setting {setting!r}; {kept}")
 
 
 def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path, resume: bool) -> None:
@@ -148,7 +139,8 @@ def main(
     out, pictures = (out or HERE / "results").resolve(), (pictures or PICTURES).resolve()
     if here is not None:
         (name,) = sections
-        _prepare(here)
+        if here.startswith("kept"):
+            print(records.set_allocator(here))
         section = SECTIONS[name]
         section.measure(Options(out, quick, seconds, threads, only, here), section.table(out, name))
         return

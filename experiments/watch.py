@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.doctor import Watch
-from benchmarks.networks import resnet18
+from benchmarks.subjects.networks import resnet18
 
 BATCH, SIZE = 32, 64
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import batchnorm
-from benchmarks import records
 from benchmarks.gpu.layers import fallback
 from benchmarks.gpu.timing import Deadline
+from benchmarks.measuring import records
 
 ROOT = Path(__file__).parents[2]
 KEY = ("device", "part")

@@ -11,12 +11,12 @@ import torch
 
 import batchnorm
 from batchnorm.files import write_whole
-from benchmarks import records
 from benchmarks.gpu import checks, layers, tune
 from benchmarks.gpu.layers import BATCHES, COMPILED, NATIVE, OURS, TORCH, Case, all_cases, measure
 from benchmarks.gpu.network import measure_network
 from benchmarks.gpu.report import summary
 from benchmarks.gpu.timing import Clock, Deadline, DeviceClock, HostClock, Watchdog, bandwidth
+from benchmarks.measuring import records
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEY = ("device", "shape", "layout", "dtype", "task", "contender")

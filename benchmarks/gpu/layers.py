@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
-from benchmarks import cases, records
 from benchmarks.gpu.timing import Call, Clock
+from benchmarks.measuring import records
+from benchmarks.subjects import cases
 
 # Channels and positions of ResNet-50's layers at 224×224.
 LAYERS = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))

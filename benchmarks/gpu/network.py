@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from batchnorm.surgery.accelerate import accelerate
-from benchmarks import cases, networks, records
 from benchmarks.gpu.layers import OURS, TORCH, settings_of
 from benchmarks.gpu.timing import Clock
+from benchmarks.measuring import records
+from benchmarks.subjects import cases, networks
 
 
 def measure_network(clock: Clock, batch: int, dry: bool, repeats: int) -> list[records.Row]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.gpu.layers import COMPILED, CONTENDERS, OURS, TORCH
-from benchmarks.records import Row
-from benchmarks.targets import geometric_mean
+from benchmarks.measuring.records import Row
+from benchmarks.reports.targets import geometric_mean
 
 _CELL = ("shape", "layout", "dtype", "task")
 

@@ -10,7 +10,7 @@ from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.table import TABLE
 from benchmarks.gpu.layers import OURS, Case, measure
 from benchmarks.gpu.timing import Clock, Deadline
-from benchmarks.targets import geometric_mean
+from benchmarks.reports.targets import geometric_mean
 
 PATH = Path(table.__file__)
 # Large and streamed; small channels; held by one program; rows of 49 values.

@@ -8,12 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import cases, flax_layer, frameworks, layers, memory, records, report, targets
-from benchmarks.cases import STEP, TASKS, Case, make_data
-from benchmarks.markdown import markdown
-from benchmarks.options import Options
-from benchmarks.peers import CONTENDERS, OURS, TORCH, Contender
-from benchmarks.timing import alternate, shortest
+from benchmarks.measuring import records
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.timing import alternate, shortest
+from benchmarks.reports import report, targets
+from benchmarks.reports.markdown import markdown
+from benchmarks.sections import flax_layer, frameworks, layers, memory
+from benchmarks.subjects import cases
+from benchmarks.subjects.cases import STEP, TASKS, Case, make_data
+from benchmarks.subjects.peers import CONTENDERS, OURS, TORCH, Contender
 
 SHAPES = ((4, 3, 5, 5), (16, 3), (2, 3, 4, 3, 2))
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import fold, records, report, zoo
-from benchmarks.options import Options
+from benchmarks.measuring import records
+from benchmarks.measuring.options import Options
+from benchmarks.reports import report
+from benchmarks.sections import fold
+from benchmarks.subjects import zoo
 
 
 @pytest.fixture

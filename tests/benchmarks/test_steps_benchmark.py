@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import networks, records, steps, steps_report, targets
-from benchmarks.options import Options
-
-ALLOCATORS = ("default", "kept")
+import batchnorm
+from benchmarks.measuring import records, timing
+from benchmarks.measuring.options import Options
+from benchmarks.reports import steps_report, targets
+from benchmarks.sections import steps
+from benchmarks.subjects import networks
 
 
 class Small(nn.Module):
@@ -23,8 +27,14 @@ class Small(nn.Module):
         return self.fc(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
-def measured(folder, *, only: str = "", allocator: str = "kept") -> list[records.Row]:
-    options = Options(folder, quick=True, seconds=0.001, threads=1, only=only, allocator=allocator)
+@pytest.fixture(autouse=True)
+def _default_memory() -> Iterator[None]:
+    yield
+    batchnorm.keep_memory(False)
+
+
+def measured(folder, *, only: str = "") -> list[records.Row]:
+    options = Options(folder, quick=True, seconds=0.001, threads=1, only=only, allocator="both")
     table = records.Table(folder / "networks.csv", steps.KEY)
     steps.measure_networks(options, table)
     return table.rows()
@@ -49,10 +59,11 @@ def rounds_of(network: str, task: str, allocator: str, times: list[tuple[float, 
 def test_a_cell_is_measured_once_and_reported(tmp_path):
     first = measured(tmp_path, only="training step, contiguous, float32")
     assert len({tuple(r[k] for k in steps.KEY) for r in first}) == 1
-    assert [int(r["round"]) for r in first] == list(range(len(first)))
+    assert [(r["allocator"], r["round"]) for r in first] == [(a, i) for a in ("default", "kept") for i in "01"]
     assert measured(tmp_path, only="training step, contiguous, float32") == first
-    rows = [measured(tmp_path, allocator=allocator) for allocator in ALLOCATORS][-1]
-    assert len({tuple(r[k] for k in steps.KEY) for r in rows}) == 2 * 8
+    rows = measured(tmp_path)
+    assert len({tuple(r[k] for k in steps.KEY) for r in rows}) == 8
+    assert {r["allocator"] for r in rows if r["task"] == steps.INFERENCE} == {"kept"}
     assert {(r["layers"], r["fused"], r["batch"]) for r in rows} == {("1", "1", "2")}
     texts = steps_report.texts(rows)
     assert list(texts) == ["networks-training", "networks-inference", "networks-memory", "networks-summary"]
@@ -83,6 +94,23 @@ def test_the_summary_names_each_way_to_be_faster():
     texts = steps_report.texts(rows)
     assert "| n | 2.00× (2.00 to 2.00) | 2.00× (2.00 to 2.00) | 5.00× (5.00 to 5.00) |" in texts["networks-summary"]
     assert "| n | contiguous | float32 | 2.00× (2.00 to 2.00) |" in texts["networks-memory"]
+
+
+def test_memory_is_compared_within_rounds():
+    before = rounds_of("n", steps.TRAINING, "default", [(2 * i, i, i) for i in range(1, 10)])
+    after = rounds_of("n", steps.TRAINING, "kept", [(i, i / 2, i) for i in range(1, 10)])
+    assert steps.speedup_between(before, after, steps.ACCELERATED, steps.CPU) == (4.0, 4.0, 4.0)
+
+
+def test_each_setting_is_made_before_its_times():
+    calls: list[str] = []
+    contenders = {name: functools.partial(calls.append, name) for name in ("torch", "none")}
+    settings = {name: functools.partial(calls.append, name) for name in ("default", "kept")}
+    times = timing.in_rounds(contenders, settings, seconds=0, least=4)
+    assert {name: len(rounds) for name, rounds in times.items()} == {"default": 4, "kept": 4}
+    turns = [tuple(calls[i : i + 4]) for i in range(2, len(calls), 4)]
+    assert {(setting, first) for setting, first, *_ in turns} == {("default", "torch"), ("kept", "torch")}
+    assert all(set(timed) == {"torch", "none"} for _, _, *timed in turns)
 
 
 def test_the_target_is_the_share_of_the_gain():

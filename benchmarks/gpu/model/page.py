@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from batchnorm.files import write_whole
-from benchmarks import cases
 from benchmarks.gpu.layers import BATCHES, LAYERS, Case
 from benchmarks.gpu.model.devices import DEVICES
 from benchmarks.gpu.model.expected import expected
 from benchmarks.gpu.static import table
-from benchmarks.markdown import markdown
-from benchmarks.records import Row
+from benchmarks.measuring.records import Row
+from benchmarks.reports.markdown import markdown
+from benchmarks.subjects import cases
 
 EXPECTED = "gpu_expected.csv"
 _CASE = ("shape", "layout", "dtype")

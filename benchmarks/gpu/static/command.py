@@ -13,10 +13,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks import records
 from benchmarks.gpu.model import page
 from benchmarks.gpu.static import space, table
 from benchmarks.gpu.static.compiling import launches
+from benchmarks.measuring import records
 
 ROOT = Path(__file__).parents[3]
 LIMITED = "sm_90"  # the architecture that has limits

@@ -17,8 +17,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from batchnorm.ops.triton import launch, tiling
-from benchmarks import cases
 from benchmarks.gpu.layers import EPS, Case
+from benchmarks.subjects import cases
 
 # Arguments with x's shape, by the name of the kernel's parameter. y is read where there is dy.
 _READ, _WRITTEN = ("x_ptr", "residual_ptr", "dy_ptr"), ("dx_ptr", "dz_ptr")

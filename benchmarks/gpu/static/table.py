@@ -10,11 +10,11 @@ from pathlib import Path
 import triton
 
 from batchnorm.files import write_whole
-from benchmarks import cases
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.static import sass
 from benchmarks.gpu.static.compiling import Launch, launches, training_step
-from benchmarks.records import Row
+from benchmarks.measuring.records import Row
+from benchmarks.subjects import cases
 
 RESULTS = Path(__file__).parents[2] / "results"
 TABLE, LIMITS = "gpu_static.csv", "gpu_limits.csv"

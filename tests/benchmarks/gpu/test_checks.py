@@ -10,10 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import records
 from benchmarks.gpu import checks, command, layers, no_fallback
 from benchmarks.gpu.checks import CUT, FAILED, PASSED, SKIPPED, Check, Outcome
 from benchmarks.gpu.timing import Deadline, HostClock
+from benchmarks.measuring import records
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.table import TABLE
-from benchmarks import records
 from benchmarks.gpu import checks, command, layers, tune
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.report import targets
 from benchmarks.gpu.timing import Deadline, DeviceClock, HostClock
+from benchmarks.measuring import records
 
 CPU = torch.device("cpu")
 SMALL = Case((4, 8, 6, 6), "contiguous", "float32", True)

@@ -18,10 +18,10 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from batchnorm.ops.triton import kernels, launch, tiling
-from benchmarks import records
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.static import space, table
 from benchmarks.gpu.static.compiling import Launch, launches, training_step
+from benchmarks.measuring import records
 
 STREAMED, HELD = (32, 64, 32, 32), (8, 16, 14, 14)
 

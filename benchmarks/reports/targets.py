@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks import cases, steps
-from benchmarks.cases import STEP
-from benchmarks.peers import COMPILED, JAX, OURS, TORCH, TORCH_INPLACE
-from benchmarks.records import Row, select
+from benchmarks.measuring.records import Row, select
+from benchmarks.sections import steps
+from benchmarks.subjects import cases
+from benchmarks.subjects.cases import STEP
+from benchmarks.subjects.peers import COMPILED, JAX, OURS, TORCH, TORCH_INPLACE
 
 _CELL = ("shape", "layout", "dtype", "task")
 LARGE = {cases.shape_text(s) for s in cases.LARGE}

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm import ops
-from benchmarks.cases import shape_text
-from benchmarks.options import Options
-from benchmarks.records import Row, Table
-from benchmarks.timing import alternate
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import alternate
+from benchmarks.subjects.cases import shape_text
 
 KEY = ("processes", "shape", "layer")
 SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14))

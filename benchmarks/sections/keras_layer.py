@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from batchnorm import reference
-from benchmarks.options import Options
-from benchmarks.peers import OURS, installed
-from benchmarks.records import Row, Table
-from benchmarks.timing import shortest
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import shortest
+from benchmarks.subjects.peers import OURS, installed
 
 KERAS = "Keras"
 KEY = ("backend", "mode", "shape", "axis", "contender")

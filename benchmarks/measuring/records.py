@@ -9,24 +9,36 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import batchnorm
-from benchmarks.busy import Busy
+from benchmarks.measuring.busy import Busy
 
 Row = dict[str, Any]
 
 # An allocator setting is a set of environment variables. `keep_memory` is also called for those that begin with "kept".
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "kept": {}}
+RESERVED = "kept, reserved"
+RESERVE = 2 << 30
 LAST_LEVEL_DEFAULT = 32 << 20
+
+
+def set_allocator(setting: str) -> batchnorm.MemoryReport:
+    """Change this process's allocator as the setting says; raise if that has no effect."""
+    keep = setting.startswith("kept")
+    report = batchnorm.keep_memory(keep, reserve=RESERVE if setting == RESERVED else 0)
+    if sys.platform == "linux" and keep and not report.kept:
+        raise RuntimeError(f"the allocator must keep memory for the setting {setting!r}; {report}")
+    return report
 
 
 def _git(*arguments: str) -> str:
     try:
         result = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return ""

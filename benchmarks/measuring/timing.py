@@ -84,31 +84,42 @@ def _measured(call: Callable[[], object]) -> dict[str, float]:
 
 
 def in_rounds(
-    contenders: dict[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 40
-) -> list[dict[str, float]]:
-    """Call each contender once untimed, then once in every round for about `seconds`, in random order.
+    contenders: dict[str, Callable[[], object]],
+    settings: dict[str, Callable[[], object]],
+    seconds: float,
+    *,
+    least: int = 5,
+    most: int = 40,
+) -> dict[str, list[dict[str, float]]]:
+    """Call each contender once under each setting, in every round for about `seconds`, in random order.
 
     In a rotating order, each contender would nearly always follow the same other one, which decides what the caches
     and the allocator hold.
 
     Args:
-        contenders: Calls by name: whole training steps.
-        seconds: Time for all contenders; exceeded if `least` rounds take longer.
+        contenders: Calls by name: whole training steps. Each is first called once untimed.
+        settings: Calls by name that change the process, such as its allocator. The first contender is called once
+            untimed after each.
+        seconds: Time for all contenders and settings; exceeded if `least` rounds take longer.
         least: Fewest rounds.
         most: Most rounds.
 
     Returns:
-        For each round, milliseconds as `{name}_elapsed_ms`, and of all threads as `{name}_cpu_ms`.
+        For each setting and round, milliseconds as `{name}_elapsed_ms`, and of all threads as `{name}_cpu_ms`.
     """
     names = list(contenders)
     for name in names:
         contenders[name]()
-    found: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
+    found: dict[str, list[dict[str, float]]] = {setting: [] for setting in settings}
     order = np.random.default_rng(0)
-    while len(found) < least or (time.perf_counter() < end and len(found) < most):
-        times = {names[i]: _measured(contenders[names[i]]) for i in order.permutation(len(names))}
-        found.append({f"{name}_{kind}": ms for name in names for kind, ms in times[name].items()})
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < least or (time.perf_counter() < end and rounds < most):
+        for setting in order.permutation(list(settings)):
+            settings[setting]()
+            contenders[names[0]]()
+            times = {names[i]: _measured(contenders[names[i]]) for i in order.permutation(len(names))}
+            found[setting].append({f"{name}_{kind}": ms for name in names for kind, ms in times[name].items()})
+        rounds += 1
     return found
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import (
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import Times, alternate
+from benchmarks.subjects.cases import (
     DTYPES,
     LARGE,
     SMALL,
@@ -23,11 +26,8 @@ from benchmarks.cases import (
     make_data,
     shape_text,
 )
-from benchmarks.copies import CLONE, COPY, NON_TEMPORAL, copies_of
-from benchmarks.options import Options
-from benchmarks.peers import COMPILED, CONTENDERS, OURS, TORCH, Contender
-from benchmarks.records import Row, Table
-from benchmarks.timing import Times, alternate
+from benchmarks.subjects.copies import CLONE, COPY, NON_TEMPORAL, copies_of
+from benchmarks.subjects.peers import COMPILED, CONTENDERS, OURS, TORCH, Contender
 
 KEY = ("allocator", "threads", "shape", "layout", "dtype", "task")
 

@@ -12,10 +12,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from benchmarks import cases, targets
-from benchmarks.cases import STEP
-from benchmarks.peers import COMPILED, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
-from benchmarks.records import Row, select
+from benchmarks.measuring.records import Row, select
+from benchmarks.reports import targets
+from benchmarks.subjects import cases
+from benchmarks.subjects.cases import STEP
+from benchmarks.subjects.peers import COMPILED, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 
 COLORS = {
     OURS: "#3949ab",

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import Options
-from benchmarks.peers import OURS, installed
-from benchmarks.records import Row, Table
-from benchmarks.timing import shortest
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import shortest
+from benchmarks.subjects.peers import OURS, installed
 
 FLAX = "Flax"
 KEY = ("shape", "axis", "contender")

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import reference
-from benchmarks.options import Options
-from benchmarks.peers import OURS
-from benchmarks.records import Table
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Table
+from benchmarks.subjects.peers import OURS
 
 KEY = ("framework", "offset", "contender")
 STOCK = "stock layer"

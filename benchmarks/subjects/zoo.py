@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from benchmarks import networks
-from benchmarks.peers import installed
+from benchmarks.subjects import networks
+from benchmarks.subjects.peers import installed
 
 _TORCHVISION = (
     "resnet18", "resnet50", "resnext50_32x4d", "vgg11_bn", "googlenet", "inception_v3", "densenet121", "mobilenet_v2",

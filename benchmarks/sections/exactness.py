@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import LARGE, SMALL, Case, errors, layouts_of, make_data, shape_text
-from benchmarks.options import Options
-from benchmarks.peers import CONTENDERS, OURS, TORCH
-from benchmarks.records import Table
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Table
+from benchmarks.subjects.cases import LARGE, SMALL, Case, errors, layouts_of, make_data, shape_text
+from benchmarks.subjects.peers import CONTENDERS, OURS, TORCH
 
 KEY = ("shape", "layout", "dtype", "offset", "contender")
 TASK = "BN forward+backward"

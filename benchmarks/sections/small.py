@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
-from benchmarks.cases import shape_text
-from benchmarks.options import Options
-from benchmarks.peers import OURS, TORCH
-from benchmarks.records import Row, Table
-from benchmarks.timing import alternate
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import alternate
+from benchmarks.subjects.cases import shape_text
+from benchmarks.subjects.peers import OURS, TORCH
 
 FLOOR = "floor"
 NETWORK = "784-64-128-10"

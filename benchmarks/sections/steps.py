@@ -1,12 +1,14 @@
 """Training steps and inference of whole networks: torch's layers, accelerated ones, and no normalization, in turns.
 
-The network without normalization shows how much time there is to gain.
+The network without normalization shows how much time there is to gain. The allocator settings alternate, too, because a
+machine's speed changes within minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterable
@@ -16,14 +18,14 @@ import torch
 from torch.nn import functional as F
 
 from batchnorm.surgery.accelerate import accelerate
-from benchmarks import records
-from benchmarks.cases import LAYOUTS
-from benchmarks.networks import NETWORKS, without_norm
-from benchmarks.options import Options
-from benchmarks.records import Row, Table
-from benchmarks.timing import in_rounds, with_interval
+from benchmarks.measuring import records
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import in_rounds, with_interval
+from benchmarks.subjects.cases import LAYOUTS
+from benchmarks.subjects.networks import NETWORKS, without_norm
 
-KEY = ("allocator", "network", "task", "layout", "precision")
+KEY = ("network", "task", "layout", "precision")
 TRAINING, INFERENCE = "training step", "inference"
 TASKS = (TRAINING, INFERENCE)
 AUTOCAST = "bfloat16 autocast"
@@ -38,7 +40,9 @@ OTHER_BATCH, SIZE = 8, 160
 QUICK, QUICK_BATCH, SMALL = ("MobileNetV2", "residual U-Net"), 2, 64
 
 # Threads that wait for others sleep, so that CPU time is work. Otherwise they would spin in all serial parts of a step.
-SETTINGS: dict[str, dict[str, str] | None] = {name: {"OMP_WAIT_POLICY": "PASSIVE"} for name in records.ALLOCATORS}
+SETTINGS: dict[str, dict[str, str] | None] = {"both": {"OMP_WAIT_POLICY": "PASSIVE"}}
+DEFAULT, KEPT = records.ALLOCATORS
+ALLOCATORS = {TRAINING: (DEFAULT, KEPT), INFERENCE: (KEPT,)}
 
 
 def check_gradients(torchs: torch.nn.Module, ours: torch.nn.Module, images: torch.Tensor) -> None:
@@ -97,7 +101,7 @@ def measure_networks(options: Options, table: Table) -> None:
         left = [
             cell
             for cell in itertools.product(TASKS, LAYOUTS, PRECISIONS)
-            if options.only in ", ".join((network, *cell)) and (options.allocator, network, *cell) not in done
+            if options.only in ", ".join((network, *cell)) and (network, *cell) not in done
         ]
         if left:
             _measure_network(options, table, network, build, left)
@@ -122,13 +126,19 @@ def _measure_network(
         calls: dict[str, Callable[[], object]] = {
             name: _CALLS[task](copy.deepcopy(m).to(memory_format=memory), x, precision) for name, m in models.items()
         }
-        where: Row = dict(zip(KEY, (options.allocator, network, task, layout, precision), strict=True))
+        where: Row = dict(zip(KEY, (network, task, layout, precision), strict=True))
         where |= {"batch": batch, "size": size, "threads": options.threads}
         where |= {"layers": len(report.changed), "fused": len(report.fused or {})}
-        times = in_rounds(calls, 2 * options.seconds, least=2 if options.quick else 5)
-        rows = [{**where, "round": i, **row} for i, row in enumerate(times)]
+        settings = {name: functools.partial(records.set_allocator, name) for name in ALLOCATORS[task]}
+        seconds = options.seconds * len(settings)
+        times = in_rounds(calls, settings, 2 * seconds, least=2 if options.quick else 5)
+        rows = [
+            {**where, "allocator": allocator, "round": i, **row}
+            for allocator, rounds in times.items()
+            for i, row in enumerate(rounds)
+        ]
         table.append(rows)  # whole cells, so that a run that is interrupted measures the last one anew
-        faster, low, high = speedup(rows, CPU)
+        faster, low, high = speedup(times[KEPT], CPU)
         print(f"{', '.join(where[k] for k in KEY)}: {faster:.2f}× ({low:.2f} to {high:.2f})", flush=True)
 
 
@@ -175,10 +185,14 @@ def share_of_gain(rows: Iterable[Row], kind: str) -> tuple[float, float, float] 
 
 
 def speedup_between(before: Iterable[Row], after: Iterable[Row], name: str, kind: str) -> tuple[float, float, float]:
-    """Return torch's time in one process over the time of a contender in another, and its 95 % interval.
+    """Return torch's time in some rounds over a contender's in others, and its 95 % interval.
 
-    The ratio of the medians, each over the rounds of its process.
+    Args:
+        before: Rounds with one allocator setting.
+        after: The same rounds with another one.
+        name: The contender.
+        kind: `ELAPSED` or `CPU`.
     """
     first = milliseconds(before, kind)[:, CONTENDERS.index(TORCH)]
     second = milliseconds(after, kind)[:, CONTENDERS.index(name)]
-    return with_interval(lambda a, b: np.median(a, axis=-1) / np.median(b, axis=-1), first, second)
+    return with_interval(lambda ratios: np.median(ratios, axis=-1), first / second)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
-from benchmarks.cases import shape_text
-from benchmarks.options import Options
-from benchmarks.records import Table
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Table
+from benchmarks.subjects.cases import shape_text
 
 KEY = ("what", "contender")
 SHAPE, QUICK_SHAPE = (32, 256, 56, 56), (32, 256, 28, 28)

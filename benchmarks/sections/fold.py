@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from batchnorm.models import gate
 from batchnorm.surgery.fold import FoldReport, count_batch_norms, fold
-from benchmarks import zoo
-from benchmarks.options import Options
-from benchmarks.peers import installed
-from benchmarks.records import Row, Table
-from benchmarks.timing import alternate
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import Row, Table
+from benchmarks.measuring.timing import alternate
+from benchmarks.subjects import zoo
+from benchmarks.subjects.peers import installed
 
 KEY = ("network",)
 PHOTOGRAPHS_KEY = ("network",)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.ops import eager
-from benchmarks.cases import EPS, STEP, Case, Data
+from benchmarks.subjects.cases import EPS, STEP, Case, Data
 
 Call = Callable[[], Any]
 

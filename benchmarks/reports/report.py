@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from batchnorm.files import write_whole
-from benchmarks import flax_layer, frameworks, keras_layer, pictures, records, small, steps_report, targets
-from benchmarks.cases import DTYPES, LAYOUTS, STEP, TASKS
-from benchmarks.markdown import markdown
-from benchmarks.markdown import milliseconds as _ms
-from benchmarks.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
-from benchmarks.records import Row, select
+from benchmarks.measuring import records
+from benchmarks.measuring.records import Row, select
+from benchmarks.reports import pictures, steps_report, targets
+from benchmarks.reports.markdown import markdown
+from benchmarks.reports.markdown import milliseconds as _ms
+from benchmarks.sections import flax_layer, frameworks, keras_layer, small
+from benchmarks.subjects.cases import DTYPES, LAYOUTS, STEP, TASKS
+from benchmarks.subjects.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, TORCH, TORCH_INPLACE
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
@@ -24,7 +26,7 @@ FILES = (
 )  # fmt: skip
 
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 README = RESULTS.parent.parent / "README.md"
 QUOTED = ("summary", "networks-summary")
 

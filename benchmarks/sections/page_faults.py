@@ -11,14 +11,12 @@ import torch
 from torch.nn import functional as F
 
 import batchnorm
-from benchmarks.cases import shape_text
-from benchmarks.options import Options
-from benchmarks.records import ALLOCATORS, Table
-from benchmarks.timing import alternate
+from benchmarks.measuring.options import Options
+from benchmarks.measuring.records import ALLOCATORS, RESERVED, Table
+from benchmarks.measuring.timing import alternate
+from benchmarks.subjects.cases import shape_text
 
 KEY = ("allocator", "what")
-KEPT_RESERVED = "kept, reserved"
-RESERVE = 2 << 30
 SHAPE, QUICK_SHAPE = (32, 256, 56, 56), (8, 256, 28, 28)
 
 
@@ -33,7 +31,7 @@ def settings() -> dict[str, dict[str, str] | None]:
     keep = "oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1"
     return {
         **ALLOCATORS,
-        KEPT_RESERVED: {},
+        RESERVED: {},
         "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
         "kept + huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
         "jemalloc": _preload("jemalloc", MALLOC_CONF=keep),

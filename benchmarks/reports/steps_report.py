@@ -6,12 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from benchmarks import steps
-from benchmarks.markdown import markdown
-from benchmarks.records import Row, select
-from benchmarks.steps import ACCELERATED, CONTENDERS, CPU, ELAPSED, NONE, TASKS, TORCH, TRAINING
+from benchmarks.measuring.records import Row, select
+from benchmarks.reports.markdown import markdown
+from benchmarks.sections import steps
+from benchmarks.sections.steps import ACCELERATED, CONTENDERS, CPU, DEFAULT, ELAPSED, KEPT, NONE, TASKS, TORCH, TRAINING
 
-DEFAULT, KEPT = "default", "kept"
 _CELL = ("network", "layout", "precision")
 
 

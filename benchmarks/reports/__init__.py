@@ -1,0 +1,1 @@
+"""From CSV files to tables, pictures and verdicts on targets."""

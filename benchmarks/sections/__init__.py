@@ -1,0 +1,1 @@
+"""The sections of `python -m benchmarks`: each measures one question and writes one CSV file."""
