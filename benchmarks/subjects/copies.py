@@ -58,6 +58,6 @@ def copies_of(x: Tensor) -> dict[str, Callable[[], object]]:
         whole = bytes_ // 64 * 64 // x.element_size()
         views = [t.as_strided((t.numel(),), (1,))[:whole] for t in (destination, x)]
         if not torch.equal(*views):
-            raise RuntimeError("the non-temporal copy must copy every line, but did not: see benchmarks/subjects/copy.cpp")
+            raise RuntimeError("the non-temporal copy must copy every line, but did not: see copy.cpp")
         found[NON_TEMPORAL] = lambda: (function(to, source, bytes_), destination)[1]
     return found
