@@ -47,32 +47,50 @@ def checked_integer(caller: str, name: str, value: object, least: int, hint: str
     return number
 
 
-def check_eps(caller: str, eps: float, *, zero_allowed: bool = False) -> None:
+def check_number(caller: str, name: str, value: object, hint: str) -> None:
+    if not (isinstance(value, int | float) or hasattr(value, "__float__")):  # dynamo traces only the first
+        raise TypeError(f"{caller} expects {name} to be a number, got {value!r} ({type(value).__name__}). {hint}")
+
+
+def check_eps(caller: str, eps: float, *, zero_allowed: bool = False, name: str = "eps") -> None:
+    check_number(caller, name, eps, "The usual value is 1e-5.")
     if eps >= LEAST_EPS or (zero_allowed and eps == 0.0):
         return
     if eps > 0.0:
         raise ValueError(
-            f"{caller} expects eps of at least {LEAST_EPS:g}, got {eps}. For a constant channel, 1/sqrt(eps) must fit "
-            "float32; the usual value is 1e-5."
+            f"{caller} expects {name} of at least {LEAST_EPS:g}, got {eps}. For a constant channel, 1/sqrt({name}) "
+            "must fit float32; the usual value is 1e-5."
         )
     raise ValueError(
-        f"{caller} expects eps > 0, got {eps}. It keeps 1/sqrt(var + eps) finite if a channel is constant; "
+        f"{caller} expects {name} > 0, got {eps}. It keeps 1/sqrt(var + {name}) finite if a channel is constant; "
         "the usual value is 1e-5."
     )
 
 
 def check_alpha(caller: str, alpha: float) -> None:
+    check_number(caller, "alpha", alpha, "The usual value is 1.")
     if not -math.inf < alpha < math.inf:
         raise ValueError(f"{caller} expects alpha to be a finite number, got {alpha}. The usual value is 1.")
 
 
 def check_momentum(layer: str, momentum: float | None) -> None:
-    if momentum is None or 0.0 <= momentum <= 1.0:
+    if momentum is None:
+        return
+    check_number(layer, "momentum", momentum, "It is the weight of the new batch; None gives the cumulative average.")
+    if 0.0 <= momentum <= 1.0:
         return
     raise ValueError(
         f"{layer} expects momentum in [0, 1] or None, got {momentum}. It is the weight of the new batch, "
         "1 minus the momentum of Keras and Flax; None gives the cumulative average."
     )
+
+
+def check_weight_of_old(layer: str, momentum: float, name: str = "momentum") -> None:
+    """Check a momentum in the convention of Keras and Flax."""
+    hint = "It is the weight of the old average, 1 minus the momentum of PyTorch; the usual value is 0.99."
+    check_number(layer, name, momentum, hint)
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"{layer} expects {name} in [0, 1], got {momentum}. {hint}")
 
 
 def check_weights(caller: str, least: float, most: float) -> None:

@@ -131,6 +131,27 @@ def test_pruned_weights_have_stale_statistics() -> None:
     assert found["BN102"].severity == Severity.ERROR
 
 
+def test_statistics_that_lag_after_a_jump_of_the_learning_rate_are_no_error() -> None:
+    model = trained("plain")
+    optimizer, data = train(model, 10, lr=0.1, falls=False), batches(5, start=0)
+    parameters, buffers, state = (
+        copy.deepcopy(of) for of in ([*model.parameters()], [*model.buffers()], optimizer.state_dict())
+    )
+    found = {f.code: f for f in diagnose(model, data, loss=criterion, optimizer=optimizer).findings}
+    assert found["BN101"].severity == found["BN102"].severity == Severity.WARNING
+    assert found["BN102"].figures["cause"] == "lag"
+    assert any("10 more steps" in line for line in found["BN102"].evidence)
+    for now, before in zip([*model.parameters(), *model.buffers()], [*parameters, *buffers], strict=True):
+        assert torch.equal(now, before)
+    assert str(optimizer.state_dict()) == str(state)
+
+    unknown = {f.code: f for f in diagnose(model, data, loss=criterion).findings}["BN102"]
+    assert unknown.severity == Severity.ERROR and any("optimizer=" in line for line in unknown.evidence)
+    optimizer.param_groups[0]["lr"] = 1e-4  # the weights hardly move, so something else has changed them
+    slow = {f.code: f for f in diagnose(model, data, loss=criterion, optimizer=optimizer).findings}["BN102"]
+    assert slow.severity == Severity.ERROR and slow.figures["cause"] == "stale"
+
+
 def test_statistics_that_lag_at_a_constant_learning_rate_are_a_note() -> None:
     model = trained("plain")
     train(model, 80, lr=0.02, falls=False)

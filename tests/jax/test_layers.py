@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,8 @@ def test_linen_is_initialized_by_a_single_sample() -> None:
     [
         ({"activation": "selu"}, r"BatchNorm expects activation to be one of .*, got 'selu'"),
         ({"on_nonfinite": "ignore"}, r"BatchNorm expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'"),
+        ({"momentum": math.nan}, r"BatchNorm expects momentum in \[0, 1\], got nan. It is the weight of the old"),
+        ({"epsilon": -1.0}, r"BatchNorm expects epsilon > 0, got -1.0. It keeps"),
         ({"axis": (1, 2)}, r"BatchNorm expects axis to be one axis of channels, got \(1, 2\). Reshape x"),
     ],
     ids=lambda value: str(value)[:20],
@@ -205,6 +208,14 @@ def test_linen_is_initialized_by_a_single_sample() -> None:
 def test_invalid_options_say_what_to_do(api: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         api(api.ours, **options)
+
+
+def test_an_attribute_of_nnx_out_of_range_is_an_error_in_the_next_call() -> None:
+    layer = nnx.BatchNorm(4, rngs=stock_nnx.Rngs(0))
+    layer.momentum = math.nan
+    with pytest.raises(ValueError, match=r"BatchNorm expects momentum in \[0, 1\], got nan."):
+        layer(x_of())
+    assert_array_equal(layer.mean[...], np.zeros(4))
 
 
 @APIS

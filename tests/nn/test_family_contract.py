@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -256,6 +257,41 @@ def test_a_wrong_input_raises_an_error_and_changes_nothing(name: str) -> None:
         with pytest.raises(ValueError, match=rf"{name} expects {next(iter(options))}"):
             FAMILY[name].make(4, **options)
     assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
+
+
+SET_LATER = [
+    ("momentum", math.nan, r"expects momentum in \[0, 1\] or None, got nan. It is the weight of the new batch"),
+    ("momentum", -0.1, r"expects momentum in \[0, 1\] or None, got -0.1. "),
+    ("momentum", "0.1", r"expects momentum to be a number, got '0.1' \(str\). It is the weight of the new batch"),
+    ("eps", math.nan, "expects eps > 0, got nan. It keeps"),
+    ("eps", -1e-5, "expects eps > 0, got -1e-05. It keeps"),
+    ("eps", None, r"expects eps to be a number, got None \(NoneType\). The usual value is 1e-5."),
+    ("on_nonfinite", "raise", "expects on_nonfinite to be one of 'propagate', 'skip', got 'raise'. Choose one"),
+    ("on_single", None, "expects on_single to be one of 'error', 'running', got None. Choose one"),
+    ("channel_dim", 2, "expects channel_dim to be 1 or -1, got 2. Use 1"),
+]
+SET_LATER_IN_ONE = [
+    ("BatchNormAct2d", "activation", "swish", "expects activation to be one of .* got 'swish'. Choose one"),
+    ("BatchNormAct2d", "alpha", math.inf, "expects alpha to be a finite number, got inf. The usual value is 1."),
+    ("BatchRenorm2d", "rmax", 0.5, "expects rmax >= 1, got 0.5. "),
+    ("BatchRenorm2d", "dmax", lambda batches: -1.0, "expects dmax >= 0, got -1.0. "),
+    ("GhostBatchNorm2d", "ghost_size", 0, "expects ghost_size >= 1, got 0. Pass the number of samples"),
+]
+
+
+@MEMBERS
+def test_an_attribute_out_of_range_is_an_error_when_it_is_set(name: str) -> None:
+    layer = layer_of(name)
+    for attribute, value, message in (*SET_LATER, *(row[1:] for row in SET_LATER_IN_ONE if row[0] == name)):
+        before = getattr(layer, attribute)
+        with pytest.raises((TypeError, ValueError), match=f"{name} {message}"):
+            setattr(layer, attribute, value)
+        assert getattr(layer, attribute) == before
+    layer.momentum, layer.eps = 1, 0.0  # allowed in evaluation
+    assert torch.isfinite(layer.eval()(data(), *FAMILY[name].extra(SHAPE[0]))).all()
+    if FAMILY[name].moves:
+        with pytest.raises(ValueError, match=f"{name} expects eps > 0, got 0.0"):
+            layer.train()(data(), *FAMILY[name].extra(SHAPE[0]))
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"momentum": None}], ids=str)

@@ -12,6 +12,7 @@ from batchnorm._options import check_max_samples
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.finding import Finding, NotChecked, causes_first
 from batchnorm.doctor.inspection import check_model, guessed_inputs
+from batchnorm.doctor.measure.continued import add_lag
 from batchnorm.doctor.measure.evaluation_mode import Evaluate
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.measurements import Measurements
@@ -63,7 +64,8 @@ def diagnose(
             `target` or `y`. By default, the loss that the model computes: the `loss` of its output, as in transformers,
             or the result of a Lightning module's `training_step`. Without any loss, costs are changes of the output,
             and an effect is at most a warning.
-        optimizer: The optimizer that trains the model.
+        optimizer: The optimizer that trains the model. If the weights have changed after the running statistics, it
+            also trains a copy for a few steps, to see whether the learning rate explains that (BN102).
         forward: `forward(model, batch)` calls the model and returns its output. By default, the model gets a tensor
             itself; as many leading parts of a tuple as its `forward` has required arguments; and the entries of a dict
             whose keys are names of its arguments. A Lightning module is called by its `training_step`, or by
@@ -111,12 +113,13 @@ def diagnose(
 
 
 def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: int, shown: Bar) -> Measurements:
+    modes = [module.training for module in m.model.modules()]
     passes = Passes(m.model, m.measured, call, budget, shown)
     if batches is not None:
         m = add_data(m, passes, batches)
     set_mode(m.model, training=False)
     m = add_trace(m, passes.example or guessed_inputs(m.model))
-    return m if batches is None else add_effects(m, passes)
+    return m if batches is None else add_lag(add_effects(m, passes), passes, modes)
 
 
 def apply_rules(m: Measurements, rules: Iterable[type[Rule]]) -> tuple[list[Finding], list[NotChecked]]:

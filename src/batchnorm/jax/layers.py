@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from batchnorm._options import ON_NONFINITE, check_choice
+from batchnorm._options import ON_NONFINITE, check_alpha, check_choice, check_eps, check_weight_of_old
 from batchnorm.jax import checks
 from batchnorm.jax.activations import ACTIVATIONS
 from batchnorm.jax.function import infer, train
@@ -39,7 +39,7 @@ class Running(NamedTuple):
 
 
 def options_of(layer: Any) -> Options:
-    """Return the options from the layer's attributes."""
+    """Return the options from the layer's attributes, which must be in range."""
     values = {name: getattr(layer, name) for name in Options._fields}
     if isinstance(layer.axis, Sequence):
         axes = tuple(layer.axis)
@@ -48,6 +48,10 @@ def options_of(layer: Any) -> Options:
                 f"{CALLER} expects axis to be one axis of channels, got {axes}. Reshape x so that it has one."
             )
         values["axis"] = axes[0]
+    check_eps(CALLER, layer.epsilon, name="epsilon")
+    if not isinstance(layer.momentum, Array):  # it may be traced
+        check_weight_of_old(CALLER, layer.momentum)
+    check_alpha(CALLER, layer.alpha)
     check_choice(CALLER, "activation", layer.activation, ACTIVATIONS)
     check_choice(CALLER, "on_nonfinite", layer.on_nonfinite, ON_NONFINITE)
     return Options(**values)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops
 
-from batchnorm._options import ON_NONFINITE, check_choice
+from batchnorm._options import ON_NONFINITE, check_choice, check_eps, check_weight_of_old
 from batchnorm.keras import backends
 from batchnorm.keras.activations import fused
 from batchnorm.keras.backends.call import Call, Statistics
 from batchnorm.keras.backends.composition import spread, wide
+
+# The checks of attributes, which may be set later, too. Keras's layer accepts an epsilon of zero.
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "momentum": check_weight_of_old,
+    "renorm_momentum": partial(check_weight_of_old, name="renorm_momentum"),
+    "epsilon": partial(check_eps, zero_allowed=True, name="epsilon"),
+    "on_nonfinite": lambda caller, value: check_choice(caller, "on_nonfinite", value, ON_NONFINITE),
+}
 
 
 @keras.saving.register_keras_serializable("batchnorm")
@@ -39,9 +49,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         broadcastable to that, also if `axis` is not the last; True where a value counts. At least two dimensions.
 
     Raises:
-        ValueError: on_nonfinite, activation or another argument is invalid; synchronized=True on a backend that cannot
-            synchronize; when called, the mask's rank is wrong, or inputs do not have the channels that the layer was
-            built with.
+        TypeError: momentum or epsilon is not a number.
+        ValueError: on_nonfinite, activation or another argument is invalid, now or when it is set later;
+            synchronized=True on a backend that cannot synchronize; when called, the mask's rank is wrong, or inputs do
+            not have the channels that the layer was built with.
 
     Numerics:
         Statistics are computed in float32 (float64 for float64 inputs) from deviations from the mean, so that a mean of
@@ -70,13 +81,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_choice("BatchNormalization", "on_nonfinite", on_nonfinite, ON_NONFINITE)
         if synchronized:
             backends.current().check_synchronized()
         super().__init__(*args, **kwargs)
         self.activation = keras.activations.get(activation)
         self.on_nonfinite = on_nonfinite
         self.synchronized = synchronized  # not through Keras's layer, which refuses it on all backends but TensorFlow
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one with a range must be in it."""
+        if name in _CHECKS:
+            _CHECKS[name]("BatchNormalization", value)
+        super().__setattr__(name, value)
 
     def build(self, input_shape: Any) -> None:
         """Create the weights, in the order of Keras's layer."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from batchnorm import _options, ops
-from batchnorm.nn.layer import NormLayer
+from batchnorm.nn.layer import Check, NormLayer, one_of
 
 
 class _BatchNormAct(NormLayer):
+    _checked: ClassVar[Mapping[str, Check]] = {
+        **NormLayer._checked,
+        "activation": one_of("activation", ops.ACTIVATIONS),
+        "alpha": _options.check_alpha,
+    }
+
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, device: Any = None, dtype: Any = None, *,
@@ -18,8 +25,6 @@ class _BatchNormAct(NormLayer):
         activation: str = "relu", negative_slope: float = 0.01,
         alpha: float = 1.0,
     ) -> None:  # fmt: skip
-        _options.check_choice(self.layer_name, "activation", activation, ops.ACTIVATIONS)
-        _options.check_alpha(self.layer_name, alpha)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,

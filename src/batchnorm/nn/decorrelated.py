@@ -93,7 +93,7 @@ def decorrelated_batch_norm(
     _checks.check_input(caller, x, channel_dim)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
-    _options.check_eps(caller, eps)
+    _options.check_eps(caller, eps, zero_allowed=not training)
     _options.check_choice(caller, "on_nonfinite", on_nonfinite, _options.ON_NONFINITE)
     _options.check_choice(caller, "on_single", on_single, _options.ON_SINGLE)
     group_size, iterations = _checked_options(caller, group_size, iterations)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from batchnorm import _options
+from batchnorm.nn.layer import Check
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
+
+
+def _checked_size(caller: str, size: object) -> int:
+    hint = "Pass the number of samples that are normalized together."
+    return _options.checked_integer(caller, "ghost_size", size, 1, hint)
 
 
 class _GhostBatchNorm(PartsLayer):
     ghost_size: int
     _groups_samples = True
+    _checked: ClassVar[Mapping[str, Check]] = {**PartsLayer._checked, "ghost_size": _checked_size}
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
@@ -23,8 +31,7 @@ class _GhostBatchNorm(PartsLayer):
         bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
         ghost_size: int = 32,
     ) -> None:  # fmt: skip
-        hint = "Pass the number of samples that are normalized together."
-        ghost_size = _options.checked_integer(self.layer_name, "ghost_size", ghost_size, 1, hint)
+        ghost_size = _checked_size(self.layer_name, ghost_size)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, on_nonfinite=on_nonfinite, on_single=on_single, channel_dim=channel_dim,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +13,28 @@ from torch.nn import init
 from batchnorm import _checks, _options, functional
 from batchnorm.ops import strict
 
+Check = Callable[[str, Any], object]
+
+
+def one_of(name: str, choices: Collection[str]) -> Check:
+    """Return a check that an attribute is one of the choices."""
+    return lambda caller, value: _options.check_choice(caller, name, value, choices)
+
 
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
     """A mixin before one of torch's classes; it keeps their parameters, buffers and `state_dict`."""
 
     # The name in error messages. A final 1d, 2d or 3d determines the rank of x. Users' subclasses inherit the name.
     layer_name: ClassVar[str]
+
+    # The checks of attributes that may be set later, too. In evaluation, eps may be zero.
+    _checked: ClassVar[Mapping[str, Check]] = {
+        "eps": partial(_options.check_eps, zero_allowed=True),
+        "momentum": _options.check_momentum,
+        "on_nonfinite": one_of("on_nonfinite", _options.ON_NONFINITE),
+        "on_single": one_of("on_single", _options.ON_SINGLE),
+        "channel_dim": _checks.check_channel_dim,
+    }
 
     # Whether the layer normalizes by the running statistics in training, too.
     _frozen: ClassVar[bool] = False
@@ -37,9 +55,15 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     ) -> None:  # fmt: skip
         hint = "Pass the number of channels C of its input."
         num_features = _options.checked_integer(self.layer_name, "num_features", num_features, 0, hint)
-        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
+        self._check_options(eps, track_running_stats, on_single)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._set_options(bias, on_nonfinite, on_single, channel_dim)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one that the constructor checks must be in range."""
+        if name in self._checked:
+            self._checked[name](self.layer_name, value)
+        super().__setattr__(name, value)
 
     def _set_options(self, bias: bool, on_nonfinite: str, on_single: str, channel_dim: int) -> None:
         if not bias:  # set here, because older torch has no such argument
@@ -48,15 +72,9 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         self.on_single = on_single
         self.channel_dim = channel_dim
 
-    def _check_options(
-        self, eps: float, momentum: float | None, track_running_stats: bool, on_nonfinite: str, on_single: str,
-        channel_dim: int,
-    ) -> None:  # fmt: skip
+    def _check_options(self, eps: float, track_running_stats: bool, on_single: str) -> None:
+        """Check what `__setattr__` cannot see or accepts."""
         _options.check_eps(self.layer_name, eps)
-        _options.check_momentum(self.layer_name, momentum)
-        _options.check_choice(self.layer_name, "on_nonfinite", on_nonfinite, _options.ON_NONFINITE)
-        _options.check_choice(self.layer_name, "on_single", on_single, _options.ON_SINGLE)
-        _checks.check_channel_dim(self.layer_name, channel_dim)
         if on_single == "running" and not track_running_stats:
             raise ValueError(
                 f"{self.layer_name} expects track_running_stats=True with on_single='running', got False. The running "
@@ -152,7 +170,7 @@ class LazyNormLayer(NormLayer):
         device: Any = None, dtype: Any = None, *,
         bias: bool = True, on_nonfinite: str = "propagate", on_single: str = "error", channel_dim: int = 1,
     ) -> None:  # fmt: skip
-        self._check_options(eps, momentum, track_running_stats, on_nonfinite, on_single, channel_dim)
+        self._check_options(eps, track_running_stats, on_single)
         torch_lazy: Any = super(NormLayer, self)  # its constructor has no num_features
         torch_lazy.__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self._set_options(bias, on_nonfinite, on_single, channel_dim)

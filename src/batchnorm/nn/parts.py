@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from batchnorm import _checks, distributed, functional, ops
+from batchnorm import _checks, _options, distributed, functional, ops
 from batchnorm.nn.layer import NormLayer
 from batchnorm.ops import BatchStatistics
 from batchnorm.ops.eager import values_per_channel
@@ -67,6 +67,7 @@ class PartsLayer(NormLayer):
                 lambda x, _, mask: self._normalize_by_parts(x, mask), x, None, mask, self.channel_dim, self.layer_name
             )
         _checks.check_input(self.layer_name, x, self.channel_dim)
+        _options.check_eps(self.layer_name, self.eps)
         if x.dim() == 1:  # [0], without samples and channels, which torch accepts
             return x.clone()
         _checks.check_channel_vectors(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from batchnorm import _checks, ops
+from batchnorm.nn.layer import Check
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
 
@@ -84,9 +85,24 @@ def _check_limit(caller: str, name: str, value: object, least: float) -> None:
         )
 
 
+def _attribute(name: str, least: float) -> Check:
+    """Return the check of a limit, which may be a function of the number of batches."""
+
+    def check(caller: str, limit: Limit) -> None:
+        value: object = limit(torch.zeros((), dtype=torch.int64)) if callable(limit) else limit
+        _check_limit(caller, name, value.item() if isinstance(value, Tensor) else value, least)
+
+    return check
+
+
 class _BatchRenorm(PartsLayer):
     rmax: Limit
     dmax: Limit
+    _checked: ClassVar[Mapping[str, Check]] = {
+        **PartsLayer._checked,
+        "rmax": _attribute("rmax", 1.0),
+        "dmax": _attribute("dmax", 0.0),
+    }
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
@@ -95,9 +111,6 @@ class _BatchRenorm(PartsLayer):
         rmax: Limit = 3.0, dmax: Limit = 5.0, sync: bool = False,
         process_group: Any = None,
     ) -> None:  # fmt: skip
-        for name, limit, least in (("rmax", rmax, 1.0), ("dmax", dmax, 0.0)):
-            value: object = limit(torch.zeros((), dtype=torch.int64)) if callable(limit) else limit
-            _check_limit(self.layer_name, name, value.item() if isinstance(value, Tensor) else value, least)
         if not track_running_stats:
             raise ValueError(
                 f"{self.layer_name} expects track_running_stats=True, got False. It corrects the batch's statistics "

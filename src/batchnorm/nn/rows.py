@@ -151,6 +151,7 @@ def batch_norm_by_rows(
     _checks.check_input(caller, x, channel_dim)
     if x.dim() == 1:  # [0], without samples and channels, which torch accepts
         return x.clone()
+    _options.check_eps(caller, eps, zero_allowed=not training)
     updates = training and update_running_stats and running_mean is not None
     if updates:  # before a row is taken, because rows may share memory
         _checks.check_update(caller, momentum, num_batches_tracked, running_mean=running_mean, running_var=running_var)

@@ -169,11 +169,18 @@ def test_predict_uses_the_moving_statistics():
     [
         ({"on_nonfinite": "ignore"}, "expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'. Choose one"),
         ({"activation": "no such function"}, "activation"),
+        ({"momentum": float("nan")}, r"BatchNormalization expects momentum in \[0, 1\], got nan. It is the weight"),
+        ({"epsilon": -1.0}, "BatchNormalization expects epsilon > 0, got -1.0. It keeps"),
     ],
 )
 def test_invalid_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BatchNormalization(**options)
+    layer = BatchNormalization()
+    for name, value in options.items():
+        if name != "activation":  # a function
+            with pytest.raises(ValueError, match=message):
+                setattr(layer, name, value)
 
 
 def test_invalid_inputs_are_refused():

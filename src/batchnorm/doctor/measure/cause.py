@@ -37,6 +37,10 @@ _SCALED, _UNEVEN = 0.2, 0.25
 _AVERAGES = re.compile(r"Averag|EMA(?![a-z])|Ema(?![a-z])|SWA")
 
 _LAG = "a learning rate that is still high explains how far off the running statistics are"
+_CHANGED = (
+    "the weights changed after the running statistics, for example by averaging (SWA, EMA), pruning, quantization or "
+    "training in evaluation mode"
+)
 _UNSURE = "unsure: either the weights changed after the statistics, or these are not the training data (BN103)"
 
 
@@ -45,8 +49,8 @@ class Cause:
     """The cause of a misfit.
 
     Attributes:
-        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (so little that a high learning rate
-            explains it), `momentum` (too few updates), `shift` (the data are different), `dropout` or
+        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (a high learning
+            rate explains it), `momentum` (too few updates), `shift` (the data are different), `dropout` or
             `unknown`.
         evidence: Lines with figures.
         summary: The cause in one line; empty if the number of layers says it better.
@@ -55,6 +59,20 @@ class Cause:
     kind: str
     evidence: tuple[str, ...] = ()
     summary: str = ""
+
+    @classmethod
+    def lag(cls, evidence: tuple[str, ...]) -> Cause:
+        """Return the cause of statistics that follow weights which change fast."""
+        return cls("lag", tuple(line for line in evidence if line != _UNSURE), _LAG)
+
+    @property
+    def may_be_lag(self) -> bool:
+        """Whether the weights may have changed by training alone."""
+        return self.kind == "unknown" or (self.kind == "stale" and self.summary == _CHANGED)
+
+    def with_evidence(self, line: str) -> Cause:
+        """Return the cause with one more line of evidence."""
+        return replace(self, evidence=(*self.evidence, line))
 
 
 @dataclass(frozen=True)
@@ -143,10 +161,9 @@ def cause_of(
         summary = "the weights are averages, but the running statistics belong to other weights"
         return Cause("averaged", (averaged,), summary)
     if cause.kind in ("stale", "unknown") and not cause.summary and not any(distance.matters for distance in off):
-        return Cause("lag", cause.evidence, _LAG)
+        return Cause.lag(cause.evidence)
     if cause.kind == "stale" and not cause.summary:
-        changed = "the weights changed after the running statistics, for example by averaging (SWA, EMA), pruning"
-        return replace(cause, summary=f"{changed}, quantization or training in evaluation mode")
+        return replace(cause, summary=_CHANGED)
     if cause.kind == "shift":
         first = min(off, key=lambda distance: distance.layer.order)
         behind = "from those behind the running statistics"

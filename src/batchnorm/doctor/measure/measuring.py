@@ -127,7 +127,7 @@ def add_passes(m: Measurements, passes: Runs) -> Measurements:
     elif passes.by_batch.shapes != passes.by_running.shapes:
         m = lacking(m, "output", "the model's output has another shape in each pass")
     else:
-        passes.by_population = passes.again(_population(passes.layers), "population statistics")
+        passes.by_population = passes.again(population_of(passes.layers), "population statistics")
     if passes.budget < 1:
         m = lacking(m, "pass", "needs one more pass over the data (budget=1)")
     return m
@@ -216,7 +216,7 @@ def _pooled_calls(m: Measurements, passes: Runs) -> dict[str, Effect]:
     for number, layer in enumerate(m.measured):
         if len(layer.calls) <= max(1, model_calls) or not different_calls(layer):
             continue
-        each: dict[int, Statistics | tuple[Statistics, ...]] = dict(_population(m.measured))
+        each: dict[int, Statistics | tuple[Statistics, ...]] = dict(population_of(m.measured))
         each[number] = tuple(Statistics(moments.mean[None], moments.var_unbiased[None]) for moments in layer.calls)
         if passes.by_population is not None and passes.spend():
             found[layer.path] = effect_of(passes.by_population, passes.again(each, "statistics for each call"))
@@ -237,7 +237,7 @@ def _reshuffled(m: Measurements, passes: Runs) -> Effect | None:
 def _left_by_layer(m: Measurements, passes: Runs) -> dict[str, Effect]:
     if m.misfit is None or not m.gap_matters:
         return {}
-    population = _population(m.measured)
+    population = population_of(m.measured)
     found = {}
     for layer in (distance.layer for distance in m.misfit.distances):
         if passes.spend():
@@ -247,7 +247,8 @@ def _left_by_layer(m: Measurements, passes: Runs) -> dict[str, Effect]:
     return {path: effect for path, effect in found.items() if effect is not None}
 
 
-def _population(layers: Iterable[Layer]) -> dict[int, Statistics]:
+def population_of(layers: Iterable[Layer]) -> dict[int, Statistics]:
+    """Return the statistics of the population, by the number of the layer."""
     found = {}
     for number, layer in enumerate(layers):
         population = layer.population

@@ -62,7 +62,7 @@ def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, ba
     with restored(nn.ModuleList([model, *losses]), buffers=True, gradients=True):
         if not model.training:
             model.train()
-        with _as_step_error():
+        with as_step_error():
             call.settle(model, own_copy(batch, device_of(model)))
 
         def count_update(path: str) -> Callable[[], None]:
@@ -77,15 +77,16 @@ def training_step(model: nn.Module, layers: Iterable[Layer], call: ModelCall, ba
             model_calls += phase is forward
 
         model.register_forward_pre_hook(count_call)
-        with _as_step_error(), torch.enable_grad():
-            loss = _loss(call, call.forward(model, batch), batch)
+        with as_step_error(), torch.enable_grad():
+            loss = loss_of(call, call.forward(model, batch), batch)
             phase = backward
             loss.backward()
     return TrainingStep(forward, backward, model_calls, inputs)
 
 
 @contextmanager
-def _as_step_error() -> Iterator[None]:
+def as_step_error() -> Iterator[None]:
+    """Raise StepError instead of any other error."""
     try:
         yield
     except Exception as error:
@@ -93,7 +94,8 @@ def _as_step_error() -> Iterator[None]:
         raise StepError(f"it failed with {type(error).__name__}: {line}"[:300]) from error
 
 
-def _loss(call: ModelCall, returned: Any, batch: Any) -> Tensor:
+def loss_of(call: ModelCall, returned: Any, batch: Any) -> Tensor:
+    """Return the loss to train with; without one, the mean square of the outputs."""
     loss = call.loss_of(returned, batch)
     if loss is not None:
         return loss
