@@ -12,7 +12,7 @@ from torch import Tensor
 from batchnorm.surgery.fold.network import Call, Kind
 from batchnorm.surgery.fold.onnx.graph import every_name, names_in, subgraphs
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
-from batchnorm.surgery.fold.onnx.nodes import Writer, as_tensor
+from batchnorm.surgery.fold.onnx.nodes import as_tensor
 from batchnorm.surgery.fold.states import NewConstants
 
 _SMALL = 1024  # bytes; computed constants up to this size are stored
@@ -41,7 +41,7 @@ def emit(network: OnnxNetwork, model: onnx.ModelProto) -> None:
         new[name] = as_tensor(name, value)
         return name
 
-    writer = Writer(network, store, fresh)
+    writer = network.nodes_writer(store, fresh)
     nodes = [node for call in calls if call.kind is not Kind.OUTPUT for node in writer.nodes(call, call.state)]
     read = _names(nodes) | {output.name for output in graph.output}
     kept = [t for t in graph.initializer if t.name not in new and (t.name in read or t.name not in before)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import onnx
@@ -99,7 +99,11 @@ class OnnxNetwork(Network):
             arithmetic.NotRepresentable: A weight is not finite.
             CannotFold: There are no operators.
         """
-        Writer(self, lambda name, value: name, lambda stem: stem).nodes(call, state)
+        self.nodes_writer(lambda name, value: name, lambda stem: stem).nodes(call, state)
+
+    def nodes_writer(self, store: Callable[[str, Tensor], str], fresh: Callable[[str], str]) -> Writer:
+        """Return what writes the calls as nodes; `Writer` explains the arguments."""
+        return Writer(self.constants, self.opset, self.resolve, store, fresh)
 
     def replacement(self, source: str, result: str, *, back: bool) -> tuple[str, str]:
         """Return the name to replace, and its replacement, when a call is removed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import onnx
 import torch
@@ -12,12 +11,9 @@ from onnx.helper import make_attribute, make_node, make_tensor
 from torch import Tensor
 
 from batchnorm.surgery.fold.network import Call
-from batchnorm.surgery.fold.onnx.graph import DTYPES
+from batchnorm.surgery.fold.onnx.graph import DTYPES, Constants
 from batchnorm.surgery.fold.onnx.states import OnnxLinear, OnnxNorm
 from batchnorm.surgery.fold.states import CannotFold, NewConstants, State
-
-if TYPE_CHECKING:
-    from batchnorm.surgery.fold.onnx.network import OnnxNetwork
 
 _TYPES = {dtype: number for number, dtype in DTYPES.items()} | {torch.int64: TensorProto.INT64}
 
@@ -26,13 +22,22 @@ class Writer:
     """Write the calls of a network as nodes.
 
     Args:
-        network: The network.
+        constants: The network's constants.
+        opset: The version of ONNX's own operators.
+        resolve: Returns the name that replaces a name.
         store: Stores a tensor under a name like the given one, and returns the name.
         fresh: Returns a name like the given one that nothing has yet.
     """
 
-    def __init__(self, network: OnnxNetwork, store: Callable[[str, Tensor], str], fresh: Callable[[str], str]) -> None:
-        self._network, self._store, self._fresh = network, store, fresh
+    def __init__(
+        self,
+        constants: Constants,
+        opset: int,
+        resolve: Callable[[str], str],
+        store: Callable[[str, Tensor], str],
+        fresh: Callable[[str], str],
+    ) -> None:
+        self._constants, self._opset, self._resolve, self._store, self._fresh = constants, opset, resolve, store, fresh
 
     def nodes(self, call: Call, state: State | None) -> list[NodeProto]:
         """Return the nodes of a call in this state.
@@ -46,7 +51,7 @@ class Writer:
         names = {}
         if isinstance(state, NewConstants):
             for name, value in state.values.items():
-                like = self._network.constants.parameter(name, name)
+                like = self._constants.parameter(name, name)
                 names[name] = self._store(like.name, like.rounded(value))
         node = NodeProto()
         node.CopyFrom(call.node.node)
@@ -54,7 +59,7 @@ class Writer:
             self._norm(node, state)
         for values in (node.input, node.output):
             for i, name in enumerate(values):
-                values[i] = names.get(name) or (self._network.resolve(name) if name else "")
+                values[i] = names.get(name) or (self._resolve(name) if name else "")
         return [node]
 
     def _norm(self, node: NodeProto, state: OnnxNorm) -> None:
@@ -68,14 +73,14 @@ class Writer:
 
     def _linear(self, call: Call, state: OnnxLinear) -> list[NodeProto]:
         op, name, (like, bias_like) = state.kind, call.node.name, state.like
-        source, output = call.inputs[0], self._network.resolve(call.node.outputs[0])
+        source, output = call.inputs[0], self._resolve(call.node.outputs[0])
         is_transposed = op == "MatMul" or (op == "Gemm" and not state.options["transB"])
         weight = like.rounded(state.weight.T.contiguous() if is_transposed else state.weight)
         inputs = [source, self._store(like.name, weight)]
         if state.bias is not None:
             bias_name = self._fresh(f"{like.name}_bias") if bias_like is None else bias_like.name
             inputs.append(self._store(bias_name, (bias_like or like).rounded(state.bias)))
-        elif op == "Gemm" and self._network.opset < 11:  # the bias is not optional there
+        elif op == "Gemm" and self._opset < 11:  # the bias is not optional there
             inputs.append(self._store(self._fresh(f"{like.name}_bias"), torch.zeros(1, dtype=like.dtype, device="cpu")))
         if op == "MatMul" and state.bias is not None:
             product = self._fresh(f"{output}_product")
@@ -90,7 +95,7 @@ class Writer:
     def _border(self, name: str, state: OnnxLinear, source: str, inner: str, output: str) -> list[NodeProto]:
         """Return the nodes that add the shift near the border: a convolution of ones with one channel."""
         assert state.border is not None
-        if self._network.opset < 9:
+        if self._opset < 9:
             raise CannotFold(
                 "this version of ONNX cannot express the effect of its shift at the border (version 9 can)"
             )

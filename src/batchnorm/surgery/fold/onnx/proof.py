@@ -15,7 +15,7 @@ from batchnorm.models.gate import relative
 from batchnorm.surgery.fold.network import Call, Network
 from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.network import OnnxNetwork
-from batchnorm.surgery.fold.onnx.nodes import Writer, as_tensor, renamed
+from batchnorm.surgery.fold.onnx.nodes import as_tensor, renamed
 from batchnorm.surgery.fold.onnx.running import Feeds, Runner, exact, is_floating
 from batchnorm.surgery.fold.proof import Proof, region
 from batchnorm.surgery.fold.states import CannotFold
@@ -84,7 +84,7 @@ class OnnxProof(Proof):
             stored[kept] = as_tensor(kept, value)
             return kept
 
-        writer = Writer(network, keep, lambda stem: f"{stem} {next(count)}")
+        writer = network.nodes_writer(keep, lambda stem: f"{stem} {next(count)}")
         nodes, feeds = [], {}
         for call in calls:
             own: set[str] = set()  # the results of the call's other nodes
