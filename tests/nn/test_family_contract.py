@@ -219,11 +219,13 @@ def test_statistics_are_updated_only_in_training_and_updates_can_be_turned_off(n
 
 
 @MEMBERS
-def test_a_nonfinite_batch_is_skipped_with_the_option(name: str) -> None:
+@pytest.mark.parametrize("value", [torch.inf, 1e155, 1.7e308])  # σ² overflows, or also x - μ
+def test_a_nonfinite_batch_is_skipped_with_the_option(name: str, value: float) -> None:
     layer = layer_of(name, on_nonfinite="skip")
     before = copy.deepcopy(dict(layer.state_dict()))
     x = data()
-    x[:, :2] = torch.inf
+    x[:, :2] = value
+    x[..., 0] *= -1.0
     layer(x, *FAMILY[name].extra(SHAPE[0]))
     assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
 
