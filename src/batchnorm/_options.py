@@ -21,8 +21,13 @@ class InputsNotTaken(ValueError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the class of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+    """Return the class of an exception and the first line of its message, to be continued: without a final period."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(":. ")
+
+
+def as_clause(error: BaseException) -> str:
+    """Return the message of an exception in one line of at most 300 characters, without a final period."""
+    return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
 
 
 def as_integer(value: object) -> int | None:

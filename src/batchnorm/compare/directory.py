@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from batchnorm._options import as_clause
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.records import Record, Recorder, Run
 from batchnorm.files import write_whole
@@ -63,7 +64,8 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
         schema = facts.get("schema")
     except (ValueError, AttributeError) as error:
         raise ComparisonError(
-            f"{path} must be the settings of a comparison, but reading it failed: {error}. Choose another directory."
+            f"{path} must be the settings of a comparison, but reading it failed: {as_clause(error)}. Choose "
+            "another directory."
         ) from error
     if schema != SCHEMA:
         raise ComparisonError(

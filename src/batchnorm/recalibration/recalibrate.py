@@ -336,6 +336,6 @@ def _write(found: Found, statistics: Statistics, batches: int, undo: UndoOnFailu
         except RuntimeError as error:
             raise ValueError(
                 f"{_CALLER} expects running statistics that can be written, got {name} of {found.path!r} with "
-                f"{_options.in_one_line(error).rstrip('.')}. Give the layer a copy: "
+                f"{_options.in_one_line(error)}. Give the layer a copy: "
                 f"layer.{name} = layer.{name}.clone()."
             ) from error

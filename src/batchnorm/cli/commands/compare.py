@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from batchnorm._options import as_clause
 from batchnorm.cli.errors import OneLineError
 from batchnorm.cli.exit_codes import INTERRUPTED
 from batchnorm.cli.outputs.reporting import ReportingCommand, print_values
@@ -200,7 +201,8 @@ def compare(ctx: click.Context, /, out: Path | None, report: Path | None, as_jso
         message = str(error)
         if isinstance(error, OSError):
             name, where = ("report", report) if report is not None else ("out", out)
-            message = f"{name} must be a writable directory, but {where} is not: {error}. Choose another with --{name}."
+            why = f"{where} is not: {as_clause(error)}"
+            message = f"{name} must be a writable directory, but {why}. Choose another with --{name}."
         raise OneLineError(ctx.command_path, message if failed is None else f"rank {failed}: {message}") from error
     except KeyboardInterrupt:
         if process.first and out is not None:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchnorm._options import as_clause
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs import idx
 from batchnorm.compare.inputs.importing import import_named, user_code
@@ -158,8 +159,8 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         raise ComparisonError(f"data must be a file that exists, got {str(path)!r}. Check the path.") from error
     except Exception as error:  # damage shows as EOFError, zlib.error and many others
         raise ComparisonError(
-            f"{path.name} must be a readable .npz file without Python objects, but reading it failed: {error}. "
-            "Write it with numpy.savez_compressed."
+            f"{path.name} must be a readable .npz file without Python objects, but reading it failed: "
+            f"{as_clause(error)}. Write it with numpy.savez_compressed."
         ) from error
 
 

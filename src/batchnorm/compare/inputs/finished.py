@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from batchnorm import walk
+from batchnorm._options import as_clause
 from batchnorm.compare.errors import ComparisonError
 from batchnorm.compare.inputs.norms import IndivisibleError, Norm
 from batchnorm.surgery.convert.convert import convert
@@ -90,7 +91,7 @@ def converted(network: nn.Module, norm: Norm, in_shape: tuple[int, ...], name: s
             error = IndivisibleError(raised.groups, [walk.num_channels(place.module) or 1 for place in found])
         raise ComparisonError(
             f"norm {norm.spec!r} must be able to replace batch normalization in {name}, but: "
-            f"{str(error).rstrip('.')}. Choose another norm, or write a callable (norm, in_shape, num_classes)."
+            f"{as_clause(error)}. Choose another norm, or write a callable (norm, in_shape, num_classes)."
         ) from raised
     for change in result.report.left:
         layer = result.model.get_submodule(change.path)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm._options import as_clause
 from batchnorm.compare.errors import ComparisonError
 
 FILES = {
@@ -136,8 +137,8 @@ def _first_that_has(file: str, places: list[Any], mirrors: tuple[str, ...], name
             reasons.append(f"{urlsplit(mirror).netloc or mirror}: {reason}")
         except OSError as error:
             raise ComparisonError(
-                f"the cache {folder} must be a writable folder, but: {error}. Name another in the environment "
-                f"variable {CACHE}, or set data_dir (--data-dir) to a folder with the four files."
+                f"the cache {folder} must be a writable folder, but: {as_clause(error)}. Name another in the "
+                f"environment variable {CACHE}, or set data_dir (--data-dir) to a folder with the four files."
             ) from error
     raise ComparisonError(
         f"data {name} must be downloaded once or given as files, but {file} is not in {folder} and could not be "
@@ -179,8 +180,8 @@ def _array(source: Source, file: str, path: Path) -> NDArray[np.uint8]:
             raise ValueError("".join(others) or f"its content has SHA-256 {digest}, not {source.sha256[file]}")
     except (OSError, ValueError) as error:
         raise ComparisonError(
-            f"{path} must be {source.title}'s official file {file}, but: {error}. Download the file again; give "
-            "other data as an .npz file."
+            f"{path} must be {source.title}'s official file {file}, but: {as_clause(error)}. Download the file "
+            "again; give other data as an .npz file."
         ) from error
     return array
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from batchnorm._options import as_clause
 from batchnorm.compare.errors import ComparisonError, check_among
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.decorrelated import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
@@ -202,7 +203,7 @@ def parse(spec: str, placement: str = "before", drop: float | None = None) -> No
         kind.build(kind.trial(*arguments, **options), 1, *arguments, **options)
     except (TypeError, ValueError) as error:
         raise ComparisonError(
-            f"the options of norm {spec!r} must be valid for its layer, which raised: {str(error).rstrip('.')}. Write "
+            f"the options of norm {spec!r} must be valid for its layer, which raised: {as_clause(error)}. Write "
             f"{name} alone for the defaults."
         ) from error
     return Norm(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from batchnorm._options import as_clause
 from batchnorm.compare.errors import ComparisonError, check_among
 from batchnorm.compare.inputs.choices import Choice, Grid
 from batchnorm.compare.inputs.optimizers import OPTIMIZERS
@@ -201,8 +202,8 @@ def check_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ComparisonError(
-            f"device must be one that this machine has, such as cpu or cuda:0, got {device!r} ({reason}). Choose cpu."
+            f"device must be one that this machine has, such as cpu or cuda:0, got {device!r} ({as_clause(error)}). "
+            "Choose cpu."
         ) from error
     return found

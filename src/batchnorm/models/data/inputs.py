@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from batchnorm._options import InputsNotTaken
+from batchnorm._options import InputsNotTaken, in_one_line
 from batchnorm.models.data.batches import tensors_in
 from batchnorm.walk import is_hooked
 
@@ -140,7 +140,7 @@ def _with_sizes(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def not_taken(caller: str, name: str, error: Exception) -> InputsNotTaken:
     """Return the error of a function whose argument of this name holds inputs that the model does not take."""
     return InputsNotTaken(
-        f"{caller} expects {name} that the model takes, but calling it raised {type(error).__name__}: {error}. "
+        f"{caller} expects {name} that the model takes, but calling it raised {in_one_line(error)}. "
         "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
     )
 

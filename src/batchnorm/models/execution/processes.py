@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from batchnorm._options import as_clause
 from batchnorm.distributed import group_name
 from batchnorm.undo import Uninterrupted
 
@@ -122,7 +123,8 @@ class Processes:
             self._over = True
             raise RuntimeError(
                 f"{self._caller} expects all of ranks {', '.join(map(str, self._ranks))} to call it, but their "
-                f"exchange failed with: {error}. A process died, or is elsewhere in its program: end all processes."
+                f"exchange failed with: {as_clause(error)}. A process died, or is elsewhere in its program: end all "
+                "processes."
             ) from error
         failures = [(rank, text) for rank, (k, text) in zip(self._ranks, gathered, strict=True) if k == "failed"]
         others = [(rank, k) for rank, (k, _) in zip(self._ranks, gathered, strict=True) if k != kind]

@@ -208,7 +208,7 @@ def _why_left(layer: nn.Module) -> str:
     try:
         _options.check_eps(kind.__name__, layer.eps)  # type: ignore[arg-type]
         _options.check_momentum(kind.__name__, layer.momentum)  # type: ignore[arg-type]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return ""
 

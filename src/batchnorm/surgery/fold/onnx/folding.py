@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm._options import as_clause
 from batchnorm.models.execution.progress import PATIENCE, bar
 from batchnorm.models.report import FoldReport, Result
 
@@ -128,7 +129,8 @@ def _working_copy(model: Any) -> tuple[onnx.ModelProto, bool]:
         return files.read(path)
     except Exception as error:
         raise ValueError(
-            f"{path} must be an ONNX file with all its weights, but reading it failed: {error}. Check the file."
+            f"{path} must be an ONNX file with all its weights, but reading it failed: {as_clause(error)}. Check "
+            "the file."
         ) from error
 
 

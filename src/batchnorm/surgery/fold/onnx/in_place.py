@@ -10,6 +10,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from batchnorm._options import as_clause
 from batchnorm.models import gate
 from batchnorm.models.execution.progress import Bar
 from batchnorm.models.report import FLOAT64, Change, FoldError, FoldReport
@@ -43,8 +44,8 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None, 
         runner = Runner(model)
     except CannotRun as error:
         raise ValueError(
-            f"fold_onnx expects a model that ONNX Runtime can run, because it checks every fold, but: {error}. Make "
-            "sure that onnxruntime.InferenceSession loads the model."
+            f"fold_onnx expects a model that ONNX Runtime can run, because it checks every fold, but: "
+            f"{as_clause(error)}. Make sure that onnxruntime.InferenceSession loads the model."
         ) from error
     if total == 0:
         return FoldReport("fold", how=runner.how, notes=notes)
@@ -72,7 +73,7 @@ def fold_in_place(model: onnx.ModelProto, inputs: Any, tolerance: float | None, 
     try:
         found = runner.run(model, *runs, plain=plain)
     except Exception as error:
-        raise FoldError(f"the folded model must run, but: {error}. Please report the model.") from error
+        raise FoldError(f"the folded model must run, but: {as_clause(error)}. Please report the model.") from error
     errors = _error(own, found, right)
     gate.check_whole(errors, limit, reference)
     inner = [

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from batchnorm._options import as_clause
 from batchnorm.surgery.fold.onnx.graph import Array
 from batchnorm.surgery.fold.onnx.running import Feeds, Runner, is_floating
 
@@ -45,10 +46,9 @@ def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> list[Feeds]:
         resized = [_resized(wanted, feeds, every_axis, generator) for every_axis in (True, False)]
         others = (_first_that_runs(model, candidates, feeds, runner) for candidates in ([redrawn], resized))
         return [feeds, *(other for found in others for other in found)]
-    reason = " ".join(str(error).split())[:300].rstrip(".")
     raise ValueError(
         f"fold_onnx expects a model that runs with its inputs ({', '.join(_described(value) for value in wanted)}), "
-        f"but: {reason}. Pass inputs= that it takes, or their shapes."
+        f"but: {as_clause(error)}. Pass inputs= that it takes, or their shapes."
     ) from error
 
 

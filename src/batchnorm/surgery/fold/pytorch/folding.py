@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from batchnorm import walk
+from batchnorm._options import in_one_line
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models import gate
 from batchnorm.models.data.inputs import Inputs, evaluate, not_taken
@@ -116,7 +117,7 @@ def _fold_checked(
         if _takes(model, inputs):
             raise ValueError(
                 "fold expects a model that computes the same as its copy, but the copy raised "
-                f"{type(error).__name__}: {error}. Let its hooks use the module that they are called with, because the "
+                f"{in_one_line(error)}. Let its hooks use the module that they are called with, because the "
                 "hooks of the copy still refer to the model."
             ) from error
         raise not_taken("fold", "example_inputs", error) from error
