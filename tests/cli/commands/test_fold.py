@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -70,6 +71,26 @@ def test_a_callable_is_folded_and_saved_as_a_module(folder: Path) -> None:
     folded = torch.load(folder / "folded.pth", weights_only=False)
     assert torch.allclose(folded(x), built()(x), atol=1e-5)
     assert sorted(path.name for path in folder.iterdir() if path.suffix != "") == ["folded.pth", "net_for_fold.py"]
+
+
+def test_the_tolerance_is_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    for module_name, name in (("batchnorm.surgery.fold", "fold"), ("batchnorm.surgery.fold.onnx", "fold_onnx")):
+        module = importlib.import_module(module_name)
+        function = getattr(module, name)
+
+        def recorded(*args: Any, function: Any = function, **options: Any) -> Any:
+            given.append(options["tolerance"])
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, recorded)
+    write_onnx(Path("model.onnx"))
+    program = ("net_for_fold:build", "--input", "1,3,8,8", "-o", "folded.pth")
+    for words in (program, ("model.onnx", "-o", "folded.onnx")):
+        assert invoke(*words, "--tolerance", "1e-4").exit_code == 0
+        assert invoke(*words, "--overwrite").exit_code == 0
+        assert_one_line(invoke(*words, "--overwrite", "--tolerance", 0), "'--tolerance': 0.0 is not in the range x>0")
+    assert given == [1e-4, None] * 2
 
 
 def test_weights_are_loaded_and_the_program_takes_every_size(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,7 +134,24 @@ def test_changes_of_accelerate_are_printed(folder: Path) -> None:
     assert_one_line(invoke("accelerate", "net_for_surgery:build", "--input", "2,5,7,7"), text)
 
 
+def test_accelerate_measures_on_request(folder: Path) -> None:
+    result = invoke("accelerate", "net_for_surgery:build", "--input", "2,4,7,7", "--measure", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert bool(report["changed"]) == (report["speedup"] > 1)
+    assert_one_line(invoke("accelerate", "net_for_surgery:build", "--measure"), "--measure requires --input, got none")
+
+
 # standardize
+
+
+def test_a_file_is_only_shifted_or_scaled_on_request(folder: Path) -> None:
+    x = np.random.default_rng(0).normal(5, 3, (50, 3))
+    np.save("x.npy", x)
+    assert invoke("standardize", "x.npy", "--without-mean", "-o", "scaled.npy").exit_code == 0
+    assert invoke("standardize", "x.npy", "--without-std", "-o", "shifted.npy").exit_code == 0
+    np.testing.assert_allclose(np.load("scaled.npy"), x / x.std(0), rtol=1e-12)
+    np.testing.assert_allclose(np.load("shifted.npy"), x - x.mean(0), rtol=0, atol=1e-12)
 
 
 def test_a_file_is_standardized_like_another(folder: Path) -> None:

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Load a .pt2 file that holds more than tensors and operators on them. Such a file can run any code.",
 )
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Relative error that one fold may make; by default 1e-5 for float32, and less or more for other types.",
+)
 @output_options("FILE", "the folded network (.pt2: exported program; .onnx; otherwise the module by torch.save)")
 @click.pass_context
 def fold(
@@ -46,6 +52,7 @@ def fold(
     weights: Weights | None,
     sizes: tuple[str, ...],
     trust: bool,
+    tolerance: float | None,
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -66,9 +73,9 @@ def fold(
     if model.endswith(".onnx"):
         if weights is not None:
             raise usage_error("--weights requires a callable; an ONNX file holds its weights. Leave --weights out.")
-        report = _fold_onnx(Path(model), shapes, output, overwrite, usage_error)
+        report = _fold_onnx(Path(model), shapes, tolerance, output, overwrite, usage_error)
     else:
-        report = _fold_torch(model, weights, shapes, trust, output, overwrite, usage_error)
+        report = _fold_torch(model, weights, shapes, trust, tolerance, output, overwrite, usage_error)
     print_report(report, as_json, output)
 
 
@@ -77,6 +84,7 @@ def _fold_torch(
     weights: Weights | None,
     shapes: list[tuple[int, ...]],
     trust: bool,
+    tolerance: float | None,
     output: Path,
     overwrite: bool,
     usage_error: UsageErrorMaker,
@@ -99,14 +107,19 @@ def _fold_torch(
     if not inputs:
         raise usage_error("--input must give the shape of an input, got none. Add for example --input 1,3,224,224.")
     with library_errors(usage_error, FoldError):
-        folded, report = fold_network(network, inputs)
+        folded, report = fold_network(network, inputs, tolerance=tolerance)
     with open_output(output, overwrite, usage_error) as file:
         file.write(_saved(folded, inputs, program=output.suffix == ".pt2"))
     return report
 
 
 def _fold_onnx(
-    model: Path, shapes: list[tuple[int, ...]], output: Path, overwrite: bool, usage_error: UsageErrorMaker
+    model: Path,
+    shapes: list[tuple[int, ...]],
+    tolerance: float | None,
+    output: Path,
+    overwrite: bool,
+    usage_error: UsageErrorMaker,
 ) -> FoldReport:
     from batchnorm.surgery.fold import FoldError
     from batchnorm.surgery.fold.onnx import fold_onnx
@@ -115,7 +128,7 @@ def _fold_onnx(
         raise usage_error(f"{output} must end in .onnx, as {model} does. Change the name.")
     try:
         with library_errors(usage_error, FoldError, ModuleNotFoundError):
-            return fold_onnx(model, output, inputs=shapes, overwrite=overwrite).report
+            return fold_onnx(model, output, inputs=shapes, tolerance=tolerance, overwrite=overwrite).report
     except OSError as error:
         raise usage_error(f"{output} could not be written", error) from error
 

@@ -37,6 +37,8 @@ _SHOWN = 10
     metavar="N",
     help="Axis of the channels; -1 for channels last.",
 )
+@click.option("--without-mean", is_flag=True, help="Do not subtract the mean.")
+@click.option("--without-std", is_flag=True, help="Do not divide by the standard deviation.")
 @click.option(
     "--nan-policy",
     type=click.Choice(("omit", "raise", "propagate")),
@@ -51,6 +53,8 @@ def standardize(
     data: Path,
     like: Path | None,
     channel_axis: int,
+    without_mean: bool,
+    without_std: bool,
     nan_policy: str,
     output: Path,
     overwrite: bool,
@@ -69,7 +73,9 @@ def standardize(
     check_output(output, overwrite, usage_error)
     x, source = _opened(data, usage_error), _opened(like or data, usage_error)
     with library_errors(usage_error):
-        standardizer = Standardizer(channel_axis=channel_axis, nan_policy=nan_policy).fit(source)
+        standardizer = Standardizer(
+            with_mean=not without_mean, with_std=not without_std, channel_axis=channel_axis, nan_policy=nan_policy
+        ).fit(source)
         first = standardizer.transform(x[:1])
     # NaN may come later in the file.
     with open_output(output, overwrite, usage_error) as file, library_errors(usage_error):

@@ -32,7 +32,7 @@ def feeds_of(model: onnx.ModelProto, given: Any, runner: Runner) -> list[Feeds]:
     wanted = [value for value in model.graph.input if value.name not in stored]
     known = _known(wanted, given)
     generator = np.random.default_rng(0)
-    error: Exception | None = None
+    error = Exception("no size was tried")
     for size in (0,) if len(known) == len(wanted) else SIZES_OF_VOLUMES if _has_volumes(wanted) else SIZES:
         sizes: dict[str, int] = {}
         feeds = {value.name: _drawn(value, known.get(value.name), size, sizes, generator) for value in wanted}
