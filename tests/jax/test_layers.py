@@ -183,9 +183,60 @@ def test_a_batch_without_values_leaves_the_running_statistics(api: Any, empty: b
 @APIS
 def test_one_value_per_channel_is_an_error_in_training(api: Any) -> None:
     layer = api(api.ours)
-    with pytest.raises(ValueError, match="BatchNorm expects more than 1 value per channel in training, got x of"):
+    with pytest.raises(ValueError, match="BatchNorm expects more than 1 value .* use a larger batch, on_single='run"):
         layer(x_of((1, 1, 4)))
     assert layer(x_of((1, 1, 4)), training=False).shape == (1, 1, 4)
+
+
+@APIS
+def test_one_value_per_channel_is_normalized_by_the_running_statistics_if_asked(api: Any) -> None:
+    layer, plain = api(api.ours, on_single="running", activation="relu"), api(api.ours, activation="relu")
+    for x in (x_of(), x_of((1, 2, 4))):
+        assert_array_equal(layer(x), plain(x))
+    before = [np.asarray(a) for a in layer.running]
+    x = x_of((1, 1, 4), seed=2)
+    assert_array_equal(layer(x), plain(x, training=False))
+    assert_array_equal(layer.running, before)
+
+
+@APIS
+@pytest.mark.parametrize("per_channel", [False, True], ids=["positions", "channels"])
+def test_at_most_one_unmasked_value_is_normalized_by_the_running_statistics_if_asked(
+    api: Any, per_channel: bool
+) -> None:
+    counts = jnp.array([True, False] if per_channel else [True, True])  # the channels with one value, or with none
+    mask = jnp.zeros((3, 2, 2), bool).at[1, 0].set(counts) | ~counts
+    x = x_of((3, 2, 2)).at[0, 0, 0].set(jnp.nan)  # masked
+    layer, plain = (api(api.ours, 2, **options) for options in ({"on_single": "running"}, {}))
+    before = [np.asarray(a) for a in layer.running]
+    y, by_batch = layer(x, mask=mask), plain(x, mask=mask)
+    by_running = api(api.ours, 2)(jnp.where(mask, x, jnp.nan_to_num(x)), training=False)
+    assert_array_equal(y, jnp.where(counts, by_running, by_batch))
+    for now, old, moved in zip(layer.running, before, plain.running, strict=True):
+        assert_array_equal(now, jnp.where(counts, old, moved))
+
+    def loss(x: Any) -> Any:
+        return (nnx.BatchNorm(2, on_single="running", rngs=stock_nnx.Rngs(0))(x, False, mask=mask) ** 2).sum()
+
+    assert jnp.isfinite(jax.grad(loss)(jnp.nan_to_num(x))).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_single_value_over_all_devices_is_what_counts(devices: int) -> None:
+    x, variables = (
+        x_of((devices, 1, 4)),
+        linen.BatchNorm(use_running_average=False).init(jax.random.key(0), x_of((1, 4))),
+    )
+
+    def step(x: Any, mask: Any) -> Any:
+        layer = linen.BatchNorm(use_running_average=False, axis_name="d", on_single="running")
+        return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+
+    for mask in (None, jnp.ones((devices, 1, 1), bool)):
+        y, updated = jax.vmap(step, axis_name="d", in_axes=(0, None if mask is None else 0))(x, mask)
+        by_running = linen.BatchNorm(use_running_average=True).apply(variables, x)
+        assert np.array_equal(y, by_running) == (devices == 1)
+        assert np.array_equal(updated["batch_stats"]["mean"], np.zeros((devices, 4))) == (devices == 1)
 
 
 def test_linen_is_initialized_by_a_single_sample() -> None:
@@ -199,6 +250,7 @@ def test_linen_is_initialized_by_a_single_sample() -> None:
     [
         ({"activation": "selu"}, r"BatchNorm expects activation to be one of .*, got 'selu'"),
         ({"on_nonfinite": "ignore"}, r"BatchNorm expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'"),
+        ({"on_single": "batch"}, r"BatchNorm expects on_single to be one of 'error', 'running', got 'batch'"),
         ({"momentum": math.nan}, r"BatchNorm expects momentum in \[0, 1\], got nan. It is the weight of the old"),
         ({"epsilon": -1.0}, r"BatchNorm expects epsilon > 0, got -1.0. It keeps"),
         ({"axis": (1, 2)}, r"BatchNorm expects axis to be one axis of channels, got \(1, 2\). Reshape x"),

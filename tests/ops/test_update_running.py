@@ -102,7 +102,7 @@ def test_one_value_updates_only_the_mean(update) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e25])  # of 1e25, only the variance is infinite
 def test_skip_nonfinite_changes_nothing(update, value: float, momentum: float | None) -> None:
     x = torch.randn(5, 3)
     x[2, 1] = value

@@ -119,10 +119,10 @@ def mask_as_weights(caller: str, mask: Any, x: Array, axis: int) -> Array | None
     return jnp.broadcast_to(mask.astype(wide(x)), shape)
 
 
-def check_count(caller: str, x: Array, axis: int, devices: int) -> None:
+def check_count(caller: str, x: Array, axis: int, devices: int, fix: str) -> None:
     """Refuse a batch with one value per channel, over all devices. An empty batch is allowed."""
     if values_per_channel(x, axis) * devices == 1:
         raise ValueError(
             f"{caller} expects more than 1 value per channel in training, got x of shape {list(x.shape)}. One value "
-            "has no variance: use a larger batch, or normalize by given statistics."
+            f"has no variance: {fix}."
         )

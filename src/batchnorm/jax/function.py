@@ -99,6 +99,7 @@ def train(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     single_allowed: bool = False,
+    fix_of_single: str = "use a larger batch, or normalize by given statistics",
 ) -> tuple[Array, Statistics]:
     """Return y and the statistics of `batch_norm`, for layers.
 
@@ -117,6 +118,7 @@ def train(
         axis_name: The mapped axis.
         axis_index_groups: Groups of indices within the axis; each shares its own statistics. None: one group.
         single_allowed: Whether a batch may have one value per channel, whose output is then f(bias).
+        fix_of_single: What to do about such a batch, for the error message.
     """
     x = checks.checked_input(caller, x)
     at = checks.attributes(caller, x, axis, eps, activation, negative_slope, alpha)
@@ -124,17 +126,27 @@ def train(
     bias = checks.checked_vector(caller, "bias", bias, x, at.axis)
     residual = checks.checked_residual(caller, residual, x)
     weights = checks.mask_as_weights(caller, mask, x, at.axis)
-    peers = None
-    if axis_name is not None:
-        groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
-        peers = Peers(tuple(axis_name) if isinstance(axis_name, list) else axis_name, groups)
+    peers = peers_of(axis_name, axis_index_groups)
     if not single_allowed:
-        checks.check_count(caller, x, at.axis, 1 if peers is None else peers.size())
+        checks.check_count(caller, x, at.axis, 1 if peers is None else peers.size(), fix_of_single)
     if weights is not None:
         weights = lax.stop_gradient(weights)
-        counts = composition.spread_weights(weights, x, at.axis) > 0
-        x = jnp.where(counts | jnp.isfinite(x), x, 0)
+        x = finite_where_masked(x, weights, at.axis)
     return training.train(x, weight, bias, residual, weights, at, peers)
+
+
+def peers_of(axis_name: Any, axis_index_groups: Any) -> Peers | None:
+    """Return the devices that share statistics; None: this device alone."""
+    if axis_name is None:
+        return None
+    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+    return Peers(tuple(axis_name) if isinstance(axis_name, list) else axis_name, groups)
+
+
+def finite_where_masked(x: Array, weights: Array, axis: int) -> Array:
+    """Return x with zeros instead of the values that are not finite and do not count."""
+    counts = composition.spread_weights(weights, x, axis) > 0
+    return jnp.where(counts | jnp.isfinite(x), x, 0)
 
 
 def normalize(

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from batchnorm._options import ON_NONFINITE, check_alpha, check_choice, check_eps, check_weight_of_old
+from batchnorm._options import ON_NONFINITE, ON_SINGLE, check_alpha, check_choice, check_eps, check_weight_of_old
 from batchnorm.jax import checks
 from batchnorm.jax.activations import ACTIVATIONS
-from batchnorm.jax.function import infer, train
+from batchnorm.jax.composition import spread_weights, values_per_channel
+from batchnorm.jax.function import finite_where_masked, infer, peers_of, train
 from batchnorm.jax.training import Statistics
 
 CALLER = "BatchNorm"
+_FIX_OF_SINGLE = "use a larger batch, on_single='running' (normalizes by the running statistics), or evaluation"
 
 
 class Options(NamedTuple):
@@ -27,6 +29,7 @@ class Options(NamedTuple):
     negative_slope: float
     alpha: float
     on_nonfinite: str
+    on_single: str
     axis_name: Any
     axis_index_groups: Any
 
@@ -54,6 +57,7 @@ def options_of(layer: Any) -> Options:
     check_alpha(CALLER, layer.alpha)
     check_choice(CALLER, "activation", layer.activation, ACTIVATIONS)
     check_choice(CALLER, "on_nonfinite", layer.on_nonfinite, ON_NONFINITE)
+    check_choice(CALLER, "on_single", layer.on_single, ON_SINGLE)
     return Options(**values)
 
 
@@ -94,13 +98,40 @@ def step(
     if mask is not None:
         mask = jnp.asarray(mask)
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    by_running = options.on_single == "running" and not initializing
+    single = by_running and _is_single(x, mask, options)
+    if single is True:
+        return evaluate(x, running, scale, bias, residual, options), running
     y, statistics = train(
         CALLER, x, scale, bias, _like(x, residual), axis=options.axis, eps=options.epsilon,
         activation=options.activation, negative_slope=options.negative_slope, alpha=options.alpha, mask=mask,
         axis_name=None if initializing else options.axis_name, axis_index_groups=options.axis_index_groups,
-        single_allowed=initializing,
+        single_allowed=initializing or by_running, fix_of_single=_FIX_OF_SINGLE,
     )  # fmt: skip
-    return y, running if initializing else _updated(running, statistics, options)
+    if initializing:
+        return y, running
+    updated = _updated(running, statistics, options)
+    if single is False:
+        return y, updated
+    axis = checks.checked_axis(CALLER, x, options.axis)
+    weights = checks.mask_as_weights(CALLER, mask, x, axis)
+    assert weights is not None
+    fixed = evaluate(finite_where_masked(x, weights, axis), running, scale, bias, residual, options)
+    others = [i for i in range(x.ndim) if i != axis]
+    y = jnp.where(jnp.expand_dims(single, others), fixed, y)
+    return y, Running(*(jnp.where(single, old, new) for old, new in zip(running, updated, strict=True)))
+
+
+def _is_single(x: Array, mask: Array | None, options: Options) -> bool | Array:
+    """Return whether each channel has a single value over all devices; with a mask, which have at most one, `[C]`."""
+    axis = checks.checked_axis(CALLER, x, options.axis)
+    peers = peers_of(options.axis_name, options.axis_index_groups)
+    weights = checks.mask_as_weights(CALLER, mask, x, axis)
+    if weights is None:
+        return values_per_channel(x, axis) * (1 if peers is None else peers.size()) == 1
+    counts = jnp.broadcast_to(spread_weights(weights, x, axis) > 0, x.shape)
+    number = counts.sum([i for i in range(x.ndim) if i != axis])
+    return (number if peers is None else peers.sum(number)[0]) <= 1
 
 
 def _like(x: Array, residual: Array | None) -> Array | None:

@@ -24,7 +24,8 @@ class BatchNorm(linen.BatchNorm):
 
     Differences from the stock layer: statistics keep full precision at a large mean, and `use_fast_variance` has no
     effect. If nothing counts (an empty batch, or a mask without a true value), the running statistics do not change.
-    One value per channel is an error in training, except during initialization. Masked positions may hold NaN.
+    One value per channel is an error in training (see `on_single`), except during initialization. Masked positions may
+    hold NaN.
 
     Attributes:
         activation: The name of the activation after the normalization, as for `batchnorm.jax.batch_norm`.
@@ -32,6 +33,8 @@ class BatchNorm(linen.BatchNorm):
         alpha: α of "elu".
         on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged if the mean or variance of a
             batch is not finite.
+        on_single: "error", or "running" to normalize a training batch with one value per channel (with a mask: at most
+            one that counts), over all devices, by the running statistics, and leave them unchanged.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
 
@@ -49,6 +52,7 @@ class BatchNorm(linen.BatchNorm):
     negative_slope: float = 0.01
     alpha: float = 1.0
     on_nonfinite: str = "propagate"
+    on_single: str = "error"
 
     @linen.compact
     def __call__(

@@ -26,7 +26,7 @@ class BatchNorm(nnx.BatchNorm):
     Differences from the stock layer: statistics keep full precision at a large mean, also if `dtype` is shorter than
     x's dtype, because x is not rounded before them. `use_fast_variance` has no effect. If nothing counts (an empty
     batch, or a mask without a true value), the running statistics do not change. One value per channel is an error in
-    training. Masked positions may hold NaN.
+    training (see `on_single`). Masked positions may hold NaN.
 
     Args:
         num_features: The number of channels.
@@ -35,11 +35,13 @@ class BatchNorm(nnx.BatchNorm):
         alpha: α of "elu".
         on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged if the mean or variance of a
             batch is not finite.
+        on_single: "error", or "running" to normalize a training batch with one value per channel (with a mask: at most
+            one that counts), over all devices, by the running statistics, and leave them unchanged.
         **stock: The other arguments of `flax.nnx.BatchNorm`, such as `momentum`, `epsilon`, `axis` (one axis),
             `axis_name`, `dtype` and `rngs`.
 
     Raises:
-        ValueError: activation or on_nonfinite is unknown, or axis has several axes.
+        ValueError: activation, on_nonfinite or on_single is unknown, or axis has several axes.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
 
@@ -61,6 +63,7 @@ class BatchNorm(nnx.BatchNorm):
         negative_slope: float = 0.01,
         alpha: float = 1.0,
         on_nonfinite: str = "propagate",
+        on_single: str = "error",
         **stock: Any,
     ) -> None:
         super().__init__(num_features, **stock)
@@ -68,6 +71,7 @@ class BatchNorm(nnx.BatchNorm):
         self.negative_slope = negative_slope
         self.alpha = alpha
         self.on_nonfinite = on_nonfinite
+        self.on_single = on_single
         options_of(self)
 
     def __call__(
