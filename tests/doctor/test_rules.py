@@ -131,6 +131,18 @@ def test_pruned_weights_have_stale_statistics() -> None:
     assert found["BN102"].severity == Severity.ERROR
 
 
+def test_an_evaluation_without_eval_comes_before_what_was_measured() -> None:
+    model, data = trained("plain"), batches(24, 4)
+    found = diagnose(model, data, loss=criterion, evaluate=lambda model: model(data[0][0])).findings
+    assert [finding.code for finding in found if finding.severity == Severity.WARNING][:2] == ["BN208", "BN104"]
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    optimizer = torch.optim.SGD(trained("plain").parameters(), 0.1)
+    with pytest.raises(ValueError, match="an optimizer of the model's parameters, got SGD with none of them. A copy"):
+        diagnose(trained("plain"), batches(1), optimizer=optimizer)
+
+
 def test_statistics_that_lag_after_a_jump_of_the_learning_rate_are_no_error() -> None:
     model = trained("plain")
     optimizer, data = train(model, 10, lr=0.1, falls=False), batches(5, start=0)

@@ -87,7 +87,8 @@ def diagnose(
         TypeError: model is not a module, data is not an iterable of batches, or a batch does not fit the model's
             `forward`.
         ValueError: the model has no batch normalization, or lazy layers before their first batch; its parameters are
-            sharded (FSDP, tensor parallel); an argument is out of range; data are empty.
+            sharded (FSDP, tensor parallel); the optimizer has no parameter of the model; an argument is out of range;
+            data are empty.
         ImportError: progress without rich.
         RuntimeError: with process_group, another process failed.
 
@@ -99,7 +100,7 @@ def diagnose(
     """
     together = process_group is not None
     with Processes("diagnose", process_group, synchronize=together) as processes:
-        _check(model, data, max_samples, budget)
+        _check(model, data, optimizer, max_samples, budget)
         inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
         kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
         with restored(kept, buffers=True), bar("diagnose", progress, processes.check) as shown, eager():
@@ -173,11 +174,20 @@ def _reason(layer: Layer) -> str:
     return "the first dimension of its input is not the dimension of the samples"
 
 
-def _check(model: nn.Module, data: Any, max_samples: int | None, budget: int) -> None:
+def _check(
+    model: nn.Module, data: Any, optimizer: torch.optim.Optimizer | None, max_samples: int | None, budget: int
+) -> None:
     check_model("diagnose", model)
     check_not_sharded("diagnose", model)
     if data is not None:
         check_data("diagnose", data)
     check_max_samples("diagnose", max_samples)
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                f"diagnose expects an optimizer of the model's parameters, got {type(optimizer).__name__} with none of "
+                "them. A copy, such as one with averaged weights, has parameters of its own: leave optimizer= out."
+            )
     if budget < 0:
         raise ValueError(f"diagnose expects budget >= 0, got {budget}. 0 makes no pass for single layers.")

@@ -37,6 +37,7 @@ _SCALED, _UNEVEN = 0.2, 0.25
 _AVERAGES = re.compile(r"Averag|EMA(?![a-z])|Ema(?![a-z])|SWA")
 
 _LAG = "a learning rate that is still high explains how far off the running statistics are"
+_SLIGHTLY = "a learning rate that is still high, or averaged weights, explain how far off the running statistics are"
 _CHANGED = (
     "the weights changed after the running statistics, for example by averaging (SWA, EMA), pruning, quantization or "
     "training in evaluation mode"
@@ -61,9 +62,9 @@ class Cause:
     summary: str = ""
 
     @classmethod
-    def lag(cls, evidence: tuple[str, ...]) -> Cause:
+    def lag(cls, evidence: tuple[str, ...], summary: str = _LAG) -> Cause:
         """Return the cause of statistics that follow weights which change fast."""
-        return cls("lag", tuple(line for line in evidence if line != _UNSURE), _LAG)
+        return cls("lag", tuple(line for line in evidence if line != _UNSURE), summary)
 
     @property
     def may_be_lag(self) -> bool:
@@ -161,7 +162,7 @@ def cause_of(
         summary = "the weights are averages, but the running statistics belong to other weights"
         return Cause("averaged", (averaged,), summary)
     if cause.kind in ("stale", "unknown") and not cause.summary and not any(distance.matters for distance in off):
-        return Cause.lag(cause.evidence)
+        return Cause.lag(cause.evidence, _SLIGHTLY)
     if cause.kind == "stale" and not cause.summary:
         return replace(cause, summary=_CHANGED)
     if cause.kind == "shift":

@@ -29,9 +29,9 @@ class StaleStatistics(Rule):
         while later ones do not. If no sign decides, the finding is BN102 and says that it is unsure. Recalibration
         fixes both.
 
-        If no layer is off by more than 0.25 standard deviations or a factor of 1.22, a learning rate that is still high
-        in the last steps explains the distance: the weights change faster than the running average follows. A lower
-        rate at the end of training removes it, and so does recalibration. Just after a jump of the learning rate, the
+        If no layer is off by more than 0.25 standard deviations or a factor of 1.22, the usual cause is a learning rate
+        that is still high in the last steps: the weights change faster than the running average follows. A lower rate
+        at the end of training removes the distance, and so does recalibration. Averaged weights can cause it, too. Just after a jump of the learning rate, the
         distance is larger. If the optimizer is given (`optimizer=`), the diagnosis therefore gives a copy of the model
         statistics that fit, and trains it for 1/momentum steps, at most 20. If its running statistics then do as much
         harm, the learning rate explains the distance.

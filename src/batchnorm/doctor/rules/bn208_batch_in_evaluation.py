@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, layers_listed, listed
 
@@ -53,7 +55,7 @@ class BatchInEvaluation(Rule):
 
     def _in_training(self, m: Measurements, paths: tuple[str, ...], summary: str, repair: str) -> Findings:
         effect = m.training_mode_effect
-        yield self.finding(
+        found = self.finding(
             Severity.WARNING if effect is None else max(Severity.WARNING, effect.severity),
             paths,
             summary,
@@ -64,6 +66,7 @@ class BatchInEvaluation(Rule):
             ],
             repair=repair,
         )
+        yield replace(found, confidence="certain")  # the mode was observed; only its cost is measured
 
 
 _REPAIR_OF_TRAIN = """\
