@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,30 +14,9 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from batchnorm.doctor import Severity
+from tests.doctor.case import Case, norms
 from tests.doctor.defective import AlwaysTraining, Checkpointed, OnlyNamed, Recurrent, Sequences, Table, WithActivation
 from tests.doctor.networks import Plain, batches, criterion, digits, train, trained
-
-Batches = list[tuple[Tensor, Tensor]] | None
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and data to diagnose, and the severity of the planted defect."""
-
-    model: nn.Module
-    data: Batches
-    options: dict[str, Any] = field(default_factory=dict)
-    severity: Severity = Severity.NOTE
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-def healthy() -> Case:
-    return Case(trained("plain"), batches(), {"loss": criterion})
-
-
-def norms(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-
 
 # Planted ----------------------------------------------------------------------------------------------------------
 

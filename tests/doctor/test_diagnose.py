@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.doctor import Diagnosis, Finding, Severity, diagnose
-from batchnorm.doctor.finding import causes_first
+from batchnorm.doctor import Diagnosis, Severity, diagnose
 from batchnorm.doctor.inspection import inspect_layers
 from batchnorm.doctor.measure.measuring import measure_model
 from batchnorm.doctor.rules import load_rules
@@ -360,42 +359,3 @@ def test_the_bar_says_how_long_it_will_take(capsys) -> None:
 )
 def test_the_number_of_batches_is_known_where_it_can_be(data, most, number) -> None:
     assert Batches(data, most).expected(10) == number
-
-
-def planted(code: str, severity: Severity, *causes: str, confidence: str = "high") -> Finding:
-    return Finding(code, "", severity, (), "", confidence=confidence, causes=causes)
-
-
-@pytest.mark.parametrize(
-    ("findings", "expected"),
-    [
-        ([planted("BN1", Severity.ERROR, "BN2"), planted("BN2", Severity.NOTE)], ["BN2", "BN1"]),
-        ([planted("BN1", Severity.WARNING), planted("BN2", Severity.ERROR)], ["BN2", "BN1"]),
-        ([planted("BN1", Severity.WARNING), planted("BN2", Severity.WARNING, confidence="certain")], ["BN2", "BN1"]),
-        (
-            [
-                planted("BN1", Severity.WARNING),
-                planted("BN2", Severity.WARNING),
-                planted("BN3", Severity.WARNING, "BN2"),
-            ],
-            ["BN2", "BN1", "BN3"],
-        ),
-    ],
-    ids=["a cause before what it explains", "the worst first", "certain first", "one that explains another first"],
-)
-def test_findings_are_ordered_by_what_explains_what(findings: list[Finding], expected: list[str]) -> None:
-    for given in (findings, findings[::-1]):
-        assert [finding.code for finding in causes_first(given)] == expected
-
-
-def test_no_rule_is_a_cause_of_itself_through_others() -> None:
-    direct = {rule.code: rule.causes for rule in load_rules()}
-    assert all(code in direct for causes in direct.values() for code in causes)
-    for start in direct:
-        reached, waiting = set[str](), list(direct[start])
-        while waiting:
-            code = waiting.pop()
-            if code not in reached:
-                reached.add(code)
-                waiting += direct[code]
-        assert start not in reached

@@ -19,7 +19,8 @@ from batchnorm.doctor import Finding, Severity, diagnose
 from batchnorm.doctor.report.page import is_code
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import example_as_code, loader_as_code, samples_as_code
-from tests.doctor.cases import PLANTED, Case, four_processes
+from tests.doctor.case import Case
+from tests.doctor.cases import PLANTED, four_processes
 from tests.doctor.defective import Sequences
 from tests.doctor.measure.test_padding import Masked, of_photographs, with_labels
 from tests.doctor.networks import Plain, batches, criterion, train, trained

@@ -17,7 +17,8 @@ import batchnorm
 from batchnorm.doctor import Diagnosis, Severity, diagnose, watch
 from batchnorm.doctor.rules import load_rules
 from batchnorm.rule_texts import rule_texts
-from tests.doctor.cases import HEALTHY, PLANTED, RELATED, Case, healthy
+from tests.doctor.case import Case, healthy
+from tests.doctor.cases import HEALTHY, PLANTED, RELATED
 from tests.doctor.networks import Plain, batches, criterion, train, trained
 
 CODES = [rule.code for rule in load_rules()]

@@ -6,9 +6,6 @@ import copy
 import io
 import itertools
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,58 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm import reference
-from batchnorm.nn.sync import SyncBatchNorm
 from tests.cases import CASES, EPS, Case
+from tests.nn.processes.sync_group import PROCESSES, Group, collectives, leaf, network, wide
 from tests.tolerance import Terms, assert_within, bound
 
-PROCESSES = 4
 ONE_VALUE = r"SyncBatchNorm expects more than one value per channel in training over all processes, got one"
-
-
-class Group:
-    """A group of the first `size` processes, and the rank of this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.rank = size, dist.get_rank()
-        self.process_group = dist.new_group(range(size), timeout=timedelta(seconds=120))
-
-    def cuts(self, n: int) -> list[int]:
-        """Return where n samples are split: unevenly, and with more than two processes, one has none."""
-        return {2: [n - n // 4], 3: [n // 3, n // 3], 4: [0, (n + 2) // 3, n - n // 4]}[self.size]
-
-    def share(self, t: Tensor) -> Tensor:
-        return t.tensor_split(self.cuts(t.shape[0]))[self.rank]
-
-    def total(self, t: Tensor) -> Tensor:
-        total = t.detach().to(torch.float64, copy=True)
-        dist.all_reduce(total, group=self.process_group)
-        return total
-
-    def layer(self, num_features: int, **options: Any) -> SyncBatchNorm:
-        return SyncBatchNorm(num_features, process_group=self.process_group, **options)
-
-
-def wide(t: Tensor | None) -> np.ndarray | None:
-    return None if t is None else t.detach().double().numpy()
-
-
-@contextmanager
-def collectives() -> Iterator[Counter[str]]:
-    """Count the collectives of the block."""
-    counted: Counter[str] = Counter()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        yield counted
-    counted.update(event.name for event in found.events() if event.name.startswith("gloo:"))
-
-
-def leaf(t: Tensor) -> Tensor:
-    return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
 
 # Every number of processes
@@ -118,13 +73,6 @@ def _case(group: Group, case: Case) -> None:
     allowed = bound(terms.deviation() + np.abs(mean), kept)
     assert_within(layer.running_mean, mean, allowed, f"{case.id}: running_mean")
     assert_within(layer.running_var, var, bound(var, kept), f"{case.id}: running_var")
-
-
-def network(norm: Callable[[int], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 5, 3, bias=False), norm(5), nn.Flatten(), nn.Linear(80, 2)
-    ).double()
 
 
 def training_under_ddp_is_training_on_the_joined_batch(group: Group) -> None:
