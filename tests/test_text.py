@@ -79,7 +79,7 @@ def test_a_diagnosis_is_safe_to_print_and_to_show(tmp_path: Path) -> None:
 def test_the_table_of_layers_is_safe(capsys) -> None:
     from rich.console import Console
 
-    from batchnorm.doctor.inspection import inspect_layers
+    from batchnorm.doctor.pytorch.inspection import inspect_layers
 
     console = Console(width=900, file=sys.stdout, record=True)
     console.print(layer_table(inspect_layers(model(), (torch.randn(2, 3, 6, 6),))))

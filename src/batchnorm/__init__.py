@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from batchnorm import state as state
     from batchnorm import surgery as surgery
     from batchnorm._backends import backends
-    from batchnorm.doctor.diagnose import diagnose
-    from batchnorm.doctor.watch import watch
+    from batchnorm.doctor.pytorch.diagnosing import diagnose
+    from batchnorm.doctor.watching import watch
     from batchnorm.memory import keep_memory
     from batchnorm.moments import Moments
     from batchnorm.nn import *
@@ -179,7 +179,7 @@ if not TYPE_CHECKING:  # type checkers would accept every name
             if name in _MODULES:
                 return import_module(f"{__name__}.{name}")
             home = import_module(f"{__name__}.{_HOMES.get(name, 'nn')}")
-        globals()[name] = value = getattr(home, name)
+            globals()[name] = value = getattr(home, name)
         return value
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import batchnorm as bn
 from batchnorm.distributed.owners import check_not_sharded, sharded_modules
-from batchnorm.doctor.inspection import inspect_layers
+from batchnorm.doctor.pytorch.inspection import inspect_layers
 from tests.processes import run_checks
 
 SHARDED = r"expects parameters that are whole on every process, got .*shards\. Call .* before sharding, or "

@@ -17,8 +17,8 @@ _PACKAGES = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow", "numpy"
 BACKENDS = tuple(_PACKAGES)
 
 
-def run_cases(backend: str, *files: str) -> None:
-    """Run files of `cases`, and docstring examples of modules, and fail with their output."""
+def run_cases(backend: str, *files: str, plugins: tuple[str, ...] = ()) -> None:
+    """Run files of `cases`, and docstring examples of modules, with plugins for pytest; fail with their output."""
     if importlib.util.find_spec("keras") is None or importlib.util.find_spec(_PACKAGES[backend]) is None:
         pytest.skip(f"Keras or {backend} is not installed")
     environment = {
@@ -34,6 +34,7 @@ def run_cases(backend: str, *files: str) -> None:
     # One configuration for the cases, without the project's conftest.py, which imports torch.
     pytest_options = ["-c", str(_CASES / "pytest.ini"), "--rootdir", str(_ROOT), "--confcutdir", str(_CASES)]
     command = [sys.executable, "-m", "pytest", *pytest_options, "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command += [option for plugin in plugins for option in ("-p", plugin)]
     paths = [str(_ROOT / file if "/" in file else _CASES / file) for file in files]
     done = subprocess.run([*command, *paths], env=environment, cwd=_ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"

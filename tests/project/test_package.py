@@ -194,7 +194,7 @@ def test_star_import_binds_every_public_name():
 
 def test_a_function_is_not_hidden_by_a_module_that_is_imported_later():
     importlib.import_module("batchnorm.recalibration.recalibrate")
-    importlib.import_module("batchnorm.doctor.watch.watcher")
+    importlib.import_module("batchnorm.doctor.watching.watcher")
     assert callable(batchnorm.recalibrate) and callable(batchnorm.doctor.watch)
 
 

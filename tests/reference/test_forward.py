@@ -308,6 +308,11 @@ def test_merged_moments_are_those_of_all_data(seed: int, sizes: list[int], shift
     assert_allclose(merged.m2, whole.m2, rtol=1e-8)
 
 
+def test_merged_parts_of_a_constant_deviate_by_exactly_0() -> None:
+    merged = ref.merge([ref.moments(np.full((size, 1), 1000.1)) for size in (3, 7, 11)])
+    assert_array_equal([merged.mean, merged.m2], [[1000.1], [0.0]])
+
+
 def test_merge_skips_empty_parts_with_nan() -> None:
     whole = ref.moments([[1.0], [2.0], [4.0]])
     empty = ref.Moments(np.array(0.0), np.array([np.nan]), np.array([np.nan]), np.array(0.0))

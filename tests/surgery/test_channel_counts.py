@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.doctor.inspection import inspect_layers
+from batchnorm.doctor.pytorch.inspection import inspect_layers
 
 X = torch.linspace(-1, 2, 2 * 3 * 8 * 8).sin().reshape(2, 3, 8, 8)
 

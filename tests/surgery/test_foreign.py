@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import batchnorm as bn
-from batchnorm.doctor.inspection import inspect_layers
+from batchnorm.doctor.pytorch.inspection import inspect_layers
 from tests.foreign_layers import FOREIGN, Detr, drawn
 
 X = torch.linspace(-1, 2, 4 * 3 * 8 * 8).sin().reshape(4, 3, 8, 8)

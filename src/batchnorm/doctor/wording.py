@@ -10,6 +10,8 @@ from batchnorm.text import printable
 
 # Code for the data set of a loader.
 DATASET = "training_data.dataset"
+# Code for arguments of a model that cannot be written.
+EXAMPLE = "example_inputs"
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -90,7 +92,7 @@ def example_as_code(values: Iterable[Any], names: Iterable[str] = ()) -> str:
     """Return code for random arguments of a model with the shapes of these; `example_inputs` if one is not a tensor."""
     code = list(map(_tensor_as_code, values))
     if not code or "" in code:
-        return "example_inputs"
+        return EXAMPLE
     names = list(names)
     if names:
         return f"dict({', '.join(f'{name}={one}' for name, one in zip(names, code, strict=True))})"

@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.doctor.watch import Watch, watch
+from batchnorm.doctor.watching import Watch, watch
 
 if TYPE_CHECKING:
     from typing import Any as Callback

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.doctor.watch import Watch, watch
+from batchnorm.doctor.watching import Watch, watch
 
 if TYPE_CHECKING:
     from typing import Any as TrainerCallback

@@ -5,25 +5,12 @@
 environment variable `KERAS_BACKEND` or `keras.json`, before Keras is imported.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from batchnorm._frameworks import required_by
 
 with required_by("batchnorm.keras"):
+    from batchnorm.keras.doctor import diagnose
     from batchnorm.keras.layer import BatchNormalization
     from batchnorm.keras.recalibration import recalibrate
     from batchnorm.keras.surgery import convert, fold, freeze, unfreeze
 
-if TYPE_CHECKING:
-    from batchnorm.keras.doctor import diagnose
-
 __all__ = ["BatchNormalization", "convert", "diagnose", "fold", "freeze", "recalibrate", "unfreeze"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import `diagnose` when it is first used, because it needs PyTorch on every backend."""
-    if name != "diagnose":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with required_by("batchnorm.keras.diagnose"):
-        from batchnorm.keras.doctor import diagnose
-    return diagnose

@@ -122,7 +122,9 @@ def merge(parts: Sequence[Moments]) -> Moments:
     mean_k = np.where(n > 0, np.stack([part.mean for part in parts]), 0.0)
     m2_k = np.where(n > 0, np.stack([part.m2 for part in parts]), 0.0)
     count = n.sum(0)
-    mean = (n * mean_k).sum(0) / divisor(count)
+    # Differences from one of the means keep the precision of means far from 0, and equal means exactly equal.
+    pivot = np.take_along_axis(mean_k, n.argmax(0)[None], axis=0)[0]
+    mean = pivot + (n * (mean_k - pivot)).sum(0) / divisor(count)
     m2 = m2_k.sum(0) + (n * (mean_k - mean) ** 2).sum(0)
     return Moments(count[..., 0], mean, m2, np.sum([part.count_squares for part in parts], axis=0))
 

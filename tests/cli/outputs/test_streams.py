@@ -147,7 +147,7 @@ def test_an_error_of_the_program_is_neither_a_finding_nor_an_interruption(
     def fail(*arguments: object, **options: object) -> None:
         raise kind("a fault")
 
-    monkeypatch.setattr("batchnorm.doctor.inspection.inspect_layers", fail)
+    monkeypatch.setattr("batchnorm.doctor.pytorch.inspection.inspect_layers", fail)
     assert code_of("inspect net_for_streams:build") == cli.INTERNAL
     assert f"{kind.__name__}: a fault" in capsys.readouterr().err
 

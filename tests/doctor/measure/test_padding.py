@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.doctor import Finding, Severity, diagnose
-from batchnorm.doctor.measure.padding import find_padding
+from batchnorm.doctor.pytorch.padding import find_padding
 from tests.doctor.networks import Plain, batches, criterion, digits
 
 Images = list[Tensor]

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from keras import layers
 
-pytest.importorskip("torch")
-
 from batchnorm.keras.doctor import diagnose
 from batchnorm.keras.models.layers import as_numpy, norm_layers
 from batchnorm.keras.recalibration import recalibrate
@@ -115,7 +113,7 @@ def new_statistics(model: Any) -> Any:
     return assigned(assigned(model, "moving_mean", np.zeros(24)), "moving_variance", np.ones(24))
 
 
-@pytest.mark.parametrize("code", chosen(PLANTED, ["BN102", "BN107"]))
+@pytest.mark.parametrize("code", chosen(PLANTED, ["BN101", "BN102", "BN104", "BN107", "BN204", "BN205", "BN206"]))
 def test_a_planted_fault_is_found_with_a_fix_for_keras(code: str) -> None:
     model, batches, least = PLANTED[code]()
     diagnosis = diagnose(model, batches, loss=loss)

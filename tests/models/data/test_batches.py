@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import batchnorm as bn
 from batchnorm.compare.training.measurements import _loss_and_accuracy
-from batchnorm.doctor.inspection import inspect_layers
+from batchnorm.doctor.pytorch.inspection import inspect_layers
 from batchnorm.models.data.batches import as_tensors, own_copy
 
 

@@ -31,7 +31,7 @@ def inspect(ctx: click.Context, /, model: str, weights: Weights | None, size: st
     Examples:
       batchnorm inspect net:build --weights net.pth --input 1,3,224,224
     """
-    from batchnorm.doctor.inspection import inspect_layers
+    from batchnorm.doctor.pytorch.inspection import inspect_layers
 
     usage_error = usage_errors_of(ctx)
     built = network(model, weights, usage_error)

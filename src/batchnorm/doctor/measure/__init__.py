@@ -1,1 +1,1 @@
-"""Measure a model: its layers, the passes over its data, and the measurements that the rules read."""
+"""The measurements of a model, in NumPy, and what follows from them, for models of every framework."""

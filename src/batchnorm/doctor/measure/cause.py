@@ -8,18 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.fx.node import Node
-from torch.linalg import lstsq
-from torch.optim.swa_utils import AveragedModel
+import numpy as np
 
 from batchnorm.doctor.finding import Severity, one_less
 from batchnorm.doctor.measure.distance import Distance
 from batchnorm.doctor.measure.effect import Effect
 from batchnorm.doctor.measure.layers import Layer, remaining
-from batchnorm.doctor.measure.traced import tensor_of
 from batchnorm.doctor.wording import counted, listed, named
-from batchnorm.models.graphs.model_graph import Trace
 
 # Share of a layer's deviation that no change of its input can cause. Below the first value, the data have changed.
 # Above the second, the weights have changed.
@@ -139,7 +134,6 @@ def suspects(distances: tuple[Distance, ...], effect: Effect, gap: Effect | None
 def cause_of(
     off: tuple[Distance, ...],
     distances: tuple[Distance, ...],
-    trace: Trace | None,
     dropout_scale: Mapping[str, float],
     averaged: str,
 ) -> Cause:
@@ -148,15 +142,11 @@ def cause_of(
     Args:
         off: The layers that do not fit, worst first.
         distances: All layers that can be compared.
-        trace: The traced model.
         dropout_scale: The layers whose input dropout changes.
         averaged: Why the weights are known to be averages; empty if they are not.
     """
     cause = (
-        _too_few_updates(off)
-        or _of_the_data(off)
-        or _of_dropout(off, dropout_scale)
-        or _of_weights_or_data(distances, trace)
+        _too_few_updates(off) or _of_the_data(off) or _of_dropout(off, dropout_scale) or _of_weights_or_data(distances)
     )
     if averaged and cause.kind in ("stale", "unknown"):
         summary = "the weights are averages, but the running statistics belong to other weights"
@@ -172,12 +162,9 @@ def cause_of(
     return cause
 
 
-def averaging_of(model: nn.Module) -> str:
-    """Return why the weights of a model are known to be averages; empty if they are not known to be."""
-    name = type(model).__name__
-    if isinstance(model, AveragedModel):
-        return f"{name} holds the average of {counted(int(model.n_averaged), 'model')}" if model.n_averaged > 1 else ""
-    return f"{name} is named after averaging" if _AVERAGES.search(name) else ""
+def averaging_by_name(kind: str) -> str:
+    """Return that the weights of a model are averages, if its class is named after that; otherwise an empty string."""
+    return f"{kind} is named after averaging" if _AVERAGES.search(kind) else ""
 
 
 def _too_few_updates(off: tuple[Distance, ...]) -> Cause | None:
@@ -214,7 +201,7 @@ def _of_dropout(off: tuple[Distance, ...], dropout_scale: Mapping[str, float]) -
     return Cause("dropout", ("dropout increases the variance of their inputs in training",))
 
 
-def _of_weights_or_data(distances: tuple[Distance, ...], trace: Trace | None) -> Cause:
+def _of_weights_or_data(distances: tuple[Distance, ...]) -> Cause:
     """Return whether the weights or the data have changed.
 
     The mean of a convolution's output over samples and positions is S·m, where m are the means of its input channels
@@ -224,7 +211,7 @@ def _of_weights_or_data(distances: tuple[Distance, ...], trace: Trace | None) ->
     """
     # Changed weights also change the inputs of later layers, so only the first layer that is off indicates the data.
     called = sorted(distances, key=lambda distance: distance.layer.order)
-    shares = [(d, _unexplained_share(d, trace)) for d in called if d.shift > _MEASURABLE]
+    shares = [(d, _unexplained_share(d)) for d in called if d.shift > _MEASURABLE]
     first, share = shares[0] if shares else (called[0], None)
     later = [(d, share) for d, share in shares[1:] if share is not None and share > _WEIGHTS]
     if share is None and later:
@@ -252,34 +239,25 @@ def _of_weights_or_data(distances: tuple[Distance, ...], trace: Trace | None) ->
 
 
 def _normalizes_data(distance: Distance) -> bool:
-    return distance.layer.place is not None and distance.layer.place.source.op == "placeholder"
+    return distance.layer.place is not None and distance.layer.place.normalizes_data
 
 
-def _unexplained_share(distance: Distance, trace: Trace | None) -> float | None:
+@np.errstate(all="ignore")
+def _unexplained_share(distance: Distance) -> float | None:
     """Return the share of a layer's deviation outside the range of S, relative to that of a random vector."""
     layer = distance.layer
     place, population = layer.place, layer.population
-    if trace is None or place is None or not place.follows_linear or population is None or layer.running is None:
+    if place is None or place.weight_sums is None or population is None or layer.running is None:
         return None
-    weight = _weight_of(place.source, trace)
-    if weight is None:
-        return None
-    sums = weight.detach().double().cpu().flatten(2).sum(2) if weight.dim() > 2 else weight.detach().double().cpu()
+    sums = place.weight_sums()
     channels, inputs = sums.shape
     if channels != len(population.mean) or channels < 2 * inputs:
         return None
-    scale = (population.var + layer.eps).sqrt().cpu()
+    scale = np.sqrt(population.var + layer.eps)
     sums = sums / scale[:, None]
-    deviation = (layer.running.mean[0].cpu() - population.mean.cpu()) / scale
-    within = sums @ lstsq(sums, deviation[:, None], driver="gelsd").solution
-    outside = float((deviation - within[:, 0]).norm() / deviation.norm().clamp_min(1e-30))
-    return outside / math.sqrt((channels - inputs) / channels)
-
-
-def _weight_of(call: Node, trace: Trace) -> Tensor | None:
-    """Return the weight of a plain convolution or linear layer; a grouped one sees only its own channels."""
-    argument = call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
-    groups = call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)
-    if "transpose" in getattr(call.target, "__name__", "") or groups != 1:
+    deviation = (layer.running.mean[0] - population.mean) / scale
+    if not np.isfinite(sums).all():  # of weights, or of a constant channel without ε
         return None
-    return tensor_of(argument, trace)
+    within = sums @ np.linalg.lstsq(sums, deviation, rcond=None)[0]
+    outside = float(np.linalg.norm(deviation - within) / max(np.linalg.norm(deviation), 1e-30))
+    return outside / math.sqrt((channels - inputs) / channels)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.layers import Layer, median
 from batchnorm.doctor.wording import named
 
 # Calls of a layer are different populations from this distance of the means in σ, or ratio of the deviations minus 1.
@@ -51,6 +51,7 @@ class Distance:
         )
 
 
+@np.errstate(all="ignore")
 def distance_of(layer: Layer, samples: int, batch_size: float) -> Distance | None:
     """Compare running statistics and population; return None if one of them is missing."""
     population = layer.population
@@ -58,31 +59,32 @@ def distance_of(layer: Layer, samples: int, batch_size: float) -> Distance | Non
         return None
     mean, var = population.mean, population.var + layer.eps
     running_mean, running_var = layer.running.mean[0], layer.running.var[0] + layer.eps
-    if not bool((running_mean + running_var).isfinite().all()):
+    if not bool(np.isfinite(running_mean + running_var).all()):
         return None
     # With the σ of a constant channel, √ε, every distance would be huge.
-    varies = torch.where(population.m2 > 0, var, running_var)
-    square = (running_mean - mean).square() / varies
+    varies = np.where(population.m2 > 0, var, running_var)
+    square = np.square(running_mean - mean) / varies
     # Both the average over the last 1/a batches and the measured mean have a sampling error.
     a = min(layer.momentum or 0.0, 1.0)
     by_chance = layer.samples.error_of_mean(samples) + layer.samples.error_of_mean(batch_size) * a / (2 - a)
-    shift = float((square - by_chance / varies).mean().clamp_min(0).sqrt())
-    ratio = (var / running_var.clamp_min(1e-30)).log()
-    divergence = 0.5 * (ratio.exp() + (running_mean - mean).square() / running_var.clamp_min(1e-30) - 1 - ratio)
-    unevenness = (ratio - ratio.median()).abs().median() / 2 if len(ratio) >= 8 else math.inf
-    return Distance(layer, shift, float(ratio.abs().median() / 2), float(divergence.mean()), float(unevenness))
+    shift = float(np.sqrt(np.maximum((square - by_chance / varies).mean(), 0.0)))
+    ratio = np.log(var / np.maximum(running_var, 1e-30))
+    divergence = 0.5 * (np.exp(ratio) + np.square(running_mean - mean) / np.maximum(running_var, 1e-30) - 1 - ratio)
+    unevenness = median(np.abs(ratio - median(ratio))) / 2 if len(ratio) >= 8 else math.inf
+    return Distance(layer, shift, median(np.abs(ratio)) / 2, float(divergence.mean()), unevenness)
 
 
+@np.errstate(all="ignore")
 def distance_of_calls(layer: Layer) -> tuple[float, float]:
     """Return the largest distance between the calls' means in σ, and the largest ratio of their σ.
 
     The first is the root mean square over the channels, the second the median.
     """
-    means = torch.stack([moments.mean for moments in layer.calls])
-    deviations = torch.stack([(moments.var + layer.eps).sqrt() for moments in layer.calls])
-    pooled = deviations.square().mean(0).sqrt()
-    shift = ((means.amax(0) - means.amin(0)) / pooled).square().mean().sqrt()
-    return float(shift), float((deviations.amax(0) / deviations.amin(0).clamp_min(1e-30)).median())
+    means = np.stack([moments.mean for moments in layer.calls])
+    deviations = np.stack([np.sqrt(moments.var + layer.eps) for moments in layer.calls])
+    pooled = np.sqrt(np.square(deviations).mean(0))
+    shift = np.sqrt(np.square(np.ptp(means, axis=0) / pooled).mean())
+    return float(shift), median(deviations.max(0) / np.maximum(deviations.min(0), 1e-30))
 
 
 def different_calls(layer: Layer) -> bool:

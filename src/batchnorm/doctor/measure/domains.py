@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations, groupby
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm.doctor.measure.independence import independence_of
+
+Array = NDArray[np.float64]
+Numbers = NDArray[np.integer]
 
 # Largest number of domains that are distinguished.
 _MOST = 4
@@ -36,7 +39,7 @@ class Domains:
         return 1 + max(self.of_batches)
 
 
-def domains_of(values: Mapping[str, Tensor], batch: Tensor) -> Domains | None:
+def domains_of(values: Mapping[str, Array], batch: Numbers) -> Domains | None:
     """Divide the batches into domains; return None if they do not come from a few domains in turn.
 
     A group of batches whose samples depend on their batches is divided at the largest gap between the
@@ -47,16 +50,17 @@ def domains_of(values: Mapping[str, Tensor], batch: Tensor) -> Domains | None:
         values: `[samples, channels]` for each layer: the mean of each sample over its positions.
         batch: `[samples]`: the number of each sample's batch.
     """
-    _, batch = batch.unique(return_inverse=True)
-    joined = torch.cat(list(values.values()), 1)
-    deviation = joined.std(0)
-    joined = (joined - joined.mean(0)) / deviation.where(deviation > 0, 1.0)
-    means = torch.stack([joined[batch == number].mean(0) for number in range(int(batch.max()) + 1)])
-    waiting, found = [torch.arange(len(means), device="cpu")], list[Tensor]()
+    _, batch = np.unique(batch, return_inverse=True)
+    joined = np.concatenate(list(values.values()), 1)
+    joined = joined[:, np.ptp(joined, axis=0) > 0]
+    joined = (joined - joined.mean(0)) / joined.std(0)
+    means = np.stack([joined[batch == number].mean(0) for number in range(int(batch.max()) + 1)])
+    waiting: list[Numbers] = [np.arange(len(means))]
+    found: list[Numbers] = []
     most = float(independence_of(joined, batch, permutations=0).inflation.mean())
     while waiting:
         group = waiting.pop()
-        inside = torch.isin(batch, group)
+        inside = np.isin(batch, group)
         test = independence_of(joined[inside], batch[inside])
         if not test.rejected or float(test.inflation.mean()) < _INSIDE * most:
             found.append(group)
@@ -73,24 +77,24 @@ def domains_of(values: Mapping[str, Tensor], batch: Tensor) -> Domains | None:
     runs = [domain for domain, _ in groupby(of_batches)]
     if min(runs.count(domain) for domain in range(len(found))) < 2:
         return None
-    domain = torch.tensor(of_batches, device="cpu")[batch]
+    domain = np.array(of_batches)[batch]
     return Domains(of_batches, {path: _distance(of_layer, domain) for path, of_layer in values.items()})
 
 
-def _divided(group: Tensor, means: Tensor) -> list[Tensor]:
+def _divided(group: Numbers, means: Array) -> list[Numbers]:
     """Divide a group of batches at the largest gap between their means, along the first principal component."""
     of_group = means[group] - means[group].mean(0)
-    position = of_group @ torch.linalg.svd(of_group, full_matrices=False).Vh[0]
-    position, order = position.sort()
-    cut = 1 + int(position.diff().argmax())
-    return [group[order[:cut]].sort().values, group[order[cut:]].sort().values]
+    position = of_group @ np.linalg.svd(of_group, full_matrices=False)[2][0]
+    order = position.argsort()
+    cut = 1 + int(np.diff(position[order]).argmax())
+    return [np.sort(group[order[:cut]]), np.sort(group[order[cut:]])]
 
 
-def _distance(values: Tensor, domain: Tensor) -> float:
+def _distance(values: Array, domain: Numbers) -> float:
     groups = [values[domain == number] for number in range(int(domain.max()) + 1)]
-    within = torch.stack([group.var(0) for group in groups]).mean(0)
-    varies = within > 0
-    if not bool(varies.any()):
+    varies = np.any([np.ptp(group, axis=0) > 0 for group in groups], axis=0)
+    if not varies.any():
         return 0.0
-    pairs = combinations([group.mean(0)[varies] for group in groups], 2)
-    return max(float(((a - b).square() / within[varies]).mean().sqrt()) for a, b in pairs)
+    within = np.mean([group[:, varies].var(0, ddof=1) for group in groups], axis=0)
+    pairs = combinations([group[:, varies].mean(0) for group in groups], 2)
+    return max(float(np.sqrt((np.square(a - b) / within).mean())) for a, b in pairs)

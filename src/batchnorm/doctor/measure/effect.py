@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.wording import figure, signed
@@ -20,33 +21,46 @@ LOSS_MATTERS, LOSS_SEVERE = 0.1, 0.5
 OUTPUT_MATTERS_ALONE = 0.4
 
 
+# Largest number of features that are kept of a sample's output; a larger output is sampled evenly.
+_KEPT_FEATURES = 1024
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The results of one pass over the batches.
 
     Attributes:
-        outputs: The first floating-point tensor that the model returned for each batch: `[N, K]` unchanged, any other
-            as `[N, features, 1]`.
+        outputs: The features of the first floating-point array that the model returned for each batch.
         losses: Loss of each batch; empty without a loss.
     """
 
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[NDArray[np.float64]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
-    def add(self, output: Tensor | None, loss: float | None) -> None:
+    def add(self, output: NDArray[np.float64] | None, loss: float | None) -> None:
         """Add a batch; None is left out."""
         self.outputs.extend([] if output is None else [output])
         self.losses.extend([] if loss is None else [loss])
 
     @property
-    def shapes(self) -> list[torch.Size]:
+    def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the outputs."""
         return [y.shape for y in self.outputs]
 
     @property
     def finite(self) -> bool:
         """Whether every output and loss is finite."""
-        return all(bool(y.isfinite().all()) for y in self.outputs) and all(map(math.isfinite, self.losses))
+        return all(bool(np.isfinite(y).all()) for y in self.outputs) and all(map(math.isfinite, self.losses))
+
+
+def features_of(y: Any) -> Any:
+    """Return an output `[N, ...]`, in NumPy or PyTorch: `[N, K]` unchanged, any other as `[N, features, 1]`."""
+    if y.ndim == 2 and y.shape[1] <= _KEPT_FEATURES:
+        return y
+    flat = y.reshape(y.shape[0], -1, 1)
+    if flat.shape[1] <= _KEPT_FEATURES:
+        return flat
+    return flat[:, np.linspace(0, flat.shape[1] - 1, _KEPT_FEATURES).astype(int)]
 
 
 @dataclass(frozen=True)
@@ -119,26 +133,26 @@ def effect_of(outcome: Outcome | None, baseline: Outcome | None) -> Effect | Non
     return compared(outcome, baseline) if outcome.finite and baseline.finite else None
 
 
+@np.errstate(all="ignore")
 def compared(outcome: Outcome, baseline: Outcome) -> Effect:
     """Return the effect of the first pass against the second; both are finite and have the same shapes."""
     samples = sum(len(y) for y in outcome.outputs)
     if len({y.shape[1:] for y in outcome.outputs}) == 1:
-        y, other = torch.cat(outcome.outputs), torch.cat(baseline.outputs)
+        y, other = np.concatenate(outcome.outputs), np.concatenate(baseline.outputs)
     else:  # outputs of several sizes
-        y, other = (torch.cat([y.reshape(-1, 1) for y in one.outputs]) for one in (outcome, baseline))
-    spread = (other - other.mean(0)).square().mean().sqrt()
-    change = ((y - other).square().mean().sqrt() / spread.clamp_min(1e-30)).item()
+        y, other = (np.concatenate([y.reshape(-1, 1) for y in one.outputs]) for one in (outcome, baseline))
+    spread = np.sqrt(np.square(other - other.mean(0)).mean())
+    change = float(np.sqrt(np.square(y - other).mean()) / max(spread, 1e-30))
     disagreement = None
-    if y.dim() == 2 and y.shape[1] >= 2:
-        disagreement = (y.argmax(1) != other.argmax(1)).double().mean().item()
+    if y.ndim == 2 and y.shape[1] >= 2:
+        disagreement = float((y.argmax(1) != other.argmax(1)).mean())
     loss = base = interval = None
     if outcome.losses and baseline.losses:
         base = sum(baseline.losses) / len(baseline.losses)
-        ours, theirs = (torch.tensor(one.losses, dtype=torch.float64, device="cpu") for one in (outcome, baseline))
-        differences = ours - theirs
-        loss = differences.mean().item()
+        differences = np.subtract(outcome.losses, baseline.losses)
+        loss = float(differences.mean())
         if len(differences) >= 3:
-            half = student_t(len(differences) - 1) * (differences.std() / math.sqrt(len(differences))).item()
+            half = student_t(len(differences) - 1) * float(differences.std(ddof=1)) / math.sqrt(len(differences))
             interval = (loss - half, loss + half)
     return Effect(change, disagreement, loss, interval, base, samples, len(outcome.outputs))
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.fx.node import Node
-
-from batchnorm.doctor.measure.layers import Layer, dead_channels
+from batchnorm.doctor.measure.layers import Array, Layer, Vectors, dead_channels
 from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.walk import num_channels
 
 
 @dataclass(frozen=True)
@@ -86,54 +81,44 @@ class LayerMeasures:
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
-    """The channels of a layer, as float32 copies on the CPU; None if there is no such vector.
+class Channels(Vectors):
+    """The channels of a layer; None if there is no such vector.
 
     Attributes:
-        weight: γ.
-        bias: β.
-        running_mean: `[C]`, or `[K, C]` if the layer has several.
-        running_var: The same shape.
         mean: Mean of the layer's input over all data, `[C]`.
         var: Biased variance of that input, `[C]`.
     """
 
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
+    mean: Array | None = None
+    var: Array | None = None
 
 
 def facts_of(m: Measurements) -> tuple[LayerFacts, ...]:
     """Return the facts of every layer, in the model's order."""
-    paths = {} if m.trace is None else m.trace.paths
-    return tuple(_facts(layer, paths) for layer in m.layers)
+    return tuple(map(_facts, m.layers))
 
 
-def _facts(layer: Layer, paths: dict[Node, str]) -> LayerFacts:
-    module, place = layer.module, layer.place
-    weight = getattr(module, "weight", None)
+def _facts(layer: Layer) -> LayerFacts:
+    vectors, place = layer.vectors, layer.place
     return LayerFacts(
         layer.path,
-        layer.found.paths[1:],
-        type(module).__name__,
-        num_channels(module) or 0,
-        "" if place is None else _name(place.source, paths),
-        "" if place is None else place.activation or ", ".join(_name(reader, paths) for reader in place.readers),
-        module.training,
-        getattr(module, "momentum", None),
+        layer.paths[1:],
+        layer.kind,
+        layer.channels,
+        "" if place is None else place.source,
+        "" if place is None else place.reader,
+        layer.training,
+        layer.momentum,
         layer.eps,
         layer.updates,
-        _range(weight),
-        _range(getattr(module, "bias", None)),
-        _range(getattr(module, "running_mean", None)),
-        _range(getattr(module, "running_var", None)),
-        dead_channels(weight).double().mean().item() if isinstance(weight, Tensor) else None,
+        _range(vectors.weight),
+        _range(vectors.bias),
+        _range(vectors.running_mean),
+        _range(vectors.running_var),
+        None if vectors.weight is None else float(dead_channels(vectors.weight).mean()),
         None if place is None else place.foldable,
-        sum(p.numel() for p in module.parameters(recurse=False)),
-        sum(b.numel() for b in module.buffers(recurse=False)),
+        layer.parameters,
+        layer.buffers,
     )
 
 
@@ -154,30 +139,9 @@ def measures_of(m: Measurements) -> tuple[LayerMeasures, ...]:
 def channels_of(layer: Layer) -> Channels:
     """Return the channels of a layer."""
     population = layer.population
-    of_module = (getattr(layer.module, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
     of_data = (None, None) if population is None else (population.mean, population.var)
-    return Channels(*(_copy(vector) for vector in (*of_module, *of_data)))
+    return Channels(*vars(layer.vectors).values(), *of_data)
 
 
-def _name(node: Node, paths: dict[Node, str]) -> str:
-    if node.op == "placeholder":
-        return "the input"
-    if node.op == "output":
-        return "the output"
-    function = str(getattr(node.target, "__name__", node.target))
-    path = paths.get(node, "")
-    return f"{path} ({function})" if path else function
-
-
-@torch.no_grad()
-def _range(vector: object) -> tuple[float, float] | None:
-    if not isinstance(vector, Tensor) or vector.numel() == 0:
-        return None
-    return float(vector.min()), float(vector.max())
-
-
-@torch.no_grad()
-def _copy(vector: object) -> Tensor | None:
-    if not isinstance(vector, Tensor) or vector.numel() == 0:
-        return None
-    return vector.detach().to("cpu", torch.float32, copy=True)
+def _range(vector: Array | None) -> tuple[float, float] | None:
+    return None if vector is None else (float(vector.min()), float(vector.max()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 # Batches count as dependent up to this p-value, and from this mean inflation over the channels.
 _SIGNIFICANT, _INFLATED = 0.01, 1.5
@@ -21,7 +21,7 @@ class Independence:
         permutations: Number of random orders of the samples, from which p is computed.
     """
 
-    inflation: Tensor
+    inflation: NDArray[np.float64]
     p: float
     permutations: int
 
@@ -31,7 +31,7 @@ class Independence:
         return self.p <= _SIGNIFICANT and len(self.inflation) > 0 and float(self.inflation.mean()) >= _INFLATED
 
 
-def independence_of(values: Tensor, batch: Tensor, permutations: int = 199) -> Independence:
+def independence_of(values: NDArray[np.floating], batch: NDArray[np.integer], permutations: int = 199) -> Independence:
     """Test whether the samples of a batch resemble one another more than random samples do.
 
     The largest inflation over all channels is compared with the largest one for randomly assigned batches. This needs
@@ -45,28 +45,27 @@ def independence_of(values: Tensor, batch: Tensor, permutations: int = 199) -> I
 
     Source: Westfall & Young 1993, Resampling-Based Multiple Testing (the maximum statistic).
     """
-    deviation = values.std(0)
-    values = (values - values.mean(0)) / deviation.where(deviation > 0, 1.0)
-    values = values[:, deviation > 0]
-    _, batch = batch.unique(return_inverse=True)
-    sizes = batch.bincount().to(values.dtype)
+    values = np.asarray(values, np.float64)
+    values = values[:, np.ptp(values, axis=0) > 0]
+    values = (values - values.mean(0)) / values.std(0)
+    _, batch = np.unique(batch, return_inverse=True)
+    sizes = np.bincount(batch)
     if values.shape[1] == 0 or len(sizes) < 2 or len(values) <= len(sizes):
-        return Independence(torch.ones(0, device="cpu"), 1.0, 0)
-    groups = torch.zeros(len(sizes), len(values), dtype=values.dtype, device="cpu")
-    groups[batch, torch.arange(len(values), device="cpu")] = 1
-    total = values.square().sum(0)
+        return Independence(np.ones(0), 1.0, 0)
+    groups = np.zeros((len(sizes), len(values)))
+    groups[batch, np.arange(len(values))] = 1.0
+    total = np.square(values).sum(0)
+    least = 1e-12 * total.max()
 
-    def inflation(order: Tensor | None) -> Tensor:
-        sums = groups @ (values if order is None else values[order])
-        between = (sums.square() / sizes[:, None]).sum(0)
-        within = (total - between).clamp_min(1e-12 * float(total.max()))
-        return (between / (len(sizes) - 1)) / (within / (len(values) - len(sizes)))
+    def inflation(of: NDArray[np.float64]) -> NDArray[np.float64]:
+        between = (np.square(of @ values) / sizes[:, None]).sum(0)
+        within = np.maximum(total - between, least)
+        ratio: NDArray[np.float64] = (between / (len(sizes) - 1)) / (within / (len(values) - len(sizes)))
+        return ratio
 
-    observed = inflation(None)
-    generator = torch.Generator().manual_seed(0)
-    largest = float(observed.max())
-    as_large = sum(
-        float(inflation(torch.randperm(len(values), generator=generator, device="cpu")).max()) >= largest
-        for _ in range(permutations)
-    )
-    return Independence(observed, (as_large + 1) / (permutations + 1), permutations)
+    observed = inflation(groups)
+    generator = np.random.default_rng(0)
+    largest = observed.max()
+    # The samples are assigned to other batches. To permute them would copy all their values.
+    as_large = sum(inflation(generator.permutation(groups, axis=1)).max() >= largest for _ in range(permutations))
+    return Independence(observed, (int(as_large) + 1) / (permutations + 1), permutations)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-
-import torch
-from torch import nn
 
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.measure.cause import Misfit
@@ -19,8 +16,7 @@ from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.padding import PaddingEffect
 from batchnorm.doctor.measure.processes import ProcessStates
 from batchnorm.doctor.measure.training_step import TrainingStep
-from batchnorm.doctor.wording import DATASET, example_as_code
-from batchnorm.models.graphs.model_graph import Trace
+from batchnorm.doctor.wording import DATASET, EXAMPLE
 
 
 @dataclass(frozen=True)
@@ -28,11 +24,16 @@ class Measurements:
     """The measurements of a model. A missing measurement is None or empty, and `missing` has the reason.
 
     Attributes:
-        model: The user's model, without wrappers.
+        model: The class of the user's model, without wrappers.
         layers: Every layer of batch normalization, in the model's order.
         training: Whether the model is in training mode.
         trains: Whether any parameter requires a gradient.
-        optimizer: The user's optimizer.
+        device: The device of the model; all of them if there are several.
+        dtype: The dtype of its parameters and statistics; all of them if there are several.
+        versions: The versions of its framework, by the framework's name.
+        averaged: Why its weights are known to be averages; empty if they are not.
+        optimizer: Code that makes the user's optimizer without weight decay of batch normalization; None if no
+            optimizer was given.
         missing: The needs of rules that are not met, with the reason.
         processes: Number of processes that train the model together.
         process_states: The layers of each process.
@@ -41,8 +42,7 @@ class Measurements:
         loss: Whether there are data and a loss.
         loss_source: Where the loss comes from, or why there is none, if the user gave none.
         step: A training step on the first batch.
-        trace: The traced model.
-        dropout: The layers with dropout right before them in the trace, and its probability.
+        dropout: The probability of dropout right before a layer in the trace, by the layer's path.
         evaluated_in_training: Paths of the layers that the user's evaluation runs in training mode.
         left_in_training: Paths of the layers that are in training mode after `model.eval()`.
         gap: Effect of the running statistics against the batches', that is, of evaluation against training.
@@ -64,14 +64,19 @@ class Measurements:
             path, worst layers first.
         reshuffled: Effect of normalizing the samples in new random batches.
         padding: Effect of padding on the statistics.
+        example: Code for random arguments of the model, such as those that it was traced with.
         dataset: Code for the samples of the data. In the code, the data are named `training_data`.
     """
 
-    model: nn.Module
+    model: str
     layers: tuple[Layer, ...]
     training: bool = True
     trains: bool = True
-    optimizer: torch.optim.Optimizer | None = None
+    device: str = ""
+    dtype: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    averaged: str = ""
+    optimizer: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     process_states: ProcessStates | None = None
@@ -80,8 +85,7 @@ class Measurements:
     loss: bool = False
     loss_source: str = ""
     step: TrainingStep | None = None
-    trace: Trace | None = None
-    dropout: Mapping[nn.Module, float] = field(default_factory=dict)
+    dropout: Mapping[str, float] = field(default_factory=dict)
     evaluated_in_training: tuple[str, ...] = ()
     left_in_training: tuple[str, ...] = ()
     gap: Effect | None = None
@@ -98,6 +102,7 @@ class Measurements:
     left_by_layer: Mapping[str, Effect] = field(default_factory=dict)
     reshuffled: Effect | None = None
     padding: PaddingEffect | None = None
+    example: str = EXAMPLE
     dataset: str = DATASET
 
     @property
@@ -135,14 +140,6 @@ class Measurements:
         return [f"in training mode against model.eval(): {effect}; if these batches are from an evaluation, call it"]
 
     @property
-    def example(self) -> str:
-        """Code for random arguments of the model, such as those that it was traced with."""
-        inputs = None if self.trace is None else self.trace.sizes[0]
-        if inputs is None or (inputs.args and inputs.kwargs):
-            return "example_inputs"
-        return example_as_code(inputs.args or inputs.kwargs.values(), inputs.kwargs)
-
-    @property
     def gap_matters(self) -> bool:
         """Whether evaluation is worse than training; without a loss, whether running statistics make the two differ."""
         gap, running, batches = self.gap, self.running_effect, self.batch_effect
@@ -156,3 +153,7 @@ class Measurements:
         """Return why a need such as "data" or "step or trace" is not met; None if it is."""
         reasons = [self.missing.get(one) for one in need.split(" or ")]
         return None if None in reasons else reasons[0]
+
+    def lacking(self, need: str, reason: str) -> Measurements:
+        """Return these measurements with the reason why a need of rules is not met."""
+        return replace(self, missing={**self.missing, need: reason})

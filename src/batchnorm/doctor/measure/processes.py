@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from batchnorm.doctor.measure.layers import Layer
-from batchnorm.models.execution.processes import Processes
-
-_NAMES = ("weight", "bias", "running_mean", "running_var")
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -20,33 +15,21 @@ class ProcessStates:
     """The layers of each process of a group.
 
     Attributes:
-        states: For each process γ, β and running statistics, by the layer's path and by name.
+        states: For each process γ, β and running statistics, by the layer's path and by name as in `Vectors`.
     """
 
-    states: tuple[dict[str, dict[str, Tensor]], ...]
-
-    @classmethod
-    def gather(cls, layers: Iterable[Layer], processes: Processes) -> ProcessStates:
-        """Gather the states of all processes, each of which must call this."""
-        own = {
-            layer.path: {
-                name: tensor.detach().cpu().clone()
-                for name in _NAMES
-                if isinstance(tensor := getattr(layer.module, name, None), Tensor)
-            }
-            for layer in layers
-        }
-        return cls(tuple(processes.gather(own)))
+    states: tuple[dict[str, dict[str, NDArray[np.float64]]], ...]
 
     @property
     def comparable(self) -> bool:
         """Whether all processes have the same layers with the same numbers of channels."""
         shapes = [
-            {(path, name, tensor.shape) for path, tensors in state.items() for name, tensor in tensors.items()}
+            {(path, name, vector.shape) for path, vectors in state.items() for name, vector in vectors.items()}
             for state in self.states
         ]
         return all(found == shapes[0] for found in shapes)
 
+    @np.errstate(all="ignore")
     def difference(self, path: str, eps: float) -> tuple[float, float]:
         """Return the largest difference of the other processes from the first.
 
@@ -58,20 +41,15 @@ class ProcessStates:
         for other in self.states[1:]:
             for name in ("weight", "bias"):
                 if name in first:
-                    parameters = max(parameters, _finite((first[name] - other[path][name]).abs().max()))
+                    parameters = max(parameters, _finite(np.abs(first[name] - other[path][name]).max()))
             if "running_mean" in first and "running_var" in first:
-                var = first["running_var"].double() + eps
-                shift = (first["running_mean"] - other[path]["running_mean"]).double() / var.sqrt()
-                scale = ((other[path]["running_var"].double() + eps) / var).log() / 2
-                worst = torch.stack([shift.square().mean().sqrt(), scale.square().mean().sqrt()]).max()
+                var = first["running_var"] + eps
+                shift = (first["running_mean"] - other[path]["running_mean"]) / np.sqrt(var)
+                scale = np.log((other[path]["running_var"] + eps) / var) / 2
+                worst = np.sqrt([np.square(shift).mean(), np.square(scale).mean()]).max()
                 statistics = max(statistics, _finite(worst))
         return parameters, statistics
 
 
-def _finite(value: Tensor) -> float:
-    return float(value) if bool(value.isfinite()) else float("inf")
-
-
-def number_of_processes() -> int:
-    """Return the number of all processes, without communication."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _finite(value: Any) -> float:
+    return float(value) if math.isfinite(value) else math.inf

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from batchnorm.doctor.measure.effect import Outcome
-from batchnorm.doctor.measure.layers import Layer
-from batchnorm.models.execution.observe import Statistics
+from batchnorm.doctor.measure.layers import Layer, Statistics
+from batchnorm.doctor.measure.padding import PaddingEffect
 
 
 class Runs(ABC):
@@ -23,7 +22,6 @@ class Runs(ABC):
     Attributes:
         layers: The layers; after the first passes, with their measurements.
         sizes: The size of each batch.
-        kept: The batches that are kept for the later passes.
         by_batch: Outcome for the kept batches, each normalized by its own statistics.
         by_running: Outcome normalized by the running statistics.
         by_population: Outcome normalized by the population's statistics; None if outputs cannot be compared.
@@ -36,7 +34,6 @@ class Runs(ABC):
         self.by_batch, self.by_running = Outcome(), Outcome()
         self.by_population: Outcome | None = None
         self.sizes: list[int] = []
-        self.kept: Sequence[Any] = []
         self.loss_source = ""
 
     def spend(self) -> bool:
@@ -52,6 +49,9 @@ class Runs(ABC):
         """Run the samples of the kept batches in new random batches; None if that is not possible."""
         return None
 
-    def show_inputs(self, batch: Any, show: Callable[[Layer, Tensor], None]) -> None:
-        """Run a batch with its own statistics, and show each layer's input, if that is possible."""
-        return
+    def padding(self) -> PaddingEffect | None:
+        """Measure the input of each layer with and without padding; None if the data have no padding."""
+        return None
+
+    def _set(self, number: int, **changes: Any) -> None:
+        self.layers[number] = replace(self.layers[number], **changes)

@@ -6,8 +6,6 @@ import platform
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-import torch
-
 from batchnorm._version import __version__
 from batchnorm.doctor.measure.measurements import Measurements
 
@@ -26,7 +24,8 @@ class Conditions:
         device: The device of the model; all of them if there are several.
         dtype: The dtype of its parameters and buffers; all of them if there are several.
         batchnorm: Version.
-        torch: Version.
+        torch: Version, for a model of PyTorch.
+        keras: Version and backend, for a model of Keras.
         python: Version.
         time: Time in UTC, in ISO 8601.
     """
@@ -39,25 +38,25 @@ class Conditions:
     device: str
     dtype: str
     batchnorm: str
-    torch: str
+    torch: str | None
+    keras: str | None
     python: str
     time: str
 
     @classmethod
     def of(cls, m: Measurements) -> Conditions:
         """Return the conditions of these measurements, now."""
-        tensors = [*m.model.parameters(), *m.model.buffers()]
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
         return cls(
             m.batch_size if m.batch_sizes else None,
             m.loss,
             m.loss_source,
             m.optimizer is not None,
             m.training,
-            ", ".join(sorted({str(t.device) for t in tensors})),
-            ", ".join(sorted(dtypes)),
+            m.device,
+            m.dtype,
             __version__,
-            torch.__version__,
+            m.versions.get("torch"),
+            m.versions.get("keras"),
             platform.python_version(),
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )

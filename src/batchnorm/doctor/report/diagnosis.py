@@ -42,7 +42,7 @@ class Diagnosis(Results):
     def of(cls, m: Measurements, findings: list[Finding], not_checked: list[NotChecked]) -> Diagnosis:
         """Return the diagnosis of these measurements and findings."""
         return cls(
-            type(m.model).__name__,
+            m.model,
             tuple(findings),
             tuple(not_checked),
             facts_of(m),

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from markdown_it import MarkdownIt
 from markupsafe import Markup
-from torch import Tensor
 
 from batchnorm.doctor.finding import Finding, Severity, by_reason
 from batchnorm.doctor.measure.facts import Channels, LayerFacts, LayerMeasures
+from batchnorm.doctor.measure.layers import Array
 from batchnorm.doctor.report.plain import displayed, facts_as_text
 from batchnorm.doctor.report.results import Results
 from batchnorm.doctor.wording import counted, named, signed
@@ -233,35 +233,36 @@ def charts(results: Results, rows: list[Row], ranks: Iterable[int]) -> dict[str,
     }
 
 
-def histogram(values: Tensor | None) -> dict[str, Any] | None:
+def histogram(values: Array | None) -> dict[str, Any] | None:
     """Return a histogram of the values."""
     if values is None:
         return None
-    finite = values[values.isfinite()].double().flatten()
-    found = {"number": values.numel(), "not_finite": values.numel() - len(finite)}
-    if len(finite) == 0:
+    finite = values[np.isfinite(values)]
+    found = {"number": values.size, "not_finite": values.size - finite.size}
+    if finite.size == 0:
         return {**found, "low": 0.0, "high": 1.0, "counts": []}
     low, high = float(finite.min()), float(finite.max())
     if high - low <= 1e-6 * max(abs(low), abs(high)):  # all equal: one bar of a readable width
         half = 0.05 * max(abs(low), 0.1)
-        return {**found, "low": low - half, "high": low + half, "counts": [len(finite)]}
-    bins = min(_BINS, max(5, len(finite) // 3))
-    counts = torch.histc(finite, bins, low, high)
-    return {**found, "low": short(low), "high": short(high), "counts": [int(count) for count in counts]}
+        return {**found, "low": low - half, "high": low + half, "counts": [finite.size]}
+    counts, _ = np.histogram(finite, min(_BINS, max(5, finite.size // 3)), (low, high))
+    return {**found, "low": short(low), "high": short(high), "counts": counts.tolist()}
 
 
+@np.errstate(all="ignore")  # values may not be finite
 def against_population(channels: Channels, most: int) -> dict[str, Any] | None:
     """Return running and population statistics of each channel, or of the `most` channels that are farthest off."""
     vectors = (channels.running_mean, channels.running_var, channels.mean, channels.var)
-    if any(v is None or v.dim() != 1 for v in vectors):
+    if any(v is None or v.ndim != 1 for v in vectors):
         return None
-    running_mean, running_var, mean, var = (v.double() for v in vectors if v is not None)
+    running_mean, running_var, mean, var = (v for v in vectors if v is not None)
     number = len(mean)
-    index = torch.arange(number, device="cpu")
+    index = np.arange(number)
     if number > most:
-        sigma = var.clamp_min(1e-30).sqrt()
-        distance = (running_mean - mean).abs() / sigma + (running_var.clamp_min(1e-30).sqrt() / sigma).log().abs()
-        index = distance.nan_to_num(torch.inf).argsort(descending=True)[:most].sort().values
+        sigma = np.sqrt(np.maximum(var, 1e-30))
+        scale = np.log(np.sqrt(np.maximum(running_var, 1e-30)) / sigma)
+        distance = np.abs(running_mean - mean) / sigma + np.abs(scale)
+        index = np.sort(np.argsort(-np.nan_to_num(distance, nan=np.inf), kind="stable")[:most])
     return {
         "number": number,
         "index": index.tolist(),

@@ -51,7 +51,7 @@ class SmallBatch(Rule):
             for layer in m.measured
             if layer.single_value_batches
             and layer.by_batch
-            and (layer.single_value_batches == number or getattr(layer.module, "on_single", "error") == "error")
+            and (layer.single_value_batches == number or layer.on_single == "error")
         ]
         if single:
             most = max(layer.single_value_batches for layer in single)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from statistics import median
 
+import numpy as np
+
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, times
@@ -82,4 +84,4 @@ def _added_error(layer: Layer, times: int, batch_size: float) -> float | None:
         return None
     effective = 1 - (1 - layer.momentum) ** times
     factors = [math.sqrt(momentum / (2 - momentum)) for momentum in (effective, layer.momentum)]
-    return float(scatter.square().mean().sqrt()) * (factors[0] - factors[1])
+    return float(np.sqrt(np.square(scatter).mean())) * (factors[0] - factors[1])

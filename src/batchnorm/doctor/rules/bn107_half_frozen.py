@@ -3,7 +3,6 @@ from __future__ import annotations
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Finding, Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed, patterns
-from batchnorm.walk import is_frozen
 
 _AFTER_TRAINING = "model, report = batchnorm.recalibrate(model, training_data, only='*')  # after training"
 
@@ -36,17 +35,10 @@ class HalfFrozen(Rule):
     def check(self, m: Measurements) -> Findings:
         if not m.trains:
             return
-        optimized = None
-        if m.optimizer is not None:
-            optimized = {id(p) for group in m.optimizer.param_groups for p in group["params"]}
-
-        def trained(layer: Layer) -> bool:
-            return any(p.requires_grad and (optimized is None or id(p) in optimized) for p in layer.affine)
-
-        drifting = [layer for layer in m.layers if layer.affine and layer.updates_running and not trained(layer)]
+        drifting = [layer for layer in m.layers if layer.affine and layer.updates_running and not layer.trained]
         if drifting:
             yield self._drifting(m, drifting)
-        fixed = [layer.path for layer in m.layers if layer.affine and not layer.by_batch and trained(layer)]
+        fixed = [layer.path for layer in m.layers if layer.affine and not layer.by_batch and layer.trained]
         if fixed:
             yield self.finding(
                 Severity.NOTE,
@@ -58,7 +50,7 @@ class HalfFrozen(Rule):
                 ],
                 repair=_AFTER_TRAINING,
             )
-        bare = [layer.path for layer in m.layers if not (layer.affine or layer.by_batch or is_frozen(layer.module))]
+        bare = [layer.path for layer in m.layers if not (layer.affine or layer.by_batch or layer.frozen)]
         if bare and any(layer.by_batch for layer in m.layers):
             yield self.finding(
                 Severity.NOTE,
@@ -83,7 +75,7 @@ class HalfFrozen(Rule):
             evidence.append(f"running statistics against the batch's: {m.gap}")
         if not m.training:
             evidence.append("as model.train() makes it; code that calls .eval() on these layers afterwards is not seen")
-        others = {path for layer in m.layers if layer not in layers for path in layer.found.paths}
+        others = {path for layer in m.layers if layer not in layers for path in layer.paths}
         return self.finding(
             Severity.WARNING,
             paths,

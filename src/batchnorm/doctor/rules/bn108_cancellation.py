@@ -36,7 +36,7 @@ class Cancellation(Rule):
         if not found:
             return
         path, worst = found[0]
-        error, dtype = worst.error, str(worst.dtype).removeprefix("torch.")
+        error, dtype = worst.error, worst.dtype
         yield self.finding(
             Severity.ERROR if error > _ERROR else Severity.WARNING if error > _WARNING else Severity.NOTE,
             [path for path, _ in found],

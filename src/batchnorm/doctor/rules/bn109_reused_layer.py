@@ -30,7 +30,7 @@ class ReusedLayer(Rule):
     def check(self, m: Measurements) -> Findings:
         model_calls = 1 if m.step is None else m.step.model_calls
         for layer in m.layers:
-            calls = len(layer.calls) or (layer.place.calls if layer.place is not None else len(layer.found.paths))
+            calls = len(layer.calls) or (layer.place.calls if layer.place is not None else len(layer.paths))
             if calls <= max(1, model_calls):
                 continue
             effect = m.pooled_calls.get(layer.path)
@@ -49,7 +49,7 @@ class ReusedLayer(Rule):
                     evidence.append("the cost was not measured: no pass was left, or no output to compare")
             yield self.finding(
                 Severity.NOTE if effect is None else effect.severity,
-                layer.found.paths,
+                layer.paths,
                 f"{named(layer.path)} is called {calls} times",
                 effect=effect,
                 evidence=evidence,

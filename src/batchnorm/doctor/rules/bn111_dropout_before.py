@@ -49,7 +49,7 @@ class DropoutBefore(Rule):
         )
 
     def _from_trace(self, m: Measurements) -> Findings:
-        found = {layer.path: m.dropout[layer.module] for layer in m.measured if layer.module in m.dropout}
+        found = {layer.path: m.dropout[layer.path] for layer in m.measured if layer.path in m.dropout}
         if m.trains and found:
             yield self.finding(
                 Severity.NOTE,

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import torch
-
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import named
 
@@ -30,26 +28,24 @@ class HalfOverflow(Rule):
     needs = ("data",)
 
     def check(self, m: Measurements) -> Findings:
-        near: list[tuple[str, float, float, torch.finfo]] = []
-        for layer in m.measured:
-            if layer.largest_input is not None and layer.largest_input.dtype in (torch.float16, torch.bfloat16):
-                largest, limits = float(layer.largest_input), torch.finfo(layer.largest_input.dtype)
-                share = largest / limits.max
-                if not share <= _NEAR:  # NaN counts
-                    near.append((layer.path, largest, share, limits))
+        near = [  # NaN counts
+            (layer.path, half, share)
+            for layer in m.measured
+            if (half := layer.half_input) is not None and not (share := half.largest / half.limit) <= _NEAR
+        ]
         if not near:
             return
         over = [entry for entry in near if not entry[2] <= 1]
-        path, _, share, limits = over[0] if over else max(near, key=lambda entry: entry[2])
+        path, half, share = over[0] if over else max(near, key=lambda entry: entry[2])
         yield self.finding(
             Severity.ERROR if over else Severity.NOTE,
             [path for path, *_ in over or near],
-            f"{named(path)}: values that are not finite in {limits.dtype}"
+            f"{named(path)}: values that are not finite in {half.dtype}"
             if over
-            else f"{named(path)}: values of {share:.0%} of the largest of {limits.dtype}",
+            else f"{named(path)}: values of {share:.0%} of the largest of {half.dtype}",
             evidence=[
-                f"{named(path)}: largest |x| {largest:.3g}, {limits.dtype} ends at {limits.max:.3g}"
-                for path, largest, _, limits in near[:5]
+                f"{named(path)}: largest |x| {half.largest:.3g}, {half.dtype} ends at {half.limit:.3g}"
+                for path, half, _ in near[:5]
             ],
-            layers={path: share if share <= 1 else None for path, _, share, _ in near},
+            layers={path: share if share <= 1 else None for path, _, share in near},
         )

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from torch import Tensor
-
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
@@ -59,5 +57,5 @@ class NeverUpdated(Rule):
 
 
 def _is_trained(layer: Layer) -> bool:
-    parameters = (getattr(layer.module, "weight", None), 1), (getattr(layer.module, "bias", None), 0)
-    return any(isinstance(tensor, Tensor) and bool((tensor != initial).any()) for tensor, initial in parameters)
+    parameters = (layer.vectors.weight, 1), (layer.vectors.bias, 0)
+    return any(vector is not None and bool((vector != initial).any()) for vector, initial in parameters)

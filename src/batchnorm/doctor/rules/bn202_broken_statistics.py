@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
@@ -42,15 +42,11 @@ class BrokenStatistics(Rule):
 
 
 def _broken_channels(layer: Layer) -> int:
-    vectors = [
-        *(parameter.detach() for parameter in layer.affine),
-        *(v for n in ("running_mean", "running_var") if isinstance(v := getattr(layer.module, n, None), torch.Tensor)),
-    ]
-    broken: torch.Tensor | None = None
-    for vector in vectors:
-        here = ~vector.isfinite()
-        if vector is getattr(layer.module, "running_var", None):
-            here |= vector < 0
-        channels = here.reshape(-1, here.shape[-1]).any(0).cpu()
+    broken = None
+    for name, vector in vars(layer.vectors).items():
+        if vector is None:
+            continue
+        here = ~np.isfinite(vector) | ((vector < 0) if name == "running_var" else False)
+        channels = here.reshape(-1, here.shape[-1]).any(0)
         broken = channels if broken is None or broken.shape != channels.shape else broken | channels
     return 0 if broken is None else int(broken.sum())

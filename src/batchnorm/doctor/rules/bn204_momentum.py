@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.measure.layers import Layer, median
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import layers_listed
 
@@ -62,4 +62,4 @@ class MomentumConvention(Rule):
 
 def _scatter(m: Measurements, layer: Layer, momentum: float) -> float | None:
     scatter = layer.scatter(m.batch_size) if m.batch_sizes else None
-    return None if scatter is None else float(scatter.median()) * math.sqrt(momentum / (2 - momentum))
+    return None if scatter is None else median(scatter) * math.sqrt(momentum / (2 - momentum))

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from torch import Tensor
-
 from batchnorm.doctor.measure.layers import DEAD_SHARE, dead_channels
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, layers_listed, named
@@ -34,11 +32,11 @@ class DeadChannels(Rule):
     def check(self, m: Measurements) -> Findings:
         dead, share = {}, {}
         for layer in m.layers:
-            weight = getattr(layer.module, "weight", None)
-            if not isinstance(weight, Tensor) or bool((weight == 0).all()):
+            weight = layer.vectors.weight
+            if weight is None or bool((weight == 0).all()):
                 continue
             small = dead_channels(weight)
-            if (here := float(small.double().mean())) >= DEAD_SHARE:
+            if (here := float(small.mean())) >= DEAD_SHARE:
                 share[layer.path], dead[layer.path] = here, int(small.sum())
         found = sorted(share, key=lambda path: -share[path])
         if found:

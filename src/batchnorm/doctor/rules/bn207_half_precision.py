@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import layers_listed, named
-from batchnorm.models.execution.observe import running_buffer
 
 # A warning if updates stop farther than this from the mean, in standard deviations.
 _MATTERS = 0.05
@@ -48,8 +47,7 @@ class HalfPrecision(Rule):
 
 def _stall(layer: Layer) -> float | None:
     """Return the distance from the mean at which updates stop, in σ; None unless the statistics are half precision."""
-    dtype = running_buffer(layer.module, "running_mean").dtype
-    if dtype not in (torch.float16, torch.bfloat16) or layer.running is None:
+    if layer.resolution is None or layer.running is None:
         return None
-    deviation = (layer.running.var + layer.eps).clamp_min(1e-30).sqrt()
-    return float((layer.running.mean.abs() / deviation).max()) * torch.finfo(dtype).eps / 2 / (layer.momentum or 0.1)
+    deviation = np.sqrt(np.maximum(layer.running.var + layer.eps, 1e-30))
+    return float((np.abs(layer.running.mean) / deviation).max()) * layer.resolution / 2 / (layer.momentum or 0.1)

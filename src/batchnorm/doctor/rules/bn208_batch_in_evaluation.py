@@ -44,7 +44,7 @@ class BatchInEvaluation(Rule):
                 "statistics"
             )
             yield from self._in_training(m, m.left_in_training, summary, _REPAIR_OF_TRAIN)
-        found = [layer.path for layer in m.layers if getattr(layer.module, "running_mean", None) is None]
+        found = [layer.path for layer in m.layers if not layer.keeps_statistics]
         if found:
             yield self.finding(
                 Severity.NOTE,

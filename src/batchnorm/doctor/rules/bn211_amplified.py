@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from torch import Tensor
+import numpy as np
 
 from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
@@ -37,10 +37,8 @@ class Amplified(Rule):
 
 
 def _factor(layer: Layer) -> float:
-    weight = getattr(layer.module, "weight", None)
+    weight = layer.vectors.weight
     if layer.running is None or not bool((layer.running.var + layer.eps > 0).all()):
         return 0.0
-    scale = (layer.running.var + layer.eps).rsqrt()
-    if isinstance(weight, Tensor):
-        scale = scale * weight.detach().double().cpu().abs()
-    return float(scale.max())
+    scale = 1 / np.sqrt(layer.running.var + layer.eps)
+    return float((scale if weight is None else scale * np.abs(weight)).max())

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
-from batchnorm.walk import has_own_forward
 
 
 class OwnForward(Rule):
@@ -23,8 +20,7 @@ class OwnForward(Rule):
     source = "PyTorch's sources of `torch.nn.utils.fusion` and `SyncBatchNorm.convert_sync_batchnorm`."
 
     def check(self, m: Measurements) -> Findings:
-        modules = {layer.path: layer.module for layer in m.layers if isinstance(layer.module, _BatchNorm)}
-        found = {path: type(module).__name__ for path, module in modules.items() if has_own_forward(module)}
+        found = {layer.path: layer.kind for layer in m.layers if layer.own_forward}
         if found:
             kinds = ", ".join(sorted(set(found.values())))
             yield self.finding(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from batchnorm.doctor.measure.layers import NOISY, is_synchronized
+from batchnorm.doctor.measure.layers import NOISY
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, named
 
@@ -24,7 +24,7 @@ class NotSynchronized(Rule):
 
     def check(self, m: Measurements) -> Findings:
         effect = m.batch_effect
-        paths = [layer.path for layer in m.measured if layer.by_batch and not is_synchronized(layer.module)]
+        paths = [layer.path for layer in m.measured if layer.by_batch and not layer.synchronized]
         if m.processes < 2 or effect is None or not paths or m.dependent:
             return
         noise = {path: m.noise[path] for path in paths if path in m.noise}

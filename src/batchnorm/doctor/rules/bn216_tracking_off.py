@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.rules.rule import Findings, Measurements, Rule, Severity
 from batchnorm.doctor.wording import counted, listed
 
@@ -42,7 +41,8 @@ class TrackingOff(Rule):
     source = "PyTorch's documentation of `BatchNorm2d`; Lightning issue #15062 (fine-tuning callbacks)."
 
     def check(self, m: Measurements) -> Findings:
-        switches = {layer.path: _switch(layer) for layer in m.measured if layer.by_batch and not layer.updates_running}
+        off = [layer for layer in m.measured if layer.by_batch and not layer.updates_running]
+        switches = {layer.path: layer.not_updated_by for layer in off}
         if not switches:
             return
         used = sorted(set(switches.values()))
@@ -62,9 +62,3 @@ class TrackingOff(Rule):
             repair="\n".join([header, *(f"    found.module.{_SWITCHES[switch]}" for switch in used), recalibrate]),
             switches=switches,
         )
-
-
-def _switch(layer: Layer) -> str:
-    if not getattr(layer.module, "track_running_stats", True):
-        return "track_running_stats=False"
-    return "momentum=0" if layer.momentum == 0 else "update_running_stats=False"

@@ -9,13 +9,14 @@ from typing import Any
 import keras
 
 from batchnorm._options import checked_integer
-from batchnorm.doctor.diagnose import apply_rules, layers_left_out
+from batchnorm.doctor.applying import apply_rules, layers_left_out
 from batchnorm.doctor.finding import Finding, NotChecked
+from batchnorm.doctor.measure.cause import averaging_by_name
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.measuring import add_effects, add_passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
 from batchnorm.doctor.rules import Rule, load_rules
-from batchnorm.keras.doctor.mirror import mirrored
+from batchnorm.keras.doctor.layers import device_of, dtype_of, layers_of
 from batchnorm.keras.doctor.passes import KerasPasses, Loss
 from batchnorm.keras.models.batches import Batches, Forward
 from batchnorm.keras.models.layers import check_model
@@ -73,10 +74,19 @@ def diagnose(
     found = check_model(_CALLER, model)
     budget = checked_integer(_CALLER, "budget", budget, 0, "0 makes no pass for single layers.")
     batches = None if data is None else Batches(_CALLER, data, batch_size, max_samples)
-    whole, layers = mirrored(model, found)
+    layers = layers_of(model, found)
     missing = dict.fromkeys(("trace", "optimizer", "step"), "is not measured for Keras models")
     missing["data"] = "needs data (data=)"
-    m = Measurements(whole, layers, trains=bool(model.trainable_variables), missing=missing)
+    m = Measurements(
+        type(model).__name__,
+        layers,
+        trains=bool(model.trainable_variables),
+        device=device_of(model),
+        dtype=dtype_of(model),
+        versions={"keras": f"{keras.__version__} ({keras.backend.backend()})"},
+        averaged=averaging_by_name(type(model).__name__),
+        missing=missing,
+    )
     if batches is not None:
         call = None if loss is None else keras.losses.get(loss)
         with bar(_CALLER, progress) as shown:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from keras import tree
-from torch import Tensor
 
-from batchnorm.doctor.measure.effect import Outcome
-from batchnorm.doctor.measure.layers import Layer, Samples
-from batchnorm.doctor.measure.passes import output_of
+from batchnorm.doctor.measure import layers as measured
+from batchnorm.doctor.measure.effect import Outcome, features_of
+from batchnorm.doctor.measure.layers import Array, Layer, Samples
 from batchnorm.doctor.measure.runs import Runs
 from batchnorm.keras.models.batches import Forward, default_forward, inputs_of
 from batchnorm.keras.models.layers import Found, as_numpy
 from batchnorm.keras.models.observe import Input, LayerCall, Observer, Statistics, StatisticsFor, statistics_of
-from batchnorm.models.execution import observe
 from batchnorm.models.execution.progress import Bar
-from batchnorm.moments import Moments
+from batchnorm.reference.statistics import Moments, merge
 
 Loss = Callable[[Any, Any], Any]
 
+# Kinds of floating-point dtypes; bfloat16 counts as a void type in NumPy.
+_FLOATING = "fV"
 # Memory for the batches that are kept for the later passes.
 _KEPT_BYTES = 2**30
 
@@ -51,20 +49,21 @@ class KerasPasses(Runs):
         self._sees_training = forward is None
         self._moving = [statistics_of(each.module) for each in found]
         self._observer = Observer(model, found)
-        self._batches: list[Any] = []  # not `kept`, which the search for padding reads with channels first
+        self._batches: list[Any] = []  # that are kept for the later passes
 
     def first(self, batches: Iterable[Any]) -> None:
         """Run each batch with its own statistics, as in training, then with the moving ones; measure the layers."""
         calls: dict[LayerCall, Moments] = {}
         room = _KEPT_BYTES
 
+        @np.errstate(all="ignore")  # values may not be finite
         def record(call: LayerCall, given: Input) -> Statistics:
-            moments = _moments(given)
+            moments = given.moments()
             if moments.count:
                 layer = self.layers[call.layer]
                 single = layer.single_value_batches + int(moments.count == 1)
                 self._set(call.layer, first_input=layer.first_input or moments, single_value_batches=single)
-                calls[call] = calls.get(call, Moments.empty(len(moments.mean))).merge(moments)
+                calls[call] = merge([calls[call], moments]) if call in calls else moments
             return self._training_statistics(call, moments)
 
         for index, given in enumerate(self._bar.over(batches, "training and evaluation", None)):
@@ -92,7 +91,7 @@ class KerasPasses(Runs):
         before = [as_numpy(variable) for variable in variables]
         try:
             with self._observer.installed():
-                self._observer.start(lambda call, given: self._training_statistics(call, _moments(given)))
+                self._observer.start(lambda call, given: self._training_statistics(call, given.moments()))
                 self._model(inputs_of(self._model, batch), training=True)
         finally:
             for variable, value in zip(variables, before, strict=True):
@@ -101,7 +100,9 @@ class KerasPasses(Runs):
             if number not in self._observer.trained:
                 self._set(number, by_batch=False, updates_running=False)
 
-    def again(self, statistics: Mapping[int, Any], title: str) -> Outcome:
+    def again(
+        self, statistics: Mapping[int, measured.Statistics | tuple[measured.Statistics, ...]], title: str
+    ) -> Outcome:
         """Run the kept batches with other statistics in some layers; a tuple has one entry for each call of a layer."""
         outcome = Outcome()
 
@@ -109,51 +110,44 @@ class KerasPasses(Runs):
             chosen = statistics.get(call.layer)
             if chosen is None:
                 return self._moving[call.layer]
-            if not isinstance(chosen, observe.Statistics):
+            if not isinstance(chosen, measured.Statistics):
                 chosen = chosen[min(call.nth, len(chosen) - 1)]
-            return Statistics(chosen.mean[0].numpy(), chosen.var[0].numpy())
+            return Statistics(chosen.mean[0], chosen.var[0])
 
         for given in self._bar.over(self._batches, title, len(self._batches)):
             outcome.add(*self._run(given, choose))
         return outcome
 
-    def _run(self, batch: Any, statistics_for: StatisticsFor) -> tuple[Tensor | None, float | None]:
+    def _run(self, batch: Any, statistics_for: StatisticsFor) -> tuple[Array | None, float | None]:
         """Return the output and the loss of one batch."""
         with self._observer.installed():
             self._observer.start(statistics_for)
             returned = self._forward(self._model, batch)
         loss = None if self._loss is None else float(np.mean(as_numpy(self._loss(_target_of(batch), returned))))
-        parts = [torch.from_numpy(as_numpy(part)) for part in tree.flatten(returned)]
-        return output_of(parts), loss
+        outputs = map(as_numpy, tree.flatten(returned))
+        first = next((y for y in outputs if y.ndim and y.dtype.kind in _FLOATING), None)
+        return None if first is None else features_of(first).astype(np.float64), loss
 
     def _training_statistics(self, call: LayerCall, moments: Moments) -> Statistics:
         if moments.count > 1 and self.layers[call.layer].by_batch:
-            return Statistics(moments.mean.numpy(), moments.var.numpy())
+            return Statistics(moments.mean, moments.var)
         return self._moving[call.layer]
 
     def _measuring(self, batch: int, size: int) -> StatisticsFor:
         """Return a function that measures the samples at the first call of each layer, and the moving statistics."""
 
+        @np.errstate(all="ignore")
         def measure(call: LayerCall, given: Input) -> Statistics:
             moving = self._moving[call.layer]
-            x = torch.from_numpy(given.x.astype(np.float64)).movedim(given.axis, 1)
-            if call.nth == 0 and x.numel() and x.shape[0] % size == 0:
-                pivot = torch.from_numpy(moving.mean).nan_to_num()
-                z = x.reshape(size, x.shape[0] // size, x.shape[1], -1) - pivot[:, None]
+            x = np.moveaxis(given.x.astype(np.float64), given.axis, 1)
+            if call.nth == 0 and x.size and x.shape[0] % size == 0:
+                z = x.reshape(size, x.shape[0] // size, x.shape[1], -1) - np.nan_to_num(moving.mean)[:, None]
                 samples = self.layers[call.layer].samples or Samples()
-                samples.add(z.mean((1, 3)), z.square().mean((1, 3)), batch)
+                samples.add(z.mean((1, 3)), np.square(z).mean((1, 3)), batch)
                 self._set(call.layer, samples=samples)
             return moving
 
         return measure
-
-    def _set(self, number: int, **changes: Any) -> None:
-        self.layers[number] = replace(self.layers[number], **changes)
-
-
-def _moments(given: Input) -> Moments:
-    found = given.moments()
-    return Moments(*(torch.as_tensor(value) for value in (found.count, found.mean, found.m2)))
 
 
 def _target_of(batch: Any) -> Any:

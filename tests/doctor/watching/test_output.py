@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 from batchnorm.doctor import watch
-from batchnorm.doctor.watch.records import QUANTITIES
+from batchnorm.doctor.watching.records import QUANTITIES
 from tests.doctor.defective import Checkpointed
 from tests.doctor.networks import trained
-from tests.doctor.watch.training import last, train, watched
+from tests.doctor.watching.training import last, train, watched
 
 
 class Writer:

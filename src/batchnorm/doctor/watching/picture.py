@@ -22,7 +22,7 @@ except ImportError as error:
     ) from error
 
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.watch.records import QUANTITIES, Record
+from batchnorm.doctor.watching.records import QUANTITIES, Record
 from batchnorm.doctor.wording import listed, named
 from batchnorm.files import write_whole
 

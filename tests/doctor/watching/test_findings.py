@@ -16,8 +16,8 @@ import batchnorm
 from batchnorm.doctor import BatchNormWarning, Severity, Watch, watch
 from tests.doctor.defective import Checkpointed
 from tests.doctor.networks import Plain, criterion, digits, trained
-from tests.doctor.watch import training
-from tests.doctor.watch.training import last, train, watched
+from tests.doctor.watching import training
+from tests.doctor.watching.training import last, train, watched
 
 
 def codes(w: Watch) -> list[str]:

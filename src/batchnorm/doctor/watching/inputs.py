@@ -6,12 +6,15 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.doctor.measure.domains import Domains, domains_of
 from batchnorm.doctor.measure.independence import Independence, independence_of
+from batchnorm.doctor.measure.layers import Array
+from batchnorm.doctor.pytorch.layers import as_array
 
 # Number of features of a sample: means of as many equal parts of its values.
 _FEATURES = 64
@@ -38,22 +41,20 @@ class InputBatches:
     """
 
     def __init__(self) -> None:
-        self._batches: deque[Tensor] = deque(maxlen=_TESTED[-1])
+        self._batches: deque[Array] = deque(maxlen=_TESTED[-1])
         self._seen = 0
 
     def add(self, features: Tensor | None) -> tuple[Independence, Domains | None] | None:
         """Add the features of a batch; return the test and the domains if the batches are dependent."""
         if features is None or (self._batches and features.shape[1] != self._batches[0].shape[1]):
             return None
-        self._batches.append(features.cpu())
+        self._batches.append(as_array(features))
         self._seen += 1
         return self._tested() if self._seen in _TESTED else None
 
     def _tested(self) -> tuple[Independence, Domains | None] | None:
-        values = torch.cat(list(self._batches)).double().nan_to_num(0.0, 0.0, 0.0)
-        batch = torch.arange(len(self._batches), device="cpu").repeat_interleave(
-            torch.tensor([len(b) for b in self._batches], device="cpu")
-        )
+        values = np.nan_to_num(np.concatenate(self._batches), posinf=0.0, neginf=0.0)
+        batch = np.repeat(np.arange(len(self._batches)), [len(features) for features in self._batches])
         inflation = independence_of(values, batch, permutations=0).inflation
         if not len(inflation) or float(inflation.mean()) < _INFLATED:
             return None

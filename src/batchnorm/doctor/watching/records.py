@@ -6,12 +6,14 @@ import math
 from collections import deque
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm.doctor.measure.layers import Layer, Samples, dead_channels, is_synchronized
-from batchnorm.moments import Moments
+from batchnorm.doctor.measure.layers import Array, Layer, Samples, dead_channels, median
+from batchnorm.doctor.pytorch.layers import as_array, is_synchronized
+from batchnorm.reference.statistics import Moments
 
 # Above this (mean/σ)², the variance of a channel is too inexact to use, because it is a difference of float32 sums.
 _CANCELS = 1e5
@@ -78,7 +80,7 @@ class Observation:
     values: int = 0
 
     @torch.no_grad()
-    def measure(self, x: Tensor, running_mean: Tensor | None) -> None:
+    def measure(self, x: Tensor, running_mean: Array | None) -> None:
         """Measure a batch x `[N, C, *S]`; nothing of x is kept."""
         self.batch_size, positions = x.shape[0], math.prod(x.shape[2:])
         self.values = self.batch_size * positions
@@ -94,7 +96,7 @@ class Observation:
                 means = x.mean(spatial).to(wide)
                 squares = torch.linalg.vector_norm(x, dim=spatial).to(wide).square() / positions
             pooled = self.batch_size < _ENOUGH and running_mean is not None
-            centre = running_mean.to(x.device, wide) if pooled else means.mean(0)  # type: ignore[union-attr]
+            centre = torch.as_tensor(running_mean, device=x.device, dtype=wide) if pooled else means.mean(0)
             u = means - centre
             v = u.square() if squares is None else u.square() + (squares - means.square()).clamp_min(0)
             self.batch = torch.stack([centre, u.sum(0), u.square().sum(0), v.sum(0), v.square().sum(0)])
@@ -104,19 +106,19 @@ class RecentBatches:
     """The last batches of a layer, enough to estimate the variance between samples."""
 
     def __init__(self) -> None:
-        self._batches: deque[tuple[int, Tensor]] = deque()
+        self._batches: deque[tuple[int, Array]] = deque()
 
-    def add(self, count: int, sums: Tensor) -> Samples:
+    def add(self, count: int, sums: Array) -> Samples:
         """Add the sums of u, u², v, v² `[4, C]` of a batch; return those of the last batches."""
         self._batches.append((count, sums))
         while sum(n for n, _ in self._batches) - self._batches[0][0] >= _ENOUGH:
             self._batches.popleft()
-        return Samples(sum(n for n, _ in self._batches), torch.stack([sums for _, sums in self._batches]).sum(0))
+        return Samples(sum(n for n, _ in self._batches), np.sum([sums for _, sums in self._batches], axis=0))
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """The parameters and statistics of a layer, float64 on the CPU; None if it has no such vector `[C]`.
+    """The parameters and statistics of a layer; None if it has no such vector `[C]`.
 
     Attributes:
         mean: Running mean.
@@ -125,33 +127,33 @@ class LayerState:
         updates: Number of batches in the running statistics, of the domain with most.
     """
 
-    mean: Tensor | None
-    var: Tensor | None
-    weight: Tensor | None
+    mean: Array | None
+    var: Array | None
+    weight: Array | None
     updates: int | None
 
     @property
     def finite(self) -> bool:
         """Whether statistics and γ are finite, and no variance is negative."""
         vectors = [v for v in (self.mean, self.var, self.weight) if v is not None]
-        return all(bool(v.isfinite().all()) for v in vectors) and not (
+        return all(bool(np.isfinite(v).all()) for v in vectors) and not (
             self.var is not None and bool((self.var < 0).any())
         )
 
 
-def copied(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies in float64 on the CPU, with one transfer from each other device."""
-    found: dict[int, Tensor] = {}
+def copied(tensors: list[Tensor]) -> list[Array]:
+    """Return copies in NumPy and float64, with one transfer from each other device."""
+    found: dict[int, Array] = {}
     elsewhere: dict[torch.device, list[int]] = {}
     for number, tensor in enumerate(tensors):
         if tensor.device.type == "cpu":
-            found[number] = tensor.detach().to(torch.float64, copy=True)
+            found[number] = as_array(tensor, copy=True)
         else:
             elsewhere.setdefault(tensor.device, []).append(number)
     for device, numbers in elsewhere.items():
         wide = torch.float32 if device.type == "mps" else torch.float64
-        joined = torch.cat([tensors[n].detach().to(wide).flatten() for n in numbers]).cpu().double()
-        parts = joined.split([tensors[n].numel() for n in numbers])
+        joined = as_array(torch.cat([tensors[n].detach().to(wide).flatten() for n in numbers]))
+        parts = np.split(joined, np.cumsum([tensors[n].numel() for n in numbers])[:-1])
         found |= {n: part.reshape(tensors[n].shape) for n, part in zip(numbers, parts, strict=True)}
     return [found[number] for number in range(len(tensors))]
 
@@ -166,11 +168,13 @@ def samples_sharing_statistics(module: nn.Module, samples: int) -> float:
     return float(samples)
 
 
+@np.errstate(all="ignore")  # values may not be finite
 def recorded(
     step: int,
     layer: Layer,
+    module: nn.Module,
     observation: Observation,
-    batch: Tensor | None,
+    batch: Array | None,
     recent: RecentBatches,
     before: LayerState,
     after: LayerState,
@@ -190,27 +194,28 @@ def recorded(
         size, values = observation.batch_size, observation.values
         samples = recent.add(size, batch[1:])
         if samples.count >= _ENOUGH // 2:  # their own mean is subtracted
-            shared = samples_sharing_statistics(layer.module, size) * (samples.count - 1) / samples.count
-            noise = float(samples.noise(shared, layer.eps).median())
+            shared = samples_sharing_statistics(module, size) * (samples.count - 1) / samples.count
+            noise = median(samples.noise(shared, layer.eps))
         u, v = batch[1] / size, batch[3] / size
-        mean, var = batch[0] + u, (v - u.square()).clamp_min(0)
-        cancels = values > size and bool((mean.square() > _CANCELS * (var + layer.eps)).any())
+        mean, var = batch[0] + u, np.maximum(v - np.square(u), 0.0)
+        cancels = values > size and bool((np.square(mean) > _CANCELS * (var + layer.eps)).any())
         if cancels or values == 1:
             mean = var = None
         else:
-            calls = (Moments(torch.tensor(float(values), device="cpu"), mean, var * values),)
+            count = np.asarray(float(values))
+            calls = (Moments(count, mean, var * values, count),)
             var = var * (values / (values - 1))
     if mean is None and updates == 1:
-        mean, var = _from_running(layer.module, before, after)
+        mean, var = _from_running(module, before, after)
     distance = log_ratio = math.nan
     if mean is not None and var is not None and before.mean is not None and before.var is not None:
         distance, log_ratio = _distances(layer, samples, observation.batch_size, mean, var, before.mean, before.var)
-    dead = math.nan if after.weight is None else float(dead_channels(after.weight).double().mean())
+    dead = math.nan if after.weight is None else float(dead_channels(after.weight).mean())
     record = Record(step, layer.path, distance, log_ratio, noise, dead, updates, observation.batch_size)
     return record, replace(layer, calls=calls, samples=samples)
 
 
-def _from_running(module: nn.Module, before: LayerState, after: LayerState) -> tuple[Tensor | None, Tensor | None]:
+def _from_running(module: nn.Module, before: LayerState, after: LayerState) -> tuple[Array | None, Array | None]:
     a = getattr(module, "momentum", None)
     if a is None and after.updates:
         a = 1 / after.updates
@@ -218,25 +223,25 @@ def _from_running(module: nn.Module, before: LayerState, after: LayerState) -> t
         return None, None
     if before.mean.shape != after.mean.shape:
         return None, None
-    return (after.mean - (1 - a) * before.mean) / a, ((after.var - (1 - a) * before.var) / a).clamp_min(0)
+    return (after.mean - (1 - a) * before.mean) / a, np.maximum((after.var - (1 - a) * before.var) / a, 0.0)
 
 
 def _distances(
     layer: Layer,
     samples: Samples | None,
     size: int | None,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    mean: Array,
+    var: Array,
+    running_mean: Array,
+    running_var: Array,
 ) -> tuple[float, float]:
     if running_mean.shape != mean.shape:
         return math.nan, math.nan
     scale = var + layer.eps
-    square = (running_mean - mean).square()
+    square = np.square(running_mean - mean)
     if samples is not None and samples.count > 1 and size:
         a = layer.momentum or 0.0
         # Errors of the batch mean and of the running mean, an average over the last 1/a batches.
         square = square - samples.error_of_mean(size) * (1 + a / (2 - a))
     distance = math.sqrt(max(float((square / scale).mean()), 0.0))
-    return distance, math.log(float((scale / (running_var + layer.eps).clamp_min(1e-30)).median()))
+    return distance, math.log(median(scale / np.maximum(running_var + layer.eps, 1e-30)))

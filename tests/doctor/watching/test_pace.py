@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from batchnorm.doctor import Watch, watch
-from batchnorm.doctor.watch import watcher
-from batchnorm.doctor.watch.pace import AFTERMATH, Pace
+from batchnorm.doctor.watching import watcher
+from batchnorm.doctor.watching.pace import AFTERMATH, Pace
 from tests.doctor.networks import criterion, digits, trained
-from tests.doctor.watch.training import train
+from tests.doctor.watching.training import train
 
 
 def test_only_optimizers_of_the_model_make_steps() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.nn.parameter import is_lazy
 
+from batchnorm.doctor.measure.layers import Array
 from batchnorm.walk import is_frozen
 
 
@@ -42,9 +43,9 @@ def vector(held: object) -> Tensor | None:
     return held if isinstance(held, Tensor) and not is_lazy(held) and held.numel() else None
 
 
-def plain(vector: Tensor | None) -> Tensor | None:
+def plain(vector: Array | None) -> Array | None:
     """Return the vector, or None if it has a row for each domain."""
-    return vector if vector is not None and vector.dim() == 1 else None
+    return vector if vector is not None and vector.ndim == 1 else None
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from statistics import median
 
-import torch
 from torch import nn
 
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.measure.cause import LAGS, kept
 from batchnorm.doctor.measure.distance import Distance
-from batchnorm.doctor.measure.layers import DEAD_SHARE, NOISE_AIM, NOISY, Layer, remaining, samples_needed
+from batchnorm.doctor.measure.layers import DEAD_SHARE, NOISE_AIM, NOISY, Layer, Vectors, remaining, samples_needed
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.training_step import TrainingStep
+from batchnorm.doctor.pytorch.layers import vectors_of
 from batchnorm.doctor.rules import load_rules
-from batchnorm.doctor.watch.inputs import InputBatches
-from batchnorm.doctor.watch.observing import StepObserver
-from batchnorm.doctor.watch.records import LayerState, Observation, Record, samples_sharing_statistics
+from batchnorm.doctor.watching.inputs import InputBatches
+from batchnorm.doctor.watching.observing import StepObserver
+from batchnorm.doctor.watching.records import LayerState, Observation, Record, samples_sharing_statistics
 from batchnorm.doctor.wording import counted, layers_listed, listed, named, noise_at
 
 # A running average adapts within this many times 1/momentum steps. A layer without a momentum counts as having torch's.
@@ -41,12 +41,14 @@ class ObservedLayer:
 
     Attributes:
         layer: The layer; its `calls` and `samples` are those of this step.
+        module: Its module.
         observation: Its calls and its first batch in the step.
         state: Its parameters and statistics after the step.
         record: The record of the step.
     """
 
     layer: Layer
+    module: nn.Module
     observation: Observation
     state: LayerState
     record: Record
@@ -78,11 +80,15 @@ class Alarms:
 
     A problem that a single step proves is reported at once. Running statistics must be off for several of their
     horizons, because every running average lags behind a network that learns.
+
+    Args:
+        model: The class of the model.
+        sharded: The modules whose parameters cannot be read between steps.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(self, model: str, sharded: Collection[nn.Module]) -> None:
         self._model = model
-        self._optimizer = optimizer
+        self._sharded = sharded
         self._inputs = InputBatches()
         self._ordinary = 0  # looks at steps without an evaluation
         self._rules = {rule.code: rule() for rule in load_rules()}
@@ -120,9 +126,15 @@ class Alarms:
     def _new(self, code: str, layers: Iterable[Layer]) -> list[Layer]:
         return [layer for layer in layers if (code, layer.path) not in self._reported]
 
-    def _check(self, code: str, layers: list[Layer]) -> Iterator[Finding]:
-        if new := self._new(code, layers):
+    def _check(self, code: str, observed: list[ObservedLayer]) -> Iterator[Finding]:
+        new = self._new(code, [replace(one.layer, vectors=self._vectors(one)) for one in observed])
+        if new:
             yield from self._rules[code].check(Measurements(self._model, tuple(new)))
+
+    def _vectors(self, one: ObservedLayer) -> Vectors:
+        if one.module in self._sharded:
+            return Vectors(running_mean=one.state.mean, running_var=one.state.var)
+        return vectors_of(one.module)
 
     def _updated_twice(self, observed: list[ObservedLayer], model_calls: int) -> Iterator[Finding]:
         forward, backward = Counter[str](), Counter[str]()
@@ -168,12 +180,12 @@ class Alarms:
     def _half_frozen(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
         moved = {one.layer.path for one in observed if one.record.updates != 0}
         layers = tuple(one.layer for one in observed)
-        for finding in self._rules["BN107"].check(Measurements(self._model, layers, optimizer=self._optimizer)):
+        for finding in self._rules["BN107"].check(Measurements(self._model, layers)):
             new = [path for path in finding.paths if path in moved and ("BN107", path) not in self._reported]
             if finding.severity > Severity.NOTE and new:
                 yield finding
 
-    def _after_dropout(self, observed: list[ObservedLayer], dropout: Mapping[nn.Module, float]) -> Iterator[Finding]:
+    def _after_dropout(self, observed: list[ObservedLayer], dropout: Mapping[str, float]) -> Iterator[Finding]:
         new = self._new("BN111", [one.layer for one in observed if one.layer.by_batch])
         yield from self._rules["BN111"].check(Measurements(self._model, tuple(new), dropout=dropout))
 
@@ -223,7 +235,7 @@ class Alarms:
             )
 
     def _not_finite(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
-        yield from self._check("BN202", [one.layer for one in observed if not one.state.finite])
+        yield from self._check("BN202", [one for one in observed if not one.state.finite])
 
     def _dying(self, observed: list[ObservedLayer]) -> Iterator[Finding]:
         """Find channels that died in this run; a residual branch often begins with γ = 0."""
@@ -231,7 +243,7 @@ class Alarms:
         for one in observed:
             history, dead = self._history[one.layer.path], one.record.dead
             if dead - history.least_dead >= DEAD_SHARE / 2 and dead >= DEAD_SHARE:
-                dying.append(one.layer)
+                dying.append(one)
             history.least_dead = min(history.least_dead, dead)
         yield from self._check("BN206", dying)
 
@@ -246,7 +258,7 @@ class Alarms:
                 continue
             if len(history) == _LASTING and median(history) >= NOISY:
                 noise[one.layer.path] = median(history)
-                size = samples_sharing_statistics(one.layer.module, samples)
+                size = samples_sharing_statistics(one.module, samples)
         if noise:
             worst = sorted(noise, key=lambda path: -noise[path])
             most = noise[worst[0]]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.doctor.watch.training import left_behind
+from tests.doctor.watching.training import left_behind
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.watch.records import Record
+from batchnorm.doctor.watching.records import Record
 from batchnorm.doctor.wording import counted, listed, named
 
 _SHOWN = 12

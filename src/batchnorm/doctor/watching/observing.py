@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from batchnorm.doctor.measure.layers import Layer
-from batchnorm.doctor.watch.dropout import DropoutBefore
-from batchnorm.doctor.watch.hooks import has_one_batch, weakly
-from batchnorm.doctor.watch.inputs import features_of
-from batchnorm.doctor.watch.pace import Pace
-from batchnorm.doctor.watch.records import Observation
+from batchnorm.doctor.measure.layers import Array
+from batchnorm.doctor.watching.dropout import DropoutBefore
+from batchnorm.doctor.watching.hooks import has_one_batch, weakly
+from batchnorm.doctor.watching.inputs import features_of
+from batchnorm.doctor.watching.pace import Pace
+from batchnorm.doctor.watching.records import Observation
 from batchnorm.models.data.outputs import outputs
 from batchnorm.nn.layer import channels_second
 
@@ -25,7 +25,7 @@ class StepObserver:
 
     Args:
         root: The network, without wrappers.
-        layers: Its layers.
+        layers: Its layers, by path.
         pace: Counts the time of measurements.
 
     Attributes:
@@ -33,20 +33,21 @@ class StepObserver:
         model_calls: The largest number of calls of the model in training mode without a backward pass between them.
         evaluations: Number of calls of the model in training mode without gradients.
         features: Features of the model's first input in the step; None if none was seen.
-        dropout: The layers with dropout right before them, and its probability.
+        dropout: The probability of dropout right before a layer, by the layer's path.
     """
 
-    def __init__(self, root: nn.Module, layers: Sequence[Layer], pace: Pace) -> None:
+    def __init__(self, root: nn.Module, layers: Mapping[str, nn.Module], pace: Pace) -> None:
         self._root, self._pace = root, pace
-        self._number = {layer.module: number for number, layer in enumerate(layers)}
-        self._signatures = [inspect.signature(layer.module.forward) for layer in layers]
+        self._number = {layer: number for number, layer in enumerate(layers.values())}
+        self._paths = {layer: path for path, layer in layers.items()}
+        self._signatures = [inspect.signature(layer.forward) for layer in layers.values()]
         self.forget()
 
     def forget(self) -> None:
         """Forget the last step, whose graph would otherwise stay in memory until the next look."""
         self.begin([None] * len(self._signatures))
 
-    def begin(self, running_means: Sequence[Tensor | None]) -> None:
+    def begin(self, running_means: Sequence[Array | None]) -> None:
         """Forget the last step, and begin another with these running means."""
         self._means = running_means
         self._calls = self._most_calls = self.evaluations = self._again = 0
@@ -67,9 +68,9 @@ class StepObserver:
         return any(seen.forward or seen.backward for seen in self.observations)
 
     @property
-    def dropout(self) -> dict[nn.Module, float]:
-        """The layers with dropout right before them, and its probability."""
-        return self._dropout.found
+    def dropout(self) -> dict[str, float]:
+        """The probability of dropout right before a layer, by the layer's path."""
+        return {self._paths[layer]: probability for layer, probability in self._dropout.found.items()}
 
     @property
     def model_calls(self) -> int:

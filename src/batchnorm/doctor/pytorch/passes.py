@@ -5,42 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from batchnorm.doctor.measure.effect import Outcome
-from batchnorm.doctor.measure.layers import Layer, Precision, Samples
+from batchnorm.doctor.measure.effect import Outcome, features_of
+from batchnorm.doctor.measure.layers import Array, HalfInput, Layer, Precision, Samples, Statistics
+from batchnorm.doctor.measure.padding import PaddingEffect
 from batchnorm.doctor.measure.runs import Runs
+from batchnorm.doctor.pytorch.layers import as_array, as_moments, torch_statistics
+from batchnorm.doctor.pytorch.padding import find_padding
 from batchnorm.doctor.wording import counted
 from batchnorm.models.data.batches import Batches, ThreadSettings, as_tensors, device_of, own_copy, size_of
 from batchnorm.models.data.inputs import Inputs
 from batchnorm.models.data.outputs import outputs
 from batchnorm.models.data.samples import samples_in
+from batchnorm.models.execution import observe
 from batchnorm.models.execution.calling import DefaultForward, StepResult, arguments_of_loss, loss_in
-from batchnorm.models.execution.observe import (
-    LayerCall,
-    Observer,
-    Pass,
-    Rows,
-    Statistics,
-    put_running_statistics,
-    running_statistics,
-)
+from batchnorm.models.execution.observe import LayerCall, Observer, Pass, Rows, put_running_statistics
 from batchnorm.models.execution.progress import Bar
 from batchnorm.moments import Moments
 from batchnorm.nn.layer import channels_second
+from batchnorm.walk import norm_layers
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[..., Any]
 
-# Largest number of features that are kept of a sample's output; a larger output is sampled evenly.
-_KEPT_FEATURES = 1024
 # Memory for the batches that are kept for the later passes.
 _KEPT_BYTES = 2**30
 # From this |mean| over deviation, the error of the computation is measured.
@@ -86,6 +82,7 @@ class Passes(Runs):
         bar: Shows the progress.
 
     Attributes:
+        kept: The batches that are kept for the later passes.
         example: The arguments of the model's first call.
     """
 
@@ -96,7 +93,12 @@ class Passes(Runs):
         self.bar = bar
         self.kept: list[Any] = []
         self.example: Inputs | None = None
-        self.observer = Observer("diagnose", [layer.found for layer in layers])
+        paths = {layer.path for layer in layers}
+        found = [each for each in norm_layers(model) if each.path in paths]
+        self.observer = Observer("diagnose", found)
+        self._modules = [each.module for each in found]
+        self._running = [torch_statistics(layer.running) for layer in layers if layer.running is not None]
+        self._largest: dict[int, Tensor] = {}  # |x| of each layer
         self._batch: tuple[int, int] | None = None  # number and size of the batch, while its samples are measured
         self._done: set[int] = set()  # layers that were measured in this batch
         self._ambient = ThreadSettings(None, device_of(model))
@@ -105,9 +107,9 @@ class Passes(Runs):
     def _hooked(self, hook_of: Callable[[int], Callable[..., None]] | None = None) -> Iterator[None]:
         """Observe the layers, with a hook on each; by default, the hook measures the layer's input."""
         handles = self.observer.install()
-        for number, layer in enumerate(self.layers):
+        for number, module in enumerate(self._modules):
             hook = (hook_of or self._measure_input)(number)
-            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         handles.append(self.model.register_forward_pre_hook(self._take_example, with_kwargs=True))
         try:
             yield
@@ -116,14 +118,14 @@ class Passes(Runs):
             for handle in handles:
                 handle.remove()
 
-    def _run(self, batch: Any) -> tuple[Tensor | None, float | None]:
+    def _run(self, batch: Any) -> tuple[Array | None, float | None]:
         """Return the output and the loss of one batch."""
         batch = own_copy(batch, device_of(self.model))
         with self._ambient.entered():
             returned = self.call.forward(self.model, batch)
             loss = self.call.loss_of(returned, batch)
         self.loss_source = self.call.source_of_loss(returned)
-        return output_of(returned), None if loss is None else float(loss)
+        return _output_of(returned), None if loss is None else float(loss)
 
     def first(self, batches: Batches) -> None:
         """Run each batch with its own statistics, as in training, then with the running ones; measure the layers.
@@ -133,12 +135,13 @@ class Passes(Runs):
         calls: dict[LayerCall, Moments] = {}
         room = _KEPT_BYTES
 
-        def record(call: LayerCall, rows: Rows) -> Statistics:
+        def record(call: LayerCall, rows: Rows) -> observe.Statistics:
             for moments in rows:
                 if moments.count:
                     layer = self.layers[call.layer]
                     single = layer.single_value_batches + int(moments.count == 1)
-                    self._set(call.layer, first_input=layer.first_input or moments, single_value_batches=single)
+                    first = layer.first_input or as_moments(moments)
+                    self._set(call.layer, first_input=first, single_value_batches=single)
                     calls[call] = calls.get(call, Moments.empty(len(moments.mean), device="cpu")).merge(moments)
             return self._training_statistics(call, rows)
 
@@ -174,8 +177,10 @@ class Passes(Runs):
                 room = -1  # the batches that are kept are the first ones
         order = list(dict.fromkeys(call.layer for call in calls))
         for position, number in enumerate(order):
-            own = tuple(moments for call, moments in sorted(calls.items()) if call.layer == number)
+            own = tuple(as_moments(moments) for call, moments in sorted(calls.items()) if call.layer == number)
             self._set(number, order=position, calls=own)
+        for number, largest in self._largest.items():
+            self._set(number, half_input=_half_input(largest))
 
     def _announce(self, number: int | None, seconds: float) -> None:
         """Show the expected total time, from the time of one batch."""
@@ -188,16 +193,17 @@ class Passes(Runs):
     def again(self, statistics: Mapping[int, Statistics | tuple[Statistics, ...]], title: str) -> Outcome:
         """Run the kept batches with other statistics in some layers; a tuple has one entry for each call of a layer."""
         outcome = Outcome()
-        self._put({number: s for number, s in statistics.items() if isinstance(s, Statistics)})
-        by_call = {number: s for number, s in statistics.items() if not isinstance(s, Statistics)}
+        common = {number: torch_statistics(s) for number, s in statistics.items() if isinstance(s, Statistics)}
+        by_call = {
+            n: [torch_statistics(each) for each in s] for n, s in statistics.items() if not isinstance(s, Statistics)
+        }
+        self._put(common)
 
-        def choose(call: LayerCall, rows: Rows) -> Statistics:
+        def choose(call: LayerCall, rows: Rows) -> observe.Statistics:
             if call.layer in by_call:
                 several = by_call[call.layer]
                 return several[min(call.nth, len(several) - 1)]
-            chosen = statistics.get(call.layer, self.layers[call.layer].running)
-            assert isinstance(chosen, Statistics)
-            return chosen
+            return common.get(call.layer, self._running[call.layer])
 
         with self._hooked() if by_call else nullcontext():
             for given in self.bar.over(self.kept, title, len(self.kept)):
@@ -231,10 +237,25 @@ class Passes(Runs):
         self._put({})
         if any(len(y) != n for y, n in zip(outcome.outputs, sizes, strict=True)):
             return None
-        in_order = torch.cat(outcome.outputs)[order.argsort()]
-        return Outcome(list(in_order.split(sizes)), outcome.losses)
+        in_order = np.concatenate(outcome.outputs)[order.argsort().numpy()]
+        return Outcome(np.split(in_order, np.cumsum(sizes)[:-1]), outcome.losses)
 
-    def show_inputs(self, batch: Any, show: Callable[[Layer, Tensor], None]) -> None:
+    def padding(self) -> PaddingEffect | None:
+        """Measure the input of each layer with and without padding; None if the data have no padding."""
+        padded = find_padding(self.kept)
+        if padded is None:
+            return None
+        shifts: dict[str, float] = {}
+
+        def compare(layer: Layer, x: Tensor) -> None:
+            shift = padded.shift(x, layer.eps) if layer.by_batch else None
+            if shift is not None:
+                shifts[layer.path] = shift
+
+        self._show_inputs(padded.batch, compare)
+        return PaddingEffect(padded.share, padded.ends, shifts)
+
+    def _show_inputs(self, batch: Any, show: Callable[[Layer, Tensor], None]) -> None:
         """Run a batch with its own statistics, and show each layer's input in its first call without a mask."""
         shown: set[int] = set()
 
@@ -252,30 +273,24 @@ class Passes(Runs):
             self._run(batch)
         self._put({})
 
-    def _training_statistics(self, call: LayerCall, rows: Rows) -> Statistics:
+    def _training_statistics(self, call: LayerCall, rows: Rows) -> observe.Statistics:
         """Return the statistics that training normalizes by: the batch's, if the layer uses them and they exist."""
-        layer = self.layers[call.layer]
-        assert layer.running is not None
-        mean, var = layer.running.mean.clone(), layer.running.var.clone()
+        mean, var = (statistic.clone() for statistic in self._running[call.layer])
         for row, moments in enumerate(rows):
-            if moments.count > 1 and layer.by_batch:
+            if moments.count > 1 and self.layers[call.layer].by_batch:
                 mean[row], var[row] = moments.mean, moments.var
-        return Statistics(mean, var)
+        return observe.Statistics(mean, var)
 
-    def _put(self, statistics: Mapping[int, Statistics]) -> None:
+    def _put(self, statistics: Mapping[int, observe.Statistics]) -> None:
         """Give the layers these running statistics, and all others their own."""
-        for number, layer in enumerate(self.layers):
-            assert layer.running is not None
-            put_running_statistics(layer.module, statistics.get(number, layer.running))
+        for number, (module, own) in enumerate(zip(self._modules, self._running, strict=True)):
+            put_running_statistics(module, statistics.get(number, own))
 
     def _find_moved(self) -> None:
-        for number, layer in enumerate(self.layers):
-            pairs = zip(running_statistics(layer.module), layer.running or (), strict=True)
+        for number, (module, own) in enumerate(zip(self._modules, self._running, strict=True)):
+            pairs = zip(observe.running_statistics(module), own, strict=True)
             moved = any(not torch.equal(now.cpu().nan_to_num(), t.nan_to_num()) for now, t in pairs)
             self._set(number, moved_in_evaluation=moved)
-
-    def _set(self, number: int, **changes: Any) -> None:
-        self.layers[number] = replace(self.layers[number], **changes)
 
     def _take_example(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.example is None:
@@ -284,21 +299,21 @@ class Passes(Runs):
     def _measure_input(self, number: int) -> Callable[..., None]:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer, x = self.layers[number], input_of(module, args, kwargs)
-            if self._batch is None or number in self._done or x is None or layer.running is None:
+            x = input_of(module, args, kwargs)
+            if self._batch is None or number in self._done or x is None:
                 return
             self._done.add(number)
-            batch, size = self._batch
-            if x.numel():
-                largest, before = x.detach().abs().max(), layer.largest_input
-                self._set(number, largest_input=largest if before is None else torch.maximum(before, largest))
-            if x.shape[0] % size or x.numel() == 0 or len(layer.running.mean) != 1:
+            if x.numel() == 0:
                 return
-            pivot = layer.running.mean[0].nan_to_num().to(x.device)
+            largest, before = x.detach().abs().max(), self._largest.get(number)
+            self._largest[number] = largest if before is None else torch.maximum(before, largest)
+            layer, running, (batch, size) = self.layers[number], self._running[number], self._batch
+            if x.shape[0] % size or len(running.mean) != 1:
+                return
+            pivot = running.mean[0].nan_to_num().to(x.device)
             z = x.detach().double().reshape(size, x.shape[0] // size, x.shape[1], -1) - pivot[:, None]
-            u, v = z.mean((1, 3)), z.square().mean((1, 3))
             samples = layer.samples or Samples()
-            samples.add(u, v, batch)
+            samples.add(as_array(z.mean((1, 3))), as_array(z.square().mean((1, 3))), batch)
             self._set(number, samples=samples, precision=layer.precision or _precision(x.detach(), layer.eps))
 
         return hook
@@ -310,18 +325,19 @@ def input_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return channels_second(layer, x) if isinstance(x, Tensor) else None
 
 
-def output_of(returned: Any) -> Tensor | None:
-    """Return the first floating-point tensor of an output: `[N, K]` unchanged, any other as `[N, features, 1]`."""
-    for tensor in outputs(returned):
-        if tensor.is_floating_point() and tensor.dim():
-            if tensor.dim() == 2 and tensor.shape[1] <= _KEPT_FEATURES:
-                return tensor.detach().double().cpu()
-            flat = tensor.detach().reshape(tensor.shape[0], -1, 1)
-            if flat.shape[1] > _KEPT_FEATURES:
-                every = torch.linspace(0, flat.shape[1] - 1, _KEPT_FEATURES, device=flat.device).long()
-                flat = flat[:, every]
-            return flat.double().cpu()
-    return None
+def _output_of(returned: Any) -> Array | None:
+    """Return the features of the first floating-point tensor of an output."""
+    tensors = (y for y in outputs(returned) if y.is_floating_point() and y.dim())
+    first = next(tensors, None)
+    return None if first is None else as_array(features_of(first.detach()))
+
+
+def _half_input(largest: Tensor) -> HalfInput | None:
+    """Return the range of an input in half precision, from the largest |x| in its dtype; None in any other dtype."""
+    if largest.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    limits = torch.finfo(largest.dtype)
+    return HalfInput(float(largest), limits.max, limits.dtype)
 
 
 def _precision(x: Tensor, eps: float) -> Precision:
@@ -338,4 +354,4 @@ def _precision(x: Tensor, eps: float) -> Precision:
         y = F.batch_norm(x, None, None, None, None, True, 0.0, eps).double()
         error = (y - (exact - mean) / deviation).square().mean(dims).sqrt()
         computed_error = float(error.max())
-    return Precision(largest, channel, x.dtype, input_error, computed_error)
+    return Precision(largest, channel, str(x.dtype).removeprefix("torch."), input_error, computed_error)

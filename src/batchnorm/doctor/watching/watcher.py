@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm.distributed.owners import sharded_modules
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.inspection import check_model
-from batchnorm.doctor.measure.layers import layers_of
-from batchnorm.doctor.watch.alarms import Alarms, BatchNormWarning, ObservedLayer
-from batchnorm.doctor.watch.hooks import is_compiled, plain, remove, unwrapped, user_stacklevel, vector, weakly
-from batchnorm.doctor.watch.observing import StepObserver
-from batchnorm.doctor.watch.pace import Pace
-from batchnorm.doctor.watch.records import QUANTITIES, LayerState, RecentBatches, Record, copied, recorded
-from batchnorm.doctor.watch.table import table
+from batchnorm.doctor.pytorch.inspection import check_model
+from batchnorm.doctor.pytorch.layers import layers_of, optimized_by, settings_of
+from batchnorm.doctor.watching.alarms import Alarms, BatchNormWarning, ObservedLayer
+from batchnorm.doctor.watching.hooks import is_compiled, plain, remove, unwrapped, user_stacklevel, vector, weakly
+from batchnorm.doctor.watching.observing import StepObserver
+from batchnorm.doctor.watching.pace import Pace
+from batchnorm.doctor.watching.records import QUANTITIES, LayerState, RecentBatches, Record, copied, recorded
+from batchnorm.doctor.watching.table import table
 from batchnorm.doctor.wording import explain_command, named
 from batchnorm.text import printable
+from batchnorm.walk import norm_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,6 +113,7 @@ class Watch:
         check_model("watch", model)
         _check_pace(every, overhead)
         self._root = unwrapped(model)
+        self._modules = [found.module for found in norm_layers(self._root)]
         self._layers = layers_of(self._root)
         self.layers = tuple(layer.path for layer in self._layers)
         self.steps = self.looks = 0
@@ -122,10 +125,10 @@ class Watch:
         self._sharded = sharded_modules(model)
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._recent = [RecentBatches() for _ in self._layers]
-        self._alarms = Alarms(self._root, optimizer)
+        self._alarms = Alarms(type(self._root).__name__, self._sharded)
         self._warn, self._writer = warn, writer
         self._pace = Pace(overhead, every, clock)
-        self._observer = StepObserver(self._root, self._layers, self._pace)
+        self._observer = StepObserver(self._root, dict(zip(self.layers, self._modules, strict=True)), self._pace)
         self._handles: list[Any] = []
         self._handles_of_look: list[Any] = []
         self.closed = False
@@ -198,12 +201,14 @@ class Watch:
         observations = self._observer.observations
         batches = iter(copied([seen.batch for seen in observations if seen.batch is not None]))
         observed = []
-        for layer, seen, recent, before, after in zip(
-            self._layers, observations, self._recent, self._before, self._states(), strict=True
+        optimized = optimized_by(self._optimizer)
+        for layer, module, seen, recent, before, after in zip(
+            self._layers, self._modules, observations, self._recent, self._before, self._states(), strict=True
         ):
             batch = None if seen.batch is None else next(batches)
-            record, measured = recorded(self.steps, layer, seen, batch, recent, before, after)
-            observed.append(ObservedLayer(measured, seen, after, record))
+            layer = replace(layer, **settings_of(module, optimized))
+            record, measured = recorded(self.steps, layer, module, seen, batch, recent, before, after)
+            observed.append(ObservedLayer(measured, module, seen, after, record))
         self._history.append([one.record for one in observed])
         self.looks += 1
         if any(one.record.updates and not one.observation.forward for one in observed):
@@ -225,7 +230,7 @@ class Watch:
         unreadable = {(module, "weight") for module in self._sharded}
         vectors = [
             [None if (m, name) in unreadable else vector(getattr(m, name, None)) for name in names]
-            for m in (layer.module for layer in self._layers)
+            for m in self._modules
         ]
         copies = iter(copied([v for row in vectors for v in row if v is not None]))
         rows = [[None if v is None else next(copies) for v in row] for row in vectors]
@@ -300,7 +305,7 @@ class Watch:
             ImportError: matplotlib is missing.
             ValueError: there was no look yet.
         """
-        from batchnorm.doctor.watch.picture import draw
+        from batchnorm.doctor.watching.picture import draw
 
         return draw(self._history, self.findings)
 
@@ -314,7 +319,7 @@ class Watch:
             ImportError: matplotlib is missing.
             ValueError: the path has another ending, or there was no look yet.
         """
-        from batchnorm.doctor.watch.picture import save
+        from batchnorm.doctor.watching.picture import save
 
         save(self.plot, Path(path))
 

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from batchnorm.doctor.finding import Severity
 from batchnorm.doctor.measure.cause import Cause
 from batchnorm.doctor.measure.effect import Effect, effect_of
-from batchnorm.doctor.measure.layers import Layer, layers_of
+from batchnorm.doctor.measure.layers import Layer
 from batchnorm.doctor.measure.measurements import Measurements
 from batchnorm.doctor.measure.measuring import population_of
-from batchnorm.doctor.measure.passes import Passes
-from batchnorm.doctor.measure.training_step import StepError, as_step_error, loss_of
+from batchnorm.doctor.pytorch.layers import layers_of, torch_statistics
+from batchnorm.doctor.pytorch.measuring import modules_of
+from batchnorm.doctor.pytorch.passes import Passes
+from batchnorm.doctor.pytorch.training_step import StepError, as_step_error, loss_of
 from batchnorm.doctor.wording import counted
 from batchnorm.models.data.batches import Batches, device_of, own_copy
 from batchnorm.models.execution.observe import put_running_statistics
@@ -30,17 +32,21 @@ from batchnorm.walk import restored
 _MOST_STEPS = 20
 
 
-def add_lag(m: Measurements, passes: Passes, modes: Sequence[bool]) -> Measurements:
+def add_lag(
+    m: Measurements, model: nn.Module, optimizer: Optimizer | None, passes: Passes, modes: Sequence[bool]
+) -> Measurements:
     """Find out whether the learning rate explains a misfit of unclear cause.
 
     If training continues from statistics that fit, and soon does the same harm, the learning rate explains it.
 
     Args:
         m: The measurements.
+        model: The model.
+        optimizer: The user's optimizer.
         passes: The passes over the data.
         modes: The mode of each module of the model before it was measured.
     """
-    misfit, optimizer = m.misfit, m.optimizer
+    misfit = m.misfit
     if misfit is None or misfit.effect.severity == Severity.NOTE or not misfit.cause.may_be_lag:
         return m
     if optimizer is None:
@@ -50,7 +56,7 @@ def add_lag(m: Measurements, passes: Passes, modes: Sequence[bool]) -> Measureme
     if m.step is None or not steps or not _has_trained(optimizer):
         return m
     try:
-        effect = _lag_after(steps, m, optimizer, passes, modes)
+        effect = _lag_after(steps, m, model, optimizer, passes, modes)
     except StepError as error:
         line = f"whether the learning rate explains this is unknown: it needs training steps on a copy, and {error}"
         return replace(m, misfit=replace(misfit, cause=misfit.cause.with_evidence(line)))
@@ -75,7 +81,7 @@ def _has_trained(optimizer: Optimizer) -> bool:
 
 
 def _lag_after(
-    steps: int, m: Measurements, optimizer: Optimizer, passes: Passes, modes: Sequence[bool]
+    steps: int, m: Measurements, original: nn.Module, optimizer: Optimizer, passes: Passes, modes: Sequence[bool]
 ) -> Effect | None:
     """Return the effect of running statistics that fit the data, after further training steps on a copy.
 
@@ -84,16 +90,16 @@ def _lag_after(
     """
     call = passes.call
     with as_step_error():
-        model, optimizer = copy.deepcopy((m.model, optimizer))
-    layers = [layer for layer in layers_of(model) if layer.running is not None]
-    for number, statistics in population_of(m.measured).items():
-        put_running_statistics(layers[number].module, statistics)
+        model, optimizer = copy.deepcopy((original, optimizer))
+    modules, measured = modules_of(model), m.measured
+    for number, statistics in population_of(measured).items():
+        put_running_statistics(modules[measured[number].path], torch_statistics(statistics))
     for module, training in zip(model.modules(), modes, strict=True):
         module.training = training
     if not m.training:
         model.train()
     # The user's `forward` and loss may hold the original, or further parameters.
-    originals = [m.model, *([call.loss] if isinstance(call.loss, nn.Module) else [])]
+    originals = [original, *([call.loss] if isinstance(call.loss, nn.Module) else [])]
     with restored(nn.ModuleList(originals), buffers=True, gradients=True), as_step_error(), torch.enable_grad():
         for given in passes.bar.over(islice(cycle(passes.kept), steps), "training steps on a copy", steps):
             batch = own_copy(given, device_of(model))

@@ -17,10 +17,10 @@ from torch.testing import assert_close
 
 import batchnorm
 from batchnorm.doctor import watch
-from batchnorm.doctor.watch.records import QUANTITIES
+from batchnorm.doctor.watching.records import QUANTITIES
 from tests.doctor.defective import Checkpointed
 from tests.doctor.networks import criterion, digits, trained
-from tests.doctor.watch.training import left_behind, train, watched
+from tests.doctor.watching.training import left_behind, train, watched
 
 # What is measured -----------------------------------------------------------------------------------------------------
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from batchnorm.doctor.measure.layers import Layer
 from batchnorm.walk import restored
 
 Evaluate = Callable[[nn.Module], Any]
 
 
-def left_in_training(model: nn.Module, layers: Iterable[Layer]) -> tuple[str, ...]:
-    """Return the paths of the layers that are in training mode after `model.eval()`."""
+def left_in_training(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the paths of those of the layers, given by path, that are in training mode after `model.eval()`."""
     with restored(model):
         model.eval()
-        return tuple(layer.path for layer in layers if layer.by_batch and layer.module.training)
+        return tuple(path for path, layer in layers.items() if layer.training)
 
 
-def evaluated_in_training(model: nn.Module, layers: Iterable[Layer], evaluate: Evaluate) -> tuple[str, ...]:
+def evaluated_in_training(model: nn.Module, layers: Mapping[str, nn.Module], evaluate: Evaluate) -> tuple[str, ...]:
     """Return the paths of the layers that the user's evaluation runs in training mode, in the order of the calls.
 
     The evaluation begins in training mode, as after an epoch of training. Everything is restored afterwards.
@@ -35,9 +34,8 @@ def evaluated_in_training(model: nn.Module, layers: Iterable[Layer], evaluate: E
         return hook
 
     with restored(model, buffers=True, gradients=True):
-        for layer in layers:
-            if layer.by_batch:
-                layer.module.register_forward_pre_hook(recorder(layer.path))
+        for path, layer in layers.items():
+            layer.register_forward_pre_hook(recorder(path))
         model.train()
         evaluate(model)
     return tuple(found)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm import _checks
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.doctor.measure.facts import LayerFacts, facts_of
-from batchnorm.doctor.measure.measuring import add_trace, measure_model
+from batchnorm.doctor.pytorch.measuring import add_trace, measure_model, modules_of
 from batchnorm.models.data.batches import device_of
 from batchnorm.models.data.inputs import Inputs, evaluate, not_taken
 from batchnorm.models.execution.calling import eager
@@ -42,7 +42,7 @@ def inspect_layers(model: nn.Module, example_inputs: Any = None) -> tuple[LayerF
         measurements = measure_model(model)
         set_mode(model, training=False)
         inputs = guessed_inputs(model) if example_inputs is None else _checked_inputs(model, example_inputs)
-        measurements = add_trace(measurements, inputs)
+        measurements = add_trace(measurements, model, modules_of(model), inputs)
     return facts_of(measurements)
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as hooks
 from torch.optim import optimizer as optimizers
 
 from batchnorm.doctor import Watch, watch
-from batchnorm.doctor.watch.records import Record
+from batchnorm.doctor.watching.records import Record
 from tests.doctor.networks import criterion, digits
 
 STEPS = 12

@@ -10,28 +10,28 @@ from torch import nn
 
 from batchnorm._options import check_max_samples
 from batchnorm.distributed.owners import check_not_sharded
-from batchnorm.doctor.finding import Finding, NotChecked, causes_first
-from batchnorm.doctor.inspection import check_model, guessed_inputs
-from batchnorm.doctor.measure.continued import add_lag
-from batchnorm.doctor.measure.evaluation_mode import Evaluate
-from batchnorm.doctor.measure.layers import Layer
+from batchnorm.doctor.applying import apply_rules, layers_left_out
 from batchnorm.doctor.measure.measurements import Measurements
-from batchnorm.doctor.measure.measuring import (
+from batchnorm.doctor.measure.measuring import add_effects
+from batchnorm.doctor.pytorch.continued import add_lag
+from batchnorm.doctor.pytorch.evaluation_mode import Evaluate
+from batchnorm.doctor.pytorch.inspection import check_model, guessed_inputs
+from batchnorm.doctor.pytorch.measuring import (
+    Modules,
     add_data,
-    add_effects,
     add_modes,
     add_processes,
     add_trace,
     measure_model,
+    modules_of,
 )
-from batchnorm.doctor.measure.passes import Forward, Loss, ModelCall, Passes
+from batchnorm.doctor.pytorch.passes import Forward, Loss, ModelCall, Passes
 from batchnorm.doctor.report.diagnosis import Diagnosis
-from batchnorm.doctor.rules import Rule, load_rules
-from batchnorm.doctor.wording import counted, listed
+from batchnorm.doctor.rules import load_rules
 from batchnorm.models.data.batches import Batches, check_data
 from batchnorm.models.execution.calling import DefaultForward, eager
 from batchnorm.models.execution.processes import Processes
-from batchnorm.models.execution.progress import Bar, bar
+from batchnorm.models.execution.progress import bar
 from batchnorm.walk import restored, set_mode
 
 
@@ -104,74 +104,27 @@ def diagnose(
         inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
         kept = nn.ModuleList([model, loss] if isinstance(loss, nn.Module) else [model])
         with restored(kept, buffers=True), bar("diagnose", progress, processes.check) as shown, eager():
-            measurements = add_modes(measure_model(inner, optimizer), evaluate)
+            modules = modules_of(inner)
+            measurements = add_modes(measure_model(inner, optimizer), inner, modules, evaluate)
             measurements = add_processes(measurements, processes if together else None)
             call = ModelCall(forward or DefaultForward("diagnose", for_loss=loss is None), loss)
+            passes = Passes(inner, measurements.measured, call, budget, shown)
             batches = None if data is None else Batches(data, max_samples)
-            measurements = _measure(measurements, call, batches, budget, shown)
+            modes = [module.training for module in inner.modules()]
+            measurements = _measure(measurements, inner, modules, passes, batches)
+            measurements = add_lag(measurements, inner, optimizer, passes, modes)
             findings, not_checked = apply_rules(measurements, load_rules())
         return Diagnosis.of(measurements, findings, not_checked + layers_left_out(measurements))
 
 
-def _measure(m: Measurements, call: ModelCall, batches: Batches | None, budget: int, shown: Bar) -> Measurements:
-    modes = [module.training for module in m.model.modules()]
-    passes = Passes(m.model, m.measured, call, budget, shown)
+def _measure(
+    m: Measurements, model: nn.Module, modules: Modules, passes: Passes, batches: Batches | None
+) -> Measurements:
     if batches is not None:
-        m = add_data(m, passes, batches)
-    set_mode(m.model, training=False)
-    m = add_trace(m, passes.example or guessed_inputs(m.model))
-    return m if batches is None else add_lag(add_effects(m, passes), passes, modes)
-
-
-def apply_rules(m: Measurements, rules: Iterable[type[Rule]]) -> tuple[list[Finding], list[NotChecked]]:
-    """Return the findings, worst first and causes before what they explain, and the rules whose needs are not met."""
-    findings: list[Finding] = []
-    not_checked: list[NotChecked] = []
-    by_code = {rule.code: rule() for rule in rules}
-    for rule in by_code.values():
-        reason = next((reason for need in rule.needs if (reason := m.lacks(need)) is not None), None)
-        if reason is not None:
-            not_checked.append(NotChecked(rule.code, rule.title, reason))
-        else:
-            findings += rule.check(m)
-    return causes_first([by_code[finding.code].revise(finding, findings) for finding in findings]), not_checked
-
-
-def layers_left_out(m: Measurements) -> list[NotChecked]:
-    """Return the layers that could not be compared with the population of the data, by reason."""
-    if "data" in m.missing:
-        return []
-    compared = {distance.layer for distance in m.distances}
-    reasons: dict[str, list[str]] = {}
-    for layer in m.layers:
-        if layer not in compared:
-            reasons.setdefault(_reason(layer), []).append(layer.path)
-    return [
-        NotChecked(
-            "BN102",
-            "running statistics against the population",
-            f"leaves out {counted(len(paths), 'layer')} ({listed(paths)}), as do BN103 and BN104: {reason}",
-            tuple(paths),
-        )
-        for reason, paths in reasons.items()
-    ]
-
-
-def _reason(layer: Layer) -> str:
-    kind = type(layer.module).__name__
-    if layer.running is None:
-        if getattr(layer.module, "running_whitening", None) is not None:
-            return f"{kind} whitens, and keeps a matrix instead of variances"
-        return f"{kind} keeps no running mean and variance here"
-    if len(layer.running.mean) != 1:
-        return f"{kind} keeps statistics of {len(layer.running.mean)} domains, each with a population of its own"
-    if not layer.calls:
-        return "these data did not reach it"
-    if not bool((layer.running.mean + layer.running.var).isfinite().all()):
-        return "the running statistics are not finite"
-    if layer.population is None:
-        return "its input is not finite, or has a single value per channel"
-    return "the first dimension of its input is not the dimension of the samples"
+        m = add_data(m, model, modules, passes, batches)
+    set_mode(model, training=False)
+    m = add_trace(m, model, modules, passes.example or guessed_inputs(model))
+    return m if batches is None else add_effects(m, passes)
 
 
 def _check(

@@ -1,0 +1,1 @@
+"""Measure a model of PyTorch for the doctor."""
