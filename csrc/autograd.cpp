@@ -4,6 +4,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <memory>
+
 #include "node.h"
 
 // From torch/csrc/autograd/python_variable.h, which cannot be included: it needs pybind11, which needs more than
@@ -61,9 +63,71 @@ bool flag(PyObject* o) {
   return value != 0;
 }
 
+// The functions that start the kernels of the passes, as a tuple; null before `set_functions`.
+PyObject* functions = nullptr;
+
+struct Gil {
+  PyGILState_STATE state = PyGILState_Ensure();
+  ~Gil() { PyGILState_Release(state); }
+};
+
+struct Release {
+  void operator()(PyObject* o) const { Py_DECREF(o); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+PyObject* none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+bool start(launched::Pass pass, std::initializer_list<Tensor> tensors, const Attributes& attributes,
+           const launched::Update* update) {
+  const Gil gil;
+  const Owned arguments(PyTuple_New(static_cast<Py_ssize_t>(tensors.size()) + (update == nullptr ? 3 : 5)));
+  Py_ssize_t place = 0;
+  bool made = arguments != nullptr;
+  const auto add = [&](PyObject* o) {
+    made = made && o != nullptr;
+    if (o != nullptr && arguments) PyTuple_SetItem(arguments.get(), place++, o);
+  };
+  for (const Tensor& t : tensors) add(t.defined() ? THPVariable_Wrap(Tensor(t)) : none());
+  add(PyFloat_FromDouble(attributes.eps));
+  add(PyLong_FromLong(static_cast<long>(attributes.activation)));
+  add(PyFloat_FromDouble(attributes.parameter));
+  if (update != nullptr) {
+    add(update->momentum ? PyFloat_FromDouble(*update->momentum) : none());
+    add(PyBool_FromLong(update->skip_nonfinite));
+  }
+  PyObject* function = PyTuple_GetItem(functions, static_cast<Py_ssize_t>(pass));
+  const Owned result(made && function != nullptr ? PyObject_CallObject(function, arguments.get()) : nullptr);
+  if (result) return result.get() == Py_True;
+  // A thread of autograd cannot pass an error of Python on. The operators meet it again, and report it.
+  if (pass != launched::Pass::backward) throw launched::Raised();
+  PyErr_Clear();
+  return false;
+}
+
+// set_functions(train_forward, normalize, backward)
+PyObject* set_functions(PyObject*, PyObject* given) {
+  if (PyTuple_Size(given) != 3) {
+    PyErr_SetString(PyExc_TypeError, "set_functions expects 3 functions by position.");
+    return nullptr;
+  }
+  Py_INCREF(given);
+  Py_XDECREF(functions);
+  functions = given;
+  launched::start = start;
+  return none();
+}
+
 // batch_norm(x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, activation,
-//            parameter, keeps_y, momentum, skip_nonfinite), all by position. The activation is its number in the table.
-constexpr Py_ssize_t kArguments = 14;
+//            parameter, keeps_y, momentum, skip_nonfinite, launched), all by position. The activation is its number in the
+// table.
+constexpr Py_ssize_t kArguments = 15;
+
+// Increased with every change of this module's functions, and with INTERFACE in ops/compiled.py.
+constexpr long kInterface = 2;
 
 MaybeTensor called(PyObject* const* a) {
   const Tensor& x = tensor(a[0]);
@@ -77,7 +141,9 @@ MaybeTensor called(PyObject* const* a) {
       flag(a[11]),
       a[12] == Py_None ? std::nullopt : std::optional<double>(real(a[12])),
       flag(a[13]),
+      flag(a[14]),
   };
+  if (call.launched && functions == nullptr) return std::nullopt;
   struct WithoutGil {
     PyThreadState* state = PyEval_SaveThread();
     ~WithoutGil() { PyEval_RestoreThread(state); }
@@ -87,7 +153,7 @@ MaybeTensor called(PyObject* const* a) {
 
 PyObject* batch_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != kArguments) {
-    PyErr_SetString(PyExc_TypeError, "batch_norm expects 14 arguments by position. Call batchnorm.functional.batch_norm.");
+    PyErr_SetString(PyExc_TypeError, "batch_norm expects 15 arguments by position. Call batchnorm.functional.batch_norm.");
     return nullptr;
   }
   try {
@@ -101,17 +167,18 @@ PyObject* batch_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
-  Py_INCREF(Py_None);
-  return Py_None;
+  return none();
 }
 
 PyMethodDef kMethods[] = {
     {"batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&batch_norm)), METH_FASTCALL,
      "Return y, or None before any change if another route must be used."},
+    {"set_functions", set_functions, METH_VARARGS, "Set the functions that start a GPU's kernels for each pass."},
     {nullptr, nullptr, 0, nullptr},
 };
 // Initialized in two phases, so that the loader need not register it in sys.modules.
-PyModuleDef_Slot kSlots[] = {{0, nullptr}};
+int prepare(PyObject* module) { return PyModule_AddIntConstant(module, "INTERFACE", kInterface); }
+PyModuleDef_Slot kSlots[] = {{Py_mod_exec, reinterpret_cast<void*>(prepare)}, {0, nullptr}};
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "batchnorm_autograd", nullptr, 0, kMethods, kSlots, nullptr, nullptr,
                        nullptr};
 

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "launched.h"
 #include "strict.h"
 
 namespace batchnorm::node {
@@ -24,7 +25,8 @@ struct Refused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The arguments of a call besides the tensors that may have gradients. In evaluation, the last three are not used.
+// The arguments of a call besides the tensors that may have gradients. In evaluation, keeps_y, momentum and
+// skip_nonfinite are not used.
 struct Call {
   MaybeTensor running_mean, running_var, num_batches_tracked;
   bool training;
@@ -32,14 +34,16 @@ struct Call {
   bool keeps_y;  // y determines the activation's derivative, so that backward does not need the residual
   std::optional<double> momentum;
   bool skip_nonfinite;
+  bool launched;  // by functions in Python, instead of the kernels for the CPU
 };
 
-// Returns whether a tensor is dense, on the CPU, and holds its values in memory, so that no other part of torch needs to
-// see the call.
+// Returns whether a tensor is dense, on the CPU or a GPU, and holds its values in memory, so that no other part of torch
+// needs to see the call.
 inline bool plain(const Tensor& t) {
   using c10::DispatchKey;
-  constexpr c10::DispatchKeySet usual(
-      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
+  constexpr c10::DispatchKeySet usual({DispatchKey::ADInplaceOrView, DispatchKey::CPU, DispatchKey::AutogradCPU,
+                                       DispatchKey::AutocastCPU, DispatchKey::CUDA, DispatchKey::AutogradCUDA,
+                                       DispatchKey::AutocastCUDA});
   return (t.key_set().raw_repr() & ~usual.raw_repr()) == 0;
 }
 inline bool plain(const MaybeTensor& t) { return !t || plain(*t); }
@@ -51,10 +55,25 @@ inline bool observed() {
   return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~usual.raw_repr()) != 0;
 }
 
+inline std::tuple<Tensor, MaybeTensor> launched_or_refused(const Tensor& x, const MaybeTensor& weight,
+                                                           const MaybeTensor& bias, const MaybeTensor& residual,
+                                                           const Call& call, bool differentiable) {
+  RECORD_FUNCTION(call.training ? "batchnorm::strict_train_forward_" : "batchnorm::strict_normalize",
+                  c10::ArrayRef<const c10::IValue>{});
+  auto found = call.training ? launched::train_forward_(x, weight, bias, residual, call.running_mean, call.running_var,
+                                                        call.num_batches_tracked, call.attributes,
+                                                        {call.momentum, call.skip_nonfinite})
+                             : launched::normalize(x, *call.running_mean, *call.running_var, weight, bias, residual,
+                                                   call.attributes, differentiable);
+  if (!found) throw Refused("other routes compute this call");
+  return *std::move(found);
+}
+
 // Returns y, and the statistics for backward if `differentiable` or training.
 inline std::tuple<Tensor, MaybeTensor> computed(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                                 const MaybeTensor& residual, const Call& call, bool differentiable) {
   at::AutoDispatchBelowADInplaceOrView below;  // for copies of tensors in another layout
+  if (call.launched) return launched_or_refused(x, weight, bias, residual, call, differentiable);
   if (call.training) {
     RECORD_FUNCTION("batchnorm::strict_train_forward_", c10::ArrayRef<const c10::IValue>{});
     return strict::train_forward_(x, weight, bias, residual, call.running_mean, call.running_var,
@@ -93,6 +112,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     MaybeTensor statistics;
     try {
       std::tie(y, statistics) = computed(x, weight, bias, residual, call, true);
+    } catch (const launched::Raised&) {
+      throw;
     } catch (const std::exception& error) {
       throw Refused(error.what());
     }
@@ -102,7 +123,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                                 *statistics, saved(weight), saved(bias)});
     context->saved_data["attributes"] =
         std::vector<double>{call.attributes.eps, static_cast<double>(call.attributes.activation),
-                            call.attributes.parameter, residual ? 1.0 : 0.0};
+                            call.attributes.parameter, residual ? 1.0 : 0.0, call.launched ? 1.0 : 0.0};
     context->set_materialize_grads(false);
     return y;
   }
@@ -125,17 +146,18 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
 
     bool ordinary = !at::GradMode::is_enabled() && !observed() && plain(dy);
     for (const Tensor& t : saved) ordinary = ordinary && (!t.defined() || plain(t));
-    strict::Gradients found;
-    if (ordinary) {
+    std::optional<strict::Gradients> found;
+    const bool need_dz = needs[3] && attributes.activation != Activation::none, need_dx = needs[0] || need_dz;
+    const bool launches = data[4] != 0.0;
+    if (ordinary && (need_dx || !launches)) {
       at::AutoDispatchBelowADInplaceOrView below;
       RECORD_FUNCTION("batchnorm::strict_backward", c10::ArrayRef<const c10::IValue>{});
-      const bool need_dz = needs[3] && attributes.activation != Activation::none;
-      found = strict::backward(dy, x, residual, y, statistics, weight, bias, attributes, needs[0] || need_dz, need_dz);
-      if (needs[3] && !need_dz) found.dz = dy;
-    } else {
-      found = by_operators(dy, x, residual, y, statistics, weight, bias, attributes, needs);
+      found = launches ? launched::backward(dy, x, residual, y, statistics, weight, bias, attributes, need_dz)
+                       : strict::backward(dy, x, residual, y, statistics, weight, bias, attributes, need_dx, need_dz);
+      if (found && needs[3] && !need_dz) found->dz = dy;
     }
-    const MaybeTensor* all[] = {&found.dx, &found.dweight, &found.dbias, &found.dz};
+    if (!found) found = by_operators(dy, x, residual, y, statistics, weight, bias, attributes, needs);
+    const MaybeTensor* all[] = {&found->dx, &found->dweight, &found->dbias, &found->dz};
     for (size_t i = 0; i < needs.size(); ++i) {
       if (needs[i] && *all[i]) gradients[i] = **all[i];
     }
@@ -163,6 +185,8 @@ inline MaybeTensor batch_norm(const Tensor& x, const MaybeTensor& weight, const 
     return std::get<0>(computed(x, weight, bias, residual, call, false));
   } catch (const Refused&) {
     return std::nullopt;
+  } catch (const launched::Raised&) {
+    throw;
   } catch (const std::exception&) {
     if (differentiable) throw;  // an error of a hook on saved tensors
     return std::nullopt;

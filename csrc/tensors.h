@@ -36,20 +36,25 @@ inline DType floating(const char* name, const Tensor& t) {
                   torch::headeronly::toString(t.scalar_type()), ". Convert it with .to().");
 }
 
-// Checks that a tensor's memory is allocated. FSDP, for example, frees the storage of parameters between uses. The data
-// of such a tensor would be at address 0, or near it.
-inline void check_memory(const char* name, const Tensor& t) {
-  const int64_t bytes = storage_bytes(t);
+// Returns the bytes of storage that a tensor's values reach.
+inline int64_t bytes_reached(const Tensor& t) {
   int64_t last = 0;
   const int64_t *sizes = t.sizes().data(), *strides = t.strides().data(), dim = t.dim();
   for (int64_t d = 0; d < dim; ++d) {
-    if (sizes[d] == 0) return;
+    if (sizes[d] == 0) return 0;
     last += (sizes[d] - 1) * strides[d];
   }
-  const int64_t needed = (storage_offset(t) + last + 1) * static_cast<int64_t>(t.element_size());
-  STD_TORCH_CHECK(needed <= bytes, "batchnorm expects ", name, " with its memory allocated, got a storage of ", bytes,
-                  " bytes for a tensor of ", t.numel(), " values. It was freed or resized: allocate it and fill it ",
-                  "first. With FSDP, call the wrapped module, which gathers its parameters.");
+  return (storage_offset(t) + last + 1) * static_cast<int64_t>(t.element_size());
+}
+
+// Returns whether a tensor's memory is allocated. FSDP, for example, frees the storage of parameters between uses. The
+// data of such a tensor would be at address 0, or near it.
+inline bool allocated(const Tensor& t) { return bytes_reached(t) <= storage_bytes(t); }
+
+inline void check_memory(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(allocated(t), "batchnorm expects ", name, " with its memory allocated, got a storage of ",
+                  storage_bytes(t), " bytes for a tensor of ", t.numel(), " values. It was freed or resized: allocate it ",
+                  "and fill it first. With FSDP, call the wrapped module, which gathers its parameters.");
 }
 
 // ---- allocation and layout -----------------------------------------------------------------------------------------

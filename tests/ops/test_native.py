@@ -93,6 +93,14 @@ def test_a_library_that_does_not_load_is_reported_and_the_node_in_python_serves(
     assert str(found).startswith("python: it did not load: ")
 
 
+@needs_native
+def test_a_library_built_from_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
+    found = Native(FOLDER)
+    assert found.module is None
+    assert str(found).startswith("python: it was built from other sources")
+
+
 @pytest.fixture(scope="module")
 def interface() -> ModuleType:
     spec = importlib.util.spec_from_file_location("torch_interface", SCRIPT)
@@ -129,14 +137,14 @@ def test_any_true_object_means_training(true: Any) -> None:
 @needs_native
 def test_arguments_of_unexpected_types_are_left_to_the_other_routes() -> None:
     x, vector = torch.randn(4, 3), torch.ones(3)
-    right = (x, vector, vector, None, None, None, None, False, 1e-5, 0, 0.0, False, 0.1, False)
+    right = (x, vector, vector, None, None, None, None, False, 1e-5, 0, 0.0, False, 0.1, False, False)
     call = strict._native.batch_norm
     assert isinstance(call(*right), Tensor)
     for place, wrong in ((0, None), (0, [1.0]), (1, 1.0), (8, "1e-5"), (9, -1), (9, 99), (9, None), (12, True)):
         assert call(*right[:place], wrong, *right[place + 1 :]) is None
     for wrong in (x.to_sparse(), torch.empty(4, 3, device="meta"), torch._neg_view(x), x.to(torch.complex64)):
         assert call(wrong, *right[1:]) is None
-    with pytest.raises(TypeError, match="expects 14 arguments"):
+    with pytest.raises(TypeError, match="expects 15 arguments"):
         call(x)
 
 

@@ -24,6 +24,9 @@ from batchnorm.ops.triton import support
 AUTOGRAD = "BATCHNORM_AUTOGRAD"
 NODE = "batchnorm_autograd"
 
+# The interface of the node's module, which csrc/autograd.cpp also states.
+INTERFACE = 2
+
 
 class _Compiled:
     """The compiled operators in `folder`, or the reason why there are none."""
@@ -87,6 +90,9 @@ class Native:
             loader.exec_module(module)
         except ImportError as error:
             self.reason = f"it did not load: {error}"
+            return
+        if getattr(module, "INTERFACE", None) != INTERFACE:
+            self.reason = "it was built from other sources of batchnorm: reinstall batchnorm, or run make setup"
             return
         self.module = module
 

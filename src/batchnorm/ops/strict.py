@@ -1,9 +1,10 @@
-"""Small tensors in eager mode on the CPU: one operator per pass, which checks its arguments itself.
+"""Small tensors in eager mode: one call per pass, which checks its arguments itself.
 
 For a tensor of 64 × 64 values, Python's checks and the bookkeeping of several operators take longer than the kernels.
 The strict operators, which only the compiled part has, do the work of several operators of the contract in one call.
 They raise an error for arguments that a layer must not accept, before they change anything. So a layer calls them
 first. Only after an error, it checks its arguments one by one, and takes the ordinary route if it finds nothing wrong.
+On a GPU, the node in C++ does the same with functions that start the kernels (`triton/passes.py`).
 
 They are used for plain tensors if nothing else observes the operators of the contract: no compiler, transform, trace or
 dispatch mode. Below, `attributes` are eps, the activation's number in the table of activations, and its parameter.
@@ -22,7 +23,7 @@ from torch.overrides import has_torch_function_variadic
 
 from batchnorm._checks import CHANNEL_DIMS, LAYOUTS
 from batchnorm._options import LEAST_EPS, ON_NONFINITE, ON_SINGLE
-from batchnorm.ops import compiled, eager
+from batchnorm.ops import compiled, eager, triton
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 from batchnorm.ops.derivatives import (
     Gradients,
@@ -42,6 +43,8 @@ AVAILABLE = bool(compiled.cpu_capabilities()) and torch._C._dispatch_has_kernel_
 
 # The module with the node in C++, or None.
 _native = compiled.autograd_module()
+if _native is not None:
+    _native.set_functions(*map(triton.layer_pass, ("train_forward", "normalize", "backward")))
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 _NAMES = tuple(ACTIVATIONS)
@@ -211,12 +214,14 @@ def batch_norm(
         or torch.compiler.is_compiling()  # or exporting
         or x.__class__ is not Tensor
         or has_torch_function_variadic(x, running_mean, running_var, weight, bias, residual)
-        or not x.is_cpu  # after the line above, because a mode for functions sees it
         or _dispatch_modes()
         or _transforms_active()
         or _is_tracing()
         or forward_ad._current_level >= 0
     ):
+        return None
+    on_gpu = not x.is_cpu  # not before, because a mode for functions sees it
+    if on_gpu and (_native is None or not triton.serves(x)):
         return None
     dims, number = x.dim(), _NUMBERS.get(activation)
     ranks, _ = LAYOUTS.get(caller[-2:], _ANY_RANK)
@@ -249,7 +254,7 @@ def batch_norm(
     else:
         y = _native.batch_norm(
             x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, number, parameter,
-            residual is not None and known_from_output(activation, parameter), momentum, on_nonfinite == "skip",
+            residual is not None and known_from_output(activation, parameter), momentum, on_nonfinite == "skip", on_gpu,
         )  # fmt: skip
     return y.movedim(1, -1) if channels_are_last and y is not None else y
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
-from batchnorm.ops.triton import counters, launch, tiling
+from batchnorm.ops import eager
+from batchnorm.ops.triton import counters, frame, launch, tiling
 from batchnorm.ops.triton.frame import Frame
 from batchnorm.ops.triton.variants import Kernel
 from tests.cases import Case
@@ -51,7 +52,7 @@ def _forget(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         assert isinstance(kernel.function, JITFunction)
         kernel.function.device_caches.clear()
-        kernel._bound.clear()
+    frame.forget()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -228,3 +229,21 @@ def test_absent_vectors_are_their_defaults(absent: tuple[int, ...], layout: str)
 
     for a, b in zip(everything(missing), everything(explicit), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_running_statistics_in_half_precision_are_rounded_as_in_eager(dtype: torch.dtype) -> None:
+    case = Case((3, 8, 4, 4), dtype)
+    x = case.x()
+
+    def running() -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = case.running()
+        return mean.to(dtype), var.to(dtype), torch.tensor(3)
+
+    expected, separately, together = running(), running(), running()
+    _, *statistics = operator("train_forward")(x, None, None, None, *ATTRIBUTES)
+    eager.update_running_(*expected, *statistics, case.m, None, 0.1, False)
+    operator("update_running_")(*separately, *statistics, case.m, None, 0.1, False)
+    forward_and_update()(x, None, None, None, *ATTRIBUTES, *together, 0.1)
+    for found in (separately, together):
+        assert all(map(torch.equal, found, expected))

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 import batchnorm
 from batchnorm.ops import direct, registration, strict, triton
 from batchnorm.ops.triton import launch, support
-from batchnorm.ops.triton.variants import Kernel
+from batchnorm.ops.triton.variants import Kernel, Launch
 from tests.ops.triton import stub_driver
 
 SHAPES = {"fits": (8, 16, 14, 14), "streamed": (32, 64, 32, 32)}
@@ -40,8 +41,11 @@ def main() -> None:
     """Print the launches and microseconds of each pass, and what was compiled."""
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # the default of Triton 3.10
     libc = ctypes.CDLL(None)
-    for parameter in (-3, -1):  # keep freed memory, as on a GPU: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-        libc.mallopt(parameter, 2**31 - 1)
+    for parameter, value in (
+        (-3, 2**25),
+        (-1, 2**31 - 1),
+    ):  # keep freed memory, as on a GPU: M_MMAP_THRESHOLD (not more) and M_TRIM_THRESHOLD
+        assert libc.mallopt(parameter, value) == 1
     torch.set_num_threads(1)
     compiler = shutil.which("cc")
     assert compiler is not None
@@ -58,7 +62,10 @@ def main() -> None:
 
 def _serve_the_cpu() -> None:
     support.problem = lambda device: None  # type: ignore[assignment]
-    strict.AVAILABLE = False  # these operators are only for the CPU
+    if strict._native is None:
+        strict.AVAILABLE = False  # the others are only for the CPU
+    else:
+        strict._native = SimpleNamespace(batch_norm=functools.partial(_launched, strict._native.batch_norm))
     direct.is_direct = lambda *tensors: direct.unobserved(tensors)  # type: ignore[assignment]
     library = torch.library.Library("batchnorm", "IMPL")
     with warnings.catch_warnings():
@@ -67,6 +74,11 @@ def _serve_the_cpu() -> None:
             implementation = triton.implementation(name, registration.eager_implementation(name))
             library.impl(name, implementation, "CPU", allow_override=True)
     _serve_the_cpu.library = library  # type: ignore[attr-defined]  # its registrations end with it
+
+
+def _launched(batch_norm: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the node as for a tensor on a GPU."""
+    return batch_norm(*arguments[:-1], True)
 
 
 def _layer(stub: stub_driver.Stub, shape: tuple[int, ...]) -> dict[str, tuple[int, float]]:
@@ -146,7 +158,7 @@ def _differing() -> list[str]:
     """Return the kernels to whose launcher a direct start passes other arguments than Triton does."""
     passed: list[tuple[Any, ...]] = []
     found: list[str] = []
-    start, launch_by_triton = Kernel.start, CudaLauncher.__call__
+    start, launch_by_triton = Launch.start, CudaLauncher.__call__
 
     @functools.wraps(launch_by_triton)
     def record(self: Any, *arguments: Any) -> None:
@@ -154,20 +166,20 @@ def _differing() -> list[str]:
         passed.append(tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in used))
         launch_by_triton(self, *arguments)
 
-    def start_twice(self: Kernel, grid: Any, tensors: Any, floats: Any, sizes: Any, **constants: Any) -> None:
+    def start_twice(self: Launch, tensors: Any, floats: Any) -> None:
         passed.clear()
         self._bound.clear()
         for _ in range(2):
-            start(self, grid, tensors, floats, sizes, **constants)
-        end = _TARGET + len(tensors) + len(floats) + len(sizes)  # the launcher skips the constants
+            start(self, tensors, floats)
+        end = _TARGET + len(tensors) + len(floats) + len(self.sizes)  # the launcher skips the constants
         by_triton, direct = ((*arguments[:end], len(arguments)) for arguments in passed)
         if by_triton != direct or not self._bound:
-            found.append(f"{self.function.fn.__name__}: {by_triton} and {direct}")
+            found.append(f"{self.kernel.function.fn.__name__}: {by_triton} and {direct}")
 
-    Kernel.start, CudaLauncher.__call__ = start_twice, record  # type: ignore[method-assign, assignment]
+    Launch.start, CudaLauncher.__call__ = start_twice, record  # type: ignore[method-assign, assignment]
     for call in _calls():
         call()
-    Kernel.start, CudaLauncher.__call__ = start, launch_by_triton  # type: ignore[method-assign]
+    Launch.start, CudaLauncher.__call__ = start, launch_by_triton  # type: ignore[method-assign]
     return found
 
 

@@ -26,7 +26,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 import batchnorm
 from batchnorm.ops import registration, triton
 from batchnorm.ops.triton import launch, support
-from batchnorm.ops.triton.variants import Kernel
+from batchnorm.ops.triton.variants import Kernel, Launch
 
 ROOT = Path(__file__).parents[3]
 ATTRIBUTES = (1e-5, "relu", 0.0)
@@ -212,8 +212,8 @@ def test_threads_start_a_new_variant_one_after_the_other() -> None:
 
             return start
 
-    kernel, x = Kernel(Slow()), torch.ones(1)
+    started, x = Launch(Kernel(Slow()), (1,), (1,), {}), torch.ones(1)
     with ThreadPoolExecutor(2) as pool:
-        for start in [pool.submit(kernel.start, (1,), (x, None), (), (1,)) for _ in range(4)]:
+        for start in [pool.submit(started.start, (x, None), ()) for _ in range(4)]:
             start.result()
     assert seen == [1, 1, 1, 1]

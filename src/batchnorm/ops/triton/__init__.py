@@ -47,6 +47,33 @@ def fused(train_forward: Callable[..., Any], update_running_: Callable[..., Any]
     return _on_cuda("train_forward_and_update_", names, separately)
 
 
+def layer_pass(name: str) -> Callable[..., bool]:
+    """Return the function of `passes.py` for the node in C++. It returns whether it started all of its kernels."""
+
+    def started(*args: Any) -> bool:
+        try:
+            _pass(name)(*args)
+        except support.UnusableVariantError as error:
+            unusable = error.variant, error.cause
+        else:
+            return True
+        support.give_up(name, *unusable)
+        return False
+
+    return started
+
+
+def serves(x: Tensor) -> bool:
+    """Return whether the kernels can be used for x."""
+    return x.is_cuda and support.problem(x.device) is None
+
+
+@functools.cache
+def _pass(name: str) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(importlib.import_module("batchnorm.ops.triton.passes"), name)
+    return function
+
+
 def _on_cuda(name: str, arguments: tuple[str, ...], otherwise: Callable[..., Any]) -> Callable[..., Any]:
     updated = arguments.index("running_mean") if "running_mean" in arguments else None
     at = arguments.index("x") if "x" in arguments else 0  # of x, or else of the running mean

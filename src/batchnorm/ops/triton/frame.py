@@ -118,8 +118,9 @@ def _frame(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, devi
 
 
 def forget() -> None:
-    """Forget all frames, after a change of the settings."""
+    """Forget all frames, tilings and launches, after a change of the settings."""
     _frame.cache_clear()
+    tiling.forget()
 
 
 _ALREADY = contextlib.nullcontext()
@@ -136,6 +137,10 @@ def _channels_last(t: Tensor) -> bool:
     return t.movedim(1, -1).is_contiguous()
 
 
+# The sizes below if no sample has an index.
+BY_CHANNEL = (1, 0, 0)
+
+
 class KernelVectors(NamedTuple):
     """Statistics and parameters as arguments of kernels: `[C]` or, with an index, `[K, C]`."""
 
@@ -147,7 +152,7 @@ class KernelVectors(NamedTuple):
     def of(cls, vectors: Vectors, index: Tensor | None) -> KernelVectors:
         """Return the vectors, copied if they have gaps."""
         if index is None:
-            return cls(tuple([None if t is None else t.contiguous() for t in vectors]), None, (1, 0, 0))
+            return cls(tuple([None if t is None else t.contiguous() for t in vectors]), None, BY_CHANNEL)
         statistics, stride_statistic = _without_gaps(*vectors[:3])
         affine, stride_affine = _without_gaps(*vectors[3:])
         tensors = (*statistics, *affine)

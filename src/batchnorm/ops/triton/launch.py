@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -12,10 +12,7 @@ from torch import Tensor
 
 from batchnorm import _checks
 from batchnorm.ops.schemas import Attributes, Batch, Kept, Running, Vectors, grouped
-from batchnorm.ops.triton import tiling
-from batchnorm.ops.triton.counters import counters
-from batchnorm.ops.triton.frame import Frame, KernelVectors, kernel_weights, on_device
-from batchnorm.ops.triton.kernels import finish
+from batchnorm.ops.triton.frame import BY_CHANNEL, Frame, KernelVectors, kernel_weights, on_device
 from batchnorm.ops.triton.kernels.backward import (
     backward_apply_kernel,
     backward_once_kernel,
@@ -26,8 +23,8 @@ from batchnorm.ops.triton.kernels.forward import forward_once_kernel, normalize_
 from batchnorm.ops.triton.kernels.moments import merge_moments_kernel, moments_kernel
 from batchnorm.ops.triton.kernels.running import update_running_kernel
 from batchnorm.ops.triton.kernels.smallest import smallest_kernel
-from batchnorm.ops.triton.tiling import Tiling
-from batchnorm.ops.triton.variants import Kernel
+from batchnorm.ops.triton.prepared import memory_of_parts, merge, prepared
+from batchnorm.ops.triton.variants import Kernel, Launch
 
 _MOMENTS, _MERGE_MOMENTS = Kernel(moments_kernel), Kernel(merge_moments_kernel)
 _NORMALIZE, _FORWARD_ONCE = Kernel(normalize_kernel), Kernel(forward_once_kernel)
@@ -36,8 +33,10 @@ _APPLY, _BACKWARD_ONCE = Kernel(backward_apply_kernel), Kernel(backward_once_ker
 _UPDATE_RUNNING, _SMALLEST = Kernel(update_running_kernel), Kernel(smallest_kernel)
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_MERGE = {"B0": tiling.MERGE_SPLITS, "B1": tiling.MERGE_CHANNELS, "num_warps": 8}
 _RUNNING_BLOCK = 1024
+
+# The mean, mean_low and a batch's biased variance or sum of squared deviations.
+Statistics = tuple[Tensor, Tensor, Tensor]
 
 _Result = TypeVar("_Result")
 
@@ -56,49 +55,31 @@ def _launcher(implementation: Callable[..., _Result]) -> Callable[..., _Result]:
     return operator
 
 
-def _parts(frame: Frame, t: Tiling, index: Tensor | None, number: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return memory for the results of each split, the counters of the merge, and the number of rows of the memory.
-
-    A single split has neither. With an index, splits are merged by another launch, without counters.
-    """
-    if index is not None:
-        return frame.vectors(1, number, t.splits, t.channels)[0], None, t.splits
-    if t.splits == 1:
-        return None, None, 1
-    rows, level = 0, t.splits
-    while level > 1:
-        rows, level = rows + level, -(-level // finish.FAN.value)
-    return frame.vectors(1, number, rows, t.channels)[0], counters(frame.device, rows * t.blocks), rows
-
-
 def _launch_moments(
-    frame: Frame, x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int, *, variance: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Return count (with an index), mean, mean_low, and m2 or the biased variance."""
+    frame: Frame, x: Tensor, index: Tensor | None, weights: Tensor | None, groups: int, results: Statistics,
+    *, variance: bool,
+) -> Tensor | None:  # fmt: skip
+    """Compute mean, mean_low, and m2 or the biased variance. Return count with an index."""
     t = frame.streamed(index, by_sample=True)
-    mean, mean_low, m2 = results = frame.row_vectors(3, index, groups)
     values = index is not None and frame.s == 1  # the parts of such samples would be larger than x
     if values:
         parts: Tensor | None = x
     else:
-        parts, counted, rows = _parts(frame, t, index, 4)
-        _MOMENTS.start(
-            t.grid, (x, weights, parts, counted, *results), (), (*t.shape, t.channels, t.per, t.splits, rows, t.blocks),
-            VARIANCE=variance, **t.constants,
-        )  # fmt: skip
-    count = sample_counts = None
-    if index is not None:
-        count = torch.empty(groups, dtype=torch.float64, device=frame.device)
-        if weights is None:
-            sample_counts = torch.full((frame.n,), frame.s, dtype=torch.float64, device=frame.device)
-        else:
-            sample_counts = weights.reshape(frame.n, -1).sum(1, dtype=torch.float64)
-        _MERGE_MOMENTS.start(
-            (t.merge_blocks * groups,), (parts, index, sample_counts, count, *results), (),
-            (t.channels, t.splits, t.merge_blocks), dtype=_DTYPES[frame.dtype], VARIANCE=variance,
-            VALUES=values, **_MERGE,
-        )  # fmt: skip
-    return count, mean, mean_low, m2
+        parts, counted, rows = memory_of_parts(frame, t, index, 4)
+        prepared(_MOMENTS, t, (t.per, t.splits, rows, t.blocks), VARIANCE=variance).start(
+            (x, weights, parts, counted, *results), ()
+        )
+    if index is None:
+        return None
+    count = torch.empty(groups, dtype=torch.float64, device=frame.device)
+    if weights is None:
+        sample_counts = torch.full((frame.n,), frame.s, dtype=torch.float64, device=frame.device)
+    else:
+        sample_counts = weights.reshape(frame.n, -1).sum(1, dtype=torch.float64)
+    merge(_MERGE_MOMENTS, t, groups, dtype=_DTYPES[frame.dtype], VARIANCE=variance, VALUES=values).start(
+        (parts, index, sample_counts, count, *results), ()
+    )
+    return count
 
 
 @_launcher
@@ -108,20 +89,21 @@ def moments(
     """Return count, mean, mean_low and m2."""
     frame = Frame.of(x)
     x, weights, index = frame.read(x), kernel_weights(weights), None if index is None else index.contiguous()
-    count, mean, mean_low, m2 = _launch_moments(frame, x, index, weights, groups, variance=False)
+    mean, mean_low, m2 = frame.row_vectors(3, index, groups)
+    count = _launch_moments(frame, x, index, weights, groups, (mean, mean_low, m2), variance=False)
     if count is None:
         count = x.new_full((), frame.m, dtype=torch.float64) if weights is None else weights.sum(dtype=torch.float64)
     return count, mean, mean_low, m2
 
 
-class _Update(NamedTuple):
+class Update(NamedTuple):
     """The running statistics that a forward pass updates, and their momentum."""
 
     running: tuple[Tensor | None, ...]
     momentum: float
 
 
-_NO_UPDATE = _Update((None, None, None), 0.0)
+NO_UPDATE = Update((None, None, None), 0.0)
 
 
 @_launcher
@@ -129,7 +111,7 @@ def train_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, attributes: Attributes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, mean, mean_low and the biased variance, in one launch if a program can hold its channels."""
-    return _train_forward(x, weight, bias, residual, attributes, _NO_UPDATE)
+    return _train_forward(x, weight, bias, residual, attributes, NO_UPDATE)
 
 
 @_launcher
@@ -149,8 +131,8 @@ def train_forward_and_update_(
     counter before or the statistics of all channels.
     """
     if torch._C._current_graph_task_id() != -1:
-        return _train_forward(x, weight, bias, residual, attributes, _NO_UPDATE)
-    found = _train_forward(x, weight, bias, residual, attributes, _Update(running, momentum))
+        return _train_forward(x, weight, bias, residual, attributes, NO_UPDATE)
+    found = _train_forward(x, weight, bias, residual, attributes, Update(running, momentum))
     torch.autograd.graph.increment_version([t for t in running if t is not None])
     return found
 
@@ -161,43 +143,57 @@ def _train_forward(
     bias: Tensor | None,
     residual: Tensor | None,
     attributes: Attributes,
-    update: _Update,
+    update: Update,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     frame = Frame.of(x)
-    x, residual = frame.read(x), frame.read_if(residual)
-    t = frame.at_once(1)
-    if t is None:
-        _, mean, mean_low, var = _launch_moments(frame, x, None, None, 1, variance=True)
-        vectors = KernelVectors.of(Vectors(mean, mean_low, var, weight, bias), None)
-        y = _launch_normalize(frame, x, residual, vectors, attributes, update)
-    else:
-        y, (mean, mean_low, var) = frame.result(), frame.row_vectors(3)
-        weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
-        eps, activation, negative_slope = attributes
-        _FORWARD_ONCE.start(
-            t.grid, (x, residual, y, mean, mean_low, var, weight, bias, *update.running),
-            (eps, negative_slope, frame.m, update.momentum), (*t.shape, t.channels, t.blocks),
-            ACTIVATION=activation, **t.constants,
-        )  # fmt: skip
+    y, (mean, mean_low, var) = frame.result(), frame.row_vectors(3)
+    weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
+    launch_forward(
+        frame, frame.read(x), frame.read_if(residual), y, (mean, mean_low, var), weight, bias, attributes, update
+    )
     return frame.returned(y), mean, mean_low, var
 
 
-def _launch_normalize(
+def launch_forward(
     frame: Frame,
     x: Tensor,
     residual: Tensor | None,
+    y: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    attributes: Attributes,
+    update: Update,
+) -> None:
+    """Compute y and the batch's mean, mean_low and biased variance."""
+    t = frame.at_once(1)
+    if t is None:
+        _launch_moments(frame, x, None, None, 1, statistics, variance=True)
+        vectors = KernelVectors((*statistics, weight, bias), None, BY_CHANNEL)
+        launch_normalize(frame, x, residual, y, vectors, attributes, update)
+        return
+    eps, activation, negative_slope = attributes
+    prepared(_FORWARD_ONCE, t, (t.blocks,), ACTIVATION=activation).start(
+        (x, residual, y, *statistics, weight, bias, *update.running), (eps, negative_slope, frame.m, update.momentum)
+    )
+
+
+def launch_normalize(
+    frame: Frame,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
     vectors: KernelVectors,
     attributes: Attributes,
-    update: _Update = _NO_UPDATE,
-) -> Tensor:
-    y, t = frame.result(), frame.streamed(vectors.index)
+    update: Update = NO_UPDATE,
+) -> None:
+    """Compute y from given statistics."""
+    t = frame.streamed(vectors.index)
     eps, activation, negative_slope = attributes
-    _NORMALIZE.start(
-        t.grid, (x, residual, y, *vectors.tensors, vectors.index, *update.running),
+    prepared(_NORMALIZE, t, (*vectors.sizes, t.per, t.blocks), ACTIVATION=activation).start(
+        (x, residual, y, *vectors.tensors, vectors.index, *update.running),
         (eps, negative_slope, frame.m, update.momentum),
-        (*t.shape, t.channels, *vectors.sizes, t.per, t.blocks), ACTIVATION=activation, **t.constants,
-    )  # fmt: skip
-    return y
+    )
 
 
 @_launcher
@@ -206,21 +202,37 @@ def normalize(
 ) -> Tensor:
     """Return y from given statistics."""
     frame = Frame.of(x)
-    x, residual = frame.read(x), frame.read_if(residual)
-    return frame.returned(_launch_normalize(frame, x, residual, KernelVectors.of(vectors, index), attributes))
+    y = frame.result()
+    launch_normalize(frame, frame.read(x), frame.read_if(residual), y, KernelVectors.of(vectors, index), attributes)
+    return frame.returned(y)
 
 
-class _Backward:
-    """The arguments that all operators of the backward pass share, in the form that kernels take."""
+class Backward:
+    """The arguments that all operators of the backward pass share, in the form that kernels take.
 
-    def __init__(self, dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) -> None:
-        self.frame = frame = Frame.of(kept.x)
+    Args:
+        frame: The frame of x.
+        data: dy, x, and the residual or y if the activation needs them.
+        vectors: The vectors that normalized x.
+        attributes: The arguments that are not tensors.
+    """
+
+    def __init__(
+        self, frame: Frame, data: tuple[Tensor | None, ...], vectors: KernelVectors, attributes: Attributes
+    ) -> None:
+        self.frame, self.data, self.vectors = frame, data, vectors
         eps, self.activation, negative_slope = attributes
-        y = None if self.activation == "none" else kept.y
-        residual = None if self.activation == "none" or y is not None else kept.residual
-        self.data = (frame.read(dy), frame.read(kept.x), frame.read_if(residual), frame.read_if(y))
-        self.vectors = KernelVectors.of(kept.vectors, index)
         self.scalars = (eps, negative_slope)
+
+    @classmethod
+    def of(cls, dy: Tensor, kept: Kept, index: Tensor | None, attributes: Attributes) -> Backward:
+        """Return the arguments of an operator, converted where the kernels need it."""
+        frame = Frame.of(kept.x)
+        plain = attributes.activation == "none"
+        y = None if plain else kept.y
+        residual = None if plain or y is not None else kept.residual
+        data = (frame.read(dy), frame.read(kept.x), frame.read_if(residual), frame.read_if(y))
+        return cls(frame, data, KernelVectors.of(kept.vectors, index), attributes)
 
     def results(self, need_dz: bool) -> tuple[Tensor, Tensor | None]:
         """Allocate dx, and dz if `need_dz`."""
@@ -230,59 +242,64 @@ class _Backward:
         """Return dx and dz as operators return them."""
         return self.frame.returned(dx), dx.new_empty(0) if dz is None else self.frame.returned(dz)
 
-    def reduce(self, groups: int, dx: Tensor | None = None, dz: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return Σ dz and Σ dz·x̂; with constant statistics, write dx and dz in the same launch."""
+    def sums(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Allocate Σ dz and Σ dz·x̂."""
+        sum_dz, sum_dz_xhat = self.frame.row_vectors(2, self.vectors.index, groups)
+        return sum_dz, sum_dz_xhat
+
+    def train(self, dx: Tensor, dz: Tensor | None, sums: tuple[Tensor, Tensor]) -> None:
+        """Compute the gradients through batch statistics, in one launch if a program can hold its channels."""
+        t = self.frame.at_once(2)
+        if t is None:
+            self.reduce(1, sums)
+            self.apply(sums, None, dx, dz, from_sums=True)
+            return
+        prepared(_BACKWARD_ONCE, t, (t.blocks,), ACTIVATION=self.activation).start(
+            (*self.data, dx, dz, *self.vectors.tensors, *sums), (*self.scalars, self.frame.m)
+        )
+
+    def reduce(
+        self, groups: int, sums: tuple[Tensor, Tensor], dx: Tensor | None = None, dz: Tensor | None = None
+    ) -> None:
+        """Compute the sums; with constant statistics, also dx and dz in the same launch."""
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index, by_sample=True)
-        sums = frame.row_vectors(2, vectors.index, groups)
-        parts, counted, rows = _parts(frame, t, vectors.index, 2)
-        _REDUCE.start(
-            t.grid, (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, counted, *sums), self.scalars,
-            (*t.shape, t.channels, *vectors.sizes, t.per, t.splits, rows, t.blocks),
-            ACTIVATION=self.activation, **t.constants,
-        )  # fmt: skip
+        parts, counted, rows = memory_of_parts(frame, t, vectors.index, 2)
+        sizes = (*vectors.sizes, t.per, t.splits, rows, t.blocks)
+        prepared(_REDUCE, t, sizes, ACTIVATION=self.activation).start(
+            (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, counted, *sums), self.scalars
+        )
         if vectors.index is not None:
-            _MERGE_SUMS.start(
-                (t.merge_blocks * groups,), (parts, vectors.index, *sums), (),
-                (t.channels, t.splits, t.merge_blocks), **_MERGE,
-            )  # fmt: skip
-        return sums[0], sums[1]
+            merge(_MERGE_SUMS, t, groups).start((parts, vectors.index, *sums), ())
 
     def apply(
-        self, means: tuple[Tensor, Tensor] | None, weights: Tensor | None, need_dz: bool, *, sums: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return dx and dz from the means of dx̂ and dx̂·x̂, or from Σ dz and Σ dz·x̂ (`sums`)."""
+        self,
+        means: tuple[Tensor | None, Tensor | None],
+        weights: Tensor | None,
+        dx: Tensor,
+        dz: Tensor | None,
+        *,
+        from_sums: bool = False,
+    ) -> None:
+        """Compute dx and dz from the means of dx̂ and dx̂·x̂, or from Σ dz and Σ dz·x̂ (`from_sums`)."""
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index)
-        results = self.results(need_dz)
-        _APPLY.start(
-            t.grid,
-            (*self.data, *results, *vectors.tensors, *(means or (None, None)), vectors.index, kernel_weights(weights)),
-            (*self.scalars, frame.m), (*t.shape, t.channels, *vectors.sizes, t.per, t.blocks),
-            ACTIVATION=self.activation, SUMS=sums, **t.constants,
-        )  # fmt: skip
-        return self.returned(*results)
+        sizes = (*vectors.sizes, t.per, t.blocks)
+        prepared(_APPLY, t, sizes, ACTIVATION=self.activation, SUMS=from_sums).start(
+            (*self.data, dx, dz, *vectors.tensors, *means, vectors.index, kernel_weights(weights)),
+            (*self.scalars, frame.m),
+        )
 
 
 @_launcher
 def train_backward(
     dy: Tensor, kept: Kept, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dγ, dβ and dz, in one launch if a program can hold its channels."""
-    call = _Backward(dy, kept, None, attributes)
-    frame = call.frame
-    t = frame.at_once(2)
-    if t is None:
-        dbias, dweight = call.reduce(1)
-        dx, dz = call.apply((dbias, dweight), None, need_dz, sums=True)
-    else:
-        dbias, dweight = frame.row_vectors(2)
-        results = call.results(need_dz)
-        _BACKWARD_ONCE.start(
-            t.grid, (*call.data, *results, *call.vectors.tensors, dbias, dweight), (*call.scalars, frame.m),
-            (*t.shape, t.channels, t.blocks), ACTIVATION=call.activation, **t.constants,
-        )  # fmt: skip
-        dx, dz = call.returned(*results)
+    """Return dx, dγ, dβ and dz."""
+    call = Backward.of(dy, kept, None, attributes)
+    (dx, dz), (dbias, dweight) = call.results(need_dz), call.sums(1)
+    call.train(dx, dz, (dbias, dweight))
+    dx, dz = call.returned(dx, dz)
     return dx, dweight, dbias, dz
 
 
@@ -291,10 +308,10 @@ def normalize_backward(
     dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes, need_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, Σ dz·x̂, Σ dz and dz with constant statistics; x and dy are read once."""
-    call = _Backward(dy, kept, index, attributes)
-    results = call.results(need_dz)
-    sum_dz, sum_dz_xhat = call.reduce(groups, *results)
-    dx, dz = call.returned(*results)
+    call = Backward.of(dy, kept, index, attributes)
+    (dx, dz), (sum_dz, sum_dz_xhat) = call.results(need_dz), call.sums(groups)
+    call.reduce(groups, (sum_dz, sum_dz_xhat), dx, dz)
+    dx, dz = call.returned(dx, dz)
     return dx, sum_dz_xhat, sum_dz, dz
 
 
@@ -303,7 +320,10 @@ def backward_reduce(
     dy: Tensor, kept: Kept, index: Tensor | None, groups: int, attributes: Attributes
 ) -> tuple[Tensor, Tensor]:
     """Return Σ dz and Σ dz·x̂."""
-    return _Backward(dy, kept, index, attributes).reduce(groups)
+    call = Backward.of(dy, kept, index, attributes)
+    sums = call.sums(groups)
+    call.reduce(groups, sums)
+    return sums
 
 
 @_launcher
@@ -318,11 +338,14 @@ def backward_apply(
     need_dz: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return dx from the means of dx̂ and dx̂·x̂, and dz."""
-    call = _Backward(dy, kept, index, attributes)
+    call = Backward.of(dy, kept, index, attributes)
+    dx, dz = call.results(need_dz)
     if mean_dxhat is None or mean_dxhat_xhat is None:
-        return call.apply(None, None, need_dz)
-    means = mean_dxhat.to(torch.float32).contiguous(), mean_dxhat_xhat.to(torch.float32).contiguous()
-    return call.apply(means, weights, need_dz)
+        call.apply((None, None), None, dx, dz)
+    else:
+        means = mean_dxhat.to(torch.float32).contiguous(), mean_dxhat_xhat.to(torch.float32).contiguous()
+        call.apply(means, weights, dx, dz)
+    return call.returned(dx, dz)
 
 
 @_launcher
@@ -332,18 +355,34 @@ def update_running_(running: Running, batch: Batch, momentum: float | None, skip
         return
     if momentum is None and running.num_batches_tracked is None:
         raise RuntimeError(_checks.missing_counter("batchnorm::update_running_"))
-    statistics = (t.contiguous() for t in batch[:3])
-    _UPDATE_RUNNING.start(
-        (1,), (*running, *statistics, batch.count), (0.0 if momentum is None else momentum,),
-        (batch.m, running.mean.numel()),
-        SKIP=skip_nonfinite, CUMULATIVE=momentum is None, BLOCK=_RUNNING_BLOCK, num_warps=4,
-    )  # fmt: skip
-    changed = [t for t in running if t is not None]
-    torch.autograd.graph.increment_version(changed)
+    mean, mean_low, var = (t.contiguous() for t in batch[:3])
+    launch_update(running, (mean, mean_low, var), batch.m, batch.count, momentum, skip_nonfinite)
+    torch.autograd.graph.increment_version([t for t in running if t is not None])
+
+
+def launch_update(
+    running: Sequence[Tensor | None],
+    statistics: Statistics,
+    m: int,
+    count: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> None:
+    """Update the running statistics by those of a batch; `Batch` describes m and count."""
+    channels = statistics[0].numel()
+    _update_launch(_UPDATE_RUNNING, m, channels, skip_nonfinite, momentum is None).start(
+        (*running, *statistics, count), (0.0 if momentum is None else momentum,)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _update_launch(kernel: Kernel, m: int, channels: int, skip: bool, cumulative: bool) -> Launch:
+    constants = {"SKIP": skip, "CUMULATIVE": cumulative, "BLOCK": _RUNNING_BLOCK, "num_warps": 4}
+    return Launch(kernel, (1,), (m, channels), constants)
 
 
 def start_smallest_kernel(device: torch.device) -> None:
     """Compile and start the smallest kernel, to find out whether the device can run any."""
     out = torch.empty(1, device=device)
     with on_device(out):
-        _SMALLEST.start((1,), (out,), (0.0,), (0,), num_warps=1)
+        Launch(_SMALLEST, (1,), (0,), {"num_warps": 1}).start((out,), (0.0,))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,7 +36,10 @@ _SECTOR = 32
 
 @dataclass(frozen=True)
 class Tiling:
-    """Arguments of a launch, with the kernels' names. The grid is `blocks * splits`."""
+    """Arguments of launches, with the kernels' names. The grid is `blocks * splits`.
+
+    `launches` holds the launches that have been prepared for this tiling.
+    """
 
     rows: bool
     group: int
@@ -53,6 +57,7 @@ class Tiling:
     blocks: int
     splits: int
     per: int
+    launches: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def grid(self) -> tuple[int]:
@@ -83,6 +88,13 @@ class Tiling:
     def _wide(self) -> bool:
         return self.values >= _WIDE
 
+    def merged_rows(self, fan: int) -> int:
+        """Return the number of partial results of a block if programs merge up to `fan` of them, in several levels."""
+        rows, level = 0, self.splits
+        while level > 1:
+            rows, level = rows + level, -(-level // fan)
+        return rows
+
     @property
     def merge_blocks(self) -> int:
         """Return the number of blocks of channels in a merge of splits."""
@@ -100,6 +112,12 @@ class Tiling:
         if self.registers is not None:
             found["maxnreg"] = self.registers
         return found
+
+
+def forget() -> None:
+    """Forget all tilings, and their launches."""
+    streamed.cache_clear()
+    at_once.cache_clear()
 
 
 def power_of_two(n: int) -> int:

@@ -2,8 +2,8 @@
 
 A *variant* is a kernel compiled for compile-time constants and for what Triton specializes: the dtype of each tensor,
 whether its address is a multiple of 16, whether it is absent, and which sizes exceed 32 bits. Triton determines the
-variant in Python for every launch, which takes 20 µs for 25 arguments. Here, Triton starts each variant once. Later
-launches of the variant call its compiled launcher directly.
+variant in Python for every launch, which takes 20 µs for 25 arguments. Here, Triton starts each variant of a `Launch`
+once. Later starts of the variant call its compiled launcher directly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Bound(NamedTuple):
 
 
 class Kernel:
-    """A kernel and those of its variants that can be started directly.
+    """A kernel, and why some of its variants are unusable.
 
     Args:
         function: A function compiled by `triton.jit`, whose parameters are tensors, floats, sizes and constants, in
@@ -50,93 +50,86 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self._bound: dict[tuple[Any, ...], _Bound] = {}
-        self._causes: dict[tuple[Any, ...], str] = {}  # why a variant is unusable; an exception would keep its tensors
+        self.causes: dict[tuple[Any, ...], str] = {}  # an exception would keep its tensors
 
-    def start(
-        self,
-        grid: tuple[int],
-        tensors: Sequence[Tensor | None],
-        floats: Sequence[float],
-        sizes: Sequence[int],
-        **constants: Any,
-    ) -> None:
+
+class Launch:
+    """A launch of a kernel, which can be started many times, with little work on the host.
+
+    Args:
+        kernel: The kernel.
+        grid: The number of programs.
+        sizes: Integers, which cause another compilation only where they exceed 32 bits.
+        constants: Compile-time constants and Triton's options, in the same order for all launches of the kernel.
+    """
+
+    def __init__(self, kernel: Kernel, grid: tuple[int], sizes: tuple[int, ...], constants: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.sizes, self.constants = kernel, grid, sizes, constants
+        self._same = (*(size >> 31 > 0 for size in sizes), *constants.values())
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
+
+    def start(self, tensors: Sequence[Tensor | None], floats: Sequence[float]) -> None:
         """Start a program for each element of the grid, on the current device and stream.
 
         Args:
-            grid: The number of programs.
             tensors: Tensors of the current device, None for absent ones; the first is never absent.
             floats: Floating-point scalars. Integers are converted, because Triton would compile another variant.
-            sizes: Integers, which cause another compilation only where they exceed 32 bits.
-            constants: Compile-time constants and Triton's options, always in the same order.
 
         Raises:
             UnusableVariantError: the variant does not compile or start; it was not started now or before.
         """
-        pointers: list[int | None] = []
-        key: list[Any] = []
-        low = 0
-        for t in tensors:
-            if t is None:
-                pointers.append(None)
-                key.append(None)
-            else:
-                pointer = t.data_ptr()
-                pointers.append(pointer)
-                key.append(t.dtype)
-                low |= pointer
-        if low & 15:
-            key.append(("aligned", *[pointer is None or pointer & 15 == 0 for pointer in pointers]))
-        if max(sizes) >> 31:
-            key.append(("wide", *[size >> 31 > 0 for size in sizes]))
-        variant = (tensors[0].get_device(), *key, *constants.values())  # type: ignore[union-attr]
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        variant: tuple[Any, ...] = (
+            tensors[0].get_device(), *[None if t is None else t.dtype for t in tensors]  # type: ignore[union-attr]
+        )  # fmt: skip
+        for pointer in pointers:
+            if pointer is not None and pointer & 15:
+                variant += tuple([pointer is None or pointer & 15 == 0 for pointer in pointers])
+                break
         bound = self._bound.get(variant)
         if bound is None or _hooked():
-            self._start_by_triton(variant, grid, tensors, floats, sizes, constants)
+            self._start_by_triton(variant, tensors, floats)
             return
         run, stream_of, device, function, metadata, skipped = bound
         run(
-            grid[0], 1, 1, stream_of(device), function, metadata, None, None, None,
-            *pointers, *floats, *sizes, *skipped,
+            self.grid[0], 1, 1, stream_of(device), function, metadata, None, None, None,
+            *pointers, *floats, *self.sizes, *skipped,
         )  # fmt: skip
 
     def _start_by_triton(
-        self,
-        variant: tuple[Any, ...],
-        grid: tuple[int],
-        tensors: Sequence[Tensor | None],
-        floats: Sequence[float],
-        sizes: Sequence[int],
-        constants: dict[str, Any],
+        self, variant: tuple[Any, ...], tensors: Sequence[Tensor | None], floats: Sequence[float]
     ) -> None:
-        kernel: Any = None
-        if variant not in self._causes:
+        compiled: Any = None
+        function, causes, whole = self.kernel.function, self.kernel.causes, (*variant, *self._same)
+        if whole not in causes:
             try:
                 with _first_start:
-                    kernel = self.function[grid](*tensors, *map(float, floats), *sizes, **constants, **_OPTIONS)
+                    compiled = function[self.grid](
+                        *tensors, *map(float, floats), *self.sizes, **self.constants, **_OPTIONS
+                    )
             except Exception as error:  # from the compiler, the driver or the operating system
                 if not support.concerns_one_variant(error):
                     raise
-                self._causes[variant] = support.cause_of(error)
-        if variant in self._causes:  # outside the handler, so that no traceback keeps the tensors
-            raise support.UnusableVariantError(self._description(tensors, constants), self._causes[variant])
-        if variant not in self._bound and _can_be_bound(kernel):
-            names = self.function.arg_names
-            skipped = (None,) * (len(names) - len(tensors) - len(floats) - len(sizes))
+                causes[whole] = support.cause_of(error)
+        if whole in causes:  # outside the handler, so that no traceback keeps the tensors
+            raise support.UnusableVariantError(self._description(tensors), causes[whole])
+        if variant not in self._bound and _can_be_bound(compiled):
+            skipped = (None,) * (len(function.arg_names) - len(tensors) - len(floats) - len(self.sizes))
             active = driver.active
             self._bound[variant] = _Bound(
-                kernel.run, active.get_current_stream, active.get_current_device(), kernel.function,
-                kernel.packed_metadata, skipped,
+                compiled.run, active.get_current_stream, active.get_current_device(), compiled.function,
+                compiled.packed_metadata, skipped,
             )  # fmt: skip
 
-    def _description(self, tensors: Sequence[Tensor | None], constants: dict[str, Any]) -> str:
+    def _description(self, tensors: Sequence[Tensor | None]) -> str:
         """Return the kernel's name, the dtypes of its tensors, and its constants."""
-        names = (name.removesuffix("_ptr") for name in self.function.arg_names)
+        function = self.kernel.function
+        names = (name.removesuffix("_ptr") for name in function.arg_names)
         dtypes = {
             name: str(t.dtype).removeprefix("torch.") for name, t in zip(names, tensors, strict=False) if t is not None
         }
-        text = ", ".join(f"{name}={value}" for name, value in (dtypes | constants).items())
-        return f"{self.function.fn.__name__}({text})"
+        text = ", ".join(f"{name}={value}" for name, value in (dtypes | self.constants).items())
+        return f"{function.fn.__name__}({text})"
 
 
 def _hooked() -> bool:

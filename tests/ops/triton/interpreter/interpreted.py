@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ pytest.importorskip("triton")
 
 import batchnorm
 from batchnorm.ops import direct, eager, strict, triton
-from batchnorm.ops.triton import counters, frame, launch, tiling
+from batchnorm.ops.triton import counters, frame, launch, tiling, variants
 from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
 from tests.cases import Case
@@ -231,10 +234,38 @@ def _not_called(*arguments: object) -> None:
     raise AssertionError(arguments)
 
 
+def _let_layers_use_the_kernels(monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    """Let layers on the CPU take the route of a GPU, with the node in C++ ("native") or in Python."""
+    native = strict._native
+    if node == "python":
+        monkeypatch.setattr(strict, "AVAILABLE", False)
+        monkeypatch.setattr(direct, "is_direct", lambda *tensors: direct.unobserved(tensors))
+    elif native is None:
+        pytest.skip("no node in C++ in this build")
+    else:
+        launched = SimpleNamespace(batch_norm=lambda *arguments: native.batch_norm(*arguments[:-1], True))
+        monkeypatch.setattr(strict, "_native", launched)
+
+
+@contextlib.contextmanager
+def _kernels_called() -> Iterator[list[str]]:
+    """Record the kernels that are started."""
+    started, start = [], variants.Launch.start
+
+    def record(self: variants.Launch, tensors: Any, floats: Any) -> None:
+        started.append(self.kernel.function.fn.__name__)
+        start(self, tensors, floats)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants.Launch, "start", record)
+        yield started
+
+
+@pytest.mark.parametrize("node", ["native", "python"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
 def test_in_triton_a_step_with_activation_checkpointing_updates_the_running_statistics_once(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], reentrant: bool
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], reentrant: bool, node: str
 ) -> None:
     operator("train_forward")  # prepares the interpreter
     dy, expected = torch.randn(shape), batchnorm.BatchNormAct2d(shape[1], activation="relu")
@@ -243,14 +274,58 @@ def test_in_triton_a_step_with_activation_checkpointing_updates_the_running_stat
     for module in (expected, layer):
         x = Case(shape).x().requires_grad_()
         if module is layer:
-            monkeypatch.setattr(direct, "is_direct", lambda *tensors: direct.unobserved(tensors))
-            y = checkpoint(layer, x, use_reentrant=reentrant)
+            _let_layers_use_the_kernels(monkeypatch, node)
+            with _kernels_called() as started:
+                y = checkpoint(layer, x, use_reentrant=reentrant)
+                y.backward(dy)
+            assert started
         else:
             y = module(x)
-        y.backward(dy)
+            y.backward(dy)
         found.append((y.detach(), x.grad, *(p.grad for p in module.parameters()), *module.buffers()))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+_LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {"activation": "relu"}, "residual": {"activation": "silu", "residual": True},
+    "cumulative": {"momentum": None}, "skip": {"on_nonfinite": "skip"}, "not affine": {"affine": False},
+    "bfloat16": {"dtype": torch.bfloat16, "activation": "relu", "residual": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
+@pytest.mark.parametrize("call", _LAYERS)
+def test_in_triton_a_layer_with_the_native_node_agrees_with_the_cpu_in_training_and_evaluation(
+    monkeypatch: pytest.MonkeyPatch, call: str, shape: tuple[int, ...], layout: str
+) -> None:
+    operator("train_forward")  # prepares the interpreter
+    options = {"dtype": torch.float32, "residual": False, **_LAYERS[call]}
+    dtype, has_residual = options.pop("dtype"), options.pop("residual")
+    case = Case(shape, dtype, layout=layout)
+    x, dy = case.x(), case.random(1)
+    residual = case.random(2) if has_residual else None
+    expected = batchnorm.BatchNormAct2d(shape[1], dtype=dtype, **options)
+    layer = copy.deepcopy(expected)
+    found: list[list[torch.Tensor]] = []
+    for module in (expected, layer):
+        if module is layer:
+            _let_layers_use_the_kernels(monkeypatch, "native")
+        with _kernels_called() as started:
+            found.append([])
+            for training in (True, False):
+                inputs = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
+                y = module.train(training)(*inputs)
+                wanted = [*inputs, *module.parameters()]
+                found[-1] += [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+            found[-1] += [t.clone() for t in module.buffers()]
+        assert ("normalize_kernel" in started) == (module is layer)
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if a.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 @pytest.fixture

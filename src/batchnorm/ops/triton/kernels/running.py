@@ -5,6 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
+def converted(value, dtype: tl.constexpr):
+    """Convert float64 to the dtype of a running statistic. Half precision is rounded as torch does: from float32."""
+    step: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    return value.to(step).to(dtype)
+
+
+@triton.jit
 def update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low, var, n, rate):
     """Move the running statistics of channels toward a batch's, in float64; n and rate are float64 scalars."""
     old_mean = tl.load(running_mean_ptr + at, there, 0.0).to(tl.float64)
@@ -14,9 +21,9 @@ def update_channels(running_mean_ptr, running_var_ptr, at, there, mean, mean_low
     tl.debug_barrier()  # wait until all threads that hold the same channel have read
     moved_mean = old_mean * (1.0 - rate) + new_mean * rate
     moved_var = old_var * (1.0 - rate) + new_var * rate
-    tl.store(running_mean_ptr + at, moved_mean.to(running_mean_ptr.dtype.element_ty), there)
+    tl.store(running_mean_ptr + at, converted(moved_mean, running_mean_ptr.dtype.element_ty), there)
     moved_var = tl.where(n > 1.0, moved_var, old_var)  # a single value has no variance
-    tl.store(running_var_ptr + at, moved_var.to(running_var_ptr.dtype.element_ty), there)
+    tl.store(running_var_ptr + at, converted(moved_var, running_var_ptr.dtype.element_ty), there)
 
 
 @triton.jit
