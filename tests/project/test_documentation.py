@@ -37,6 +37,15 @@ def test_every_command_and_option_is_in_the_reference(monkeypatch: pytest.Monkey
     assert command_pages.on_page_markdown("# Other page") == "# Other page"
 
 
+def test_charts_link_to_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import linked_images
+
+    chart = '<img alt="Time" src="images/time.png" />'
+    page = f'<p>{chart}<img src="images/drawing.svg" /></p>'
+    assert linked_images.on_page_content(page) == page.replace(chart, f'<a href="images/time.png">{chart}</a>')
+
+
 def test_links_of_the_pages_beside_the_readme_work_in_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mkdocs")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
