@@ -14,7 +14,8 @@ from batchnorm.models.report import FoldError
 from batchnorm.surgery.fold import fold
 from batchnorm.surgery.fold.plan import FoldPlan
 from batchnorm.surgery.fold.pytorch import folding
-from tests.surgery.fold.pytorch.test_fold import IMAGE, assert_equal, trained
+from tests.surgery.fold.pytorch.patterns import IMAGE
+from tests.surgery.fold.pytorch.test_fold import assert_equal, trained
 
 
 def test_a_weight_beyond_its_dtype_is_not_folded() -> None:

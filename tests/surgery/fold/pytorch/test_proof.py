@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.surgery.fold import branches, fold, search
 from batchnorm.surgery.fold.plan import FoldPlan
-from tests.surgery.fold.pytorch.test_fold import Sum, assert_equal, trained
+from tests.surgery.fold.pytorch.patterns import Sum
+from tests.surgery.fold.pytorch.test_fold import assert_equal, trained
 
 
 class Convolutions(TorchDispatchMode):

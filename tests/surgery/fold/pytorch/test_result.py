@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from batchnorm.models import gate
 from batchnorm.surgery.fold import fold
-from tests.surgery.fold.pytorch.test_fold import IMAGE, assert_equal, trained
+from tests.surgery.fold.pytorch.patterns import IMAGE
+from tests.surgery.fold.pytorch.test_fold import assert_equal, trained
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.surgery.fold.pytorch.test_fold import IMAGE, Sum, assert_folded, trained
+from tests.surgery.fold.pytorch.patterns import IMAGE, Sum
+from tests.surgery.fold.pytorch.test_fold import assert_folded, trained
 
 
 class AddedParameter(nn.Module):
