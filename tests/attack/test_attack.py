@@ -15,7 +15,7 @@ ATTACKS: dict[str, tuple[int, Callable[[Tally, Path], None]]] = {
     "operators": (200, lambda tally, _: operators.attack(tally)),
     "interruptions": (20, lambda tally, _: interruptions.attack(tally)),
     "damaged": (20, files.attack_damaged),
-    "writing": (6, files.attack_writing),
+    "writing": (3, files.attack_writing),
     "ranks": (6, ranks.attack),
 }
 

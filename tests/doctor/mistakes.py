@@ -32,15 +32,15 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Classifier(nn.Module):
-    """A body of blocks, and a linear head."""
+    """A body of blocks, a mean over positions, and a linear head."""
 
-    def __init__(self, body: nn.Sequential, features: int) -> None:
+    def __init__(self, body: nn.Sequential, features: int, pool: nn.Module | None = None) -> None:
         super().__init__()
         self.body, self.head = body, nn.Linear(features, 10)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pool is None else pool
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.body(x)
-        return self.head(x.mean((2, 3)) if x.dim() > 2 else x)
+        return self.head(self.pool(self.body(x)))
 
 
 class Residual(nn.Module):
@@ -65,7 +65,9 @@ def _perceptron() -> nn.Module:
     def layer(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU())
 
-    return Classifier(nn.Sequential(nn.Sequential(nn.Flatten(), *layer(64, 48)), layer(48, 48), layer(48, 32)), 32)
+    return Classifier(
+        nn.Sequential(nn.Sequential(nn.Flatten(), *layer(64, 48)), layer(48, 48), layer(48, 32)), 32, nn.Identity()
+    )
 
 
 def _mobilenet() -> nn.Module:
@@ -74,7 +76,7 @@ def _mobilenet() -> nn.Module:
     data = random_batches("mobilenet", 16)
     model.body = batchnorm.recalibrate(model.body, data).model
     with torch.no_grad():
-        features = torch.cat([model.eval().body(x).mean((2, 3)) for x, _ in data])
+        features = torch.cat([model.eval().pool(model.body(x)) for x, _ in data])
     labels = torch.cat([y for _, y in data])
     optimizer = torch.optim.LBFGS(model.head.parameters(), max_iter=100)
 

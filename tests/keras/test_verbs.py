@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.keras.backends import run_cases
+from tests.keras.backends import UNOPTIMIZED, run_cases
 
 # Not NumPy: Keras finds shapes there by computing with uninitialized memory, which may warn of an overflow.
 # The surgery does not depend on the backend.
@@ -33,7 +33,8 @@ def test_verbs_on_backend(backend: str) -> None:
     cases = [f"tests/keras/verbs/{case}.py" for case in _CASES[backend]]
     modules = [f"src/batchnorm/keras/{module}" for module in _MODULES]
     # No function needs PyTorch on another backend: there, it cannot be imported.
-    run_cases(backend, *cases, *modules, plugins=() if backend == "torch" else ("tests.keras.no_torch",))
+    plugins = () if backend == "torch" else ("tests.keras.no_torch",)
+    run_cases(backend, *cases, *modules, plugins=plugins, xla_flags=UNOPTIMIZED)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")

@@ -36,7 +36,7 @@ def names() -> list[str]:
     return ["eager", *on_cpu, *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Check]:
+def over(cases: Sequence[Case], *, half: int | None = None, **axes: Sequence[str]) -> Callable[[Check], Check]:
     """Make a check of one point a test of one case, at every point: implementations and further axes of strings.
 
     A point is not a test of its own: there are thousands, and collecting and reporting one takes longer than it runs.
@@ -45,10 +45,12 @@ def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Chec
     Eager and the best instruction set run the whole product. Each of the other instruction sets runs a different fifth
     of it, which contains every case and every value. They are the same templates with vectors of another size, and the
     driver in `tests/csrc` compares each of their kernels with its definition in float64. A sample of the emulator runs
-    every case once, with the values of the axes in turn. The interpreter, which is slow, runs one point of every case.
+    every case once, with the values of the axes in turn, or half of the cases. The interpreter, which is slow, runs
+    one point of every case.
 
     Args:
         cases: The cases, each of which becomes a test.
+        half: Which half of the cases a sample of the emulator runs, besides those that are channels-last; 0 or 1.
         axes: The names of the check's arguments after `op` and `case`, and their values.
 
     Returns:
@@ -79,6 +81,7 @@ def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Chec
         points = [
             pytest.param(number, among, id=prefix + case.id)
             for number, case in enumerate(cases)
+            if EMULATED != "sample" or half in (None, number % 2) or case.layout == "channels_last"
             for prefix, among in groups.items()
             if among
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from tests.keras.backends import UNOPTIMIZED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "learn")]
@@ -74,6 +75,7 @@ def failures_of_other_frameworks(tmp_path_factory) -> dict[Path, str]:
     folders = [tmp_path_factory.mktemp(page.stem) for page in pages]
     imports = sorted(set().union(*map(other_frameworks, pages)))
     environment = {"KERAS_BACKEND": "torch", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["XLA_FLAGS"] = UNOPTIMIZED
     named = [(str(page), str(folder)) for page, folder in zip(pages, folders, strict=True)]
     program = IN_FORKS.format(imports=", ".join(imports), pages=named)
     command = [sys.executable, "-W", "ignore", "-c", program]
