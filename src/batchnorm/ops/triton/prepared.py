@@ -49,5 +49,5 @@ def memory_of_parts(
         return frame.vectors(1, number, t.splits, t.channels)[0], None, t.splits
     if t.splits == 1:
         return None, None, 1
-    rows = t.merged_rows(finish.FAN.value)
+    rows = tiling.merged_rows(t.splits, finish.FAN.value)
     return frame.vectors(1, number, rows, t.channels)[0], counters(frame.device, rows * t.blocks), rows

@@ -88,13 +88,6 @@ class Tiling:
     def _wide(self) -> bool:
         return self.values >= _WIDE
 
-    def merged_rows(self, fan: int) -> int:
-        """Return the number of partial results of a block if programs merge up to `fan` of them, in several levels."""
-        rows, level = 0, self.splits
-        while level > 1:
-            rows, level = rows + level, -(-level // fan)
-        return rows
-
     @property
     def merge_blocks(self) -> int:
         """Return the number of blocks of channels in a merge of splits."""
@@ -118,6 +111,15 @@ def forget() -> None:
     """Forget all tilings, and their launches."""
     streamed.cache_clear()
     at_once.cache_clear()
+
+
+@functools.cache
+def merged_rows(splits: int, fan: int) -> int:
+    """Return the number of partial results of a block if programs merge up to `fan` of them, in several levels."""
+    rows, level = 0, splits
+    while level > 1:
+        rows, level = rows + level, -(-level // fan)
+    return rows
 
 
 def power_of_two(n: int) -> int:

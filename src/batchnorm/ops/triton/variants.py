@@ -78,14 +78,21 @@ class Launch:
         Raises:
             UnusableVariantError: the variant does not compile or start; it was not started now or before.
         """
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
-        variant: tuple[Any, ...] = (
-            tensors[0].get_device(), *[None if t is None else t.dtype for t in tensors]  # type: ignore[union-attr]
-        )  # fmt: skip
-        for pointer in pointers:
-            if pointer is not None and pointer & 15:
-                variant += tuple([pointer is None or pointer & 15 == 0 for pointer in pointers])
-                break
+        pointers: list[int | None] = []
+        key: list[Any] = [tensors[0].get_device()]  # type: ignore[union-attr]
+        low = 0
+        for t in tensors:
+            if t is None:
+                pointers.append(None)
+                key.append(None)
+            else:
+                pointer = t.data_ptr()
+                pointers.append(pointer)
+                key.append(t.dtype)
+                low |= pointer
+        if low & 15:
+            key += [pointer is None or pointer & 15 == 0 for pointer in pointers]
+        variant = tuple(key)
         bound = self._bound.get(variant)
         if bound is None or _hooked():
             self._start_by_triton(variant, tensors, floats)
