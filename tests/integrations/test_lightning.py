@@ -137,7 +137,7 @@ BATCHES = [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(3)]
     [
         (Measured, ", loss from training_step"),
         (Called, ", loss from training_step"),
-        (Attached, ", no loss: training_step needs a trainer (RuntimeError: Attached is not attached to a `Trainer`.)"),
+        (Attached, ", no loss: training_step needs a trainer (RuntimeError: Attached is not attached to a `Trainer`)"),
         (Manual, "in 3 batches"),
     ],
 )
