@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import reference
-from batchnorm.ops import compiled, eager
+from batchnorm.ops import compiled, eager, whitening
 from tests.tolerance import assert_within, bound
 
 IMPLEMENTATIONS = {"eager": eager.update_running_, "dispatched": lambda *a: torch.ops.batchnorm.update_running_(*a)}
@@ -150,7 +150,8 @@ def test_a_counter_is_needed_only_without_a_momentum(update) -> None:
 def test_another_thread_never_reads_intermediate_values(name: str, dtype: torch.dtype) -> None:
     buffers = (torch.ones(2048, dtype=dtype), torch.ones(2048, dtype=dtype), torch.tensor(1))
     batch = (torch.rand(2048),) * 3 + (8,) if name == "update_running_" else (torch.rand(2048),) * 2
-    update, stop, seen = getattr(torch.ops.batchnorm, name), threading.Event(), []
+    update = IMPLEMENTATIONS["dispatched"] if name == "update_running_" else whitening.update_whitening_  # eager
+    stop, seen = threading.Event(), []
 
     def write() -> None:
         while not stop.is_set():

@@ -73,6 +73,14 @@ def test_outputs_stay_in_both_modes(make: Any, shape: tuple[int, ...], dropped: 
     assert_same_function(fewer, model, x)
 
 
+def test_the_present_mode_of_the_model_does_not_matter() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    for inputs in (None, torch.randn(4, 3, 6, 6)):
+        fewer, report = drop_redundant_bias(model, example_inputs=inputs)
+        assert [change.path for change in report.changed] == ["0"]
+        assert not any(module.training for module in fewer.modules())
+
+
 def test_without_running_statistics() -> None:
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).double()

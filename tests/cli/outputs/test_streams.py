@@ -152,6 +152,24 @@ def test_an_error_of_the_program_is_neither_a_finding_nor_an_interruption(
     assert f"{kind.__name__}: a fault" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "prints"),
+    [
+        ("doctor net_for_streams:build --html a.html", "doctor.print_rich"),
+        ("doctor net_for_streams:build --html a.html --json", "doctor.print_json"),
+        ("recalibrate net_for_streams:build --data net_for_streams:batches -o a.pth", "recalibrate.print_report"),
+        ("fold net_for_streams:build --input 1,3,8,8 -o a.pt", "fold.print_report"),
+    ],
+)
+def test_files_are_saved_before_anything_is_printed(place: Path, monkeypatch, words: str, prints: str) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a fault in printing")
+
+    monkeypatch.setattr(f"batchnorm.cli.commands.{prints}", fail)
+    assert code_of(words) == cli.INTERNAL
+    assert list(place.glob("a.*"))
+
+
 def test_a_page_that_cannot_be_saved_is_reported_after_the_findings(place: Path, monkeypatch, capsys) -> None:
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")

@@ -7,8 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.compare.inputs import norms
+from batchnorm.compare.inputs.data import KEYS
 from batchnorm.compare.inputs.networks import mlp, resnet20
 from batchnorm.compare.training import measurements
+from batchnorm.compare.training.distributions import distributions
 from batchnorm.compare.training.measurements import Activations, Stopwatch, gradient_norm, kept_bytes
 
 
@@ -43,6 +45,22 @@ def test_evaluate_leaves_running_statistics_alone(data):
     measurements.evaluate(network, data, 0, 0.0)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class WritesIntoItsInput(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mul_(0.5))
+
+
+def test_measuring_a_network_that_writes_into_its_input_leaves_the_data(data):
+    norm = norms.parse("batch")
+    network = WritesIntoItsInput(nn.Linear(8, 3), norm(3))
+    before = {key: getattr(data, key).clone() for key in KEYS}
+    measurements.evaluate(network, data, 0, 0.0)
+    distributions(network, norm, data.x_test)
+    kept_bytes(network, data.x_train, data.y_train)
+    for key, values in before.items():
+        assert torch.equal(getattr(data, key), values), key
 
 
 def test_evaluate_looks_at_a_part_of_the_training_data_too(data):
