@@ -294,8 +294,11 @@ _LAYERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (4, 3, 16, 16)], ids=["one launch", "several"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((3, 5, 7, 7), "contiguous"), ((4, 3, 16, 16), "channels_last")],
+    ids=["one launch", "several"],
+)
 @pytest.mark.parametrize("call", _LAYERS)
 def test_in_triton_a_layer_with_the_native_node_agrees_with_the_cpu_in_training_and_evaluation(
     monkeypatch: pytest.MonkeyPatch, call: str, shape: tuple[int, ...], layout: str
@@ -320,7 +323,7 @@ def test_in_triton_a_layer_with_the_native_node_agrees_with_the_cpu_in_training_
                 wanted = [*inputs, *module.parameters()]
                 found[-1] += [y.detach(), *torch.autograd.grad(y, wanted, dy)]
             found[-1] += [t.clone() for t in module.buffers()]
-        assert ("normalize_kernel" in started) == (module is layer)
+        assert bool(started) == (module is layer)
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
