@@ -80,7 +80,7 @@ def digits_of(source: str) -> nn.Module:
 
 
 @functools.cache
-def photographs(size: int, channels: int = 3, number: int = 96) -> Tensor:
+def photographs(size: int, channels: int = 3, number: int = 48) -> Tensor:
     """Crops `[N, C, size, size]` of two photographs, normalized as for ImageNet, in no order."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ def names() -> list[str]:
     return ["eager", *on_cpu, *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def over(cases: Sequence[Case], *, half: int | None = None, **axes: Sequence[str]) -> Callable[[Check], Check]:
+def over(cases: Sequence[Case], *, sparse: bool = False, **axes: Sequence[str]) -> Callable[[Check], Check]:
     """Make a check of one point a test of one case, at every point: implementations and further axes of strings.
 
     A point is not a test of its own: there are thousands, and collecting and reporting one takes longer than it runs.
@@ -45,12 +46,11 @@ def over(cases: Sequence[Case], *, half: int | None = None, **axes: Sequence[str
     Eager and the best instruction set run the whole product. Each of the other instruction sets runs a different fifth
     of it, which contains every case and every value. They are the same templates with vectors of another size, and the
     driver in `tests/csrc` compares each of their kernels with its definition in float64. A sample of the emulator runs
-    every case once, with the values of the axes in turn, or half of the cases. The interpreter, which is slow, runs
-    one point of every case.
+    every case once, with the values of the axes in turn. The interpreter, which is slow, runs one point of every case.
 
     Args:
         cases: The cases, each of which becomes a test.
-        half: Which half of the cases a sample of the emulator runs, besides those that are channels-last; 0 or 1.
+        sparse: Whether a sample of the emulator computes on the CPU what has no new pair of a kernel's arguments.
         axes: The names of the check's arguments after `op` and `case`, and their values.
 
     Returns:
@@ -64,7 +64,7 @@ def over(cases: Sequence[Case], *, half: int | None = None, **axes: Sequence[str
                 if name not in among:
                     continue
                 try:
-                    with chosen(name) as op:
+                    with chosen(name, sparse=sparse) as op:
                         check(op, case, *values)
                 except Exception as error:
                     failures["-".join([name, *values])] = error
@@ -81,7 +81,6 @@ def over(cases: Sequence[Case], *, half: int | None = None, **axes: Sequence[str
         points = [
             pytest.param(number, among, id=prefix + case.id)
             for number, case in enumerate(cases)
-            if EMULATED != "sample" or half in (None, number % 2) or case.layout == "channels_last"
             for prefix, among in groups.items()
             if among
         ]
@@ -104,8 +103,8 @@ def _points(number: int, axes: Mapping[str, Sequence[str]]) -> Iterator[tuple[st
 
 
 @contextlib.contextmanager
-def chosen(name: str) -> Iterator[Ops]:
-    """Yield the operators of an implementation. Arguments and results are on the CPU."""
+def chosen(name: str, *, sparse: bool = False) -> Iterator[Ops]:
+    """Yield the operators of an implementation, with the argument `sparse` of `over`. Results are on the CPU."""
     if name == "eager":
         yield lambda op: getattr(eager, op)
     elif name == "interpreted":
@@ -115,7 +114,7 @@ def chosen(name: str) -> Iterator[Ops]:
     elif name == "emulated":
         from tests.ops.triton.emulated import operator
 
-        yield operator
+        yield functools.partial(operator, sparse=sparse and EMULATED == "sample")
     elif name == "cuda":
         yield _on_cuda
     elif name == "dispatched":

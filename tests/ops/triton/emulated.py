@@ -9,26 +9,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from batchnorm.ops.triton import fused, implementation, support, tiling
 from batchnorm.ops.triton.settings import Settings
+from batchnorm.ops.triton.variants import Launch
 from tests.ops.triton.emulator.device import Device
 from tests.ops.triton.emulator.driver import installed
 from tests.ops.triton.emulator.schedule import Schedule
+from tests.ops.triton.pairs import pairs_of
 
 _CACHE = Path(__file__).parents[3] / "build" / "emulator"
 _process = contextlib.ExitStack()  # ends with the process
+_sampled: set[Any] = set()  # pairs of arguments that sparse operators have run
 
 
-def operator(name: str) -> Callable[..., Any]:
-    """Return the operator that is registered for CUDA tensors. It fails if it does not run on kernels."""
-    return _emulated(name, implementation(name, functools.partial(_refuse, name)))
+def operator(name: str, *, sparse: bool = False) -> Callable[..., Any]:
+    """Return the operator that is registered for CUDA tensors. It fails if it does not run on kernels.
+
+    Args:
+        name: The operator's name.
+        sparse: Whether calls whose launches have no new pair of arguments are computed on the CPU.
+    """
+    return _emulated(name, implementation(name, functools.partial(_refuse, name)), sparse)
 
 
 def forward_and_update() -> Callable[..., Any]:
@@ -36,12 +45,14 @@ def forward_and_update() -> Callable[..., Any]:
     return _emulated("train_forward", fused(*(functools.partial(_refuse, name) for name in ("forward", "update"))))
 
 
-def _emulated(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def _emulated(name: str, call: Callable[..., Any], sparse: bool = False) -> Callable[..., Any]:
     used = device()
 
     def emulated(*args: Any) -> Any:
         tensors = [t for t in args if isinstance(t, Tensor)]
-        if any(t.numel() == 0 or t.dtype == torch.float64 for t in tensors[:1]):
+        if any(t.numel() == 0 or t.dtype == torch.float64 for t in tensors[:1]) or (
+            sparse and not _has_new(call, args)
+        ):
             return getattr(torch.ops.batchnorm, name)(*args)
         with used.allocations:
             results = call(*args)
@@ -51,6 +62,21 @@ def _emulated(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         return results
 
     return emulated
+
+
+def _has_new(call: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Return whether a launch of this call has a new pair of arguments, and remember its pairs. Nothing starts."""
+    found: set[Any] = set()
+
+    def note(launch: Launch, tensors: Sequence[Tensor | None], floats: Sequence[float]) -> None:
+        function = launch.kernel.function
+        found.update(pairs_of(function, dict(zip(function.arg_names, tensors, strict=False)) | launch.constants))
+
+    with mock.patch.object(Launch, "start", note):
+        call(*args)
+    new = not found <= _sampled
+    _sampled.update(found)
+    return new
 
 
 def _refuse(name: str, *args: Any) -> None:
