@@ -6,61 +6,88 @@
 namespace BATCHNORM_NAMESPACE {
 namespace {
 
-// Computes the operator's sums from Σ dz and Σ dz·(x - mean). If statistics depend on the batch, also computes the
-// coefficients of dx.
-struct BackwardSteps {
-  const Backward& args;
-  const Channels<T>& channels;
-  const CoefficientArrays<A>& coefficients;
-  double values;
+// Fills the coefficients of dx for channel k in one row, from the means of dx̂ and dx̂·x̂.
+void fill_means(const Channels<T>& channels, const CoefficientRows& rows, int64_t c, int64_t row, int64_t k,
+                double mean_dxhat, double mean_dxhat_xhat, const CoefficientArrays<A>& into) {
+  const int64_t from = rows.source(row);
+  const double invstd = channels.invstd(from, k), slope = invstd * invstd * mean_dxhat_xhat;
+  into.slope[row * c + k] = static_cast<A>(slope);
+  into.constant[row * c + k] = channels.constant(from, k, invstd * mean_dxhat, slope);
+}
 
-  void one(int64_t c, double sum_dz, double sum_dz_deviation) const {
-    double sum_dz_xhat = channels.sum_dz_xhat(0, c, sum_dz, sum_dz_deviation);
-    static_cast<A*>(args.sum_dz)[c] = static_cast<A>(sum_dz);
-    static_cast<A*>(args.sum_dz_xhat)[c] = static_cast<A>(sum_dz_xhat);
-    if (args.through_batch) {
-      double scale = channels.weight.get(0, c) * channels.invstd(0, c);
-      double slope = scale * channels.invstd(0, c) * sum_dz_xhat / values;
-      coefficients.slope[c] = static_cast<A>(slope);
-      coefficients.constant[c] = channels.constant(0, c, scale * sum_dz / values, slope);
-    }
-  }
-};
-
-struct PlaneBackward final : PlaneSteps {
-  const BackwardSteps& steps;
-  explicit PlaneBackward(const BackwardSteps& steps_) : steps(steps_) {}
-  bool finish(int64_t c, const WideSums& sums, bool) override {
-    steps.one(c, sum_lanes(sums.u), sum_lanes(sums.uv));
-    return false;
-  }
-};
-
-struct RowBackward final : RowSteps {
-  const BackwardSteps& steps;
-  LaneCoefficients& lanes;
-  RowBackward(const BackwardSteps& steps_, LaneCoefficients& lanes_) : steps(steps_), lanes(lanes_) {}
-  bool finish(double* sum_dz, double* sum_dz_deviation, bool) override {
-    fold(lanes.shape, sum_dz), fold(lanes.shape, sum_dz_deviation);
-    for (int64_t c = 0; c < lanes.shape.channels; ++c) steps.one(c, sum_dz[c], sum_dz_deviation[c]);
-    lanes.spread_slope_constant();
-    return false;
-  }
-};
-
-// Coefficients of dx for given means, in the same row layout as mean, scale and shift.
 void fill_given_means(const Backward& args, const Channels<T>& channels, const CoefficientRows& rows, int64_t c,
                       const CoefficientArrays<A>& into, Scratch& scratch) {
   const Wide dxhat(args.mean_dxhat, c, 0.0, scratch), dxhat_xhat(args.mean_dxhat_xhat, c, 0.0, scratch);
   for (int64_t row = 0; row < rows.count; ++row) {
-    int64_t from = rows.source(row);
+    const int64_t from = rows.source(row);
     for (int64_t k = 0; k < c; ++k) {
-      double invstd = channels.invstd(from, k), slope = invstd * invstd * dxhat_xhat.get(from, k);
-      into.slope[row * c + k] = static_cast<A>(slope);
-      into.constant[row * c + k] = channels.constant(from, k, invstd * dxhat.get(from, k), slope);
+      fill_means(channels, rows, c, row, k, dxhat.get(from, k), dxhat_xhat.get(from, k), into);
     }
   }
 }
+
+// Computes the operator's sums from Σ dz and Σ dz·(x - mean). If statistics depend on the batch, also computes the
+// coefficients of dx.
+struct BackwardSteps final : PlaneSteps, RowSteps {
+  const Backward& args;
+  const Channels<T>& channels;
+  const CoefficientRows& rows;
+  LaneCoefficients& coefficients;
+  const int64_t c, known, statistics;    // channels; rows that statistics have, and their number
+  double *dxhat, *dxhat_xhat = nullptr;  // [statistics, c]: Σ dx̂ and Σ dx̂·x̂
+
+  BackwardSteps(const Backward& args_, const Channels<T>& channels_, const CoefficientRows& rows_,
+                LaneCoefficients& coefficients_, Scratch& scratch)
+      : args(args_),
+        channels(channels_),
+        rows(rows_),
+        coefficients(coefficients_),
+        c(args.shape.c),
+        known(channels.rows()),
+        statistics(channels.mean.rows()),
+        dxhat(scratch.get<double>(args.through_batch ? 2 * statistics * c : 0)) {
+    if (!args.through_batch) return;
+    dxhat_xhat = dxhat + statistics * c;
+    for (int64_t i = 0; i < 2 * statistics * c; ++i) dxhat[i] = 0.0;
+  }
+
+  bool finish(int64_t k, const SumsByGroup& sums, bool) override {
+    for (int64_t g = 0; g < args.groups; ++g) add(g, k, sums.u(g), sums.uv(g));
+    if (args.through_batch) fill_channel(k);
+    return false;
+  }
+  bool finish(double* u, double* uv, bool) override {
+    fold(coefficients.shape, u), fold(coefficients.shape, uv);
+    for (int64_t g = 0; g < args.groups; ++g) {
+      for (int64_t k = 0; k < c; ++k) add(g, k, u[g * c + k], uv[g * c + k]);
+    }
+    for (int64_t k = 0; args.through_batch && k < c; ++k) fill_channel(k);
+    coefficients.spread_slope_constant();
+    return false;
+  }
+
+ private:
+  void add(int64_t g, int64_t k, double sum_dz, double sum_dz_deviation) {
+    // A group without samples may have no row of statistics.
+    const double sum_dz_xhat = g < known ? channels.sum_dz_xhat(g, k, sum_dz, sum_dz_deviation) : 0.0;
+    static_cast<A*>(args.sum_dz)[g * c + k] = static_cast<A>(sum_dz);
+    static_cast<A*>(args.sum_dz_xhat)[g * c + k] = static_cast<A>(sum_dz_xhat);
+    if (!args.through_batch) return;
+    const int64_t i = (statistics > 1 ? g * c : 0) + k;
+    dxhat[i] += channels.weight.get(g, k) * stored(sum_dz);
+    dxhat_xhat[i] += channels.weight.get(g, k) * stored(sum_dz_xhat);
+  }
+  // In parts, sums and means have the bits of those that are stored between the halves.
+  double stored(double v) const { return args.count ? static_cast<double>(static_cast<A>(v)) : v; }
+  void fill_channel(int64_t k) {
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const int64_t from = statistics > 1 ? rows.source(row) : 0, i = from * c + k;
+      const double values = args.count ? args.count[from] : static_cast<double>(args.shape.n * args.shape.s);
+      auto mean = [&](double sum) { return values > 0.0 ? stored(sum / values) : 0.0; };  // no value: constants
+      fill_means(channels, rows, c, row, k, mean(dxhat[i]), mean(dxhat_xhat[i]), coefficients.channels);
+    }
+  }
+};
 
 template <class F>
 BackwardTerm<T, F> backward_term(const Backward& args, const Coefficients<A>& coefficients) {
@@ -87,41 +114,6 @@ bool streams(const Backward& args) {
   return streams(args.shape) && (!args.dz || phase(args.dz) == phase(args.dx));
 }
 
-// With an index or weights: computes sums per group and dx in separate passes.
-template <class F>
-void grouped_backward(const Threads& threads, const Backward& args, const Channels<T>& channels,
-                      const CoefficientRows& rows, const Coefficients<A>& coefficients, Scratch& scratch) {
-  const Shape& s = args.shape;
-  const bool planes = in_planes(s, true);
-  const RowShape r = row_shape<T>(s, true);
-  if (args.sum_dz) {
-    const int64_t* groups = args.normalization.index;
-    const auto term = backward_term<F>(args, coefficients);
-    const int64_t all = args.groups * s.c;
-    double *u = scratch.get<double>(all), *uv = scratch.get<double>(all);
-    for (int64_t i = 0; i < all; ++i) u[i] = uv[i] = 0.0;
-    if (planes) {
-      reduce_grouped_planes(threads, s, reducer(term), rows.of_sample, groups, kValues, u, uv);
-    } else {
-      reduce_grouped_rows(threads, r, reducer(term), rows.of_sample, groups, args.groups, u, uv);
-    }
-    for (int64_t g = 0; g < args.groups; ++g) {
-      for (int64_t c = 0; c < s.c; ++c) {
-        int64_t i = g * s.c + c;
-        static_cast<A*>(args.sum_dz)[i] = static_cast<A>(u[i]);
-        // A group without samples may have no row of statistics.
-        static_cast<A*>(args.sum_dz_xhat)[i] =
-            static_cast<A>(g < channels.rows() ? channels.sum_dz_xhat(g, c, u[i], uv[i]) : 0.0);
-      }
-    }
-  }
-  if (args.dx) {
-    const auto map = apply_map<F>(args, coefficients);
-    if (planes) return map_all_planes(threads, s, mapper(map), streams(args), rows.of_sample);
-    map_all_rows(threads, r, mapper(map), streams(args), kValues, rows.of_sample);
-  }
-}
-
 void backward(const Threads& threads, const Backward& args) {
   const Shape& s = args.shape;
   if (s.numel() == 0) {
@@ -134,42 +126,30 @@ void backward(const Threads& threads, const Backward& args) {
   Scratch scratch;
   const Channels<T> channels(args.normalization, s.c, scratch);
   const CoefficientRows rows(args.normalization, {&args.mean_dxhat, &args.mean_dxhat_xhat}, s.n, scratch);
-  const bool grouped = args.normalization.index || args.weights;
-  const double values = static_cast<double>(s.n * s.s);
+  const bool whole = args.normalization.index || args.weights;
   const int inputs = 2 + (args.residual != nullptr || args.y != nullptr);
-
-  if (grouped) {
-    CoefficientArrays<A> coefficients(rows.count * s.c, scratch);
-    fill_coefficients(channels, rows, s.c, coefficients);
-    fill_given_means(args, channels, rows, s.c, coefficients, scratch);
-    with_activation(args.normalization.activation, [&](auto f) {
-      grouped_backward<decltype(f)>(threads, args, channels, rows, coefficients.view(), scratch);
-    });
-    return;
-  }
-  const bool planes = in_planes(s, false);
-  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<T>(s, false);
-  LaneCoefficients coefficients(r, scratch);
+  const bool planes = in_planes(s, whole);
+  const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<T>(s, whole);
+  LaneCoefficients coefficients(r, scratch, rows.count);
   fill_coefficients(channels, rows, s.c, coefficients.channels);
   coefficients.spread_mean_scale_shift();
   if (args.mean_dxhat.data) {
     fill_given_means(args, channels, rows, s.c, coefficients.channels, scratch);
     coefficients.spread_slope_constant();
   }
-  const BackwardSteps common{args, channels, coefficients.channels, values};
+  BackwardSteps steps(args, channels, rows, coefficients, scratch);
+  const Samples by{args.groups, args.normalization.index, rows.of_sample, rows.of_sample};
   with_activation(args.normalization.activation, [&](auto f) {
     using F = decltype(f);
     const auto term = backward_term<F>(args, coefficients.lanes.view());
     const auto map = apply_map<F>(args, coefficients.lanes.view());
     const Mapper to_dx = args.dx ? mapper(map) : Mapper{};
     if (planes) {
-      if (!args.sum_dz) return map_all_planes(threads, s, to_dx, streams(args), nullptr);
-      PlaneBackward steps(common);
-      return reduce_then_map(threads, s, reducer(term), steps, to_dx, streams(args), inputs, kValues);
+      if (!args.sum_dz) return map_all_planes(threads, s, to_dx, streams(args), by.mapped);
+      return reduce_then_map(threads, s, reducer(term), steps, to_dx, streams(args), inputs, kValues, by);
     }
-    if (!args.sum_dz) return map_all_rows(threads, r, to_dx, streams(args), kValues, nullptr);
-    RowBackward steps(common, coefficients);
-    reduce_then_map(threads, r, reducer(term), steps, to_dx, streams(args), kValues);
+    if (!args.sum_dz) return map_all_rows(threads, r, to_dx, streams(args), kValues, by.mapped);
+    reduce_then_map(threads, r, reducer(term), steps, to_dx, streams(args), kValues, by);
   });
 }
 

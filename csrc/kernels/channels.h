@@ -12,7 +12,7 @@ namespace BATCHNORM_NAMESPACE {
 // A [rows, c] quantity in float64, filled with `otherwise` if it is absent.
 class Wide {
  public:
-  Wide(const Vector& v, int64_t c, double otherwise, Scratch& scratch) : c_(c), rows_(v.data ? v.rows : 1) {
+  Wide(const Vector& v, int64_t c, double otherwise, Scratch& scratch) : c_(c), rows_(v.rows) {
     int64_t n = rows_ * c;
     data_ = scratch.get<double>(n);
     switch (v.data ? static_cast<int>(v.dtype) : -1) {
@@ -34,7 +34,7 @@ class Wide {
   }
   double get(int64_t row, int64_t c) const { return data_[(rows_ > 1 ? row : 0) * c_ + c]; }
   int64_t rows() const { return rows_; }
-  void set(int64_t c, double value) { data_[c] = value; }
+  void set(int64_t row, int64_t c, double value) { data_[row * c_ + c] = value; }
 
  private:
   template <class T>
@@ -68,24 +68,29 @@ BATCHNORM_INLINE MomentsOfChannel moments_of(double pivot, double sum, double su
 template <class T>
 struct Channels {
   using A = Arithmetic<T>;
-  Wide mean, mean_low, var, weight, bias;
+  Wide mean, mean_low, inverse, weight, bias;  // inverse: 1/√(var + ε), once for all rows of weight and bias
   double eps;
 
   Channels(const Normalization& n, int64_t c, Scratch& scratch)
       : mean(n.mean, c, 0.0, scratch),
         mean_low(n.mean_low, c, 0.0, scratch),
-        var(n.var, c, 1.0, scratch),
+        inverse(n.var, c, 1.0, scratch),
         weight(n.weight, c, 1.0, scratch),
         bias(n.bias, c, 0.0, scratch),
-        eps(n.eps) {}
+        eps(n.eps) {
+    for (int64_t row = 0; n.var.data && row < n.var.rows; ++row) {
+      for (int64_t k = 0; k < c; ++k) set_var(row, k, inverse.get(row, k));
+    }
+  }
 
   // The number of rows of statistics; a [c] vector applies to every row.
   int64_t rows() const {
     int64_t rows = INT64_MAX;
-    for (const Wide* w : {&mean, &mean_low, &var}) rows = w->rows() > 1 && w->rows() < rows ? w->rows() : rows;
+    for (const Wide* w : {&mean, &mean_low, &inverse}) rows = w->rows() > 1 && w->rows() < rows ? w->rows() : rows;
     return rows;
   }
-  double invstd(int64_t row, int64_t c) const { return 1.0 / std::sqrt(var.get(row, c) + eps); }
+  void set_var(int64_t row, int64_t c, double var) { inverse.set(row, c, 1.0 / std::sqrt(var + eps)); }
+  double invstd(int64_t row, int64_t c) const { return inverse.get(row, c); }
   A scale(int64_t row, int64_t c) const { return static_cast<A>(weight.get(row, c) * invstd(row, c)); }
   A shift(int64_t row, int64_t c, A scale) const {
     double low = mean_low.get(row, c);

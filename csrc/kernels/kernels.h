@@ -71,7 +71,10 @@ struct TrainForward {
   const void* residual;         // may be null
   Normalization normalization;  // weight and bias; the statistics are this operator's result
   void* y;
-  void *mean, *mean_low, *var;  // [c]
+  void *mean, *mean_low, *var;  // [c], or [groups, c]
+  int64_t groups = 0;              // 0: the statistics of all samples; otherwise, the index selects a sample's group
+  const void* weights = nullptr;   // [n, s] in the statistics' dtype; x must then be finite
+  double* count = nullptr;         // [2, groups]: Σ w and Σ w²; required with an index or weights, else null
 };
 
 struct Normalize {
@@ -105,8 +108,9 @@ struct Backward {
   void* dx;                            // may be null
   void* dz;                            // may be null
   bool through_batch;                  // dx through the batch's statistics; its means are computed from the sums
+  const double* count = nullptr;       // for these means: [rows of mean], Σ w; null if all values count
   Vector mean_dxhat, mean_dxhat_xhat;  // given means, if not through_batch; absent: the statistics are constants
-  const void* weights;                 // [n, s] in the statistics' dtype, factors of the given means; may be null
+  const void* weights;                 // [n, s] in the statistics' dtype, factors of the means; may be null
 };
 
 struct Kernels {

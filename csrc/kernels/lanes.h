@@ -54,13 +54,13 @@ void fold(const RowShape& r, double* sums) {
   }
 }
 
-// Coefficients per channel, and per lane if lanes and channels differ.
+// Coefficients [rows, channels], and per lane if lanes and channels differ, where there is one row.
 struct LaneCoefficients {
   const RowShape& shape;
   CoefficientArrays<A> channels, lanes;
-  LaneCoefficients(const RowShape& r, Scratch& scratch)
+  LaneCoefficients(const RowShape& r, Scratch& scratch, int64_t rows = 1)
       : shape(r),
-        channels(r.channels, scratch),
+        channels(rows * r.channels, scratch),
         lanes(r.one_to_one() ? channels : CoefficientArrays<A>(r.lanes, scratch)) {}
   template <class... Members>
   void spread_all(Members... which) {

@@ -37,9 +37,9 @@ struct PlaneMoments final : PlaneSteps {
       pivot[c0 + k] = rounded(pivot[c0 + k], sum_lanes(sums[k].u) / static_cast<double>(few * samples));
     }
   }
-  bool finish(int64_t c, const WideSums& sums, bool again) override {
+  bool finish(int64_t c, const SumsByGroup& sums, bool again) override {
     const double values = static_cast<double>(shape.n * shape.s);
-    const auto found = moments_of<T>(pivot[c], sum_lanes(sums.u), sum_lanes(sums.uv), values);
+    const auto found = moments_of<T>(pivot[c], sums.u(0), sums.uv(0), values);
     if (found.far && !again) {
       pivot[c] = static_cast<A>(found.mean);
       return true;
@@ -98,6 +98,34 @@ struct RowMoments final : RowSteps {
   }
 };
 
+// Maps all values, with the coefficients of each sample's row in `mapped`.
+void map_all(const Threads& threads, const Shape& s, const Mapper& mapper, bool streamed, const int64_t* mapped) {
+  if (in_planes(s, true)) return map_all_planes(threads, s, mapper, streamed, mapped);
+  map_all_rows(threads, row_shape<T>(s, true), mapper, streamed, kValues, mapped);
+}
+
+// Sums the moments of all values, and calls `record`, then maps.
+template <class Record>
+void all_moments(const Threads& threads, const Shape& s, const T* x, const Record& record, const Mapper& mapper,
+                 const int64_t* mapped) {
+  Scratch scratch;
+  if (in_planes(s, false)) {
+    CoefficientArrays<A> pivots(s.c, scratch);
+    const MomentTerm<T, false> term{x, pivots.view(), nullptr};
+    const Reducer sums = reducer(term);
+    PlaneMoments<Record> steps(sums, x, pivots.mean, s, record);
+    const Samples by{1, nullptr, nullptr, mapped};
+    return reduce_then_map(threads, s, sums, steps, mapper, streams(s), 1, kValues, by);
+  }
+  const RowShape r = row_shape<T>(s, false);
+  LaneCoefficients pivots(r, scratch);
+  const MomentTerm<T, false> term{x, pivots.lanes.view(), nullptr};
+  const Reducer sums = reducer(term);
+  RowMoments<Record> steps(sums, x, pivots, static_cast<double>(s.n * s.s), record);
+  reduce_then_map(threads, r, sums, steps, Mapper{}, false, kValues);
+  if (mapper.map) map_all(threads, s, mapper, streams(s), mapped);
+}
+
 struct StoreMoments {
   A *mean, *mean_low, *m2;
   void operator()(int64_t c, const MomentsOfChannel& found) const {
@@ -108,126 +136,184 @@ struct StoreMoments {
   void done() const {}
 };
 
-// Replaces each group's pivots, which are its first values, by means of a few values of its first samples (at most 1/8
-// of all).
-void near_the_mean(const Shape& s, const RowShape& r, bool planes, const Reducer& sums, const Moments& args, A* pivot,
-                   double* u, Scratch& scratch) {
-  constexpr int64_t kLeast = 16, kMost = 256, kValuesEach = 64, kShare = 8;
-  int64_t values = s.n * s.s / (args.groups * kShare);
-  values = values < kLeast ? kLeast : values > kMost ? kMost : values;
-  int64_t few = s.s < kValuesEach ? s.s : kValuesEach;
-  few = few < values ? few : values;
-  const int64_t samples = (values + few - 1) / few, begin = (s.s - few) / 2, all = args.groups * s.c;
-  const A* weights = static_cast<const A*>(args.weights);
-  int64_t* seen = scratch.get<int64_t>(args.groups);
-  double *count = scratch.get<double>(args.groups), *unused = scratch.get<double>(s.c);
-  for (int64_t g = 0; g < args.groups; ++g) seen[g] = 0, count[g] = 0.0;
-  for (int64_t i = 0; i < all; ++i) u[i] = 0.0;
-  for (int64_t n = 0; n < s.n; ++n) {
-    const int64_t g = args.index ? args.index[n] : 0;
-    if (seen[g]++ >= samples) continue;
-    for (int64_t p = begin; p < begin + few; ++p) {
-      count[g] += weights ? static_cast<double>(weights[n * s.s + p]) : 1.0;
+// ---- by group, or with weights -------------------------------------------------------------------------------------
+
+// The values of a batch by group. Groups and weights need rows of one position, so each lane is a channel.
+struct Groups {
+  const Shape& shape;
+  const T* x;
+  const A* weights;      // [n, s], or null
+  const int64_t* index;  // [n], or null if there is one group
+  const int64_t count;
+  const bool planes;
+  const RowShape rows;
+  double *values, *squares;  // [count], Σ w and Σ w²
+  A* pivot;                  // [count, c]
+  bool* empty;               // [count], whether no value counts
+
+  Groups(const Shape& s, const void* x_, const void* weights_, const int64_t* index_, int64_t count_, Scratch& scratch)
+      : shape(s),
+        x(static_cast<const T*>(x_)),
+        weights(static_cast<const A*>(weights_)),
+        index(index_),
+        count(count_),
+        planes(in_planes(s, true)),
+        rows(row_shape<T>(s, true)),
+        values(scratch.get<double>(count)),
+        squares(scratch.get<double>(count)),
+        pivot(scratch.get<A>(count * s.c)),
+        empty(scratch.get<bool>(count)) {
+    for (int64_t g = 0; g < count; ++g) values[g] = squares[g] = 0.0, empty[g] = true;
+    for (int64_t n = 0; n < s.n && s.s > 0; ++n) {
+      const int64_t g = group(n);
+      add_weights(n, 0, s.s, values[g], squares[g]);
+      if (!empty[g]) continue;
+      int64_t p = 0;
+      while (weights && p < s.s && weights[n * s.s + p] == A(0)) ++p;
+      if (p == s.s) continue;
+      empty[g] = false;
+      for (int64_t c = 0; c < s.c; ++c) {
+        pivot[g * s.c + c] = widen_one(x + (planes ? (n * s.c + c) * s.s + p : (n * s.s + p) * s.c + c));
+      }
     }
-    if (planes) {
+    for (int64_t g = 0; g < count; ++g) {
+      if (empty[g]) fill(pivot + g * s.c, s.c, A(0));
+    }
+  }
+  int64_t group(int64_t n) const { return index ? index[n] : 0; }
+
+  // Adds Σ w and Σ w² of positions [begin, begin + length) of sample n.
+  void add_weights(int64_t n, int64_t begin, int64_t length, double& sum, double& sum_squares) const {
+    if (!weights) {
+      sum += static_cast<double>(length), sum_squares += static_cast<double>(length);
+      return;
+    }
+    const A* w = weights + n * shape.s + begin;
+    WideSums sums;
+    for (int64_t p = 0; p < length; p += kLanes<double>) {
+      const Vec<double> wide = load_wide(w + p, length - p < kLanes<double> ? length - p : kLanes<double>);
+      sums.u = sums.u + wide;
+      sums.uv = fma(wide, wide, sums.uv);
+    }
+    sum += sum_lanes(sums.u), sum_squares += sum_lanes(sums.uv);
+  }
+
+  // Replaces each group's pivots, which are its first values, by means of a few values of its first samples (at most
+  // 1/8 of all).
+  void near_the_mean(const Reducer& reducer) {
+    constexpr int64_t kLeast = 16, kMost = 256, kValuesEach = 64, kShare = 8;
+    const Shape& s = shape;
+    int64_t wanted = s.n * s.s / (count * kShare);
+    wanted = wanted < kLeast ? kLeast : wanted > kMost ? kMost : wanted;
+    int64_t few = s.s < kValuesEach ? s.s : kValuesEach;
+    few = few < wanted ? few : wanted;
+    const int64_t samples = (wanted + few - 1) / few, begin = (s.s - few) / 2, all = count * s.c;
+    Scratch scratch;
+    int64_t* seen = scratch.get<int64_t>(count);
+    double *sum = scratch.get<double>(count), *u = scratch.get<double>(all), *unused = scratch.get<double>(s.c);
+    for (int64_t g = 0; g < count; ++g) seen[g] = 0, sum[g] = 0.0;
+    for (int64_t i = 0; i < all; ++i) u[i] = 0.0;
+    for (int64_t n = 0; n < s.n; ++n) {
+      const int64_t g = group(n);
+      if (seen[g]++ >= samples) continue;
+      double squares_of_few = 0.0;
+      add_weights(n, begin, few, sum[g], squares_of_few);
+      if (!planes) {
+        for (int64_t c = 0; c < s.c; ++c) unused[c] = 0.0;
+        reducer.rows(reducer.term, s.c, n * s.s + begin, n * s.s + begin + few, 0, s.c, g * s.c, u + g * s.c, unused);
+        continue;
+      }
       for (int64_t c0 = 0; c0 < s.c; c0 += kChannelsAtOnce) {
         const int64_t channels = s.c - c0 < kChannelsAtOnce ? s.c - c0 : kChannelsAtOnce;
         WideSums found[kChannelsAtOnce];
-        sums.planes(sums.term, s, n, n + 1, begin, few, c0, channels, args.index, found);
+        reducer.planes(reducer.term, s, n, n + 1, begin, few, c0, channels, index, found);
         for (int64_t k = 0; k < channels; ++k) u[g * s.c + c0 + k] += sum_lanes(found[k].u);
       }
-    } else {
-      for (int64_t c = 0; c < s.c; ++c) unused[c] = 0.0;
-      sums.rows(sums.term, r.lanes, n * s.s + begin, n * s.s + begin + few, 0, r.lanes, g * s.c, u + g * s.c, unused);
+    }
+    for (int64_t i = 0; i < all; ++i) {
+      if (sum[i / s.c] > 0.0) pivot[i] = rounded(pivot[i], u[i] / sum[i / s.c]);
     }
   }
-  for (int64_t i = 0; i < all; ++i) {
-    if (count[i / s.c] > 0.0) pivot[i] = rounded(pivot[i], u[i] / count[i / s.c]);
+};
+
+// Sums the moments of each group, and calls record(group, c, MomentsOfChannel) for each, and record.channel(c) after
+// the last group of a channel.
+template <class Record>
+struct GroupedMoments final : PlaneSteps, RowSteps {
+  const Groups& groups;
+  Record& record;
+  GroupedMoments(const Groups& groups_, Record& record_) : groups(groups_), record(record_) {}
+
+  bool finish(int64_t c, const SumsByGroup& sums, bool again) override {
+    return channel(c, again, [&](int64_t g) { return sums.u(g); }, [&](int64_t g) { return sums.uv(g); });
   }
+  bool finish(double* u, double* uv, bool again) override {
+    const int64_t channels = groups.shape.c;
+    bool far = false;
+    for (int64_t c = 0; c < channels; ++c) {
+      far |= channel(c, again, [&](int64_t g) { return u[g * channels + c]; },
+                     [&](int64_t g) { return uv[g * channels + c]; });
+    }
+    return far;
+  }
+
+ private:
+  template <class U, class UV>
+  bool channel(int64_t c, bool again, const U& u, const UV& uv) {
+    bool far = false;
+    for (int64_t g = 0; g < groups.count; ++g) {
+      A& pivot = groups.pivot[g * groups.shape.c + c];
+      MomentsOfChannel found{0.0, 0.0, 0.0, false};
+      if (!groups.empty[g]) found = moments_of<T>(pivot, u(g), uv(g), groups.values[g]);
+      record(g, c, found);
+      if (found.far && !again) pivot = static_cast<A>(found.mean), far = true;
+    }
+    if (!far) record.channel(c);
+    return far;
+  }
+};
+
+// Sums all groups, calls `record`, then maps. `mapped` holds each sample's row of coefficients in the map.
+// If `clears`, values with weight 0 may be NaN. Otherwise, such a value makes its channel's statistics NaN.
+template <class Record>
+void grouped_moments(const Threads& threads, Groups& groups, Record& record, bool clears, const Mapper& mapper,
+                     const int64_t* mapped) {
+  const Shape& s = groups.shape;
+  auto run = [&](auto weighted) {
+    MomentTerm<T, decltype(weighted)::value> term{groups.x, {}, groups.weights, clears};
+    term.coefficients.mean = groups.pivot;
+    const Reducer sums = reducer(term);
+    const Samples by{groups.count, groups.index, groups.index, mapped};
+    groups.near_the_mean(sums);
+    GroupedMoments<Record> steps(groups, record);
+    if (groups.planes) return reduce_then_map(threads, s, sums, steps, mapper, streams(s), 1, kValues, by);
+    reduce_then_map(threads, groups.rows, sums, steps, mapper, streams(s), kValues, by);
+  };
+  if (groups.weights) return run(Constant<bool, true>{});
+  run(Constant<bool, false>{});
 }
 
-// Computes moments per group or with weights.
-void grouped_moments(const Threads& threads, const Moments& args) {
-  const Shape& s = args.shape;
-  const T* x = static_cast<const T*>(args.x);
-  const A* weights = static_cast<const A*>(args.weights);
-  const bool planes = in_planes(s, true);
-  const RowShape r = row_shape<T>(s, true);
-  Scratch scratch;
-  const int64_t all = args.groups * s.c;
-  A* pivot = scratch.get<A>(all);
-  int64_t* first = scratch.get<int64_t>(args.groups);
-  fill(pivot, all, A(0));
-  for (int64_t g = 0; g < args.groups; ++g) first[g] = -1, args.count[g] = 0.0;
-  for (int64_t n = 0; n < s.n; ++n) {
-    const int64_t g = args.index ? args.index[n] : 0;
-    double count = 0.0;
-    if (!weights) {
-      count = static_cast<double>(s.s);
-      if (s.s > 0 && first[g] < 0) first[g] = n * s.s;
-    }
-    for (int64_t p = 0; weights && p < s.s; ++p) {
-      A w = weights[n * s.s + p];
-      count += static_cast<double>(w);
-      if (w != A(0) && first[g] < 0) first[g] = n * s.s + p;
-    }
-    args.count[g] += count;
-  }
-  for (int64_t g = 0; g < args.groups; ++g) {
-    if (first[g] < 0) continue;
-    int64_t n = first[g] / s.s, p = first[g] % s.s;
-    for (int64_t c = 0; c < s.c; ++c) {
-      pivot[g * s.c + c] = widen_one(x + (planes ? (n * s.c + c) * s.s + p : first[g] * s.c + c));
-    }
-  }
-  double *u = scratch.get<double>(all), *uv = scratch.get<double>(all);
-  StoreMoments store{static_cast<A*>(args.mean), static_cast<A*>(args.mean_low), static_cast<A*>(args.m2)};
-  auto sum_and_store = [&](auto weighted) {
-    MomentTerm<T, decltype(weighted)::value> term{x, {}, weights};
-    term.coefficients.mean = pivot;
-    const Reducer sums = reducer(term);
-    if (s.numel() > 0) near_the_mean(s, r, planes, sums, args, pivot, u, scratch);
-    for (bool again = false, unfinished = true; unfinished; again = true) {
-      for (int64_t i = 0; i < all; ++i) u[i] = uv[i] = 0.0;
-      if (s.numel() > 0 && planes) {
-        reduce_grouped_planes(threads, s, sums, args.index, args.index, kValues, u, uv);
-      } else if (s.numel() > 0) {
-        reduce_grouped_rows(threads, r, sums, args.index, args.index, args.groups, u, uv);
-      }
-      unfinished = false;
-      for (int64_t i = 0; i < all; ++i) {
-        MomentsOfChannel found{0.0, 0.0, 0.0, false};
-        if (first[i / s.c] >= 0) found = moments_of<T>(pivot[i], u[i], uv[i], args.count[i / s.c]);
-        store(i, found);
-        if (found.far && !again) pivot[i] = static_cast<A>(found.mean), unfinished = true;
-      }
-    }
-  };
-  if (weights) return sum_and_store(Constant<bool, true>{});
-  sum_and_store(Constant<bool, false>{});
-}
+struct StoreGroups {
+  const StoreMoments& store;
+  int64_t channels;
+  void operator()(int64_t group, int64_t c, const MomentsOfChannel& found) const { store(group * channels + c, found); }
+  void channel(int64_t) const {}
+};
 
 void moments(const Threads& threads, const Moments& args) {
   const Shape& s = args.shape;
-  if (s.numel() == 0 || args.index || args.weights) return grouped_moments(threads, args);
-  *args.count = static_cast<double>(s.n * s.s);
-  Scratch scratch;
-  const T* x = static_cast<const T*>(args.x);
   StoreMoments store{static_cast<A*>(args.mean), static_cast<A*>(args.mean_low), static_cast<A*>(args.m2)};
-  if (in_planes(s, false)) {
-    CoefficientArrays<A> pivots(s.c, scratch);
-    const MomentTerm<T, false> term{x, pivots.view(), nullptr};
-    const Reducer sums = reducer(term);
-    PlaneMoments<StoreMoments> steps(sums, x, pivots.mean, s, store);
-    reduce_then_map(threads, s, sums, steps, Mapper{}, false, 1, kValues);
+  if (s.numel() == 0 || args.index || args.weights) {
+    Scratch scratch;
+    Groups groups(s, args.x, args.weights, args.index, args.groups, scratch);
+    for (int64_t g = 0; g < args.groups; ++g) args.count[g] = groups.values[g];
+    StoreGroups record{store, s.c};
+    if (s.numel() > 0) return grouped_moments(threads, groups, record, true, Mapper{}, nullptr);
+    for (int64_t i = 0; i < args.groups * s.c; ++i) store(i, {0.0, 0.0, 0.0, false});
     return;
   }
-  const RowShape r = row_shape<T>(s, false);
-  LaneCoefficients pivots(r, scratch);
-  const MomentTerm<T, false> term{x, pivots.lanes.view(), nullptr};
-  const Reducer sums = reducer(term);
-  RowMoments<StoreMoments> steps(sums, x, pivots, *args.count, store);
-  reduce_then_map(threads, r, sums, steps, Mapper{}, false, kValues);
+  *args.count = static_cast<double>(s.n * s.s);
+  all_moments(threads, s, static_cast<const T*>(args.x), store, Mapper{}, nullptr);
 }
 
 }  // namespace

@@ -146,6 +146,15 @@ __attribute__((noinline)) static int64_t map_narrow(const Map& original, int64_t
   return i;
 }
 
+// `count` values from `first`, and the rest of a vector from `second`.
+template <class V, class A>
+BATCHNORM_INLINE V load_two(const A* first, int64_t count, const A* second) {
+  A both[kValuesIn<V>];
+  std::memcpy(both, first, static_cast<size_t>(count) * sizeof(A));
+  std::memcpy(both + count, second, static_cast<size_t>(kValuesIn<V> - count) * sizeof(A));
+  return load_as<V>(both, kValuesIn<V>);
+}
+
 // See MapPlanes.
 template <class V, class Map>
 static void map_planes_by(const Map& original, const Shape& s, int64_t n, int64_t c0, int64_t channels, int64_t begin,
@@ -180,11 +189,8 @@ static void map_planes_by(const Map& original, const Shape& s, int64_t n, int64_
     }
     if (i + W > stop) break;
     if (i < end) {  // this vector contains the end of one row and the start of the next
-      if (map.weights) {
-        map_some<V>(original, channel, offset, position, length, i, i + W);
-      } else {
-        map.apply(map.at(TwoChannels<V>{channel + k, lanes_between<V>(end - i, W)}), offset + i, W, V{}, streamed);
-      }
+      const V w = map.weights ? load_two<V>(map.weights + weight + i, end - i, map.weights + position) : V{};
+      map.apply(map.at(TwoChannels<V>{channel + k, lanes_between<V>(end - i, W)}), offset + i, W, w, streamed);
       i += W;
     }
     ++k, end += length;

@@ -9,34 +9,73 @@
 
 namespace BATCHNORM_NAMESPACE {
 
+// How samples differ. `group`, if given, holds the group of each sample, whose values are summed together; otherwise,
+// there is one group. The others, if given, hold the row of coefficients of each sample: in the sums, and in the map.
+struct Samples {
+  int64_t groups = 1;
+  const int64_t* group = nullptr;
+  const int64_t* summed = nullptr;
+  const int64_t* mapped = nullptr;
+};
+
+// The sums of one channel, by group.
+struct SumsByGroup {
+  const WideSums* first;
+  int64_t stride;
+  double u(int64_t group) const { return sum_lanes(first[group * stride].u); }
+  double uv(int64_t group) const { return sum_lanes(first[group * stride].uv); }
+};
+
 // The steps before and after the sums of a channel.
 struct PlaneSteps {
   virtual void begin(int64_t /*c0*/, int64_t /*channels*/) {}  // at most kChannelsAtOnce of them
   // Returns true to sum this channel, and no other, once more. A channel's result therefore does not depend on other
   // channels. Returns false if `again`.
-  virtual bool finish(int64_t c, const WideSums& sums, bool again) = 0;
+  virtual bool finish(int64_t c, const SumsByGroup& sums, bool again) = 0;
 
  protected:
   ~PlaneSteps() = default;
 };
 
-// The fixed blocks of a channel's values, independent of the threads: several short rows, or part of a long row.
+// The fixed blocks of a channel's values, independent of the threads: short rows of several samples of one group, or
+// part of a long row.
 struct PlaneBlocks {
+  struct Run {
+    int64_t begin, end, group;
+  };
   const Shape& s;
-  int64_t piece, pieces, samples, count;
-  PlaneBlocks(const Shape& shape, const Values& values) : s(shape), piece(kAdditions * 4 * values.lanes) {
-    pieces = (s.s + piece - 1) / piece;
-    const int64_t fours = s.s / (4 * values.lanes), ones = (s.s % (4 * values.lanes) + values.lanes - 1) / values.lanes;
-    samples = kAdditions / (fours + ones > 0 ? fours + ones : 1);
-    if (samples < 1) samples = 1;
-    count = (s.n + samples - 1) / samples * pieces;
-  }
-  int64_t length(int64_t begin) const { return s.s - begin < piece ? s.s - begin : piece; }
+  const int64_t* rows;
+  int64_t piece, pieces, count = 0;
+  Run* runs;
 
+  PlaneBlocks(const Shape& shape, const Values& values, const Samples& by, Scratch& scratch)
+      : s(shape), rows(by.summed), piece(kAdditions * 4 * values.lanes), pieces((s.s + piece - 1) / piece) {
+    const int64_t fours = s.s / (4 * values.lanes), ones = (s.s % (4 * values.lanes) + values.lanes - 1) / values.lanes;
+    int64_t samples = kAdditions / (fours + ones > 0 ? fours + ones : 1);
+    if (samples < 1) samples = 1;
+    runs = scratch.get<Run>(by.group ? s.n : (s.n + samples - 1) / samples);
+    int64_t run = 0;
+    for (int64_t n = 0, next = 0; n < s.n; n = next) {
+      next = s.n - n < samples ? s.n : n + samples;
+      const int64_t group = by.group ? by.group[n] : 0;
+      for (int64_t k = n + 1; by.group && k < next; ++k) next = by.group[k] == group ? next : k;
+      runs[run++] = {n, next, group};
+    }
+    count = run * pieces;
+  }
+  int64_t group(int64_t block) const { return runs[block / pieces].group; }
+
+  // Adds the sums of a block of `channels` channels from c0.
   void reduce(const Reducer& reducer, int64_t block, int64_t c0, int64_t channels, WideSums* sums) const {
-    const int64_t n0 = block / pieces * samples, n1 = n0 + samples < s.n ? n0 + samples : s.n;
-    const int64_t begin = block % pieces * piece;
-    reducer.planes(reducer.term, s, n0, n1, begin, length(begin), c0, channels, nullptr, sums);
+    const Run& run = runs[block / pieces];
+    const int64_t begin = block % pieces * piece, length = s.s - begin < piece ? s.s - begin : piece;
+    reducer.planes(reducer.term, s, run.begin, run.end, begin, length, c0, channels, rows, sums);
+  }
+  // Computes the sums of all blocks: sums[group·channels + channel - c0].
+  SumsByGroup reduce_all(const Reducer& reducer, int64_t c0, int64_t channels, int64_t groups, WideSums* sums) const {
+    for (int64_t i = 0; i < groups * channels; ++i) sums[i] = WideSums{};
+    for (int64_t b = 0; b < count; ++b) reduce(reducer, b, c0, channels, sums + group(b) * channels);
+    return {sums, channels};
   }
 };
 
@@ -60,31 +99,41 @@ static void map_all_planes(const Threads& threads, const Shape& s, const Mapper&
   });
 }
 
+// The channels that are summed at once: as many as remain in the cache until they are mapped, with their sums.
+static int64_t channels_at_once(const Shape& s, bool maps, int inputs, const Values& values, int64_t groups) {
+  constexpr int64_t kSumsAtOnce = 8 * kChannelsAtOnce;
+  int64_t channels = maps ? kCacheBytes / (s.n * s.s * values.bytes * inputs) : kChannelsAtOnce;
+  if (channels * groups > kSumsAtOnce) channels = kSumsAtOnce / groups;
+  return channels < 1 ? 1 : channels > kChannelsAtOnce ? kChannelsAtOnce : channels;
+}
+
 // Sums each channel, calls `steps`, then maps. `inputs` is the number of tensors that are read twice.
 static void reduce_then_map(const Threads& threads, const Shape& s, const Reducer& reducer, PlaneSteps& steps,
-                            const Mapper& mapper, bool streamed, int inputs, const Values& values) {
-  const PlaneBlocks blocks(s, values);
+                            const Mapper& mapper, bool streamed, int inputs, const Values& values,
+                            const Samples& by = {}) {
+  Scratch scratch;
+  const PlaneBlocks blocks(s, values, by, scratch);
   const int64_t rounds = (s.c + threads.count - 1) / threads.count;
   const bool by_channel = s.numel() < 2 * kGrain || rounds * threads.count * 4 <= s.c * 5;
   if (by_channel) {
-    int64_t group = mapper.map ? kCacheBytes / (s.n * s.s * values.bytes * inputs) : kChannelsAtOnce;
-    group = group < 1 ? 1 : group > kChannelsAtOnce ? kChannelsAtOnce : group;
+    const int64_t most = channels_at_once(s, mapper.map, inputs, values, by.groups);
     parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
-      for (int64_t c0 = c_begin; c0 < c_end; c0 += group) {
-        const int64_t channels = c_end - c0 < group ? c_end - c0 : group;
+      Scratch own;
+      auto* sums = own.get<WideSums>(by.groups * most);
+      WideSums* more = nullptr;
+      for (int64_t c0 = c_begin; c0 < c_end; c0 += most) {
+        const int64_t channels = c_end - c0 < most ? c_end - c0 : most;
         steps.begin(c0, channels);
-        WideSums sums[kChannelsAtOnce];
-        for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0, channels, sums);
+        const SumsByGroup found = blocks.reduce_all(reducer, c0, channels, by.groups, sums);
         for (int64_t k = 0; k < channels; ++k) {
-          if (!steps.finish(c0 + k, sums[k], false)) continue;
-          WideSums more;
-          for (int64_t b = 0; b < blocks.count; ++b) blocks.reduce(reducer, b, c0 + k, 1, &more);
-          steps.finish(c0 + k, more, true);
+          if (!steps.finish(c0 + k, {found.first + k, found.stride}, false)) continue;
+          if (!more) more = own.get<WideSums>(by.groups);
+          steps.finish(c0 + k, blocks.reduce_all(reducer, c0 + k, 1, by.groups, more), true);
         }
         // Mapping writes more than it reads, so it prefetches the next channels.
-        const int64_t ahead = c0 + group < c_end ? group * s.s : 0;
+        const int64_t ahead = c0 + most < c_end ? most * s.s : 0;
         for (int64_t n = s.n - 1; mapper.map && n >= 0; --n) {
-          mapper.planes(mapper.map, s, n, c0, channels, 0, s.s, 0, streamed, ahead);
+          mapper.planes(mapper.map, s, n, c0, channels, 0, s.s, by.mapped ? by.mapped[n] : 0, streamed, ahead);
         }
       }
       if (streamed) stream_fence();
@@ -92,8 +141,8 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
     return;
   }
 
-  Scratch scratch;
   auto* sums = scratch.get<WideSums>(s.c * blocks.count);
+  auto* totals = scratch.get<WideSums>(by.groups);
   auto* finished = scratch.get<bool>(s.c);
   for (int64_t c = 0; c < s.c; ++c) finished[c] = false;
   for (int64_t c = 0; c < s.c; c += kChannelsAtOnce) steps.begin(c, s.c - c < kChannelsAtOnce ? s.c - c : kChannelsAtOnce);
@@ -108,42 +157,17 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
     unfinished = false;
     for (int64_t c = 0; c < s.c; ++c) {
       if (finished[c]) continue;
-      WideSums total;
+      for (int64_t g = 0; g < by.groups; ++g) totals[g] = WideSums{};
       for (int64_t b = 0; b < blocks.count; ++b) {
+        WideSums& total = totals[blocks.group(b)];
         total.u = total.u + sums[c * blocks.count + b].u;
         total.uv = total.uv + sums[c * blocks.count + b].uv;
       }
-      finished[c] = !steps.finish(c, total, again);
+      finished[c] = !steps.finish(c, {totals, 1}, again);
       unfinished |= !finished[c];
     }
   }
-  if (mapper.map) map_all_planes(threads, s, mapper, streamed, nullptr);
-}
-
-// Sums per group of samples: u[groups[n]·c + channel] and uv, which start at zero. Without `groups` there is one group.
-// `rows`, if given, holds each sample's row of coefficients.
-static void reduce_grouped_planes(const Threads& threads, const Shape& s, const Reducer& reducer, const int64_t* rows,
-                                  const int64_t* groups, const Values& values, double* u, double* uv) {
-  const PlaneBlocks blocks(s, values);
-  parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
-    for (int64_t c0 = c_begin; c0 < c_end; c0 += kChannelsAtOnce) {
-      const int64_t channels = c_end - c0 < kChannelsAtOnce ? c_end - c0 : kChannelsAtOnce;
-      for (int64_t n = 0, next = 0; n < s.n; n = next) {
-        const int64_t group = groups ? groups[n] : 0;
-        do ++next;
-        while (next < s.n && next - n < blocks.samples && (!groups || groups[next] == group));
-        WideSums sums[kChannelsAtOnce];
-        for (int64_t begin = 0; begin < s.s; begin += blocks.piece) {
-          reducer.planes(reducer.term, s, n, next, begin, blocks.length(begin), c0, channels, rows, sums);
-        }
-        for (int64_t k = 0; k < channels; ++k) {
-          const int64_t i = group * s.c + c0 + k;
-          u[i] += sum_lanes(sums[k].u);
-          uv[i] += sum_lanes(sums[k].uv);
-        }
-      }
-    }
-  });
+  if (mapper.map) map_all_planes(threads, s, mapper, streamed, by.mapped);
 }
 
 }  // namespace BATCHNORM_NAMESPACE

@@ -38,13 +38,15 @@ static RowShape row_shape(const Shape& s, bool whole) {
   return {s.c * together, rows / together, rows % together * s.c, s.c, 1, s.s};
 }
 
-// The fixed division of the rows into chunks, whose sums are added in order. The last chunk may be the rest.
+// The fixed division of the rows into chunks, whose sums are added in order. The last chunk may be the rest. Each chunk
+// has sums of all groups, which limits their number.
 struct Chunks {
   int64_t rows, whole, count;
-  explicit Chunks(const RowShape& r) {
+  Chunks(const RowShape& r, int64_t groups) {
     int64_t most = r.lanes > 0 ? 32768 / r.lanes : 1;
     most = most < 4 ? 4 : most > 64 ? 64 : most;
-    if (r.rows * r.lanes < 2 * kGrain) most = 1;
+    if (most * groups * 4 > r.rows && groups > 1) most = r.rows / (groups * 4);
+    if (r.rows * r.lanes < 2 * kGrain || most < 1) most = 1;
     rows = (r.rows + most - 1) / most;
     rows = (rows + kAdditions - 1) / kAdditions * kAdditions;
     if (rows < 1) rows = kAdditions;
@@ -56,7 +58,7 @@ struct Chunks {
 // The steps before and after the sums of the lanes.
 struct RowSteps {
   virtual void begin() {}
-  // Returns true to sum all lanes once more. Returns false if `again`. May change the sums.
+  // Returns true to sum all lanes once more. Returns false if `again`. May change the sums, [groups, lanes].
   virtual bool finish(double* u, double* uv, bool again) = 0;
 
  protected:
@@ -68,36 +70,35 @@ static bool rows_streamed(const Mapper& mapper, int64_t lanes, bool streamed, co
   return streamed && lanes * values.bytes % 64 == 0 && reinterpret_cast<uintptr_t>(mapper.output) % 64 == 0;
 }
 
+// Returns the end of the rows from `row`, at most `last`, whose samples have the same group and the same coefficients.
+static int64_t end_of_run(const RowShape& r, int64_t row, int64_t last, const int64_t* group, const int64_t* of_sample) {
+  if (!group && !of_sample) return last;
+  int64_t n = row / r.per_sample, next = 0;
+  const int64_t own_group = group ? group[n] : 0, own_row = of_sample ? of_sample[n] : 0;
+  do next = ++n * r.per_sample;
+  while (next < last && (!group || group[n] == own_group) && (!of_sample || of_sample[n] == own_row));
+  return next < last ? next : last;
+}
+
 // The bytes of a tensor that are mapped forward before the mapping goes back. Small blocks jump too often for the
 // processor's own prefetching.
 inline constexpr int64_t kMappedTogether = 1 << 20;
 
-// Maps rows [r0, r1) in blocks. The last block comes first, because it is still in the cache if all rows were
-// just read. Within a block, rows are mapped forward, because memory is prefetched in that direction only.
-static void map_backwards(const Mapper& mapper, const RowShape& r, int64_t r0, int64_t r1, bool streamed,
-                          const Values& values) {
-  const int64_t few = kMappedTogether / (r.lanes * values.bytes) + 4;
-  for (int64_t end = r1; end > r0; end -= few) {
-    mapper.rows(mapper.map, r.lanes, end - few > r0 ? end - few : r0, end, 0, r.lanes, 0, streamed);
-  }
-}
-
-// Maps all rows. `rows`, if given, holds each sample's row of coefficients [c]. Otherwise, coefficients are per lane.
+// Maps all rows. Each thread maps a range of rows in blocks. The last block comes first, because it is still in the
+// cache if all rows were just read. Within a block, rows are mapped forward, because memory is prefetched in that
+// direction only. `of_sample`, if given, holds each sample's row of coefficients.
 static void map_all_rows(const Threads& threads, const RowShape& r, const Mapper& mapper, bool streamed,
-                         const Values& values, const int64_t* rows) {
+                         const Values& values, const int64_t* of_sample) {
   streamed = rows_streamed(mapper, r.lanes, streamed, values);
-  if (rows) {
-    parallel(threads, r.rows / r.per_sample, r.per_sample * r.lanes, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        mapper.rows(mapper.map, r.lanes, n * r.per_sample, (n + 1) * r.per_sample, 0, r.lanes, rows[n] * r.channels,
-                    streamed);
-      }
-      if (streamed) stream_fence();
-    });
-    return;
-  }
+  const int64_t few = kMappedTogether / (r.lanes * values.bytes) + 4;
   parallel(threads, r.rows, r.lanes, [&](int64_t begin, int64_t end) {
-    mapper.rows(mapper.map, r.lanes, begin, end, 0, r.lanes, 0, streamed);
+    for (int64_t last = end; last > begin; last -= few) {
+      for (int64_t row = last - few > begin ? last - few : begin, next = 0; row < last; row = next) {
+        next = end_of_run(r, row, last, nullptr, of_sample);
+        const int64_t coefficients = of_sample ? of_sample[row / r.per_sample] * r.channels : 0;
+        mapper.rows(mapper.map, r.lanes, row, next, 0, r.lanes, coefficients, streamed);
+      }
+    }
     if (streamed) stream_fence();
   });
   if (r.rest > 0) mapper.rows(mapper.map, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, false);
@@ -105,75 +106,37 @@ static void map_all_rows(const Threads& threads, const RowShape& r, const Mapper
 
 // Sums each lane, calls `steps`, then maps.
 static void reduce_then_map(const Threads& threads, const RowShape& r, const Reducer& reducer, RowSteps& steps,
-                            const Mapper& mapper, bool streamed, const Values& values) {
-  streamed = rows_streamed(mapper, r.lanes, streamed, values);
-  const Chunks chunks(r);
+                            const Mapper& mapper, bool streamed, const Values& values, const Samples& by = {}) {
+  const Chunks chunks(r, by.groups);
+  const int64_t all = by.groups * r.lanes;
   auto reduce_chunk = [&](int64_t chunk, double* u, double* uv) {
     if (chunk >= chunks.whole) return reducer.rows(reducer.term, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, u, uv);
     const int64_t begin = chunk * chunks.rows, end = begin + chunks.rows < r.rows ? begin + chunks.rows : r.rows;
-    reducer.rows(reducer.term, r.lanes, begin, end, 0, r.lanes, 0, u, uv);
+    for (int64_t row = begin, next = 0; row < end; row = next) {
+      next = end_of_run(r, row, end, by.group, by.summed);
+      const int64_t n = row / r.per_sample, group = by.group ? by.group[n] * r.lanes : 0;
+      const int64_t coefficients = by.summed ? by.summed[n] * r.channels : 0;
+      reducer.rows(reducer.term, r.lanes, row, next, 0, r.lanes, coefficients, u + group, uv + group);
+    }
   };
 
   Scratch scratch;
-  double* sums = scratch.get<double>(2 * r.lanes * chunks.count);
+  double* sums = scratch.get<double>(2 * all * chunks.count);
   steps.begin();
   for (bool again = false;; again = true) {
     parallel(threads, chunks.count, chunks.rows * r.lanes, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        double* u = sums + chunk * 2 * r.lanes;
-        for (int64_t j = 0; j < 2 * r.lanes; ++j) u[j] = 0.0;
-        reduce_chunk(chunk, u, u + r.lanes);
+        double* u = sums + chunk * 2 * all;
+        for (int64_t j = 0; j < 2 * all; ++j) u[j] = 0.0;
+        reduce_chunk(chunk, u, u + all);
       }
     });
     for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-      for (int64_t j = 0; j < 2 * r.lanes; ++j) sums[j] += sums[chunk * 2 * r.lanes + j];
+      for (int64_t j = 0; j < 2 * all; ++j) sums[j] += sums[chunk * 2 * all + j];
     }
-    if (!steps.finish(sums, sums + r.lanes, again)) break;
+    if (!steps.finish(sums, sums + all, again)) break;
   }
-  if (!mapper.map) return;
-  parallel(threads, chunks.count, chunks.rows * r.lanes, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
-      const int64_t first = chunk * chunks.rows, last = first + chunks.rows < r.rows ? first + chunks.rows : r.rows;
-      if (chunk >= chunks.whole) {
-        mapper.rows(mapper.map, r.lanes, r.rows, r.rows + 1, 0, r.rest, 0, false);
-      } else {
-        map_backwards(mapper, r, first, last, streamed, values);
-      }
-    }
-    if (streamed) stream_fence();
-  });
-}
-
-// Sums per group of samples: u[groups[n]·c + channel] and uv of `count` groups, which start at zero. Without `groups`
-// there is one group. `rows`, if given, holds each sample's row of coefficients.
-static void reduce_grouped_rows(const Threads& threads, const RowShape& r, const Reducer& reducer, const int64_t* rows,
-                                const int64_t* groups, int64_t count, double* u, double* uv) {
-  // Parts of the rows, whose sums are added in order. Each has sums of all groups, which limits their number.
-  const int64_t sums = count * r.channels;
-  int64_t parts = 16;
-  while (parts > 1 && (parts > r.rows || parts * sums * 4 > r.rows * r.lanes)) parts /= 2;
-  Scratch scratch;
-  double* partial = scratch.get<double>(parts * 2 * sums);
-  parallel(threads, parts, r.rows * r.lanes / parts, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      double* own = partial + part * 2 * sums;
-      for (int64_t i = 0; i < 2 * sums; ++i) own[i] = 0.0;
-      const int64_t last = r.rows * (part + 1) / parts;
-      for (int64_t row = r.rows * part / parts, next = 0; row < last; row = next) {
-        int64_t n = row / r.per_sample;
-        const int64_t group = groups ? groups[n] : 0, coefficients = rows ? rows[n] : 0;
-        do next = ++n * r.per_sample;
-        while (next < last && (!groups || groups[n] == group) && (!rows || rows[n] == coefficients));
-        if (next > last) next = last;
-        reducer.rows(reducer.term, r.lanes, row, next, 0, r.lanes, coefficients * r.channels, own + group * r.channels,
-                     own + sums + group * r.channels);
-      }
-    }
-  });
-  for (int64_t part = 0; part < parts; ++part) {
-    const double* own = partial + part * 2 * sums;
-    for (int64_t i = 0; i < sums; ++i) u[i] += own[i], uv[i] += own[sums + i];
-  }
+  if (mapper.map) map_all_rows(threads, r, mapper, streamed, values, by.mapped);
 }
 
 }  // namespace BATCHNORM_NAMESPACE

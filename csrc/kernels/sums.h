@@ -42,6 +42,14 @@ BATCHNORM_INLINE double sum_lanes(Vec<double> v) {
   return sum;
 }
 
+// Loads up to kLanes<double> values as float64, and sets the others to zero.
+BATCHNORM_INLINE Vec<double> load_wide(const double* p, int64_t count) { return load(p, count); }
+BATCHNORM_INLINE Vec<double> load_wide(const float* p, int64_t count) {
+  typename VectorOf<float, kBytes / 2>::type half{};
+  std::memcpy(&half, p, static_cast<size_t>(count) * sizeof(float));
+  return __builtin_convertvector(half, Vec<double>);
+}
+
 // sums[0 .. count) += v in float64.
 BATCHNORM_INLINE void add_to(double* sums, Vec<float> v, int64_t count) {
   if (count == kLanes<float>) {

@@ -65,7 +65,7 @@ struct ManyChannels {
   }
 };
 
-// Σ w·(x - pivot) and Σ w·(x - pivot)². A value with weight 0 may be NaN.
+// Σ w·(x - pivot) and Σ w·(x - pivot)². If `clears`, a value with weight 0 may be NaN.
 template <class T, bool weighted>
 struct MomentTerm {
   using Type = T;
@@ -74,6 +74,7 @@ struct MomentTerm {
   const T* x;
   Coefficients<A> coefficients;
   const A* weights;
+  bool clears = false;
 
   template <class V>
   struct Loaded {
@@ -94,7 +95,7 @@ struct MomentTerm {
       auto counted = [](auto weight, auto value) __attribute__((always_inline)) {
         return select(weight != A(0), value, decltype(value){});
       };
-      v = each(counted, w, v);
+      if (clears) v = each(counted, w, v);
       u = w * v;
     } else {
       u = v;

@@ -187,13 +187,13 @@ def batch_norm(
             (running_mean, running_var, num_batches_tracked), momentum, on_nonfinite == "skip",
         )  # fmt: skip
         return channels_back(y, channel_dim)
-    statistics = ops.batch_moments(input, weights=weights)
+    where_single = None
     if on_single == "running":
         assert running_mean is not None
         assert running_var is not None
-        statistics = ops.running_where_single(statistics, running_mean, running_var)
-    y = ops.batch_statistics_norm_by_parts(
-        input, statistics, weight, bias, residual, eps, activation, parameter, weights=weights
+        where_single = running_mean, running_var
+    y, statistics = ops.batch_statistics_norm_and_moments(
+        input, weight, bias, residual, eps, activation, parameter, weights=weights, where_single=where_single
     )
     if updates:
         assert running_mean is not None

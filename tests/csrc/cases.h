@@ -24,6 +24,7 @@ struct Case {
   double offset = 0.0;
   bool residual = false, y = false, weight = true, bias = true, parameters_as_x = false, dz = false;
   int64_t groups = 0;    // 0: no index
+  bool shared = false;   // the statistics of all samples, although there is an index
   bool weights = false;  // some of them zero
   int64_t skip = 0;      // number of values before each tensor's first, which is then not aligned
 
@@ -39,7 +40,7 @@ struct Case {
     if (!bias) s << " no_bias";
     if (parameters_as_x) s << " parameters_as_x";
     if (dz) s << " dz";
-    if (groups) s << " groups " << groups;
+    if (groups) s << (shared ? " rows " : " groups ") << groups;
     if (weights) s << " weights";
     if (skip) s << " skip " << skip;
     return s.str();
@@ -87,6 +88,7 @@ inline std::vector<Case> table() {
       const int64_t which = random.integer(1, 3);
       c.groups = which == 1 ? 0 : one_in(2) ? 3 : 40;
       c.weights = which != 2;
+      c.shared = c.groups && one_in(3);
     }
     cases.push_back(c);
   };

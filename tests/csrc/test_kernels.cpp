@@ -125,26 +125,46 @@ void check_case(const Case& c, uint64_t seed) {
   n.eps = in.eps, n.activation = c.activation, n.parameter = in.parameter;
   n.index = c.groups ? in.index.data() : nullptr;
   const bool plain = !c.groups && !c.weights;
-  const MomentsResult batch = moments(in, rows, false);
-  std::vector<double> batch_var = batch.m2.value;
-  for (double& v : batch_var) v /= std::max<double>(static_cast<double>(c.shape.n * c.shape.s), 1.0);
-
-  if (plain) {
-    Inputs own = in;
-    own.own_statistics = true, own.mean = batch.first, own.mean_low = batch.delta, own.var = batch_var;
-    Result y = normalize(own), var = batch.m2;
-    for (size_t i = 0; i < var.value.size(); ++i) {
-      var.tolerance[i] *= batch_var[i] == 0.0 ? 0.0 : batch_var[i] / var.value[i], var.value[i] = batch_var[i];
+  const int64_t groups = c.shared ? 1 : rows, statistics_size = groups * c.shape.c;
+  Inputs counted = in;
+  if (c.shared) counted.index.clear();
+  const MomentsResult batch = moments(counted, groups, c.weights);
+  Result counts = batch.count, var = batch.m2;
+  counts.resize(2 * groups);
+  for (int64_t i = 0; i < c.shape.n; ++i) {
+    for (int64_t p = 0; p < c.shape.s; ++p) {
+      const double w = c.weights ? in.position_weights[i * c.shape.s + p] : 1.0;
+      counts.value[counted.row(i)] += w, counts.value[groups + counted.row(i)] += w * w;
     }
+  }
+  for (double& t : counts.tolerance) t = 1e-13 * static_cast<double>(c.shape.n * c.shape.s);
+  for (int64_t i = 0; i < statistics_size; ++i) {
+    const double share = 1.0 / std::max(counts.value[i / c.shape.c], 1e-300);
+    var.value[i] *= share, var.tolerance[i] *= share;
+  }
+  const std::vector<double> batch_var = var.value;
+
+  Inputs own = in;
+  own.own_statistics = true, own.mean = batch.first, own.mean_low = batch.delta, own.var = batch_var;
+  for (double& v : own.mean) v = std::isnan(v) ? 0.0 : v;
+  {
+    Result y = normalize(own);
     y.stored_as(c.dtype), var.stored_as(wide);
-    check(c, "train_forward",
-          {{"y", c.dtype, numel, &y},
-           {"mean", wide, c.shape.c, &batch.mean},
-           {"mean_low", wide, c.shape.c, nullptr},
-           {"var", wide, c.shape.c, &var}},
-          [&](const Kernels& k, const Threads& threads, const Pointers& out) {
-            k.train_forward(threads, {c.shape, x.data(), residual.data(c.residual), n, out[0], out[1], out[2], out[3]});
-          });
+    std::vector<Output> outputs = {{"y", c.dtype, numel, &y},
+                                   {"mean", wide, statistics_size, &batch.mean},
+                                   {"mean_low", wide, statistics_size, nullptr},
+                                   {"var", wide, statistics_size, &var}};
+    const Held position_weights(wide, in.position_weights, c.skip);
+    if (!plain) outputs.push_back({"count", DType::float64, 2 * groups, &counts});
+    check(c, "train_forward", outputs, [&](const Kernels& k, const Threads& threads, const Pointers& out) {
+      TrainForward args{c.shape, x.data(), residual.data(c.residual), n, out[0], out[1], out[2], out[3]};
+      if (c.groups && !c.shared) args.groups = groups;
+      args.weights = position_weights.data(c.weights);
+      if (!plain) args.count = static_cast<double*>(out[4]);
+      k.train_forward(threads, args);
+    });
+  }
+  if (plain) {
     if (c.activation == Activation::relu && c.dtype != DType::float16) {  // whose tiny values round to zero
       Inputs bare = own;
       bare.residual.clear();
@@ -153,16 +173,16 @@ void check_case(const Case& c, uint64_t seed) {
   }
 
   // The statistics of the batch, or running statistics near them.
-  std::vector<double> high(all), low(all), var = random.uniforms(all, 0.5, 2.0);
-  for (int64_t i = 0; i < all; ++i) {
+  std::vector<double> high(statistics_size), low(statistics_size), spread = random.uniforms(statistics_size, 0.5, 2.0);
+  for (int64_t i = 0; i < statistics_size; ++i) {
     const double first = std::isnan(batch.first[i]) ? 0.0 : batch.first[i] + (plain ? 0.0 : random.uniform(-1, 1));
     high[i] = rounded(c.dtype, first + batch.delta[i]), low[i] = (first - high[i]) + batch.delta[i];
   }
   const bool running = c.dz;  // some cases without a low part
-  const Held mean(wide, high), mean_low(wide, low), variance(wide, plain ? batch_var : var);
+  const Held mean(wide, high), mean_low(wide, low), variance(wide, plain ? batch_var : spread);
   in.mean = mean.values, in.var = variance.values;
   if (!running) in.mean_low = mean_low.values;
-  n.mean = mean.vector(rows), n.mean_low = mean_low.vector(rows, !running), n.var = variance.vector(rows);
+  n.mean = mean.vector(groups), n.mean_low = mean_low.vector(groups, !running), n.var = variance.vector(groups);
   Result y = normalize(in);
   const Held kept_y(c.dtype, y.value, c.skip);
   y.stored_as(c.dtype);
@@ -202,17 +222,22 @@ void check_case(const Case& c, uint64_t seed) {
   check_backward("backward_reduce", args, true, nullptr);
   Result held = dx_of(in, dz, {}, {}, false);
   check_backward("normalize_backward", args, true, &held);
-  if (plain) {
-    Result a = exact.dz, b = exact.dz_xhat;  // the means of dxhat and dxhat·xhat
-    for (Result* r : {&a, &b}) {
+  {  // the means of dxhat and dxhat·xhat over the samples that share statistics
+    Result a, b;
+    for (auto [means, found] : {std::pair{&a, &exact.dz}, std::pair{&b, &exact.dz_xhat}}) {
+      means->resize(statistics_size);
       for (int64_t i = 0; i < all; ++i) {
-        const double share = in.pick(in.weight, 0, i, 1.0) / static_cast<double>(c.shape.n * c.shape.s);
-        r->value[i] *= share, r->tolerance[i] *= std::abs(share);
+        const int64_t to = i % statistics_size;
+        const double divisor = counts.value[to / c.shape.c];
+        const double share = divisor > 0.0 ? (c.weight ? in.weight[i] : 1.0) / divisor : 0.0;
+        means->value[to] += share * found->value[i], means->tolerance[to] += std::abs(share) * found->tolerance[i];
       }
     }
     Backward call = args;
     call.through_batch = true;
-    Result dx = dx_of(in, dz, a, b, false);
+    if (!plain) call.count = counts.value.data();
+    call.weights = position_weights.data(c.weights);
+    Result dx = dx_of(in, dz, a, b, c.weights);
     check_backward("train_backward", call, true, &dx);
   }
   const Held a(wide, random.normals(all)), b(wide, random.normals(all));

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import BatchNorm1d, BatchNorm2d
-from batchnorm.ops import compiled
+from batchnorm.ops import compiled, strict
 from tests.ops import implementations
 from tests.ops.implementations import Ops
 
@@ -54,6 +54,11 @@ def results(op: Ops, x: Tensor, dy: Tensor) -> list[Tensor]:
         found += op("moments")(x, chosen, weighing, groups)[1:]
     kept = (dy, x, None, None, *statistics, weight, bias)
     found += op("normalize_backward")(*kept, index, 3, *attributes, False)[:3]
+    if strict.takes_parts(x):  # only the compiled part has these operators
+        for shared in (False, True):
+            y, count, *statistics, _ = strict.parts_forward(x, weight, bias, None, index, None, 3, shared, *attributes)
+            kept = (dy, x, None, None, *statistics, weight, bias, count)
+            found += [y, *statistics, *strict.parts_backward(*kept, index, None, 3, *attributes, False)[:3]]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from batchnorm import _options
+from batchnorm import _options, ops
 from batchnorm.nn.layer import Check
 from batchnorm.nn.parts import PartsLayer
 from batchnorm.ops import BatchStatistics
@@ -49,22 +49,27 @@ class _GhostBatchNorm(PartsLayer):
                 f"ghost_size=1 for x of shape {list(x.shape)}. One value has no variance: use a larger ghost_size, or "
                 "on_single='running'."
             )
-        parts = (n + size - 1) // size
-        if positions == 1 and n % size == 1:
-            parts -= 1
+        joins = bool(positions == 1 and n % size == 1)
+        parts = (n + size - 1) // size - int(joins)
         if parts == 1:
             return None, 1
-        return (torch.arange(n, device=x.device) // size).clamp(max=parts - 1), parts
+        index = torch.arange(n, device=x.device) // size
+        return (index.clamp(max=parts - 1) if joins else index), parts
 
     def _update_running(self, x: Tensor, statistics: BatchStatistics) -> None:
         """Update the running statistics once: by the mean of all values, and the pooled variance of the parts.
 
         A batch of n/K values has the same divisor for the unbiased variance: Σ(mₖ - 1). Section "Ghost batches".
         """
-        count, mean, mean_low, var, effective_count = (t.detach() for t in statistics)
-        if count.dim() == 0:
+        if statistics.count.dim() == 0:
             super()._update_running(x, statistics)
             return
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        buffers, skip = (self.running_mean, self.running_var, self.num_batches_tracked), self.on_nonfinite == "skip"
+        if ops.update_running_by_parts_(*buffers, statistics, self.momentum, skip):
+            return
+        count, mean, mean_low, var, effective_count = (t.detach() for t in statistics)
         total = count.sum()
         divisor = torch.where(total > 0, total, 1.0)
         # A part without counted values has weight zero.

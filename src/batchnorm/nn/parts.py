@@ -88,20 +88,42 @@ class PartsLayer(NormLayer):
             return self._normalize(x, mask=mask)
         x = functional.channels_second(x, self.channel_dim)
         index, groups = self._index(x)
-        statistics = ops.batch_moments(x, index, weights, groups, peers)
+        where_single = None
         if self.on_single == "running":
             assert self.running_mean is not None
             assert self.running_var is not None
-            statistics = ops.running_where_single(statistics, self.running_mean, self.running_var)
+            where_single = self.running_mean, self.running_var
+        if self._groups_samples and peers is None:
+            y, statistics = ops.batch_statistics_norm_and_moments(
+                x, self.weight, self.bias, None, self.eps, index=index, weights=weights, groups=groups,
+                where_single=where_single,
+            )  # fmt: skip
+        else:
+            y, statistics = self._in_two_halves(x, index, weights, groups, peers, where_single)
+        if self._updates_running:
+            self._update_running(x, statistics)
+        return functional.channels_back(y, self.channel_dim)
+
+    def _in_two_halves(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        weights: Tensor | None,
+        groups: int,
+        peers: distributed.Peers | None,
+        where_single: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, BatchStatistics]:
+        """Return y and the statistics, between which γ and β are computed and processes exchange moments."""
+        statistics = ops.batch_moments(x, index, weights, groups, peers)
+        if where_single is not None:
+            statistics = ops.running_where_single(statistics, *where_single)
         elif peers is not None and (self._absent or (weights is None and self._has_at_most_one(x))):
             _checks.check_joint_count(self.layer_name, float(statistics.count))  # raises on all processes or on none
         weight, bias = self._affine(statistics)
         y = ops.batch_statistics_norm_by_parts(
             x, statistics, weight, bias, None, self.eps, "none", 0.0, index, weights, groups, peers
         )
-        if self._updates_running:
-            self._update_running(x, statistics)
-        return functional.channels_back(y, self.channel_dim)
+        return y, statistics
 
     def _index(self, x: Tensor) -> tuple[Tensor | None, int]:
         """Return the group of each sample `[N]`, and the number of groups; None: all samples are one group."""

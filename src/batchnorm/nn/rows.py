@@ -181,14 +181,15 @@ def batch_norm_by_rows(
         assert running_var is not None
         y = ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
         return functional.channels_back(y, channel_dim)
-    statistics = ops.batch_moments(x, index, weights, rows) if own_statistics else ops.batch_moments(x, None, weights)
+    where_single = None
     if on_single == "running":
         assert running_mean is not None
         assert running_var is not None
-        statistics = ops.running_where_single(statistics, running_mean, running_var)
-    y = ops.batch_statistics_norm_by_parts(
-        x, statistics, weight, bias, None, eps, index=index, weights=weights, groups=rows
-    )
+        where_single = running_mean, running_var
+    y, statistics = ops.batch_statistics_norm_and_moments(
+        x, weight, bias, None, eps, index=index, weights=weights, groups=rows, shared=not own_statistics,
+        where_single=where_single,
+    )  # fmt: skip
     if updates:
         assert running_mean is not None
         assert running_var is not None
@@ -197,6 +198,8 @@ def batch_norm_by_rows(
         m, skip = values_per_channel(x), on_nonfinite == "skip"
         if not own_statistics:
             ops.update_running_(*buffers, mean, mean_low, var, m, count, momentum, skip)
+            return functional.channels_back(y, channel_dim)
+        if ops.update_running_by_parts_(*buffers, statistics, momentum, skip):
             return functional.channels_back(y, channel_dim)
         for k in range(rows):  # a row without samples has count 0, which updates nothing
             r_mean, r_var, tracked = running_mean[k], running_var[k], _row(num_batches_tracked, k)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import distributed
-from batchnorm.ops import eager
+from batchnorm.ops import eager, strict
 from batchnorm.ops.derivatives import (
     Gradients,
     below_autograd,
@@ -65,6 +65,29 @@ def statistics_by_parts(
     return BatchStatistics(count, mean, mean_low, var, effective_count)
 
 
+def at_once(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    shared: bool,
+    index: Tensor | None,
+    weights: Tensor | None,
+    groups: int,
+    attributes: Attributes,
+) -> tuple[Tensor, BatchStatistics]:
+    """Return y and the statistics by one operator.
+
+    Raises:
+        strict.RefusedError: the operator does not accept the arguments. x may be infinite or NaN where a weight is 0.
+    """
+    try:
+        y, *found = strict.parts_forward(x, weight, bias, residual, index, weights, groups, shared, *attributes)
+    except RuntimeError as error:
+        raise strict.RefusedError from error
+    return y, BatchStatistics(*found)
+
+
 class FiniteFunction(torch.autograd.Function):
     """`finite` under autograd: the gradient passes unchanged, and nothing is kept for backward."""
 
@@ -102,18 +125,24 @@ class PartsFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        statistics: BatchStatistics,
+        statistics: list[BatchStatistics],
+        shared: bool,
         index: Tensor | None,
         weights: Tensor | None,
         groups: int,
         peers: distributed.Peers | None,
         attributes: Attributes,
     ) -> Tensor:
-        """Compute y, and save tensors for backward."""
-        count, mean, mean_low, var, _ = statistics
+        """Compute y, and save tensors for backward. Without statistics, compute and append them, too."""
+        if statistics:
+            _, mean, mean_low, var, _ = statistics[0]
+            with below_autograd():
+                y: Tensor = _normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
+        else:
+            y, found = at_once(x, weight, bias, residual, shared, index, weights, groups, attributes)
+            statistics.append(found)
+        count, mean, mean_low, var, _ = statistics[0]
         vectors = Vectors(mean, mean_low, var, weight, bias)
-        with below_autograd():
-            y: Tensor = _normalize(x, *vectors, residual, index, *attributes)
         keep(ctx, x, residual, y, vectors, attributes, index, weights, count)
         ctx.groups, ctx.peers = groups, peers
         return y
@@ -125,7 +154,7 @@ class PartsFunction(torch.autograd.Function):
         kept, groups, peers, needs = Kept(*tensors), ctx.groups, ctx.peers, ctx.needs_input_grad[:4]
         if dy is None:
             if peers is None:
-                return (None,) * 10
+                return (None,) * 11
             dy = torch.zeros_like(kept.x)  # the other processes wait for this process's sums
         if torch.is_grad_enabled():
             by_row = kept.mean.dim() == 2  # otherwise, index selects only rows of weight and bias
@@ -146,7 +175,7 @@ class PartsFunction(torch.autograd.Function):
                     gradients = train_gradients(dy, kept, needs, ctx.attributes)
                 else:
                     gradients = _gradients_by_parts(ctx, dy, kept, index, weights, count)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _gradients_by_parts(
@@ -154,6 +183,11 @@ def _gradients_by_parts(
 ) -> Gradients:
     peers, attributes, needs = ctx.peers, ctx.attributes, ctx.needs_input_grad[:4]
     need_dz = needs[3] and attributes.activation != "none"
+    if peers is None and (needs[0] or need_dz) and strict.takes_parts(dy, *kept, index, weights):
+        dx, sum_dz_xhat, sum_dz, dz = strict.parts_backward(
+            dy, *kept, count, index, weights, ctx.groups, *attributes, need_dz
+        )
+        return needed_gradients(needs, kept, attributes, dy, dx, sum_dz_xhat, sum_dz, dz)
     sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, ctx.groups, *attributes)
     dx = dz = None
     if needs[0] or need_dz:

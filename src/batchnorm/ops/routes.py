@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from batchnorm import _checks
 from batchnorm.distributed import Peers
-from batchnorm.ops import direct, eager
+from batchnorm.ops import direct, eager, strict
 from batchnorm.ops.derivatives import (
     NormalizeFunction,
     TrainFunction,
@@ -27,7 +27,14 @@ from batchnorm.ops.derivatives import (
     normalize,
     train_forward,
 )
-from batchnorm.ops.parts import BatchStatistics, FiniteFunction, PartsFunction, finite, statistics_by_parts
+from batchnorm.ops.parts import (
+    BatchStatistics,
+    FiniteFunction,
+    PartsFunction,
+    at_once,
+    finite,
+    statistics_by_parts,
+)
 from batchnorm.ops.schemas import Attributes
 
 _ops = torch.ops.batchnorm
@@ -204,8 +211,63 @@ def batch_statistics_norm_by_parts(
     if weights is not None and not _is_known_finite(x):
         x = finite(x) if plain else FiniteFunction.apply(x)
     if not plain and needs_gradient(x, weight, bias, residual):
-        return _apply_parts(x, weight, bias, residual, statistics, index, weights, groups, peers, attributes)
+        shared = mean.dim() == 1
+        return _apply_parts(x, weight, bias, residual, [statistics], shared, index, weights, groups, peers, attributes)
     return _normalize(x, mean, mean_low, var, weight, bias, residual, index, *attributes)
+
+
+def batch_statistics_norm_and_moments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    groups: int = 1,
+    shared: bool = False,
+    where_single: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, BatchStatistics]:
+    """Return y and the statistics of `batch_moments` and `batch_statistics_norm_by_parts`, at once if possible.
+
+    With `shared`, all samples share statistics, and the index selects only rows of weight and bias. `where_single` are
+    the running statistics for `running_where_single`.
+    """
+    attributes, tensors = named(Attributes, (eps, activation, negative_slope)), (weight, bias, residual)
+    found = _at_once(x, tensors, shared, index, weights, groups, attributes)
+    if found is not None and (where_single is None or not bool((found[1].effective_count <= 1).any())):
+        return found
+    statistics = batch_moments(x, None if shared else index, weights, 1 if shared else groups)
+    if where_single is not None:
+        statistics = running_where_single(statistics, *where_single)
+    y = batch_statistics_norm_by_parts(x, statistics, *tensors, *attributes, index, weights, groups)
+    return y, statistics
+
+
+def _at_once(
+    x: Tensor,
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    shared: bool,
+    index: Tensor | None,
+    weights: Tensor | None,
+    groups: int,
+    attributes: Attributes,
+) -> tuple[Tensor, BatchStatistics] | None:
+    """Return the result of `at_once`, or None if the ordinary route must compute it."""
+    if (index is None and weights is None) or not strict.takes_parts(x, *tensors, index, weights):
+        return None
+    try:
+        if not needs_gradient(x, *tensors):
+            return at_once(x, *tensors, shared, index, weights, groups, attributes)
+        if x.is_inference():  # autograd cannot save it
+            return None
+        found: list[BatchStatistics] = []
+        y = _apply_parts(x, *tensors, found, shared, index, weights, groups, None, attributes)
+    except strict.RefusedError:
+        return None
+    return y, found[0]
 
 
 def _is_known_finite(x: Tensor) -> bool:
@@ -219,6 +281,29 @@ def _is_known_finite(x: Tensor) -> bool:
 def update_running_(*arguments: Any) -> None:
     """Update the running statistics once; `ops.eager.update_running_` documents the operator's arguments."""
     update_once(_ops.update_running_, eager.update_running_, arguments)
+
+
+def update_running_by_parts_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    statistics: BatchStatistics,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> bool:
+    """Update running statistics by those of groups, or return False without any effect.
+
+    Running statistics `[K, C]` have a row for each group. If they are `[C]`, the mean moves toward the mean of all
+    values, and the variance toward the pooled variance of the groups.
+    """
+    tensors = (running_mean, running_var, num_batches_tracked, *statistics)
+    if not strict.takes_parts(*tensors):
+        return False
+    try:
+        strict.update_parts_(*tensors, momentum, skip_nonfinite)
+    except RuntimeError:
+        return False
+    return True
 
 
 def update_once(operator: Callable[..., None], plain: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -23,7 +23,7 @@ from torch.overrides import has_torch_function_variadic
 
 from batchnorm._checks import CHANNEL_DIMS, LAYOUTS
 from batchnorm._options import LEAST_EPS, ON_NONFINITE, ON_SINGLE
-from batchnorm.ops import compiled, eager, triton
+from batchnorm.ops import compiled, direct, eager, triton
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 from batchnorm.ops.derivatives import (
     Gradients,
@@ -55,7 +55,7 @@ _ANY_RANK = (None, "")
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    if not AVAILABLE:
+    if not AVAILABLE or not hasattr(torch.ops.batchnorm, name):  # a library of older sources may lack some
         return _unavailable
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # has no derivative
     function: Callable[..., Any] = getattr(torch.ops.batchnorm, name).default._op  # without a frame of Python
@@ -69,6 +69,9 @@ def _unavailable(*arguments: Any) -> Any:
 _train_forward = _operator("strict_train_forward_")
 _train_backward = _operator("strict_train_backward")
 _normalize = _operator("strict_normalize")
+parts_forward = _operator("strict_parts_forward")
+parts_backward = _operator("strict_parts_backward")
+update_parts_ = _operator("strict_update_parts_")
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -76,7 +79,22 @@ _is_tracing = torch._C._is_tracing
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..., is_grads_batched=True)
 
 
-class _RefusedError(Exception):
+def takes_parts(*tensors: Tensor | None) -> bool:
+    """Return whether the operators for parts may be called with these tensors, of which the first exists."""
+    first = tensors[0]
+    assert first is not None
+    return (
+        not torch.compiler.is_compiling()
+        and parts_forward is not _unavailable
+        and first.is_cpu
+        and direct.unobserved(tensors)
+        and not _is_tracing()
+        and not _is_batched(first)
+        and forward_ad._current_level < 0
+    )
+
+
+class RefusedError(Exception):
     """The operator refused its arguments. An error of a hook on saved tensors must not be mistaken for it."""
 
 
@@ -97,7 +115,7 @@ class StrictTrainFunction(torch.autograd.Function):
         try:
             y, statistics = _train_forward(x, weight, bias, residual, *options)
         except RuntimeError as error:
-            raise _RefusedError from error
+            raise RefusedError from error
         attributes = options[3:6]
         if residual is None:
             ctx.save_for_backward(x, statistics, weight, bias)
@@ -281,7 +299,7 @@ def _by_operators(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    refused = _RefusedError if differentiable else RuntimeError
+    refused = RefusedError if differentiable else RuntimeError
     try:
         if not training:
             if differentiable:

@@ -1,0 +1,92 @@
+"""The operators that compute both halves at once, for masks, groups of samples and rows of weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchnorm import nn
+from batchnorm.functional import batch_norm
+from batchnorm.ops import parts, routes, strict
+
+pytestmark = pytest.mark.skipif(not strict.takes_parts(torch.ones(1)), reason="no compiled operators in this build")
+
+N, C = 6, 5
+INDEX = torch.tensor([0, 2, 0, 1, 2, 2])
+
+
+def refuse(*arguments: Any) -> Any:
+    raise AssertionError("the ordinary route")
+
+
+def mask_with(padding: float) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        mask = torch.arange(x[:, 0].numel()).reshape(N, *x.shape[2:]) % 3 != 0
+        padded = torch.where(mask.unsqueeze(1), x, padding) if padding else x
+        return nn.BatchNormAct2d(C, activation="silu", dtype=x.dtype)(padded, mask=mask)
+
+    return call
+
+
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mask": mask_with(0.0),
+    "ghost": lambda x: nn.GhostBatchNorm2d(C, ghost_size=4, dtype=x.dtype)(x),
+    "domain": lambda x: nn.DomainBatchNorm2d(C, num_domains=4, affine_per_domain=True, dtype=x.dtype)(x, INDEX),
+    "domain and mask": lambda x: nn.DomainBatchNorm2d(C, num_domains=4, dtype=x.dtype)(x, INDEX, mask=x[:, 0] > -1.0),
+    "conditional": lambda x: nn.ConditionalBatchNorm2d(C, num_classes=20, dtype=x.dtype)(x, INDEX),
+    "rows of samples": lambda x: nn.ConditionalBatchNorm2d(C, dtype=x.dtype)(
+        x, weight=x[:, :, 0, 0], bias=x[:, :, 1, 1]
+    ),
+}
+
+
+def step(call: Callable[[Tensor], Tensor], dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x, dy = (
+        torch.randn(N, C, 4, 7, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
+        for _ in range(2)
+    )
+    y = call(x.requires_grad_())
+    return [y.detach(), *torch.autograd.grad(y, x, dy)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", CALLS)
+def test_both_halves_at_once_agree_with_one_after_the_other(
+    name: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        for module, function in ((routes, "batch_moments"), (parts, "_normalize"), (parts, "_backward_reduce")):
+            patch.setattr(module, function, refuse)
+        found = step(CALLS[name], torch.float64, layout)
+        single = step(CALLS[name], torch.float32, layout)
+    monkeypatch.setattr(strict, "takes_parts", lambda *tensors: False)
+    expected = step(CALLS[name], torch.float64, layout)
+    for ours, narrow, theirs in zip(found, single, expected, strict=True):
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(narrow.double(), theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf, 3e38])
+def test_the_ordinary_route_clears_padding_that_is_not_finite(padding: float) -> None:
+    expected = step(mask_with(0.0), torch.float32, torch.contiguous_format)
+    y, dx = step(mask_with(padding), torch.float32, torch.contiguous_format)
+    counted = torch.arange(y[:, 0].numel()).reshape(N, 1, 4, 7).expand(y.shape) % 3 != 0
+    torch.testing.assert_close(y[counted], expected[0][counted], rtol=1e-6, atol=1e-6)
+    assert dx.isfinite().all() or padding == 3e38
+
+
+def test_residual_and_activation_take_part() -> None:
+    x, residual = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5, requires_grad=True)
+    full = torch.ones(2, 4, 5, dtype=torch.bool)
+    dy, results = torch.randn(2, 3, 4, 5), []
+    for mask in (None, full):
+        y = batch_norm(x, None, None, training=True, activation="relu", residual=residual, mask=mask)
+        results.append([y, *torch.autograd.grad(y, (x, residual), dy)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
