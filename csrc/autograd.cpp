@@ -102,7 +102,7 @@ bool start(launched::Pass pass, std::initializer_list<Tensor> tensors, const Att
   PyObject* function = PyTuple_GetItem(functions, static_cast<Py_ssize_t>(pass));
   const Owned result(made && function != nullptr ? PyObject_CallObject(function, arguments.get()) : nullptr);
   if (result) return result.get() == Py_True;
-  // A thread of autograd cannot pass an error of Python on. The operators meet it again, and report it.
+  // A thread of autograd cannot pass on an error of Python. The operators will meet it again, and report it.
   if (pass != launched::Pass::backward) throw launched::Raised();
   PyErr_Clear();
   return false;
@@ -122,11 +122,11 @@ PyObject* set_functions(PyObject*, PyObject* given) {
 }
 
 // batch_norm(x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, activation,
-//            parameter, keeps_y, momentum, skip_nonfinite, launched), all by position. The activation is its number in the
-// table.
+//            parameter, keeps_y, momentum, skip_nonfinite, launched), all by position. The activation is its number in
+// the table.
 constexpr Py_ssize_t kArguments = 15;
 
-// Increased with every change of this module's functions, and with INTERFACE in ops/compiled.py.
+// Increase it with every change of this module's functions, together with INTERFACE in ops/compiled.py.
 constexpr long kInterface = 2;
 
 MaybeTensor called(PyObject* const* a) {

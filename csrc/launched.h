@@ -31,10 +31,10 @@ using Start = bool (*)(Pass pass, std::initializer_list<Tensor> tensors, const A
                        const Update* update);
 inline Start start = nullptr;
 
-// A function in Python raised an error, which is set.
+// A function in Python raised an error, which Python's error indicator holds.
 struct Raised : std::exception {};
 
-// A row of statistics starts at a multiple of so many float32 values, because kernels access aligned vectors.
+// Each row of statistics starts at a multiple of this many float32 values, because kernels access aligned vectors.
 constexpr int64_t kAligned = 4;
 
 inline Tensor given(const MaybeTensor& t) { return t ? *t : Tensor(); }
@@ -48,7 +48,8 @@ class Expected {
   bool fits() const {
     const int64_t* sizes = x_.sizes().data();
     const at::ScalarType dtype = x_.scalar_type();
-    return (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) && x_.dim() >= 2 && x_.numel() > 0 && allocated(x_) &&
+    return (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) && x_.dim() >= 2 &&
+           x_.numel() > 0 && allocated(x_) &&
            (x_.is_contiguous() || channels_last(sizes, x_.strides().data(), x_.dim()));
   }
   bool here(const Tensor& t) const { return t.device() == x_.device() && allocated(t); }

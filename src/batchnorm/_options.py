@@ -21,7 +21,7 @@ class InputsNotTaken(ValueError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the class of an exception and the first line of its message, to be continued: without a final period."""
+    """Return the class of an exception and the first line of its message, without a final period."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(":. ")
 
 
@@ -53,7 +53,7 @@ def checked_integer(caller: str, name: str, value: object, least: int, hint: str
 
 
 def check_number(caller: str, name: str, value: object, hint: str) -> None:
-    if not (isinstance(value, int | float) or hasattr(value, "__float__")):  # dynamo traces only the first
+    if not (isinstance(value, int | float) or hasattr(value, "__float__")):  # dynamo cannot trace hasattr
         raise TypeError(f"{caller} expects {name} to be a number, got {value!r} ({type(value).__name__}). {hint}")
 
 

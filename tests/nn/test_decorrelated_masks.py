@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from batchnorm.nn.decorrelated import (
-    DecorrelatedBatchNorm1d,
-    decorrelated_batch_norm,
-)
+from batchnorm.nn.decorrelated import DecorrelatedBatchNorm1d, decorrelated_batch_norm
 from tests.nn.correlated import correlated
 
 

@@ -50,7 +50,7 @@ def over(cases: Sequence[Case], *, sparse: bool = False, **axes: Sequence[str]) 
 
     Args:
         cases: The cases, each of which becomes a test.
-        sparse: Whether a sample of the emulator computes on the CPU what has no new pair of a kernel's arguments.
+        sparse: Whether a sample of the emulator computes calls without a new pair of a kernel's arguments on the CPU.
         axes: The names of the check's arguments after `op` and `case`, and their values.
 
     Returns:

@@ -136,7 +136,7 @@ def train(
 
 
 def peers_of(axis_name: Any, axis_index_groups: Any) -> Peers | None:
-    """Return the devices that share statistics; None: this device alone."""
+    """Return the devices that share statistics; None if each has its own."""
     if axis_name is None:
         return None
     groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
@@ -144,7 +144,7 @@ def peers_of(axis_name: Any, axis_index_groups: Any) -> Peers | None:
 
 
 def finite_where_masked(x: Array, weights: Array, axis: int) -> Array:
-    """Return x with zeros instead of the values that are not finite and do not count."""
+    """Return x with 0 at masked positions that are not finite."""
     counts = composition.spread_weights(weights, x, axis) > 0
     return jnp.where(counts | jnp.isfinite(x), x, 0)
 

@@ -2,9 +2,9 @@
 
 For a tensor of 64 × 64 values, Python's checks and the bookkeeping of several operators take longer than the kernels.
 The strict operators, which only the compiled part has, do the work of several operators of the contract in one call.
-They raise an error for arguments that a layer must not accept, before they change anything. So a layer calls them
-first. Only after an error, it checks its arguments one by one, and takes the ordinary route if it finds nothing wrong.
-On a GPU, the node in C++ does the same with functions that start the kernels (`triton/passes.py`).
+They raise an error for arguments that a layer must not accept, before they change anything. A layer therefore calls
+them first. Only after an error does it check its arguments one by one, and take the ordinary route if they are right.
+On a GPU, the node in C++ calls functions that start the kernels (`triton/passes.py`) instead of these operators.
 
 They are used for plain tensors if nothing else observes the operators of the contract: no compiler, transform, trace or
 dispatch mode. Below, `attributes` are eps, the activation's number in the table of activations, and its parameter.

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,44 +21,7 @@ from batchnorm.doctor.report import page
 from batchnorm.doctor.rules import load_rules
 from batchnorm.doctor.wording import counted
 from tests.doctor.networks import Plain, batches, criterion, trained
-
-VOID = {"meta", "br", "link", "img", "input"}
-
-
-class Page(HTMLParser):
-    """The page's elements, each with its attributes and all the text in it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.feed(text)
-        self.unclosed = [tag for tag, *_ in self._open]
-
-    def handle_starttag(self, tag, attrs):
-        element = (tag, dict(attrs), [])
-        self.elements.append(element)
-        if tag not in VOID:
-            self._open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for *_, text in self._open:
-            text.append(data)
-
-    def all(self, tag: str, of: str = "") -> list[tuple[dict[str, str | None], str]]:
-        """The elements of a tag and, where given, of a class: attributes and text, blanks as one."""
-        return [
-            (attributes, " ".join("".join(text).split()))
-            for name, attributes, text in self.elements
-            if name == tag and (not of or of in (attributes.get("class") or "").split())
-        ]
-
-
-def charts_of(html: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', html, re.S).group(1))
+from tests.doctor.report.parsed import Page, charts_of
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from batchnorm import BatchNorm2d
-from batchnorm.nn.domain import (
-    DomainBatchNorm2d,
-)
+from batchnorm.nn.domain import DomainBatchNorm2d
 from tests.nn.groups.test_domain import DOMAINS, make
 
 

@@ -23,8 +23,8 @@ from batchnorm.cli.outputs.reporting import ReportingCommand, print_report
 @click.option(
     "--measure",
     is_flag=True,
-    help="Time training steps of both networks on this machine, and change nothing if that is not faster. --input must "
-    "then have the size of training.",
+    help="Time training steps of both networks on this machine, and change nothing unless the changed one is faster. "
+    "--input must then be the shape used in training.",
 )
 @click.pass_context
 def accelerate(

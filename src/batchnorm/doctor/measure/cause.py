@@ -45,9 +45,8 @@ class Cause:
     """The cause of a misfit.
 
     Attributes:
-        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (a high learning
-            rate explains it), `momentum` (too few updates), `shift` (the data are different), `dropout` or
-            `unknown`.
+        kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (a high learning rate explains it),
+            `momentum` (too few updates), `shift` (the data are different), `dropout` or `unknown`.
         evidence: Lines with figures.
         summary: The cause in one line; empty if the number of layers says it better.
     """
@@ -58,7 +57,7 @@ class Cause:
 
     @classmethod
     def lag(cls, evidence: tuple[str, ...], summary: str = _LAG) -> Cause:
-        """Return the cause of statistics that follow weights which change fast."""
+        """Return the cause of statistics that lag behind weights that change fast."""
         return cls("lag", tuple(line for line in evidence if line != _UNSURE), summary)
 
     @property
@@ -163,7 +162,7 @@ def cause_of(
 
 
 def averaging_by_name(kind: str) -> str:
-    """Return that the weights of a model are averages, if its class is named after that; otherwise an empty string."""
+    """Return why the weights of a model of this class seem to be averages, by its name; empty if they do not."""
     return f"{kind} is named after averaging" if _AVERAGES.search(kind) else ""
 
 

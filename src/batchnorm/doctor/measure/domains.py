@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.doctor.measure.independence import independence_of
+from batchnorm.doctor.measure.layers import Array
 
-Array = NDArray[np.float64]
 Numbers = NDArray[np.integer]
 
 # Largest number of domains that are distinguished.

@@ -19,8 +19,6 @@ OUTPUT_MATTERS, OUTPUT_SEVERE = 0.1, 0.3
 LOSS_MATTERS, LOSS_SEVERE = 0.1, 0.5
 # Without a loss, the cost of a change is unknown, so the change must be larger, and it is never an error.
 OUTPUT_MATTERS_ALONE = 0.4
-
-
 # Largest number of features that are kept of a sample's output; a larger output is sampled evenly.
 _KEPT_FEATURES = 1024
 

@@ -66,6 +66,6 @@ def independence_of(values: NDArray[np.floating], batch: NDArray[np.integer], pe
     observed = inflation(groups)
     generator = np.random.default_rng(0)
     largest = observed.max()
-    # The samples are assigned to other batches. To permute them would copy all their values.
+    # Permuting the assignment to batches is cheaper than permuting the samples, which would copy all values.
     as_large = sum(inflation(generator.permutation(groups, axis=1)).max() >= largest for _ in range(permutations))
     return Independence(observed, (int(as_large) + 1) / (permutations + 1), permutations)

@@ -32,7 +32,7 @@ class Measurements:
         dtype: The dtype of its parameters and statistics; all of them if there are several.
         versions: The versions of its framework, by the framework's name.
         averaged: Why its weights are known to be averages; empty if they are not.
-        optimizer: Code that makes the user's optimizer without weight decay of batch normalization; None if no
+        optimizer_code: Code that makes the user's optimizer without weight decay of batch normalization; None if no
             optimizer was given.
         missing: The needs of rules that are not met, with the reason.
         processes: Number of processes that train the model together.
@@ -76,7 +76,7 @@ class Measurements:
     dtype: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     averaged: str = ""
-    optimizer: str | None = None
+    optimizer_code: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     process_states: ProcessStates | None = None

@@ -50,7 +50,7 @@ def add_lag(
     if misfit is None or misfit.effect.severity == Severity.NOTE or not misfit.cause.may_be_lag:
         return m
     if optimizer is None:
-        hint = "with the optimizer (optimizer=), the diagnosis tells whether the learning rate explains this"
+        hint = "pass the optimizer (optimizer=) to find out whether the learning rate explains this"
         return replace(m, misfit=replace(misfit, cause=misfit.cause.with_evidence(hint)))
     steps = _memory(m.measured)
     if m.step is None or not steps or not _has_trained(optimizer):

@@ -16,6 +16,7 @@ from batchnorm.doctor.measure.measuring import add_effects
 from batchnorm.doctor.pytorch.continued import add_lag
 from batchnorm.doctor.pytorch.evaluation_mode import Evaluate
 from batchnorm.doctor.pytorch.inspection import check_model, guessed_inputs
+from batchnorm.doctor.pytorch.layers import optimized_by
 from batchnorm.doctor.pytorch.measuring import (
     Modules,
     add_data,
@@ -64,8 +65,9 @@ def diagnose(
             `target` or `y`. By default, the loss that the model computes: the `loss` of its output, as in transformers,
             or the result of a Lightning module's `training_step`. Without any loss, costs are changes of the output,
             and an effect is at most a warning.
-        optimizer: The optimizer that trains the model. If the weights have changed after the running statistics, it
-            also trains a copy for a few steps, to see whether the learning rate explains that (BN102).
+        optimizer: The optimizer that trains the model. If the weights seem to have changed after the running
+            statistics, a copy of both makes a few training steps, to see whether the learning rate explains this
+            (BN102).
         forward: `forward(model, batch)` calls the model and returns its output. By default, the model gets a tensor
             itself; as many leading parts of a tuple as its `forward` has required arguments; and the entries of a dict
             whose keys are names of its arguments. A Lightning module is called by its `training_step`, or by
@@ -135,12 +137,11 @@ def _check(
     if data is not None:
         check_data("diagnose", data)
     check_max_samples("diagnose", max_samples)
-    if optimizer is not None:
-        own = {id(parameter) for parameter in model.parameters()}
-        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            raise ValueError(
-                f"diagnose expects an optimizer of the model's parameters, got {type(optimizer).__name__} with none of "
-                "them. A copy, such as one with averaged weights, has parameters of its own: leave optimizer= out."
-            )
+    optimized = optimized_by(optimizer)
+    if optimized is not None and optimized.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            f"diagnose expects an optimizer of the model's parameters, got {type(optimizer).__name__} with none of "
+            "them. A copy, such as one with averaged weights, has parameters of its own: leave optimizer= out."
+        )
     if budget < 0:
         raise ValueError(f"diagnose expects budget >= 0, got {budget}. 0 makes no pass for single layers.")

@@ -73,7 +73,7 @@ def measure_model(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         dtype=", ".join(sorted(dtypes)),
         versions={"torch": str(torch.__version__)},
         averaged=_averaging_of(model),
-        optimizer=None if optimizer is None else _as_code(optimizer, max(layer.weight_decay for layer in layers)),
+        optimizer_code=None if optimizer is None else _as_code(optimizer, max(layer.weight_decay for layer in layers)),
         missing=missing,
     )
 

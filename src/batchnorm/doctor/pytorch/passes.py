@@ -98,7 +98,7 @@ class Passes(Runs):
         self.observer = Observer("diagnose", found)
         self._modules = [each.module for each in found]
         self._running = [torch_statistics(layer.running) for layer in layers if layer.running is not None]
-        self._largest: dict[int, Tensor] = {}  # |x| of each layer
+        self._largest: dict[int, Tensor] = {}  # largest |x| of each layer's input
         self._batch: tuple[int, int] | None = None  # number and size of the batch, while its samples are measured
         self._done: set[int] = set()  # layers that were measured in this batch
         self._ambient = ThreadSettings(None, device_of(model))

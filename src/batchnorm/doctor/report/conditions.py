@@ -50,7 +50,7 @@ class Conditions:
             m.batch_size if m.batch_sizes else None,
             m.loss,
             m.loss_source,
-            m.optimizer is not None,
+            m.optimizer_code is not None,
             m.training,
             m.device,
             m.dtype,

@@ -31,10 +31,10 @@ class StaleStatistics(Rule):
 
         If no layer is off by more than 0.25 standard deviations or a factor of 1.22, the usual cause is a learning rate
         that is still high in the last steps: the weights change faster than the running average follows. A lower rate
-        at the end of training removes the distance, and so does recalibration. Averaged weights can cause it, too. Just
-        after a jump of the learning rate, the distance is larger. If the optimizer is given (`optimizer=`), the
-        diagnosis therefore gives a copy of the model statistics that fit, and trains it for 1/momentum steps, at most
-        20. If its running statistics then do as much harm, the learning rate explains the distance.
+        at the end of training removes the distance, and so does recalibration. Averaged weights can also cause it. Just
+        after a jump of the learning rate, the distance is larger. Therefore, if the optimizer is given (`optimizer=`),
+        the diagnosis puts statistics that fit into a copy of the model, and trains the copy for 1/momentum steps, at
+        most 20. If its running statistics then do as much harm, the learning rate explains the distance.
 
         Known causes have rules of their own: [BN116](bn116.md) (averaged weights), [BN217](bn217.md) (too few updates
         for the momentum) and [BN111](bn111.md) (dropout).

@@ -21,7 +21,7 @@ class WeightDecay(Rule):
     needs = ("optimizer",)
 
     def check(self, m: Measurements) -> Findings:
-        assert m.optimizer is not None
+        assert m.optimizer_code is not None
         found = {layer.path: layer.weight_decay for layer in m.layers if layer.weight_decay > 0}
         if found:
             rates = sorted(set(found.values()))
@@ -29,6 +29,6 @@ class WeightDecay(Rule):
                 Severity.NOTE,
                 found,
                 f"weight_decay={', '.join(f'{rate:g}' for rate in rates)} on {layers_listed(found)}",
-                repair=m.optimizer,
+                repair=m.optimizer_code,
                 weight_decay=found,
             )

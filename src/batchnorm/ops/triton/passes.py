@@ -36,11 +36,12 @@ def train_forward(
     """Compute y and the batch's statistics, and update the running statistics, which may be absent."""
     frame, statistics = Frame.of(x), (mean, mean_low, var)
     running = (running_mean, running_var, num_batches_tracked)
-    separately = momentum is None or skip_nonfinite
-    update = launch.NO_UPDATE if separately or running_mean is None else launch.Update(running, momentum)  # type: ignore[arg-type]
+    update = launch.NO_UPDATE
+    if running_mean is not None and momentum is not None and not skip_nonfinite:
+        update = launch.Update(running, momentum)
     attributes = Attributes(eps, _NAMES[activation], parameter)
     launch.launch_forward(frame, x, residual, y, statistics, weight, bias, attributes, update)
-    if separately and running_mean is not None:
+    if running_mean is not None and update is launch.NO_UPDATE:
         launch.launch_update(running, statistics, frame.n * frame.s, None, momentum, skip_nonfinite)
 
 
