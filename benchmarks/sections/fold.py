@@ -120,7 +120,7 @@ def measure_photographs(options: Options, table: Table) -> None:
     if options.quick:
         return
     if not installed("skimage"):
-        print("photographs are skipped: install scikit-image and trained networks, see benchmarks/zoo.py")
+        print("photographs are skipped: install scikit-image and trained networks, see benchmarks/subjects/zoo.py")
         return
     x = torch.cat(list(zoo.photographs().values()))
     for name, build in zoo.trained().items():

@@ -59,7 +59,7 @@ def is_batch_norm_class(kind: type) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Return whether the module normalizes by its running statistics in training, too."""
+    """Return whether the module normalizes by its running statistics even in training."""
     return getattr(type(module), "_frozen", False) is True or foreign_eps(module) is not None
 
 

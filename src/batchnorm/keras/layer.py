@@ -15,7 +15,7 @@ from batchnorm.keras.activations import fused
 from batchnorm.keras.backends.call import Call, Statistics
 from batchnorm.keras.backends.composition import spread, wide
 
-# The checks of attributes, which may be set later, too. Keras's layer accepts an epsilon of zero.
+# The checks of attributes, which may also be set after construction. Keras's layer accepts an epsilon of zero.
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "momentum": check_weight_of_old,
     "renorm_momentum": partial(check_weight_of_old, name="renorm_momentum"),

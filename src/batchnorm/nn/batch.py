@@ -20,7 +20,7 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         momentum: Weight of the new batch, in [0, 1], as in torch (1 minus the momentum of Keras and Flax). None gives
             the cumulative average of all batches.
         affine: Whether there are weight (γ) and bias (β), each `[C]`.
-        track_running_stats: Whether there are running statistics; without them, evaluation uses the batch's, too.
+        track_running_stats: Whether there are running statistics; without them, evaluation also uses the batch's.
         device: The device of parameters and buffers.
         dtype: The dtype of parameters and buffers.
         bias: Whether there is β (keyword only).

@@ -93,7 +93,7 @@ class FrozenBatchNorm(FrozenLayer, torch.nn.modules.batchnorm._BatchNorm):
     The layer loads the `state_dict` of any batch normalization. If `num_batches_tracked` is missing, it does not
     change. If γ or β is missing, it becomes 1 or 0.
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` replaces this layer, too, and so unfreezes it.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` also replaces this layer, and so unfreezes it.
 
     Examples:
         >>> layer = FrozenBatchNorm(2)

@@ -49,12 +49,12 @@ class _GhostBatchNorm(PartsLayer):
                 f"ghost_size=1 for x of shape {list(x.shape)}. One value has no variance: use a larger ghost_size, or "
                 "on_single='running'."
             )
-        joins = bool(positions == 1 and n % size == 1)
-        parts = (n + size - 1) // size - int(joins)
+        last_joins = bool(positions == 1 and n % size == 1)
+        parts = (n + size - 1) // size - int(last_joins)
         if parts == 1:
             return None, 1
         index = torch.arange(n, device=x.device) // size
-        return (index.clamp(max=parts - 1) if joins else index), parts
+        return (index.clamp(max=parts - 1) if last_joins else index), parts
 
     def _update_running(self, x: Tensor, statistics: BatchStatistics) -> None:
         """Update the running statistics once: by the mean of all values, and the pooled variance of the parts.
@@ -101,7 +101,7 @@ class GhostBatchNorm(_GhostBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
     Args:
         num_features: C. All arguments that are not listed here are those of `BatchNorm`.
         momentum: Weight of the whole batch in the update of the running statistics.
-        track_running_stats: Whether there are running statistics; without them, evaluation uses ghost batches, too.
+        track_running_stats: Whether there are running statistics; without them, evaluation also uses ghost batches.
         on_single: As in `BatchNorm`, for each part (keyword only).
         ghost_size: Samples in a part (keyword only). A batch of at most this size is normalized as by `BatchNorm`.
 

@@ -27,7 +27,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
     # The name in error messages. A final 1d, 2d or 3d determines the rank of x. Users' subclasses inherit the name.
     layer_name: ClassVar[str]
 
-    # The checks of attributes that may be set later, too. In evaluation, eps may be zero.
+    # The checks of attributes, which may also be set after construction. In evaluation, eps may be zero.
     _checked: ClassVar[Mapping[str, Check]] = {
         "eps": partial(_options.check_eps, zero_allowed=True),
         "momentum": _options.check_momentum,
@@ -36,7 +36,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         "channel_dim": _checks.check_channel_dim,
     }
 
-    # Whether the layer normalizes by the running statistics in training, too.
+    # Whether the layer normalizes by the running statistics even in training.
     _frozen: ClassVar[bool] = False
 
     # Class attributes, so that layers have them even if they were pickled by an older version or converted.

@@ -133,7 +133,7 @@ class PartsFunction(torch.autograd.Function):
         peers: distributed.Peers | None,
         attributes: Attributes,
     ) -> Tensor:
-        """Compute y, and save tensors for backward. Without statistics, compute and append them, too."""
+        """Compute y, and save tensors for backward. Without statistics, also compute and append them."""
         if statistics:
             _, mean, mean_low, var, _ = statistics[0]
             with below_autograd():

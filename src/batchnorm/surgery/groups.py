@@ -23,7 +23,7 @@ def parameter_groups(
         weight_decay: The weight decay of the first group; at least 0.
         kinds: The modules whose parameters do not decay: a class, a tuple of classes or a predicate, such as
             `(torch.nn.LayerNorm, ...)` or `lambda m: ...`. The default is batch normalization.
-        biases: Whether to exclude every parameter named `bias` from decay, too.
+        biases: Whether to also exclude every parameter named `bias` from decay.
 
     Returns:
         `[{"params": ..., "weight_decay": weight_decay}, {"params": ..., "weight_decay": 0.0}]`, in the model's order;

@@ -160,7 +160,7 @@ class Layer:
         affine: Whether γ or β are parameters.
         trained: Whether one of them is trained.
         weight_decay: The largest weight decay of its parameters.
-        frozen: Whether it normalizes by its running statistics in training, too.
+        frozen: Whether it normalizes by its running statistics even in training.
         not_updated_by: The setting that prevents updates of the running statistics.
         synchronized: Whether it computes its batch statistics over several processes.
         on_single: What training does with a single value per channel: "error", "running" or "skip".

@@ -10,7 +10,7 @@ class BatchInEvaluation(Rule):
     code = "BN208"
     title = "evaluation normalizes by the batch"
     why = """
-        The result for a sample then depends on the other samples of its batch, in evaluation, too. A single sample, or
+        The result for a sample then depends on the other samples of its batch, also in evaluation. A single sample, or
         a batch of one class, loses its information. In training mode, evaluation also updates the running statistics.
     """
     evidence = """

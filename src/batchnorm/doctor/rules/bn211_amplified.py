@@ -17,7 +17,7 @@ class Amplified(Rule):
         rounding errors, noise and any change of the data are enlarged.
     """
     evidence = "Layers whose largest |γ|/√(running_var + ε) is above 1000."
-    severity = "A note: weights that work have such channels, too; these are constant on their data."
+    severity = "A note: weights that work also have such channels; these are constant on their data."
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # if the variances are too small"
     repair_keras = """
         model, report = batchnorm.keras.recalibrate(model, training_data)  # if the variances are too small

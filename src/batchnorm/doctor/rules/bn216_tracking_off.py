@@ -17,7 +17,7 @@ class TrackingOff(Rule):
     why = """
         With track_running_stats=False or momentum=0, a layer with running statistics normalizes by the batch in
         training. Evaluation uses the running statistics, which do not change while the weights before them do. Neither
-        setting freezes a layer, because a frozen layer normalizes by its running statistics in training, too.
+        setting freezes a layer, because a frozen layer normalizes by its running statistics also in training.
     """
     evidence = """
         Layers that normalize by the batch in training, and whose running statistics training does not update. The

@@ -63,7 +63,7 @@ def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = Fa
 
     Changes made since freezing are kept: momentum, `requires_grad`, mode, values loaded from a checkpoint. A layer that
     was created as a `FrozenBatchNorm` becomes a `BatchNorm` of its rank, and trains γ and β. The `FrozenBatchNorm2d` of
-    torchvision, detectron2, DETR and similar models becomes a `BatchNorm2d` that trains γ and β, too.
+    torchvision, detectron2, DETR and similar models becomes a `BatchNorm2d` that also trains γ and β.
 
     Args:
         model: Any module.
