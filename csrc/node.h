@@ -20,7 +20,7 @@ namespace batchnorm::node {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The strict functions refused their arguments, before they changed anything.
+// The functions that compute a pass refused its arguments, before they changed anything.
 struct Refused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
