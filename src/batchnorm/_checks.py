@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from batchnorm._frameworks import keras_hint
 from batchnorm._options import check_weights
 
 CHANNEL_DIMS = (1, -1)
@@ -40,8 +41,13 @@ _LAYER_FOR_DIMS = {
 
 
 def check_module(caller: str, model: object) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{caller} expects a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    """Refuse what is not a module. On Keras's torch backend, a Keras model is one, but has layers of Keras."""
+    of_keras = any(kind.__module__.partition(".")[0] == "keras" for kind in type(model).__mro__)
+    hint = keras_hint(caller) if of_keras else ""
+    if hint or not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{caller} expects a torch.nn.Module, got {type(model).__name__}.{hint or ' Pass the network itself.'}"
+        )
 
 
 def check_channel_dim(caller: str, channel_dim: int) -> None:

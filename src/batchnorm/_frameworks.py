@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 _NAMES = {"torch": "PyTorch", "jax": "JAX", "flax": "Flax", "keras": "Keras"}
+# The functions for PyTorch's models that `batchnorm.keras` has for Keras's, under the same names.
+_FOR_KERAS = frozenset({"convert", "diagnose", "fold", "freeze", "recalibrate", "unfreeze"})
 
 
 class MissingFrameworkError(ModuleNotFoundError):
@@ -19,6 +21,11 @@ class MissingFrameworkError(ModuleNotFoundError):
 def is_installed(framework: str) -> bool:
     """Return whether the framework can be imported, without importing it."""
     return sys.modules.get(framework) is not None or find_spec(framework) is not None
+
+
+def keras_hint(function: str) -> str:
+    """Return the sentence that names the function for Keras models, with a space before it; empty if there is none."""
+    return f" For a Keras model use batchnorm.keras.{function}." if function in _FOR_KERAS else ""
 
 
 @contextmanager
@@ -39,8 +46,10 @@ def required_by(what: str) -> Iterator[None]:
         framework = (error.name or "").partition(".")[0]
         if framework not in _NAMES:
             raise
+        hint = keras_hint(what.removeprefix("batchnorm.")) if framework == "torch" and is_installed("keras") else ""
         raise MissingFrameworkError(
-            f"{what} needs {_NAMES[framework]}, which is not installed; run pip install 'batchnorm[{framework}]'.",
+            f"{what} needs {_NAMES[framework]}, which is not installed; "
+            f"run pip install 'batchnorm[{framework}]'.{hint}",
             name=framework,
         ) from (error.__cause__ if isinstance(error, MissingFrameworkError) else error)
 

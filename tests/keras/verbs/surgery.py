@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import batchnorm
 from batchnorm.keras import BatchNormalization
 from batchnorm.keras.models.layers import as_numpy, norm_layers
 from batchnorm.keras.surgery import convert, freeze, unfreeze
@@ -225,3 +226,20 @@ def test_a_compiled_model_is_copied_with_a_note() -> None:
     model.compile("sgd", "mse")
     assert "not compiled" in convert(model).report.notes[0]
     assert not convert(randomized(sequential(layers.BatchNormalization(), shape=(4,)))).report.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("convert", ["GroupNorm"]),
+        ("diagnose", [[X]]),
+        ("fold", [X]),
+        ("freeze", []),
+        ("recalibrate", [[X]]),
+        ("unfreeze", []),
+    ],
+    ids=["convert", "diagnose", "fold", "freeze", "recalibrate", "unfreeze"],
+)
+def test_functions_for_torch_name_those_for_keras_models(name: str, arguments: list[Any]) -> None:
+    with pytest.raises(TypeError, match=rf"got Sequential\. For a Keras model use batchnorm\.keras\.{name}\.$"):
+        getattr(batchnorm, name)(keras.Sequential(), *arguments)

@@ -9,6 +9,7 @@ def main() -> None:
     """Call every function."""
     import keras
     import numpy as np
+    import pytest
     from keras import layers
 
     import batchnorm
@@ -21,6 +22,9 @@ def main() -> None:
     diagnosis = batchnorm.keras.diagnose(model, x)
     assert {"BN201"} <= {finding.code for finding in diagnosis.findings}
     assert "norm" in diagnosis.to_html()
+    for name in set(batchnorm.keras.__all__) & set(batchnorm.__all__):
+        with pytest.raises(ImportError, match=rf"For a Keras model use batchnorm\.keras\.{name}\.$"):
+            getattr(batchnorm, name)
     assert "torch" not in sys.modules
 
 

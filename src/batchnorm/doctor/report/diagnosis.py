@@ -80,7 +80,7 @@ class Diagnosis(Results):
             if find_spec(module) is None:
                 raise ImportError(
                     f"A diagnosis as HTML expects {package} to be installed, and it is not. "
-                    "Run pip install 'batchnorm[doctor]', or save it as .json or .txt."
+                    "Run pip install jinja2 markdown-it-py, or save it as .json or .txt."
                 )
         from batchnorm.doctor.report.page import as_html  # both are optional
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import batchnorm.nn
 from batchnorm import walk
+from batchnorm._checks import check_module
 from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_kept
 from batchnorm.foreign import applies_followers
 from batchnorm.models.description import describe
@@ -122,6 +123,7 @@ def replace_layers(
     `choose` gets the places of a layer and the layer. A frozen layer of another library is passed as this library's
     equivalent. `finish` is called with the model afterwards, and may change the classes of its modules.
     """
+    check_module(caller, model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"{caller} expects a model in Python, got {type(model).__name__}. Convert it before torch.jit.script."

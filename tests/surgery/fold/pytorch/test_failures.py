@@ -86,7 +86,7 @@ def test_a_wrong_result_is_an_error_that_leaves_the_model(monkeypatch: pytest.Mo
             "net.pth",
             torch.randn(IMAGE),
             TypeError,
-            "fold expects a torch.nn.Module that is not scripted, got str",
+            "fold expects a torch.nn.Module, got str",
         ),
         (nn.BatchNorm2d(3), 3, TypeError, "example_inputs must be a tensor, a tuple of arguments or a dict"),
         (

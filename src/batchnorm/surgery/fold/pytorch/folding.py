@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from batchnorm import walk
+from batchnorm._checks import check_module
 from batchnorm._options import in_one_line
 from batchnorm.distributed.owners import check_not_sharded
 from batchnorm.models import gate
@@ -91,7 +92,8 @@ def fold(
         >>> sorted(folded.state_dict())
         ['0.bias', '0.weight']
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    check_module("fold", model)
+    if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"fold expects a torch.nn.Module that is not scripted, got {type(model).__name__}. Pass the network."
         )
