@@ -39,7 +39,7 @@ constexpr int64_t kAligned = 4;
 
 inline Tensor given(const MaybeTensor& t) { return t ? *t : Tensor(); }
 
-// What the kernels expect of x, and of other tensors for it. Tensors that do not fit are left to other routes, which
+// The kernels' requirements of x, and of other tensors for it. Tensors that do not fit are left to other routes, which
 // convert them or report what is wrong.
 class Expected {
  public:

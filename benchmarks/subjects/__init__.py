@@ -1,1 +1,1 @@
-"""What is measured: shapes and data, contenders, copies as the floor, networks."""
+"""The subjects of measurements: shapes and data, contenders, copies as the floor, networks."""

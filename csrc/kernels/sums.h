@@ -1,4 +1,4 @@
-// What the loops over planes and over rows of lanes share: how they sum and prefetch.
+// Sums and prefetches for the loops over planes and over rows of lanes.
 #pragma once
 
 #include "terms.h"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 from batchnorm.functional import batch_norm
 from batchnorm.ops import ACTIVATIONS, strict, triton
+from tests.ops import native_node
 from tests.ops import test_strict as cases
 
 pytestmark = pytest.mark.skipif(strict._native is None, reason="no node in C++ in this build")
@@ -87,11 +87,7 @@ class Functions:
 def functions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Functions]:
     """Let functions compute the passes of all layers."""
     native, found = strict._native, Functions()
-
-    def call(*arguments: Any) -> Any:
-        return native.batch_norm(*arguments[:-1], True)
-
-    monkeypatch.setattr(strict, "_native", SimpleNamespace(batch_norm=call))
+    monkeypatch.setattr(strict, "_native", native_node.launched(native))
     native.set_functions(*(functools.partial(found.call, name) for name in ("train_forward", "normalize", "backward")))
     yield found
     native.set_functions(*map(triton.layer_pass, ("train_forward", "normalize", "backward")))

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import batchnorm
 from batchnorm.ops import direct, registration, strict, triton
 from batchnorm.ops.triton import launch, support
 from batchnorm.ops.triton.variants import Kernel, Launch
+from tests.ops import native_node
 from tests.ops.triton import stub_driver
 
 SHAPES = {"fits": (8, 16, 14, 14), "streamed": (32, 64, 32, 32)}
@@ -65,7 +65,7 @@ def _serve_the_cpu() -> None:
     if strict._native is None:
         strict.AVAILABLE = False  # the others are only for the CPU
     else:
-        strict._native = SimpleNamespace(batch_norm=functools.partial(_launched, strict._native.batch_norm))
+        strict._native = native_node.launched(strict._native)
     direct.is_direct = lambda *tensors: direct.unobserved(tensors)  # type: ignore[assignment]
     library = torch.library.Library("batchnorm", "IMPL")
     with warnings.catch_warnings():
@@ -74,11 +74,6 @@ def _serve_the_cpu() -> None:
             implementation = triton.implementation(name, registration.eager_implementation(name))
             library.impl(name, implementation, "CPU", allow_override=True)
     _serve_the_cpu.library = library  # type: ignore[attr-defined]  # its registrations end with it
-
-
-def _launched(batch_norm: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the node as for a tensor on a GPU."""
-    return batch_norm(*arguments[:-1], True)
 
 
 def _layer(stub: stub_driver.Stub, shape: tuple[int, ...]) -> dict[str, tuple[int, float]]:

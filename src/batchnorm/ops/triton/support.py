@@ -97,7 +97,7 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
 
 
-# What CUDA says if a variant's code cannot be loaded, or if it needs more than the device has.
+# CUDA's messages if a variant's code cannot be loaded, or if it needs more than the device has.
 _OF_ONE_VARIANT = (
     "image is invalid", "no kernel image", "PTX", "symbol not found", "invalid device function", "invalid argument",
     "too many resources requested",

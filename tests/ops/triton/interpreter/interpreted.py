@@ -6,7 +6,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from batchnorm.ops.triton import counters, frame, launch, tiling, variants
 from benchmarks.gpu import layers
 from benchmarks.gpu.timing import HostClock
 from tests.cases import Case
+from tests.ops import native_node
 from tests.ops import test_contract as contract
 from tests.ops.triton.interpreter.operators import operator, programs_in_order
 from tests.tolerance import bound
@@ -243,8 +243,7 @@ def _let_layers_use_the_kernels(monkeypatch: pytest.MonkeyPatch, node: str) -> N
     elif native is None:
         pytest.skip("no node in C++ in this build")
     else:
-        launched = SimpleNamespace(batch_norm=lambda *arguments: native.batch_norm(*arguments[:-1], True))
-        monkeypatch.setattr(strict, "_native", launched)
+        monkeypatch.setattr(strict, "_native", native_node.launched(native))
 
 
 @contextlib.contextmanager

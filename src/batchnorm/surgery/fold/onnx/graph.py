@@ -125,7 +125,7 @@ class Constants:
             return _constant(operator)
         if operator.op == "Identity":
             return self.tensor(operator.node.input[0])
-        # What the run does not give, integers of 4 bits, runtimes round in different ways.
+        # The run does not give integers of 4 bits, which runtimes round in different ways.
         known = operator.op in _OF_CONSTANTS and name in self._values
         return self._computed(operator) if known else None
 
