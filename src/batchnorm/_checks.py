@@ -41,7 +41,10 @@ _LAYER_FOR_DIMS = {
 
 
 def check_module(caller: str, model: object) -> None:
-    """Refuse anything but a module of PyTorch. On Keras's torch backend, a Keras model is one, but is also refused."""
+    """Refuse anything but a module of PyTorch.
+
+    On Keras's torch backend, a Keras model is one. It is refused by functions that `batchnorm.keras` also has.
+    """
     of_keras = any(kind.__module__.partition(".")[0] == "keras" for kind in type(model).__mro__)
     hint = keras_hint(caller) if of_keras else ""
     if hint or not isinstance(model, torch.nn.Module):
