@@ -15,12 +15,15 @@ from batchnorm.keras.activations import fused
 from batchnorm.keras.backends.call import Call, Statistics
 from batchnorm.keras.backends.composition import spread, wide
 
+_ON_SINGLE = ("batch", "running")
+
 # The checks of attributes, which may also be set after construction. Keras's layer accepts an epsilon of zero.
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "momentum": check_weight_of_old,
     "renorm_momentum": partial(check_weight_of_old, name="renorm_momentum"),
     "epsilon": partial(check_eps, zero_allowed=True, name="epsilon"),
     "on_nonfinite": lambda caller, value: check_choice(caller, "on_nonfinite", value, ON_NONFINITE),
+    "on_single": lambda caller, value: check_choice(caller, "on_single", value, _ON_SINGLE),
 }
 
 
@@ -39,6 +42,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             with the normalization.
         on_nonfinite: "propagate", or "skip" to leave the moving statistics unchanged when the batch's mean or variance
             is not finite, as after an overflow in float16.
+        on_single: How to normalize a training batch with one value per channel (with a mask, at most one that counts):
+            "batch", by its own variance of 0, as in Keras's layer, so that y is f(beta); or "running", by the moving
+            statistics, which then stay unchanged.
         synchronized: Whether the statistics are those of all devices: on torch, the processes of the default process
             group; on JAX, the devices of Keras's distribution; on TensorFlow, the replicas of the strategy.
         **kwargs: Keyword arguments of Keras's layer, such as `axis`, `momentum` (the weight of the *old* average),
@@ -50,7 +56,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Raises:
         TypeError: momentum or epsilon is not a number.
-        ValueError: on_nonfinite, activation or another argument is invalid, now or when it is set later;
+        ValueError: on_nonfinite, on_single, activation or another argument is invalid, now or when it is set later;
             synchronized=True on a backend that cannot synchronize; when called, the mask's rank is wrong, or inputs do
             not have the channels that the layer was built with.
 
@@ -58,8 +64,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         Statistics are computed in float32 (float64 for float64 inputs) from deviations from the mean, so that a mean of
         1e6 standard deviations costs no accuracy in training. A batch in which no value counts (an empty batch, or a
         mask without a true value) changes no moving statistic; Keras's layer makes them NaN or moves them to zero. A
-        position that does not count may be NaN or infinite, and is then treated as 0. One value per channel has
-        variance 0, as in Keras's layer, so that y is f(beta).
+        position that does not count may be NaN or infinite, and is then treated as 0.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; for `renorm`, Ioffe 2017.
 
@@ -78,6 +83,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         *args: Any,
         activation: Any = None,
         on_nonfinite: str = "propagate",
+        on_single: str = "batch",
         synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -86,6 +92,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().__init__(*args, **kwargs)
         self.activation = keras.activations.get(activation)
         self.on_nonfinite = on_nonfinite
+        self.on_single = on_single
         self.synchronized = synchronized  # not through Keras's layer, which refuses it on all backends but TensorFlow
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -115,6 +122,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             config["activation"] = keras.activations.serialize(self.activation)
         if self.on_nonfinite != "propagate":
             config["on_nonfinite"] = self.on_nonfinite
+        if self.on_single != "batch":
+            config["on_single"] = self.on_single
         return config
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -138,15 +147,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         call = Call(self.axis % len(x.shape), self.epsilon, *(operation or ("none", 0.0)), self.synchronized, self.path)
         gamma = self.gamma if self.scale else None
         beta = self.beta if self.center else None
+        by_moving = partial(
+            backend.normalize, mean=self.moving_mean, variance=self.moving_variance, gamma=gamma, beta=beta, call=call
+        )
         if not trains:
-            y = backend.normalize(x, self.moving_mean, self.moving_variance, gamma, beta, call)
-        elif renorm:
-            y, statistics = backend.batch_norm(wide(x), None, None, mask, call)
-            y = self._renormalize(y, statistics, call)
-            self._update_renorm(statistics)
+            y = by_moving(x)
         else:
-            y, statistics = backend.batch_norm(x, gamma, beta, mask, call)
-            self._update(statistics)
+            y, statistics = backend.batch_norm(*((wide(x), None, None) if renorm else (x, gamma, beta)), mask, call)
+            if renorm:
+                y = self._renormalize(y, statistics, call)
+            if self.on_single == "running":
+                y, statistics = _where_single(y, statistics, partial(by_moving, _finite(x, mask)), call)
+            (self._update_renorm if renorm else self._update)(statistics)
         if operation is None:
             y = self.activation(y)
         return ops.cast(y, self.compute_dtype)
@@ -185,7 +197,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _assign(self, statistics: Statistics, *updates: tuple[Any, Any]) -> None:
         """Give the variables their new values, unless the batch does not count."""
-        mean, variance, counted = statistics
+        mean, variance, count = statistics
+        counted = count > 0
         if counted is False:
             return
         if self.on_nonfinite == "skip":
@@ -193,6 +206,26 @@ class BatchNormalization(keras.layers.BatchNormalization):
             counted = finite if counted is True else ops.logical_and(counted, finite)
         for variable, new in updates:
             variable.assign(new if counted is True else ops.where(counted, new, ops.cast(variable, new.dtype)))
+
+
+def _finite(x: Any, mask: Any) -> Any:
+    """Return x with zeros instead of the values that are not finite and do not count."""
+    if mask is None:
+        return x
+    counts = ops.expand_dims(ops.cast(mask, "bool"), -1)
+    return ops.where(ops.logical_or(counts, ops.isfinite(x)), x, ops.zeros((), x.dtype))
+
+
+def _where_single(y: Any, statistics: Statistics, by_moving: Callable[[], Any], call: Call) -> tuple[Any, Statistics]:
+    """Replace y and the count, by y of the moving statistics and 0, in channels where at most one value counts."""
+    single = statistics.count <= 1
+    if single is False:
+        return y, statistics
+    if single is True:
+        return by_moving(), statistics._replace(count=0)
+    count = ops.where(single, ops.zeros_like(statistics.count), statistics.count)
+    where = spread(single, y, call.axis) if len(single.shape) else single
+    return ops.where(where, ops.cast(by_moving(), y.dtype), y), statistics._replace(count=count)
 
 
 def _broadcasts(size: int | None, wanted: int | None) -> bool:

@@ -44,12 +44,12 @@ def test_layer_is_keras_layer_except_for_its_computation(options):
 
 
 def test_config_keeps_the_arguments_that_keras_layer_lacks():
-    layer = BatchNormalization(activation="leaky_relu", on_nonfinite="skip")
+    layer = BatchNormalization(activation="leaky_relu", on_nonfinite="skip", on_single="running")
     config = layer.get_config()
     assert (config["activation"], config["on_nonfinite"]) == ("leaky_relu", "skip")
     again = BatchNormalization.from_config(json.loads(json.dumps(config)))
     assert again.activation is keras.activations.leaky_relu
-    assert again.on_nonfinite == "skip"
+    assert (again.on_nonfinite, again.on_single) == ("skip", "running")
 
 
 @pytest.mark.parametrize("options", [{}, {"renorm": True}])
@@ -103,6 +103,46 @@ def test_one_value_per_channel_gives_beta():
     np.testing.assert_array_equal(as_arrays(layer(np.full((1, 3), 7.0), training=True))[0], [[1.0, 2.0, 3.0]])
     np.testing.assert_array_equal(as_arrays(layer.moving_mean)[0], [3.5] * 3)
     np.testing.assert_array_equal(as_arrays(layer.moving_variance)[0], [0.5] * 3)
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+@pytest.mark.parametrize("mask", [None, [[True, False]], [[False, False]]])
+def test_one_value_is_normalized_by_the_moving_statistics_on_request(mask, renorm):
+    layer = BatchNormalization(activation="relu", on_single="running", renorm=renorm)
+    x = np.full((1, 1 if mask is None else 2, 3), 7.0, np.float32)
+    if mask is not None:
+        mask = np.array(mask)
+        x[~mask] = np.nan
+    layer.build(x.shape)
+    rng = np.random.default_rng(4)
+    layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
+    before = layer.get_weights()
+    y = as_arrays(layer(x, training=True, mask=mask))[0]
+    np.testing.assert_array_equal(y, as_arrays(layer(np.nan_to_num(x), training=False))[0])
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_only_channels_with_one_value_are_normalized_by_the_moving_statistics():
+    x = np.random.default_rng(8).normal(size=(2, 3, 1)).astype(np.float32)
+    mask = np.array([[True, True, False], [True, False, False]])  # the channels are in axis 1: 2, 1 and 0 values
+    running, batch = (BatchNormalization(axis=1, on_single=name) for name in ("running", "batch"))
+    y, by_batch = (as_arrays(layer(x, training=True, mask=mask))[0] for layer in (running, batch))
+    by_moving = as_arrays(BatchNormalization(axis=1)(x, training=False))[0]
+    np.testing.assert_array_equal(y[:, :1], by_batch[:, :1])
+    np.testing.assert_array_equal(y[:, 1:], by_moving[:, 1:])
+    for name, start in (("moving_mean", 0.0), ("moving_variance", 1.0)):
+        now, expected = as_arrays(getattr(running, name), getattr(batch, name))
+        np.testing.assert_array_equal(now, [expected[0], start, start])
+
+
+@pytest.mark.skipif(not HAS_GRADIENTS, reason="the backend cannot train")
+def test_the_last_batch_of_an_epoch_may_have_one_sample():
+    x = np.random.default_rng(9).normal(size=(5, 3)).astype(np.float32)
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization(momentum=0.5, on_single="running")])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(x, np.zeros_like(x), batch_size=4, shuffle=False, verbose=0)
+    np.testing.assert_allclose(as_arrays(model.layers[0].moving_mean)[0], x[:4].mean(0) / 2, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("renorm", [False, True])
@@ -168,6 +208,7 @@ def test_predict_uses_the_moving_statistics():
     ("options", "message"),
     [
         ({"on_nonfinite": "ignore"}, "expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'. Choose one"),
+        ({"on_single": "error"}, "expects on_single to be one of 'batch', 'running', got 'error'. Choose one"),
         ({"activation": "no such function"}, "activation"),
         ({"momentum": float("nan")}, r"BatchNormalization expects momentum in \[0, 1\], got nan. It is the weight"),
         ({"epsilon": -1.0}, "BatchNormalization expects epsilon > 0, got -1.0. It keeps"),

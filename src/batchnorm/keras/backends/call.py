@@ -31,9 +31,9 @@ class Statistics(NamedTuple):
     Attributes:
         mean: `[C]`, in float64 for float64 x, else in float32.
         variance: Biased, `[C]`.
-        counted: Whether any value of the batch counts: a bool, or a tensor of booleans, scalar or `[C]`.
+        count: The number of values per channel that count: an integer, or a tensor, scalar or `[C]`.
     """
 
     mean: Any
     variance: Any
-    counted: Any
+    count: Any

@@ -93,7 +93,7 @@ def batch_norm(x: Any, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple[An
         return (y, pivot + shift, variance), backward
 
     y, mean, variance = _with_gradient(forward)(x, gamma, beta)
-    return y, Statistics(ops.stop_gradient(mean), ops.stop_gradient(variance), averages.counted)
+    return y, Statistics(ops.stop_gradient(mean), ops.stop_gradient(variance), averages.count)
 
 
 def _with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +108,7 @@ class _Averages:
 
     Attributes:
         positions: The number of values per channel on this replica.
-        counted: Whether any value counts.
+        count: The number of values per channel that count, on all replicas.
     """
 
     def __init__(self, x: Any, weights: Any, call: Call) -> None:
@@ -117,7 +117,7 @@ class _Averages:
         lengths = [shape[i] for i in self._axes]
         self._weights = None if weights is None else ops.broadcast_to(weights, shape)
         self._reduce = _sum_over_replicas() if call.synchronized else None
-        self.counted: Any
+        self.count: Any
         self.positions: Any
         if all(isinstance(length, int) for length in lengths):
             self.positions = math.prod(lengths)
@@ -125,12 +125,11 @@ class _Averages:
             self.positions = ops.cast(ops.prod(ops.stack(lengths)), x.dtype)
         if self._weights is None and self._reduce is None:
             self._factor = None
-            self.counted = self.positions > 0
+            self.count = self.positions
             return
         share = ops.ones((), x.dtype) if self._weights is None else self.local(self._weights)
-        count = self._total(share * self.positions)
-        self.counted = count > 0
-        self._factor = 1.0 / ops.where(self.counted, count, 1.0)
+        self.count = self._total(share * self.positions)
+        self._factor = 1.0 / ops.where(self.count > 0, self.count, 1.0)
 
     def _total(self, t: Any) -> Any:
         return t if self._reduce is None else self._reduce(t)

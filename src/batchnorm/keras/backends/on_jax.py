@@ -9,6 +9,7 @@ from keras import ops
 
 from batchnorm._options import LEAST_EPS
 from batchnorm.jax import function
+from batchnorm.jax.composition import values_per_channel
 from batchnorm.keras.backends.call import Call, Statistics
 
 FUSES = True
@@ -31,11 +32,11 @@ def batch_norm(x: Array, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple[
         **_options(call),
     )  # fmt: skip
     mean, variance = ops.stop_gradient(found.mean + found.mean_low), ops.stop_gradient(found.var)
-    counted: Any = x.size > 0
-    if counted and weights is not None:
+    count: Any = values_per_channel(x, call.axis)
+    if count and weights is not None:
         others = [i for i in range(x.ndim) if i != call.axis]
-        counted = ops.any(ops.broadcast_to(weights, x.shape), others)
-    return y, Statistics(mean, variance, counted)
+        count = ops.sum(ops.broadcast_to(weights, x.shape), others)
+    return y, Statistics(mean, variance, count)
 
 
 def _vector(value: Any) -> Any:

@@ -35,11 +35,11 @@ def batch_norm(x: Tensor, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple
     if call.synchronized:
         peers = distributed.peers(None, f"BatchNormalization({x.shape[call.axis]})", call.name)
     attributes = call.epsilon, call.activation, call.parameter
-    counted: Any
+    count: Any
     if mask is None and peers is None:
         z = x.movedim(call.axis, 1)
         y, mean, mean_low, variance = ops.batch_statistics_norm(z, weight, bias, None, *attributes)
-        y, counted = y.movedim(1, call.axis), z.numel() > 0
+        y, count = y.movedim(1, call.axis), z.numel() // max(z.shape[1], 1)
     else:
         view = _View(x.movedim(call.axis, 1)) if mask is None else _masked(x, mask, call.axis)
         statistics = ops.batch_moments(*view, peers)
@@ -51,11 +51,10 @@ def batch_norm(x: Tensor, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple
         )
         y = y.movedim(1, call.axis) if index is None else _from_rows(y, x, call.axis)
         count, mean, mean_low, variance, _ = (t.detach() for t in statistics)
-        counted = count > 0
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        # Checkpointing repeats this forward in backward.
-        counted = False
-    return y, Statistics((mean + mean_low).flatten(), variance.flatten(), counted)
+        # Checkpointing repeats this forward in backward, which must not update the moving statistics again.
+        count = 0
+    return y, Statistics((mean + mean_low).flatten(), variance.flatten(), count)
 
 
 def _vector(value: Any, x: Tensor) -> Tensor | None:
