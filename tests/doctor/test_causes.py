@@ -1,10 +1,14 @@
-"""Findings are ordered by what explains what."""
+"""Findings are ordered by what explains what, and name the cause of statistics that do not fit."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from batchnorm.doctor import Finding, Severity
+from batchnorm.doctor import Finding, Severity, diagnose
 from batchnorm.doctor.finding import causes_first
 from batchnorm.doctor.rules import load_rules
 
@@ -46,3 +50,20 @@ def test_no_rule_is_a_cause_of_itself_through_others() -> None:
                 reached.add(code)
                 waiting += direct[code]
         assert start not in reached
+
+
+@pytest.mark.parametrize(("factor", "code"), [(0.5, "BN116"), (2.0, "BN103")])
+def test_a_smaller_deviation_is_no_sign_of_other_data_if_weights_are_averages(factor: float, code: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(512, 8), torch.randint(10, (512,))
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, momentum=0.2), nn.ReLU(), nn.Linear(16, 10))
+    for _ in range(20):
+        model(x)
+    average = AveragedModel(model)
+    for _ in range(2):
+        average.update_parameters(model)
+    with torch.no_grad():
+        average.module[0].weight *= factor
+    data = list(zip(x.split(64), y.split(64), strict=True))
+    found = diagnose(average, data, loss=F.cross_entropy, budget=0)
+    assert {"BN103", "BN116"} & {finding.code for finding in found.findings} == {code}

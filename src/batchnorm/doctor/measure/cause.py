@@ -13,7 +13,7 @@ import numpy as np
 from batchnorm.doctor.finding import Severity, one_less
 from batchnorm.doctor.measure.distance import Distance
 from batchnorm.doctor.measure.effect import Effect
-from batchnorm.doctor.measure.layers import Layer, remaining
+from batchnorm.doctor.measure.layers import Layer, median, remaining
 from batchnorm.doctor.wording import counted, listed, named
 
 # Share of a layer's deviation that no change of its input can cause. Below the first value, the data have changed.
@@ -147,7 +147,7 @@ def cause_of(
     cause = (
         _too_few_updates(off) or _of_the_data(off) or _of_dropout(off, dropout_scale) or _of_weights_or_data(distances)
     )
-    if averaged and cause.kind in ("stale", "unknown"):
+    if averaged and (cause.kind in ("stale", "unknown") or (cause.kind == "shift" and _are_smaller(distances))):
         summary = "the weights are averages, but the running statistics belong to other weights"
         return Cause("averaged", (averaged,), summary)
     if cause.kind in ("stale", "unknown") and not cause.summary and not any(distance.matters for distance in off):
@@ -235,6 +235,18 @@ def _of_weights_or_data(distances: tuple[Distance, ...]) -> Cause:
     if not entry.matters and entry.divergence < _FITS and len(called) > 1:
         return Cause("stale", (f"the first layer, {entry.layer.path!r}, still fits: the data have not changed",))
     return Cause("unknown", ("no layer shows whether weights or data changed", _UNSURE))
+
+
+def _are_smaller(distances: tuple[Distance, ...]) -> bool:
+    """Return whether the inputs of the first layer are smaller, but not the data.
+
+    Averaging makes weights smaller, and thereby σ. The inputs of all later layers then change as with other data.
+    """
+    first = min(distances, key=lambda distance: distance.layer.order)
+    population, running = first.layer.population, first.layer.running
+    if population is None or running is None or _normalizes_data(first):
+        return False
+    return first.scale > _SCALED and median(population.var) < median(running.var[0])
 
 
 def _normalizes_data(distance: Distance) -> bool:

@@ -15,7 +15,8 @@ class AveragedWeights(Rule):
         The running statistics do not fit the data, as for [BN102](bn102.md), and the model holds averages: it is a
         `torch.optim.swa_utils.AveragedModel` of several models, or its class is named after averaging. If the averages
         were copied into a plain model, only their effect is seen, and the finding is BN102, which names averaging among
-        the possible causes.
+        the possible causes. Averaging makes weights smaller, so a smaller σ in the first layer is not taken for other
+        data, unless this layer normalizes the data themselves.
     """
     severity = "Decided by the cost of the running statistics against the population's, on the same batches."
     repair = "model, report = batchnorm.recalibrate(model, training_data)  # after the last update of the averages"
