@@ -129,7 +129,7 @@ struct StoreGroupStatistics {
     mean[i] = static_cast<A>(found.mean);
     mean_low[i] = static_cast<A>(found.mean_low);
     const double m2 = static_cast<double>(static_cast<A>(found.m2));
-    var[i] = static_cast<A>(values[group] > 0.0 ? m2 / values[group] : 0.0);
+    var[i] = static_cast<A>(m2 / (values[group] > 0.0 ? values[group] : 1.0));
     channels.mean.set(group, k, static_cast<double>(mean[i]));
     channels.mean_low.set(group, k, static_cast<double>(mean_low[i]));
     channels.set_var(group, k, static_cast<double>(var[i]));

@@ -263,7 +263,8 @@ struct GroupedMoments final : PlaneSteps, RowSteps {
     bool far = false;
     for (int64_t g = 0; g < groups.count; ++g) {
       A& pivot = groups.pivot[g * groups.shape.c + c];
-      MomentsOfChannel found{0.0, 0.0, 0.0, false};
+      // The sums of a group in which no value counts are 0, or NaN if one is not finite and the term does not clear it.
+      MomentsOfChannel found{0.0, 0.0, uv(g), false};
       if (!groups.empty[g]) found = moments_of<T>(pivot, u(g), uv(g), groups.values[g]);
       record(g, c, found);
       if (found.far && !again) pivot = static_cast<A>(found.mean), far = true;

@@ -81,6 +81,29 @@ def test_the_ordinary_route_clears_padding_that_is_not_finite(padding: float) ->
     assert dx.isfinite().all() or padding == 3e38
 
 
+EMPTY = torch.arange(N)[:, None, None] % 2 != 0  # no position counts in the groups of samples 0, 2 and 4
+WITHOUT_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mask": lambda x: batch_norm(x, None, None, training=True, mask=EMPTY & ~EMPTY),
+    "ghost": lambda x: nn.GhostBatchNorm2d(C, ghost_size=1)(x, EMPTY),
+    "domain": lambda x: nn.DomainBatchNorm2d(C, num_domains=3)(x, torch.arange(N) % 2, mask=EMPTY),
+    "conditional": lambda x: nn.ConditionalBatchNorm2d(C, num_classes=3)(x, INDEX, mask=EMPTY & ~EMPTY),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", WITHOUT_VALUES)
+def test_padding_that_is_not_finite_is_zero_in_a_group_without_values(
+    name: str, padding: float, layout: torch.memory_format
+) -> None:
+    def padded(value: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: WITHOUT_VALUES[name](torch.where(EMPTY.unsqueeze(1) | (x > 0.0), x, value))
+
+    results = (step(padded(value), torch.float32, layout) for value in (padding, 0.0))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_residual_and_activation_take_part() -> None:
     x, residual = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5, requires_grad=True)
     full = torch.ones(2, 4, 5, dtype=torch.bool)
