@@ -17,7 +17,7 @@ import batchnorm
 from batchnorm.doctor import Diagnosis, Severity, diagnose, watch
 from batchnorm.doctor.rules import load_rules
 from batchnorm.rule_texts import rule_texts
-from tests.doctor.case import Case, healthy
+from tests.doctor.case import Case, healthy, norms
 from tests.doctor.cases import HEALTHY, PLANTED, RELATED
 from tests.doctor.networks import Plain, batches, criterion, train, trained
 
@@ -182,6 +182,17 @@ def test_too_few_updates_are_named() -> None:
     found = diagnosis.findings[0]
     assert found.code == "BN217"
     assert found.summary == "momentum 0.01 over 20 steps keeps 82% of the initial running statistics"
+
+
+def test_too_few_updates_are_estimated_without_a_counter() -> None:
+    case = PLANTED["BN217"]()
+    for layer in norms(case.model):
+        layer.num_batches_tracked = None
+    found = diagnose(case.model, case.data, **case.options).findings[0]
+    assert found.code == "BN217"
+    assert found.summary == (
+        "momentum 0.01 keeps about 82% of the initial running statistics (estimated: the layers count no updates)"
+    )
 
 
 def test_too_few_updates_are_a_note_without_data() -> None:

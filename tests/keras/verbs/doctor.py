@@ -105,12 +105,22 @@ PLANTED = {
     "BN206": lambda: (assigned(network(), "gamma", [0.0] * 12 + [1.0] * 12), None, "note"),
     "BN210": lambda: (constant(network()), data(), "note"),
     "BN211": lambda: (assigned(network(), "gamma", np.full(24, 1e6)), None, "note"),
+    "BN217": lambda: (too_few_updates(network(momentum=0.999)), data(), "error"),
 }
 SEVERITIES = ["note", "warning", "error"]
 
 
 def new_statistics(model: Any) -> Any:
     return assigned(assigned(model, "moving_mean", np.zeros(24)), "moving_variance", np.ones(24))
+
+
+def too_few_updates(model: Any) -> Any:
+    for found in norm_layers(model):
+        found.module.moving_mean.assign(np.zeros(24))
+        found.module.moving_variance.assign(np.ones(24))
+    for x, _ in data():
+        model(x, training=True)
+    return model
 
 
 @pytest.mark.parametrize("code", chosen(PLANTED, ["BN101", "BN102", "BN104", "BN107", "BN204", "BN205", "BN206"]))
@@ -122,6 +132,12 @@ def test_a_planted_fault_is_found_with_a_fix_for_keras(code: str) -> None:
     assert found[code].severity.label in SEVERITIES[SEVERITIES.index(least) :]
     assert "torch" not in found[code].repair and "found.module" not in found[code].repair
     assert found[code].repair.replace("batchnorm.keras.", "").count("batchnorm.") == 0
+
+
+@pytest.mark.skipif(not EVERY_CASE, reason="the same on every backend")
+def test_too_few_updates_explain_the_evaluation_loss() -> None:
+    first = diagnose(too_few_updates(network(momentum=0.999)), data(), loss=loss).findings[0]
+    assert first.code == "BN217" and "keeps about 99% of the initial running statistics (estimated" in first.summary
 
 
 def test_a_healthy_model_has_no_finding_and_stays_as_it_is() -> None:

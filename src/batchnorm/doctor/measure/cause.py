@@ -13,6 +13,7 @@ import numpy as np
 from batchnorm.doctor.finding import Severity, one_less
 from batchnorm.doctor.measure.distance import Distance
 from batchnorm.doctor.measure.effect import Effect
+from batchnorm.doctor.measure.initial_share import estimated_share
 from batchnorm.doctor.measure.layers import Layer, median, remaining
 from batchnorm.doctor.wording import counted, listed, named
 
@@ -145,7 +146,10 @@ def cause_of(
         averaged: Why the weights are known to be averages; empty if they are not.
     """
     cause = (
-        _too_few_updates(off) or _of_the_data(off) or _of_dropout(off, dropout_scale) or _of_weights_or_data(distances)
+        _too_few_updates(off, distances)
+        or _of_the_data(off)
+        or _of_dropout(off, dropout_scale)
+        or _of_weights_or_data(distances)
     )
     if averaged and (cause.kind in ("stale", "unknown") or (cause.kind == "shift" and _are_smaller(distances))):
         summary = "the weights are averages, but the running statistics belong to other weights"
@@ -166,18 +170,33 @@ def averaging_by_name(kind: str) -> str:
     return f"{kind} is named after averaging" if _AVERAGES.search(kind) else ""
 
 
-def _too_few_updates(off: tuple[Distance, ...]) -> Cause | None:
+def _too_few_updates(off: tuple[Distance, ...], distances: tuple[Distance, ...]) -> Cause | None:
     layers = [distance.layer for distance in off]
     lags = [layer for layer in layers if layer.initial_share() > LAGS]
+    estimated = 0.0
+    if 2 * len(lags) < len(off):
+        uncounted = [distance.layer for distance in distances if _is_uncounted(distance.layer)]
+        estimated = estimated_share(uncounted)
+        lags += [layer for layer in layers if estimated > LAGS and layer in uncounted]
     if 2 * len(lags) < len(off):
         return None
     number = f"{len(lags)} of {counted(len(off), 'layer')}"
     new = [layer.path for layer in lags if layer.is_new()]
     if 2 * len(new) >= len(lags):
         return Cause("stale", summary=f"{len(new)} of {counted(len(off), 'layer')} never updated: {listed(new, 3)}")
-    worst = max((layer for layer in lags if not layer.is_new()), key=Layer.initial_share)
     remain = f"more than {LAGS:.0%} of the initial values remain in {number} that are off"
-    return Cause("momentum", (remain,), kept(worst))
+    worst = max((layer for layer in lags if not layer.is_new()), key=Layer.initial_share)
+    return Cause("momentum", (remain,), _kept_by_estimate(worst, estimated) if estimated else kept(worst))
+
+
+def _is_uncounted(layer: Layer) -> bool:
+    return layer.updates_running and layer.momentum is not None and not layer.updates and not layer.is_new()
+
+
+def _kept_by_estimate(layer: Layer, share: float) -> str:
+    """Return a phrase with the estimated share of the initial statistics in layers that count no updates."""
+    left = f"about {share:.0%} of the initial running statistics"
+    return f"{layer.momentum_as_set} keeps {left} (estimated: the layers count no updates)"
 
 
 def kept(layer: Layer, updates: int | None = None) -> str:

@@ -16,6 +16,10 @@ class InitialValues(Rule):
         Layers whose initial values have a weight above 5 %, by their momentum and the number of their updates. With
         data: if these are at least half of the layers whose running statistics do not fit the data. Layers that were
         never updated belong to [BN201](bn201.md).
+
+        Keras counts no updates, and a layer of PyTorch may lack `num_batches_tracked`. With data, the weight s of the
+        initial values is then estimated from running mean = (1 - s)·mean and running variance = s + (1 - s)·variance:
+        the mean and the variance of all channels must give nearly the same s, as must more than half of the layers.
     """
     severity = """
         Decided by the cost of the running statistics against the population's, on the same batches; without data, a
@@ -25,6 +29,10 @@ class InitialValues(Rule):
         model, report = batchnorm.recalibrate(model, training_data)
         for found in batchnorm.walk.norm_layers(model):  # if the training goes on
             found.module.momentum = 0.1
+    """
+    repair_keras = """
+        model, report = batchnorm.keras.recalibrate(model, training_data)
+        model, report = batchnorm.keras.convert(model, momentum=0.9)  # if the training goes on
     """
     notes = """
         A weight below 5 % takes about 3/momentum updates: 30 with a momentum of 0.1, 3000 with 0.001. A layer
