@@ -30,9 +30,10 @@ def mixed(share: float, seed: int = 0, channels: int = 16) -> Layer:
     return layer(mean, var, (1 - share) * mean, share + (1 - share) * var)
 
 
-def scaled(factor: float, seed: int = 0) -> Layer:
+def scaled(factor: float, seed: int = 0, spread: float = 1.0) -> Layer:
     """Return a layer whose input is larger by this factor than that of its running statistics."""
     mean, var = population(seed)
+    var = spread * var
     return layer(factor * mean, factor**2 * var, mean, var)
 
 
@@ -51,6 +52,7 @@ def test_data_of_another_scale_are_no_initial_values() -> None:
     for factor in np.geomspace(0.1, 1000, 60):
         assert estimated_share([scaled(factor)]) == 0
         assert estimated_share([scaled(factor, seed) for seed in range(3)]) == 0
+        assert estimated_share([scaled(factor, spread=100.0)]) == 0
 
 
 def test_other_data_are_no_initial_values() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from batchnorm.doctor.report.plain import facts_as_text
 from batchnorm.keras.doctor import diagnose
 from batchnorm.keras.models.layers import as_numpy, norm_layers
 from batchnorm.keras.recalibration import recalibrate
@@ -156,6 +157,9 @@ def test_a_healthy_model_has_no_finding_and_stays_as_it_is() -> None:
 def test_the_reports_are_those_for_pytorch() -> None:
     diagnosis = diagnose(stale(network()), data(), loss=loss)
     assert "norm1" in str(diagnosis) and diagnosis.to_dict()["findings"][0]["code"] in ("BN101", "BN102")
+    (facts, _) = facts_as_text(diagnosis.layers)
+    assert facts["momentum"] == "0.9" and "γ" in facts
+    assert not {"after", "before", "foldable", "updates"} & set(facts)  # unknown for Keras models
     pytest.importorskip("jinja2")
     assert "norm1" in diagnosis.to_html()
 

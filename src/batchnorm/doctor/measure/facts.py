@@ -23,7 +23,8 @@ class LayerFacts:
         after: The call that computes its input, from the trace; empty if unknown.
         before: The call that reads its output, from the trace.
         training: Whether it is in training mode.
-        momentum: None for the cumulative average.
+        momentum: The weight of the new batch; None for the cumulative average.
+        weight_of_old: The momentum of frameworks in which it is the weight of the old statistics; otherwise None.
         eps: ε.
         updates: Number of batches in the running statistics; None if the layer does not count them.
         weight: Range of γ.
@@ -44,6 +45,7 @@ class LayerFacts:
     before: str
     training: bool
     momentum: float | None
+    weight_of_old: float | None
     eps: float
     updates: int | None
     weight: tuple[float, float] | None
@@ -109,6 +111,7 @@ def _facts(layer: Layer) -> LayerFacts:
         "" if place is None else place.reader,
         layer.training,
         layer.momentum,
+        layer.weight_of_old,
         layer.eps,
         layer.updates,
         _range(vectors.weight),

@@ -143,6 +143,7 @@ def cost(finding: Finding) -> list[str]:
 def rows_of(results: Results) -> list[Row]:
     """Return the layers, in the model's order."""
     rows = []
+    facts = facts_as_text(results.layers)
     for index, (layer, measures) in enumerate(zip(results.layers, results.measures, strict=True)):
         findings = tuple(finding for finding in results.findings if _names(finding, layer))
         worst = max((finding.severity for finding in findings), default=None)
@@ -152,7 +153,7 @@ def rows_of(results: Results) -> list[Row]:
                 named(layer.path),
                 "ok" if worst is None else worst.label,
                 findings,
-                _row_facts(layer, measures),
+                {**facts[index], **_measures_as_text(measures)},
             )
         )
     return rows
@@ -163,9 +164,8 @@ def _names(finding: Finding, layer: LayerFacts) -> bool:
     return any(path in own or (path and layer.after.startswith(f"{path} (")) for path in finding.paths)
 
 
-def _row_facts(layer: LayerFacts, measures: LayerMeasures) -> dict[str, str]:
+def _measures_as_text(measures: LayerMeasures) -> dict[str, str]:
     return {
-        **facts_as_text(layer),
         "running mean off": _with_unit(measures.shift, "σ"),
         "divergence": _with_unit(measures.divergence, " nats"),
         "batch noise": _with_unit(measures.noise, "σ"),

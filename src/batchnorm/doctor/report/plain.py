@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from batchnorm.text import json_values, printable
 
 # Increases by one when a field is removed or changes its meaning. A new field does not change it.
 SCHEMA_VERSION = 1
+_UNKNOWN = "?"
 
 
 def displayed(results: Results) -> Results:
@@ -67,22 +69,29 @@ def as_dict(results: Results) -> dict[str, Any]:
     return found
 
 
-def facts_as_text(layer: LayerFacts) -> dict[str, str]:
-    """Return the facts of a layer as text, by name."""
+def facts_as_text(layers: Iterable[LayerFacts]) -> list[dict[str, str]]:
+    """Return the facts of each layer as text, by name, without the names that are unknown for all layers."""
+    rows = [_facts_as_text(layer) for layer in layers]
+    known = {name for row in rows for name, text in row.items() if text != _UNKNOWN}
+    return [{name: text for name, text in row.items() if name in known} for row in rows]
+
+
+def _facts_as_text(layer: LayerFacts) -> dict[str, str]:
+    momentum = layer.momentum if layer.weight_of_old is None else layer.weight_of_old
     return {
         "kind": printable(f"{layer.kind}({layer.channels})"),
-        "after": printable(layer.after) or "?",
-        "before": printable(layer.before) or "?",
+        "after": printable(layer.after) or _UNKNOWN,
+        "before": printable(layer.before) or _UNKNOWN,
         "mode": "training" if layer.training else "evaluation",
-        "momentum": "average" if layer.momentum is None else f"{layer.momentum:g}",
+        "momentum": "average" if momentum is None else f"{momentum:g}",
         "ε": f"{layer.eps:g}",
-        "updates": "–" if layer.updates is None else f"{layer.updates:,}",
+        "updates": _UNKNOWN if layer.updates is None else f"{layer.updates:,}",
         "γ": _range(layer.weight),
         "β": _range(layer.bias),
         "running mean": _range(layer.running_mean),
         "running variance": _range(layer.running_var),
         "dead channels": "–" if layer.dead is None else f"{layer.dead:.0%}",
-        "foldable": "?" if layer.foldable is None else "yes" if layer.foldable else "no",
+        "foldable": _UNKNOWN if layer.foldable is None else "yes" if layer.foldable else "no",
         "parameters, buffers": f"{layer.parameters:,}, {layer.buffers:,}",
     }
 

@@ -47,7 +47,10 @@ def _finding(finding: Finding) -> list[RenderableType]:
 def layer_table(layers: tuple[LayerFacts, ...]) -> Table:
     """Return a table with one row per layer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rows = [{"layer": " = ".join(map(named, (layer.path, *layer.also))), **facts_as_text(layer)} for layer in layers]
+    rows = [
+        {"layer": " = ".join(map(named, (layer.path, *layer.also))), **facts}
+        for layer, facts in zip(layers, facts_as_text(layers), strict=True)
+    ]
     for name in rows[0]:
         text = name in ("layer", "kind", "after", "before")
         table.add_column(name, justify="left" if text else "right", overflow="fold")

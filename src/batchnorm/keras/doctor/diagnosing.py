@@ -58,7 +58,7 @@ def diagnose(
 
     Returns:
         The diagnosis: the findings, worst first, and the rules that could not be checked. It prints as a report. Its
-        `momentum` attributes are the weight of the new batch, 1 minus Keras's momentum.
+        `momentum` attributes are the weight of the new batch, 1 minus Keras's momentum, which is `weight_of_old`.
 
     Raises:
         TypeError: the model is not a Keras model; data are none of these.
