@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchnorm import nn
 from batchnorm.ops import compiled
 from batchnorm.ops.schemas import SCHEMAS, SIGNATURES
 from tests.nn.test_family_contract import FAMILY
@@ -139,3 +140,15 @@ def test_state_is_kept_if_a_running_statistic_was_freed() -> None:
         layer(torch.randn(5, 4, 2, 2) + 3.0)
     assert layer[0].num_batches_tracked == 0
     assert not layer[0].running_mean.any()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("kind", ["DomainBatchNorm", "ConditionalBatchNorm"])
+def test_rows_of_a_freed_tensor_are_an_error_that_names_it(kind: str, name: str, training: bool) -> None:
+    options = {"num_domains": 2, "affine_per_domain": True} if kind == "DomainBatchNorm" else {"num_classes": 2}
+    for choice in (1, torch.tensor([0, 1, 1, 0])):
+        layer = getattr(nn, kind)(C, **options).train(training)
+        free(getattr(layer, name))
+        with pytest.raises(RuntimeError, match=f"^{kind} expects {name} with its memory allocated, got"):
+            layer(torch.randn(N, C, S), choice)

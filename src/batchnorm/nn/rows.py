@@ -153,6 +153,8 @@ def batch_norm_by_rows(
         return x.clone()
     _options.check_eps(caller, eps, zero_allowed=not training)
     updates = training and update_running_stats and running_mean is not None
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _checks.check_allocated(caller, **vectors)  # before a row is taken, whose error would be torch's own
     if updates:  # before a row is taken, because rows may share memory
         _checks.check_update(caller, momentum, num_batches_tracked, running_mean=running_mean, running_var=running_var)
     if not isinstance(choice, Tensor):
@@ -168,7 +170,6 @@ def batch_norm_by_rows(
         )  # fmt: skip
 
     _check_choice(caller, name, choice, rows, x)
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _checks.check_channel_vectors(
         caller, x, channel_dim, **{name: _one_row(vector) for name, vector in vectors.items()}
     )
