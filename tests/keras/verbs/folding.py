@@ -197,6 +197,23 @@ def test_fold_a_wrong_formula_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         fold(model)
 
 
+@pytest.mark.skipif(not EVERY_CASE, reason="the same on every backend")
+def test_fold_shows_a_bar_after_some_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    model = sequential(layers.Dense(4), norm(), shape=(3,))
+    fold(model, progress=True)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(folding, "PATIENCE", 0.0)
+    fold(model)  # standard error is no terminal
+    assert not capsys.readouterr().err
+    fold(model, progress=True)
+    shown = capsys.readouterr()
+    assert all(step in shown.err for step in ("folding", "running the original")) and not shown.out
+
+
 def test_fold_refuses_a_subclassed_model_before_anything_is_touched() -> None:
     model = subclassed()
     before = weights(model)

@@ -10,15 +10,22 @@ import keras
 from keras import tree
 
 from batchnorm.keras.models.copying import Copy, copied, is_graph
-from batchnorm.keras.models.layers import as_numpy, check_model, describe, norm_layers, reason_of
+from batchnorm.keras.models.layers import Found, as_numpy, check_model, describe, norm_layers, reason_of
 from batchnorm.keras.surgery.fold.linear import Linear
 from batchnorm.keras.surgery.fold.search import Search, has_activation
 from batchnorm.keras.surgery.fold.trial import Values, in_float64, random_inputs, values_of
+from batchnorm.models.execution.progress import PATIENCE, Bar, bar
 from batchnorm.models.gate import AMPLIFICATION, Error, Results, check_whole, tolerance_for
 from batchnorm.models.report import FLOAT64, Change, FoldReport, Result
 
 
-def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | None = None) -> Result[FoldReport]:
+def fold(
+    model: keras.Model,
+    example_inputs: Any = None,
+    *,
+    tolerance: float | None = None,
+    progress: bool | None = None,
+) -> Result[FoldReport]:
     """Return a copy for inference without the batch normalization that other layers can absorb.
 
     A batch normalization is absorbed by the convolution (transposed, depthwise and separable ones too) or dense layer
@@ -37,6 +44,8 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
             used, of the model's shapes; open sizes are 32.
         tolerance: The relative error that one fold may add: by default 1e-5 in float32, 1e-12 in float64, 1e-2 in
             float16 and 5e-2 in bfloat16. Twice the model's own error is always allowed.
+        progress: Whether to show a progress bar on standard error after 3 seconds (needs rich); by default, if that is
+            a terminal and rich is installed.
 
     Returns:
         The copy, which is not compiled, and the report: the layers that were removed, and the reason why each other one
@@ -46,6 +55,7 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
         TypeError: the model is not a Keras model.
         ValueError: it is a subclassed model, whose graph Keras does not know; it has no batch normalization or is not
             built; a layer cannot be created from its configuration; it does not take the example.
+        ImportError: progress is true, and rich is not installed.
         FoldError: the copy's results are not the model's.
 
     Source: the mathematics page, "Folding, at inference".
@@ -64,9 +74,15 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
             f"fold expects a Sequential or functional model, got {type(model).__name__} {model.name!r}, whose call is "
             "Python code. Fold the functional models inside it, or build it from keras.Input."
         )
-    runs = _Runs(model, example_inputs, tolerance)
+    with bar("fold", progress, after=PATIENCE) as shown:
+        return _verified(model, found, _Runs(model, example_inputs, tolerance, shown), shown)
+
+
+def _verified(model: keras.Model, found: list[Found], runs: _Runs, shown: Bar) -> Result[FoldReport]:
+    """Return the copy without the folds that add too much error."""
     refused: dict[int, str] = {}
     while True:
+        shown.during("folding")
         search = Search(model, refused)
         copy = _folded(model, search)
         after = runs.of(copy, [tensor for each in search.folds for tensor in each.same])
@@ -99,8 +115,8 @@ def fold(model: keras.Model, example_inputs: Any = None, *, tolerance: float | N
 class _Runs:
     """The original's values for each input, in its own dtype and in float64."""
 
-    def __init__(self, model: Any, example: Any, tolerance: float | None) -> None:
-        self._model = model
+    def __init__(self, model: Any, example: Any, tolerance: float | None, shown: Bar) -> None:
+        self._model, self._shown = model, shown
         self._inputs = [random_inputs(model)]
         if example is not None:
             self._inputs.append(tree.map_structure(as_numpy, example))
@@ -114,9 +130,11 @@ class _Runs:
         new = [tensor for tensor in (*self._model.outputs, *tensors) if id(tensor) not in self._before[0][0]]
         if new:
             self._measure(new)
+        self._shown.during("running the folded model")
         return [values_of(self._model, copy, inputs, tensors) for inputs in self._inputs]
 
     def _measure(self, tensors: Sequence[Any]) -> None:
+        self._shown.during("running the original")
         with in_float64():
             self._wide = self._wide or copied("fold", self._model, dtype="float64")
         for inputs, (own, exact) in zip(self._inputs, self._before, strict=True):
