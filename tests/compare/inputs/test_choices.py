@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from batchnorm.compare import Choice, ComparisonError, Grid
+from batchnorm.compare.report.headline import percent
 from batchnorm.compare.report.heatmap import panels
 from tests.compare.report.test_summary import ending
 
@@ -78,6 +79,12 @@ def test_a_grid_of_rates_has_one_panel_of_norms_by_rates():
     lost = next(square for square in panel.squares if square.label == "none, lr 1")
     assert (lost.row, lost.column, lost.accuracy, lost.diverged) == ("none", "1", None, 1)
     assert panels(found, grid()) == []
+
+
+def test_accuracies_are_rounded_as_in_the_table():
+    whole = grid(lr=(0.1, 1.0))
+    (panel,) = panels([ending("batch", value, lr=0.1, grid=whole) for value in (0.8725, 0.8735)], whole)
+    assert [f"{square.text} %" for square in panel.squares] == [percent(0.8725), percent(0.8735)]
 
 
 def test_a_grid_of_rates_and_sizes_has_a_panel_for_each_norm():

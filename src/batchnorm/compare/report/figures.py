@@ -246,7 +246,7 @@ def _grid(panels: Sequence[heatmap.Panel]) -> Figure | None:
             place = panel.rows.index(square.row), panel.columns.index(square.column)
             accuracy = None if square.accuracy is None else 100 * square.accuracy
             values[place] = np.nan if accuracy is None else accuracy
-            text = "" if accuracy is None else f"{accuracy:.1f}"
+            text = square.text
             if square.diverged:
                 text += f"\n{square.diverged} of {square.seeds}\ndiverged" if text else "diverged"
             dark = accuracy is not None and accuracy < (low + high) / 2

@@ -17,6 +17,7 @@ class Square:
         row: Name of its row.
         column: Name of its column.
         accuracy: Mean final test accuracy of the seeds that did not diverge, 0 to 1; None if all did.
+        text: The accuracy in percent, rounded as in the report's table; empty if there is none.
         diverged: How many seeds diverged.
         seeds: How many seeds ended.
         label: The choice's name in this comparison.
@@ -25,6 +26,7 @@ class Square:
     row: str
     column: str
     accuracy: float | None
+    text: str
     diverged: int
     seeds: int
     label: str
@@ -80,17 +82,20 @@ def _panel(
     column: Callable[[Choice], str],
     row: Callable[[Choice], str],
 ) -> Panel:
-    squares = [
-        Square(
-            row=row(outcome.choice),
-            column=column(outcome.choice),
-            accuracy=outcome.final_accuracy.mean if outcome.final_accuracy else None,
-            diverged=len(outcome.diverged),
-            seeds=len(outcome.seeds),
-            label=outcome.label,
+    squares = []
+    for outcome in found:
+        final = outcome.final_accuracy.mean if outcome.final_accuracy else None
+        squares.append(
+            Square(
+                row=row(outcome.choice),
+                column=column(outcome.choice),
+                accuracy=final,
+                text="" if final is None else f"{100 * final:.1f}",
+                diverged=len(outcome.diverged),
+                seeds=len(outcome.seeds),
+                label=outcome.label,
+            )
         )
-        for outcome in found
-    ]
     rows, columns = ([*dict.fromkeys(names)] for names in ((s.row for s in squares), (s.column for s in squares)))
     return Panel(title, x, y, rows, columns, squares)
 

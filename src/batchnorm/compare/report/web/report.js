@@ -158,7 +158,7 @@
     const { x, y, title, rows, columns, squares } = charts.grid[panel];
     const accuracies = charts.grid.flatMap((each) => each.squares.map((d) => d.accuracy)).filter((value) => value !== null);
     const [low, high] = d3.extent(accuracies.length ? accuracies : [0, 1]);
-    const text = (d) => (d.accuracy === null ? "diverged" : (100 * d.accuracy).toFixed(1));
+    const text = (d) => d.text || "diverged";
     const place = { x: "column", y: "row" };
     const colours = d3.scaleSequential([low, Math.max(high, low + 1e-6)], d3.interpolateCividis);
     return page.plot({
