@@ -13,7 +13,7 @@ from batchnorm._options import ON_NONFINITE, check_choice, check_eps, check_weig
 from batchnorm.keras import backends
 from batchnorm.keras.activations import fused
 from batchnorm.keras.backends.call import Call, Statistics
-from batchnorm.keras.backends.composition import spread, wide
+from batchnorm.keras.backends.composition import finite_where_masked, spread, wide
 
 _ON_SINGLE = ("batch", "running")
 
@@ -153,11 +153,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not trains:
             y = by_moving(x)
         else:
-            y, statistics = backend.batch_norm(*((wide(x), None, None) if renorm else (x, gamma, beta)), mask, call)
+            counts = None if mask is None else ops.expand_dims(ops.cast(mask, "bool"), -1)
+            y, statistics = backend.batch_norm(*((wide(x), None, None) if renorm else (x, gamma, beta)), counts, call)
             if renorm:
                 y = self._renormalize(y, statistics, call)
             if self.on_single == "running":
-                y, statistics = _where_single(y, statistics, partial(by_moving, _finite(x, mask)), call)
+                finite = x if counts is None else finite_where_masked(x, counts)
+                y, statistics = _where_single(y, statistics, partial(by_moving, finite), call)
             (self._update_renorm if renorm else self._update)(statistics)
         if operation is None:
             y = self.activation(y)
@@ -206,14 +208,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
             counted = finite if counted is True else ops.logical_and(counted, finite)
         for variable, new in updates:
             variable.assign(new if counted is True else ops.where(counted, new, ops.cast(variable, new.dtype)))
-
-
-def _finite(x: Any, mask: Any) -> Any:
-    """Return x with zeros instead of the values that are not finite and do not count."""
-    if mask is None:
-        return x
-    counts = ops.expand_dims(ops.cast(mask, "bool"), -1)
-    return ops.where(ops.logical_or(counts, ops.isfinite(x)), x, ops.zeros((), x.dtype))
 
 
 def _where_single(y: Any, statistics: Statistics, by_moving: Callable[[], Any], call: Call) -> tuple[Any, Statistics]:

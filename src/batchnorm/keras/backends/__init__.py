@@ -6,7 +6,8 @@ The current backend's module alone is imported. Each has the same contract:
     FUSES                                            whether it applies the activations of `activations.FUSED` itself
     check_synchronized()                             raises an error if the backend cannot synchronize
     normalize(x, mean, variance, gamma, beta, call)  returns y by given statistics
-    batch_norm(x, gamma, beta, mask, call)           returns y and the batch's statistics
+    batch_norm(x, gamma, beta, counts, call)         returns y and the batch's statistics; counts: None, or booleans
+                                                     that broadcast to x
 """
 
 from __future__ import annotations

@@ -58,14 +58,18 @@ def _affine(deviation: Any, variance: Any, gamma: Any, beta: Any, call: Call) ->
     return y if beta is None else y + spread(beta, deviation, call.axis)
 
 
-def batch_norm(x: Any, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple[Any, Statistics]:
+def finite_where_masked(x: Any, counts: Any) -> Any:
+    """Return x with zeros instead of the values that are not finite and do not count."""
+    return ops.where(ops.logical_or(counts, ops.isfinite(x)), x, ops.zeros((), x.dtype))
+
+
+def batch_norm(x: Any, gamma: Any, beta: Any, counts: Any, call: Call) -> tuple[Any, Statistics]:
     """Return y in the statistics' dtype, and the statistics."""
     x = wide(x)
     weights = None
-    if mask is not None:
-        mask = ops.expand_dims(ops.cast(mask, "bool"), -1)
-        weights = ops.cast(mask, x.dtype)
-        x = ops.where(ops.logical_or(mask, ops.isfinite(x)), x, 0.0)  # padding may be NaN
+    if counts is not None:
+        weights = ops.cast(counts, x.dtype)
+        x = finite_where_masked(x, counts)
     channels = ops.shape(x)[call.axis]
     gamma = ops.ones((channels,), x.dtype) if gamma is None else ops.cast(gamma, x.dtype)
     beta = ops.zeros((channels,), x.dtype) if beta is None else ops.cast(beta, x.dtype)

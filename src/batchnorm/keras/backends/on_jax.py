@@ -24,18 +24,17 @@ def normalize(x: Array, mean: Any, variance: Any, gamma: Any, beta: Any, call: C
     return function.normalize(x, _vector(mean), _vector(variance), _vector(gamma), _vector(beta), **_options(call))
 
 
-def batch_norm(x: Array, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple[Array, Statistics]:
+def batch_norm(x: Array, gamma: Any, beta: Any, counts: Any, call: Call) -> tuple[Array, Statistics]:
     """Return y and the statistics."""
-    weights = None if mask is None else ops.expand_dims(ops.cast(mask, "bool"), -1)
     y, found = function.train(
-        "BatchNormalization", x, _vector(gamma), _vector(beta), None, mask=weights, single_allowed=True,
+        "BatchNormalization", x, _vector(gamma), _vector(beta), None, mask=counts, single_allowed=True,
         **_options(call),
     )  # fmt: skip
     mean, variance = ops.stop_gradient(found.mean + found.mean_low), ops.stop_gradient(found.var)
     count: Any = values_per_channel(x, call.axis)
-    if count and weights is not None:
+    if count and counts is not None:
         others = [i for i in range(x.ndim) if i != call.axis]
-        count = ops.sum(ops.broadcast_to(weights, x.shape), others)
+        count = ops.sum(ops.broadcast_to(counts, x.shape), others)
     return y, Statistics(mean, variance, count)
 
 

@@ -28,7 +28,7 @@ def normalize(x: Tensor, mean: Any, variance: Any, gamma: Any, beta: Any, call: 
     return y.movedim(1, call.axis)
 
 
-def batch_norm(x: Tensor, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple[Tensor, Statistics]:
+def batch_norm(x: Tensor, gamma: Any, beta: Any, counts: Any, call: Call) -> tuple[Tensor, Statistics]:
     """Return y and the statistics."""
     weight, bias = _vector(gamma, x), _vector(beta, x)
     peers = None
@@ -36,12 +36,12 @@ def batch_norm(x: Tensor, gamma: Any, beta: Any, mask: Any, call: Call) -> tuple
         peers = distributed.peers(None, f"BatchNormalization({x.shape[call.axis]})", call.name)
     attributes = call.epsilon, call.activation, call.parameter
     count: Any
-    if mask is None and peers is None:
+    if counts is None and peers is None:
         z = x.movedim(call.axis, 1)
         y, mean, mean_low, variance = ops.batch_statistics_norm(z, weight, bias, None, *attributes)
         y, count = y.movedim(1, call.axis), z.numel() // max(z.shape[1], 1)
     else:
-        view = _View(x.movedim(call.axis, 1)) if mask is None else _masked(x, mask, call.axis)
+        view = _View(x.movedim(call.axis, 1)) if counts is None else _masked(x, counts, call.axis)
         statistics = ops.batch_moments(*view, peers)
         if view.index is not None:  # a row for each channel
             weight, bias = (None if t is None else t.unsqueeze(1) for t in (weight, bias))
@@ -75,9 +75,8 @@ class _View(NamedTuple):
     groups: int = 1
 
 
-def _masked(x: Tensor, mask: Any, axis: int) -> _View:
-    """Return a view of x with the weights of a mask, whose shape broadcasts to x's without the last axis."""
-    counts = keras_ops.convert_to_tensor(mask).to(torch.bool).unsqueeze(-1)
+def _masked(x: Tensor, counts: Tensor, axis: int) -> _View:
+    """Return a view of x with the weights of a mask, whose shape broadcasts to x's."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if counts.shape[axis] == 1:
         z = x.movedim(axis, 1)

@@ -17,7 +17,7 @@ _NAMES = ("triton", "eager")
 _LEAST_CAPABILITY = (7, 0)
 _LEAST_TRITON = (3, 6)
 
-_KERNELS = "batchnorm.ops.triton.launch"  # by name, because its import needs Triton
+_LAUNCHES = "batchnorm.ops.triton.launch"  # by name, because its import needs Triton
 
 
 def _chosen() -> str:
@@ -47,7 +47,7 @@ def _import_problem() -> str | None:
         version = importlib.import_module("triton").__version__
         if tuple(map(int, version.split(".")[:2])) < _LEAST_TRITON:
             return f"Triton {version} is older than {_LEAST_TRITON[0]}.{_LEAST_TRITON[1]}"
-        importlib.import_module(_KERNELS)
+        importlib.import_module(_LAUNCHES)
     except Exception as error:  # a broken installation fails in many ways
         return f"Triton does not import ({type(error).__name__}: {error})"
     return None
@@ -56,7 +56,7 @@ def _import_problem() -> str | None:
 def _launch_problem(device: torch.device) -> str | None:
     """Return the reason why even the smallest kernel does not compile (which needs a C compiler) or start, or None."""
     try:
-        importlib.import_module(_KERNELS).start_smallest_kernel(device)
+        importlib.import_module(_LAUNCHES).start_smallest_kernel(device)
     except UnusableVariantError as error:
         return f"Triton kernels do not start ({error.cause})"
     return None
