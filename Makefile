@@ -73,7 +73,7 @@ setup: $(DEV) build/dev/.all ## create or update .venv with everything that the 
 # ---- the compiled part -------------------------------------------------------------------------------------------------
 # Both builds share a folder, so the larger one reuses the objects of the smaller one. The files say when each was made.
 
-SOURCES := CMakeLists.txt scripts/torch_interface.py $(wildcard csrc/*.* csrc/kernels/*) csrc/vendor/README.md
+SOURCES := CMakeLists.txt scripts/torch_interface.py $(wildcard $(addprefix csrc/,*.* */*.* */*/*.*))
 
 build/dev/.native: OPTIONS := -DBATCHNORM_CAPABILITIES=native -DBATCHNORM_XLA=OFF -DBATCHNORM_AUTOGRAD=OFF
 build/dev/.all: OPTIONS := -DBATCHNORM_CAPABILITIES=all -DBATCHNORM_XLA=ON -DBATCHNORM_AUTOGRAD=ON

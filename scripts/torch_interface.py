@@ -13,7 +13,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-# A tensor's object, which csrc/autograd.cpp declares again, because the header needs more than Python's stable ABI.
+# A tensor, which csrc/pytorch/autograd.cpp declares again, because the header needs more than the stable ABI of Python.
 LAYOUT = re.compile(r"struct THPVariable \{\s*PyObject_HEAD\s*(//[^\n]*\s*)*at::Tensor cdata;")
 
 

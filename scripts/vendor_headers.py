@@ -21,7 +21,14 @@ VENDOR = SOURCES / "vendor"
 
 def headers(sources: Sequence[str], include: Path) -> list[Path]:
     """Return the headers in `include` that the sources include, directly or indirectly."""
-    command = ["c++", "-std=c++20", "-M", f"-I{include}", *(str(SOURCES / source) for source in sources)]
+    command = [
+        "c++",
+        "-std=c++20",
+        "-M",
+        f"-I{SOURCES}",
+        f"-I{include}",
+        *(str(SOURCES / source) for source in sources),
+    ]
     rules = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {Path(word) for word in rules.replace("\\\n", " ").split() if word.startswith(str(include))}
     return sorted(path.relative_to(include) for path in found)
@@ -44,12 +51,17 @@ def license_of(distribution: importlib.metadata.Distribution) -> str:
 
 def main() -> None:
     torch_include = Path(torch.__file__).parent / "include"
-    vendor("torch", ("ops.cpp", "strict.cpp"), torch_include, license_of(importlib.metadata.distribution("torch")))
+    vendor(
+        "torch",
+        ("pytorch/ops.cpp", "pytorch/strict.cpp"),
+        torch_include,
+        license_of(importlib.metadata.distribution("torch")),
+    )
     folder = Path(sys.argv[1])
     (jaxlib,) = importlib.metadata.distributions(path=[str(folder)])
     # The wheel's file begins with the license of JAX and XLA, and continues with those of libraries.
     apache = license_of(jaxlib).split(f"{'-' * 80}\n")[1]
-    vendor("xla", ("xla.cpp",), folder / "jaxlib/include", apache)
+    vendor("xla", ("xla/xla.cpp",), folder / "jaxlib/include", apache)
 
 
 if __name__ == "__main__":

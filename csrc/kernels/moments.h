@@ -1,7 +1,7 @@
 // Mean (as a pair) and sum of squared deviations of a batch, of groups of its samples, or with weights.
 #pragma once
 
-#include "lanes.h"
+#include "kernels/loops/lanes.h"
 
 namespace BATCHNORM_NAMESPACE {
 namespace {

@@ -60,8 +60,8 @@ def batch_norm(
         momentum: Weight of the new batch, as in torch (1 minus the momentum of Keras and Flax). None gives the
             cumulative average, which needs `num_batches_tracked`.
         eps: Added to the variance; positive (in evaluation zero is allowed, as in torch).
-        activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish",
-            "hardsigmoid", "tanh", "sigmoid" or "elu". The mathematics page has the formulas under "Activations".
+        activation: The name of f, such as "relu", "leaky_relu", "silu" or "elu"; "none" is the identity. The page
+            "Mathematics" lists all names, with formulas.
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu", which tends to -α below zero.
         residual: Of x's shape and dtype; added before the activation.

@@ -39,8 +39,8 @@ class RuleText:
 @cache
 def rule_texts() -> dict[str, RuleText]:
     """Return the documentation of every rule by its code, in the order of the codes."""
-    texts = [_read(path) for path in sorted(_FOLDER.glob("bn*.py"))]
-    return {text.code: text for text in texts}
+    texts = (_read(path) for path in _FOLDER.glob("*/bn*.py"))
+    return {text.code: text for text in sorted(texts, key=lambda text: text.code)}
 
 
 def _read(path: Path) -> RuleText:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,16 @@ def test_every_spelling_is_recognized(activation: str) -> None:
             y = module(x)
             assert_close(y, row.forward(x, row.default))
             assert_close(torch.autograd.grad(y.sum(), x)[0], row.backward(torch.ones_like(x), x, row.default))
+
+
+def test_the_documentation_lists_every_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    import activation_table
+
+    page = activation_table.on_page_markdown("<!-- activations -->")
+    assert "| `relu6` | min(max(z, 0), 6) | 0, 6 |" in page and "| −3, 3 |" in page
+    for name, row in ops.ACTIVATIONS.items():
+        assert page.count(f"\n| `{name}` | {row.formula} | ") == 1
 
 
 def test_a_call_with_other_arguments_is_not_recognized() -> None:

@@ -38,8 +38,8 @@ def batch_norm(
         residual: Of x's shape and dtype; added before the activation.
         axis: The axis of the channels.
         eps: Added to the variance; positive.
-        activation: The name of f: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "mish",
-            "hardsigmoid", "tanh", "sigmoid" or "elu". The mathematics page has the formulas under "Activations".
+        activation: The name of f, such as "relu", "leaky_relu", "silu" or "elu"; "none" is the identity. The page
+            "Mathematics" lists all names, with formulas.
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu", which tends to -α below zero.
         mask: The positions that count in the statistics: booleans or weights w >= 0. It broadcasts to x's shape

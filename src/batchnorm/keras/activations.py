@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras import activations
 
-# Keras's function, and the name and parameter of the operators' activation that equals it. Sigmoid is absent, because
-# Keras's function also attaches its logits to the result, which losses read.
-FUSED: tuple[tuple[Callable[..., Any], str, float], ...] = (
-    (activations.relu, "relu", 0.0),
-    (activations.relu6, "relu6", 0.0),
-    (activations.leaky_relu, "leaky_relu", 0.2),
-    (activations.silu, "silu", 0.0),
-    (activations.gelu, "gelu", 0.0),
-    (activations.hard_silu, "hardswish", 0.0),
-    (activations.mish, "mish", 0.0),
-    (activations.hard_sigmoid, "hardsigmoid", 0.0),
-    (activations.tanh, "tanh", 0.0),
-    (activations.elu, "elu", 1.0),
-)
+from batchnorm.reference import ACTIVATIONS
+
+
+def _equal_functions() -> Iterator[tuple[Callable[..., Any], str, float]]:
+    """Yield Keras's function, and the name and parameter of the operators' activation that equals it.
+
+    Names are equal, except that Keras writes hard_ for hard. Sigmoid is left out, because Keras's function also
+    attaches its logits to the result, which losses read.
+    """
+    for name in ACTIVATIONS:
+        function = getattr(activations, name.replace("hard", "hard_"), None)
+        if function is not None and name != "sigmoid":
+            parameters = inspect.signature(function).parameters
+            given = [parameters[option].default for option in ("negative_slope", "alpha") if option in parameters]
+            yield function, name, given[0] if given else 0.0
+
+
+FUSED = tuple(_equal_functions())
 
 
 def fused(activation: Callable[..., Any]) -> tuple[str, float] | None:

@@ -56,6 +56,7 @@ class Activation(NamedTuple):
     Attributes:
         forward: The function.
         backward: The derivative times dy. At kinks, it equals torch's.
+        formula: f(z) in Markdown, for the documentation.
         spellings: Its names in torch; torch's function of the same name comes first.
         kinks: The points where the derivative jumps.
         from_output: Whether t may be y instead of z. The derivative is then constant between kinks.
@@ -64,6 +65,7 @@ class Activation(NamedTuple):
 
     forward: Callable[[Tensor, float], Tensor]
     backward: Callable[[Tensor, Tensor, float], Tensor]
+    formula: str
     spellings: tuple[Spelling, ...] = ()
     kinks: tuple[float, ...] = ()
     from_output: bool = False
@@ -82,10 +84,11 @@ def _clamp(low: float | None, high: float | None) -> tuple[Spelling, ...]:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "none": Activation(lambda z, _: z, lambda dy, t, _: dy, from_output=True),
+    "none": Activation(lambda z, _: z, lambda dy, t, _: dy, "z", from_output=True),
     "relu": Activation(
         lambda z, _: F.relu(z),
         lambda dy, t, _: _aten.threshold_backward(dy, t, 0.0),
+        "max(z, 0)",
         (Spelling("relu", nn.ReLU), *_clamp(0.0, None)),
         kinks=(0.0,),
         from_output=True,
@@ -93,6 +96,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": Activation(
         lambda z, _: F.relu6(z),
         lambda dy, t, _: _aten.hardtanh_backward(dy, t, 0.0, 6.0),
+        "min(max(z, 0), 6)",
         (
             Spelling("relu6", nn.ReLU6),
             Spelling("hardtanh", nn.Hardtanh, {"min_val": -1.0, "max_val": 1.0}, {"min_val": 0.0, "max_val": 6.0}),
@@ -105,6 +109,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda z, slope: F.leaky_relu(z, slope),
         # False means that t is z. It may also be y, which has z's sign if the slope is positive.
         lambda dy, t, slope: _aten.leaky_relu_backward(dy, t, slope, False),
+        "z for z > 0, else `negative_slope`·z",
         (Spelling("leaky_relu", nn.LeakyReLU, {"negative_slope": 0.01}),),
         kinks=(0.0,),
         from_output=True,
@@ -113,44 +118,52 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(
         lambda z, _: _in_blocks(F.silu, z),
         lambda dy, t, _: _in_blocks(_aten.silu_backward, dy, t),
+        "z·σ(z) with σ(z) = 1/(1 + e⁻ᶻ)",
         (Spelling("silu", nn.SiLU),),
     ),
     "gelu": Activation(
         lambda z, _: _in_blocks(F.gelu, z),
         lambda dy, t, _: _in_blocks(_aten.gelu_backward, dy, t),
+        "z·Φ(z) with the exact normal distribution Φ",
         (Spelling("gelu", nn.GELU, {"approximate": "none"}, {"approximate": "none"}),),
     ),
     "hardswish": Activation(
         lambda z, _: F.hardswish(z),
         lambda dy, t, _: _aten.hardswish_backward(dy, t),
+        "z·min(max(z + 3, 0), 6)/6",
         (Spelling("hardswish", nn.Hardswish),),
         kinks=(-3.0, 3.0),
     ),
     "mish": Activation(
         lambda z, _: _in_blocks(F.mish, z),
         lambda dy, t, _: _in_blocks(_aten.mish_backward, dy, t),
+        "z·tanh(log(1 + eᶻ))",
         (Spelling("mish", nn.Mish),),
     ),
     "hardsigmoid": Activation(
         # torch's own derivative multiplies by a float32 1/6, even for float64.
         lambda z, _: F.relu6(z + 3.0) / 6.0,
         lambda dy, t, _: torch.where((t > -3.0) & (t < 3.0), dy / 6.0, 0.0),
+        "min(max(z + 3, 0), 6)/6",
         (Spelling("hardsigmoid", nn.Hardsigmoid),),
         kinks=(-3.0, 3.0),
     ),
     "tanh": Activation(
         lambda z, _: _in_blocks(torch.tanh, z),
         lambda dy, t, _: _in_blocks(lambda dy, z: _aten.tanh_backward(dy, torch.tanh(z)), dy, t),
+        "tanh(z)",
         (Spelling("tanh", nn.Tanh),),
     ),
     "sigmoid": Activation(
         lambda z, _: _in_blocks(torch.sigmoid, z),
         lambda dy, t, _: _in_blocks(lambda dy, z: _aten.sigmoid_backward(dy, torch.sigmoid(z)), dy, t),
+        "σ(z)",
         (Spelling("sigmoid", nn.Sigmoid),),
     ),
     "elu": Activation(
         lambda z, alpha: _in_blocks(lambda z: F.elu(z, alpha), z),
         lambda dy, t, alpha: _in_blocks(lambda dy, z: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, z), dy, t),
+        "z for z > 0, else `alpha`·(eᶻ − 1)",
         (
             # The operator in an exported program has two more scales than the function.
             Spelling(

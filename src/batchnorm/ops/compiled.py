@@ -24,7 +24,7 @@ from batchnorm.ops.triton import support
 AUTOGRAD = "BATCHNORM_AUTOGRAD"
 NODE = "batchnorm_autograd"
 
-# The interface of the node's module, which csrc/autograd.cpp also states.
+# The interface of the node's module, which csrc/pytorch/autograd.cpp also states.
 INTERFACE = 2
 
 

@@ -10,6 +10,7 @@ from keras import ops
 from batchnorm import reference
 from batchnorm.keras import BatchNormalization
 from batchnorm.keras.activations import FUSED
+from batchnorm.reference import ACTIVATIONS
 from tests.keras.cases.derivatives import BACKEND, HAS_GRADIENTS, MODES, as_arrays, forward_and_gradients
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -76,6 +77,10 @@ def test_error_does_not_grow_with_the_mean(shape, axis, mean, mode):
 
 
 FUNCTIONS = [f for f, _, _ in FUSED] + [keras.activations.sigmoid]
+
+
+def test_every_activation_of_keras_is_known():
+    assert {name for _, name, _ in FUSED} == {*ACTIVATIONS} - {"none", "sigmoid"}
 
 
 # Without operators that apply them, Keras's functions are called.

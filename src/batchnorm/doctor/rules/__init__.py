@@ -1,4 +1,4 @@
-"""The rules, one per file: `bn204_momentum.py` contains the rule BN204 and the text of its documentation page."""
+"""The rules, one per file: `statistics/bn204_momentum.py` contains the rule BN204 and the text of its page."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["Rule", "load_rules"]
 
 @cache
 def load_rules() -> tuple[type[Rule], ...]:
-    """Import every rule in this folder, in the order of their codes; `import batchnorm` does not need them."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith("bn"))
-    modules = [import_module(f"{__name__}.{name}") for name in names]
+    """Import every rule in these folders, in the order of their codes; `import batchnorm` does not need them."""
+    names = [name for _, name, folder in pkgutil.walk_packages(__path__, f"{__name__}.") if not folder]
+    rules = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[2].startswith("bn")}
+    modules = [import_module(name) for _, name in sorted(rules.items())]
     return tuple(
         item
         for module in modules

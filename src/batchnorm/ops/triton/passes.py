@@ -1,6 +1,6 @@
 """The passes of a layer for the node in C++, which has checked the arguments and allocated the results.
 
-Importing this module imports Triton. `csrc/launched.h` has the order of the arguments.
+Importing this module imports Triton. `csrc/pytorch/launched.h` has the order of the arguments.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "elementary.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace BATCHNORM_NAMESPACE {
 

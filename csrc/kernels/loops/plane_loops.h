@@ -1,7 +1,7 @@
 // The hot loops over planes: [n, c, s] in memory, where a row is s values of one channel. See loops.h.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "sums.h"
 
 namespace BATCHNORM_NAMESPACE {

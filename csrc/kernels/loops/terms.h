@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "activations.h"
-#include "packets.h"
+#include "kernels/vectors/activations.h"
+#include "kernels/vectors/packets.h"
 
 namespace BATCHNORM_NAMESPACE {
 

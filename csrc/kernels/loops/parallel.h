@@ -4,8 +4,8 @@
 
 #include <new>
 
-#include "kernels.h"
-#include "packets.h"
+#include "kernels/kernels.h"
+#include "kernels/vectors/packets.h"
 
 namespace BATCHNORM_NAMESPACE {
 
