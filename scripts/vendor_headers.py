@@ -21,14 +21,8 @@ VENDOR = SOURCES / "vendor"
 
 def headers(sources: Sequence[str], include: Path) -> list[Path]:
     """Return the headers in `include` that the sources include, directly or indirectly."""
-    command = [
-        "c++",
-        "-std=c++20",
-        "-M",
-        f"-I{SOURCES}",
-        f"-I{include}",
-        *(str(SOURCES / source) for source in sources),
-    ]
+    paths = [str(SOURCES / source) for source in sources]
+    command = ["c++", "-std=c++20", "-M", f"-I{SOURCES}", f"-I{include}", *paths]
     rules = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {Path(word) for word in rules.replace("\\\n", " ").split() if word.startswith(str(include))}
     return sorted(path.relative_to(include) for path in found)
@@ -51,12 +45,8 @@ def license_of(distribution: importlib.metadata.Distribution) -> str:
 
 def main() -> None:
     torch_include = Path(torch.__file__).parent / "include"
-    vendor(
-        "torch",
-        ("pytorch/ops.cpp", "pytorch/strict.cpp"),
-        torch_include,
-        license_of(importlib.metadata.distribution("torch")),
-    )
+    sources = ("pytorch/ops.cpp", "pytorch/strict.cpp")
+    vendor("torch", sources, torch_include, license_of(importlib.metadata.distribution("torch")))
     folder = Path(sys.argv[1])
     (jaxlib,) = importlib.metadata.distributions(path=[str(folder)])
     # The wheel's file begins with the license of JAX and XLA, and continues with those of libraries.
