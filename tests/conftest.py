@@ -10,9 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Threads that wait for others sleep. If they spun, they would take the cores from the threads that they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers already fill the cores; their threads would only wait for one another.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, with and without workers: sums of torch, and so trained networks, depend on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
