@@ -280,7 +280,7 @@ MISTAKES = {
     "on_nonfinite": (
         {"on_nonfinite": "ignore"},
         ValueError,
-        r"expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'",
+        r"expects on_nonfinite to be one of 'propagate', 'skip', 'error', got 'ignore'",
     ),
     "one running": ({"running_var": None}, ValueError, r"both or neither, got running_mean without running_var"),
     "no running": (

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from batchnorm._frameworks import keras_hint
-from batchnorm._options import check_weights
+from batchnorm._options import check_weights, nonfinite_batch, undecidable_error
 
 CHANNEL_DIMS = (1, -1)
 
@@ -275,6 +275,43 @@ def check_joint_count(caller: str, count: float) -> None:
         raise ValueError(
             f"{caller} expects more than one value per channel in training over all processes, got one. {_NO_VARIANCE}"
         )
+
+
+def check_finite(caller: str, mean: Tensor, *others: Tensor, count: Tensor | None = None) -> None:
+    """Check that the statistics of a batch are finite, for on_nonfinite="error".
+
+    Args:
+        caller: The name at the start of the error.
+        mean: `[C]` or `[K, C]`, without gradient, like the others.
+        others: Further statistics of the same shape.
+        count: A scalar, or `[K]`. Where it is 0, the statistics are not those of the batch.
+
+    Raises:
+        FloatingPointError: a statistic is not finite; in a compiled graph, a RuntimeError without the channels.
+        ValueError: in `torch.jit.trace` and under `torch.vmap`, which cannot raise an error that depends on values.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(undecidable_error(caller, "torch.jit.trace"))
+    finite = mean.isfinite()
+    for statistic in others:
+        finite = finite & statistic.isfinite()
+    if count is not None:
+        finite = finite | (count == 0).unsqueeze(-1)
+    if torch.compiler.is_compiling() or type(finite) is not Tensor or finite.is_meta or _is_capturing(finite):
+        torch._assert_async(finite.all(), nonfinite_batch(caller))
+        return
+    try:
+        if finite.all():
+            return
+    except RuntimeError as error:
+        raise ValueError(undecidable_error(caller, "torch.vmap")) from error
+    channels = finite.reshape(-1, finite.shape[-1]).all(0).tolist()
+    overflow = bool((mean.isfinite() | finite).all())
+    raise FloatingPointError(nonfinite_batch(caller, channels, overflow=overflow))
+
+
+def _is_capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_running(

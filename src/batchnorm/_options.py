@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-ON_NONFINITE = ("propagate", "skip")
+ON_NONFINITE = ("propagate", "skip", "error")
 ON_SINGLE = ("error", "running")
 
 # The smallest positive eps, so that 1/sqrt(eps) times a weight fits float32.
@@ -123,6 +123,35 @@ def check_prior(caller: str, prior: float) -> None:
 def check_max_samples(caller: str, max_samples: int | None) -> None:
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"{caller} expects max_samples >= 1 or None, got {max_samples}. None reads all the data.")
+
+
+def nonfinite_batch(caller: str, finite: Sequence[bool] = (), *, overflow: bool = False) -> str:
+    """Return the error for a batch whose statistics are not finite.
+
+    Args:
+        caller: The name at the start of the error.
+        finite: Whether the statistics of each channel are finite; empty if this is unknown.
+        overflow: Whether all means are finite, so that x is, too.
+    """
+    broken = [channel for channel, is_finite in enumerate(finite) if not is_finite]
+    where = ""
+    if broken:
+        numbers = ", ".join(map(str, broken[:8])) + (", ..." if len(broken) > 8 else "")
+        where = f" in {len(broken)} of {len(finite)} channels ({numbers})"
+    cause = "x has NaN or infinity, or its values overflow: look for their source in the layers before"
+    if overflow:
+        cause = "x is finite, but its variance overflows: scale x, lower the learning rate"
+    return (
+        f"{caller} expects finite statistics of every training batch with on_nonfinite='error', got NaN or infinity"
+        f"{where}. {cause}, or use on_nonfinite='skip', which leaves such batches out of the running statistics."
+    )
+
+
+def undecidable_error(caller: str, where: str, hint: str = "Use one of them.") -> str:
+    """Return the error for on_nonfinite="error" where an error cannot depend on values."""
+    return (
+        f"{caller} expects on_nonfinite='propagate' or 'skip' in {where}, got 'error', which depends on values. {hint}"
+    )
 
 
 def check_choice(caller: str, name: str, value: str, choices: Collection[str]) -> None:

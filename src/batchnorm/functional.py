@@ -72,8 +72,9 @@ def batch_norm(
             statistics do not change. If a single value counts, its output is β, and only the running mean is updated
             (see `on_single`). In evaluation, a mask has no effect.
         num_batches_tracked: int64 scalar that counts the updates of the running statistics.
-        on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
-            batch's mean or variance is not finite, as after an overflow in float16.
+        on_nonfinite: What training does if the batch's mean or variance is not finite, as after an overflow in float16:
+            "propagate"; "skip" to skip the update of the running statistics and of their count; or "error" to raise
+            FloatingPointError, and update nothing. "error" waits for the device in every call.
         on_single: How training handles a batch with one value per channel, which has no variance: "error", or
             "running" to normalize it by the running statistics, as in evaluation, and leave them and their count
             unchanged. With a mask, "running" also applies if at most one position counts.
@@ -96,13 +97,15 @@ def batch_norm(
         RuntimeError: under `torch.func`, running statistics are captured instead of passed as arguments; in training, a
             running statistic or the counter cannot be written (it is expanded, an inference tensor or a leaf that
             requires a gradient), and nothing is updated; the storage of a tensor was freed.
+        FloatingPointError: in training with on_nonfinite="error", the batch's mean or variance is not finite; in
+            compiled code, a RuntimeError, which on CUDA ends all use of the device by this process.
 
     Numerics:
         Statistics are accumulated in float32 (float64 for float64 x) as deviations from the mean. The mean is stored
         as a pair, so that even a mean of 1e6 standard deviations costs no accuracy. The result has the same bits for
         every number of CPU threads. With ReLU, autograd keeps x and `[C]` vectors, and with a residual also y.
-        If σ² does not fit float32 (σ above 1.8e19), y is `bias` as in torch, or NaN for |x| above 1.7e38. No error is
-        raised; on_nonfinite decides whether the running statistics are updated.
+        If σ² does not fit float32 (σ above 1.8e19), y is `bias` as in torch, or NaN for |x| above 1.7e38.
+        on_nonfinite="error" raises an error instead.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; the equations are on the mathematics page, "Forward".
 
@@ -176,34 +179,34 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, residual, eps, activation, parameter
         )
         return channels_back(y, channel_dim)
-    if weights is None and not updates:
-        y, *_ = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
-        return channels_back(y, channel_dim)
-    if weights is None:
+    skips = on_nonfinite != "propagate"
+    if weights is None and updates and on_nonfinite != "error":
         assert running_mean is not None
         assert running_var is not None
         y = ops.batch_statistics_norm_and_update_(
             input, weight, bias, residual, eps, activation, parameter,
-            (running_mean, running_var, num_batches_tracked), momentum, on_nonfinite == "skip",
+            (running_mean, running_var, num_batches_tracked), momentum, skips,
         )  # fmt: skip
         return channels_back(y, channel_dim)
-    where_single = None
-    if on_single == "running":
-        assert running_mean is not None
-        assert running_var is not None
-        where_single = running_mean, running_var
-    y, statistics = ops.batch_statistics_norm_and_moments(
-        input, weight, bias, residual, eps, activation, parameter, weights=weights, where_single=where_single
-    )
+    count = None
+    if weights is None:
+        y, *found = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
+    else:
+        where_single = None
+        if on_single == "running":
+            assert running_mean is not None
+            assert running_var is not None
+            where_single = running_mean, running_var
+        y, statistics = ops.batch_statistics_norm_and_moments(
+            input, weight, bias, residual, eps, activation, parameter, weights=weights, where_single=where_single
+        )
+        _, *found, count = (t.detach() for t in statistics)
+    if on_nonfinite == "error":
+        _checks.check_finite(caller, *found, count=count)
     if updates:
-        assert running_mean is not None
-        assert running_var is not None
-        _, mean, mean_low, var, count = (t.detach() for t in statistics)
-        m = values_per_channel(input)
         ops.update_running_(
-            running_mean, running_var, num_batches_tracked, mean, mean_low, var, m, count, momentum,
-            on_nonfinite == "skip",
-        )  # fmt: skip
+            running_mean, running_var, num_batches_tracked, *found, values_per_channel(input), count, momentum, skips
+        )
     return channels_back(y, channel_dim)
 
 
@@ -283,10 +286,10 @@ def _portable_batch_norm(
             f"{caller} expects no mask in an exported training graph, got one. The graph uses torch's own batch_norm, "
             "which has no mask: leave it out, or export in evaluation mode."
         )
-    if training and on_nonfinite == "skip":
+    if training and on_nonfinite != "propagate":
         raise ValueError(
-            f"{caller} expects on_nonfinite='propagate' in an exported training graph, got 'skip'. The graph uses "
-            "torch's own batch_norm, which cannot skip: set it to 'propagate', or export in evaluation mode."
+            f"{caller} expects on_nonfinite='propagate' in an exported training graph, got {on_nonfinite!r}. The graph "
+            "uses torch's own batch_norm, which has no such option: use 'propagate', or export in evaluation mode."
         )
     if training and not updates:
         running_mean = running_var = num_batches_tracked = None

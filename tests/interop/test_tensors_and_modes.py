@@ -80,6 +80,22 @@ def test_the_protocol_works_from_every_argument(place: str) -> None:
     assert torch.equal(found.tensor, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace.:DeprecationWarning")
+def test_no_error_depends_on_values_in_a_trace_in_vmap_and_without_values() -> None:
+    layer = bn.GhostBatchNorm1d(3, ghost_size=2, on_nonfinite="error", track_running_stats=False)
+    plain, x = bn.BatchNorm1d(3, on_nonfinite="error", track_running_stats=False), torch.full((4, 3), torch.inf)
+    message = "expects on_nonfinite='propagate' or 'skip' in torch.{}, got 'error', which depends on values. Use one"
+    with pytest.raises(ValueError, match=message.format("jit.trace")):
+        torch.jit.trace(layer, x)
+    with pytest.raises(ValueError, match=message.format("vmap")):
+        torch.vmap(plain)(torch.randn(2, 4, 3))
+    with pytest.raises(FloatingPointError):
+        torch.func.grad(lambda x: plain(x).sum())(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert plain(torch.empty(4, 3)).shape == (4, 3)
+    assert plain.to("meta")(x.to("meta")).shape == (4, 3)
+
+
 def test_a_function_mode_sees_one_call() -> None:
     class Mode(TorchFunctionMode):
         def __init__(self) -> None:

@@ -15,6 +15,7 @@ jnp = jax.numpy
 
 from flax import linen as stock_linen  # noqa: E402
 from flax import nnx as stock_nnx  # noqa: E402
+from jax.experimental import checkify  # noqa: E402
 
 from batchnorm.jax import batch_norm, linen, nnx  # noqa: E402
 
@@ -171,6 +172,32 @@ def test_a_batch_that_is_not_finite_is_skipped_if_asked(api: Any) -> None:
 
 
 @APIS
+@pytest.mark.parametrize(("value", "cause"), [(jnp.nan, "x has NaN or infinity"), (1e30, "its variance overflows")])
+def test_a_batch_that_is_not_finite_raises_an_error_if_asked(api: Any, value: float, cause: str) -> None:
+    layer = api(api.ours, on_nonfinite="error")
+    before = [np.asarray(a) for a in layer.running]
+    with pytest.raises(FloatingPointError, match=rf"expects finite statistics .* in 1 of 4 channels \(2\)\. .*{cause}"):
+        layer(x_of().at[0, 0, 2].set(value))
+    assert_array_equal(layer.running, before)
+    layer(x_of())
+    assert not np.array_equal(layer.running, before)
+
+
+def test_checkify_reports_batches_that_are_not_finite() -> None:
+    layer = linen.BatchNorm(use_running_average=False, on_nonfinite="error")
+    variables = layer.init(jax.random.key(0), x_of())
+
+    def step(x: Any) -> Any:
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    checked = jax.jit(checkify.checkify(step))
+    assert checked(x_of())[0].get() is None
+    assert "expects finite statistics" in checked(x_of().at[0, 0, 2].set(jnp.inf))[0].get()
+    with pytest.raises(ValueError, match=r"checkify\.check which was not functionalized"):
+        jax.jit(step)(x_of())
+
+
+@APIS
 @pytest.mark.parametrize("empty", [True, False], ids=["no samples", "nothing counts"])
 def test_a_batch_without_values_leaves_the_running_statistics(api: Any, empty: bool) -> None:
     layer = api(api.ours)
@@ -249,7 +276,7 @@ def test_linen_is_initialized_by_a_single_sample() -> None:
     ("options", "message"),
     [
         ({"activation": "selu"}, r"BatchNorm expects activation to be one of .*, got 'selu'"),
-        ({"on_nonfinite": "ignore"}, r"BatchNorm expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'"),
+        ({"on_nonfinite": "ignore"}, "expects on_nonfinite to be one of 'propagate', 'skip', 'error', got 'ignore'"),
         ({"on_single": "batch"}, r"BatchNorm expects on_single to be one of 'error', 'running', got 'batch'"),
         ({"momentum": math.nan}, r"BatchNorm expects momentum in \[0, 1\], got nan. It is the weight of the old"),
         ({"epsilon": -1.0}, r"BatchNorm expects epsilon > 0, got -1.0. It keeps"),

@@ -200,6 +200,34 @@ def test_a_nonfinite_batch_is_skipped_with_the_option(name: str, value: float) -
 
 
 @MEMBERS
+@pytest.mark.parametrize("value", [torch.inf, 1e155])  # the mean is not finite, or σ² overflows
+def test_a_nonfinite_batch_raises_an_error_with_the_option(name: str, value: float) -> None:
+    layer, extra = layer_of(name, on_nonfinite="error"), FAMILY[name].extra(SHAPE[0])
+    before = copy.deepcopy(dict(layer.state_dict()))
+    x = data().requires_grad_()
+    bad = data()
+    bad[:, :2, ::2] = value
+    if not FAMILY[name].moves:  # normalizes by the running statistics
+        layer(bad, *extra)
+        return
+    cause = "its variance overflows" if value < torch.inf else "x has NaN or infinity"
+    with pytest.raises(FloatingPointError, match=rf"{name} expects finite statistics .* channels \(0, 1.*{cause}"):
+        layer(bad, *extra)
+    with pytest.raises(FloatingPointError), nn.update_running_stats(layer, False):
+        layer(bad, *extra)
+    assert_close(dict(layer.state_dict()), before, rtol=0, atol=0)
+    layer(x, *extra).sum().backward()
+    layer.eval()(bad, *extra)
+    assert any(not torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@MEMBERS
+def test_an_error_for_nonfinite_batches_changes_no_other(name: str) -> None:
+    propagates, raises = layer_of(name), layer_of(name, on_nonfinite="error")
+    assert_close(*(step(name, layer, layer, data()) for layer in (raises, propagates)), rtol=1e-14, atol=1e-14)
+
+
+@MEMBERS
 def test_an_empty_batch_gives_an_empty_result_and_updates_nothing(name: str) -> None:
     layer = layer_of(name)
     before = copy.deepcopy(dict(layer.state_dict()))
@@ -237,7 +265,7 @@ SET_LATER = [
     ("eps", math.nan, "expects eps > 0, got nan. It keeps"),
     ("eps", -1e-5, "expects eps > 0, got -1e-05. It keeps"),
     ("eps", None, r"expects eps to be a number, got None \(NoneType\). The usual value is 1e-5."),
-    ("on_nonfinite", "raise", "expects on_nonfinite to be one of 'propagate', 'skip', got 'raise'. Choose one"),
+    ("on_nonfinite", "raise", "expects on_nonfinite to be one of 'propagate', 'skip', 'error', got 'raise'. Choose"),
     ("on_single", None, "expects on_single to be one of 'error', 'running', got None. Choose one"),
     ("channel_dim", 2, "expects channel_dim to be 1 or -1, got 2. Use 1"),
 ]

@@ -210,6 +210,19 @@ def test_a_nonfinite_value_that_counts_is_visible(value: float) -> None:
     skipping = nn.BatchNorm1d(3, on_nonfinite="skip")
     skipping(x, mask)
     assert skipping.num_batches_tracked == 0
+    refusing = nn.BatchNorm1d(3, on_nonfinite="error")
+    with pytest.raises(FloatingPointError, match=r"in 3 of 3 channels \(0, 1, 2\). x has NaN or infinity"):
+        refusing(x, mask)
+    refusing(x, ~mask | torch.tensor([False, True, True, False]))
+    assert refusing.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("on_single", ["error", "running"])
+def test_statistics_that_are_not_those_of_the_batch_raise_no_error(on_single: str) -> None:
+    layer = nn.BatchNorm1d(3, on_nonfinite="error", on_single=on_single)
+    layer.running_var.fill_(torch.nan)
+    layer(torch.randn(4, 3), torch.zeros(4, dtype=torch.bool))
+    assert layer.num_batches_tracked == 0
 
 
 def test_gradients_reach_masked_positions() -> None:

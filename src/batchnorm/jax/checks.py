@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from batchnorm._options import as_integer, check_alpha, check_choice, check_eps, check_weights
+from batchnorm._options import (
+    as_integer,
+    check_alpha,
+    check_choice,
+    check_eps,
+    check_weights,
+    nonfinite_batch,
+)
 from batchnorm.jax.activations import ACTIVATIONS
 from batchnorm.jax.composition import Attributes, values_per_channel, wide
 
@@ -126,3 +133,25 @@ def check_count(caller: str, x: Array, axis: int, devices: int, fix: str) -> Non
             f"{caller} expects more than 1 value per channel in training, got x of shape {list(x.shape)}. One value "
             f"has no variance: {fix}."
         )
+
+
+def check_finite(caller: str, mean: Array, var: Array) -> None:
+    """Check that the statistics of a batch are finite, for on_nonfinite="error".
+
+    A traced call, as in `jax.jit`, needs `jax.experimental.checkify`, which reports the error. Without it, JAX raises a
+    ValueError.
+
+    Raises:
+        FloatingPointError: a statistic is not finite.
+    """
+    finite = jnp.isfinite(mean) & jnp.isfinite(var)
+    try:
+        if finite.all():
+            return
+        overflow = bool((jnp.isfinite(mean) | finite).all())
+    except jax.errors.ConcretizationTypeError:
+        from jax.experimental import checkify  # rarely used
+
+        checkify.check(finite.all(), nonfinite_batch(caller))
+        return
+    raise FloatingPointError(nonfinite_batch(caller, finite.tolist(), overflow=overflow))

@@ -143,7 +143,9 @@ def _updated(running: Running, statistics: Statistics, options: Options) -> Runn
     count, mean, mean_low, var = lax.stop_gradient(statistics)
     batch = Running(mean + mean_low, var)
     counts = count > 0
-    if options.on_nonfinite == "skip":
+    if options.on_nonfinite == "error":
+        checks.check_finite(CALLER, *batch)
+    if options.on_nonfinite != "propagate":
         counts = counts & jnp.all(jnp.isfinite(batch.mean) & jnp.isfinite(batch.var))
 
     def update(old: Array, new: Array) -> Array:

@@ -33,8 +33,9 @@ class BatchNorm(nnx.BatchNorm):
         activation: The name of the activation after the normalization, as for `batchnorm.jax.batch_norm`.
         negative_slope: Slope of "leaky_relu" below zero.
         alpha: α of "elu".
-        on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged if the mean or variance of a
-            batch is not finite.
+        on_nonfinite: What training does if the mean or variance of a batch is not finite: "propagate"; "skip" to leave
+            the running statistics unchanged; or "error" to raise FloatingPointError, which in traced code, as in
+            `jax.jit`, needs `jax.experimental.checkify`.
         on_single: "error", or "running" to normalize a training batch with one value per channel (with a mask: at most
             one that counts), over all devices, by the running statistics, and leave them unchanged.
         **stock: The other arguments of `flax.nnx.BatchNorm`, such as `momentum`, `epsilon`, `axis` (one axis),

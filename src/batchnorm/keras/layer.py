@@ -9,7 +9,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from batchnorm._options import ON_NONFINITE, check_choice, check_eps, check_weight_of_old
+from batchnorm._options import (
+    ON_NONFINITE,
+    check_choice,
+    check_eps,
+    check_weight_of_old,
+    nonfinite_batch,
+    undecidable_error,
+)
 from batchnorm.keras import backends
 from batchnorm.keras.activations import fused
 from batchnorm.keras.backends.call import Call, Statistics
@@ -40,8 +47,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         *args: Arguments of Keras's layer, in its order.
         activation: f: a function or a name of `keras.activations`, or None. The torch and JAX backends fuse common ones
             with the normalization.
-        on_nonfinite: "propagate", or "skip" to leave the moving statistics unchanged when the batch's mean or variance
-            is not finite, as after an overflow in float16.
+        on_nonfinite: What training does if the batch's mean or variance is not finite, as after an overflow in float16:
+            "propagate"; "skip" to leave the moving statistics unchanged; or "error" to raise FloatingPointError and
+            change nothing, which on JAX and TensorFlow needs `model.compile(..., run_eagerly=True)`.
         on_single: How to normalize a training batch with one value per channel (with a mask, at most one that counts):
             "batch", by its own variance of 0, as in Keras's layer, so that y is f(beta); or "running", by the moving
             statistics, which then stay unchanged.
@@ -58,7 +66,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         TypeError: momentum or epsilon is not a number.
         ValueError: on_nonfinite, on_single, activation or another argument is invalid, now or when it is set later;
             synchronized=True on a backend that cannot synchronize; when called, the mask's rank is wrong, or inputs do
-            not have the channels that the layer was built with.
+            not have the channels that the layer was built with; a compiled step trains a layer with
+            on_nonfinite="error".
+        FloatingPointError: in training with on_nonfinite="error", the batch's mean or variance is not finite.
 
     Numerics:
         Statistics are computed in float32 (float64 for float64 inputs) from deviations from the mean, so that a mean of
@@ -203,11 +213,28 @@ class BatchNormalization(keras.layers.BatchNormalization):
         counted = count > 0
         if counted is False:
             return
-        if self.on_nonfinite == "skip":
+        if self.on_nonfinite == "error":
+            _check_finite(mean, variance)
+        elif self.on_nonfinite == "skip":
             finite = ops.all(ops.logical_and(ops.isfinite(mean), ops.isfinite(variance)))
             counted = finite if counted is True else ops.logical_and(counted, finite)
         for variable, new in updates:
             variable.assign(new if counted is True else ops.where(counted, new, ops.cast(variable, new.dtype)))
+
+
+def _check_finite(mean: Any, variance: Any) -> None:
+    """Raise an error if the statistics of a batch are not finite."""
+    of_mean = ops.isfinite(mean)
+    finite = ops.logical_and(of_mean, ops.isfinite(variance))
+    try:
+        all_finite = bool(ops.all(finite))
+    except (TypeError, RuntimeError) as error:  # symbolic values
+        hint = "Use one of them, or model.compile(..., run_eagerly=True)."
+        raise ValueError(undecidable_error("BatchNormalization", "a compiled training step", hint)) from error
+    if not all_finite:
+        overflow = bool(ops.all(ops.logical_or(of_mean, finite)))
+        channels = ops.convert_to_numpy(finite).tolist()
+        raise FloatingPointError(nonfinite_batch("BatchNormalization", channels, overflow=overflow))
 
 
 def _where_single(y: Any, statistics: Statistics, by_moving: Callable[[], Any], call: Call) -> tuple[Any, Statistics]:

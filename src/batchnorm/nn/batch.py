@@ -24,8 +24,8 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         device: The device of parameters and buffers.
         dtype: The dtype of parameters and buffers.
         bias: Whether there is β (keyword only).
-        on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
-            (keyword only).
+        on_nonfinite: What training does if a batch's statistics are not finite: "propagate", "skip" to leave the
+            running statistics unchanged, or "error" to raise FloatingPointError (keyword only).
         on_single: How training handles a batch with one value per channel, which has no variance: "error", or "running"
             to normalize it by the running statistics, as in evaluation, and update nothing (keyword only). With a mask,
             "running" also applies if at most one position counts.
@@ -46,6 +46,7 @@ class BatchNorm(NormLayer, torch.nn.modules.batchnorm._BatchNorm):
         ValueError: eps, momentum, on_nonfinite, on_single or channel_dim out of range; on_single is "running" without
             running statistics; in forward, a wrong rank or number of channels, or one value per channel in training if
             on_single is "error".
+        FloatingPointError: in training with on_nonfinite="error", a batch's mean or variance is not finite.
 
     Numerics: as `batchnorm.functional.batch_norm`.
 

@@ -58,8 +58,7 @@ def decorrelated_batch_norm(
             there are treated as 0. If no position counts, the running statistics do not change. If a single value
             counts, only the running mean is updated (see `on_single`). In evaluation, a mask has no effect.
         num_batches_tracked: int64 scalar that counts the updates of the running statistics.
-        on_nonfinite: "propagate", or "skip" to skip the update of the running statistics and of their count when the
-            batch's statistics are not finite.
+        on_nonfinite: As in `batchnorm.functional.batch_norm`, for the batch's mean and whitening matrices.
         on_single: As in `batchnorm.functional.batch_norm`.
         update_running_stats: Whether training updates the running statistics.
         channel_dim: As in `batchnorm.functional.batch_norm`.
@@ -133,15 +132,18 @@ def decorrelated_batch_norm(
     settings = whitening.Settings(group_size, eps, iterations)
     x = functional.channels_second(x, channel_dim)
     y, found = whitening_function.whiten(x, weight, bias, weights if training else None, held, settings, training)
-    if updates and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
-        assert running_mean is not None
-        assert running_whitening is not None
+    checks = training and on_nonfinite == "error"
+    if (updates or checks) and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
         wide = eager.wide_dtype(x)
-        whitening.update_whitening_(
-            running_mean, running_whitening, num_batches_tracked,
-            (found.mean.to(wide) + found.low.to(wide)).detach(), whitening.pack_matrices(found.matrices).detach(),
-            found.effective_count, momentum, on_nonfinite == "skip",
-        )  # fmt: skip
+        mean = (found.mean.to(wide) + found.low.to(wide)).detach()
+        matrices = whitening.pack_matrices(found.matrices).detach()
+        if checks:
+            _checks.check_finite(caller, mean, matrices.abs().amax(1), count=found.effective_count)
+        if updates:
+            whitening.update_whitening_(
+                running_mean, running_whitening, num_batches_tracked, mean, matrices, found.effective_count, momentum,
+                on_nonfinite != "propagate",
+            )  # fmt: skip
     return functional.channels_back(y, channel_dim)
 
 

@@ -157,7 +157,7 @@ class DomainBatchNorm(RowsLayer, torch.nn.modules.batchnorm._BatchNorm):
     Args:
         num_features: C. All arguments that are not listed here are those of `BatchNorm`.
         momentum: Weight of the new batch; None gives the cumulative average over the domain's batches.
-        on_nonfinite: "propagate" or "skip", separately for each domain.
+        on_nonfinite: "propagate" or "skip", separately for each domain; or "error".
         on_single: "error" or "running"; "running" applies to each domain separately.
         num_domains: K (keyword only).
         affine_per_domain: Whether weight and bias are `[K, C]`, one row per domain, instead of `[C]` (keyword only).

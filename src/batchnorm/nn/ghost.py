@@ -66,7 +66,8 @@ class _GhostBatchNorm(PartsLayer):
             return
         assert self.running_mean is not None
         assert self.running_var is not None
-        buffers, skip = (self.running_mean, self.running_var, self.num_batches_tracked), self.on_nonfinite == "skip"
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        skip = self.on_nonfinite != "propagate"
         if ops.update_running_by_parts_(*buffers, statistics, self.momentum, skip):
             return
         count, mean, mean_low, var, effective_count = (t.detach() for t in statistics)

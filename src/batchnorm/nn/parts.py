@@ -100,6 +100,9 @@ class PartsLayer(NormLayer):
             )  # fmt: skip
         else:
             y, statistics = self._in_two_halves(x, index, weights, groups, peers, where_single)
+        if self.on_nonfinite == "error":  # the statistics, and so the error, are the same on all processes
+            count, *found, _ = (t.detach() for t in statistics)
+            _checks.check_finite(self.layer_name, *found, count=count)
         if self._updates_running:
             self._update_running(x, statistics)
         return functional.channels_back(y, self.channel_dim)
@@ -147,5 +150,5 @@ class PartsLayer(NormLayer):
         m = values_per_channel(x)
         ops.update_running_(
             self.running_mean, self.running_var, self.num_batches_tracked, mean.detach(), mean_low.detach(),
-            var.detach(), m, count.detach(), self.momentum, self.on_nonfinite == "skip",
+            var.detach(), m, count.detach(), self.momentum, self.on_nonfinite != "propagate",
         )  # fmt: skip

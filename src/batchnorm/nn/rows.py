@@ -191,12 +191,14 @@ def batch_norm_by_rows(
         x, weight, bias, None, eps, index=index, weights=weights, groups=rows, shared=not own_statistics,
         where_single=where_single,
     )  # fmt: skip
+    _, mean, mean_low, var, count = (t.detach() for t in statistics)
+    if on_nonfinite == "error":
+        _checks.check_finite(caller, mean, mean_low, var, count=count)
     if updates:
         assert running_mean is not None
         assert running_var is not None
         buffers = (running_mean, running_var, num_batches_tracked)
-        _, mean, mean_low, var, count = (t.detach() for t in statistics)
-        m, skip = values_per_channel(x), on_nonfinite == "skip"
+        m, skip = values_per_channel(x), on_nonfinite != "propagate"
         if not own_statistics:
             ops.update_running_(*buffers, mean, mean_low, var, m, count, momentum, skip)
             return functional.channels_back(y, channel_dim)

@@ -43,8 +43,8 @@ class SyncBatchNorm(PartsLayer, torch.nn.modules.batchnorm._BatchNorm):
         device: The device of parameters and buffers.
         dtype: The dtype of parameters and buffers.
         bias: Whether there is β (keyword only).
-        on_nonfinite: "propagate", or "skip" to leave the running statistics unchanged when a batch's are not finite
-            (keyword only).
+        on_nonfinite: As in `BatchNorm`, for the joint statistics: with "error", all processes raise the error; the same
+            on every process (keyword only).
         on_single: As in `BatchNorm`, for the values of all processes together; the same on every process (keyword
             only).
         channel_dim: As in `BatchNorm` (keyword only).

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from batchnorm._checks import CHANNEL_DIMS, LAYOUTS
-from batchnorm._options import LEAST_EPS, ON_NONFINITE, ON_SINGLE
+from batchnorm._options import LEAST_EPS, ON_SINGLE
 from batchnorm.ops import compiled, direct, eager, triton
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 from batchnorm.ops.derivatives import (
@@ -52,6 +52,7 @@ _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 # The place of each activation's parameter in (none, negative_slope, alpha).
 _PARAMETERS = [(None, "negative_slope", "alpha").index(row.parameter) for row in ACTIVATIONS.values()]
 _ANY_RANK = (None, "")
+_ON_NONFINITE = ("propagate", "skip")  # for "error", batch_norm must see the statistics
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -249,7 +250,7 @@ def batch_norm(
         or x.is_nested
         or not (eps >= LEAST_EPS or (eps == 0.0 and not training))
         or not -math.inf < alpha < math.inf
-        or on_nonfinite not in ON_NONFINITE
+        or (on_nonfinite not in _ON_NONFINITE and (training or on_nonfinite != "error"))
         or on_single not in ON_SINGLE
         or channel_dim not in CHANNEL_DIMS
         or (running_mean is None) != (running_var is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -234,13 +235,15 @@ def test_inference_mode_and_autocast() -> None:
         assert torch.equal(compiled(x.bfloat16()), layer(x.bfloat16()))
 
 
-def test_the_decision_to_skip_is_made_at_run_time() -> None:
-    layer = bn.BatchNorm2d(3, on_nonfinite="skip")
+@pytest.mark.parametrize("option", ["skip", "error"])
+def test_the_decision_to_skip_or_to_raise_is_made_at_run_time(option: str) -> None:
+    layer = bn.BatchNorm2d(3, on_nonfinite=option)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(4, 3, 5, 5)
-    compiled(x)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    compiled(x).sum().backward()
     before = copy.deepcopy(layer.state_dict())
-    compiled(torch.where(x > 1, torch.inf, x))
+    with pytest.raises(RuntimeError, match="expects finite") if option == "error" else contextlib.nullcontext():
+        compiled(torch.where(x > 1, torch.inf, x))
     assert_close(layer.state_dict(), before, rtol=0, atol=0)
     compiled(x)
     assert layer.num_batches_tracked == 2

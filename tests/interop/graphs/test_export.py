@@ -144,9 +144,10 @@ def test_decomposed_programs_contain_no_operator_of_ours(strict: bool) -> None:
     assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)
 
 
-def test_skipping_is_refused_in_training_and_exported_in_evaluation() -> None:
-    model, (x, *_) = network(True, on_nonfinite="skip"), batches()
-    with pytest.raises(ValueError, match=r"expects on_nonfinite='propagate' in an exported training graph, got 'skip'"):
+@pytest.mark.parametrize("option", ["skip", "error"])
+def test_skipping_and_raising_are_refused_in_training_and_exported_in_evaluation(option: str) -> None:
+    model, (x, *_) = network(True, on_nonfinite=option), batches()
+    with pytest.raises(ValueError, match=rf"on_nonfinite='propagate' in an exported training graph, got '{option}'"):
         torch.export.export(model, (x,), strict=False)
     program = torch.export.export(model.eval(), (x,))
     assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)

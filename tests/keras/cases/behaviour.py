@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import keras
@@ -167,6 +168,32 @@ def test_nonfinite_batch_is_skipped_on_request(value, renorm):
     )
 
 
+@pytest.mark.parametrize(("value", "cause"), [(np.nan, "x has NaN or infinity"), (1e30, "its variance overflows")])
+def test_nonfinite_batch_raises_an_error_on_request(value, cause):
+    x = np.ones((4, 3), np.float32)
+    x[1, 2] = value
+    layer = BatchNormalization(on_nonfinite="error")
+    layer.build(x.shape)
+    message = rf"expects finite statistics .* in 1 of 3 channels \(2\)\. .*{cause}"
+    with np.errstate(invalid="ignore", over="ignore"), pytest.raises(FloatingPointError, match=message):
+        layer(x, training=True)
+    np.testing.assert_array_equal(as_arrays(layer.moving_mean)[0], np.zeros(3))
+    layer(np.ones((4, 3), np.float32), training=True)
+    assert as_arrays(layer.moving_mean)[0].all()
+
+
+@pytest.mark.skipif(not HAS_GRADIENTS, reason="the backend cannot train")
+def test_nonfinite_batch_is_an_error_in_eager_steps_only():
+    x = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
+    for eager in (True, False):
+        model = keras.Sequential([keras.Input((3,)), BatchNormalization(on_nonfinite="error")])
+        model.compile("sgd", "mse", run_eagerly=eager)
+        graph = not eager and keras.backend.backend() != "torch"
+        refusal = pytest.raises(ValueError, match="compiled training step, got 'error', .* run_eagerly=True")
+        with refusal if graph else contextlib.nullcontext():
+            model.fit(x, x, verbose=0)
+
+
 def test_epsilon_may_be_zero_as_in_keras_layer():
     x = np.random.default_rng(5).normal(size=(8, 3)).astype(np.float32)
     layer = BatchNormalization(epsilon=0.0)
@@ -207,7 +234,7 @@ def test_predict_uses_the_moving_statistics():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_nonfinite": "ignore"}, "expects on_nonfinite to be one of 'propagate', 'skip', got 'ignore'. Choose one"),
+        ({"on_nonfinite": "ignore"}, "expects on_nonfinite to be one of 'propagate', 'skip', 'error', got 'ignore'"),
         ({"on_single": "error"}, "expects on_single to be one of 'batch', 'running', got 'error'. Choose one"),
         ({"activation": "no such function"}, "activation"),
         ({"momentum": float("nan")}, r"BatchNormalization expects momentum in \[0, 1\], got nan. It is the weight"),

@@ -322,6 +322,20 @@ def what_is_not_finite_on_one_process_is_skipped_on_all(group: Group) -> None:
     assert layer.running_var.isfinite().all()
 
 
+def what_is_not_finite_on_one_process_raises_on_all(group: Group) -> None:
+    layer = group.layer(3, on_nonfinite="error")
+    x = torch.randn(4, 3)
+    message = ""
+    try:
+        layer(x / (group.rank - 1.0))
+    except FloatingPointError as error:
+        message = str(error)
+    assert "in 3 of 3 channels (0, 1, 2)" in message, message
+    assert layer.num_batches_tracked == 0
+    layer(x)
+    assert layer.num_batches_tracked == 1
+
+
 def copies_keep_the_group(group: Group) -> None:
     layer = group.layer(3, name="a.b")
     file = io.BytesIO()
@@ -359,6 +373,7 @@ OF_SIZE = {
         checkpointing_moves_statistics_once,
         transforms_and_forward_mode_differentiate,
         what_is_not_finite_on_one_process_is_skipped_on_all,
+        what_is_not_finite_on_one_process_raises_on_all,
         copies_keep_the_group,
     ],
     3: [partial(compiled_layers_do_what_eager_ones_do, backend="aot_eager")],

@@ -25,7 +25,8 @@ class BrokenStatistics(Rule):
         model, report = batchnorm.keras.recalibrate(model, training_data)  # NaN in γ or β has to be trained again
     """
     source = """
-        PyTorch's documentation of `BatchNorm2d`; `on_nonfinite="skip"` of this library's layers prevents it.
+        PyTorch's documentation of `BatchNorm2d`. `on_nonfinite="skip"` of this library's layers prevents it, and
+        `on_nonfinite="error"` reports the first such batch.
     """
     causes = ("BN114",)
 
