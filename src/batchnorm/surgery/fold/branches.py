@@ -16,8 +16,10 @@ from batchnorm.surgery.fold.states import CannotFold, Layer, Linear, Norm, Windo
 def merged(network: Network, call: Call) -> FoldPlan:
     """Return the plan that turns an addition or subtraction into one layer of the input that both terms read.
 
+    A batch normalization that something else reads too is copied, and stays for its other readers.
+
     Raises:
-        CannotFold: The terms are not linear branches of one input, or something else reads them too.
+        CannotFold: The terms are not linear branches of one input, or something else reads a convolution's result too.
     """
     terms = call.inputs
     if len(set(terms)) != 2:
@@ -28,7 +30,6 @@ def merged(network: Network, call: Call) -> FoldPlan:
         other = writers[j]
         if isinstance(branches[j], Linear) and other is not None and terms[i] == other.inputs[0]:
             branches[i] = None  # this term is the input itself
-    gone = [writer for writer, branch in zip(writers, branches, strict=True) if branch is not None and writer]
     first = next((branch for branch in branches if isinstance(branch, Linear)), None)
     if first is None:
         raise CannotFold("its terms are not linear branches")
@@ -38,18 +39,25 @@ def merged(network: Network, call: Call) -> FoldPlan:
     }
     if len(sources) != 1:
         raise CannotFold("its terms have different inputs")
-    for term, branch in zip(terms, branches, strict=True):
+    gone: list[Call] = []
+    copied: list[Call] = []
+    for term, writer, branch in zip(terms, writers, branches, strict=True):
         if not network.same_shape(term, call.results[0]) or term in network.pinned:
             raise CannotFold("a term has another shape")
-        if branch is not None and network.readers(term) != [call]:
+        if branch is None or writer is None:
+            continue
+        elsewhere = network.readers(term) != [call]
+        if elsewhere and not isinstance(branch, Norm):
             raise CannotFold("a term is read elsewhere too")
+        (copied if elsewhere else gone).append(writer)
     if None in branches and not _feeds_a_norm(network, call):
         raise CannotFold("there is no batch normalization to remove")
     left, right = (_as_linear(branch, first) for branch in branches)
     state = _sum(left, right.negated() if call.kind is Kind.DIFFERENCE else right)
     return FoldPlan(
-        network, {call: state}, gone=gone, sources={call: sources.pop()}, same=[call.results[0]], absorbers=[call]
-    )
+        network, {call: state}, gone=gone, sources={call: sources.pop()}, same=[call.results[0]], absorbers=[call],
+        copied=copied,
+    )  # fmt: skip
 
 
 def _feeds_a_norm(network: Network, call: Call) -> bool:

@@ -25,6 +25,7 @@ class FoldPlan:
         through: The other calls whose results change.
         same: The values that must not change.
         absorbers: The calls that absorb the batch normalization, for the report.
+        copied: The batch normalizations that the absorbers include, and that stay for their other readers.
     """
 
     network: Network
@@ -35,6 +36,7 @@ class FoldPlan:
     through: list[Call] = field(default_factory=list)
     same: list[Value] = field(default_factory=list)
     absorbers: list[Call] = field(default_factory=list)
+    copied: list[Call] = field(default_factory=list)
 
     def carry_out(self) -> None:
         """Make the change.
@@ -45,7 +47,9 @@ class FoldPlan:
         """
         for call, state in self.states.items():
             self.network.check_storable(call, state)
-        self.network.change(self.states, self.gone, self.sources, self.alias, self.through, self.same)
+        # A proof draws random values independently. Both networks must compute a copied call's result from its input.
+        through = [*self.through, *self.copied]
+        self.network.change(self.states, self.gone, self.sources, self.alias, through, self.same)
 
     @classmethod
     def backward(cls, network: Network, call: Call) -> FoldPlan:

@@ -32,6 +32,7 @@ class Search:
         self.absorbed: dict[Call, list[Call]] = {}
         self.reasons: dict[Call, str] = {}
         self._network, self._proof = network, proof
+        self._copies: dict[Call, list[Call]] = {}  # as `absorbed`, for those that other calls still read
         self._made: dict[Attempt, set[Call]] = {}  # with the calls that each changed
         self._doubtful: set[Attempt] = set()  # must be proven one by one
 
@@ -40,6 +41,7 @@ class Search:
         start = self._network.saved()
         while True:
             self.absorbed, self.reasons, self._made = {}, dict(self._network.unfoldable), {}
+            self._copies = {}
             while self._fold_norms() | self._merge_branches():
                 pass
             doubtful = self._unproven()
@@ -92,7 +94,7 @@ class Search:
             why = []
             for direction in (FoldPlan.backward, FoldPlan.forward):
                 try:
-                    self.absorbed[call] = self._made_plan(call, direction).absorbers
+                    self._absorb(call, self._made_plan(call, direction).absorbers)
                     break
                 except (CannotFold, NotRepresentable) as error:
                     why.append(str(error))
@@ -111,10 +113,17 @@ class Search:
             except (CannotFold, NotRepresentable):
                 continue
             found = True
-            for norm, where in self.absorbed.items():
-                self.absorbed[norm] = [call if place in plan.gone else place for place in where]
-            self.absorbed.update({branch: [call] for branch in plan.gone if branch in self._network.norms})
+            for places in (*self.absorbed.values(), *self._copies.values()):
+                places[:] = [call if place in plan.gone else place for place in places]
+            for norm in plan.copied:
+                self._copies.setdefault(norm, []).append(call)
+            for branch in plan.gone:
+                if branch in self._network.norms:
+                    self._absorb(branch, [call])
         return found
+
+    def _absorb(self, norm: Call, absorbers: list[Call]) -> None:
+        self.absorbed[norm] = [*self._copies.pop(norm, ()), *absorbers]
 
     def _made_plan(self, call: Call, planned: Callable[[Network, Call], FoldPlan]) -> FoldPlan:
         """Plan a fold, make it, and prove it if a proof of all folds together has failed there. Return the plan.

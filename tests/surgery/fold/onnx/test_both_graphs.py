@@ -45,11 +45,22 @@ def _twice_in_a_concatenation(g: Graph, x: str) -> str:
     return g.conv(g.call("Concat", y, y, axis=1), 3, 8, pads=[1, 1, 1, 1])
 
 
+def _read_by_two_sums(g: Graph, x: str) -> str:
+    """FastViT's mixer, after an exporter has merged its two equal batch normalizations."""
+    y = g.norm(x, 4)
+    return g.call("Sub", g.call("Add", g.conv(x, 4, 4, pads=[1, 1, 1, 1], group=4), y), y)
+
+
+def _read_by_a_sum_and_a_convolution(g: Graph, x: str) -> str:
+    y = g.norm(x, 4)
+    return g.call("Mul", g.call("Add", y, g.conv(x, 4, 4, (1, 1))), g.conv(y, 4, 4, pads=[1, 1, 1, 1]))
+
+
 @pytest.mark.parametrize(
     ("build", "batch"),
     [
         (_split_after, 3), (_split_before, 3), (_difference, 3), (_constant_in_a_concatenation, 1), (_sum_in_python, 3),
-        (_twice_in_a_concatenation, 3),
+        (_twice_in_a_concatenation, 3), (_read_by_two_sums, 3), (_read_by_a_sum_and_a_convolution, 3),
     ],
 )  # fmt: skip
 def test_every_layer_is_folded(build: Callable[[Graph, str], str], batch: int) -> None:
