@@ -1,6 +1,7 @@
-// Common code of the shims for torch and XLA: sizes of dtypes, activations by name, and a hint about memory.
+// Common code of the shims for torch and XLA: dtypes, activations by name, and a hint about memory.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string_view>
@@ -16,6 +17,20 @@ namespace batchnorm {
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 inline DType statistics_of(DType x) { return x == DType::float64 ? DType::float64 : DType::float32; }
+
+// Calls f with the values of statistics, which are float64 or float32.
+template <class F>
+auto with_statistics(DType dtype, void* data, const F& f) {
+  return dtype == DType::float64 ? f(static_cast<double*>(data)) : f(static_cast<float*>(data));
+}
+
+inline bool all_finite(DType dtype, void* statistics, int64_t n) {
+  return with_statistics(dtype, statistics, [n](const auto* values) {
+    bool finite = true;
+    for (int64_t i = 0; i < n; ++i) finite &= std::isfinite(values[i]);
+    return finite;
+  });
+}
 
 inline std::optional<Activation> find_activation(std::string_view name) {
   for (int i = 0; i < kActivations; ++i) {

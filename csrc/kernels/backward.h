@@ -34,6 +34,8 @@ struct BackwardSteps final : PlaneSteps, RowSteps {
   const CoefficientRows& rows;
   LaneCoefficients& coefficients;
   const int64_t c, known, statistics;    // channels; rows that statistics have, and their number
+  const double* count;                   // Σ w of each row of statistics; null if all values count
+  double counted = 0.0;
   double *dxhat, *dxhat_xhat = nullptr;  // [statistics, c]: Σ dx̂ and Σ dx̂·x̂
 
   BackwardSteps(const Backward& args_, const Channels<T>& channels_, const CoefficientRows& rows_,
@@ -45,11 +47,19 @@ struct BackwardSteps final : PlaneSteps, RowSteps {
         c(args.shape.c),
         known(channels.rows()),
         statistics(channels.mean.rows()),
+        count(args.count),
         dxhat(scratch.get<double>(args.through_batch ? 2 * statistics * c : 0)) {
     if (!args.through_batch) return;
     dxhat_xhat = dxhat + statistics * c;
     for (int64_t i = 0; i < 2 * statistics * c; ++i) dxhat[i] = 0.0;
+    if (count || !args.weights) return;
+    double squares = 0.0;
+    for (int64_t n = 0; n < args.shape.n; ++n) {
+      add_weights(args.shape, static_cast<const A*>(args.weights), n, 0, args.shape.s, counted, squares);
+    }
+    count = &counted;
   }
+  BackwardSteps(const BackwardSteps&) = delete;  // count may point into this object
 
   bool finish(int64_t k, const SumsByGroup& sums, bool) override {
     for (int64_t g = 0; g < args.groups; ++g) add(g, k, sums.u(g), sums.uv(g));
@@ -78,11 +88,11 @@ struct BackwardSteps final : PlaneSteps, RowSteps {
     dxhat_xhat[i] += channels.weight.get(g, k) * stored(sum_dz_xhat);
   }
   // In parts, sums and means have the bits of those that are stored between the halves.
-  double stored(double v) const { return args.count ? static_cast<double>(static_cast<A>(v)) : v; }
+  double stored(double v) const { return count ? static_cast<double>(static_cast<A>(v)) : v; }
   void fill_channel(int64_t k) {
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t from = statistics > 1 ? rows.source(row) : 0, i = from * c + k;
-      const double values = args.count ? args.count[from] : static_cast<double>(args.shape.n * args.shape.s);
+      const double values = count ? count[from] : static_cast<double>(args.shape.n * args.shape.s);
       auto mean = [&](double sum) { return values > 0.0 ? stored(sum / values) : 0.0; };  // no value: constants
       fill_means(channels, rows, c, row, k, mean(dxhat[i]), mean(dxhat_xhat[i]), coefficients.channels);
     }
@@ -126,10 +136,12 @@ void backward(const Threads& threads, const Backward& args) {
   Scratch scratch;
   const Channels<T> channels(args.normalization, s.c, scratch);
   const CoefficientRows rows(args.normalization, {&args.mean_dxhat, &args.mean_dxhat_xhat}, s.n, scratch);
-  const bool whole = args.normalization.index || args.weights;
+  const bool whole = args.normalization.index;
   const int inputs = 2 + (args.residual != nullptr || args.y != nullptr);
   const bool planes = in_planes(s, whole);
   const RowShape r = planes ? RowShape{s.c, 1, 0, s.c, 1, 1} : row_shape<T>(s, whole);
+  // The map needs whole rows for weights. The sums do not, and have the bits of sums without a map.
+  const bool apart = args.weights && !planes && !r.one_to_one();
   LaneCoefficients coefficients(r, scratch, rows.count);
   fill_coefficients(channels, rows, s.c, coefficients.channels);
   coefficients.spread_mean_scale_shift();
@@ -142,14 +154,15 @@ void backward(const Threads& threads, const Backward& args) {
   with_activation(args.normalization.activation, [&](auto f) {
     using F = decltype(f);
     const auto term = backward_term<F>(args, coefficients.lanes.view());
-    const auto map = apply_map<F>(args, coefficients.lanes.view());
-    const Mapper to_dx = args.dx ? mapper(map) : Mapper{};
+    const auto map = apply_map<F>(args, (apart ? coefficients.channels : coefficients.lanes).view());
+    const Mapper to_dx = args.dx ? mapper(map) : Mapper{}, with_sums = apart ? Mapper{} : to_dx;
     if (planes) {
       if (!args.sum_dz) return map_all_planes(threads, s, to_dx, streams(args), by.mapped);
       return reduce_then_map(threads, s, reducer(term), steps, to_dx, streams(args), inputs, kValues, by);
     }
-    if (!args.sum_dz) return map_all_rows(threads, r, to_dx, streams(args), kValues, by.mapped);
-    reduce_then_map(threads, r, reducer(term), steps, to_dx, streams(args), kValues, by);
+    if (args.sum_dz) reduce_then_map(threads, r, reducer(term), steps, with_sums, streams(args), kValues, by);
+    if (apart) return map_all(threads, s, to_dx, streams(args), by.mapped);
+    if (!args.sum_dz) map_all_rows(threads, r, to_dx, streams(args), kValues, by.mapped);
   });
 }
 

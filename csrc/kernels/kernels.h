@@ -108,7 +108,7 @@ struct Backward {
   void* dx;                            // may be null
   void* dz;                            // may be null
   bool through_batch;                  // dx through the batch's statistics; its means are computed from the sums
-  const double* count = nullptr;       // for these means: [rows of mean], Σ w; null if all values count
+  const double* count = nullptr;       // for these means: [rows of mean], Σ w; if null, that of the weights, or all
   Vector mean_dxhat, mean_dxhat_xhat;  // given means, if not through_batch; absent: the statistics are constants
   const void* weights;                 // [n, s] in the statistics' dtype, factors of the means; may be null
 };

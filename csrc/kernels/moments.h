@@ -138,6 +138,23 @@ struct StoreMoments {
 
 // ---- by group, or with weights -------------------------------------------------------------------------------------
 
+// Adds Σ w and Σ w² of positions [begin, begin + length) of sample n. Without weights, each is 1.
+void add_weights(const Shape& shape, const A* weights, int64_t n, int64_t begin, int64_t length, double& sum,
+                 double& sum_squares) {
+  if (!weights) {
+    sum += static_cast<double>(length), sum_squares += static_cast<double>(length);
+    return;
+  }
+  const A* w = weights + n * shape.s + begin;
+  WideSums sums;
+  for (int64_t p = 0; p < length; p += kLanes<double>) {
+    const Vec<double> wide = load_wide(w + p, length - p < kLanes<double> ? length - p : kLanes<double>);
+    sums.u = sums.u + wide;
+    sums.uv = fma(wide, wide, sums.uv);
+  }
+  sum += sum_lanes(sums.u), sum_squares += sum_lanes(sums.uv);
+}
+
 // The values of a batch by group. Groups and weights need rows of one position, so each lane is a channel.
 struct Groups {
   const Shape& shape;
@@ -166,7 +183,7 @@ struct Groups {
     for (int64_t g = 0; g < count; ++g) values[g] = squares[g] = 0.0, empty[g] = true;
     for (int64_t n = 0; n < s.n && s.s > 0; ++n) {
       const int64_t g = group(n);
-      add_weights(n, 0, s.s, values[g], squares[g]);
+      add_weights(shape, weights, n, 0, s.s, values[g], squares[g]);
       if (!empty[g]) continue;
       int64_t p = 0;
       while (weights && p < s.s && weights[n * s.s + p] == A(0)) ++p;
@@ -181,22 +198,6 @@ struct Groups {
     }
   }
   int64_t group(int64_t n) const { return index ? index[n] : 0; }
-
-  // Adds Σ w and Σ w² of positions [begin, begin + length) of sample n.
-  void add_weights(int64_t n, int64_t begin, int64_t length, double& sum, double& sum_squares) const {
-    if (!weights) {
-      sum += static_cast<double>(length), sum_squares += static_cast<double>(length);
-      return;
-    }
-    const A* w = weights + n * shape.s + begin;
-    WideSums sums;
-    for (int64_t p = 0; p < length; p += kLanes<double>) {
-      const Vec<double> wide = load_wide(w + p, length - p < kLanes<double> ? length - p : kLanes<double>);
-      sums.u = sums.u + wide;
-      sums.uv = fma(wide, wide, sums.uv);
-    }
-    sum += sum_lanes(sums.u), sum_squares += sum_lanes(sums.uv);
-  }
 
   // Replaces each group's pivots, which are its first values, by means of a few values of its first samples (at most
   // 1/8 of all).
@@ -217,7 +218,7 @@ struct Groups {
       const int64_t g = group(n);
       if (seen[g]++ >= samples) continue;
       double squares_of_few = 0.0;
-      add_weights(n, begin, few, sum[g], squares_of_few);
+      add_weights(shape, weights, n, begin, few, sum[g], squares_of_few);
       if (!planes) {
         for (int64_t c = 0; c < s.c; ++c) unused[c] = 0.0;
         reducer.rows(reducer.term, s.c, n * s.s + begin, n * s.s + begin + few, 0, s.c, g * s.c, u + g * s.c, unused);

@@ -255,12 +255,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parts_forward(
   args.weights = frame.read_weights(weights);
   args.count = sums.data();
   kernels(frame.dtype).train_forward(threads(), args);
-  bool finite = true;
-  for (int64_t i = 0; weights && i < count * frame.shape.c; ++i) {
-    finite &= statistics == DType::float64 ? std::isfinite(static_cast<const double*>(args.var)[i])
-                                           : std::isfinite(static_cast<const float*>(args.var)[i]);
-  }
-  STD_TORCH_CHECK(finite, "batchnorm::strict_parts_forward expects finite values, got infinity or NaN. Call moments and "
+  STD_TORCH_CHECK(!weights || all_finite(statistics, args.var, count * frame.shape.c),
+                  "batchnorm::strict_parts_forward expects finite values, got infinity or NaN. Call moments and "
                           "normalize.");
   for (int64_t g = 0; g < count; ++g) {
     const double total = sums[g], squares = sums[count + g];

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/export.h"
@@ -101,11 +102,35 @@ ffi::Error guarded(const Call& call) {
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
+// Fills `count` [c] with the number of values of a channel, or the sum of their weights.
+void store_count(const Shape& shape, DType dtype, double counted, Out& count) {
+  with_statistics(dtype, data(count), [&](auto* values) { std::fill_n(values, shape.c, counted); });
+}
+
+// Computes results of `args` with weights again, without the values whose weight is 0.
+void clear_then_train(const Threads& threads, DType dtype, const TrainForward& args) {
+  const Shape& shape = args.shape;
+  const DType statistics = statistics_of(dtype);
+  double counted = 0.0;
+  kernels(dtype).moments(threads, {shape, args.x, nullptr, args.weights, 1, &counted, args.mean, args.mean_low, args.var});
+  with_statistics(statistics, args.var, [&](auto* var) {
+    using A = std::remove_reference_t<decltype(*var)>;
+    const double divisor = counted > 0.0 ? counted : 1.0;
+    for (int64_t c = 0; c < shape.c; ++c) var[c] = static_cast<A>(static_cast<double>(var[c]) / divisor);
+  });
+  Normalize again{shape, args.x, args.residual, args.normalization, args.y};
+  again.normalization.mean = {args.mean, statistics, 1};
+  again.normalization.mean_low = {args.mean_low, statistics, 1};
+  again.normalization.var = {args.var, statistics, 1};
+  kernels(dtype).normalize(threads, again);
+}
+
 ffi::Error train_forward(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer weight, AnyBuffer bias, AnyBuffer residual,
-                         int64_t axis, double eps, std::string_view activation, double parameter, Out y, Out mean,
-                         Out mean_low, Out var) {
+                         AnyBuffer weights, int64_t axis, double eps, std::string_view activation, double parameter,
+                         Out y, Out count, Out mean, Out mean_low, Out var) {
   return guarded([&] {
     const Pool pool(threads);
+    const DType dtype = dtype_of(x);
     TrainForward args{};
     args.shape = shape_of(x, axis);
     args.x = data(x);
@@ -117,7 +142,13 @@ ffi::Error train_forward(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer weight,
     args.mean = data(mean);
     args.mean_low = data(mean_low);
     args.var = data(var);
-    kernels(dtype_of(x)).train_forward(pool.threads(), args);
+    args.weights = data(weights);
+    double counts[] = {static_cast<double>(args.shape.n * args.shape.s), 0.0};
+    if (args.weights) args.count = counts;
+    kernels(dtype).train_forward(pool.threads(), args);
+    store_count(args.shape, dtype, counts[0], count);
+    const bool finite = !args.weights || all_finite(statistics_of(dtype), args.var, args.shape.c);
+    if (!finite) clear_then_train(pool.threads(), dtype, args);
   });
 }
 
@@ -136,11 +167,7 @@ ffi::Error moments(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer weights, int6
     args.mean_low = data(mean_low);
     args.m2 = data(m2);
     kernels(dtype_of(x)).moments(pool.threads(), args);
-    if (dtype_of(x) == DType::float64) {
-      std::fill_n(static_cast<double*>(data(count)), count_of(*count), counted);
-    } else {
-      std::fill_n(static_cast<float*>(data(count)), count_of(*count), static_cast<float>(counted));
-    }
+    store_count(args.shape, dtype_of(x), counted, count);
   });
 }
 
@@ -177,7 +204,7 @@ ffi::Error normalize(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer residual, A
 }
 
 // The sums are computed if sum_dz has values, dx and dz if they have values. The means are given if mean_dxhat has
-// values; otherwise dx takes them from the sums.
+// values; otherwise dx takes them from the sums and the weights.
 ffi::Error backward(ffi::ThreadPool threads, AnyBuffer dy, AnyBuffer x, AnyBuffer residual, AnyBuffer mean,
                     AnyBuffer mean_low, AnyBuffer var, AnyBuffer weight, AnyBuffer bias, AnyBuffer mean_dxhat,
                     AnyBuffer mean_dxhat_xhat, AnyBuffer weights, int64_t axis, double eps,
@@ -234,7 +261,7 @@ auto bind(Function function) {
 }  // namespace
 
 BATCHNORM_EXPORT XLA_FFI_Error* batchnorm_xla_train_forward(XLA_FFI_CallFrame* frame) {
-  static const auto handler = bind<4, 4>(train_forward);
+  static const auto handler = bind<5, 5>(train_forward);
   return handler->Call(frame);
 }
 BATCHNORM_EXPORT XLA_FFI_Error* batchnorm_xla_moments(XLA_FFI_CallFrame* frame) {

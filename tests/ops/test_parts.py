@@ -72,6 +72,20 @@ def test_both_halves_at_once_agree_with_one_after_the_other(
         torch.testing.assert_close(narrow.double(), theirs, rtol=2e-5, atol=2e-5)
 
 
+def test_a_mask_gives_the_bits_of_the_two_halves_also_if_rows_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of backward combine rows of 40 channels; weights need them one by one."""
+    x, dy = (torch.randn(6, 40, 9, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    mask = torch.rand(6, 9, 5)
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(strict, "takes_parts", lambda *tensors: False)
+        inputs = [t.requires_grad_() for t in (x.detach(), torch.linspace(-1, 1, 40), torch.linspace(0, 1, 40))]
+        y = batch_norm(inputs[0], None, None, *inputs[1:], training=True, mask=mask, activation="relu")  # type: ignore[misc]
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, dy)))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("padding", [torch.nan, torch.inf, 3e38])
 def test_the_ordinary_route_clears_padding_that_is_not_finite(padding: float) -> None:
     expected = step(mask_with(0.0), torch.float32, torch.contiguous_format)

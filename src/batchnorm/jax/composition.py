@@ -88,6 +88,14 @@ def values_per_channel(x: Array, axis: int) -> int:
     return math.prod(size for i, size in enumerate(x.shape) if i != axis)
 
 
+def count_values(x: Array, weights: Array | None, axis: int) -> Array:
+    """Return the number of values `[C]`, or the sums of their weights."""
+    channels = x.shape[axis]
+    if weights is None:
+        return jnp.full(channels, values_per_channel(x, axis), wide(x))
+    return jnp.broadcast_to(sum_positions(spread_weights(weights, x, axis).astype(wide(x)), axis), channels)
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 
@@ -99,11 +107,9 @@ def moments(x: Array, weights: Array | None, at: Attributes) -> tuple[Array, Arr
     of the deviations.
     """
     w = None if weights is None else spread_weights(weights, x, at.axis).astype(wide(x))
-    if w is None:
-        count = jnp.full(x.shape[at.axis], values_per_channel(x, at.axis), wide(x))
-    else:
+    count = count_values(x, weights, at.axis)
+    if w is not None:
         x = jnp.where(w > 0, x, 0)  # the square of a value that does not count could overflow
-        count = jnp.broadcast_to(sum_positions(w, at.axis), x.shape[at.axis])
 
     def mean_of(values: Array) -> Array:
         return safe_divide(_sum_in_stages(values if w is None else w * values, at.axis), count)
@@ -129,12 +135,17 @@ def _sum_in_stages(values: Array, axis: int) -> Array:
 
 
 def train_forward(
-    x: Array, weight: Array | None, bias: Array | None, residual: Array | None, at: Attributes
-) -> tuple[Array, Array, Array, Array]:
-    """Return y, and the batch's mean, mean_low and biased variance."""
-    count, mean, mean_low, m2 = moments(x, None, at)
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    weights: Array | None,
+    at: Attributes,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Return y, and the batch's count, mean, mean_low and biased variance."""
+    count, mean, mean_low, m2 = moments(x, weights, at)
     var = safe_divide(m2, count)
-    return normalize(Kept(x, residual, mean, mean_low, var, weight, bias), at), mean, mean_low, var
+    return normalize(Kept(x, residual, mean, mean_low, var, weight, bias), at), count, mean, mean_low, var
 
 
 # ---- given statistics ----------------------------------------------------------------------------------------------
@@ -199,12 +210,14 @@ def backward_apply(
     return dx.astype(x.dtype), None if kept.residual is None else dz.astype(x.dtype)
 
 
-def train_backward(dy: Array, kept: Kept, at: Attributes) -> tuple[Array, Array, Array, Array | None]:
+def train_backward(
+    dy: Array, kept: Kept, weights: Array | None, at: Attributes
+) -> tuple[Array, Array, Array, Array | None]:
     """Return Σ dz, Σ dz·x̂, dx, and dz if there is a residual; kept.mean and kept.var are those of the batch."""
     sums = backward_reduce(dy, kept, at)
-    m = max(values_per_channel(kept.x, at.axis), 1)
-    mean_dxhat, mean_dxhat_xhat = (s / m if kept.weight is None else s * kept.weight / m for s in sums)
-    return *sums, *backward_apply(dy, mean_dxhat, mean_dxhat_xhat, kept, None, at)
+    count = count_values(kept.x, weights, at.axis)
+    mean_dxhat, mean_dxhat_xhat = (safe_divide(s if kept.weight is None else s * kept.weight, count) for s in sums)
+    return *sums, *backward_apply(dy, mean_dxhat, mean_dxhat_xhat, kept, weights, at)
 
 
 # ---- the tangent, in forward mode ----------------------------------------------------------------------------------
@@ -249,9 +262,10 @@ def tangent_means(p: Array, q: Array, count: Array, weight: Array | None, dots: 
     return (p if dots.bias is None else p + dots.bias), (q if dots.weight is None else q + dots.weight)
 
 
-def train_tangent(dots: Tangents, kept: Kept, at: Attributes) -> Array:
+def train_tangent(dots: Tangents, constants: tuple[Kept, Array | None], at: Attributes) -> Array:
     """Return y's tangent, where kept.mean and kept.var are those of the batch. The transpose is `train_backward`."""
-    u, p, q = tangent_apply((dots.x, dots.residual), (kept, None), at)
-    count = jnp.full_like(p, values_per_channel(kept.x, at.axis))
+    kept, weights = constants
+    u, p, q = tangent_apply((dots.x, dots.residual), constants, at)
+    count = count_values(kept.x, weights, at.axis)
     means = tangent_means(p, q, count, kept.weight, dots)
     return u + tangent_reduce(means, kept, at)

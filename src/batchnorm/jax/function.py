@@ -63,9 +63,11 @@ def batch_norm(
 
     Numerics:
         Statistics are sums of deviations from a value close to the mean, and the mean is a pair of numbers, so that
-        even a mean of 1e6 standard deviations costs no accuracy. On the CPU, the compiled kernels run on XLA's threads,
-        and give the same bits as `batchnorm.functional.batch_norm` for PyTorch. `batchnorm.backends()` says whether
-        they do. On other devices, and for arrays that `jit` shards over several devices, XLA compiles a composition.
+        even a mean of 1e6 standard deviations costs no accuracy. On the CPU, the compiled kernels run on XLA's threads.
+        Results and gradients have the same bits as those of `batchnorm.functional.batch_norm` for PyTorch, also with a
+        mask. `batchnorm.backends()` says whether the kernels run. On other devices, and for arrays that `jit` shards
+        over several devices, XLA compiles a composition. Statistics over `axis_name`, and a mask that differs by
+        channel, are merged or computed in float32, and may differ in the last bits.
 
     Source: Ioffe & Szegedy 2015, algorithm 1; the equations are on the mathematics page, "Forward".
 

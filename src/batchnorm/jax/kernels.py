@@ -73,8 +73,8 @@ def _backward_apply(
     return Call("backward", (dy, *kept, mean_dxhat, mean_dxhat_xhat, weights), (None, None, *_with_dz(out)))
 
 
-def _train_backward(out: Sequence[_Value], dy: Any, kept: Sequence[Any]) -> Call:
-    return Call("backward", (dy, *kept, None, None, None), (*out[:2], *_with_dz(out[2:])))
+def _train_backward(out: Sequence[_Value], dy: Any, kept: Sequence[Any], weights: Any) -> Call:
+    return Call("backward", (dy, *kept, None, None, weights), (*out[:2], *_with_dz(out[2:])))
 
 
 def _with_dz(out: Sequence[_Value]) -> tuple[_Value | None, ...]:

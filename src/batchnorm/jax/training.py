@@ -1,8 +1,8 @@
 """Normalization by the batch's statistics, with derivatives of every order and in both modes.
 
-Each function is a `jax.custom_jvp` whose tangent is linear in a primitive (or two, with masks or over devices). The
-transposes of these primitives are the kernels' backward pass. So forward mode needs no rule of its own, and reverse
-mode costs what the kernels cost. The derivatives of the backward pass are those of its composition.
+Each function is a `jax.custom_jvp` whose tangent is linear in a primitive (or two, over devices). The transposes of
+these primitives are the kernels' backward pass. So forward mode needs no rule of its own, and reverse mode costs what
+the kernels cost. The derivatives of the backward pass are those of its composition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from batchnorm.jax import composition
-from batchnorm.jax.composition import Attributes, Kept, Tangents, safe_divide, values_per_channel
+from batchnorm.jax.composition import Attributes, Kept, Tangents, safe_divide
 from batchnorm.jax.primitives import alike, linear, operator
 
 _train_forward = operator(composition.train_forward)
@@ -71,10 +71,11 @@ def train(
         at: The other arguments.
         peers: The devices that share the statistics, or None.
     """
-    if weights is None and peers is None:
-        y, mean, mean_low, var = _local(x, weight, bias, residual, at)
-        return y, Statistics(jnp.full_like(mean, values_per_channel(x, at.axis)), mean, mean_low, var)
-    y, *statistics = _by_halves(x, weight, bias, residual, weights, at, peers)
+    one_weight_per_position = weights is None or weights.ndim < x.ndim  # otherwise, only some halves have a kernel
+    if peers is None and one_weight_per_position:
+        y, *statistics = _local(x, weight, bias, residual, weights, at)
+    else:
+        y, *statistics = _by_halves(x, weight, bias, residual, weights, at, peers)
     return y, Statistics(*statistics)
 
 
@@ -96,9 +97,9 @@ def _residual_gradient(dz: list[Array], dy: Array) -> Array:
     return dz[0] if dz else dy
 
 
-def _transpose_train_tangent(cotangents: Any, kept: Kept, at: Attributes) -> Tangents:
+def _transpose_train_tangent(cotangents: Any, constants: Any, at: Attributes) -> Tangents:
     (dy,) = cotangents
-    sum_dz, sum_dz_xhat, dx, *dz = _train_backward(dy, kept, at)
+    sum_dz, sum_dz_xhat, dx, *dz = _train_backward(dy, *constants, at)
     return Tangents(dx, _residual_gradient(dz, dy), sum_dz_xhat, sum_dz)
 
 
@@ -119,24 +120,31 @@ _tangent_apply = linear(composition.tangent_apply, _transpose_tangent_apply)
 _tangent_reduce = linear(composition.tangent_reduce, _transpose_tangent_reduce)
 
 
-# ---- on one device, without a mask: fused ---------------------------------------------------------------------------
+# ---- on one device: fused -------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _local(x: Array, weight: Array | None, bias: Array | None, residual: Array | None, at: Attributes) -> Any:
-    return tuple(_train_forward(x, weight, bias, residual, at))
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _local(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    weights: Array | None,
+    at: Attributes,
+) -> Any:
+    return tuple(_train_forward(x, weight, bias, residual, weights, at))
 
 
 @_local.defjvp
 def _local_jvp(at: Attributes, primals: Any, tangents: Any) -> Any:
-    x, weight, bias, residual = primals
-    x_dot, weight_dot, bias_dot, residual_dot = tangents
-    y, *statistics = _local(*primals, at)
-    kept = _kept(x, residual, statistics, weight, bias, at)
-    (y_dot,) = _train_tangent(Tangents(x_dot, residual_dot, weight_dot, bias_dot), kept, at)
-    _, p, q = _tangent_apply((x_dot, None), (kept, None), at)
-    dots = _statistics_dots(p, q, jnp.full_like(p, values_per_channel(x, at.axis)), statistics, at)
-    return (y, *statistics), (y_dot, *dots)
+    x, weight, bias, residual, weights = primals
+    x_dot, weight_dot, bias_dot, residual_dot, _ = tangents
+    y, count, *statistics = _local(*primals, at)
+    constants = _kept(x, residual, statistics, weight, bias, at), weights
+    (y_dot,) = _train_tangent(Tangents(x_dot, residual_dot, weight_dot, bias_dot), constants, at)
+    _, p, q = _tangent_apply((x_dot, None), constants, at)
+    dots = _statistics_dots(p, q, count, statistics, at)
+    return (y, count, *statistics), (y_dot, _zeros_like(count), *dots)
 
 
 def _statistics_dots(p: Array, q: Array, count: Array, statistics: Any, at: Attributes) -> tuple[Array, Array, Array]:
@@ -146,7 +154,7 @@ def _statistics_dots(p: Array, q: Array, count: Array, statistics: Any, at: Attr
     return -std * safe_divide(p, count), _zeros_like(mean), -2.0 * jnp.square(std) * safe_divide(q, count)
 
 
-# ---- with a mask, or over devices: in halves -------------------------------------------------------------------------
+# ---- over devices, or with a mask that differs by channel: in halves -------------------------------------------------
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
