@@ -38,6 +38,8 @@ inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, i
   return at::detail::empty_strided_cpu({sizes, length}, {strides, length}, static_cast<at::ScalarType>(code));
 }
 
+inline Tensor select(const Tensor& t, int64_t dim, int64_t index) { return t.select(dim, index); }
+
 inline void copy_to(const Tensor& to, const Tensor& from) { to.copy_(from); }
 
 inline bool increment_version(const Tensor& t) {

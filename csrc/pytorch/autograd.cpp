@@ -123,16 +123,16 @@ PyObject* set_functions(PyObject*, PyObject* given) {
 
 // batch_norm(x, running_mean, running_var, num_batches_tracked, weight, bias, residual, training, eps, activation,
 //            parameter, keeps_y, momentum, skip_nonfinite, launched), all by position. The activation is its number in
-// the table.
-constexpr Py_ssize_t kArguments = 15;
+// the table. For statistics of groups of samples or of weighted positions, index, weights, groups and shared follow.
+constexpr Py_ssize_t kArguments = 15, kWithParts = 19;
 
 // Increase it with every change of this module's functions, together with INTERFACE in ops/compiled.py.
-constexpr long kInterface = 2;
+constexpr long kInterface = 3;
 
-MaybeTensor called(PyObject* const* a) {
+MaybeTensor called(PyObject* const* a, bool with_parts) {
   const Tensor& x = tensor(a[0]);
   const MaybeTensor weight = maybe_tensor(a[4]), bias = maybe_tensor(a[5]), residual = maybe_tensor(a[6]);
-  const node::Call call{
+  node::Call call{
       maybe_tensor(a[1]),
       maybe_tensor(a[2]),
       maybe_tensor(a[3]),
@@ -144,6 +144,9 @@ MaybeTensor called(PyObject* const* a) {
       flag(a[14]),
   };
   if (call.launched && functions == nullptr) return std::nullopt;
+  if (with_parts) {
+    call.parts = parts::Parts{maybe_tensor(a[15]), maybe_tensor(a[16]), static_cast<int64_t>(real(a[17])), flag(a[18])};
+  }
   struct WithoutGil {
     PyThreadState* state = PyEval_SaveThread();
     ~WithoutGil() { PyEval_RestoreThread(state); }
@@ -152,12 +155,13 @@ MaybeTensor called(PyObject* const* a) {
 }
 
 PyObject* batch_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kArguments) {
-    PyErr_SetString(PyExc_TypeError, "batch_norm expects 15 arguments by position. Call batchnorm.functional.batch_norm.");
+  if (count != kArguments && count != kWithParts) {
+    PyErr_SetString(PyExc_TypeError,
+                    "batch_norm expects 15 or 19 arguments by position. Call batchnorm.functional.batch_norm.");
     return nullptr;
   }
   try {
-    MaybeTensor y = called(arguments);
+    MaybeTensor y = called(arguments, count == kWithParts);
     if (y) return THPVariable_Wrap(std::move(*y));
   } catch (const Unexpected&) {
   } catch (const c10::Error& error) {

@@ -10,9 +10,11 @@
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "launched.h"
+#include "parts.h"
 #include "strict.h"
 
 namespace batchnorm::node {
@@ -35,6 +37,14 @@ struct Call {
   std::optional<double> momentum;
   bool skip_nonfinite;
   bool launched;  // by functions in Python, instead of the kernels for the CPU
+  std::optional<parts::Parts> parts = std::nullopt;  // if statistics are not those of all values
+};
+
+// y, and the statistics for backward.
+struct Computed {
+  Tensor y;
+  MaybeTensor statistics;                         // of strict.h, if needed
+  std::optional<parts::Statistics> of_parts = {};  // instead
 };
 
 // Returns whether a tensor is dense, on the CPU or a GPU, and holds its values in memory, so that no other part of torch
@@ -55,9 +65,8 @@ inline bool observed() {
   return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~usual.raw_repr()) != 0;
 }
 
-inline std::tuple<Tensor, MaybeTensor> launched_or_refused(const Tensor& x, const MaybeTensor& weight,
-                                                           const MaybeTensor& bias, const MaybeTensor& residual,
-                                                           const Call& call, bool differentiable) {
+inline Computed launched_or_refused(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                                    const MaybeTensor& residual, const Call& call, bool differentiable) {
   RECORD_FUNCTION(call.training ? "batchnorm::strict_train_forward_" : "batchnorm::strict_normalize",
                   c10::ArrayRef<const c10::IValue>{});
   auto found = call.training ? launched::train_forward_(x, weight, bias, residual, call.running_mean, call.running_var,
@@ -66,18 +75,37 @@ inline std::tuple<Tensor, MaybeTensor> launched_or_refused(const Tensor& x, cons
                              : launched::normalize(x, *call.running_mean, *call.running_var, weight, bias, residual,
                                                    call.attributes, differentiable);
   if (!found) throw Refused("other routes compute this call");
-  return *std::move(found);
+  return {std::get<0>(*found), std::get<1>(*found)};
 }
 
-// Returns y, and the statistics for backward if `differentiable` or training.
-inline std::tuple<Tensor, MaybeTensor> computed(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                                                const MaybeTensor& residual, const Call& call, bool differentiable) {
+inline Computed computed_by_parts(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                                  const MaybeTensor& residual, const Call& call) {
+  Computed found;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    RECORD_FUNCTION("batchnorm::strict_parts_forward", c10::ArrayRef<const c10::IValue>{});
+    std::tie(found.y, found.of_parts) = parts::forward(x, weight, bias, residual, *call.parts, call.attributes);
+  }
+  if (call.running_mean) {  // above ADInplaceOrView, so that rows share the version of their tensor
+    RECORD_FUNCTION("batchnorm::strict_update_parts_", c10::ArrayRef<const c10::IValue>{});
+    parts::update_(*call.running_mean, *call.running_var, call.num_batches_tracked, *found.of_parts, call.momentum,
+                   call.skip_nonfinite);
+  }
+  return found;
+}
+
+// Returns y, and the statistics if `differentiable` or training.
+inline Computed computed(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                         const MaybeTensor& residual, const Call& call, bool differentiable) {
+  if (call.parts) return computed_by_parts(x, weight, bias, residual, call);
   at::AutoDispatchBelowADInplaceOrView below;  // for copies of tensors in another layout
   if (call.launched) return launched_or_refused(x, weight, bias, residual, call, differentiable);
   if (call.training) {
     RECORD_FUNCTION("batchnorm::strict_train_forward_", c10::ArrayRef<const c10::IValue>{});
-    return strict::train_forward_(x, weight, bias, residual, call.running_mean, call.running_var,
-                                  call.num_batches_tracked, call.attributes, call.momentum, call.skip_nonfinite);
+    auto [y, statistics] =
+        strict::train_forward_(x, weight, bias, residual, call.running_mean, call.running_var,
+                               call.num_batches_tracked, call.attributes, call.momentum, call.skip_nonfinite);
+    return {y, statistics};
   }
   RECORD_FUNCTION("batchnorm::strict_normalize", c10::ArrayRef<const c10::IValue>{});
   MaybeTensor statistics;
@@ -86,32 +114,95 @@ inline std::tuple<Tensor, MaybeTensor> computed(const Tensor& x, const MaybeTens
   return {y, statistics};
 }
 
-// The gradients by the operator `batchnorm::strict_gradients`, which Python implements: as differentiable functions if
-// gradients are enabled, else by the operators of the contract, which modes and transforms can see.
-inline strict::Gradients by_operators(const Tensor& dy, const Tensor& x, const MaybeTensor& residual,
-                                      const MaybeTensor& y, const Tensor& statistics, const MaybeTensor& weight,
-                                      const MaybeTensor& bias, const Attributes& attributes,
-                                      const std::array<bool, 4>& needs) {
+// The tensors that forward saves for backward, by their places. The last six are only there with parts.
+enum Place : size_t { kX, kResidual, kY, kStatistics, kWeight, kBias, kIndex, kWeights, kMean, kMeanLow, kVar, kCount };
+
+// What backward computes from.
+struct Pass {
+  const Tensor& dy;
+  const variable_list saved;
+  Attributes attributes;
+  bool launched;
+  int64_t groups;             // of parts; 0 without
+  std::array<bool, 4> needs;  // the gradients of x, weight, bias and residual
+
+  const Tensor& operator[](Place place) const { return saved[place]; }
+  MaybeTensor maybe(Place place) const { return saved[place].defined() ? MaybeTensor(saved[place]) : std::nullopt; }
+  bool need_dz() const { return needs[3] && attributes.activation != Activation::none; }
+  bool need_dx() const { return needs[0] || need_dz(); }
+};
+
+// The gradients by operators that Python implements: as differentiable functions if gradients are enabled, else by the
+// operators of the contract, which modes and transforms can see.
+inline strict::Gradients by_operators(const Pass& p) {
   using Maybe = const MaybeTensor&;
-  static const auto call =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("batchnorm::strict_gradients", "")
-          .typed<std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>(
-              const Tensor&, const Tensor&, Maybe, Maybe, const Tensor&, Maybe, Maybe, double, int64_t, double,
-              std::array<bool, 4>)>();
-  auto [dx, dweight, dbias, dz] = call.call(dy, x, residual, y, statistics, weight, bias, attributes.eps,
-                                            static_cast<int64_t>(attributes.activation), attributes.parameter, needs);
+  using Result = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+  using Needs = std::array<bool, 4>;
+  static const auto find = [](const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); };
+  static const auto whole =
+      find("batchnorm::strict_gradients")
+          .typed<Result(const Tensor&, const Tensor&, Maybe, Maybe, const Tensor&, Maybe, Maybe, double, int64_t,
+                        double, Needs)>();
+  static const auto by_parts =
+      find("batchnorm::strict_parts_gradients")
+          .typed<Result(const Tensor&, const Tensor&, Maybe, Maybe, const Tensor&, const Tensor&, const Tensor&, Maybe,
+                        Maybe, const Tensor&, Maybe, Maybe, int64_t, double, int64_t, double, Needs)>();
+  const auto activation = static_cast<int64_t>(p.attributes.activation);
+  const double eps = p.attributes.eps, parameter = p.attributes.parameter;
+  const MaybeTensor residual = p.maybe(kResidual), y = p.maybe(kY), weight = p.maybe(kWeight), bias = p.maybe(kBias);
+  auto [dx, dweight, dbias, dz] =
+      p.groups == 0
+          ? whole.call(p.dy, p[kX], residual, y, p[kStatistics], weight, bias, eps, activation, parameter, p.needs)
+          : by_parts.call(p.dy, p[kX], residual, y, p[kMean], p[kMeanLow], p[kVar], weight, bias, p[kCount],
+                          p.maybe(kIndex), p.maybe(kWeights), p.groups, eps, activation, parameter, p.needs);
   return {dx, dweight, dbias, dz};
+}
+
+// Returns a parameter's gradient [C] or [K, C], in its dtype, from sums by row.
+inline MaybeTensor gradient_of(const MaybeTensor& parameter, const Tensor& sums) {
+  if (!parameter) return std::nullopt;
+  return (sums.dim() > parameter->dim() ? sums.sum(0) : sums).to(parameter->scalar_type());
+}
+
+inline strict::Gradients by_parts(const Pass& p) {
+  const MaybeTensor weight = p.maybe(kWeight), bias = p.maybe(kBias);
+  const parts::Gradients found = parts::backward(
+      p.dy, p[kX], p.maybe(kResidual), p.maybe(kY), p[kMean], p[kMeanLow], p[kVar], weight, bias, p[kCount],
+      {p.maybe(kIndex), p.maybe(kWeights), p.groups}, p.attributes, p.need_dz());
+  return {found.dx, gradient_of(weight, found.sum_dz_xhat), gradient_of(bias, found.sum_dz), found.dz};
+}
+
+// Returns the gradients by the kernels. Returns nothing if something else must see the call, or if they cannot compute it.
+inline std::optional<strict::Gradients> by_kernels(const Pass& p) {
+  if (at::GradMode::is_enabled() || observed() || !plain(p.dy)) return std::nullopt;
+  for (const Tensor& t : p.saved) {
+    if (t.defined() && !plain(t)) return std::nullopt;
+  }
+  if (!p.need_dx() && (p.launched || p.groups > 0)) return std::nullopt;
+  at::AutoDispatchBelowADInplaceOrView below;
+  std::optional<strict::Gradients> found;
+  if (p.groups > 0) {
+    RECORD_FUNCTION("batchnorm::strict_parts_backward", c10::ArrayRef<const c10::IValue>{});
+    found = by_parts(p);
+  } else {
+    RECORD_FUNCTION("batchnorm::strict_backward", c10::ArrayRef<const c10::IValue>{});
+    const MaybeTensor residual = p.maybe(kResidual), y = p.maybe(kY), weight = p.maybe(kWeight), bias = p.maybe(kBias);
+    found = p.launched ? launched::backward(p.dy, p[kX], residual, y, p[kStatistics], weight, bias, p.attributes,
+                                            p.need_dz())
+                       : strict::backward(p.dy, p[kX], residual, y, p[kStatistics], weight, bias, p.attributes,
+                                          p.need_dx(), p.need_dz());
+  }
+  if (found && p.needs[3] && !p.need_dz()) found->dz = p.dy;
+  return found;
 }
 
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                         const MaybeTensor& residual, const Call& call) {
-    Tensor y;
-    MaybeTensor statistics;
+    Computed found;
     try {
-      std::tie(y, statistics) = computed(x, weight, bias, residual, call, true);
+      found = computed(x, weight, bias, residual, call, true);
     } catch (const launched::Raised&) {
       throw;
     } catch (const std::exception& error) {
@@ -119,47 +210,40 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     }
     const bool activated = residual && call.attributes.activation != Activation::none;
     const auto saved = [](const MaybeTensor& t, bool wanted = true) { return t && wanted ? *t : Tensor(); };
-    context->save_for_backward({x, saved(residual, activated && !call.keeps_y), activated && call.keeps_y ? y : Tensor(),
-                                *statistics, saved(weight), saved(bias)});
-    context->saved_data["attributes"] =
-        std::vector<double>{call.attributes.eps, static_cast<double>(call.attributes.activation),
-                            call.attributes.parameter, residual ? 1.0 : 0.0, call.launched ? 1.0 : 0.0};
+    variable_list kept{x, saved(residual, activated && !call.keeps_y), activated && call.keeps_y ? found.y : Tensor(),
+                       saved(found.statistics), saved(weight), saved(bias)};
+    if (const auto& of_parts = found.of_parts) {
+      for (const Tensor& t : {saved(call.parts->index), saved(call.parts->weights), of_parts->mean, of_parts->mean_low,
+                              of_parts->var, of_parts->count}) {
+        kept.push_back(t);
+      }
+    }
+    context->save_for_backward(std::move(kept));
+    context->saved_data["attributes"] = std::vector<double>{
+        call.attributes.eps, static_cast<double>(call.attributes.activation), call.attributes.parameter,
+        residual ? 1.0 : 0.0, call.launched ? 1.0 : 0.0, call.parts ? static_cast<double>(call.parts->groups) : 0.0};
     context->set_materialize_grads(false);
-    return y;
+    return found.y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& upstream) {
     variable_list gradients(5);  // as many as forward has arguments
-    const Tensor& dy = upstream[0];
-    if (!dy.defined()) return gradients;
-    const variable_list saved = context->get_saved_variables();
-    const auto maybe = [&](size_t i) { return saved[i].defined() ? MaybeTensor(saved[i]) : std::nullopt; };
-    const Tensor &x = saved[0], &statistics = saved[3];
-    const MaybeTensor residual = maybe(1), y = maybe(2), weight = maybe(4), bias = maybe(5);
+    if (!upstream[0].defined()) return gradients;
     const std::vector<double> data = context->saved_data["attributes"].toDoubleVector();
-    const Attributes attributes = strict::attributes_of(data[0], static_cast<int64_t>(data[1]), data[2]);
+    Pass pass{upstream[0], context->get_saved_variables(),
+              strict::attributes_of(data[0], static_cast<int64_t>(data[1]), data[2]), data[4] != 0.0,
+              static_cast<int64_t>(data[5]), {}};
 
     // needs_input_grad counts only the arguments that are there.
-    const bool given[] = {true, weight.has_value(), bias.has_value(), data[3] != 0.0};
-    std::array<bool, 4> needs{};
-    for (size_t i = 0, edge = 0; i < needs.size(); ++i) needs[i] = given[i] && context->needs_input_grad(edge++);
-
-    bool ordinary = !at::GradMode::is_enabled() && !observed() && plain(dy);
-    for (const Tensor& t : saved) ordinary = ordinary && (!t.defined() || plain(t));
-    std::optional<strict::Gradients> found;
-    const bool need_dz = needs[3] && attributes.activation != Activation::none, need_dx = needs[0] || need_dz;
-    const bool launches = data[4] != 0.0;
-    if (ordinary && (need_dx || !launches)) {
-      at::AutoDispatchBelowADInplaceOrView below;
-      RECORD_FUNCTION("batchnorm::strict_backward", c10::ArrayRef<const c10::IValue>{});
-      found = launches ? launched::backward(dy, x, residual, y, statistics, weight, bias, attributes, need_dz)
-                       : strict::backward(dy, x, residual, y, statistics, weight, bias, attributes, need_dx, need_dz);
-      if (found && needs[3] && !need_dz) found->dz = dy;
+    const bool given[] = {true, pass[kWeight].defined(), pass[kBias].defined(), data[3] != 0.0};
+    for (size_t i = 0, edge = 0; i < pass.needs.size(); ++i) {
+      pass.needs[i] = given[i] && context->needs_input_grad(edge++);
     }
-    if (!found) found = by_operators(dy, x, residual, y, statistics, weight, bias, attributes, needs);
+    std::optional<strict::Gradients> found = by_kernels(pass);
+    if (!found) found = by_operators(pass);
     const MaybeTensor* all[] = {&found->dx, &found->dweight, &found->dbias, &found->dz};
-    for (size_t i = 0; i < needs.size(); ++i) {
-      if (needs[i] && *all[i]) gradients[i] = **all[i];
+    for (size_t i = 0; i < pass.needs.size(); ++i) {
+      if (pass.needs[i] && *all[i]) gradients[i] = **all[i];
     }
     return gradients;
   }
@@ -173,6 +257,7 @@ inline MaybeTensor batch_norm(const Tensor& x, const MaybeTensor& weight, const 
   for (const MaybeTensor* t : {&call.running_mean, &call.running_var, &call.num_batches_tracked}) {
     if (!plain(*t) || (*t && (*t)->requires_grad())) return std::nullopt;
   }
+  if (call.parts && (!plain(call.parts->index) || !plain(call.parts->weights))) return std::nullopt;
   differentiable = x.requires_grad();
   for (const MaybeTensor* t : {&weight, &bias, &residual}) {
     if (!plain(*t)) return std::nullopt;
@@ -182,7 +267,7 @@ inline MaybeTensor batch_norm(const Tensor& x, const MaybeTensor& weight, const 
   if (differentiable && x.is_inference()) return std::nullopt;  // autograd cannot save it
   try {
     if (differentiable) return BatchNorm::apply(x, weight, bias, residual, call);
-    return std::get<0>(computed(x, weight, bias, residual, call, false));
+    return computed(x, weight, bias, residual, call, false).y;
   } catch (const Refused&) {
     return std::nullopt;
   } catch (const launched::Raised&) {

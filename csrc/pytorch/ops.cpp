@@ -5,19 +5,18 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "frame.h"
+#include "parts.h"
 #include "running.h"
 
 namespace {
 
 using namespace batchnorm;
-using torch::stable::select;
 
 constexpr int64_t kAnyGroups = INT64_MAX;
 
@@ -219,73 +218,24 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x, con
 
 // ---- both halves at once -------------------------------------------------------------------------------------------
 
-// Returns y and the statistics of each group of samples, or of all samples (`shared`), possibly with weights. These
-// operators are strict: x must be finite wherever a weight is 0.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parts_forward(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     const MaybeTensor& index, const MaybeTensor& weights, int64_t groups, bool shared, double eps,
     StringHandle activation, double parameter) {
   const Attributes attributes{eps, activation_of(activation), parameter};
-  TrainForward args{};
-  Frame frame(x);
-  const bool by_group = index && !shared;
-  STD_TORCH_CHECK((index || weights) && groups > 0 && frame.shape.numel() > 0,
-                  "batchnorm::strict_parts_forward expects values, groups and an index or weights, got too little. Call "
-                  "moments and normalize.");
-  const int64_t count = by_group ? groups : 1;
-  const DType statistics = statistics_of(frame.dtype);
-  Tensor y = frame.result(), mean = empty_rows(by_group, count, frame.shape.c, statistics);
-  Tensor mean_low = empty_rows(by_group, count, frame.shape.c, statistics);
-  Tensor var = empty_rows(by_group, count, frame.shape.c, statistics);
-  const auto counts = [&] {
-    return empty(&count, std::array<int64_t, 1>{1}.data(), by_group ? 1 : 0, code_of(DType::float64));
-  };
-  Tensor sum = counts(), effective = counts();
-  std::vector<double> sums(static_cast<size_t>(2 * count));
-  args.normalization = normalization_of(frame, index.has_value(), {}, {}, {}, weight, bias, attributes);
-  args.normalization.index = frame.index(index, groups);
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.residual = frame.read("residual", residual);
-  args.y = y.mutable_data_ptr();
-  args.mean = mean.mutable_data_ptr();
-  args.mean_low = mean_low.mutable_data_ptr();
-  args.var = var.mutable_data_ptr();
-  args.groups = by_group ? groups : 0;
-  args.weights = frame.read_weights(weights);
-  args.count = sums.data();
-  kernels(frame.dtype).train_forward(threads(), args);
-  STD_TORCH_CHECK(!weights || all_finite(statistics, args.var, count * frame.shape.c),
-                  "batchnorm::strict_parts_forward expects finite values, got infinity or NaN. Call moments and "
-                          "normalize.");
-  for (int64_t g = 0; g < count; ++g) {
-    const double total = sums[g], squares = sums[count + g];
-    static_cast<double*>(sum.mutable_data_ptr())[g] = total;
-    static_cast<double*>(effective.mutable_data_ptr())[g] =
-        !weights ? total : total * total / (squares > 0.0 ? squares : 1.0);
-  }
-  return {frame.returned(y), sum, mean, mean_low, var, effective};
+  const auto [y, found] = parts::forward(x, weight, bias, residual, {index, weights, groups, shared}, attributes);
+  return {y, found.count, found.mean, found.mean_low, found.var, found.effective_count};
 }
 
-// Returns dx, Σ dz·x̂, Σ dz and dz for the statistics of `parts_forward`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> parts_backward(
     const Tensor& dy, const Tensor& x, const MaybeTensor& residual, const MaybeTensor& y, const Tensor& mean,
     const MaybeTensor& mean_low, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
     const Tensor& count, const MaybeTensor& index, const MaybeTensor& weights, int64_t groups, double eps,
     StringHandle activation, double parameter, bool need_dz) {
-  BackwardCall call({dy, x, residual, y, mean, mean_low, var, weight, bias}, index.has_value(),
-                    {eps, activation_of(activation), parameter});
-  const std::vector<double> counts = values_of("count", count);
-  STD_TORCH_CHECK(static_cast<int64_t>(counts.size()) == call.args.normalization.mean.rows,
-                  "batchnorm::strict_parts_backward expects a count for each row of mean, got ", counts.size(),
-                  ". Pass the count of strict_parts_forward.");
-  call.want_sums(groups);
-  call.want_dx(need_dz);
-  call.args.through_batch = true;
-  call.args.count = counts.data();
-  call.args.weights = call.frame.read_weights(weights);
-  call.run(index, groups);
-  return {call.dx, call.sum_dz_xhat, call.sum_dz, call.dz};
+  const Attributes attributes{eps, activation_of(activation), parameter};
+  const parts::Gradients found = parts::backward(dy, x, residual, y, mean, mean_low, var, weight, bias, count,
+                                                 {index, weights, groups}, attributes, need_dz);
+  return {found.dx, found.sum_dz_xhat, found.sum_dz, found.dz};
 }
 
 // ---- running statistics --------------------------------------------------------------------------------------------
@@ -315,43 +265,11 @@ void update_running_(const Tensor& running_mean, const Tensor& running_var, cons
   move_running(running_mean, running_var, num_batches_tracked, batch, momentum, skip_nonfinite);
 }
 
-// Moves running statistics toward those of groups: each row toward its group's; or vectors [C] toward the mean of all
-// values and the pooled variance, with the number of values whose divisor is that of the groups together (section "Ghost
-// batches" of the mathematics page).
 void update_parts_(const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& num_batches_tracked,
                    const Tensor& count, const Tensor& mean, const Tensor& mean_low, const Tensor& var,
                    const Tensor& effective_count, std::optional<double> momentum, bool skip_nonfinite) {
-  if (in_backward()) return;
-  const std::vector<double> sums = values_of("count", count), n = values_of("effective_count", effective_count);
-  const std::vector<double> high = values_of("mean", mean), low = values_of("mean_low", mean_low);
-  const std::vector<double> biased = values_of("var", var);
-  const size_t groups = n.size(), c = groups > 0 ? high.size() / groups : 0;
-  STD_TORCH_CHECK(groups > 0 && sums.size() == groups && high.size() == groups * c && low.size() == high.size() &&
-                      biased.size() == high.size(),
-                  "batchnorm::strict_update_parts_ expects counts [G], and mean, mean_low and var [G, C], got other "
-                  "sizes. Pass the results of strict_parts_forward.");
-  if (running_mean.dim() == 2) {
-    for (size_t g = 0; g < groups; ++g) {
-      const auto row = static_cast<int64_t>(g);
-      MaybeTensor tracked;
-      if (num_batches_tracked) tracked = select(*num_batches_tracked, 0, row);
-      const Batch<double> batch{&high[g * c], &low[g * c], &biased[g * c], c, n[g]};
-      move_running(select(running_mean, 0, row), select(running_var, 0, row), tracked, batch, momentum, skip_nonfinite);
-    }
-    return;
-  }
-  double total = 0.0, parts = 0.0;
-  for (size_t g = 0; g < groups; ++g) total += sums[g], parts += n[g] > 0.0 ? sums[g] / n[g] : 0.0;
-  std::vector<double> pooled_mean(c), pooled_var(c);
-  const std::vector<double> none(c);
-  for (size_t g = 0; g < groups; ++g) {  // a group without counted values has weight zero
-    const double share = total > 0.0 ? sums[g] / total : 0.0;
-    for (size_t k = 0; k < c; ++k) {
-      pooled_mean[k] += share * (high[g * c + k] + low[g * c + k]), pooled_var[k] += share * biased[g * c + k];
-    }
-  }
-  const Batch<double> batch{pooled_mean.data(), none.data(), pooled_var.data(), c, parts > 0.0 ? total / parts : 0.0};
-  move_running(running_mean, running_var, num_batches_tracked, batch, momentum, skip_nonfinite);
+  parts::update_(running_mean, running_var, num_batches_tracked, {count, mean, mean_low, var, effective_count},
+                 momentum, skip_nonfinite);
 }
 
 }  // namespace

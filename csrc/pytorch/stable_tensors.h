@@ -12,6 +12,7 @@
 namespace batchnorm {
 
 using torch::stable::empty_like;
+using torch::stable::select;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 

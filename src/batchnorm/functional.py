@@ -192,6 +192,13 @@ def batch_norm(
     if weights is None:
         y, *found = ops.batch_statistics_norm(input, weight, bias, residual, eps, activation, parameter)
     else:
+        buffers = (running_mean, running_var, num_batches_tracked) if updates else (None, None, None)
+        in_one_call = strict.batch_norm_by_parts(
+            input, buffers, weight, bias, residual, None, weights, 1, False, eps, activation, parameter, momentum,
+            on_nonfinite, on_single,
+        )  # fmt: skip
+        if in_one_call is not None:
+            return channels_back(in_one_call, channel_dim)
         where_single = None
         if on_single == "running":
             assert running_mean is not None

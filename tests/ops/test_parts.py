@@ -15,8 +15,19 @@ from batchnorm.ops import parts, routes, strict
 
 pytestmark = pytest.mark.skipif(not strict.takes_parts(torch.ones(1)), reason="no compiled operators in this build")
 
+NODES = {"native": "torch::autograd::CppNode", "python": "PartsFunctionBackward"}
+NATIVE = strict._native
 N, C = 6, 5
 INDEX = torch.tensor([0, 2, 0, 1, 2, 2])
+
+
+@pytest.fixture(params=["native", "python"])
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Use the node in C++ or in Python, and return the start of its name."""
+    if request.param == "native" and NATIVE is None:
+        pytest.skip("no node in C++ in this build")
+    monkeypatch.setattr(strict, "_native", NATIVE if request.param == "native" else None)
+    return NODES[request.param]
 
 
 def refuse(*arguments: Any) -> Any:
@@ -57,10 +68,13 @@ def step(call: Callable[[Tensor], Tensor], dtype: torch.dtype, layout: torch.mem
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", CALLS)
 def test_both_halves_at_once_agree_with_one_after_the_other(
-    name: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    name: str, layout: torch.memory_format, node: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    others = [(routes, "batch_moments"), (parts, "_normalize"), (parts, "_backward_reduce")]
+    if node == NODES["native"]:
+        others.append((routes, "_apply_parts"))
     with monkeypatch.context() as patch:
-        for module, function in ((routes, "batch_moments"), (parts, "_normalize"), (parts, "_backward_reduce")):
+        for module, function in others:
             patch.setattr(module, function, refuse)
         found = step(CALLS[name], torch.float64, layout)
         single = step(CALLS[name], torch.float32, layout)
@@ -127,3 +141,98 @@ def test_residual_and_activation_take_part() -> None:
         results.append([y, *torch.autograd.grad(y, (x, residual), dy)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# ---- the node ---------------------------------------------------------------------------------------------------
+
+
+def test_higher_derivatives_are_those_of_the_operations(monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    def second(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        x, dy, v = (torch.randn(N, C, 4, 7, generator=generator, dtype=torch.float64) for _ in range(3))
+        x.requires_grad_(), dy.requires_grad_()
+        (dx,) = torch.autograd.grad(call(x), x, dy, create_graph=True)
+        return [*torch.autograd.grad(dx, (x, dy), v)]
+
+    names = [name for name in CALLS if name != "rows of samples"]
+    found = [second(CALLS[name]) for name in names]
+    monkeypatch.setattr(strict, "takes_parts", lambda *tensors: False)
+    for name, ours in zip(names, found, strict=True):
+        for first, expected in zip(ours, second(CALLS[name]), strict=True):
+            torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_several_upstreams_at_once_are_those_of_each(node: str) -> None:
+    x, dys = torch.randn(N, C, 4, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, N, C, 4, 7).double()
+    y = CALLS["domain and mask"](x)
+    assert y.grad_fn is not None
+    assert node in y.grad_fn.name()
+    expected = torch.stack([torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys])
+    for create_graph in (False, True):
+        (found,) = torch.autograd.grad(y, x, dys, True, create_graph, is_grads_batched=True)
+        torch.testing.assert_close(found, expected)
+
+
+def test_running_statistics_are_those_of_the_ordinary_route_and_count_one_version(
+    monkeypatch: pytest.MonkeyPatch, node: str
+) -> None:
+    def update(kind: str) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(N, C, 4, 7, generator=generator)
+        mask = torch.rand(N, 4, 7, generator=generator)
+        layer: Any = {
+            "mask": lambda: nn.BatchNorm2d(C),
+            "ghost": lambda: nn.GhostBatchNorm2d(C, ghost_size=4, momentum=None),
+            "domain": lambda: nn.DomainBatchNorm2d(C, num_domains=4),
+            "conditional": lambda: nn.ConditionalBatchNorm2d(C, num_classes=3),
+        }[kind]()
+        arguments = (INDEX,) if kind in ("domain", "conditional") else ()
+        before = [t._version for t in layer.buffers()]
+        for gradient in (False, True):
+            layer(x.requires_grad_(gradient), *arguments, mask=mask)
+        layer.update_running_stats = False
+        layer(x, *arguments, mask=mask)
+        assert all(t._version > version for t, version in zip(layer.buffers(), before, strict=True))
+        return list(layer.buffers())
+
+    kinds = ("mask", "ghost", "domain", "conditional")
+    found = [update(kind) for kind in kinds]
+    monkeypatch.setattr(strict, "takes_parts", lambda *tensors: False)
+    for ours, kind in zip(found, kinds, strict=True):
+        for buffer, expected in zip(ours, update(kind), strict=True):
+            torch.testing.assert_close(buffer, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_tensor_that_changes_before_backward_is_an_error(node: str) -> None:
+    x, index = torch.randn(N, C, 4, 7, requires_grad=True), INDEX.clone()
+    mask = torch.rand(N, 4, 7)
+    layer = nn.ConditionalBatchNorm2d(C, num_classes=3)
+    for changed in (layer.weight, index, mask):
+        y = layer(x, index, mask=mask)
+        with torch.no_grad():
+            changed.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_only_the_gradients_that_are_needed_are_computed(node: str) -> None:
+    x, mask = torch.randn(N, C, 4, 7, dtype=torch.float64), torch.rand(N, 4, 7)
+    residual = torch.randn_like(x)
+    weight, bias = torch.rand(C, dtype=torch.float64), torch.rand(C, dtype=torch.float64)
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+
+    def gradients(needed: tuple[str, ...], activation: str) -> list[Tensor]:
+        leaves = {name: t.clone().requires_grad_(name in needed) for name, t in tensors.items()}
+        y = batch_norm(
+            leaves["x"], None, None, leaves["weight"], leaves["bias"], True, mask=mask, residual=leaves["residual"],
+            activation=activation,
+        )  # fmt: skip
+        y.sin().sum().backward()
+        assert all((t.grad is None) == (name not in needed) for name, t in leaves.items())
+        return [leaves[name].grad for name in needed]  # type: ignore[misc]
+
+    for activation in ("none", "silu"):
+        every = dict(zip(tensors, gradients(tuple(tensors), activation), strict=True))
+        for needed in (("x",), ("weight",), ("bias", "residual"), ("residual",)):
+            for name, found in zip(needed, gradients(needed, activation), strict=True):
+                torch.testing.assert_close(found, every[name], rtol=1e-12, atol=1e-12)

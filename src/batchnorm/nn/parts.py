@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from batchnorm import _checks, _options, distributed, functional, ops
 from batchnorm.nn.layer import NormLayer
-from batchnorm.ops import BatchStatistics
+from batchnorm.ops import BatchStatistics, strict
 from batchnorm.ops.eager import values_per_channel
 
 
@@ -88,6 +88,14 @@ class PartsLayer(NormLayer):
             return self._normalize(x, mask=mask)
         x = functional.channels_second(x, self.channel_dim)
         index, groups = self._index(x)
+        if self._groups_samples and peers is None:
+            buffers = self.running_mean, self.running_var, self.num_batches_tracked
+            in_one_call = strict.batch_norm_by_parts(
+                x, buffers if self._updates_running else (None, None, None), self.weight, self.bias, None, index,
+                weights, groups, False, self.eps, "none", 0.0, self.momentum, self.on_nonfinite, self.on_single,
+            )  # fmt: skip
+            if in_one_call is not None:
+                return functional.channels_back(in_one_call, self.channel_dim)
         where_single = None
         if self.on_single == "running":
             assert self.running_mean is not None

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from batchnorm import _checks, _options, functional, ops
 from batchnorm.nn import batch
 from batchnorm.nn.layer import NormLayer
+from batchnorm.ops import strict
 from batchnorm.ops.eager import values_per_channel
 
 PlainBatchNorm = batch.BatchNorm | batch.BatchNorm1d | batch.BatchNorm2d | batch.BatchNorm3d
@@ -182,6 +183,12 @@ def batch_norm_by_rows(
         assert running_var is not None
         y = ops.fixed_statistics_norm(x, running_mean, running_var, weight, bias, None, eps, "none", 0.0, index)
         return functional.channels_back(y, channel_dim)
+    in_one_call = strict.batch_norm_by_parts(
+        x, (running_mean, running_var, num_batches_tracked) if updates else (None, None, None), weight, bias, None,
+        index, weights, rows, not own_statistics, eps, "none", 0.0, momentum, on_nonfinite, on_single,
+    )  # fmt: skip
+    if in_one_call is not None:
+        return functional.channels_back(in_one_call, channel_dim)
     where_single = None
     if on_single == "running":
         assert running_mean is not None

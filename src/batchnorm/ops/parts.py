@@ -156,39 +156,59 @@ class PartsFunction(torch.autograd.Function):
             if peers is None:
                 return (None,) * 11
             dy = torch.zeros_like(kept.x)  # the other processes wait for this process's sums
-        if torch.is_grad_enabled():
-            by_row = kept.mean.dim() == 2  # otherwise, index selects only rows of weight and bias
-            mean, mean_low, var = kept.mean, kept.mean_low, kept.var
-            assert mean_low is not None
-
-            def statistics(x: Tensor) -> tuple[Tensor, ...]:
-                rows, number = (index, groups) if by_row else (None, 1)
-                found = statistics_by_parts(x, rows, weights, number, peers, eager.moments)[1:4]
-                counted = count.unsqueeze(-1) > 0  # the statistics of empty groups are constants
-                held = (mean, mean_low, var)
-                return tuple(torch.where(counted, *pair) for pair in zip(found, held, strict=True))
-
-            gradients = differentiable_gradients(dy, kept, needs, ctx.attributes, statistics, index)
-        else:
-            with below_autograd():
-                if index is None and weights is None and peers is None:
-                    gradients = train_gradients(dy, kept, needs, ctx.attributes)
-                else:
-                    gradients = _gradients_by_parts(ctx, dy, kept, index, weights, count)
+        gradients = _gradients(dy, kept, index, weights, count, groups, peers, needs, ctx.attributes)
         return *gradients, None, None, None, None, None, None, None
 
 
-def _gradients_by_parts(
-    ctx: Any, dy: Tensor, kept: Kept, index: Tensor | None, weights: Tensor | None, count: Tensor
+def _gradients(
+    dy: Tensor,
+    kept: Kept,
+    index: Tensor | None,
+    weights: Tensor | None,
+    count: Tensor,
+    groups: int,
+    peers: distributed.Peers | None,
+    needs: tuple[bool, ...],
+    attributes: Attributes,
 ) -> Gradients:
-    peers, attributes, needs = ctx.peers, ctx.attributes, ctx.needs_input_grad[:4]
+    """Return the gradients by the operators of the contract, or as differentiable functions."""
+    if not torch.is_grad_enabled():
+        with below_autograd():
+            if index is None and weights is None and peers is None:
+                return train_gradients(dy, kept, needs, attributes)
+            return _gradients_by_parts(dy, kept, index, weights, count, groups, peers, needs, attributes)
+    by_row = kept.mean.dim() == 2  # otherwise, index selects only rows of weight and bias
+    mean, mean_low, var = kept.mean, kept.mean_low, kept.var
+    assert mean_low is not None
+
+    def statistics(x: Tensor) -> tuple[Tensor, ...]:
+        rows, number = (index, groups) if by_row else (None, 1)
+        found = statistics_by_parts(x, rows, weights, number, peers, eager.moments)[1:4]
+        counted = count.unsqueeze(-1) > 0  # the statistics of empty groups are constants
+        held = (mean, mean_low, var)
+        return tuple(torch.where(counted, *pair) for pair in zip(found, held, strict=True))
+
+    return differentiable_gradients(dy, kept, needs, attributes, statistics, index)
+
+
+def _gradients_by_parts(
+    dy: Tensor,
+    kept: Kept,
+    index: Tensor | None,
+    weights: Tensor | None,
+    count: Tensor,
+    groups: int,
+    peers: distributed.Peers | None,
+    needs: tuple[bool, ...],
+    attributes: Attributes,
+) -> Gradients:
     need_dz = needs[3] and attributes.activation != "none"
     if peers is None and (needs[0] or need_dz) and strict.takes_parts(dy, *kept, index, weights):
         dx, sum_dz_xhat, sum_dz, dz = strict.parts_backward(
-            dy, *kept, count, index, weights, ctx.groups, *attributes, need_dz
+            dy, *kept, count, index, weights, groups, *attributes, need_dz
         )
         return needed_gradients(needs, kept, attributes, dy, dx, sum_dz_xhat, sum_dz, dz)
-    sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, ctx.groups, *attributes)
+    sum_dz, sum_dz_xhat = _backward_reduce(dy, *kept, index, groups, *attributes)
     dx = dz = None
     if needs[0] or need_dz:
         # Σ dx̂ and Σ dx̂·x̂, over all rows that share statistics
@@ -203,3 +223,35 @@ def _gradients_by_parts(
         means = torch.where(count > 0, sums / eager.positive(count), 0.0).to(sum_dz.dtype).unbind()
         dx, dz = _backward_apply(dy, *kept, *means, index, weights, *attributes, need_dz)
     return needed_gradients(needs, kept, attributes, dy, dx, sum_dz_xhat, sum_dz, dz)
+
+
+def _operator_gradients(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor,
+    mean_low: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    count: Tensor,
+    index: Tensor | None,
+    weights: Tensor | None,
+    groups: int,
+    eps: float,
+    number: int,
+    parameter: float,
+    needs: list[bool],
+) -> Gradients:
+    """Compute gradients for the node in C++ as `strict.py` does for statistics of all values."""
+    kept, attributes = Kept(x, residual, y, mean, mean_low, var, weight, bias), strict.named((eps, number, parameter))
+    return _gradients(dy, kept, index, weights, count, groups, None, tuple(needs), attributes)
+
+
+strict.define_gradients(
+    "strict_parts_gradients(Tensor dy, Tensor x, Tensor? residual, Tensor? y, Tensor mean, Tensor mean_low, "
+    "Tensor var, Tensor? weight, Tensor? bias, Tensor count, Tensor? index, Tensor? weights, int groups, float eps, "
+    "int activation, float negative_slope, bool[4] needs)",
+    _operator_gradients,
+)

@@ -121,7 +121,7 @@ class StrictTrainFunction(torch.autograd.Function):
         if residual is None:
             ctx.save_for_backward(x, statistics, weight, bias)
         else:
-            others = kept_for_activation(residual, y, _named(attributes))
+            others = kept_for_activation(residual, y, named(attributes))
             ctx.save_for_backward(x, statistics, weight, bias, *others)
         ctx.attributes = attributes
         ctx.set_materialize_grads(False)
@@ -149,10 +149,11 @@ class StrictTrainFunction(torch.autograd.Function):
             return dx, dweight if needs[1] else None, dbias if needs[2] else None, dz, None
         mean, mean_low, var = statistics.unbind()
         kept = Kept(x, residual, y, mean, mean_low, var, weight, bias)
-        return *_gradients(dy, kept, needs[:4], _named(attributes)), None
+        return *_gradients(dy, kept, needs[:4], named(attributes)), None
 
 
-def _named(attributes: _Numbered) -> Attributes:
+def named(attributes: _Numbered) -> Attributes:
+    """Return attributes with the activation's name instead of its number."""
     eps, number, parameter = attributes
     return Attributes(eps, _NAMES[number], parameter)
 
@@ -189,16 +190,21 @@ def _operator_gradients(
     """Compute gradients for the node in C++ if a mode or transform is active, or if they must be differentiable."""
     mean, *low, var = statistics.unbind()
     kept = Kept(x, residual, y, mean, low[0] if low else None, var, weight, bias)
-    return _gradients(dy, kept, tuple(needs), _named((eps, number, parameter)))
+    return _gradients(dy, kept, tuple(needs), named((eps, number, parameter)))
 
 
-_LIBRARY.define(
+def define_gradients(arguments: str, implementation: Callable[..., Gradients]) -> None:
+    """Define an operator that the node in C++ calls for gradients, by its name with its arguments."""
+    _LIBRARY.define(f"{arguments} -> (Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dz)")
+    for key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatched"):  # the others for gradients under vmap
+        _LIBRARY.impl(arguments.partition("(")[0], implementation, key)
+
+
+define_gradients(
     "strict_gradients(Tensor dy, Tensor x, Tensor? residual, Tensor? y, Tensor statistics, Tensor? weight, "
-    "Tensor? bias, float eps, int activation, float negative_slope, bool[4] needs) -> "
-    "(Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dz)"
+    "Tensor? bias, float eps, int activation, float negative_slope, bool[4] needs)",
+    _operator_gradients,
 )
-for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatched"):  # the others for gradients under vmap
-    _LIBRARY.impl("strict_gradients", _operator_gradients, _key)
 
 # This skips the functorch handling in Function.apply.
 _apply_train = super(torch.autograd.Function, StrictTrainFunction).apply
@@ -276,6 +282,44 @@ def batch_norm(
             residual is not None and known_from_output(activation, parameter), momentum, on_nonfinite == "skip", on_gpu,
         )  # fmt: skip
     return y.movedim(1, -1) if channels_are_last and y is not None else y
+
+
+def batch_norm_by_parts(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    index: Tensor | None,
+    weights: Tensor | None,
+    groups: int,
+    shared: bool,
+    eps: float,
+    activation: str,
+    parameter: float,
+    momentum: float | None,
+    on_nonfinite: str,
+    on_single: str,
+) -> Tensor | None:
+    """Compute y and update the running statistics in one call of the node, or return None without any effect.
+
+    `routes.batch_statistics_norm_and_moments` and `routes.update_running_by_parts_` describe the arguments. Without
+    running statistics, none are updated.
+    """
+    if (
+        _native is None
+        or (index is None and weights is None)
+        or on_nonfinite not in _ON_NONFINITE
+        or on_single == "running"
+        or not takes_parts(x, *running, weight, bias, residual, index, weights)
+    ):
+        return None
+    y: Tensor | None = _native.batch_norm(
+        x, *running, weight, bias, residual, True, eps, _NUMBERS[activation], parameter,
+        residual is not None and known_from_output(activation, parameter), momentum, on_nonfinite == "skip", False,
+        index, weights, groups, shared,
+    )  # fmt: skip
+    return y
 
 
 def _by_operators(
