@@ -226,6 +226,13 @@ def test_the_operator_keeps_its_contract() -> None:
 # The rest of PyTorch
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace.:DeprecationWarning")
+def test_a_trace_of_many_values_takes_few() -> None:  # long sums have blocks, which a trace must not contain
+    layer, x = DecorrelatedBatchNorm2d(4, group_size=2), torch.randn(6, 4, 4, 2)
+    traced = torch.jit.trace(layer, torch.randn(2, 4, 50, 60), check_trace=False)
+    assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_traces_and_exports() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), DecorrelatedBatchNorm2d(5, group_size=2))
     x = torch.randn(4, 3, 6, 6)

@@ -181,3 +181,13 @@ def test_derivatives_at_kinks_are_those_of_the_kernels(activation: str, dtype: s
 
     expected = ACTIVATIONS[activation][1](np.asarray(x, np.float64), 0.01 if activation == "leaky_relu" else 1.0)
     assert_allclose(pull(jnp.ones_like(x))[0].astype("float64"), expected, rtol=2e-2 if dtype == "bfloat16" else 1e-6)
+
+
+def test_second_derivatives_of_large_values_are_right_in_float32() -> None:
+    x, t = (array(16, 3, seed=seed).astype(jnp.float32) for seed in (1, 2))
+
+    def second(scale: float) -> Any:  # the derivative along x, of degree -1 in x
+        gradient = jax.grad(lambda x: (batch_norm(x)[0] * t).sum())
+        return jax.jvp(gradient, (x * scale,), (x * scale,))[1] * scale
+
+    assert_allclose(second(1e16), second(1e3), rtol=0, atol=1e-4)

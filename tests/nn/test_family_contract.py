@@ -222,6 +222,28 @@ def test_a_nonfinite_batch_raises_an_error_with_the_option(name: str, value: flo
 
 
 @MEMBERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e16, 1e19, 4e36, 3.3e38])
+def test_large_values_are_right_or_an_error(name: str, scale: float, dtype: torch.dtype) -> None:
+    exact, layer = layer_of(name), layer_of(name, torch.float32, on_nonfinite="error")
+    x, dy = data(), data(dtype, seed=6)
+    x = ((x.sign() if scale > 1e38 else (x - 0.5) / 10.0) * scale).to(dtype)
+    if not FAMILY[name].moves:
+        return
+    try:
+        got = step(name, layer, layer, x, dy)
+    except FloatingPointError:
+        assert scale > 1e16
+        assert layer.num_batches_tracked.sum() == 0
+        return
+    assert scale < 1e20
+    for ours, theirs in zip(got, step(name, exact, exact, x.double(), dy.double()), strict=True):
+        units = 2.0 if ours.dtype == torch.bfloat16 else FAMILY[name].units  # dx is a difference of rounded terms
+        allowed = units * torch.finfo(ours.dtype).eps * theirs.abs().max() if ours.is_floating_point() else 0
+        assert (ours.double() - theirs).abs().max() <= allowed
+
+
+@MEMBERS
 def test_an_error_for_nonfinite_batches_changes_no_other(name: str) -> None:
     propagates, raises = layer_of(name), layer_of(name, on_nonfinite="error")
     assert_close(*(step(name, layer, layer, data()) for layer in (raises, propagates)), rtol=1e-14, atol=1e-14)

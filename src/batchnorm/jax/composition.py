@@ -157,7 +157,7 @@ def _terms(kept: Kept, at: Attributes) -> tuple[Array, Array, Array]:
     deviations = x.astype(wide(x)) - spread(kept.mean, x, axis)
     if kept.mean_low is not None:
         deviations = deviations - spread(kept.mean_low, x, axis)
-    invstd = lax.rsqrt(kept.var + at.eps)
+    invstd = 1 / jnp.sqrt(kept.var + at.eps)  # the derivative of rsqrt underflows for large values
     scale = invstd if kept.weight is None else invstd * kept.weight
     z = deviations * spread(scale, x, axis)
     if kept.bias is not None:

@@ -113,11 +113,10 @@ def decorrelated_batch_norm(
         caller, x=x, weight=weight, bias=bias, running_mean=running_mean, running_whitening=running_whitening,
         num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
-    if not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
-        _checks.check_channel_vectors(caller, x, channel_dim, weight=weight, bias=bias, running_mean=running_mean)
-        _check_whitening_shape(caller, x.shape[channel_dim], running_whitening, group_size)
-        if x.shape[channel_dim] == 0:
-            return x.clone()
+    _checks.check_channel_vectors(caller, x, channel_dim, weight=weight, bias=bias, running_mean=running_mean)
+    _check_whitening_shape(caller, x.shape[channel_dim], running_whitening, group_size)
+    if x.shape[channel_dim] == 0:
+        return x.clone()
     if training and _checks.uses_running(caller, x, on_single, channel_dim):
         training = updates = False
     weights = None if mask is None else _checks.mask_as_weights(caller, x, mask, channel_dim)
@@ -133,7 +132,7 @@ def decorrelated_batch_norm(
     x = functional.channels_second(x, channel_dim)
     y, found = whitening_function.whiten(x, weight, bias, weights if training else None, held, settings, training)
     checks = training and on_nonfinite == "error"
-    if (updates or checks) and (torch.jit.is_tracing() or x.numel() > 0):  # type: ignore[attr-defined]
+    if (updates or checks) and x.numel() > 0:
         wide = eager.wide_dtype(x)
         mean = (found.mean.to(wide) + found.low.to(wide)).detach()
         matrices = whitening.pack_matrices(found.matrices).detach()

@@ -69,7 +69,7 @@ def inverse_square_root(covariance: Tensor, iterations: int) -> Tensor:
         y = y @ step
         step = 1.5 * identity - 0.5 * (p @ y)
         p = step @ p
-    return p * trace.rsqrt()
+    return p / trace.sqrt()  # the derivative of rsqrt has a third power, which underflows for large values
 
 
 def summed_product(left: Tensor, right: Tensor) -> Tensor:
@@ -125,13 +125,11 @@ def batch_whitening(values: Tensor, weights: Tensor | None, settings: Settings) 
     `weights [m]` are those of the positions.
     """
     count: Tensor | None = None
-    divisor: Tensor | int = values.shape[1]
+    divisor: Tensor | int = max(values.shape[1], 1)
     if weights is not None:
         tiny = torch.finfo(weights.dtype).tiny
         divisor = eager.positive(weights.sum())  # not tiny: a gradient divided by it would overflow
         count = weights.sum().square() / weights.square().sum().clamp_min(tiny)
-    elif not torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors there
-        divisor = max(values.shape[1], 1)
 
     def weighted(t: Tensor) -> Tensor:
         return t if weights is None else t * weights
@@ -251,7 +249,7 @@ def update_whitening_(*arguments: Any) -> None:
     update; with 1, only the mean is updated. There is no update in a backward pass, or, with `skip_nonfinite`, for a
     batch whose statistics are not finite.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_exporting():
         _update(*arguments)  # torch's own operations only, so that the program loads without this library
     else:
         update_once(torch.ops.batchnorm.update_whitening_, _update, arguments)
