@@ -1,9 +1,21 @@
-"""Files whose docstrings pytest does not collect."""
+"""Which files pytest searches for examples in docstrings."""
 
-import importlib.util
+from __future__ import annotations
 
-# Keras chooses its backend when it is imported. tests/keras runs these docstrings, once for each backend.
-collect_ignore_glob = ["src/batchnorm/keras/*"]
-if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob += ["src/batchnorm/ops/triton/launch.py", "src/batchnorm/ops/triton/kernels/*"]
-    collect_ignore_glob += ["tests/ops/triton/emulated.py", "tests/ops/triton/emulator/driver.py"]
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Keras chooses its backend when it is imported. tests/keras runs these examples, once for each backend.
+_KERAS = Path(__file__).parent / "src" / "batchnorm" / "keras"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path: Path) -> Generator[None, list[Any], list[Any]]:
+    """Drop the collectors of examples where there are none: each imports its module, in every worker."""
+    collectors = yield
+    if _KERAS not in file_path.parents and ">>>" in file_path.read_text(encoding="utf-8", errors="ignore"):
+        return collectors
+    return [collector for collector in collectors if type(collector) is pytest.Module]

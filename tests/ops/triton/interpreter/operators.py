@@ -7,9 +7,8 @@ have several tiles and splits.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,6 @@ def operator(name: str) -> Callable[..., Any]:
     """Return the operator that is registered for CUDA tensors."""
     _use_interpreter()
     return implementation(name, registration.eager_implementation(name))
-
-
-@contextlib.contextmanager
-def programs_in_order(order: Callable[[int, int], int]) -> Iterator[None]:
-    """Run the programs of a launch in another order: i-th of n is program `order(i, n)`."""
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    chosen = builder.set_grid_idx
-    builder.set_grid_idx = lambda x, y, z: chosen(order(x, builder.grid_dim[0]), y, z)
-    try:
-        yield
-    finally:
-        builder.set_grid_idx = chosen
 
 
 @functools.cache
