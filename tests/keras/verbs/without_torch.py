@@ -1,19 +1,20 @@
-"""Runs the functions for models where PyTorch cannot be imported. A program of its own, not a file of cases."""
+"""Every function for models where PyTorch cannot be imported."""
 
 from __future__ import annotations
 
 import sys
 
+import keras
+import numpy as np
+import pytest
+from keras import layers
 
-def main() -> None:
-    """Call every function."""
-    import keras
-    import numpy as np
-    import pytest
-    from keras import layers
+import batchnorm
 
-    import batchnorm
 
+# Keras finds shapes on NumPy by computing with uninitialized memory, which may warn of an overflow.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_every_function_works_and_those_for_pytorch_name_it() -> None:
     x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
     model = keras.Sequential([layers.Input((4,)), layers.Dense(3), layers.BatchNormalization(name="norm")])
     ours = batchnorm.keras.convert(model).model
@@ -26,9 +27,3 @@ def main() -> None:
         with pytest.raises(ImportError, match=rf"For a Keras model use batchnorm\.keras\.{name}\.$"):
             getattr(batchnorm, name)
     assert "torch" not in sys.modules
-
-
-if __name__ == "__main__":
-    import tests.keras.no_torch  # noqa: F401
-
-    main()
