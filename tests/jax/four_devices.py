@@ -1,14 +1,11 @@
-"""Checks on four host devices, which `test_devices.py` runs in a process of its own: the number is set at the start."""
+"""Checks on four host devices, which `test_devices.py` runs in a process of its own: its environment has the number."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import jax.numpy as jnp

@@ -19,6 +19,7 @@ from jax.experimental import checkify  # noqa: E402
 
 from batchnorm.jax import batch_norm, linen, nnx  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("unoptimized_by_xla")
 OPTIONS: dict[str, Any] = {"momentum": 0.7, "epsilon": 1e-3, "use_fast_variance": False}
 STOCK_ERROR = 2.0**-18  # of the stock layers, for values of this size
 

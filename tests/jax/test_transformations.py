@@ -18,6 +18,7 @@ from jax import lax  # noqa: E402
 from batchnorm.jax import batch_norm, normalize  # noqa: E402
 
 EPS = 1e-3
+pytestmark = pytest.mark.usefixtures("unoptimized_by_xla")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.keras.backends import UNOPTIMIZED
 from tests.project.missing import HIDE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -65,7 +66,7 @@ def test_the_example_for_keras_prints_without_torch(tmp_path: Path) -> None:
     name = "keras_mnist.py"
     write_mnist(tmp_path)
     # a process of its own, because Keras keeps its backend
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": UNOPTIMIZED}
     command = [sys.executable, "-c", HIDE.format(missing=["torch"]) + KERAS_MNIST, EXAMPLES / name, tmp_path]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert PRINTED[name] in run.stdout, run.stderr
