@@ -24,7 +24,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.cat([x, 1 - x, x * x], 1), held.y_train
 
 
-def batches(number: int = 12, size: int = 64, start: int = 5000) -> list[tuple[Tensor, Tensor]]:
+def batches(number: int = 8, size: int = 64, start: int = 5000) -> list[tuple[Tensor, Tensor]]:
     """Return batches that training has not seen, in random order."""
     x, y = digits()
     return [(x[i : i + size], y[i : i + size]) for i in range(start, start + number * size, size)]
