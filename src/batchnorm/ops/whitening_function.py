@@ -18,6 +18,9 @@ from batchnorm.ops.parts import BatchStatistics
 from batchnorm.ops.reduce import sum_pairwise, sum_positions
 from batchnorm.ops.whitening import Held, Settings, Whitening
 
+# The values that several steps compute at once: 2 MB in float32.
+_BLOCK = 1 << 19
+
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..., is_grads_batched=True)
 
 
@@ -66,8 +69,13 @@ class _Planes:
         pairs = zip(self.groups(left), self.groups(right), strict=True)
         return [sum_pairwise(whitening.summed_product(*pair).unflatten(0, (self.count, -1)), 0) for pair in pairs]
 
+    def blocks(self) -> list[slice]:
+        """Return the planes in blocks of a few, which stay in the cache from one step of a computation to the next."""
+        planes = max(_BLOCK // max(self.channels * self.length, 1), 1)
+        return [slice(first, first + planes) for first in range(0, self.count, planes)]
+
     def add_products(self, onto: Tensor, matrices: Sequence[Tensor], values: Tensor) -> None:
-        """Add each group's `matrix·values` to `onto`, in place."""
+        """Add each group's `matrix·values` to `onto`, in place; both may be a block of planes."""
         for total, matrix, group in zip(self.groups(onto), matrices, self.groups(values), strict=True):
             repeated = matrix.expand(group.shape[0] // matrix.shape[0], *matrix.shape).flatten(0, 1)
             if self.channels_innermost:
@@ -150,8 +158,9 @@ class WhitenFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        y = planes.empty_like(values).copy_(shift)
-        planes.add_products(y, matrices, values)
+        y = planes.empty_like(values)
+        for block in planes.blocks():
+            planes.add_products(y[block].copy_(shift), matrices, values[block])
         return planes.restored(y, x)
 
     @staticmethod
@@ -194,17 +203,21 @@ def _gradients(dy: Tensor, saved: _Saved, settings: Settings, needs: Sequence[bo
     dweight, dbias, *through = _gradients_of([*matrices, shift], sums, inputs)
     if not needs[0]:
         return [None, dweight, dbias]
-    dx = planes.empty_like(values)
-    if statistics is None:
-        dx.zero_()
-    else:
+    constant: Tensor | None = None
+    symmetric: list[Tensor] = []
+    if statistics is not None:
         dlow, *dproducts = (t / eager.positive(statistics.count).to(t.dtype) for t in through if t is not None)
-        dx.copy_(dlow.unsqueeze(1))
-        planes.add_products(dx, [t + t.mT for t in dproducts], values)
-        w = planes.of_weights(saved.weights)
-        if w is not None:
-            dx *= w
-    planes.add_products(dx, [matrix.detach().mT for matrix in matrices], upstream)
+        constant, symmetric = dlow.unsqueeze(1), [t + t.mT for t in dproducts]
+    w, transposed = planes.of_weights(saved.weights), [matrix.detach().mT for matrix in matrices]
+    dx = planes.empty_like(values)
+    for block in planes.blocks():
+        if constant is None:
+            dx[block] = 0.0
+        else:
+            planes.add_products(dx[block].copy_(constant), symmetric, values[block])
+            if w is not None:
+                dx[block] *= w[block]
+        planes.add_products(dx[block], transposed, upstream[block])
     return [planes.restored(dx, saved.x), dweight, dbias]
 
 
