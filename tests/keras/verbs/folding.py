@@ -214,6 +214,24 @@ def test_fold_shows_a_bar_after_some_seconds(
     assert all(step in shown.err for step in ("folding", "running the original")) and not shown.out
 
 
+@keras.saving.register_keras_serializable("batchnorm_tests")
+class InNumPy(layers.Layer):
+    """A layer whose code reads values, so that JAX cannot compile it."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.convert_to_tensor(np.tanh(as_numpy(x)))
+
+    def compute_output_spec(self, x: Any) -> Any:
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+def test_fold_runs_layers_whose_code_reads_values() -> None:
+    model = sequential(layers.Conv2D(6, 3), norm(), InNumPy(), shape=IMAGE)
+    folded, report = fold(model)
+    assert report.remaining == 0
+    assert_same(model, folded, normal(2, *IMAGE))
+
+
 def test_fold_refuses_a_subclassed_model_before_anything_is_touched() -> None:
     model = subclassed()
     before = weights(model)

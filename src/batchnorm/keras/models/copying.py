@@ -71,7 +71,8 @@ def copied(
         replacements: Functions that create an unbuilt layer for the place of a layer, by the layer's id. Its variables
             keep their initial values.
         removed: The ids of layers in graphs that pass their input on.
-        dtype: The dtype of every layer; by default, each keeps its own.
+        dtype: The dtype of every layer; by default, each keeps its own. With a dtype, the configurations have other
+            initializers.
         advice: What else the user can do if a layer has no configuration.
 
     Raises:
@@ -142,7 +143,7 @@ class _Copier:
 
     def _from_config(self, old: Any) -> Any:
         config = old.get_config()
-        new = type(old).from_config(config if self._dtype is None else _with_dtype(config, self._dtype))
+        new = type(old).from_config(config if self._dtype is None else _for_values(config, self._dtype))
         if isinstance(old, Layer):
             if any(id(layer) in self._replacements or is_graph(layer) for _, layer in walk(old)):
                 self._replace_inside(old, new)
@@ -214,8 +215,15 @@ def _without_empty_masks(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "mask" or value is not None}
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
-    """Return a layer's configuration with another dtype in it and in the configurations inside."""
-    if isinstance(config, dict):
-        return {key: dtype if key == "dtype" else _with_dtype(value, dtype) for key, value in config.items()}
-    return [_with_dtype(value, dtype) for value in config] if isinstance(config, list) else config
+def _for_values(config: Any, dtype: str) -> Any:
+    """Return a layer's configuration with another dtype, and zeros as initial values, also inside.
+
+    The initial values are overwritten. JAX compiles random ones for each shape, which takes longer than all the rest.
+    """
+    if isinstance(config, list):
+        return [_for_values(value, dtype) for value in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("module") == "keras.initializers":
+        return {**config, "class_name": "Zeros", "config": {}}
+    return {key: dtype if key == "dtype" else _for_values(value, dtype) for key, value in config.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import keras
@@ -17,6 +17,9 @@ from batchnorm.keras.models.layers import as_numpy, walk
 # The size of an input along an axis whose size is open.
 _OPEN = 32
 _SAMPLES = 2
+
+# Options of XLA for a program that runs once: compiling it takes longer than running it.
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 Values = dict[int, NDArray[Any]]
 
@@ -78,11 +81,25 @@ def _values(model: Any, tensors: Mapping[int, Any], inputs: list[Any], wanted: s
     if not needed:
         return
     given = [current(tensor) for tensor in model.inputs]
-    results = keras.Model(given, [current(tensor) for tensor in needed.values()])(inputs, training=False)
+    results = _run(keras.Model(given, [current(tensor) for tensor in needed.values()]), inputs)
     found = dict(zip(needed, tree.flatten(results), strict=True))
     for node in nested:
         yield from _values(node.operation, tensors, [found[id(tensor)] for tensor in node.input_tensors], wanted)
     yield from ((key, as_numpy(value)) for key, value in found.items() if key in wanted)
+
+
+def _run(model: Any, inputs: list[Any]) -> Any:
+    """Run a model in evaluation; on JAX as one program, because compiling each operation by itself takes longer."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def call(trained: list[Any], others: list[Any], inputs: list[Any]) -> Any:
+            return model.stateless_call(trained, others, inputs, training=False)[0]
+
+        variables = ([v.value for v in part] for part in (model.trainable_variables, model.non_trainable_variables))
+        with suppress(Exception):  # such as that of a layer whose code reads values
+            return jax.jit(call, compiler_options=_QUICKLY)(*variables, inputs)
+    return model(inputs, training=False)
 
 
 def _contains(model: Any, wanted: set[int]) -> bool:
