@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops.triton import fused, implementation, support, tiling
-from batchnorm.ops.triton.settings import Settings
 from batchnorm.ops.triton.variants import Launch
+from tests.ops.implementations import SMALL_TILES
 from tests.ops.triton.emulator.device import Device
 from tests.ops.triton.emulator.driver import installed
 from tests.ops.triton.emulator.schedule import Schedule
@@ -88,8 +88,7 @@ def device() -> Device:
     """Install the emulator in this process, which runs only these tests."""
     from batchnorm.ops.triton.kernels import finish
 
-    small = Settings(tile=256, warps=2, programs=2, row_bytes=64, once=1024)
-    tiling.TABLE.update(dict.fromkeys(tiling.TABLE, small))
+    tiling.TABLE.update(dict.fromkeys(tiling.TABLE, SMALL_TILES))
     support.problem = lambda device: None  # type: ignore[assignment]
     finish.FAN = finish.tl.constexpr(4)  # merges of several levels
     seed = os.environ.get("BATCHNORM_EMULATOR_SEED")

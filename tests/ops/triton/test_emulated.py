@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.implementations import SMALLER
+
 ROOT = Path(__file__).parents[3]
 
 # Cases that are large, that use eager, or that test what does not depend on the compiled code.
-_LARGE = "150x151 or 40000 or 130x131 or offset-100 or offset-1e+06"
+_LARGE = " or ".join(["x".join(map(str, shape)) for shape in SMALLER.values()] + ["offset-100", "offset-1e+06"])
 _LEFT_OUT = f"{_LARGE} or float64 or strides or threads or half_parameters"
 _CONTRACT, _LAUNCHES = "tests/ops/test_contract.py", "tests/ops/triton/emulated_launches.py"
 

@@ -11,6 +11,8 @@ import pytest
 from batchnorm.ops.triton import tiling
 from batchnorm.ops.triton.settings import CANDIDATES, Settings
 from batchnorm.ops.triton.tiling import TABLE, Tiling, at_once, power_of_two, settings_of, streamed
+from tests.cases import CASES, Case, ids
+from tests.ops.implementations import SMALL_TILES, SMALLER
 
 SETTINGS = Settings()
 SHAPES = [
@@ -149,3 +151,19 @@ def test_every_class_of_tensors_has_settings_that_tuning_can_reach() -> None:
         assert all(getattr(settings, field) in candidates for field, candidates in CANDIDATES.items())
     assert settings_of(1, False, 4) is TABLE[True, 4]  # [N, C]
     assert settings_of(49, False, 2) is TABLE[False, 2]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.shape in SMALLER], ids=ids)
+def test_the_emulator_runs_the_variants_of_large_tensors_on_small_ones(case: Case) -> None:
+    tilings = []
+    for n, c, *positions in (case.shape, SMALLER[case.shape]):
+        sizes = (n, c, math.prod(positions), case.layout == "channels_last", case.dtype.itemsize)
+        p = streamed(*sizes, False, False, 2, SMALL_TILES)
+        assert at_once(*sizes, 1, 2, SMALL_TILES) is None
+        assert p.splits > 1
+        assert p.ahead is not None
+        assert p.per >= 2 * p.b0 * p.ahead
+        assert p.lines % (p.b0 * p.ahead) != 0
+        tilings.append(p)
+    large, small = tilings
+    assert small.constants == large.constants
