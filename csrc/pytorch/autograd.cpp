@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <memory>
+#include <string>
 
 #include "node.h"
 
@@ -63,8 +64,8 @@ bool flag(PyObject* o) {
   return value != 0;
 }
 
-// The functions that start the kernels of the passes, as a tuple; null before `set_functions`.
-PyObject* functions = nullptr;
+// The functions `start` and `start_again` of ops/triton; null before `set_functions`.
+PyObject *first_start = nullptr, *start_again = nullptr;
 
 struct Gil {
   PyGILState_STATE state = PyGILState_Ensure();
@@ -81,26 +82,56 @@ PyObject* none() {
   return Py_None;
 }
 
-bool start(launched::Pass pass, std::initializer_list<Tensor> tensors, const Attributes& attributes,
+// A tuple that is filled from the start. It takes ownership of its objects; a null one is an error of Python.
+class Tuple {
+ public:
+  explicit Tuple(size_t size) : tuple_(PyTuple_New(static_cast<Py_ssize_t>(size))), complete_(tuple_ != nullptr) {}
+  void add(PyObject* o) {
+    Owned added(o);
+    complete_ = complete_ && added && PyTuple_SetItem(tuple_.get(), filled_++, added.release()) == 0;
+  }
+  PyObject* release() { return complete_ ? tuple_.release() : nullptr; }
+  Owned passed_to(PyObject* function) const {
+    return Owned(complete_ ? PyObject_CallObject(function, tuple_.get()) : nullptr);
+  }
+
+ private:
+  Owned tuple_;
+  Py_ssize_t filled_ = 0;
+  bool complete_;
+};
+
+template <class Object>
+PyObject* tuple_of(launched::Arguments arguments, const Object& object) {
+  Tuple tuple(arguments.size());
+  for (const launched::Argument& a : arguments) tuple.add(a.defined() ? object(a) : none());
+  return tuple.release();
+}
+
+bool start(launched::Pass pass, launched::Arguments arguments, const Attributes& attributes,
            const launched::Update* update) {
   const Gil gil;
-  const Owned arguments(PyTuple_New(static_cast<Py_ssize_t>(tensors.size()) + (update == nullptr ? 3 : 5)));
-  Py_ssize_t place = 0;
-  bool made = arguments != nullptr;
-  const auto add = [&](PyObject* o) {
-    made = made && o != nullptr;
-    if (o != nullptr && arguments) PyTuple_SetItem(arguments.get(), place++, o);
-  };
-  for (const Tensor& t : tensors) add(t.defined() ? THPVariable_Wrap(Tensor(t)) : none());
-  add(PyFloat_FromDouble(attributes.eps));
-  add(PyLong_FromLong(static_cast<long>(attributes.activation)));
-  add(PyFloat_FromDouble(attributes.parameter));
-  if (update != nullptr) {
-    add(update->momentum ? PyFloat_FromDouble(*update->momentum) : none());
-    add(PyBool_FromLong(update->skip_nonfinite));
+  const std::string bytes = launched::key(pass, arguments, attributes, update);
+  const auto key = [&] { return PyBytes_FromStringAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size())); };
+  Tuple again(2);
+  again.add(key());
+  again.add(tuple_of(arguments, [](const launched::Argument& a) { return PyLong_FromVoidPtr(a.address()); }));
+  Owned result = again.passed_to(start_again);
+  if (result && result.get() != Py_True) {
+    Tuple first(update == nullptr ? 6 : 8);
+    constexpr const char* kNames[] = {"train_forward", "normalize", "backward"};
+    first.add(PyUnicode_FromString(kNames[static_cast<int>(pass)]));
+    first.add(key());
+    first.add(tuple_of(arguments, [](const launched::Argument& a) { return THPVariable_Wrap(a.tensor()); }));
+    first.add(PyFloat_FromDouble(attributes.eps));
+    first.add(PyLong_FromLong(static_cast<long>(attributes.activation)));
+    first.add(PyFloat_FromDouble(attributes.parameter));
+    if (update != nullptr) {
+      first.add(update->momentum ? PyFloat_FromDouble(*update->momentum) : none());
+      first.add(PyBool_FromLong(update->skip_nonfinite));
+    }
+    result = first.passed_to(first_start);
   }
-  PyObject* function = PyTuple_GetItem(functions, static_cast<Py_ssize_t>(pass));
-  const Owned result(made && function != nullptr ? PyObject_CallObject(function, arguments.get()) : nullptr);
   if (result) return result.get() == Py_True;
   // A thread of autograd cannot pass on an error of Python. The operators will meet it again, and report it.
   if (pass != launched::Pass::backward) throw launched::Raised();
@@ -108,15 +139,19 @@ bool start(launched::Pass pass, std::initializer_list<Tensor> tensors, const Att
   return false;
 }
 
-// set_functions(train_forward, normalize, backward)
+// set_functions(start, start_again)
 PyObject* set_functions(PyObject*, PyObject* given) {
-  if (PyTuple_Size(given) != 3) {
-    PyErr_SetString(PyExc_TypeError, "set_functions expects 3 functions by position.");
+  if (PyTuple_Size(given) != 2) {
+    PyErr_SetString(PyExc_TypeError, "set_functions expects 2 functions by position.");
     return nullptr;
   }
-  Py_INCREF(given);
-  Py_XDECREF(functions);
-  functions = given;
+  PyObject** places[] = {&first_start, &start_again};
+  for (Py_ssize_t i = 0; i < 2; ++i) {
+    PyObject* function = PyTuple_GetItem(given, i);
+    Py_INCREF(function);
+    Py_XDECREF(*places[i]);
+    *places[i] = function;
+  }
   launched::start = start;
   return none();
 }
@@ -127,7 +162,7 @@ PyObject* set_functions(PyObject*, PyObject* given) {
 constexpr Py_ssize_t kArguments = 15, kWithParts = 19;
 
 // Increase it with every change of this module's functions, together with INTERFACE in ops/compiled.py.
-constexpr long kInterface = 3;
+constexpr long kInterface = 4;
 
 MaybeTensor called(PyObject* const* a, bool with_parts) {
   const Tensor& x = tensor(a[0]);
@@ -143,7 +178,7 @@ MaybeTensor called(PyObject* const* a, bool with_parts) {
       flag(a[13]),
       flag(a[14]),
   };
-  if (call.launched && functions == nullptr) return std::nullopt;
+  if (call.launched && first_start == nullptr) return std::nullopt;
   if (with_parts) {
     call.parts = parts::Parts{maybe_tensor(a[15]), maybe_tensor(a[16]), static_cast<int64_t>(real(a[17])), flag(a[18])};
   }
@@ -177,7 +212,7 @@ PyObject* batch_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyMethodDef kMethods[] = {
     {"batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&batch_norm)), METH_FASTCALL,
      "Return y, or None before any change if another route must be used."},
-    {"set_functions", set_functions, METH_VARARGS, "Set the functions that start a GPU's kernels for each pass."},
+    {"set_functions", set_functions, METH_VARARGS, "Set the functions that start a GPU's kernels."},
     {nullptr, nullptr, 0, nullptr},
 };
 // Initialized in two phases, so that the loader need not register it in sys.modules.

@@ -11,6 +11,7 @@
 #include <exception>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "running.h"
@@ -25,19 +26,59 @@ struct Update {
   bool skip_nonfinite;
 };
 
-// Calls a pass's function with these tensors (None for undefined ones), the attributes and, if given, the update.
-// Returns whether it started the kernels. If not, other routes must compute the call. The module of the node sets it.
-using Start = bool (*)(Pass pass, std::initializer_list<Tensor> tensors, const Attributes& attributes,
+// A tensor, which may be undefined, or a row of a matrix. A view of the row takes longer to make than its address.
+struct Argument {
+  Argument(const Tensor& t, int64_t row = -1) : whole(t), row(row) {}
+  Argument(const MaybeTensor& t) : whole(t ? *t : Tensor()) {}
+
+  bool defined() const { return whole.defined(); }
+  Tensor tensor() const { return row < 0 ? whole : whole.select(0, row); }
+  void* address() const {
+    auto* start = static_cast<char*>(whole.data_ptr());
+    return row < 0 ? start : start + row * whole.stride(0) * static_cast<int64_t>(whole.element_size());
+  }
+
+  Tensor whole;
+  int64_t row = -1;
+};
+using Arguments = std::initializer_list<Argument>;
+
+// Starts the kernels of a pass for these arguments, of which the first is x. Returns whether it started them. If not,
+// other routes must compute the call. The module of the node sets it.
+using Start = bool (*)(Pass pass, Arguments arguments, const Attributes& attributes,
                        const Update* update);
 inline Start start = nullptr;
+
+// Returns what the launches of a call follow from: everything but the addresses of its tensors.
+inline std::string key(Pass pass, Arguments arguments, const Attributes& attributes, const Update* update) {
+  std::string bytes;
+  bytes.reserve(256);
+  const auto add = [&](const auto& value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); };
+  const Tensor& x = arguments.begin()->whole;
+  add(pass);
+  add(x.device().index());
+  for (int64_t size : x.sizes()) add(size);
+  for (int64_t stride : x.strides()) add(stride);
+  for (const Argument& a : arguments) {
+    add(a.defined() ? a.whole.scalar_type() : at::ScalarType::Undefined);
+    add(a.defined() && reinterpret_cast<uintptr_t>(a.address()) % 16 == 0);  // Triton then compiles another variant
+  }
+  add(attributes.eps);
+  add(attributes.activation);
+  add(attributes.parameter);
+  if (update != nullptr) {
+    add(update->momentum.has_value());
+    add(update->momentum.value_or(0.0));
+    add(update->skip_nonfinite);
+  }
+  return bytes;
+}
 
 // A function in Python raised an error, which Python's error indicator holds.
 struct Raised : std::exception {};
 
 // Each row of statistics starts at a multiple of this many float32 values, because kernels access aligned vectors.
 constexpr int64_t kAligned = 4;
-
-inline Tensor given(const MaybeTensor& t) { return t ? *t : Tensor(); }
 
 // The kernels' requirements of x, and of other tensors for it. Tensors that do not fit are left to other routes, which
 // convert them or report what is wrong.
@@ -100,13 +141,12 @@ inline std::optional<std::tuple<Tensor, MaybeTensor>> train_forward_(
     announce_write("running_var", *running_var);
     if (num_batches_tracked) announce_write("num_batches_tracked", *num_batches_tracked);
   }
-  const auto updated = [&](const MaybeTensor& t) { return updates ? given(t) : Tensor(); };
+  const auto updated = [&](const MaybeTensor& t) { return updates ? t : std::nullopt; };
   const c10::OptionalDeviceGuard guard(x.device());
   Tensor y = at::empty_like(x), statistics = expected.vectors(3);
   const bool started = start(Pass::train_forward,
-                             {x, given(residual), y, statistics.select(0, 0), statistics.select(0, 1),
-                              statistics.select(0, 2), given(weight), given(bias), updated(running_mean),
-                              updated(running_var), updated(num_batches_tracked)},
+                             {x, residual, y, {statistics, 0}, {statistics, 1}, {statistics, 2}, weight, bias,
+                              updated(running_mean), updated(running_var), updated(num_batches_tracked)},
                              attributes, &update);
   if (!started) return std::nullopt;
   return std::tuple(y, MaybeTensor(statistics));
@@ -126,9 +166,8 @@ inline std::optional<std::tuple<Tensor, MaybeTensor>> normalize(const Tensor& x,
   MaybeTensor statistics;
   if (kept) statistics = at::stack({running_mean, running_var});  // one launch
   Tensor y = at::empty_like(x);
-  const bool started = start(Pass::normalize,
-                             {x, given(residual), y, running_mean, running_var, given(weight), given(bias)}, attributes,
-                             nullptr);
+  const bool started =
+      start(Pass::normalize, {x, residual, y, running_mean, running_var, weight, bias}, attributes, nullptr);
   if (!started) return std::nullopt;
   return std::tuple(y, statistics);
 }
@@ -149,9 +188,9 @@ inline std::optional<strict::Gradients> backward(const Tensor& dy, const Tensor&
   const auto sums = [&] { return at::empty({expected.channels()}, x.options().dtype(at::kFloat)); };
   const Tensor dbias = sums(), dweight = sums();
   const bool started = start(Pass::backward,
-                             {dy, x, given(residual), given(y), dx, dz, statistics.select(0, 0),
-                              of_batch ? statistics.select(0, 1) : Tensor(), statistics.select(0, of_batch ? 2 : 1),
-                              given(weight), given(bias), dbias, dweight},
+                             {x, dy, residual, y, dx, dz, {statistics, 0},
+                              of_batch ? Argument(statistics, 1) : Argument(Tensor()), {statistics, of_batch ? 2 : 1},
+                              weight, bias, dbias, dweight},
                              attributes, nullptr);
   if (!started) return std::nullopt;
   const auto gradient = [](const MaybeTensor& parameter, const Tensor& sum) {

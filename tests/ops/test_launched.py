@@ -5,7 +5,6 @@ Here, the functions call the operators of the contract on the CPU, so that a cal
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,21 +29,30 @@ _ops = torch.ops.batchnorm
 
 
 class Functions:
-    """The functions that the node calls, and the passes that they have computed.
+    """The functions that the node calls, the passes that they have computed, and the keys of their calls.
 
     `before` is called first, with the pass and its arguments. If it returns False, so does the function.
     """
 
     def __init__(self) -> None:
         self.passes: list[str] = []
+        self.keys: list[bytes] = []
+        self.addresses: list[tuple[int | None, ...]] = []
         self.before: Callable[[str, tuple[Any, ...]], bool] = lambda name, arguments: True
 
-    def call(self, name: str, *arguments: Any) -> bool:
-        if not self.before(name, arguments):
+    def start(self, name: str, key: bytes, tensors: tuple[Tensor | None, ...], *others: Any) -> bool:
+        assert self.keys[-1] == key
+        assert self.addresses[-1] == tuple(None if t is None else t.data_ptr() for t in tensors)
+        if not self.before(name, (*tensors, *others)):
             return False
         self.passes.append(name)
-        getattr(self, name)(*arguments)
+        getattr(self, name)(*tensors, *others)
         return True
+
+    def start_again(self, key: bytes, addresses: tuple[int | None, ...]) -> bool:
+        self.keys.append(key)
+        self.addresses.append(addresses)
+        return False
 
     @staticmethod
     def train_forward(
@@ -69,7 +77,7 @@ class Functions:
 
     @staticmethod
     def backward(
-        dy: Tensor, x: Tensor, residual: Any, y: Any, dx: Tensor, dz: Tensor | None, mean: Tensor, mean_low: Any,
+        x: Tensor, dy: Tensor, residual: Any, y: Any, dx: Tensor, dz: Tensor | None, mean: Tensor, mean_low: Any,
         var: Tensor, weight: Any, bias: Any, dbias: Tensor, dweight: Tensor, eps: float, activation: int,
         parameter: float,
     ) -> None:  # fmt: skip
@@ -88,9 +96,9 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Functions]:
     """Let functions compute the passes of all layers."""
     native, found = strict._native, Functions()
     monkeypatch.setattr(strict, "_native", native_node.launched(native))
-    native.set_functions(*(functools.partial(found.call, name) for name in ("train_forward", "normalize", "backward")))
+    native.set_functions(found.start, found.start_again)
     yield found
-    native.set_functions(*map(triton.layer_pass, ("train_forward", "normalize", "backward")))
+    native.set_functions(triton.start, triton.start_again)
 
 
 ordinary = cases.ordinary
@@ -235,6 +243,58 @@ def test_running_statistics_are_updated_once_with_activation_checkpointing(
     checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
     assert updated == [True, False]
     assert layer.num_batches_tracked == 1
+
+
+_DIFFERENT: dict[str, Callable[[], object]] = {
+    "shape": lambda: _call(input=torch.zeros(5, 3)),
+    "strides": lambda: _call(input=torch.zeros(4, 3, 5)),
+    "channels last": lambda: _call(input=torch.zeros(4, 5, 3).transpose(1, 2)),
+    "dtype": lambda: _call(input=torch.zeros(4, 3, dtype=torch.float16)),
+    "dtype of the weight": lambda: _call(input=torch.zeros(4, 3, dtype=torch.float16), weight=torch.ones(3).half()),
+    "address": lambda: _call(input=torch.zeros(13)[1:].view(4, 3)),
+    "address of the weight": lambda: _call(weight=torch.zeros(4)[1:]),
+    "no weight": lambda: _call(weight=None),
+    "no bias": lambda: _call(bias=None),
+    "residual": lambda: _call(residual=torch.zeros(4, 3)),
+    "eps": lambda: _call(eps=1e-3),
+    "activation": lambda: _call(activation="relu"),
+    "parameter": lambda: _call(activation="leaky_relu", negative_slope=0.1),
+    "another parameter": lambda: _call(activation="leaky_relu", negative_slope=0.2),
+    "momentum": lambda: _call(momentum=0.2),
+    "no momentum": lambda: _call(momentum=None, num_batches_tracked=torch.tensor(0)),
+    "skipped": lambda: _call(on_nonfinite="skip"),
+    "evaluation": lambda: _call(training=False),
+}
+
+
+def _call(**options: Any) -> Tensor:
+    given = {"input": torch.zeros(4, 3), "weight": torch.ones(3), "bias": torch.zeros(3), "training": True}
+    statistics = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    return batch_norm(**{**statistics, **given, **options})
+
+
+def test_calls_that_differ_in_more_than_addresses_have_different_keys(functions: Functions) -> None:
+    for call in (_call, *_DIFFERENT.values()):
+        call()
+    assert len(functions.keys) == len(_DIFFERENT) + 1
+    assert len(set(functions.keys)) == len(functions.keys)
+
+
+def test_calls_that_differ_in_addresses_have_the_same_key(functions: Functions) -> None:
+    layer = batchnorm.BatchNormAct1d(3, activation="silu")
+    held = []
+    for _ in range(2):
+        x, residual = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+        y = layer(x, residual)
+        dy = torch.ones_like(y)
+        y.backward(dy)
+        held += [x, residual, y, dy, x.grad]
+        _call()
+    assert functions.passes == ["train_forward", "backward", "train_forward"] * 2
+    assert functions.keys[:3] == functions.keys[3:]
+    for before, after in zip(functions.addresses[:3], functions.addresses[3:], strict=True):
+        assert [p is None for p in before] == [p is None for p in after]
+        assert before[0] != after[0]
 
 
 def test_rows_of_statistics_are_aligned_for_the_kernels(functions: Functions) -> None:

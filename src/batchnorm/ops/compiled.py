@@ -25,7 +25,7 @@ AUTOGRAD = "BATCHNORM_AUTOGRAD"
 NODE = "batchnorm_autograd"
 
 # The interface of the node's module, which csrc/pytorch/autograd.cpp also states.
-INTERFACE = 3
+INTERFACE = 4
 
 
 class _Compiled:

@@ -4,7 +4,7 @@ For a tensor of 64 × 64 values, Python's checks and the bookkeeping of several 
 The strict operators, which only the compiled part has, do the work of several operators of the contract in one call.
 They raise an error for arguments that a layer must not accept, before they change anything. A layer therefore calls
 them first. Only after an error does it check its arguments one by one, and take the ordinary route if they are right.
-On a GPU, the node in C++ calls functions that start the kernels (`triton/passes.py`) instead of these operators.
+On a GPU, the node in C++ calls functions that start the kernels (`triton/replay.py`) instead of these operators.
 
 They are used for plain tensors if nothing else observes the operators of the contract: no compiler, transform, trace or
 dispatch mode. Below, `attributes` are eps, the activation's number in the table of activations, and its parameter.
@@ -44,7 +44,7 @@ AVAILABLE = bool(compiled.cpu_capabilities()) and torch._C._dispatch_has_kernel_
 # The module with the node in C++, or None.
 _native = compiled.autograd_module()
 if _native is not None:
-    _native.set_functions(*map(triton.layer_pass, ("train_forward", "normalize", "backward")))
+    _native.set_functions(triton.start, triton.start_again)
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 _NAMES = tuple(ACTIVATIONS)

@@ -5,6 +5,7 @@ python -m tests.ops.triton.launches
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 
 import batchnorm
-from batchnorm.ops import direct, registration, strict, triton
+from batchnorm.ops import compiled, direct, registration, strict, triton
 from batchnorm.ops.triton import launch, support
 from batchnorm.ops.triton.variants import Kernel, Launch
 from tests.ops import native_node
@@ -56,6 +57,7 @@ def main() -> None:
         found["variants"] = _variants()
         found["differing"] = _differing()
         found["unfused"] = [k.name for k in _compiled() if not k.metadata.enable_fp_fusion]
+        found["replayed"] = _replayed()
         found["errors"] = _errors(stub)
         print(json.dumps(found))
 
@@ -149,17 +151,27 @@ def _variants() -> dict[str, int]:
     return {"compiled": direct - before, "missed": len(_compiled()) - direct}
 
 
-def _differing() -> list[str]:
-    """Return the kernels to whose launcher a direct start passes other arguments than Triton does."""
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the arguments of all launches from now on, without those for hooks."""
     passed: list[tuple[Any, ...]] = []
-    found: list[str] = []
-    start, launch_by_triton = Launch.start, CudaLauncher.__call__
+    launch_by_triton = CudaLauncher.__call__
 
     @functools.wraps(launch_by_triton)
     def record(self: Any, *arguments: Any) -> None:
         used = (*arguments[:_TARGET], *arguments[_TARGET + _FOR_HOOKS :])
         passed.append(tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in used))
         launch_by_triton(self, *arguments)
+
+    CudaLauncher.__call__ = record  # type: ignore[method-assign, assignment]
+    yield passed
+    CudaLauncher.__call__ = launch_by_triton  # type: ignore[method-assign]
+
+
+def _differing() -> list[str]:
+    """Return the kernels to whose launcher a direct start passes other arguments than Triton does."""
+    found: list[str] = []
+    start = Launch.start
 
     def start_twice(self: Launch, tensors: Any, floats: Any) -> None:
         passed.clear()
@@ -171,11 +183,72 @@ def _differing() -> list[str]:
         if by_triton != direct or not self._bound:
             found.append(f"{self.kernel.function.fn.__name__}: {by_triton} and {direct}")
 
-    Launch.start, CudaLauncher.__call__ = start_twice, record  # type: ignore[method-assign, assignment]
-    for call in _calls():
-        call()
-    Launch.start, CudaLauncher.__call__ = start, launch_by_triton  # type: ignore[method-assign]
+    Launch.start = start_twice  # type: ignore[method-assign, assignment]
+    with _recorded() as passed:
+        for call in _calls():
+            call()
+    Launch.start = start  # type: ignore[method-assign]
     return found
+
+
+def _steps() -> Iterable[Callable[[bool], object]]:
+    """Yield steps of layers, whose argument says whether the residual is x itself."""
+    options: list[dict[str, Any]] = [
+        {}, {"momentum": None}, {"on_nonfinite": "skip"}, {"affine": False}, {"track_running_stats": False},
+        {"activation": "silu"},
+    ]  # fmt: skip
+    for shape in SHAPES.values():
+        for given in options:
+            layer = batchnorm.BatchNormAct2d(shape[1], **({"activation": "relu"} | given))
+            for training in (True, False):
+
+                def step(alone: bool, shape: Any = shape, layer: Any = layer, training: bool = training) -> None:
+                    x = torch.zeros(shape, requires_grad=True)
+                    residual = x if alone else torch.zeros(shape, requires_grad=True)
+                    layer.train(training)(x, residual).backward(torch.zeros(shape))
+
+                yield step
+
+
+def _replayed() -> dict[str, Any] | None:
+    """Return the passes started again, and those whose launches differ from launches prepared for the same tensors."""
+    native = compiled.autograd_module()
+    if native is None:
+        return None
+    counts, again = {"passes": 0, "launches": 0}, triton.start_again
+    found: list[str] = []
+    replays: list[tuple[Any, ...]] = []
+    addresses: list[int | None] = []
+
+    def start_again(key: bytes, pointers: tuple[int | None, ...]) -> bool:
+        passed.clear()
+        if again(key, pointers):
+            counts["passes"] += 1
+            counts["launches"] += len(passed)
+            replays[:], addresses[:] = passed, pointers
+            passed.clear()
+        return False
+
+    def start(name: str, *arguments: Any) -> bool:
+        done = triton.start(name, *arguments)
+        # Scratch memory is allocated for each start.
+        given = {a for launch in (*passed, *replays) for a in launch if type(a) is int and a > 2**32}
+        scratch = given - {*addresses}
+        both = [
+            [tuple("scratch" if a in scratch else a for a in launch) for launch in some] for some in (passed, replays)
+        ]
+        if replays and both[0] != both[1]:
+            found.append(f"{name}: {both}")
+        replays.clear()
+        return done
+
+    with _recorded() as passed:
+        native.set_functions(start, start_again)
+        for step in _steps():
+            step(True)
+            step(False)
+        native.set_functions(triton.start, triton.start_again)
+    return counts | {"differing": found}
 
 
 def _error(stub: stub_driver.Stub, call: Callable[[], object]) -> str:

@@ -52,6 +52,8 @@ result cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 result cuCtxGetCurrent(handle *context) { return *context = (handle)1, SUCCESS; }
+result cuCtxGetDevice(int *device) { return *device = 0, SUCCESS; }
+result cuStreamIsCapturing(handle stream, int *status) { return *status = 0, SUCCESS; }
 result cuCtxSetCurrent(handle context) { return SUCCESS; }
 result cuCtxGetLimit(size_t *value, int limit) { return *value = 0, SUCCESS; }
 result cuCtxSetLimit(int limit, size_t value) { return SUCCESS; }

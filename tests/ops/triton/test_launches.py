@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import batchnorm
-from batchnorm.ops import registration, triton
+from batchnorm.ops import compiled, registration, triton
 from batchnorm.ops.triton import launch, support
 from batchnorm.ops.triton.variants import Kernel, Launch
 
@@ -66,6 +66,15 @@ def test_direct_launches_tell_apart_all_variants_that_triton_does(found: dict[st
 @needs_compiler
 def test_direct_launches_pass_the_arguments_that_triton_passes(found: dict[str, Any]) -> None:
     assert found["differing"] == []
+
+
+@needs_compiler
+@pytest.mark.skipif(compiled.autograd_module() is None, reason="no node in C++ in this build")
+def test_a_pass_that_starts_again_makes_the_launches_of_a_prepared_one(found: dict[str, Any]) -> None:
+    replayed = found["replayed"]
+    assert replayed["differing"] == []
+    assert replayed["passes"] > 40
+    assert replayed["launches"] > replayed["passes"]
 
 
 @needs_compiler

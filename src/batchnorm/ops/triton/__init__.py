@@ -47,20 +47,41 @@ def fused(train_forward: Callable[..., Any], update_running_: Callable[..., Any]
     return _on_cuda("train_forward_and_update_", names, separately)
 
 
-def layer_pass(name: str) -> Callable[..., bool]:
-    """Return the function of `passes.py` for the node in C++. It returns whether it started all of its kernels."""
+def start(name: str, key: bytes, tensors: tuple[Tensor | None, ...], *others: Any) -> bool:
+    """Prepare and start the launches of a layer's pass, for the node in C++.
 
-    def started(*args: Any) -> bool:
-        try:
-            _pass(name)(*args)
-        except support.UnusableVariantError as error:
-            unusable = error.variant, error.cause
-        else:
-            return True
-        support.give_up(name, *unusable)
-        return False
+    Args:
+        name: The function of `passes.py`.
+        key: What the launches follow from.
+        tensors: The pass's tensors.
+        others: Its other arguments.
 
-    return started
+    Returns:
+        Whether all of the launches started.
+    """
+    try:
+        found = _replay().start(name, tensors, others)
+    except support.UnusableVariantError as error:
+        unusable = error.variant, error.cause
+    else:
+        if len(_replays) >= _MOST_REPLAYS:
+            _replays.clear()
+        if found is not None:
+            _replays[key] = found
+        return True
+    support.give_up(name, *unusable)
+    return False
+
+
+def start_again(key: bytes, pointers: tuple[int | None, ...]) -> bool:
+    """Start the launches of an earlier call with this key for tensors at other addresses; return whether it did."""
+    found = _replays.get(key)
+    return found is not None and found.start(pointers)
+
+
+# Tensors of ever new sizes must not fill the memory.
+_MOST_REPLAYS = 4096
+_replays: dict[bytes, Any] = {}
 
 
 def serves(x: Tensor) -> bool:
@@ -69,9 +90,8 @@ def serves(x: Tensor) -> bool:
 
 
 @functools.cache
-def _pass(name: str) -> Callable[..., None]:
-    function: Callable[..., None] = getattr(importlib.import_module("batchnorm.ops.triton.passes"), name)
-    return function
+def _replay() -> Any:
+    return importlib.import_module("batchnorm.ops.triton.replay")
 
 
 def _on_cuda(name: str, arguments: tuple[str, ...], otherwise: Callable[..., Any]) -> Callable[..., Any]:

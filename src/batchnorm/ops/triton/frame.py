@@ -43,10 +43,14 @@ class Frame:
     def of(x: Tensor) -> Frame:
         """Return the frame of x."""
         frame = _frame(x.shape, x.stride(), x.dtype, x.device)
-        if frame.settings is not frame._settings():  # tuning has changed them
+        if not frame.is_current():
             forget()
             frame = _frame(x.shape, x.stride(), x.dtype, x.device)
         return frame
+
+    def is_current(self) -> bool:
+        """Return whether the settings are still those of the table, which tuning changes."""
+        return self.settings is self._settings()
 
     def _settings(self) -> Settings:
         return tiling.settings_of(self.s, self.channels_last, self.dtype.itemsize)

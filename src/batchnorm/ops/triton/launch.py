@@ -23,8 +23,9 @@ from batchnorm.ops.triton.kernels.forward import forward_once_kernel, normalize_
 from batchnorm.ops.triton.kernels.moments import merge_moments_kernel, moments_kernel
 from batchnorm.ops.triton.kernels.running import update_running_kernel
 from batchnorm.ops.triton.kernels.smallest import smallest_kernel
-from batchnorm.ops.triton.prepared import memory_of_parts, merge, prepared
-from batchnorm.ops.triton.variants import Kernel, Launch
+from batchnorm.ops.triton.prepared import Scratch, merge, prepared, scratch_of
+from batchnorm.ops.triton.tiling import Tiling
+from batchnorm.ops.triton.variants import Kernel, Launch, Start, run
 
 _MOMENTS, _MERGE_MOMENTS = Kernel(moments_kernel), Kernel(merge_moments_kernel)
 _NORMALIZE, _FORWARD_ONCE = Kernel(normalize_kernel), Kernel(forward_once_kernel)
@@ -65,10 +66,9 @@ def _launch_moments(
     if values:
         parts: Tensor | None = x
     else:
-        parts, counted, rows = memory_of_parts(frame, t, index, 4)
-        prepared(_MOMENTS, t, (t.per, t.splits, rows, t.blocks), VARIANCE=variance).start(
-            (x, weights, parts, counted, *results), ()
-        )
+        scratch = scratch_of(frame, t, index, 4)
+        parts = scratch.parts
+        _moments_start(t, x, weights, results, scratch, variance=variance).run()
     if index is None:
         return None
     count = torch.empty(groups, dtype=torch.float64, device=frame.device)
@@ -80,6 +80,14 @@ def _launch_moments(
         (parts, index, sample_counts, count, *results), ()
     )
     return count
+
+
+def _moments_start(
+    t: Tiling, x: Tensor, weights: Tensor | None, results: Statistics, scratch: Scratch, *, variance: bool
+) -> Start:
+    parts, counters, rows = scratch
+    launch = prepared(_MOMENTS, t, (t.per, t.splits, rows, t.blocks), VARIANCE=variance)
+    return Start(launch, (x, weights, parts, counters, *results), (), (parts, counters))
 
 
 @_launcher
@@ -148,13 +156,12 @@ def _train_forward(
     frame = Frame.of(x)
     y, (mean, mean_low, var) = frame.result(), frame.row_vectors(3)
     weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
-    launch_forward(
-        frame, frame.read(x), frame.read_if(residual), y, (mean, mean_low, var), weight, bias, attributes, update
-    )
+    data = (frame.read(x), frame.read_if(residual), y)
+    run(forward(frame, *data, (mean, mean_low, var), weight, bias, attributes, update))
     return frame.returned(y), mean, mean_low, var
 
 
-def launch_forward(
+def forward(
     frame: Frame,
     x: Tensor,
     residual: Tensor | None,
@@ -164,21 +171,22 @@ def launch_forward(
     bias: Tensor | None,
     attributes: Attributes,
     update: Update,
-) -> None:
-    """Compute y and the batch's mean, mean_low and biased variance."""
+) -> list[Start]:
+    """Return the launches that compute y and the batch's mean, mean_low and biased variance."""
     t = frame.at_once(1)
     if t is None:
-        _launch_moments(frame, x, None, None, 1, statistics, variance=True)
-        vectors = KernelVectors((*statistics, weight, bias), None, BY_CHANNEL)
-        launch_normalize(frame, x, residual, y, vectors, attributes, update)
-        return
+        t, vectors = frame.streamed(), KernelVectors((*statistics, weight, bias), None, BY_CHANNEL)
+        return [
+            _moments_start(t, x, None, statistics, scratch_of(frame, t, None, 4), variance=True),
+            normalization(frame, x, residual, y, vectors, attributes, update),
+        ]
     eps, activation, negative_slope = attributes
-    prepared(_FORWARD_ONCE, t, (t.blocks,), ACTIVATION=activation).start(
-        (x, residual, y, *statistics, weight, bias, *update.running), (eps, negative_slope, frame.m, update.momentum)
-    )
+    tensors = (x, residual, y, *statistics, weight, bias, *update.running)
+    floats = (eps, negative_slope, frame.m, update.momentum)
+    return [Start(prepared(_FORWARD_ONCE, t, (t.blocks,), ACTIVATION=activation), tensors, floats)]
 
 
-def launch_normalize(
+def normalization(
     frame: Frame,
     x: Tensor,
     residual: Tensor | None,
@@ -186,14 +194,13 @@ def launch_normalize(
     vectors: KernelVectors,
     attributes: Attributes,
     update: Update = NO_UPDATE,
-) -> None:
-    """Compute y from given statistics."""
+) -> Start:
+    """Return the launch that computes y from given statistics."""
     t = frame.streamed(vectors.index)
     eps, activation, negative_slope = attributes
-    prepared(_NORMALIZE, t, (*vectors.sizes, t.per, t.blocks), ACTIVATION=activation).start(
-        (x, residual, y, *vectors.tensors, vectors.index, *update.running),
-        (eps, negative_slope, frame.m, update.momentum),
-    )
+    tensors = (x, residual, y, *vectors.tensors, vectors.index, *update.running)
+    floats = (eps, negative_slope, frame.m, update.momentum)
+    return Start(prepared(_NORMALIZE, t, (*vectors.sizes, t.per, t.blocks), ACTIVATION=activation), tensors, floats)
 
 
 @_launcher
@@ -203,7 +210,8 @@ def normalize(
     """Return y from given statistics."""
     frame = Frame.of(x)
     y = frame.result()
-    launch_normalize(frame, frame.read(x), frame.read_if(residual), y, KernelVectors.of(vectors, index), attributes)
+    given = KernelVectors.of(vectors, index)
+    normalization(frame, frame.read(x), frame.read_if(residual), y, given, attributes).run()
     return frame.returned(y)
 
 
@@ -247,30 +255,29 @@ class Backward:
         sum_dz, sum_dz_xhat = self.frame.row_vectors(2, self.vectors.index, groups)
         return sum_dz, sum_dz_xhat
 
-    def train(self, dx: Tensor, dz: Tensor | None, sums: tuple[Tensor, Tensor]) -> None:
-        """Compute the gradients through batch statistics, in one launch if a program can hold its channels."""
+    def train(self, dx: Tensor, dz: Tensor | None, sums: tuple[Tensor, Tensor]) -> list[Start]:
+        """Return the launches for the gradients through batch statistics: one if a program can hold its channels."""
         t = self.frame.at_once(2)
         if t is None:
-            self.reduce(1, sums)
-            self.apply(sums, None, dx, dz, from_sums=True)
-            return
-        prepared(_BACKWARD_ONCE, t, (t.blocks,), ACTIVATION=self.activation).start(
-            (*self.data, dx, dz, *self.vectors.tensors, *sums), (*self.scalars, self.frame.m)
-        )
+            return [*self.reduce(1, sums), self.apply(sums, None, dx, dz, from_sums=True)]
+        tensors = (*self.data, dx, dz, *self.vectors.tensors, *sums)
+        launch = prepared(_BACKWARD_ONCE, t, (t.blocks,), ACTIVATION=self.activation)
+        return [Start(launch, tensors, (*self.scalars, self.frame.m))]
 
     def reduce(
         self, groups: int, sums: tuple[Tensor, Tensor], dx: Tensor | None = None, dz: Tensor | None = None
-    ) -> None:
-        """Compute the sums; with constant statistics, also dx and dz in the same launch."""
+    ) -> list[Start]:
+        """Return the launches for the sums; with constant statistics, also for dx and dz."""
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index, by_sample=True)
-        parts, counted, rows = memory_of_parts(frame, t, vectors.index, 2)
+        parts, counters, rows = scratch_of(frame, t, vectors.index, 2)
         sizes = (*vectors.sizes, t.per, t.splits, rows, t.blocks)
-        prepared(_REDUCE, t, sizes, ACTIVATION=self.activation).start(
-            (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, counted, *sums), self.scalars
-        )
+        tensors = (*self.data, dx, dz, *vectors.tensors, vectors.index, parts, counters, *sums)
+        launch = prepared(_REDUCE, t, sizes, ACTIVATION=self.activation)
+        found = [Start(launch, tensors, self.scalars, (parts, counters))]
         if vectors.index is not None:
-            merge(_MERGE_SUMS, t, groups).start((parts, vectors.index, *sums), ())
+            found.append(Start(merge(_MERGE_SUMS, t, groups), (parts, vectors.index, *sums)))
+        return found
 
     def apply(
         self,
@@ -280,15 +287,14 @@ class Backward:
         dz: Tensor | None,
         *,
         from_sums: bool = False,
-    ) -> None:
-        """Compute dx and dz from the means of dx̂ and dx̂·x̂, or from Σ dz and Σ dz·x̂ (`from_sums`)."""
+    ) -> Start:
+        """Return the launch for dx and dz from the means of dx̂ and dx̂·x̂, or from Σ dz and Σ dz·x̂ (`from_sums`)."""
         frame, vectors = self.frame, self.vectors
         t = frame.streamed(vectors.index)
         sizes = (*vectors.sizes, t.per, t.blocks)
-        prepared(_APPLY, t, sizes, ACTIVATION=self.activation, SUMS=from_sums).start(
-            (*self.data, dx, dz, *vectors.tensors, *means, vectors.index, kernel_weights(weights)),
-            (*self.scalars, frame.m),
-        )
+        tensors = (*self.data, dx, dz, *vectors.tensors, *means, vectors.index, kernel_weights(weights))
+        launch = prepared(_APPLY, t, sizes, ACTIVATION=self.activation, SUMS=from_sums)
+        return Start(launch, tensors, (*self.scalars, frame.m))
 
 
 @_launcher
@@ -298,7 +304,7 @@ def train_backward(
     """Return dx, dγ, dβ and dz."""
     call = Backward.of(dy, kept, None, attributes)
     (dx, dz), (dbias, dweight) = call.results(need_dz), call.sums(1)
-    call.train(dx, dz, (dbias, dweight))
+    run(call.train(dx, dz, (dbias, dweight)))
     dx, dz = call.returned(dx, dz)
     return dx, dweight, dbias, dz
 
@@ -310,7 +316,7 @@ def normalize_backward(
     """Return dx, Σ dz·x̂, Σ dz and dz with constant statistics; x and dy are read once."""
     call = Backward.of(dy, kept, index, attributes)
     (dx, dz), (sum_dz, sum_dz_xhat) = call.results(need_dz), call.sums(groups)
-    call.reduce(groups, (sum_dz, sum_dz_xhat), dx, dz)
+    run(call.reduce(groups, (sum_dz, sum_dz_xhat), dx, dz))
     dx, dz = call.returned(dx, dz)
     return dx, sum_dz_xhat, sum_dz, dz
 
@@ -322,7 +328,7 @@ def backward_reduce(
     """Return Σ dz and Σ dz·x̂."""
     call = Backward.of(dy, kept, index, attributes)
     sums = call.sums(groups)
-    call.reduce(groups, sums)
+    run(call.reduce(groups, sums))
     return sums
 
 
@@ -341,10 +347,10 @@ def backward_apply(
     call = Backward.of(dy, kept, index, attributes)
     dx, dz = call.results(need_dz)
     if mean_dxhat is None or mean_dxhat_xhat is None:
-        call.apply((None, None), None, dx, dz)
+        call.apply((None, None), None, dx, dz).run()
     else:
         means = mean_dxhat.to(torch.float32).contiguous(), mean_dxhat_xhat.to(torch.float32).contiguous()
-        call.apply(means, weights, dx, dz)
+        call.apply(means, weights, dx, dz).run()
     return call.returned(dx, dz)
 
 
@@ -356,23 +362,21 @@ def update_running_(running: Running, batch: Batch, momentum: float | None, skip
     if momentum is None and running.num_batches_tracked is None:
         raise RuntimeError(_checks.missing_counter("batchnorm::update_running_"))
     mean, mean_low, var = (t.contiguous() for t in batch[:3])
-    launch_update(running, (mean, mean_low, var), batch.m, batch.count, momentum, skip_nonfinite)
+    running_update(running, (mean, mean_low, var), batch.m, batch.count, momentum, skip_nonfinite).run()
     torch.autograd.graph.increment_version([t for t in running if t is not None])
 
 
-def launch_update(
+def running_update(
     running: Sequence[Tensor | None],
     statistics: Statistics,
     m: int,
     count: Tensor | None,
     momentum: float | None,
     skip_nonfinite: bool,
-) -> None:
-    """Update the running statistics by those of a batch; `Batch` describes m and count."""
-    channels = statistics[0].numel()
-    _update_launch(_UPDATE_RUNNING, m, channels, skip_nonfinite, momentum is None).start(
-        (*running, *statistics, count), (0.0 if momentum is None else momentum,)
-    )
+) -> Start:
+    """Return the launch that updates the running statistics by those of a batch; `Batch` describes m and count."""
+    launch = _update_launch(_UPDATE_RUNNING, m, statistics[0].numel(), skip_nonfinite, momentum is None)
+    return Start(launch, (*running, *statistics, count), (0.0 if momentum is None else momentum,))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""The passes of a layer for the node in C++, which has checked the arguments and allocated the results.
+"""The launches of a layer's passes for the node in C++, which has checked the arguments and allocated the results.
 
 Importing this module imports Triton. `csrc/pytorch/launched.h` has the order of the arguments.
 """
@@ -11,11 +11,13 @@ from batchnorm.ops.activations import ACTIVATIONS
 from batchnorm.ops.schemas import Attributes
 from batchnorm.ops.triton import launch
 from batchnorm.ops.triton.frame import BY_CHANNEL, Frame, KernelVectors
+from batchnorm.ops.triton.variants import Start
 
 _NAMES = tuple(ACTIVATIONS)
 
 
 def train_forward(
+    frame: Frame,
     x: Tensor,
     residual: Tensor | None,
     y: Tensor,
@@ -32,20 +34,22 @@ def train_forward(
     parameter: float,
     momentum: float | None,
     skip_nonfinite: bool,
-) -> None:
+) -> list[Start]:
     """Compute y and the batch's statistics, and update the running statistics, which may be absent."""
-    frame, statistics = Frame.of(x), (mean, mean_low, var)
-    running = (running_mean, running_var, num_batches_tracked)
+    statistics, running = (mean, mean_low, var), (running_mean, running_var, num_batches_tracked)
     update = launch.NO_UPDATE
     if running_mean is not None and momentum is not None and not skip_nonfinite:
         update = launch.Update(running, momentum)
     attributes = Attributes(eps, _NAMES[activation], parameter)
-    launch.launch_forward(frame, x, residual, y, statistics, weight, bias, attributes, update)
+    starts = launch.forward(frame, x, residual, y, statistics, weight, bias, attributes, update)
     if running_mean is not None and update is launch.NO_UPDATE:
-        launch.launch_update(running, statistics, frame.n * frame.s, None, momentum, skip_nonfinite)
+        m = frame.n * frame.s
+        starts.append(launch.running_update(running, statistics, m, None, momentum, skip_nonfinite))
+    return starts
 
 
 def normalize(
+    frame: Frame,
     x: Tensor,
     residual: Tensor | None,
     y: Tensor,
@@ -56,15 +60,16 @@ def normalize(
     eps: float,
     activation: int,
     parameter: float,
-) -> None:
+) -> list[Start]:
     """Compute y from running statistics."""
     vectors = KernelVectors((mean, None, var, weight, bias), None, BY_CHANNEL)
-    launch.launch_normalize(Frame.of(x), x, residual, y, vectors, Attributes(eps, _NAMES[activation], parameter))
+    return [launch.normalization(frame, x, residual, y, vectors, Attributes(eps, _NAMES[activation], parameter))]
 
 
 def backward(
-    dy: Tensor,
+    frame: Frame,
     x: Tensor,
+    dy: Tensor,
     residual: Tensor | None,
     y: Tensor | None,
     dx: Tensor,
@@ -79,12 +84,11 @@ def backward(
     eps: float,
     activation: int,
     parameter: float,
-) -> None:
+) -> list[Start]:
     """Compute the gradients. Statistics without `mean_low` are running statistics, which are constants."""
     vectors = KernelVectors((mean, mean_low, var, weight, bias), None, BY_CHANNEL)
     attributes = Attributes(eps, _NAMES[activation], parameter)
-    call = launch.Backward(Frame.of(x), (dy, x, residual, y), vectors, attributes)
+    call = launch.Backward(frame, (dy, x, residual, y), vectors, attributes)
     if mean_low is None:
-        call.reduce(1, (dbias, dweight), dx, dz)
-    else:
-        call.train(dx, dz, (dbias, dweight))
+        return call.reduce(1, (dbias, dweight), dx, dz)
+    return call.train(dx, dz, (dbias, dweight))

@@ -5,7 +5,7 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,16 +38,22 @@ def merge(kernel: Kernel, t: Tiling, groups: int, **constants: Any) -> Launch:
     return found
 
 
-def memory_of_parts(
-    frame: Frame, t: Tiling, index: Tensor | None, number: int
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return memory for the results of each split, the counters of the merge, and the number of rows of the memory.
+class Scratch(NamedTuple):
+    """Memory for the results of each split, the counters of the merge, and the number of rows of the memory."""
 
-    A single split has neither. With an index, splits are merged by another launch, without counters.
+    parts: Tensor | None
+    counters: Tensor | None
+    rows: int
+
+
+def scratch_of(frame: Frame, t: Tiling, index: Tensor | None, number: int) -> Scratch:
+    """Return memory for `number` results of each split. A single split needs none.
+
+    With an index, splits are merged by another launch, without counters.
     """
     if index is not None:
-        return frame.vectors(1, number, t.splits, t.channels)[0], None, t.splits
+        return Scratch(frame.vectors(1, number, t.splits, t.channels)[0], None, t.splits)
     if t.splits == 1:
-        return None, None, 1
+        return Scratch(None, None, 1)
     rows = tiling.merged_rows(t.splits, finish.FAN.value)
-    return frame.vectors(1, number, rows, t.channels)[0], counters(frame.device, rows * t.blocks), rows
+    return Scratch(frame.vectors(1, number, rows, t.channels)[0], counters(frame.device, rows * t.blocks), rows)

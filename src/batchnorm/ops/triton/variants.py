@@ -29,7 +29,7 @@ _first_start = threading.RLock()
 _LAUNCHER = ["self", "gridX", "gridY", "gridZ", "stream", "function"]
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
     """A variant on one device, ready to start: Triton's launcher for it, and the arguments that never change."""
 
     run: Any
@@ -66,14 +66,17 @@ class Launch:
     def __init__(self, kernel: Kernel, grid: tuple[int], sizes: tuple[int, ...], constants: dict[str, Any]) -> None:
         self.kernel, self.grid, self.sizes, self.constants = kernel, grid, sizes, constants
         self._same = (*(size >> 31 > 0 for size in sizes), *constants.values())
-        self._bound: dict[tuple[Any, ...], _Bound] = {}
+        self._bound: dict[tuple[Any, ...], Bound] = {}
 
-    def start(self, tensors: Sequence[Tensor | None], floats: Sequence[float]) -> None:
+    def start(self, tensors: Sequence[Tensor | None], floats: Sequence[float]) -> Bound | None:
         """Start a program for each element of the grid, on the current device and stream.
 
         Args:
             tensors: Tensors of the current device, None for absent ones; the first is never absent.
             floats: Floating-point scalars. Integers are converted, because Triton would compile another variant.
+
+        Returns:
+            The variant, or None if only Triton can start it.
 
         Raises:
             UnusableVariantError: the variant does not compile or start; it was not started now or before.
@@ -94,14 +97,15 @@ class Launch:
             key += [pointer is None or pointer & 15 == 0 for pointer in pointers]
         variant = tuple(key)
         bound = self._bound.get(variant)
-        if bound is None or _hooked():
+        if bound is None or hooked():
             self._start_by_triton(variant, tensors, floats)
-            return
+            return self._bound.get(variant)
         run, stream_of, device, function, metadata, skipped = bound
         run(
             self.grid[0], 1, 1, stream_of(device), function, metadata, None, None, None,
             *pointers, *floats, *self.sizes, *skipped,
         )  # fmt: skip
+        return bound
 
     def _start_by_triton(
         self, variant: tuple[Any, ...], tensors: Sequence[Tensor | None], floats: Sequence[float]
@@ -123,7 +127,7 @@ class Launch:
         if variant not in self._bound and _can_be_bound(compiled):
             skipped = (None,) * (len(function.arg_names) - len(tensors) - len(floats) - len(self.sizes))
             active = driver.active
-            self._bound[variant] = _Bound(
+            self._bound[variant] = Bound(
                 compiled.run, active.get_current_stream, active.get_current_device(), compiled.function,
                 compiled.packed_metadata, skipped,
             )  # fmt: skip
@@ -139,7 +143,25 @@ class Launch:
         return f"{function.fn.__name__}({text})"
 
 
-def _hooked() -> bool:
+class Start(NamedTuple):
+    """A launch, and what it starts with."""
+
+    launch: Launch
+    tensors: tuple[Tensor | None, ...]
+    floats: tuple[float, ...] = ()
+    scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # those of the tensors that are parts and counters
+
+    def run(self) -> Bound | None:
+        """Start the launch; see `Launch.start`."""
+        return self.launch.start(self.tensors, self.floats)
+
+
+def run(starts: Sequence[Start]) -> list[Bound | None]:
+    """Start launches, one after the other; see `Launch.start`."""
+    return [start.run() for start in starts]
+
+
+def hooked() -> bool:
     """Return whether a profiler wants to see each launch, which Triton shows it."""
     runtime = knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
