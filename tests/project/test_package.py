@@ -198,6 +198,10 @@ def test_a_function_is_not_hidden_by_a_module_that_is_imported_later():
     assert callable(batchnorm.recalibrate) and callable(batchnorm.doctor.watch)
 
 
+def test_an_import_of_the_earlier_module_gives_the_function():
+    assert importlib.import_module("batchnorm.recalibrate") is batchnorm.recalibrate
+
+
 def test_every_documented_module_is_an_attribute():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     documented = set(re.findall(r"^::: batchnorm\.([a-z]+)", pages, re.MULTILINE))
