@@ -50,3 +50,4 @@ if __name__ == "__main__":
                 code = ended.code
         said.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
     Path(f"said-{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()  # otherwise, a thread of the group that still runs at exit aborts the process
