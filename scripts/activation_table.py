@@ -1,4 +1,4 @@
-"""A hook of mkdocs that shows the table of activations where a page has `<!-- activations -->`."""
+"""A hook of mkdocs that inserts the table of activations where a page has `<!-- activations -->`."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def table() -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table into the page."""
+    """Insert the table into the page."""
     return markdown.replace("<!-- activations -->", table())

@@ -133,7 +133,7 @@ bool start(launched::Pass pass, launched::Arguments arguments, const Attributes&
     result = first.passed_to(first_start);
   }
   if (result) return result.get() == Py_True;
-  // A thread of autograd cannot pass on an error of Python. The operators will meet it again, and report it.
+  // A thread of autograd cannot pass on an error of Python. The operators report it if it occurs again.
   if (pass != launched::Pass::backward) throw launched::Raised();
   PyErr_Clear();
   return false;

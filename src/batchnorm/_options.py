@@ -138,7 +138,7 @@ def nonfinite_batch(caller: str, finite: Sequence[bool] = (), *, overflow: bool 
     if broken:
         numbers = ", ".join(map(str, broken[:8])) + (", ..." if len(broken) > 8 else "")
         where = f" in {len(broken)} of {len(finite)} channels ({numbers})"
-    cause = "x has NaN or infinity, or its values overflow: look for their source in the layers before"
+    cause = "x has NaN or infinity, or its values overflow: look for the source in the layers before this one"
     if overflow:
         cause = "x is finite, but its variance overflows: scale x, lower the learning rate"
     return (

@@ -179,7 +179,7 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, residual, eps, activation, parameter
         )
         return channels_back(y, channel_dim)
-    skips = on_nonfinite != "propagate"
+    skips = on_nonfinite != "propagate"  # a device may report an error only after the update
     if weights is None and updates and on_nonfinite != "error":
         assert running_mean is not None
         assert running_var is not None

@@ -66,8 +66,8 @@ def batch_norm(
         even a mean of 1e6 standard deviations costs no accuracy. On the CPU, the compiled kernels run on XLA's threads.
         Results and gradients have the same bits as those of `batchnorm.functional.batch_norm` for PyTorch, also with a
         mask. `batchnorm.backends()` says whether the kernels run. On other devices, and for arrays that `jit` shards
-        over several devices, XLA compiles a composition. Statistics over `axis_name`, and a mask that differs by
-        channel, are merged or computed in float32, and may differ in the last bits.
+        over several devices, XLA compiles a composition. With `axis_name`, or with a mask that differs by channel,
+        statistics are combined in float32, and results may differ in the last bits.
 
     Source: Ioffe & Szegedy 2015, algorithm 1; the equations are on the mathematics page, "Forward".
 

@@ -71,8 +71,8 @@ def copied(
         replacements: Functions that create an unbuilt layer for the place of a layer, by the layer's id. Its variables
             keep their initial values.
         removed: The ids of layers in graphs that pass their input on.
-        dtype: The dtype of every layer; by default, each keeps its own. With a dtype, the configurations have other
-            initializers.
+        dtype: The dtype of every layer; by default, each keeps its own. With a dtype, the copies' initializers are
+            zeros.
         advice: What else the user can do if a layer has no configuration.
 
     Raises:
@@ -218,7 +218,7 @@ def _without_empty_masks(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _for_values(config: Any, dtype: str) -> Any:
     """Return a layer's configuration with another dtype, and zeros as initial values, also inside.
 
-    The initial values are overwritten. JAX compiles random ones for each shape, which takes longer than all the rest.
+    The initial values are overwritten. JAX would compile random ones for each shape, which takes most of the time.
     """
     if isinstance(config, list):
         return [_for_values(value, dtype) for value in config]

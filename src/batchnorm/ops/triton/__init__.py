@@ -52,7 +52,7 @@ def start(name: str, key: bytes, tensors: tuple[Tensor | None, ...], *others: An
 
     Args:
         name: The function of `passes.py`.
-        key: What the launches follow from.
+        key: The bytes that identify the launches: all arguments, without the addresses of tensors.
         tensors: The pass's tensors.
         others: Its other arguments.
 
@@ -79,7 +79,7 @@ def start_again(key: bytes, pointers: tuple[int | None, ...]) -> bool:
     return found is not None and found.start(pointers)
 
 
-# Tensors of ever new sizes must not fill the memory.
+# A limit, because a program may call a layer with ever new sizes.
 _MOST_REPLAYS = 4096
 _replays: dict[bytes, Any] = {}
 

@@ -35,7 +35,7 @@ def train_forward(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> list[Start]:
-    """Compute y and the batch's statistics, and update the running statistics, which may be absent."""
+    """Return the launches for y, the statistics and the update of the running statistics, which may be absent."""
     statistics, running = (mean, mean_low, var), (running_mean, running_var, num_batches_tracked)
     update = launch.NO_UPDATE
     if running_mean is not None and momentum is not None and not skip_nonfinite:
@@ -61,7 +61,7 @@ def normalize(
     activation: int,
     parameter: float,
 ) -> list[Start]:
-    """Compute y from running statistics."""
+    """Return the launches for y from running statistics."""
     vectors = KernelVectors((mean, None, var, weight, bias), None, BY_CHANNEL)
     return [launch.normalization(frame, x, residual, y, vectors, Attributes(eps, _NAMES[activation], parameter))]
 
@@ -85,7 +85,7 @@ def backward(
     activation: int,
     parameter: float,
 ) -> list[Start]:
-    """Compute the gradients. Statistics without `mean_low` are running statistics, which are constants."""
+    """Return the launches for the gradients. Without `mean_low`, the statistics are running ones, and constant."""
     vectors = KernelVectors((mean, mean_low, var, weight, bias), None, BY_CHANNEL)
     attributes = Attributes(eps, _NAMES[activation], parameter)
     call = launch.Backward(frame, (dy, x, residual, y), vectors, attributes)

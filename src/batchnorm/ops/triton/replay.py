@@ -1,8 +1,8 @@
-"""A layer's passes, started again without the work of preparing their launches. Importing this module imports Triton.
+"""Starts a layer's passes again without preparing their launches. Importing this module imports Triton.
 
-The launches of a pass follow from the shapes, dtypes and memory layout of its tensors, from which of them are absent or
-not aligned, and from its other arguments. The node in C++ makes a key of all these. Between calls with the same key,
-only the addresses of tensors differ.
+The launches of a pass depend on the shapes, dtypes and memory layout of its tensors, on which of them are absent or not
+aligned, and on its other arguments. The node in C++ makes a key of all these. Calls with the same key differ only in
+the addresses of their tensors.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def start(name: str, tensors: Sequence[Tensor | None], others: Sequence[Any]) ->
         tensors: Its tensors, of which the first is x.
         others: Its other arguments.
     """
-    # A tensor that is two arguments at once must not be one in the next call.
+    # Each argument gets an object of its own, because two arguments may be the same tensor in this call only.
     tensors = [None if t is None else t.detach() for t in tensors]
     assert tensors[0] is not None
     frame = Frame.of(tensors[0])

@@ -144,12 +144,12 @@ class Launch:
 
 
 class Start(NamedTuple):
-    """A launch, and what it starts with."""
+    """A launch and its arguments. `scratch` holds its tensors for results of splits and for counters, if any."""
 
     launch: Launch
     tensors: tuple[Tensor | None, ...]
     floats: tuple[float, ...] = ()
-    scratch: tuple[Tensor | None, Tensor | None] = (None, None)  # those of the tensors that are parts and counters
+    scratch: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def run(self) -> Bound | None:
         """Start the launch; see `Launch.start`."""

@@ -38,8 +38,8 @@ class Padding(Rule):
     notes = """
         Padding that looks like a background is not found: sequences in the middle of their padding, images at random
         places in their padding, images whose background is the constant, padding by reflection or by the last row, and
-        padding in batches of one. Padding of the same length in all samples is not found either: a start token, the
-        first of differences or the border of a scan is the same constant, and is data.
+        padding in batches of one. Padding of the same length in all samples is not found either, because such a
+        constant can be data: a start token, the first value of a series of differences, or the border of a scan.
     """
     source = """
         The guide to masks; PyTorch issue #70529; Carion et al. 2020, *End-to-End Object Detection with Transformers*,

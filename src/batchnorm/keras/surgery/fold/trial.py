@@ -97,7 +97,7 @@ def _run(model: Any, inputs: list[Any]) -> Any:
             return model.stateless_call(trained, others, inputs, training=False)[0]
 
         variables = ([v.value for v in part] for part in (model.trainable_variables, model.non_trainable_variables))
-        with suppress(Exception):  # such as that of a layer whose code reads values
+        with suppress(Exception):  # for example, if the code of a layer reads values
             return jax.jit(call, compiler_options=_QUICKLY)(*variables, inputs)
     return model(inputs, training=False)
 
