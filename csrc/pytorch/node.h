@@ -252,19 +252,24 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
 // Returns y, with this node if a gradient is needed. Returns nothing, before any change, if another route must be used.
 inline MaybeTensor batch_norm(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                               const MaybeTensor& residual, const Call& call) {
-  bool differentiable = false;
   if (!plain(x) || (!call.training && !(call.running_mean && call.running_var))) return std::nullopt;
   for (const MaybeTensor* t : {&call.running_mean, &call.running_var, &call.num_batches_tracked}) {
     if (!plain(*t) || (*t && (*t)->requires_grad())) return std::nullopt;
   }
-  if (call.parts && (!plain(call.parts->index) || !plain(call.parts->weights))) return std::nullopt;
-  differentiable = x.requires_grad();
+  bool differentiable = x.requires_grad(), can_be_saved = !x.is_inference();
   for (const MaybeTensor* t : {&weight, &bias, &residual}) {
     if (!plain(*t)) return std::nullopt;
     differentiable = differentiable || (*t && (*t)->requires_grad());
+    can_be_saved = can_be_saved && !(*t && (*t)->is_inference());
+  }
+  if (call.parts) {
+    for (const MaybeTensor* t : {&call.parts->index, &call.parts->weights}) {
+      if (!plain(*t)) return std::nullopt;
+      can_be_saved = can_be_saved && !(*t && (*t)->is_inference());
+    }
   }
   differentiable = differentiable && at::GradMode::is_enabled();
-  if (differentiable && x.is_inference()) return std::nullopt;  // autograd cannot save it
+  if (differentiable && !can_be_saved) return std::nullopt;  // before running statistics change
   try {
     if (differentiable) return BatchNorm::apply(x, weight, bias, residual, call);
     return computed(x, weight, bias, residual, call, false).y;

@@ -152,3 +152,12 @@ def test_rows_of_a_freed_tensor_are_an_error_that_names_it(kind: str, name: str,
         free(getattr(layer, name))
         with pytest.raises(RuntimeError, match=f"^{kind} expects {name} with its memory allocated, got"):
             layer(torch.randn(N, C, S), choice)
+
+
+def test_a_freed_counter_of_rows_is_an_error_that_names_it() -> None:
+    for choice in (1, torch.tensor([0, 1, 1, 0])):
+        layer = nn.DomainBatchNorm(C, num_domains=2)
+        free(layer.num_batches_tracked)
+        with pytest.raises(RuntimeError, match="^DomainBatchNorm expects num_batches_tracked with its memory"):
+            layer(torch.randn(N, C, S), choice)
+        assert not layer.running_mean.any()

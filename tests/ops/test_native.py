@@ -214,6 +214,38 @@ def test_compiled_autograd_gives_the_gradients_of_eager_mode() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("_node")
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [(name, masked) for masked in (False, True) for name in ("x", "weight", "bias", "residual")] + [("mask", True)],
+)
+def test_an_inference_tensor_that_autograd_cannot_save_leaves_the_running_statistics(name: str, masked: bool) -> None:
+    tensors = {"x": torch.randn(6, 3), "weight": torch.ones(3), "bias": torch.zeros(3), "residual": torch.randn(6, 3)}
+    if masked:
+        tensors["mask"] = torch.tensor([1.0, 1.0, 0.0, 0.5, 1.0, 1.0])
+    with torch.inference_mode():
+        tensors[name] = tensors[name].clone()
+    tensors["bias" if name == "x" else "x"].requires_grad_()
+    running = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        batchnorm.functional.batch_norm(
+            tensors.pop("x"), *running, tensors.pop("weight"), tensors.pop("bias"), True, activation="silu", **tensors
+        )
+    assert torch.equal(running[0], torch.zeros(3))
+    assert torch.equal(running[1], torch.ones(3))
+
+
+@pytest.mark.usefixtures("_node")
+def test_a_domain_that_autograd_cannot_save_leaves_the_running_statistics() -> None:
+    norm = batchnorm.nn.DomainBatchNorm1d(3, num_domains=2)
+    with torch.inference_mode():
+        domain = torch.arange(6) % 2
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        norm(torch.randn(6, 3), domain)
+    assert norm.num_batches_tracked.tolist() == [0, 0]
+    assert not norm.running_mean.any()
+
+
 @needs_native
 def test_anomaly_mode_inference_mode_and_autocast_give_the_same_with_both_nodes(
     monkeypatch: pytest.MonkeyPatch,

@@ -155,7 +155,8 @@ def batch_norm_by_rows(
     _options.check_eps(caller, eps, zero_allowed=not training)
     updates = training and update_running_stats and running_mean is not None
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    _checks.check_allocated(caller, **vectors)  # before a row is taken, whose error would be torch's own
+    # Before a row is taken, whose error would be torch's own.
+    _checks.check_allocated(caller, **vectors, num_batches_tracked=num_batches_tracked)
     if updates:  # before a row is taken, because rows may share memory
         _checks.check_update(caller, momentum, num_batches_tracked, running_mean=running_mean, running_var=running_var)
     if not isinstance(choice, Tensor):

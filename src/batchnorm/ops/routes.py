@@ -92,13 +92,15 @@ def batch_statistics_norm_and_update_(
     skip_nonfinite: bool,
 ) -> Tensor:
     """Return y, and update the running statistics (mean, variance and count) by those of the batch."""
+    differentiable = needs_gradient(x, weight, bias, residual)
     together = not (momentum is None or skip_nonfinite or torch.compiler.is_compiling() or is_plain())
-    if not (together and direct.is_direct(x, weight, bias, residual, *running)):
+    together = together and direct.is_direct(x, weight, bias, residual, *running)
+    if not together or (differentiable and not strict.can_be_saved(x, weight, bias, residual)):
         y, *found = batch_statistics_norm(x, weight, bias, residual, eps, activation, negative_slope)
         update_running_(*running, *found, eager.values_per_channel(x), None, momentum, skip_nonfinite)
         return y
     attributes = named(Attributes, (eps, activation, negative_slope))
-    if needs_gradient(x, weight, bias, residual):
+    if differentiable:
         return _apply_train(x, weight, bias, residual, attributes, [], (*running, momentum))
     return direct.train_forward_and_update_(x, weight, bias, residual, *attributes, *running, momentum)[0]
 
@@ -261,7 +263,7 @@ def _at_once(
     try:
         if not needs_gradient(x, *tensors):
             return at_once(x, *tensors, shared, index, weights, groups, attributes)
-        if x.is_inference():  # autograd cannot save it
+        if not strict.can_be_saved(x, *tensors, index, weights):
             return None
         found: list[BatchStatistics] = []
         y = _apply_parts(x, *tensors, found, shared, index, weights, groups, None, attributes)

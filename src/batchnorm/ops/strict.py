@@ -95,6 +95,11 @@ def takes_parts(*tensors: Tensor | None) -> bool:
     )
 
 
+def can_be_saved(*tensors: Tensor | None) -> bool:
+    """Return whether autograd can save these tensors, which it checks only after a forward that updates statistics."""
+    return not any(t is not None and t.is_inference() for t in tensors)
+
+
 class RefusedError(Exception):
     """The operator refused its arguments. An error of a hook on saved tensors must not be mistaken for it."""
 
@@ -356,7 +361,7 @@ def _by_operators(
         if not differentiable:
             y, _ = _train_forward(x, weight, bias, residual, *options)
             return y
-        if x.is_inference():  # autograd cannot save it
+        if not can_be_saved(x, weight, bias, residual):
             return None
         return _apply_train(x, weight, bias, residual, options)
     except refused:
