@@ -44,6 +44,16 @@ class BatchStatistics(NamedTuple):
     effective_count: Tensor
 
 
+class Grouping(NamedTuple):
+    """How a batch's values are grouped, weighted and shared among processes; `BatchStatistics` has the count."""
+
+    index: Tensor | None  # type: ignore[assignment]  # a tuple's methods of these names are not needed
+    weights: Tensor | None
+    count: Tensor  # type: ignore[assignment]
+    groups: int
+    peers: distributed.Peers | None = None
+
+
 def statistics_by_parts(
     x: Tensor,
     index: Tensor | None,
@@ -156,27 +166,20 @@ class PartsFunction(torch.autograd.Function):
             if peers is None:
                 return (None,) * 11
             dy = torch.zeros_like(kept.x)  # the other processes wait for this process's sums
-        gradients = _gradients(dy, kept, index, weights, count, groups, peers, needs, ctx.attributes)
+        gradients = _gradients(dy, kept, Grouping(index, weights, count, groups, peers), needs, ctx.attributes)
         return *gradients, None, None, None, None, None, None, None
 
 
 def _gradients(
-    dy: Tensor,
-    kept: Kept,
-    index: Tensor | None,
-    weights: Tensor | None,
-    count: Tensor,
-    groups: int,
-    peers: distributed.Peers | None,
-    needs: tuple[bool, ...],
-    attributes: Attributes,
+    dy: Tensor, kept: Kept, grouping: Grouping, needs: tuple[bool, ...], attributes: Attributes
 ) -> Gradients:
     """Return the gradients by the operators of the contract, or as differentiable functions."""
+    index, weights, count, groups, peers = grouping
     if not torch.is_grad_enabled():
         with below_autograd():
             if index is None and weights is None and peers is None:
                 return train_gradients(dy, kept, needs, attributes)
-            return _gradients_by_parts(dy, kept, index, weights, count, groups, peers, needs, attributes)
+            return _gradients_by_parts(dy, kept, grouping, needs, attributes)
     by_row = kept.mean.dim() == 2  # otherwise, index selects only rows of weight and bias
     mean, mean_low, var = kept.mean, kept.mean_low, kept.var
     assert mean_low is not None
@@ -192,16 +195,9 @@ def _gradients(
 
 
 def _gradients_by_parts(
-    dy: Tensor,
-    kept: Kept,
-    index: Tensor | None,
-    weights: Tensor | None,
-    count: Tensor,
-    groups: int,
-    peers: distributed.Peers | None,
-    needs: tuple[bool, ...],
-    attributes: Attributes,
+    dy: Tensor, kept: Kept, grouping: Grouping, needs: tuple[bool, ...], attributes: Attributes
 ) -> Gradients:
+    index, weights, count, groups, peers = grouping
     need_dz = needs[3] and attributes.activation != "none"
     if peers is None and (needs[0] or need_dz) and strict.takes_parts(dy, *kept, index, weights):
         dx, sum_dz_xhat, sum_dz, dz = strict.parts_backward(
@@ -246,7 +242,7 @@ def _operator_gradients(
 ) -> Gradients:
     """Compute gradients for the node in C++ as `strict.py` does for statistics of all values."""
     kept, attributes = Kept(x, residual, y, mean, mean_low, var, weight, bias), strict.named((eps, number, parameter))
-    return _gradients(dy, kept, index, weights, count, groups, None, tuple(needs), attributes)
+    return _gradients(dy, kept, Grouping(index, weights, count, groups), tuple(needs), attributes)
 
 
 strict.define_gradients(
