@@ -65,9 +65,10 @@ def batch_norm(
         Statistics are sums of deviations from a value close to the mean, and the mean is a pair of numbers, so that
         even a mean of 1e6 standard deviations costs no accuracy. On the CPU, the compiled kernels run on XLA's threads.
         Results and gradients have the same bits as those of `batchnorm.functional.batch_norm` for PyTorch, also with a
-        mask. `batchnorm.backends()` says whether the kernels run. On other devices, and for arrays that `jit` shards
-        over several devices, XLA compiles a composition. With `axis_name`, or with a mask that differs by channel,
-        statistics are combined in float32, and results may differ in the last bits.
+        mask, except that dx is 0 where a value that does not count is NaN or infinite. `batchnorm.backends()` says
+        whether the kernels run. On other devices, and for arrays that `jit` shards over several devices, XLA compiles a
+        composition. With `axis_name`, or with a mask that differs by channel, statistics are combined in float32, and
+        results may differ in the last bits.
 
     Source: Ioffe & Szegedy 2015, algorithm 1; the equations are on the mathematics page, "Forward".
 

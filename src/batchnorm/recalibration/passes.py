@@ -20,6 +20,7 @@ from batchnorm.nn.domain import keep_domain
 from batchnorm.recalibration.memory import Alive
 from batchnorm.recalibration.paused import Paused, Stopped
 from batchnorm.recalibration.rereading import RepeatableBatches
+from batchnorm.undo import Steps, Undo
 from batchnorm.walk import Found
 
 # The limit on threads. Each waiting pass is a thread, which starts its own pool of torch's threads.
@@ -140,7 +141,7 @@ class _WaitingPass:
         self.at: tuple[LayerCall, Rows] | None = None
         self._pass, work = run.start(batch, self._statistics_for)
         self._paused = Paused(work)
-        self.stop = self._paused.stop
+        self.stop, self.wait = self._paused.stop, self._paused.wait
 
     def _statistics_for(self, call: LayerCall, rows: Rows) -> Statistics:
         if call not in self._statistics:
@@ -159,8 +160,11 @@ class _WaitingPass:
             self._observer.current = None
 
 
-class _SequentialPasses:
-    """The forward passes of one process. Some wait between layers; the others start again for every layer."""
+class _SequentialPasses(Undo):
+    """The forward passes of one process. Some wait between layers; the others start again for every layer.
+
+    At the end of the block, those that still wait are stopped.
+    """
 
     def __init__(self, run: Run, cache_bytes: int) -> None:
         self._run = run
@@ -201,10 +205,14 @@ class _SequentialPasses:
                 reached += self._run_to_unknown(batch)
         return self._joined(reached)
 
-    def stop(self) -> None:
-        """Stop the passes that still wait."""
+    def undo(self, error: BaseException | None) -> Steps:
+        """Return the steps that stop the passes."""
+        return [("stopping a forward pass", kept.stop) for kept in self.kept]
+
+    def wait(self) -> None:
+        """Wait until all passes have ended."""
         for kept in self.kept:
-            kept.stop()
+            kept.wait()
 
     def _run_to_unknown(self, batch: Any) -> list[tuple[LayerCall, Rows]]:
         reached: list[tuple[LayerCall, Rows]] = []
@@ -269,15 +277,16 @@ def sequential(
     calls: dict[LayerCall, Rows] = {}
     work = passes.first
     try:
-        while True:
-            reached = _merged_over_ranks(processes.gather(work()))
-            # Batches may take different paths through the model and reach different calls, so handle one at a time.
-            call = next(iter(reached.calls), None)
-            if call is None:
-                return replace(reached, calls=calls, kept=len(passes.kept))
-            calls[call] = reached.calls[call]
-            so_far = [rows for earlier, rows in calls.items() if earlier.layer == call.layer]
-            passes.statistics[call] = new_statistics(call.layer, merged(*so_far), reached.samples)
-            work = passes.next
+        with passes:
+            while True:
+                reached = _merged_over_ranks(processes.gather(work()))
+                # Batches may take different paths through the model and reach different calls: handle one at a time.
+                call = next(iter(reached.calls), None)
+                if call is None:
+                    return replace(reached, calls=calls, kept=len(passes.kept))
+                calls[call] = reached.calls[call]
+                so_far = [rows for earlier, rows in calls.items() if earlier.layer == call.layer]
+                passes.statistics[call] = new_statistics(call.layer, merged(*so_far), reached.samples)
+                work = passes.next
     finally:
-        passes.stop()
+        passes.wait()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
+
+from batchnorm.undo import Uninterrupted
 
 
 class Stopped(BaseException):
@@ -13,20 +16,19 @@ class Stopped(BaseException):
 class Paused:
     """A function in a separate thread. It only runs while `resume` waits for it, so the two never run in parallel.
 
-    While a forward pass is paused, the thread's stack holds exactly the tensors that the rest of the pass needs.
+    While a forward pass is paused, the thread's stack holds exactly the tensors that the rest of the pass needs. A
+    signal may interrupt every method: queues of this kind hold no lock that an interruption could leave behind.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
-        self._may_run, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._may_run: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._has_paused: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._stopping = False
-        self.finished = False
-        self._thread = threading.Thread(target=self._run, name="recalibrate", daemon=True)
-        self._thread.start()
+        self._started = self._stopping = self.finished = False
 
     def _run(self) -> None:
-        self._may_run.acquire()
+        self._may_run.get()
         try:
             if not self._stopping:
                 self._work()
@@ -36,24 +38,32 @@ class Paused:
             self._error = error
         finally:
             self.finished = True
-            self._has_paused.release()
+            self._has_paused.put(None)
 
     def pause(self) -> None:
         """Wait for the next `resume`; call this from the function."""
-        self._has_paused.release()
-        self._may_run.acquire()
+        self._has_paused.put(None)
+        self._may_run.get()
         if self._stopping:
             raise Stopped
 
     def resume(self) -> None:
         """Continue until the next pause or the end, and raise any exception of the function."""
-        self._may_run.release()
-        self._has_paused.acquire()
+        if not self._started:
+            with Uninterrupted():  # the start of a thread takes locks
+                threading.Thread(target=self._run, name="recalibrate", daemon=True).start()
+                self._started = True
+        self._may_run.put(None)
+        self._has_paused.get()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """Stop the function at its current pause."""
+        """Stop the function at its current or next pause, without waiting for it."""
         self._stopping = True
-        self._may_run.release()
-        self._thread.join()
+        self._may_run.put(None)
+
+    def wait(self) -> None:
+        """Wait until the stopped function has ended."""
+        while self._started and not self.finished:
+            self._has_paused.get()
