@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401  (before TensorFlow, after which its import crashes the process)
 
 # Each example may take as long as it needs, and CI draws the same examples every time.
 hypothesis.settings.register_profile(
