@@ -11,8 +11,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -37,23 +38,28 @@ class Interruption(BaseException):
     """As a Ctrl-C, which nothing on the way may take for an ordinary failure."""
 
 
+@cache
+def place_of(code: CodeType) -> Where | None:
+    """The file and the name of a function of the verbs."""
+    if not code.co_filename.startswith(SOURCE) or code.co_filename.startswith(ELSEWHERE):
+        return None
+    return code.co_filename, code.co_qualname if sys.version_info >= (3, 11) else code.co_name
+
+
 def traced(work: Callable[[], object], at: tuple[Where, int] | None = None) -> Counter[Where]:
     """How often each function is called; interrupts this call of one."""
     calls: Counter[Where] = Counter()
+    before = sys.gettrace()
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(SOURCE) or code.co_filename.startswith(ELSEWHERE):
+        where = place_of(frame.f_code)
+        if where is None or is_undoing(frame):  # signals wait
             return
-        if is_undoing(frame):  # signals wait
-            return
-        name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
-        where = (code.co_filename, name)
         calls[where] += 1
-        if at == (where, calls[where]) and "<" not in name.rpartition(".")[2]:
+        if at == (where, calls[where]) and "<" not in where[1].rpartition(".")[2]:
+            sys.settrace(before)  # the rest is faster without
             raise Interruption(where)
 
-    before = sys.gettrace()
     sys.settrace(trace)
     try:
         work()

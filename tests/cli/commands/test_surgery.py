@@ -61,11 +61,13 @@ def assert_one_line(result: Result, text: str) -> None:
 def full_disk(room: int = 500) -> Iterator[None]:
     """Files of this process end after so many bytes: the write that goes beyond fails, as on a full disk."""
     resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, writes_none = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    sys.dont_write_bytecode = True  # otherwise, modules that are imported here have incomplete files for later runs
     try:
         yield
     finally:
+        sys.dont_write_bytecode = writes_none
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
