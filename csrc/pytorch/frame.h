@@ -157,4 +157,23 @@ inline Normalization normalization_of(Frame& frame, bool indexed, const MaybeTen
   return n;
 }
 
+// Sets the arguments that every operator of the forward pass reads.
+template <class Args>
+void read_forward(Frame& frame, Args& args, const Tensor& x, const MaybeTensor& residual) {
+  args.shape = frame.shape;
+  args.x = frame.read("x", x);
+  args.residual = frame.read("residual", residual);
+}
+
+// The same for the backward pass. The normalization must be set. y or the residual is only read for an activation.
+inline void read_backward(Frame& frame, Backward& args, const Tensor& dy, const Tensor& x, const MaybeTensor& residual,
+                          const MaybeTensor& y) {
+  args.shape = frame.shape;
+  args.x = frame.read("x", x);
+  args.dy = frame.read("dy", dy);
+  if (args.normalization.activation == Activation::none) return;
+  args.y = frame.read("y", y);
+  if (!args.y) args.residual = frame.read("residual", residual);
+}
+
 }  // namespace batchnorm

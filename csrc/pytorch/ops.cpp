@@ -49,9 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_forward(const Tensor& x, const 
   Tensor y = frame.result(), mean = empty_vector(frame.shape.c, statistics);
   Tensor mean_low = empty_vector(frame.shape.c, statistics), var = empty_vector(frame.shape.c, statistics);
   args.normalization = normalization_of(frame, false, {}, {}, {}, weight, bias, attributes);
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.residual = frame.read("residual", residual);
+  read_forward(frame, args, x, residual);
   args.y = y.mutable_data_ptr();
   args.mean = mean.mutable_data_ptr();
   args.mean_low = mean_low.mutable_data_ptr();
@@ -69,9 +67,7 @@ Tensor normalize(const Tensor& x, const Tensor& mean, const MaybeTensor& mean_lo
   Tensor y = frame.result();
   args.normalization = normalization_of(frame, index.has_value(), mean, mean_low, var, weight, bias, attributes);
   args.normalization.index = frame.index(index, kAnyGroups);
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.residual = frame.read("residual", residual);
+  read_forward(frame, args, x, residual);
   args.y = y.mutable_data_ptr();
   kernels(frame.dtype).normalize(threads(), args);
   return frame.returned(y);
@@ -124,13 +120,7 @@ struct BackwardCall {
       : frame(kept.x), indexed(indexed_) {
     args.normalization = normalization_of(frame, indexed, kept.mean, kept.mean_low, kept.var, kept.weight, kept.bias,
                                           attributes);
-    args.shape = frame.shape;
-    args.x = frame.read("x", kept.x);
-    args.dy = frame.read("dy", kept.dy);
-    if (args.normalization.activation != Activation::none) {
-      args.y = frame.read("y", kept.y);
-      if (!args.y) args.residual = frame.read("residual", kept.residual);
-    }
+    read_backward(frame, args, kept.dy, kept.x, kept.residual, kept.y);
     args.groups = 1;
   }
   void want_sums(int64_t groups) {

@@ -48,9 +48,7 @@ inline std::pair<Tensor, Statistics> forward(const Tensor& x, const MaybeTensor&
   std::vector<double> sums(static_cast<size_t>(2 * count));
   args.normalization = normalization_of(frame, parts.index.has_value(), {}, {}, {}, weight, bias, attributes);
   args.normalization.index = frame.index(parts.index, parts.groups);
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.residual = frame.read("residual", residual);
+  read_forward(frame, args, x, residual);
   args.y = y.mutable_data_ptr();
   args.mean = found.mean.mutable_data_ptr();
   args.mean_low = found.mean_low.mutable_data_ptr();
@@ -86,13 +84,7 @@ inline Gradients backward(const Tensor& dy, const Tensor& x, const MaybeTensor& 
   const bool indexed = parts.index.has_value();
   args.normalization = normalization_of(frame, indexed, mean, mean_low, var, weight, bias, attributes);
   args.normalization.index = frame.index(parts.index, parts.groups);
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.dy = frame.read("dy", dy);
-  if (attributes.activation != Activation::none) {
-    args.y = frame.read("y", y);
-    if (!args.y) args.residual = frame.read("residual", residual);
-  }
+  read_backward(frame, args, dy, x, residual, y);
   const std::vector<double> counts = values_of("count", count);
   STD_TORCH_CHECK(static_cast<int64_t>(counts.size()) == args.normalization.mean.rows,
                   "batchnorm::strict_parts_backward expects a count for each row of mean, got ", counts.size(),

@@ -35,13 +35,8 @@ inline void check_vector(const Frame& frame, const MaybeTensor& t) {
   expect(fits, "vectors of x's dtype, or of float32 if x is float16 or bfloat16");
 }
 
-// Reads everything that the map from x to y needs besides the statistics.
-template <class Args>
-inline void read_forward(Frame& frame, Args& args, const Tensor& x, const MaybeTensor& residual) {
+inline void check_residual(const Frame& frame, const MaybeTensor& residual) {
   if (residual) expect(dtype_code(*residual) == code_of(frame.dtype), "a residual of x's dtype");
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.residual = frame.read("residual", residual);
 }
 
 // ---- the statistics that forward keeps for backward: [3, C] of a batch (mean, mean_low, var), or [2, C] (mean, var) --------
@@ -93,6 +88,7 @@ inline std::tuple<Tensor, Tensor> train_forward_(const Tensor& x, const MaybeTen
   expect(running_mean.has_value() == running_var.has_value(), "running_mean and running_var both or neither");
   for (const MaybeTensor* t : {&weight, &bias, &running_mean, &running_var}) check_vector(frame, *t);
   args.normalization = normalization_of(frame, false, {}, {}, {}, weight, bias, attributes);
+  check_residual(frame, residual);
   read_forward(frame, args, x, residual);
   if (running_mean) {
     for (const Tensor* t : {&*running_mean, &*running_var}) {
@@ -132,6 +128,7 @@ inline Tensor normalize(const Tensor& x, const Tensor& running_mean, const Tenso
   const MaybeTensor mean = running_mean, var = running_var;
   for (const MaybeTensor* t : {&mean, &var, &weight, &bias}) check_vector(frame, *t);
   args.normalization = normalization_of(frame, false, mean, {}, var, weight, bias, attributes);
+  check_residual(frame, residual);
   read_forward(frame, args, x, residual);
   if (kept) {
     const DType dtype = statistics_of(frame.dtype);
@@ -198,13 +195,7 @@ inline Gradients backward(const Tensor& dy, const Tensor& x, const MaybeTensor& 
   args.normalization.mean = {rows[0], dtype, 1};
   if (statistics.size(0) == 3) args.normalization.mean_low = {rows[1], dtype, 1};
   args.normalization.var = {rows[statistics.size(0) - 1], dtype, 1};
-  args.shape = frame.shape;
-  args.x = frame.read("x", x);
-  args.dy = frame.read("dy", dy);
-  if (attributes.activation != Activation::none) {
-    args.y = frame.read("y", y);
-    if (!args.y) args.residual = frame.read("residual", residual);
-  }
+  read_backward(frame, args, dy, x, residual, y);
   args.groups = 1;
   ParameterGradient dweight(frame, weight), dbias(frame, bias);
   args.sum_dz_xhat = dweight.sums();
