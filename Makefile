@@ -120,7 +120,7 @@ experiments: setup ## test the claims of the papers (about an hour on two cores)
 	$(BIN)/python experiments/page.py --run $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') \
 	  $(if $(FASHION_DIR),--fashion-dir '$(FASHION_DIR)')
 
-bench: setup ## benchmark this library and others on this CPU, and write the documentation's tables and figures
+bench: setup ## benchmark this library and others on this CPU, and write the documentation's tables and figures (35 minutes)
 	$(BIN)/python -m benchmarks
 
 bench-gpu: setup ## check the kernels on this machine's GPU, and measure them and torch (less than eight minutes)

@@ -27,6 +27,7 @@ from benchmarks.sections import (
     frameworks,
     keras_layer,
     layers,
+    limits,
     memory,
     page_faults,
     small,
@@ -61,6 +62,7 @@ _SET_HERE = {name for settings in _SETTINGS for setting in settings.values() for
 
 SECTIONS = {
     "layers": Section(layers.KEY, layers.measure_layers, _BOTH),
+    "limits": Section(limits.KEY, limits.measure_limits, {"kept": records.ALLOCATORS["kept"]}),
     "sizes": Section(layers.KEY, layers.measure_sizes, _BOTH),
     "threads": Section(layers.KEY, layers.measure_threads, {"kept": records.ALLOCATORS["kept"]}),
     "small": Section(small.KEY, small.measure_small, small.SETTINGS),
@@ -105,7 +107,7 @@ def _in_processes(name: str, settings: Settings, arguments: list[str], out: Path
     "--quick", is_flag=True, help="Only test that everything runs: small cases, few repetitions, under a minute."
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same commit.")
-@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, help="Time for all contenders of one case.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=0.3, help="Time for all contenders of one case.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="Threads of every contender.")
 @click.option(
     "--only",

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,50 @@ def alternate(
     finally:
         gc.enable()
     return {name: Times(np.array(values)) for name, values in found.items()}
+
+
+def passes_in_turns(
+    contenders: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]],
+    seconds: float,
+    *,
+    least: int = 5,
+    most: int = 60,
+) -> dict[str, tuple[Times, Times]]:
+    """Call contenders of two passes in turns for about `seconds`, and return the times of each pass.
+
+    Args:
+        contenders: The passes by name, in a rotating order. The second takes the result of the first.
+        seconds: Time for all contenders; exceeded if `least` rounds take longer.
+        least: Fewest rounds.
+        most: Most rounds.
+    """
+
+    def once(name: str) -> tuple[float, float]:
+        first, second = contenders[name]
+        start = time.perf_counter()
+        result = first()
+        middle = time.perf_counter()
+        second(result)
+        return middle - start, time.perf_counter() - middle
+
+    names = list(contenders)
+    short = {name: sum(min(once(name) for _ in range(2))) < _SHORT for name in names}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        end, rounds = time.perf_counter() + seconds, 0
+        while rounds < least or (time.perf_counter() < end and rounds < most):
+            at = rounds % len(names)
+            for name in names[at:] + names[:at]:
+                if short[name]:
+                    once(name)
+                found[name].append(once(name))
+            rounds += 1
+    finally:
+        gc.enable()
+    both = {name: np.array(values).T for name, values in found.items()}
+    return {name: (Times(first), Times(second)) for name, (first, second) in both.items()}
 
 
 def _measured(call: Callable[[], object]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from batchnorm.files import write_whole
 from benchmarks.measuring import records
 from benchmarks.measuring.records import Row, select
-from benchmarks.reports import pictures, steps_report, targets
+from benchmarks.reports import limits_report, pictures, steps_report, targets
 from benchmarks.reports.markdown import markdown
 from benchmarks.reports.markdown import milliseconds as _ms
 from benchmarks.sections import flax_layer, frameworks, keras_layer, small
@@ -21,7 +21,7 @@ from benchmarks.subjects.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, T
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
-    "layers", "sizes", "threads", "small", "exactness", "memory", "page-faults", "family", "networks",
+    "layers", "limits", "sizes", "threads", "small", "exactness", "memory", "page-faults", "family", "networks",
     "fold", "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
 )  # fmt: skip
 
@@ -74,6 +74,7 @@ def layers_markdown(rows: list[Row], allocator: str, tasks: Iterable[str]) -> st
         for task in tasks
         for dtype in DTYPES
         for layout in LAYOUTS
+        if any(select(rows, task=task, dtype=dtype, layout=layout))
     )
 
 
@@ -85,6 +86,8 @@ def verdicts_of(tables: dict[str, list[Row]]) -> list[targets.Verdict]:
             found += targets.layer_verdicts(tables["layers"], allocator)
         if tables.get("networks"):
             found += targets.network_verdicts(tables["networks"], allocator)
+    if tables.get("limits"):
+        found += targets.limit_verdicts(tables["limits"])
     if tables.get("exactness"):
         found += targets.exactness_verdicts(tables["exactness"])
     if tables.get("memory"):
@@ -304,6 +307,7 @@ def write(out: Path, pictures_to: Path) -> None:
             texts[f"training-{allocator}"] = layers_markdown(layers, allocator, [t for t in TASKS if TASKS[t].training])
             texts[f"inference-{allocator}"] = layers_markdown(layers, allocator, inference)
     writers = {
+        "limits": limits_report.limits_markdown,
         "exactness": exactness_markdown,
         "flax": flax_markdown,
         "keras": keras_markdown,

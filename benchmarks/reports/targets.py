@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks.measuring.records import Row, select
+from benchmarks.reports.limits_report import limits
 from benchmarks.sections import steps
 from benchmarks.subjects import cases
 from benchmarks.subjects.cases import STEP
@@ -150,6 +151,36 @@ def _share_of_floor(large: list[Row], allocator: str, task: str, wanted: float) 
     shares = {r["shape"]: float(r["share_of_floor"]) for r in beyond}
     measured = ", ".join(f"{share:.0%} ({shape})" for shape, share in shares.items())
     return Verdict(what, f"each ≥ {wanted:.0%}", allocator, measured, min(shares.values()) >= wanted)
+
+
+# The speedup over torch that is asked of a training step of BN + ReLU on large tensors, by layout and dtype.
+_ASKED = {
+    ("contiguous", "float32"): 4.5,
+    ("channels-last", "float32"): 2.2,
+    ("contiguous", "bfloat16"): 3.0,
+    ("channels-last", "bfloat16"): 3.0,
+}
+SHARE_OF_FLOOR = 0.75
+
+
+def limit_verdicts(rows: list[Row]) -> list[Verdict]:
+    """Judge every large shape by what the machine allows: the speedup that a step at the floor would have."""
+    found = limits(rows)
+    verdicts = []
+    for (layout, dtype), asked in _ASKED.items():
+        chosen = [m for m in found if (m.layout, m.dtype) == (layout, dtype)]
+        if not chosen:
+            continue
+        missed = [m for m in chosen if m.speedup < asked and (m.attainable >= asked or m.reached < SHARE_OF_FLOOR)]
+        means = [geometric_mean(getattr(m, name) for m in chosen) for name in ("speedup", "attainable", "reached")]
+        measured = "geometric means: {:.2f}×, {:.2f}× at the floor, {:.0%} of the floor".format(*means)
+        if missed:
+            shapes = (f"{m.shape} ({m.speedup:.2f}× of {m.attainable:.2f}×)" for m in missed)
+            measured += f"; missed by {', '.join(shapes)}"
+        what = f"training step of BN + ReLU, {layout} {dtype}, in turns with the floor"
+        target = f"each ≥ {asked}× if the floor allows it, otherwise ≥ {SHARE_OF_FLOOR:.0%} of the floor"
+        verdicts.append(Verdict(what, target, "kept", measured, not missed))
+    return verdicts
 
 
 def exactness_verdicts(rows: list[Row]) -> list[Verdict]:

@@ -14,6 +14,7 @@ from benchmarks.measuring.records import Row, Table
 from benchmarks.measuring.timing import Times, alternate
 from benchmarks.subjects.cases import (
     DTYPES,
+    JUDGED_BY_DEFAULT,
     LARGE,
     SMALL,
     STEP,
@@ -26,19 +27,21 @@ from benchmarks.subjects.cases import (
     make_data,
     shape_text,
 )
-from benchmarks.subjects.copies import CLONE, COPY, NON_TEMPORAL, copies_of
 from benchmarks.subjects.peers import COMPILED, CONTENDERS, OURS, TORCH, Contender
+from benchmarks.subjects.streams import CLONE, COPY, NON_TEMPORAL, copies_of
 
 KEY = ("allocator", "threads", "shape", "layout", "dtype", "task")
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Yield every case; cases with the same data follow one another."""
+    """Yield the cases of an allocator setting; cases with the same data follow one another."""
     shapes = SMALL[:1] if options.quick else LARGE + SMALL
     for shape in shapes:
         for dtype in DTYPES:
             for task in TASKS:
                 if options.quick and dtype != "float32" and task != STEP:
+                    continue
+                if options.allocator == "default" and shape in LARGE and task not in JUDGED_BY_DEFAULT:
                     continue
                 for layout in layouts_of(shape):
                     yield Case(shape, layout, dtype, task)
@@ -128,7 +131,7 @@ def _measure_all(chosen: Iterator[Case], options: Options, table: Table, names: 
 
 
 def measure_layers(options: Options, table: Table) -> None:
-    """Measure every case."""
+    """Measure every case of this allocator setting."""
     _measure_all((c for c in cases(options) if options.only in describe(c)), options, table)
 
 

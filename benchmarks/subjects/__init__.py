@@ -1,1 +1,1 @@
-"""The subjects of measurements: shapes and data, contenders, copies as the floor, networks."""
+"""The subjects of measurements: shapes and data, contenders, streams as the floor, networks."""

@@ -67,6 +67,10 @@ TASKS = {
 }
 
 
+# The tasks that a target judges for large tensors under the default allocator, where page faults make calls slow.
+JUDGED_BY_DEFAULT = ("BN+ReLU forward", STEP, "BN+ReLU inference", "BN+add+ReLU inference")
+
+
 @dataclass(frozen=True)
 class Case:
     """A shape in a memory layout and dtype, and a task. Parameters and statistics are float32."""

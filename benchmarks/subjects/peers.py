@@ -34,6 +34,14 @@ class Contender:
     as_torch: Callable[[Case, Any], dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Passes:
+    """The two passes of a training step; `backward` takes the result of `forward`."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+
+
 def compiled() -> bool:
     """Return whether our operators have their compiled implementation."""
     return batchnorm.backends()["cpu"].startswith("compiled")
@@ -65,27 +73,33 @@ def _loaded(layer: nn.Module, case: Case, data: Data) -> nn.Module:
 
 def _torch_call(case: Case, data: Data, layer: nn.Module, forward: Callable[..., Tensor]) -> Call:
     """Return a call that computes the task in torch: forward, and backward by autograd."""
-    x, residual, dy = data.x, data.residual, data.dy
     if not case.task.training:
+        x, residual = data.x, data.residual
 
         def infer() -> Tensor:
             with torch.inference_mode():
                 return forward(x, residual)
 
         return infer
-    x = x.detach().requires_grad_()
+    passes = _torch_passes(data, layer, forward)
+    if not case.task.backward:
+        return passes.forward
+
+    def step() -> tuple[Tensor, ...]:
+        y = passes.forward()
+        return (y, *passes.backward(y))
+
+    return step
+
+
+def _torch_passes(data: Data, layer: nn.Module, forward: Callable[..., Tensor]) -> Passes:
+    """Return forward and, by autograd, backward of a layer in training."""
+    x, residual = data.x.detach().requires_grad_(), data.residual
     wanted = [x, layer.weight, layer.bias]
     if residual is not None:
         residual = residual.detach().requires_grad_()
         wanted.append(residual)
-    if not case.task.backward:
-        return lambda: forward(x, residual)
-
-    def step() -> tuple[Tensor, ...]:
-        y = forward(x, residual)
-        return (y, *torch.autograd.grad(y, wanted, dy))
-
-    return step
+    return Passes(lambda: forward(x, residual), lambda y: torch.autograd.grad(y, wanted, data.dy))
 
 
 def _layer_of(case: Case, classes: dict[int, type[nn.Module]], data: Data, **options: Any) -> nn.Module:
@@ -139,6 +153,17 @@ def _torch_inplace(case: Case, data: Data) -> Call | None:
     if case.task.residual:
         return _torch_call(case, data, layer, lambda x, residual: F.relu_(layer(x).add_(residual)))
     return _torch_call(case, data, layer, lambda x, residual: F.relu_(layer(x)))
+
+
+def step_passes(case: Case, data: Data) -> dict[str, Passes]:
+    """Return the passes of a training step of BN + ReLU: ours, torch's, and torch's with in-place ReLU."""
+    ours = _layer_of(case, _OURS_FUSED, data, activation="relu")
+    torchs, inplace = (_layer_of(case, _TORCH, data) for _ in range(2))
+    return {
+        OURS: _torch_passes(data, ours, ours),
+        TORCH: _torch_passes(data, torchs, _torch_forward(case, torchs)),
+        TORCH_INPLACE: _torch_passes(data, inplace, lambda x, residual: F.relu_(inplace(x))),
+    }
 
 
 def _compiled(case: Case, data: Data) -> Call | None:
