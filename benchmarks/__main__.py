@@ -57,7 +57,9 @@ _BOTH: Settings = dict(records.ALLOCATORS)
 _DEFAULT: Settings = {"default": {}}
 
 # The variables of all settings; they are not inherited from the caller.
-_SETTINGS: list[Settings] = [_BOTH, page_faults.settings(), frameworks.settings(), small.SETTINGS, steps.SETTINGS]
+_SETTINGS: list[Settings] = [
+    _BOTH, page_faults.settings(), frameworks.settings(), small.SETTINGS, small.PYTHON_SETTINGS, steps.SETTINGS,
+]  # fmt: skip
 _SET_HERE = {name for settings in _SETTINGS for setting in settings.values() for name in setting or ()}
 
 SECTIONS = {
@@ -66,6 +68,7 @@ SECTIONS = {
     "sizes": Section(layers.KEY, layers.measure_sizes, _BOTH),
     "threads": Section(layers.KEY, layers.measure_threads, {"kept": records.ALLOCATORS["kept"]}),
     "small": Section(small.KEY, small.measure_small, small.SETTINGS),
+    "small-python": Section(small.KEY, small.measure_small, small.PYTHON_SETTINGS),
     "exactness": Section(exactness.KEY, exactness.measure_exactness, _DEFAULT),
     "frameworks": Section(frameworks.KEY, frameworks.measure_frameworks, frameworks.settings()),
     "keras": Section(keras_layer.KEY, keras_layer.measure_keras, frameworks.settings()),

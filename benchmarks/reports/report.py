@@ -21,8 +21,8 @@ from benchmarks.subjects.peers import COMPILED, EAGER, JAX, ONNXRUNTIME, OURS, T
 
 SHOWN = (OURS, TORCH, TORCH_INPLACE, COMPILED, JAX, ONNXRUNTIME, EAGER)
 FILES = (
-    "layers", "limits", "sizes", "threads", "small", "exactness", "memory", "page-faults", "family", "networks",
-    "fold", "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
+    "layers", "limits", "sizes", "threads", "small", "small-python", "exactness", "memory", "page-faults", "family",
+    "networks", "fold", "fold-photographs", "fold-speed", "frameworks", "keras", "flax",
 )  # fmt: skip
 
 
@@ -316,6 +316,7 @@ def write(out: Path, pictures_to: Path) -> None:
         "page-faults": page_faults_markdown,
         "threads": threads_markdown,
         "small": small_markdown,
+        "small-python": small_markdown,
         "fold": fold_markdown,
         "fold-photographs": fold_photographs_markdown,
         "fold-speed": fold_speed_markdown,

@@ -1,4 +1,7 @@
-"""Layers of small tensors, and the network of the demo: times in which calls count, and not arithmetic."""
+"""Layers of small tensors, and the network of the demo: times in which calls count, and not arithmetic.
+
+The section small-python measures the same without the node in C++.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.ops import strict
+from batchnorm.ops.compiled import AUTOGRAD
 from benchmarks.measuring.options import Options
 from benchmarks.measuring.records import Row, Table
 from benchmarks.measuring.timing import alternate
@@ -27,6 +32,7 @@ SIZES = (784, 64, 128, 10)
 
 # Threads that wait for others sleep. Otherwise one other process on the machine makes a call take 0.1 s.
 SETTINGS: dict[str, dict[str, str] | None] = {"default": {"OMP_WAIT_POLICY": "PASSIVE"}}
+PYTHON_SETTINGS: dict[str, dict[str, str] | None] = {"default": {"OMP_WAIT_POLICY": "PASSIVE", AUTOGRAD: "python"}}
 
 Call = Callable[[], Any]
 
@@ -49,13 +55,60 @@ class _Least(nn.Module):
         return x * 1.0
 
 
+class _Calls(torch.autograd.Function):
+    """A layer's calls of the operators, without checks and without anything else that a layer must do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]) -> Tensor:
+        y: Tensor
+        y, statistics = strict._train_forward(x, weight, bias, None, *options)
+        ctx.save_for_backward(x, statistics, weight, bias)
+        ctx.attributes = options[3:6]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, statistics, weight, bias = ctx.saved_tensors
+        dx, dweight, dbias, _ = strict._train_backward(
+            dy, x, None, None, statistics, weight, bias, *ctx.attributes, False
+        )
+        return dx, dweight, dbias, None
+
+
+# As for the layers' Function: without the parts of torch that are written in Python.
+_apply_calls = super(torch.autograd.Function, _Calls).apply
+_Calls._backward_cls.apply = _Calls.backward  # type: ignore[attr-defined]
+
+
+class _Operators(nn.Module):
+    """The least that a layer takes if its node is in Python."""
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        self.attributes = (self.norm.eps, strict._NUMBERS[activation], 0.0)
+
+    def to(self, *arguments: Any, **options: Any) -> _Operators:
+        super().to(*arguments, **options)
+        running = tuple(self.norm._buffers.values())
+        self.training_call = (*self.norm._parameters.values(), (*running, *self.attributes, 0.1, False))
+        self.inference_call = (*running[:2], *self.norm._parameters.values(), None, *self.attributes)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return _apply_calls(x, *self.training_call)
+        return strict._normalize(x, *self.inference_call)
+
+
 def _layers(rank: int, channels: int, activation: str) -> dict[str, nn.Module]:
     suffix = f"{rank - 2 or 1}d"
     torchs: nn.Module = getattr(nn, f"BatchNorm{suffix}")(channels)
+    floor = _Least() if strict._native is not None else _Operators(channels, activation)
     if activation == "none":
-        return {OURS: getattr(batchnorm, f"BatchNorm{suffix}")(channels), TORCH: torchs, FLOOR: _Least()}
+        return {OURS: getattr(batchnorm, f"BatchNorm{suffix}")(channels), TORCH: torchs, FLOOR: floor}
     ours = getattr(batchnorm, f"BatchNormAct{suffix}")(channels, activation=activation)
-    return {OURS: ours, TORCH: _Unfused(torchs), FLOOR: _Least()}
+    return {OURS: ours, TORCH: _Unfused(torchs), FLOOR: floor}
 
 
 def _call(model: nn.Module, x: Tensor, dy: Tensor, what: str) -> Call:

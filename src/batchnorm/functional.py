@@ -115,7 +115,7 @@ def batch_norm(
         tensor([[0.0000, 0.0000],
                 [1.0000, 1.0000]])
     """
-    if mask is None:
+    if mask is None and strict.accepts(training, eps, activation, alpha, on_nonfinite, on_single, channel_dim):
         y = strict.batch_norm(
             input, running_mean, running_var, weight, bias, training, update_running_stats, momentum, eps, activation,
             negative_slope, alpha, residual, num_batches_tracked, on_nonfinite, on_single, channel_dim, caller,

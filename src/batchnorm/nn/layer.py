@@ -118,7 +118,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         else:
             running_mean, running_var = self.running_mean, self.running_var
         training = not self._frozen and (self.training or (running_mean is None and running_var is None))
-        updates = training and self._updates_running
+        updates = training and self.training and self.track_running_stats and self.update_running_stats
         if training and not updates and self.on_single == "error":
             running_mean = running_var = None
         if activation is None:

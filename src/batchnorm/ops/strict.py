@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from batchnorm._checks import CHANNEL_DIMS, LAYOUTS
-from batchnorm._options import LEAST_EPS, ON_SINGLE
+from batchnorm._options import LEAST_EPS, ON_NONFINITE, ON_SINGLE
 from batchnorm.ops import compiled, direct, eager, triton
 from batchnorm.ops.activations import ACTIVATIONS, known_from_output
 from batchnorm.ops.derivatives import (
@@ -51,16 +52,27 @@ _NAMES = tuple(ACTIVATIONS)
 _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 # The place of each activation's parameter in (none, negative_slope, alpha).
 _PARAMETERS = [(None, "negative_slope", "alpha").index(row.parameter) for row in ACTIVATIONS.values()]
-_ANY_RANK = (None, "")
 _ON_NONFINITE = ("propagate", "skip")  # for "error", batch_norm must see the statistics
+
+
+class _Ranks(dict[str, tuple[int, ...] | None]):
+    """The ranks of x that a layer accepts, by its name; None for every rank from 2 on."""
+
+    def __missing__(self, caller: str) -> tuple[int, ...] | None:
+        ranks, _ = LAYOUTS.get(caller[-2:], (None, ""))
+        self[caller] = ranks
+        return ranks
+
+
+_RANKS = _Ranks()
 
 
 def _operator(name: str) -> Callable[..., Any]:
     if not AVAILABLE or not hasattr(torch.ops.batchnorm, name):  # a library of older sources may lack some
         return _unavailable
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # has no derivative
-    function: Callable[..., Any] = getattr(torch.ops.batchnorm, name).default._op  # without a frame of Python
-    return function
+    # torch.ops would search the arguments for __torch_function__ again.
+    return partial(torch._C._dispatch_call_boxed, torch._C._dispatch_find_schema_or_throw(f"batchnorm::{name}", ""))
 
 
 def _unavailable(*arguments: Any) -> Any:
@@ -97,7 +109,10 @@ def takes_parts(*tensors: Tensor | None) -> bool:
 
 def can_be_saved(*tensors: Tensor | None) -> bool:
     """Return whether autograd can save these tensors, which it checks only after a forward that updates statistics."""
-    return not any(t is not None and t.is_inference() for t in tensors)
+    for t in tensors:  # noqa: SIM110  (a generator takes four times as long)
+        if t is not None and t.is_inference():
+            return False
+    return True
 
 
 class RefusedError(Exception):
@@ -138,7 +153,11 @@ class StrictTrainFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         saved, needs, attributes = ctx.saved_tensors, ctx.needs_input_grad, ctx.attributes
-        x, statistics, weight, bias, residual, y = saved if len(saved) == 6 else (*saved, None, None)
+        if len(saved) == 4:
+            x, statistics, weight, bias = saved
+            residual = y = None
+        else:
+            x, statistics, weight, bias, residual, y = saved
         ordinary = needs[0] and not (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
@@ -211,8 +230,23 @@ define_gradients(
     _operator_gradients,
 )
 
-# This skips the functorch handling in Function.apply.
+# These skip the functorch handling in Function.apply, and functions of Python that search for `backward` in each call.
 _apply_train = super(torch.autograd.Function, StrictTrainFunction).apply
+StrictTrainFunction._backward_cls.apply = StrictTrainFunction.backward  # type: ignore[attr-defined]
+
+
+def accepts(
+    training: bool, eps: float, activation: str, alpha: float, on_nonfinite: str, on_single: str, channel_dim: int
+) -> bool:
+    """Return whether `batch_norm` may be called with these options. Layers check theirs when they are set."""
+    return (
+        (eps >= LEAST_EPS or (eps == 0.0 and not training))
+        and activation in ACTIVATIONS
+        and -math.inf < alpha < math.inf
+        and on_nonfinite in ON_NONFINITE
+        and on_single in ON_SINGLE
+        and channel_dim in CHANNEL_DIMS
+    )
 
 
 def batch_norm(
@@ -237,7 +271,8 @@ def batch_norm(
 ) -> Tensor | None:
     """Compute `functional.batch_norm`, or return None without any effect if that function must do it.
 
-    This is one long function, because every further call of Python adds to a small layer's time.
+    The options must be valid (`accepts`), except that eps may be 0 in training, because layers accept it. This
+    is one long function, because every further call of Python adds to a small layer's time.
     """
     if (
         not AVAILABLE
@@ -253,26 +288,20 @@ def batch_norm(
     on_gpu = not x.is_cpu  # not before, because a mode for functions sees it
     if on_gpu and (_native is None or not triton.serves(x)):
         return None
-    dims, number = x.dim(), _NUMBERS.get(activation)
-    ranks, _ = LAYOUTS.get(caller[-2:], _ANY_RANK)
+    dims, ranks = x.dim(), _RANKS[caller]
     if (
-        number is None
-        or (dims < 2 if ranks is None else dims not in ranks)
-        or x.is_nested
-        or not (eps >= LEAST_EPS or (eps == 0.0 and not training))
-        or not -math.inf < alpha < math.inf
-        or (on_nonfinite not in _ON_NONFINITE and (training or on_nonfinite != "error"))
-        or on_single not in ON_SINGLE
-        or channel_dim not in CHANNEL_DIMS
+        (dims < 2 if ranks is None else dims not in ranks)
+        or (training and (eps == 0.0 or on_nonfinite == "error"))
         or (running_mean is None) != (running_var is None)
         or (running_mean is None and (not training or on_single == "running"))
     ):
         return None
     channels_are_last = channel_dim == -1 and dims > 2
     if channels_are_last:
-        if x.layout is not torch.strided or (residual is not None and residual.layout is not torch.strided):
-            return None  # other layouts have no movedim
+        if x.is_nested or any(t is not None and t.layout is not torch.strided for t in (x, residual)):
+            return None  # they have no movedim
         x, residual = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
+    number = _NUMBERS[activation]
     parameter = (0.0, negative_slope, alpha)[_PARAMETERS[number]]
     if training and (not updates or running_mean is None):
         running_mean = running_var = num_batches_tracked = None
