@@ -156,7 +156,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "buffer that requires a gradient": (X, {"running_var": torch.ones(3, requires_grad=True)}),
     "unknown activation": (X, {"activation": "swoosh"}),
     "option that cannot be hashed": (X, {"on_nonfinite": ["skip"]}),
+    "unknown on_single": (X, {"on_single": "skip"}),
+    "infinite alpha": (X, {"alpha": float("inf")}),
+    "channel_dim of 0": (X, {"channel_dim": 0}),
     "eps of zero": (X, {"eps": 0.0}),
+    "eps below zero": (X, {"eps": -1e-3}),
     "counter without which no average": (X, {"num_batches_tracked": None, "momentum": None}),
 }
 
@@ -176,6 +180,16 @@ def test_an_error_is_that_of_the_ordinary_route_and_nothing_changes(case: str, g
         messages.append((error.type, str(error.value)))
         assert all(torch.equal(arguments[name], t) for name, t in before.items())
     assert messages[0] == messages[1]
+
+
+@pytest.mark.usefixtures("node")
+def test_eps_of_zero_is_an_error_only_in_training() -> None:
+    layer = batchnorm.BatchNorm1d(3)
+    layer.eps = 0.0
+    with pytest.raises(ValueError, match="expects eps > 0"):
+        layer(X)
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.eval()(X), X)
 
 
 def test_the_ordinary_route_serves_what_is_unusual_but_right(node: str) -> None:
