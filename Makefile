@@ -107,10 +107,11 @@ demo-keras: setup ## train one network in Keras on MNIST with and without batch 
 # A worker runs whole files, whose tests share fixtures, imports and compiled functions. Idle workers take tests from others.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Tests start about a hundred processes. With PYTHONDONTWRITEBYTECODE, each of them would compile the package again.
+# Tests start about a hundred processes. With PYTHONDONTWRITEBYTECODE, each of them would compile the package and the
+# assertions of the tests again.
 test: setup ## run the tests and the examples in docstrings, README and docs
 	@$(BIN)/python -m compileall -q src
-	$(PYTEST)
+	PYTHONDONTWRITEBYTECODE= $(PYTEST)
 
 # Folders with the official files of MNIST and Fashion-MNIST. If unset, the experiments download the files once.
 DATA_DIR ?=

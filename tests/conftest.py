@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -26,6 +27,17 @@ hypothesis.settings.register_profile(
     "batchnorm", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
 )
 hypothesis.settings.load_profile("batchnorm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests for Keras: each takes half a minute, and at the end, the other workers would wait for it."""
+    items.sort(key=lambda item: item.path.parent.name != "keras")
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what was imported and collected from garbage collection, which visits it seldom but for half a second."""
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 50)  # otherwise more often, as the rest is small
 
 
 @pytest.fixture(autouse=True)

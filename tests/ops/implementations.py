@@ -48,7 +48,7 @@ def names() -> list[str]:
     return ["eager", *on_cpu, *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def over(cases: Sequence[Case], *, sparse: bool = False, **axes: Sequence[str]) -> Callable[[Check], Check]:
+def over(cases: Sequence[Case], **axes: Sequence[str]) -> Callable[[Check], Check]:
     """Make a check of one point a test of one case, at every point: implementations and further axes of strings.
 
     A point is not a test of its own: there are thousands, and collecting and reporting one takes longer than it runs.
@@ -56,12 +56,12 @@ def over(cases: Sequence[Case], *, sparse: bool = False, **axes: Sequence[str]) 
 
     Eager and the best instruction set run the whole product. Each of the other instruction sets runs a different fifth
     of it, which contains every case and every value. They are the same templates with vectors of another size, and the
-    driver in `tests/csrc` compares each of their kernels with its definition in float64. A sample of the emulator runs
-    every case once, with the values of the axes in turn. The interpreter, which is slow, runs one point of every case.
+    driver in `tests/csrc` compares each of their kernels with its definition in float64. A sample of the emulator has
+    one point of every case, with the values of the axes in turn; `operator` in `tests/ops/triton/emulated.py` says
+    which calls it computes on the CPU. The interpreter, which is slow, runs one point of every case.
 
     Args:
         cases: The cases, each of which becomes a test.
-        sparse: Whether a sample of the emulator computes calls without a new pair of a kernel's arguments on the CPU.
         axes: The names of the check's arguments after `op` and `case`, and their values.
 
     Returns:
@@ -78,7 +78,7 @@ def over(cases: Sequence[Case], *, sparse: bool = False, **axes: Sequence[str]) 
                 if name not in among:
                     continue
                 try:
-                    with chosen(name, sparse=sparse) as op:
+                    with chosen(name, sample=EMULATED == "sample") as op:
                         check(op, case, *values)
                 except Exception as error:
                     failures["-".join([name, *values])] = error
@@ -117,8 +117,8 @@ def _points(number: int, axes: Mapping[str, Sequence[str]]) -> Iterator[tuple[st
 
 
 @contextlib.contextmanager
-def chosen(name: str, *, sparse: bool = False) -> Iterator[Ops]:
-    """Yield the operators of an implementation, with the argument `sparse` of `over`. Results are on the CPU."""
+def chosen(name: str, *, sample: bool = False) -> Iterator[Ops]:
+    """Yield the operators of an implementation. If `sample`, the emulator runs only some. Results are on the CPU."""
     if name == "eager":
         yield lambda op: getattr(eager, op)
     elif name == "interpreted":
@@ -128,7 +128,7 @@ def chosen(name: str, *, sparse: bool = False) -> Iterator[Ops]:
     elif name == "emulated":
         from tests.ops.triton.emulated import operator
 
-        yield functools.partial(operator, sparse=sparse and EMULATED == "sample")
+        yield functools.partial(operator, sample=sample)
     elif name == "cuda":
         yield _on_cuda
     elif name == "dispatched":

@@ -208,16 +208,22 @@ def test_integers_are_normalized_as_floats():
     np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"jit_compile": False}, {"run_eagerly": True}])
+# On JAX, jit_compile=False and run_eagerly=True are the same, and each size of a batch takes seconds.
+_SETTINGS = [({}, 20), ({"run_eagerly": True}, 24)]
+if keras.backend.backend() != "jax":
+    _SETTINGS.append(({"jit_compile": False}, 20))
+
+
+@pytest.mark.parametrize(("settings", "batch_size"), _SETTINGS)
 @pytest.mark.skipif(not HAS_GRADIENTS, reason="the backend cannot train")
-def test_fit_trains_as_with_keras_layer(settings):
+def test_fit_trains_as_with_keras_layer(settings, batch_size):
     rng = np.random.default_rng(6)
     x, target = rng.normal(size=(48, 6, 4)).astype(np.float32), rng.normal(size=(48, 6, 2)).astype(np.float32)
     losses, weights = [], []
     for kind in (BatchNormalization, layers.BatchNormalization):
         model = perturbed(network(kind))
         model.compile(keras.optimizers.SGD(0.05), "mse", **settings)
-        history = model.fit(x, target, batch_size=20, epochs=2, shuffle=False, verbose=0)
+        history = model.fit(x, target, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
         losses.append(history.history["loss"])
         weights.append(model.get_weights())
     np.testing.assert_allclose(*losses, rtol=1e-4)

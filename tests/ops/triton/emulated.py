@@ -27,17 +27,19 @@ from tests.ops.triton.pairs import pairs_of
 
 _CACHE = Path(__file__).parents[3] / "build" / "emulator"
 _process = contextlib.ExitStack()  # ends with the process
-_sampled: set[Any] = set()  # pairs of arguments that sparse operators have run
+_sampled: set[Any] = set()  # pairs of arguments that a sample has run
+_variants: set[Any] = set()  # variants of kernels that a sample has run
 
 
-def operator(name: str, *, sparse: bool = False) -> Callable[..., Any]:
+def operator(name: str, *, sample: bool = False) -> Callable[..., Any]:
     """Return the operator that is registered for CUDA tensors. It fails if it does not run on kernels.
 
     Args:
         name: The operator's name.
-        sparse: Whether calls whose launches have no new pair of arguments are computed on the CPU.
+        sample: Whether calls that need a new variant of a kernel, but have no new pair of arguments and no new
+            constant, are computed on the CPU. Most of the emulator's time goes into compiling variants.
     """
-    return _emulated(name, implementation(name, functools.partial(_refuse, name)), sparse)
+    return _emulated(name, implementation(name, functools.partial(_refuse, name)), sample)
 
 
 def forward_and_update() -> Callable[..., Any]:
@@ -45,13 +47,13 @@ def forward_and_update() -> Callable[..., Any]:
     return _emulated("train_forward", fused(*(functools.partial(_refuse, name) for name in ("forward", "update"))))
 
 
-def _emulated(name: str, call: Callable[..., Any], sparse: bool = False) -> Callable[..., Any]:
+def _emulated(name: str, call: Callable[..., Any], sample: bool = False) -> Callable[..., Any]:
     used = device()
 
     def emulated(*args: Any) -> Any:
         tensors = [t for t in args if isinstance(t, Tensor)]
         if any(t.numel() == 0 or t.dtype == torch.float64 for t in tensors[:1]) or (
-            sparse and not _has_new(call, args)
+            sample and not _in_sample(call, args)
         ):
             return getattr(torch.ops.batchnorm, name)(*args)
         with used.allocations:
@@ -64,19 +66,26 @@ def _emulated(name: str, call: Callable[..., Any], sparse: bool = False) -> Call
     return emulated
 
 
-def _has_new(call: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Return whether a launch of this call has a new pair of arguments, and remember its pairs. Nothing starts."""
+def _in_sample(call: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Return whether this call has a new pair of arguments or constant, or no new variant, and if so, remember it."""
     found: set[Any] = set()
+    variants: set[Any] = set()
 
     def note(launch: Launch, tensors: Sequence[Tensor | None], floats: Sequence[float]) -> None:
         function = launch.kernel.function
         found.update(pairs_of(function, dict(zip(function.arg_names, tensors, strict=False)) | launch.constants))
+        found.update((function, *constant) for constant in launch.constants.items())
+        kinds = (None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+        large = (size >> 31 > 0 for size in launch.sizes)
+        variants.add((function, *kinds, *large, *launch.constants.values()))
 
-    with mock.patch.object(Launch, "start", note):
+    with mock.patch.object(Launch, "start", note):  # nothing starts
         call(*args)
-    new = not found <= _sampled
-    _sampled.update(found)
-    return new
+    chosen = variants <= _variants or not found <= _sampled
+    if chosen:
+        _sampled.update(found)
+        _variants.update(variants)
+    return chosen
 
 
 def _refuse(name: str, *args: Any) -> None:
