@@ -16,7 +16,7 @@ from pathlib import Path
 
 CAPABILITY = "BATCHNORM_CPU_CAPABILITY"
 FOLDER = Path(__file__).parent
-MISSING = "no compiler at build time"
+MISSING = "this build has no kernels (no C++ compiler, or wheel.cmake=false)"
 
 _TEXTS = ("batchnorm_capability", "batchnorm_capabilities", "batchnorm_capability_problem")
 

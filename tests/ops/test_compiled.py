@@ -83,11 +83,11 @@ def test_eager_is_chosen_without_a_warning_and_computes_the_same() -> None:
     assert result.stderr == ""
 
 
-def test_without_a_library_the_reason_is_the_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_the_reason_is_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(compiled.CAPABILITY, raising=False)
     state = compiled._Compiled(tmp_path, Kernels(tmp_path))
     assert state.library is None
-    assert state.reason == "no compiler at build time"
+    assert state.reason == "this build has no kernels (no C++ compiler, or wheel.cmake=false)"
 
 
 @needs_compiled
