@@ -169,7 +169,7 @@ def normalize(
     """Normalize each channel by given statistics, as at inference, then add `residual` and apply `activation`.
 
     `y = f((x - mean)/√(var + eps)·weight + bias + residual)`. This is a composition of `jax.numpy`, which XLA fuses
-    with its neighbours, and which `jax.export` can export.
+    with the operations around it, and which `jax.export` can export.
 
     Args:
         x: Any shape of two or more dimensions, with the channels along `axis`; any dtype that `batch_norm` takes.

@@ -1,4 +1,4 @@
-"""Make JAX primitives of compositions: with a kernel on the CPU, and with a transpose of our choice.
+"""Turn compositions into JAX primitives, with a kernel on the CPU and a transpose that we define.
 
 A primitive's arguments are a tree of arrays, in which absent arrays are None.
 """
@@ -83,7 +83,7 @@ def linear(composition: Composition, transpose: Composition) -> Composition:
     def mapped(batched: tuple[bool, ...]) -> Composition:
         """Return the primitive that maps this one over the first axis, which the constants have where `batched`.
 
-        JAX could transpose a loop over this primitive only in some versions, so that the loop has its own transpose.
+        Only some versions of JAX can transpose a loop over this primitive. The loop therefore has its own transpose.
         """
 
         def over(function: Composition, arrays: Any, constants: Any) -> Any:

@@ -67,7 +67,7 @@ def train(
         weight: γ `[C]` in the statistics' dtype, or None.
         bias: β `[C]`, likewise.
         residual: Of x's shape and dtype, or None.
-        weights: Those of a mask, in the statistics' dtype; of x's shape without the axis, or with it. None: all count.
+        weights: Of the mask, in the statistics' dtype; of x's shape without the axis, or with it. None: all count.
         at: The other arguments.
         peers: The devices that share the statistics, or None.
     """
@@ -80,7 +80,7 @@ def train(
 
 
 def _kept(x: Array, residual: Array | None, statistics: Any, weight: Any, bias: Any, at: Attributes) -> Kept:
-    """Return what backward needs. f′ of no activation does not depend on the residual."""
+    """Return the tensors for backward, which needs the residual only for the derivative of an activation."""
     mean, mean_low, var = statistics
     return Kept(x, None if at.activation == "none" else residual, mean, mean_low, var, weight, bias)
 
@@ -148,7 +148,7 @@ def _local_jvp(at: Attributes, primals: Any, tangents: Any) -> Any:
 
 
 def _statistics_dots(p: Array, q: Array, count: Array, statistics: Any, at: Attributes) -> tuple[Array, Array, Array]:
-    """Return the tangents of mean, mean_low and var. The one of mean stands for the pair."""
+    """Return the tangents of mean, mean_low and var: that of mean is the tangent of the pair, that of mean_low is 0."""
     mean, _, var = statistics
     std = jnp.sqrt(var + at.eps)
     return -std * safe_divide(p, count), _zeros_like(mean), -2.0 * jnp.square(std) * safe_divide(q, count)

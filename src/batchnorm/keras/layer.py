@@ -106,7 +106,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # not through Keras's layer, which refuses it on all backends but TensorFlow
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; one with a range must be in it."""
+        """Set an attribute, after checking its value as the constructor does."""
         if name in _CHECKS:
             _CHECKS[name]("BatchNormalization", value)
         super().__setattr__(name, value)
@@ -176,7 +176,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return ops.cast(y, self.compute_dtype)
 
     def _renormalize(self, x_hat: Any, statistics: Statistics, call: Call) -> Any:
-        """Return `(x̂·r + d)·gamma + beta`. Keras's layer has the equations of r and d."""
+        """Return `(x̂·r + d)·gamma + beta`. Keras's layer computes r and d."""
         dtype = statistics.mean.dtype
         gamma = ops.cast(self.gamma, dtype) if self.scale else None
         beta = ops.cast(self.beta, dtype) if self.center else None
@@ -194,7 +194,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
 
     def _update_renorm(self, statistics: Statistics) -> None:
-        """Update the statistics of renormalization, too. The moving variance follows from the moving deviation."""
+        """Update moving and renormalization statistics. The moving variance is computed from the moving deviation."""
         mean = statistics.mean
         deviation = ops.sqrt(statistics.variance + self.epsilon)
         moving_deviation = _blend(self.moving_stddev, deviation, self.momentum)
@@ -238,7 +238,7 @@ def _check_finite(mean: Any, variance: Any) -> None:
 
 
 def _where_single(y: Any, statistics: Statistics, by_moving: Callable[[], Any], call: Call) -> tuple[Any, Statistics]:
-    """Replace y and the count, by y of the moving statistics and 0, in channels where at most one value counts."""
+    """Where at most one value of a channel counts, normalize it by the moving statistics and set its count to 0."""
     single = statistics.count <= 1
     if single is False:
         return y, statistics

@@ -46,8 +46,9 @@ class Error(NamedTuple):
     def of(cls, results: Results) -> Error:
         """Return the largest errors of any tensor.
 
-        An element that overflows in the original has no error of the original. It has one of the folded network only if
-        that is finite there. Otherwise one overflow would be an infinite error that allows any other.
+        An element that overflows in the original does not count for the original's error. It counts for the folded
+        network's error only if it is finite there. Otherwise, one overflow would be an infinite error of the original,
+        which allows any error of the folded network.
         """
         before, after = 0.0, 0.0
         for arrays in zip(results.own, results.folded, results.exact, strict=True):

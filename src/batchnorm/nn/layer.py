@@ -22,7 +22,7 @@ def one_of(name: str, choices: Collection[str]) -> Check:
 
 
 class NormLayer(torch.nn.modules.batchnorm._NormBase):
-    """A mixin before one of torch's classes; it keeps their parameters, buffers and `state_dict`."""
+    """A mixin, listed before one of torch's classes; it keeps their parameters, buffers and `state_dict`."""
 
     # The name in error messages. A final 1d, 2d or 3d determines the rank of x. Users' subclasses inherit the name.
     layer_name: ClassVar[str]
@@ -60,7 +60,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         self._set_options(bias, on_nonfinite, on_single, channel_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; one that the constructor checks must be in range."""
+        """Set an attribute, after checking its value as the constructor does."""
         if name in self._checked:
             self._checked[name](self.layer_name, value)
         super().__setattr__(name, value)
@@ -73,7 +73,7 @@ class NormLayer(torch.nn.modules.batchnorm._NormBase):
         self.channel_dim = channel_dim
 
     def _check_options(self, eps: float, track_running_stats: bool, on_single: str) -> None:
-        """Check what `__setattr__` cannot see or accepts."""
+        """Refuse eps=0, which `__setattr__` accepts, and options that contradict each other."""
         _options.check_eps(self.layer_name, eps)
         if on_single == "running" and not track_running_stats:
             raise ValueError(

@@ -218,7 +218,7 @@ def _operator_gradients(
 
 
 def define_gradients(arguments: str, implementation: Callable[..., Gradients]) -> None:
-    """Define an operator that the node in C++ calls for gradients, by its name with its arguments."""
+    """Define the operator with this signature, which the node in C++ calls for gradients."""
     _LIBRARY.define(f"{arguments} -> (Tensor? dx, Tensor? dweight, Tensor? dbias, Tensor? dz)")
     for key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatched"):  # the others for gradients under vmap
         _LIBRARY.impl(arguments.partition("(")[0], implementation, key)
@@ -285,7 +285,7 @@ def batch_norm(
         or forward_ad._current_level >= 0
     ):
         return None
-    on_gpu = not x.is_cpu  # not before, because a mode for functions sees it
+    on_gpu = not x.is_cpu  # only now: a mode of __torch_function__, tested above, would see this access
     if on_gpu and (_native is None or not triton.serves(x)):
         return None
     dims, ranks = x.dim(), _RANKS[caller]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Kind = TypeVar("Kind", bound=Hashable)
-TRUSTED = 2.0  # seconds of training for which a trial counts when the runs correct it
+TRUSTED = 2.0  # weight of a trial against the measured times of the runs, in seconds of training
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Planned(Generic[Kind]):
 
 
 class Remaining(Generic[Kind]):
-    """Estimate the remaining time of a plan. The estimate never rises.
+    """Estimate the remaining time of a plan. The announced time (`text`) never rises.
 
     Each kind of run has its own costs, because one may take a hundred times as long as another. They come from a trial
     of every kind; as soon as runs of a kind have trained, their true time corrects them. If the plan turns out to take

@@ -49,7 +49,7 @@ class Cause:
         kind: `stale` (the weights have changed), `averaged` (by averaging), `lag` (a high learning rate explains it),
             `momentum` (too few updates), `shift` (the data are different), `dropout` or `unknown`.
         evidence: Lines with figures.
-        summary: The cause in one line; empty if the number of layers says it better.
+        summary: The cause in one line; empty if the number of layers that are off serves as the summary.
     """
 
     kind: str
@@ -121,8 +121,8 @@ class Misfit:
 def suspects(distances: tuple[Distance, ...], effect: Effect, gap: Effect | None) -> tuple[Distance, ...]:
     """Return the layers that are off, worst first.
 
-    If the running statistics do harm, or most of the harm in evaluation, layers that are off by less count, too,
-    because they may cause the harm together.
+    If the running statistics do harm, or cause most of the harm in evaluation, layers that are off by less count too,
+    because several of them may cause the harm together.
     """
     ranked = sorted(distances, key=lambda distance: -distance.divergence)
     harm = effect.severity > Severity.NOTE
@@ -259,7 +259,7 @@ def _of_weights_or_data(distances: tuple[Distance, ...]) -> Cause:
 def _are_smaller(distances: tuple[Distance, ...]) -> bool:
     """Return whether the inputs of the first layer are smaller, but not the data.
 
-    Averaging makes weights smaller, and thereby σ. The inputs of all later layers then change as with other data.
+    Averaging makes weights smaller, and with them σ. The inputs of all later layers then change as with other data.
     """
     first = min(distances, key=lambda distance: distance.layer.order)
     population, running = first.layer.population, first.layer.running

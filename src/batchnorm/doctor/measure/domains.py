@@ -42,9 +42,9 @@ class Domains:
 def domains_of(values: Mapping[str, Array], batch: Numbers) -> Domains | None:
     """Divide the batches into domains; return None if they do not come from a few domains in turn.
 
-    A group of batches whose samples depend on their batches is divided at the largest gap between the
-    means of the batches, in the direction in which these vary most. Each domain must occur at least twice, with others
-    in between. Data that are sorted by class do not meet this condition.
+    A group of batches that are not independent samples is divided in two, at the largest gap between the means of its
+    batches, in the direction in which these means vary most. Each domain must occur at least twice, with others in
+    between. Data that are sorted by class do not meet this condition.
 
     Args:
         values: `[samples, channels]` for each layer: the mean of each sample over its positions.

@@ -124,7 +124,8 @@ class Measurements:
     def effect_of_dependence(self) -> Effect | None:
         """The effect of the batches' statistics, or the gap to evaluation if that is worse.
 
-        A network that is better with its own batch is just as bad, because evaluation does not have that knowledge.
+        A network that does better with the statistics of its own batch is as faulty as one that does worse, because
+        evaluation does not have these statistics.
         """
         effect, gap = self.batch_effect, self.gap
         if effect is not None and gap is not None and gap.loss is not None and gap.severity > effect.severity:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diagnosis(Results):
-    """The findings about a model's batch normalization. It prints as a report, in colour with rich's `print`.
+    """The findings about a model's batch normalization. It prints as a report, in color with rich's `print`.
 
     Attributes:
         model: The model's class.
@@ -57,7 +57,7 @@ class Diagnosis(Results):
         return as_text(self)
 
     def __rich__(self) -> RenderableType:
-        """Return the report in colour, for rich's `print`."""
+        """Return the report in color, for rich's `print`."""
         from batchnorm.doctor.report.terminal import as_rich  # rich is optional
 
         return as_rich(self)

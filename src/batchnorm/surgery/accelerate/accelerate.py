@@ -95,9 +95,9 @@ def accelerate(
             of named arguments. Pass a few samples in the dtype and on the device of training. Each rewritten `forward`
             is then compared with the original in both modes, and modules that take lists of tensors can be rewritten.
         inplace: Whether to change the model itself instead of a copy.
-        measure: Whether to time training steps of the model as it is and accelerated, in turns, on the example inputs,
-            and to change nothing if the accelerated model is not faster. Pass a batch of the size of training. This
-            takes at most about 2 seconds, or the time of 12 steps if that is longer. On a CPU, the CPU time of all
+        measure: Whether to time training steps of the original and the accelerated model alternately on the example
+            inputs, and to change nothing if the accelerated model is not faster. Pass a batch of the size of training.
+            This takes at most about 2 seconds, or the time of 12 steps if that is longer. On a CPU, the CPU time of all
             threads counts. The choice depends on the machine and its load. Both choices compute the same up to
             rounding.
         progress: Whether to show a progress bar on standard error after 3 seconds (needs rich); by default, if that is

@@ -1,4 +1,4 @@
-"""Time training steps of a model and of its accelerated form, in turns."""
+"""Time training steps of a model and of its accelerated form alternately."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ class DomainShift(Rule):
     title = "the data differ from the data behind the running statistics"
     why = """
         Evaluation normalizes by the statistics of the training data. Other data, or data that are prepared in another
-        way (0 to 255 instead of 0 to 1, another mean, another order of colours), give shifted and scaled activations.
+        way (0 to 255 instead of 0 to 1, another mean, another order of colors), give shifted and scaled activations.
     """
     evidence = """
         The figures of [BN102](bn102.md). The finding is BN103 in one of three cases: a change of the layers' inputs can

@@ -15,7 +15,7 @@ class NonIidBatches(Rule):
     evidence = """
         An analysis of variance of the samples' means, with batches as groups. It measures how much more the means of
         batches vary than those of random batches. It is computed in evaluation, because no sample depends on its
-        neighbours there. The largest ratio over all channels of all layers is compared with that of 199 random orders
+        neighbors there. The largest ratio over all channels of all layers is compared with that of 199 random orders
         of the samples. This assumes no distribution, and thousands of channels cause no false alarm.
 
         Batches from a few domains in turn have a rule of their own, [BN115](bn115.md).

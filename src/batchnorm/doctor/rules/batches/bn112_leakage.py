@@ -18,7 +18,7 @@ class Leakage(Rule):
         evaluation is worse than training on the same batches, and stale running statistics do not explain that.
     """
     severity = """
-        Decided by the added loss with the new neighbours, and by the change of the outputs. Without a loss, it is never
+        Decided by the added loss with the new neighbors, and by the change of the outputs. Without a loss, it is never
         an error, and is checked only if batches are not independent ([BN105](bn105.md)), because the noise of small
         batches changes outputs just as much.
     """

@@ -12,7 +12,7 @@ class Foldable(Rule):
         next to it can absorb. The results stay the same, with fewer operations and less memory.
     """
     evidence = """
-        The layers that a neighbour in the trace can absorb, in a model in evaluation mode without a parameter that
+        The layers that a neighbor in the trace can absorb, in a model in evaluation mode without a parameter that
         requires a gradient.
     """
     severity = "A note: the network is correct as it is."

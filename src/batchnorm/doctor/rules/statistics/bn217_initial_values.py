@@ -10,7 +10,7 @@ class InitialValues(Rule):
     title = "too few updates for the momentum"
     why = """
         After n updates, the running statistics still contain the initial values with a weight of (1 - momentum)^n. With
-        a small momentum and a short training, evaluation normalizes by these instead of by statistics of the data.
+        a small momentum and a short training run, evaluation normalizes by these instead of by statistics of the data.
     """
     evidence = """
         Layers whose initial values have a weight above 5 %, by their momentum and the number of their updates. With
@@ -27,12 +27,12 @@ class InitialValues(Rule):
     """
     repair = """
         model, report = batchnorm.recalibrate(model, training_data)
-        for found in batchnorm.walk.norm_layers(model):  # if the training goes on
+        for found in batchnorm.walk.norm_layers(model):  # if training continues
             found.module.momentum = 0.1
     """
     repair_keras = """
         model, report = batchnorm.keras.recalibrate(model, training_data)
-        model, report = batchnorm.keras.convert(model, momentum=0.9)  # if the training goes on
+        model, report = batchnorm.keras.convert(model, momentum=0.9)  # if training continues
     """
     notes = """
         A weight below 5 % takes about 3/momentum updates: 30 with a momentum of 0.1, 3000 with 0.001. A layer

@@ -1,4 +1,4 @@
-"""Find calls that change their argument in place, and replace them by out-of-place calls."""
+"""Find calls that change their argument in place, and replace them with out-of-place calls."""
 
 from __future__ import annotations
 

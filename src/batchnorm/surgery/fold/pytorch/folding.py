@@ -66,8 +66,8 @@ def fold(
     Returns:
         A graph module in evaluation mode, and the report. Its parameters have the model's names; it can be copied,
         pickled, saved, exported, and moved between devices and dtypes. Its forward takes the arguments that the example
-        has; others keep their defaults. It returns the containers that the model returns, and ignores `train()`. Hooks
-        are not carried over, except if the model raises without them, or if hooks of its own package change its
+        has; others keep their defaults. It returns the containers that the model returns, and ignores `train()`. It has
+        no hooks, unless the model raises an error without them, or hooks from the model's own package change its
         results. If the model cannot be traced as a whole, the result is a copy of it with such graph modules as parts.
 
     Raises:
