@@ -188,11 +188,11 @@ def _library_of_malloc() -> str:
     return os.path.basename(os.fsdecode(found.file or b"unknown"))
 
 
-def _page_faults(apart: int = _PROBE, size: int = _PROBE) -> int:
+def _page_faults(stride: int = _PROBE, size: int = _PROBE) -> int:
     """Return the page faults of writing to a block that was freed and allocated again.
 
     Args:
-        apart: Bytes between the beginnings of two parts that are written; by default, one part is written.
+        stride: Bytes between the beginnings of two parts that are written; by default, one part is written.
         size: Bytes of each part.
     """
     import resource
@@ -207,7 +207,7 @@ def _page_faults(apart: int = _PROBE, size: int = _PROBE) -> int:
                 "process's limit."
             )
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for start in range(block, block + _PROBE, apart):
+        for start in range(block, block + _PROBE, stride):
             libc.memset(start, 1, size)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         libc.free(block)

@@ -15,7 +15,7 @@ from batchnorm.keras.models.observe import Observer, Statistics, put_statistics,
 from batchnorm.keras.passes import sequential, single
 from batchnorm.keras.surgery.replacement import start_renorm
 from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
-from batchnorm.models.selection import Choice, select
+from batchnorm.models.selection import Selection, select
 from batchnorm.reference.statistics import Moments, merge
 
 _CALLER = "recalibrate"
@@ -25,7 +25,7 @@ def recalibrate(
     model: keras.layers.Layer,
     data: Any,
     *,
-    only: Choice | None = None,
+    only: Selection | None = None,
     passes: str = "single",
     prior: float = 0.0,
     forward: Forward | None = None,
@@ -122,7 +122,7 @@ def recalibrate(
     return result
 
 
-def _select(model: Any, only: Choice | None) -> tuple[list[Found], list[Change]]:
+def _select(model: Any, only: Selection | None) -> tuple[list[Found], list[Change]]:
     every = check_model(_CALLER, model)
     chosen = select(_CALLER, every, only)
     selected, left = [], []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar
 
-Choice = str | Iterable[str] | type[Any] | tuple[type[Any], ...] | Callable[[str, Any], bool]
+Selection = str | Iterable[str] | type[Any] | tuple[type[Any], ...] | Callable[[str, Any], bool]
 
 # A layer of PyTorch or Keras can be called too, but it is not a predicate.
 _LAYER_METHODS = ("named_modules", "get_weights")
@@ -31,28 +31,28 @@ class Found(Protocol):
 F = TypeVar("F", bound=Found)
 
 
-def select(caller: str, layers: list[F], choice: Choice | None, *, argument: str = "only") -> list[F]:
+def select(caller: str, layers: list[F], given: Selection | None, *, argument: str = "only") -> list[F]:
     """Return the layers that the user chose, in the model's order.
 
     Args:
         caller: The function that the user called, for error messages.
         layers: The layers to choose from.
-        choice: A pattern for paths such as `"backbone.*"`, several patterns, a class, a tuple of classes, or a
+        given: A pattern for paths such as `"backbone.*"`, several patterns, a class, a tuple of classes, or a
             predicate of path and layer; None chooses all.
         argument: The name of the user's argument, for error messages.
 
     Raises:
-        TypeError: the choice is none of these.
+        TypeError: the selection is none of these.
         ValueError: a pattern matches no layer.
     """
-    if choice is None:
+    if given is None:
         return layers
-    if isinstance(choice, type) or (isinstance(choice, tuple) and all(isinstance(kind, type) for kind in choice)):
-        classes: Any = choice
+    if isinstance(given, type) or (isinstance(given, tuple) and all(isinstance(kind, type) for kind in given)):
+        classes: Any = given
         return [found for found in layers if isinstance(found.module, classes)]
-    if callable(choice) and not any(hasattr(choice, name) for name in _LAYER_METHODS):
-        return [found for found in layers if any(choice(path, found.module) for path in found.paths)]
-    patterns: list[Any] = [choice] if isinstance(choice, str) or not isinstance(choice, Iterable) else list(choice)
+    if callable(given) and not any(hasattr(given, name) for name in _LAYER_METHODS):
+        return [found for found in layers if any(given(path, found.module) for path in found.paths)]
+    patterns: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise TypeError(
             f"{caller} expects `{argument}` to be a pattern, several patterns, a class, a tuple of classes or a "

@@ -50,6 +50,7 @@ if _native is not None:
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 _NAMES = tuple(ACTIVATIONS)
 _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
+_NONE = _NUMBERS["none"]
 # The place of each activation's parameter in (none, negative_slope, alpha).
 _PARAMETERS = [(None, "negative_slope", "alpha").index(row.parameter) for row in ACTIVATIONS.values()]
 _ON_NONFINITE = ("propagate", "skip")  # for "error", batch_norm must see the statistics
@@ -166,7 +167,8 @@ class StrictTrainFunction(torch.autograd.Function):
             or _is_batched(dy)
         )
         if ordinary:
-            need_dz = needs[3] and attributes[1] != 0
+            _, activation, _ = attributes
+            need_dz = needs[3] and activation != _NONE
             dx, dweight, dbias, dz = _train_backward(dy, x, residual, y, statistics, weight, bias, *attributes, need_dz)
             if needs[3] and not need_dz:
                 dz = dy

@@ -27,7 +27,7 @@ from batchnorm.models.execution.observe import (
 from batchnorm.models.execution.processes import Processes
 from batchnorm.models.execution.progress import bar
 from batchnorm.models.report import Change, LayerStatistics, Recalibration, Result
-from batchnorm.models.selection import Choice, select
+from batchnorm.models.selection import Selection, select
 from batchnorm.recalibration.passes import Measured, Run, sequential, single
 from batchnorm.recalibration.rereading import RepeatableBatches
 from batchnorm.undo import UndoOnFailure, overwrite, restorer
@@ -40,7 +40,7 @@ def recalibrate(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    only: Choice | None = None,
+    only: Selection | None = None,
     passes: str = "single",
     prior: float = 0.0,
     forward: Forward | None = None,
@@ -194,7 +194,7 @@ def _separate(model: nn.Module, undo: UndoOnFailure) -> None:
             parent._modules[key] = own
 
 
-def _select(model: nn.Module, only: Choice | None) -> tuple[list[Found], list[Change]]:
+def _select(model: nn.Module, only: Selection | None) -> tuple[list[Found], list[Change]]:
     """Return the layers to recalibrate, and the others with reasons."""
     every = norm_layers(model)
     chosen = select(_CALLER, every, only)

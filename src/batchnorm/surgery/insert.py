@@ -14,7 +14,7 @@ from batchnorm.models.data.batches import Forward, check_data, device_of, own_co
 from batchnorm.models.data.outputs import check_unchanged
 from batchnorm.models.execution.calling import DefaultForward
 from batchnorm.models.report import Change, Report, Result
-from batchnorm.models.selection import Choice, select, some_paths
+from batchnorm.models.selection import Selection, select, some_paths
 from batchnorm.moments import Moments
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.undo import UndoOnFailure
@@ -26,7 +26,7 @@ _NOTE = "An existing optimizer does not hold the new parameters: pass them with 
 
 def insert_batchnorm(
     model: nn.Module,
-    after: Choice,
+    after: Selection,
     data: Iterable[Any],
     *,
     forward: Forward | None = None,
@@ -114,7 +114,7 @@ class _MeasuredOutput:
         self.device = torch.device("cpu")
 
 
-def _chosen_modules(model: nn.Module, after: Choice) -> list[walk.Found]:
+def _chosen_modules(model: nn.Module, after: Selection) -> list[walk.Found]:
     everything = walk.norm_layers(model, nn.Module)
     found = [] if after is None else select(_CALLER, everything, after, argument="after")  # None would choose all
     if not found:

@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, path: Path, entry: str | None = None) -> str:
         entry: The entry to take.
 
     Returns:
-        What was done, in one line; empty for a plain state_dict.
+        A description of the changes, in one line; empty for a plain state_dict.
 
     Raises:
         CheckpointError: no entry fits the network.

@@ -10,11 +10,11 @@ from batchnorm.keras.layer import BatchNormalization
 from batchnorm.keras.models.layers import STOCK, Found, is_known_norm
 from batchnorm.keras.surgery.replacement import Left, NewLayer, replace_layers
 from batchnorm.models.report import Report, Result
-from batchnorm.models.selection import Choice
+from batchnorm.models.selection import Selection
 
 
 def convert(
-    model: keras.layers.Layer, to: type[Any] = BatchNormalization, *, only: Choice | None = None, **options: Any
+    model: keras.layers.Layer, to: type[Any] = BatchNormalization, *, only: Selection | None = None, **options: Any
 ) -> Result[Report]:
     """Return a copy of the model with another class of batch normalization, which has the same variables.
 

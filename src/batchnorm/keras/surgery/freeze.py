@@ -10,10 +10,10 @@ from batchnorm.keras.models.copying import IN_PLACE, copied
 from batchnorm.keras.models.layers import Found, check_model, describe, walk
 from batchnorm.keras.surgery.replacement import not_compiled
 from batchnorm.models.report import Change, Report, Result
-from batchnorm.models.selection import Choice, select
+from batchnorm.models.selection import Selection, select
 
 
-def freeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
+def freeze(model: keras.layers.Layer, *, only: Selection | None = None, inplace: bool = False) -> Result[Report]:
     """Let batch normalization use its moving statistics in training too, without updating them.
 
     Each layer gets `trainable=False`, which also stops the training of γ and β. Keras sets `trainable` of all layers
@@ -44,7 +44,7 @@ def freeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: bo
     return _set_trainable("freeze", model, False, reason, only, inplace)
 
 
-def unfreeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
+def unfreeze(model: keras.layers.Layer, *, only: Selection | None = None, inplace: bool = False) -> Result[Report]:
     """Let frozen batch normalization train and update its statistics again.
 
     Args:
@@ -74,7 +74,7 @@ def unfreeze(model: keras.layers.Layer, *, only: Choice | None = None, inplace: 
 
 def _set_trainable(
     caller: str, model: keras.layers.Layer, trainable: bool, reason: Callable[[keras.layers.Layer, Found], str | None],
-    only: Choice | None, inplace: bool,
+    only: Selection | None, inplace: bool,
 ) -> Result[Report]:  # fmt: skip
     """Set `trainable` of the chosen layers for which there is no reason to leave them."""
     select(caller, check_model(caller, model), only)  # fail before anything is copied

@@ -12,7 +12,7 @@ import keras
 from batchnorm.keras.models.copying import copied
 from batchnorm.keras.models.layers import Found, array, as_numpy, check_model, describe
 from batchnorm.models.report import Change, Report, Result
-from batchnorm.models.selection import Choice, select
+from batchnorm.models.selection import Selection, select
 
 
 class Left(Exception):
@@ -33,7 +33,7 @@ class NewLayer:
 
 
 def replace_layers(
-    caller: str, model: keras.layers.Layer, choose: Callable[[Found], NewLayer], *, only: Choice | None
+    caller: str, model: keras.layers.Layer, choose: Callable[[Found], NewLayer], *, only: Selection | None
 ) -> Result[Report]:
     """Return a copy with other layers, and the report.
 

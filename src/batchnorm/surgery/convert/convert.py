@@ -18,7 +18,7 @@ from batchnorm.distributed.owners import check_not_sharded, reduced_parameters_k
 from batchnorm.foreign import applies_followers
 from batchnorm.models.description import describe
 from batchnorm.models.report import Change, Report, Result
-from batchnorm.models.selection import Choice, select
+from batchnorm.models.selection import Selection, select
 from batchnorm.nn.followed import followers, plain_class
 from batchnorm.surgery.accelerate.fused_forward import undo_fusion
 from batchnorm.surgery.convert import per_sample, replacement
@@ -33,7 +33,7 @@ def convert(
     model: nn.Module,
     to: Target,
     *,
-    only: Choice | None = None,
+    only: Selection | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     **options: Any,
@@ -113,7 +113,7 @@ def replace_layers(
     model: nn.Module,
     choose: Callable[[walk.Found, nn.Module], Replacement],
     *,
-    only: Choice | None,
+    only: Selection | None,
     inplace: bool,
     kinds: walk.Kinds = walk.is_batch_norm,
     finish: Callable[[nn.Module], object] | None = None,

@@ -6,7 +6,7 @@ from torch import nn
 
 from batchnorm import walk
 from batchnorm.models.report import Report, Result
-from batchnorm.models.selection import Choice
+from batchnorm.models.selection import Selection
 from batchnorm.nn import act, batch
 from batchnorm.nn.frozen import FrozenBatchNorm, FrozenLayer
 from batchnorm.surgery.convert import replacement
@@ -16,7 +16,7 @@ from batchnorm.surgery.convert.replacement import Replacement, Unconvertible
 
 
 def freeze(
-    model: nn.Module, *, only: Choice | None = None, trainable_affine: bool = False, inplace: bool = False
+    model: nn.Module, *, only: Selection | None = None, trainable_affine: bool = False, inplace: bool = False
 ) -> Result[Report]:
     """Make the model's batch normalization use its running statistics in training too, without updating them.
 
@@ -58,7 +58,7 @@ def freeze(
     return replace_layers("freeze", model, choose, only=only, inplace=inplace)
 
 
-def unfreeze(model: nn.Module, *, only: Choice | None = None, inplace: bool = False) -> Result[Report]:
+def unfreeze(model: nn.Module, *, only: Selection | None = None, inplace: bool = False) -> Result[Report]:
     """Restore the class, options, momentum and `requires_grad` of the model's frozen layers.
 
     Changes made since freezing are kept: momentum, `requires_grad`, mode, values loaded from a checkpoint. A layer that

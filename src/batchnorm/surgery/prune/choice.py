@@ -15,7 +15,7 @@ from batchnorm.surgery.prune.removal import Removal, removal
 from batchnorm.walk import Found, is_hooked
 
 
-class Choice:
+class ChannelsByGamma:
     """The channels of a network by the size of their γ.
 
     Attributes:

@@ -21,11 +21,10 @@ from batchnorm.models.graphs import lowering
 from batchnorm.models.graphs import model_graph as tracing
 from batchnorm.models.graphs.tracing import Untraceable
 from batchnorm.models.report import Change, Result
-from batchnorm.models.selection import Choice as Only
-from batchnorm.models.selection import select
+from batchnorm.models.selection import Selection, select
 from batchnorm.surgery.fold.pytorch.network import TorchNetwork
 from batchnorm.surgery.prune.channels import Channels
-from batchnorm.surgery.prune.choice import Choice
+from batchnorm.surgery.prune.choice import ChannelsByGamma
 from batchnorm.surgery.prune.edits import Edits, Owners
 from batchnorm.surgery.prune.report import PruneError, PruneReport
 
@@ -40,7 +39,7 @@ def prune_channels(
     *,
     share: float | None = None,
     threshold: float | None = None,
-    only: Only | None = None,
+    only: Selection | None = None,
     inplace: bool = False,
 ) -> Result[PruneReport]:
     """Remove channels whose γ is zero or small from the layers around each batch normalization (network slimming).
@@ -124,15 +123,15 @@ def prune_channels(
         norms = {
             path: call for call in network.norms if call in channels.held and (path := owners.path(call)) is not None
         }
-        choice = Choice(channels, norms, chosen)
+        by_gamma = ChannelsByGamma(channels, norms, chosen)
         exactly = share is None and threshold is None
-        removal = choice.up_to(threshold or 0.0, exactly=exactly) if share is None else choice.share(share)
+        removal = by_gamma.up_to(threshold or 0.0, exactly=exactly) if share is None else by_gamma.share(share)
         edits = Edits(channels, owners, removal)
         edits.apply(pruned)
         zeroed = {path: removal.zeroed[call] for path, call in norms.items() if call in removal.zeroed}
         others = (*trace.sizes, *trace.refused)  # the model may call other layers for other sizes
         after = _checked(pruned, model, (*tried, *others), zeroed if removal.exact else None)
-        changed, left = choice.rows(removal, layers)
+        changed, left = by_gamma.rows(removal, layers)
         difference = max((gate.relative(*pair) for pair in zip(after, before, strict=False)), default=0.0)
         report = replace(
             report, changed=tuple(changed), left=tuple(left), difference=difference, notes=edits.notes(),

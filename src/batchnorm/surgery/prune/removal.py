@@ -1,4 +1,4 @@
-"""Which channels can be removed, and the constants that take their place."""
+"""The channels that can be removed, and the constants that take their place."""
 
 from __future__ import annotations
 
