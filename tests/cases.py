@@ -17,7 +17,7 @@ NEGATIVE_SLOPE = 0.2
 EPS = 1e-5
 # Where f′ jumps: gradients are compared away from there.
 KINKS = {name: row.kinks for name, row in ops.ACTIVATIONS.items()}
-# Those whose f′ must be taken from z. It varies with z, so that an error of z is an error of f′.
+# Activations whose f′ is computed from z. f′ varies with z, so that an error of z is an error of f′.
 SMOOTH = tuple(name for name, row in ops.ACTIVATIONS.items() if not row.from_output)
 
 

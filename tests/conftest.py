@@ -1,4 +1,4 @@
-"""What every test starts from."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _fresh_global_state() -> Iterator[None]:
 
 @pytest.fixture
 def nothing_compiled_before() -> Iterator[None]:
-    """What other tests have compiled is forgotten, and what this one compiles."""
+    """Forget compiled code before and after the test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

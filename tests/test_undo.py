@@ -34,7 +34,7 @@ Place = tuple[str, int]
 
 
 class Stop(BaseException):
-    """What a handler raises."""
+    """An exception of a handler."""
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)

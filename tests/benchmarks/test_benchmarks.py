@@ -1,4 +1,4 @@
-"""What the benchmark counts, checks and judges, on cases of no size; none of these looks at a time."""
+"""The counts, checks and verdicts of the benchmarks, on tiny cases. No test measures time."""
 
 from __future__ import annotations
 

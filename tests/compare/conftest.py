@@ -12,7 +12,7 @@ from batchnorm.compare.report import figures
 
 
 def small_arrays(samples: int = 96, features: int = 8, classes: int = 3) -> dict[str, np.ndarray]:
-    """Returns clusters, one for each class."""
+    """Return clusters, one for each class."""
     generator = np.random.default_rng(0)
     centres = 3 * generator.standard_normal((classes, features))
     arrays = {}

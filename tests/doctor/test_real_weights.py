@@ -213,5 +213,5 @@ def test_a_defect_planted_into_mobilenet_is_found(code: str) -> None:
     found = diagnose(case.model, case.data, budget=1, **case.options).findings
     assert max((f.severity for f in found if f.code == code), default=0) >= severity, described(found)
     same = {other for other in PLANTED if PLANTED[other][0] is plant}
-    # That sixteen photographs are few for the statistics of this network is true.
+    # BN104 is correct here: sixteen photographs are few for the statistics of this network.
     assert {f.code for f in found if f.severity == Severity.ERROR} <= same | RELATED.get(code, set()) | {"BN104"}

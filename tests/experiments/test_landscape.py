@@ -1,4 +1,4 @@
-"""What is measured along the gradient, against second derivatives and against one look at each place."""
+"""Values measured along the gradient, compared with second derivatives and with single measurements."""
 
 import copy
 

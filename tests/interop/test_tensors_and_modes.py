@@ -256,7 +256,7 @@ def watched(model: nn.Sequential) -> list[Any]:
     return [str(record) for record in w.history]
 
 
-# What each function gives for data on the CPU.
+# The result of each function for data on the CPU.
 ON_THE_CPU = {
     "fold": lambda model: bn.fold(model, BATCHES[0]).model(BATCHES[0]),
     "prune_channels": lambda model: bn.prune_channels(model, BATCHES[0]).model.eval()(BATCHES[0]),

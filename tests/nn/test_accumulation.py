@@ -113,7 +113,7 @@ def test_a_model_that_cannot_be_set_does_not_change() -> None:
         microbatch_momentum(nn.Linear(3, 3), 4)
 
 
-# What each way costs, as the guide says
+# The costs in the guide
 
 
 class Cost(TorchDispatchMode):

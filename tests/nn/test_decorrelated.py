@@ -168,7 +168,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout: torch.memory_fo
             assert torch.equal(ours, theirs)
 
 
-# What it is for
+# Its purpose
 
 
 @pytest.mark.parametrize(("channels", "size"), [(6, 6), (6, 64), (7, 3)])

@@ -63,7 +63,7 @@ def test_agrees_with_the_reference(case: Case, limits: tuple[float, float]) -> N
     )
     backward = reference.backward_renorm(wide(dy), expected)
     inner = expected.forward
-    # What r and d err by, in deviations: the rounding of the running statistics' scale, and of the distance of means.
+    # The errors of r and d in deviations: rounding of the running statistics' scale, and of the distance of means.
     distance = 1.0 + np.abs(expected.d) + np.abs(old["weight"] * expected.d) + np.abs(expected.r)
     terms = Terms(inner, None, old["bias"])
     assert y.dtype == x.dtype and y.stride() == torch.empty_like(x).stride()

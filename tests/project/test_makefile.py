@@ -1,4 +1,4 @@
-"""What `make demo` installs and builds, and when again: with programs that only write down how they were called."""
+"""When `make demo` installs and builds, and what: tested with programs that only record their arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ case "$*" in *-B*) mkdir -p build/dev; echo "Instruction sets: some"; touch buil
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What `make demo` reads, with a virtual environment whose programs do nothing."""
+    """Make the files that `make demo` reads, and a virtual environment whose programs do nothing."""
     for part in PARTS:
         (tmp_path / part).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / part, tmp_path / part)

@@ -152,7 +152,7 @@ def test_import_loads_nothing_else():
 
 @pytest.fixture(scope="module")
 def first_use():
-    """What layers and functions that change a model load in a process that has already imported torch."""
+    """The modules that layers and functions for models load in a process that has already imported torch."""
     return loaded_by("from batchnorm import BatchNorm2d, Moments, backends, convert, recalibrate", "import torch")
 
 

@@ -20,7 +20,7 @@ from batchnorm.nn.sync import SyncBatchNorm
 from batchnorm.recalibration import recalibrate
 from tests.recalibration.models import SIZES, Recorder, batches, network, norms
 
-# What is measured
+# Measured values
 
 
 @pytest.mark.parametrize("passes", ["single", "sequential"])
@@ -144,7 +144,7 @@ def test_domains_get_statistics_of_their_own(passes: str) -> None:
     assert_close(found[1].running_mean[0], torch.zeros(3).double())
 
 
-# Which layers
+# The choice of layers
 
 
 def test_only_named_layers_are_touched() -> None:

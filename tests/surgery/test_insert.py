@@ -140,7 +140,7 @@ def test_batches_are_given_as_the_model_takes_them() -> None:
     assert_close(inserted.eval()(x), model(x))
 
 
-# What fails leaves the model as it was
+# Errors, which leave the model unchanged
 
 
 def assert_untouched(model: nn.Module, work: Callable[[], Any], error: type[Exception], text: str) -> None:

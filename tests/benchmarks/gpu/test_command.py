@@ -247,7 +247,7 @@ def test_tuning_takes_what_is_fastest_and_leaves_what_does_not_run(monkeypatch: 
     assert not tune.tune(HostClock(), Deadline(0))
 
 
-# The device's clock, with a device that does at once what it is told.
+# The device's clock, with a device that executes every command at once.
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def without(name: str) -> dict[str, Tensor]:
     return state
 
 
-# What is saved, and what is said about it.
+# Saved objects, and the message about each.
 CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "state_dict": (lambda: STATE, ""),
     "without counters": (lambda: {name: t for name, t in STATE.items() if "tracked" not in name}, ""),

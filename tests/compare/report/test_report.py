@@ -129,7 +129,7 @@ def test_a_grid_has_heat_maps_and_draws_the_best_of_each_norm(data, tmp_path):
 
 
 def test_many_runs_make_a_short_page(data, tmp_path, no_pictures):
-    """60 runs: eight at most are drawn at first, and the layers of these are told."""
+    """60 runs: at most eight are drawn at first, and the layers of these are shown."""
     specs = [f"batch:momentum=0.{k:02}" for k in range(1, 31)]
     found = compare.run(specs, data=data, steps=4, batch_size=48, seeds=2, out=tmp_path, progress=False)
     assert len(found.runs) == 60

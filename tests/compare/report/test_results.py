@@ -1,4 +1,4 @@
-"""What is written besides the runs: the page built anew, tables, TensorBoard's logs."""
+"""Files besides the runs: the page, which is built again, tables, and TensorBoard's logs."""
 
 from __future__ import annotations
 

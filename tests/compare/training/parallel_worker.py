@@ -1,4 +1,4 @@
-"""Runs the command line on one of several processes, and writes down what each call said there."""
+"""Run the command line on one of several processes, and write the output of each call to a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FailsOnRankOne(nn.Linear):
     steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns class scores."""
+        """Return class scores."""
         if self.training:
             self.steps += 1
             if self.steps == 2 and dist.get_rank() == 1:
@@ -30,7 +30,7 @@ class FailsOnRankOne(nn.Linear):
 
 
 def build(norm: object, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Returns a network that fails on one process."""
+    """Return a network that fails on one process."""
     return FailsOnRankOne(in_shape[0], num_classes)
 
 

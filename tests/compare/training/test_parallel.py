@@ -1,4 +1,4 @@
-"""`batchnorm compare` under torchrun: several processes train one network, and one of them tells."""
+"""`batchnorm compare` under torchrun: several processes train one network, and one of them prints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What the first and the second process said in each call."""
+    """Return the output of the first and of the second process in each call."""
     first, second = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
     return list(zip(first, second, strict=True))
 

@@ -9,7 +9,7 @@ from batchnorm.compare.training.progress import Bar, Display, Lines
 
 
 class Remaining:
-    """Is told of every step, and always needs as long."""
+    """Records every step, and always estimates the same time."""
 
     text = "55 s left"
 

@@ -22,7 +22,7 @@ class Clock:
 
 
 def texts(factors: dict[str, float]) -> list[tuple[str, float]]:
-    """What is shown after each step, and how long the rest then truly takes; costs are off by these factors."""
+    """Return the time shown after each step, and the true time of the rest; costs are wrong by these factors."""
     clock = Clock()
     remaining = Remaining(PLAN, COSTS, clock)
     ends = [factors[run.kind] * COSTS[run.kind].until(run.steps, run.interval) for run in PLAN]

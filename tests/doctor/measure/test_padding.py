@@ -152,7 +152,7 @@ def test_a_batch_of_a_detector_may_be_a_dict() -> None:
     assert find_padding(data) is not None
 
 
-# What is no padding -----------------------------------------------------------------------------------------------
+# Data without padding ---------------------------------------------------------------------------------------------
 
 
 def cornered(digit: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_runs_in_sequences_are_no_padding(name: str, last: bool, size: int) -> N
     assert find_padding((x.mT if last else x).split(size)) is None
 
 
-# What the doctor makes of it --------------------------------------------------------------------------------------
+# The doctor's findings --------------------------------------------------------------------------------------------
 
 
 def found_in(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[Finding]:

@@ -150,7 +150,7 @@ def test_without_data_sections_say_so_in_a_line() -> None:
     assert {a["data-chart"] for a, _ in parsed.all("figure")} == {"gamma", "beta"}
     assert all(layer["channels"] is None for layer in charts_of(html)["layers"])
     (section,) = [text for _, text in parsed.all("section") if text.startswith("What was not checked")]
-    assert section.count("Needs data (data=).") == 1  # a reason is told once, for all its rules
+    assert section.count("Needs data (data=).") == 1  # a reason is given once, for all its rules
     for rule in found.not_checked:
         assert f"{rule.code} {rule.title}" in section and rule.reason[1:] in section
 
@@ -172,7 +172,7 @@ def test_what_the_user_wrote_is_escaped() -> None:
     model.add_module("</script>&<!--", nn.BatchNorm2d(4))
 
     def loss(y, x):
-        if y.requires_grad:  # in the training step, whose failure is told among what was not checked
+        if y.requires_grad:  # in the training step, whose failure is listed under the rules that were not checked
             raise RuntimeError(f"</script>{EVIL}")
         return y.square().mean()
 

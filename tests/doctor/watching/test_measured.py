@@ -22,7 +22,7 @@ from tests.doctor.defective import Checkpointed
 from tests.doctor.networks import criterion, digits, trained
 from tests.doctor.watching.training import left_behind, train, watched
 
-# What is measured -----------------------------------------------------------------------------------------------------
+# Measured values ------------------------------------------------------------------------------------------------------
 
 
 def test_distances_are_those_of_the_definition() -> None:

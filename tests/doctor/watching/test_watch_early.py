@@ -1,4 +1,4 @@
-"""What the watch finds in the first 50 steps of a training, and that it stays silent without a mistake."""
+"""Findings in the first 50 steps of a training: of planted mistakes, and none without a mistake."""
 
 from __future__ import annotations
 

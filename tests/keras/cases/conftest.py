@@ -1,4 +1,4 @@
-"""What the cases of every backend start from."""
+"""Fixtures and settings of the cases, for every backend."""
 
 from __future__ import annotations
 

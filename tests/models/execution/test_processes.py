@@ -1,4 +1,4 @@
-"""What fails on one rank fails at once on all, leaves the model unchanged, and leaves the group usable."""
+"""A failure on one rank raises an error at once on all ranks. The model is unchanged, and the group stays usable."""
 
 from __future__ import annotations
 

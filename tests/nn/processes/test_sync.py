@@ -133,7 +133,7 @@ def test_several_processes_are_one(tmp_path: Path) -> None:
         )
 
 
-# What fails
+# Errors
 
 
 def failing(rank: int, folder: str) -> None:
@@ -222,7 +222,7 @@ def test_a_failure_on_one_process_names_layer_and_ranks_on_all(messages: list[di
             assert re.search(part, text), text
 
     for rank in (0, 2):
-        # Who comes first waits for the others, and leaves word only when its collective fails.
+        # The first process waits for the others, and leaves a message only if its collective fails.
         assert_message(other_channels, rank, a, rf"([Rr]ank 1 failed in|rank 1 is in) {re.escape(c)}\.")
         assert_message(other_layer, rank, a, "others sent those of another layer", re.escape(f"Rank 1 failed in {b}."))
         assert_message(

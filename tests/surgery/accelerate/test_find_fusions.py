@@ -40,7 +40,7 @@ def plain(self: Block, x: Tensor) -> Tensor:
 def fused_in(
     forward: Callable[..., Any], inputs: int = 1, example: bool = True, gradients: bool = True
 ) -> tuple[dict[str, str], str]:
-    """What is fused in a block, and the first reason; what the block computes has to stay."""
+    """Return the fusions in a block, and the first reason; check that the block computes the same."""
     block = Block(forward).double()
     xs = [torch.randn(6, 4, dtype=torch.float64) for _ in range(inputs)]
     fast, report = accelerate(block, tuple(xs) if example else None)

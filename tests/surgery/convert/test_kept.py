@@ -1,4 +1,4 @@
-"""What `convert` keeps: shared layers, tensors, modes, hooks, parametrizations; and layers that it leaves."""
+"""`convert` keeps shared layers, tensors, modes, hooks and parametrizations, and leaves some layers as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `convert` refuses: layers that would be erased, and wrong arguments."""
+"""`convert` refuses layers that would be erased, and wrong arguments."""
 
 from __future__ import annotations
 

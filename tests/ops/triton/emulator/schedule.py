@@ -1,4 +1,4 @@
-"""Which threads run next."""
+"""Choose the threads that run next."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The kernels in Triton's interpreter: the launches that a CUDA tensor gets, on CPU tensors.
 
-What the interpreter does unlike a device is put right: how it rounds to bfloat16, in which order it sums, and that it
-warns of infinity. New memory holds NaN, so that what no program writes is seen. Tiles are small, so that small tensors
-have several tiles and splits.
+Three differences between the interpreter and a device are corrected: the rounding to bfloat16, the order of sums, and
+warnings of infinity. New memory holds NaN, which shows values that no program writes. Tiles are small, so that small
+tensors have several tiles and splits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an ONNX graph and a network of PyTorch have in common: each of these was once found in one of them only."""
+"""Cases for ONNX graphs and networks of PyTorch: each was once found in one of the two only."""
 
 from __future__ import annotations
 

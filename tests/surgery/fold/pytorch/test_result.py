@@ -1,4 +1,4 @@
-"""What the folded network is: its dtype, what can be done with it, and how a model is read that resists tracing."""
+"""The folded network: its dtype and its uses, also if the model resists tracing."""
 
 from __future__ import annotations
 

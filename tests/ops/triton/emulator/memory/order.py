@@ -1,4 +1,4 @@
-"""Which accesses of a launch are ordered: by a warp's own sequence, barriers, atomics and fences.
+"""The order of a launch's accesses: by a warp's own sequence, barriers, atomics and fences.
 
 Every program has a clock that advances at barriers and releases. An access leaves a stamp: its launch, its program's
 clock, and its warp. An earlier access happens before a warp's next one if it is older than this launch, by the same
