@@ -23,6 +23,26 @@ def test_readme_begins_with_the_speedup_of_large_tensors() -> None:
     assert f"{mean[:-1]}× as fast as torch's ({low}× to {high}×)" in first
 
 
+def test_cited_sections_of_the_mathematics_and_the_tutorial_exist() -> None:
+    pages = {"mathematics page": ["docs/mathematics.md"], "tutorial": sorted(ROOT.glob("docs/learn/*.md"))}
+    headings = {
+        name: {re.sub(r"^#+ (\d+\. )?", "", line) for path in paths for line in _lines(path) if line.startswith("#")}
+        for name, paths in pages.items()
+    }
+    cited = []
+    for path in sorted(path for folder in ("src", "csrc") for path in (ROOT / folder).rglob("*.*")):
+        if path.suffix in (".py", ".h", ".cpp"):
+            text = re.sub(r"\s+(// |# )?", " ", path.read_text(encoding="utf-8"))
+            found = re.findall(r"(mathematics page|tutorial), [“\"]([^”\"]+)[”\"]", text)
+            cited += [(path.name, name, section) for name, section in found]
+    assert {name for _, name, _ in cited} == set(pages)
+    assert [citation for citation in cited if citation[2] not in headings[citation[1]]] == []
+
+
+def _lines(path: Path | str) -> list[str]:
+    return (ROOT / path).read_text(encoding="utf-8").splitlines()
+
+
 def test_every_command_and_option_is_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import command_pages

@@ -81,7 +81,7 @@ class Samples:
         second the scale by its deviation. The variances are those of whole samples, so correlated positions do not
         count as independent.
 
-        Source: the mathematics page, "Measures", for independent values.
+        Source: the tutorial, "How much noise, by hand", for independent values.
         """
         if self.sums is None or self.count < 2:
             return np.full(1, math.nan)

@@ -1,4 +1,4 @@
-"""The arithmetic of folding, in float64 (the mathematics page, "Folding, at inference").
+"""The arithmetic of folding, in float64 (the tutorial, "Fusing into a convolution").
 
 Weights are given as tensors or arrays and returned as float64 tensors on the CPU. A convolution's weight is
 `[out, in / groups, *kernel]`, a transposed one's `[in, out / groups, *kernel]`, a linear layer's `[out, in]` (a kernel

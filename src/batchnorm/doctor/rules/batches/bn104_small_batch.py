@@ -38,8 +38,8 @@ class SmallBatch(Rule):
         model, report = batchnorm.keras.convert(model, renorm=True)
     """
     source = """
-        Wu & He 2018, *Group Normalization*, figure 1; Ioffe 2017, *Batch Renormalization*, section 3; the mathematics
-        page, “Measures”.
+        Wu & He 2018, *Group Normalization*, figure 1; Ioffe 2017, *Batch Renormalization*, section 3; the tutorial,
+        “How much noise, by hand”.
     """
     needs = ("data",)
     causes = ("BN214",)

@@ -27,7 +27,7 @@ class Cancellation(Rule):
         # before the data are converted to the layer's dtype: standardizer = batchnorm.Standardizer().fit(data)
         model, report = batchnorm.accelerate(model)  # its layers lose no more than the input has already lost
     """
-    source = "The mathematics page, “Forward, training”; Chan, Golub & LeVeque 1979."
+    source = "The mathematics page, “A large mean”; Chan, Golub & LeVeque 1979."
     needs = ("data",)
 
     def check(self, m: Measurements) -> Findings:

@@ -14,7 +14,7 @@ class Leakage(Rule):
     """
     evidence = """
         The samples are put into new random batches of the same sizes, each normalized by its own statistics. Any change
-        of a sample's output comes from its neighbours. This takes one of the `budget=` passes. It is done only if
+        of a sample's output comes from its neighbors. This takes one of the `budget=` passes. It is done only if
         evaluation is worse than training on the same batches, and stale running statistics do not explain that.
     """
     severity = """

@@ -17,7 +17,7 @@ class Foldable(Rule):
     """
     severity = "A note: the network is correct as it is."
     repair = "folded, report = batchnorm.fold(model, example_inputs)"
-    source = "The mathematics page, “Folding, at inference”."
+    source = "The tutorial, “Fusing into a convolution”."
     needs = ("trace",)
 
     def check(self, m: Measurements) -> Findings:

@@ -58,7 +58,7 @@ def fold(
         ImportError: progress is true, and rich is not installed.
         FoldError: the copy's results are not the model's.
 
-    Source: the mathematics page, "Folding, at inference".
+    Source: the tutorial, "Fusing into a convolution".
 
     Examples:
         >>> from keras import layers

@@ -61,7 +61,7 @@ def fold_onnx(
         A fold is skipped and reported if its error exceeds both the tolerance and twice the original's own error. The
         whole model is compared in the same way.
 
-    Source: the mathematics page, "Folding, at inference".
+    Source: the tutorial, "Fusing into a convolution".
 
     Examples:
         >>> import numpy as np

@@ -80,7 +80,7 @@ def fold(
         value is computed before and after, from the example's values and from random ones. A fold is skipped and
         reported if its error there exceeds both the tolerance and twice the model's own error.
 
-    Source: the mathematics page, "Folding, at inference"; Ding et al. 2021 (RepVGG), section 3.3, for the branches.
+    Source: the tutorial, "Fusing into a convolution"; Ding et al. 2021 (RepVGG), section 3.3, for the branches.
 
     Examples:
         >>> import torch
