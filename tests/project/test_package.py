@@ -18,72 +18,48 @@ import pytest
 
 import batchnorm
 from batchnorm._backends import Backends
+from tests.nn.test_family_contract import FAMILY
 from tests.project.missing import HIDE
 
 ROOT = Path(__file__).parents[2]
 # test_learn.py runs the pages of "Learn", as notebooks.
 
-PUBLIC_NAMES = {
-    "accelerate",
-    "diagnose",
-    "drop_redundant_bias",
-    "insert_batchnorm",
-    "parameter_groups",
-    "prune_channels",
-    "BatchNorm",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormAct1d",
-    "BatchNormAct2d",
-    "BatchNormAct3d",
-    "BatchRenorm",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "ConditionalBatchNorm",
-    "ConditionalBatchNorm1d",
-    "ConditionalBatchNorm2d",
-    "ConditionalBatchNorm3d",
-    "DecorrelatedBatchNorm",
-    "DecorrelatedBatchNorm1d",
-    "DecorrelatedBatchNorm2d",
-    "DecorrelatedBatchNorm3d",
-    "DomainBatchNorm",
-    "DomainBatchNorm1d",
-    "DomainBatchNorm2d",
-    "DomainBatchNorm3d",
-    "FrozenBatchNorm",
-    "FrozenBatchNorm1d",
-    "FrozenBatchNorm2d",
-    "FrozenBatchNorm3d",
+# Every layer of the family is a class for each rank and, except for BatchNormAct, one that takes every rank.
+LAYERS = {
+    stem if stem == name else stem + rank
+    for name in FAMILY
+    for stem in [name.removesuffix("2d")]
+    for rank in ("", "1d", "2d", "3d")
+} - {"BatchNormAct"}
+PUBLIC_NAMES = LAYERS | {
     "FrozenBatchNormAct1d",
     "FrozenBatchNormAct2d",
     "FrozenBatchNormAct3d",
-    "GhostBatchNorm",
-    "GhostBatchNorm1d",
-    "GhostBatchNorm2d",
-    "GhostBatchNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
     "PaperSchedule",
     "Standardizer",
-    "SyncBatchNorm",
     "__version__",
+    "accelerate",
     "backends",
     "convert",
+    "diagnose",
+    "drop_redundant_bias",
     "fold",
     "fold_onnx",
     "freeze",
     "functional",
+    "insert_batchnorm",
     "join",
     "keep_domain",
     "keep_memory",
     "microbatch_momentum",
     "momentum_per_microbatch",
     "nn",
+    "parameter_groups",
+    "prune_channels",
     "recalibrate",
     "unfreeze",
     "update_running_stats",
