@@ -14,6 +14,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # One thread, with and without workers: sums of torch, and so trained networks, depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor compiles loops without vectors, in half the time, and probes no instruction sets.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import hypothesis
 import pytest
