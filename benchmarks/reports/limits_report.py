@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from benchmarks.measuring.records import Row
 from benchmarks.reports.markdown import markdown, milliseconds
 from benchmarks.sections.limits import BACKWARD, BY_CHANNEL, FLOOR, FORWARD, KEY, NON_TEMPORAL, PASSES
+from benchmarks.subjects.in_cache import HALF, WHOLE
 from benchmarks.subjects.peers import OURS, TORCH, TORCH_INPLACE
 
 
@@ -21,6 +22,7 @@ class Limit:
     ours: dict[str, float]
     floor: dict[str, float]
     by_channel: dict[str, float] | None
+    in_cache: dict[str, float]  # our operators, if all data were in the cache
 
     @property
     def speedup(self) -> float:
@@ -36,12 +38,25 @@ class Limit:
         """The floor's share in our step."""
         return sum(self.floor.values()) / sum(self.ours.values())
 
+    @property
+    def bound(self) -> dict[str, float]:
+        """The slower of memory, in the order of our kernels, and of instructions."""
+        memory = self.by_channel or self.floor
+        return {p: max(memory[p], self.in_cache[p]) for p in PASSES}
+
+    @property
+    def of_bound(self) -> float:
+        """The bound's share in our step."""
+        return sum(self.bound.values()) / sum(self.ours.values())
+
 
 def limits(rows: list[Row]) -> list[Limit]:
     """Return every case that was measured."""
     found = []
     for key in dict.fromkeys(tuple(r[k] for k in KEY) for r in rows):
-        own = {(r["contender"], r["pass"]): float(r["p50_ms"]) for r in rows if tuple(r[k] for k in KEY) == key}
+        chosen = [r for r in rows if tuple(r[k] for k in KEY) == key]
+        own = {(r["contender"], r["pass"]): float(r["p50_ms"]) for r in chosen}
+        size = {r["contender"]: int(r["bytes"]) for r in chosen}
 
         def fastest(stream: str, own: dict[tuple[str, str], float] = own) -> dict[str, float] | None:
             if (stream, FORWARD) not in own:
@@ -50,28 +65,28 @@ def limits(rows: list[Row]) -> list[Limit]:
 
         floor = fastest(FLOOR)
         assert floor is not None
+        calls = (size[OURS] - size[HALF]) / (size[WHOLE] - size[HALF])
+        in_cache = {p: own[HALF, p] + calls * (own[WHOLE, p] - own[HALF, p]) for p in PASSES}
         torchs = min(sum(own[name, p] for p in PASSES) for name in (TORCH, TORCH_INPLACE))
-        found.append(Limit(*key, torchs, {p: own[OURS, p] for p in PASSES}, floor, fastest(BY_CHANNEL)))
+        ours = {p: own[OURS, p] for p in PASSES}
+        found.append(Limit(*key, torchs, ours, floor, fastest(BY_CHANNEL), in_cache))
     return found
 
 
 def limits_markdown(rows: list[Row]) -> str:
     head = ("shape", "layout", "dtype", "torch, ms", "ours, ms", "speedup", "floor, ms", "speedup at the floor")
-    head += ("share of floor", "forward", "backward", "channel by channel, ms", "forward", "backward")
+    head += ("share of floor", "channel by channel, ms", "in the cache, ms", "share of bound", FORWARD, BACKWARD)
     body = []
     for limit in limits(rows):
-        shares = [f"{limit.floor[p] / limit.ours[p]:.0%}" for p in PASSES]
-        by_channel = ["", "", ""]
-        if limit.by_channel:
-            by_channel = [milliseconds(sum(limit.by_channel.values()))]
-            by_channel += [f"{limit.by_channel[p] / limit.ours[p]:.0%}" for p in (FORWARD, BACKWARD)]
-        times = [milliseconds(ms) for ms in (limit.torch, sum(limit.ours.values()))]
+        shares = [limit.of_bound, *(limit.bound[p] / limit.ours[p] for p in PASSES)]
         body.append(
             [
-                *(limit.shape, limit.layout, limit.dtype, *times, f"{limit.speedup:.2f}×"),
+                *(limit.shape, limit.layout, limit.dtype),
+                *(milliseconds(limit.torch), milliseconds(sum(limit.ours.values())), f"{limit.speedup:.2f}×"),
                 *(milliseconds(sum(limit.floor.values())), f"{limit.attainable:.2f}×", f"{limit.reached:.0%}"),
-                *shares,
-                *by_channel,
+                milliseconds(sum(limit.by_channel.values())) if limit.by_channel else "",
+                milliseconds(sum(limit.in_cache.values())),
+                *(f"{share:.0%}" for share in shares),
             ]
         )
     return markdown(head, body, 3)

@@ -161,6 +161,7 @@ _ASKED = {
     ("channels-last", "bfloat16"): 3.0,
 }
 SHARE_OF_FLOOR = 0.75
+_MEANS = ("speedup", "attainable", "reached", "of_bound")
 
 
 def limit_verdicts(rows: list[Row]) -> list[Verdict]:
@@ -172,8 +173,10 @@ def limit_verdicts(rows: list[Row]) -> list[Verdict]:
         if not chosen:
             continue
         missed = [m for m in chosen if m.speedup < asked and (m.attainable >= asked or m.reached < SHARE_OF_FLOOR)]
-        means = [geometric_mean(getattr(m, name) for m in chosen) for name in ("speedup", "attainable", "reached")]
-        measured = "geometric means: {:.2f}×, {:.2f}× at the floor, {:.0%} of the floor".format(*means)
+        means = [geometric_mean(getattr(m, name) for m in chosen) for name in _MEANS]
+        measured = "geometric means: {:.2f}×, {:.2f}× at the floor, {:.0%} of the floor, {:.0%} of the bound".format(
+            *means
+        )
         if missed:
             shapes = (f"{m.shape} ({m.speedup:.2f}× of {m.attainable:.2f}×)" for m in missed)
             measured += f"; missed by {', '.join(shapes)}"

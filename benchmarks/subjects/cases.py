@@ -88,6 +88,11 @@ class Case:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
+    @property
+    def spreads(self) -> bool:
+        """Whether the values of a channel are spread over the whole tensor."""
+        return self.layout == "channels-last" or len(self.shape) == 2
+
 
 def layouts_of(shape: tuple[int, ...]) -> tuple[str, ...]:
     return LAYOUTS if len(shape) > 2 else LAYOUTS[:1]

@@ -1,4 +1,4 @@
-"""The limits of the machine: streams move what they should, and steps are judged by the floor."""
+"""The limits of the machine: streams move what they should, steps are judged by the floor, and cache sizes are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.measuring.options import Options
 from benchmarks.measuring.timing import passes_in_turns
 from benchmarks.reports import limits_report, targets
 from benchmarks.sections import layers, limits
-from benchmarks.subjects import cases, streams
+from benchmarks.subjects import cases, in_cache, streams
 from benchmarks.subjects.peers import OURS, TORCH, TORCH_INPLACE
 
 
@@ -52,14 +52,17 @@ def test_passes_take_turns_and_the_second_gets_the_result_of_the_first():
     assert all(len(own.seconds) == 2 for both in times.values() for own in both)
 
 
-def limit_rows(ours, torchs, floor, by_channel=None):
+def limit_rows(ours, torchs, floor, by_channel=None, cached=0.1):
+    """Return rows of a case of 1000 bytes. In the cache, 100 bytes take 0.1 ms, and the others `cached` ms."""
     contenders = {OURS: ours, TORCH: torchs, TORCH_INPLACE: 2 * torchs}
     contenders |= {limits.FLOOR + ending: floor * (1 + slow) for slow, ending in enumerate(limits.NON_TEMPORAL)}
     if by_channel is not None:
         contenders |= {limits.BY_CHANNEL + ending: by_channel for ending in limits.NON_TEMPORAL}
+    contenders |= {in_cache.HALF: 0.1, in_cache.WHOLE: 0.1 + cached / 9}
+    size = {in_cache.HALF: 100, in_cache.WHOLE: 200}
     where = {"shape": "2×3×4×4", "layout": "contiguous", "dtype": "float32"}
     return [
-        where | {"contender": name, "pass": pass_, "p50_ms": str(ms)}
+        where | {"contender": name, "bytes": str(size.get(name, 1000)), "pass": pass_, "p50_ms": str(ms)}
         for name, ms in contenders.items()
         for pass_ in limits.PASSES
     ]
@@ -67,9 +70,45 @@ def limit_rows(ours, torchs, floor, by_channel=None):
 
 def test_limits_table_shows_the_speedup_at_the_floor():
     *_, row = limits_report.limits_markdown(limit_rows(2.0, 6.0, 1.0, 1.5)).splitlines()
-    assert row == ("| 2×3×4×4 | contiguous | float32 | 12 | 4 | 3.00× | 2 | 6.00× | 50% | 50% | 50% | 3 | 75% | 75% |")
+    assert row == ("| 2×3×4×4 | contiguous | float32 | 12 | 4 | 3.00× | 2 | 6.00× | 50% | 3 | 0.4 | 75% | 75% | 75% |")
     *_, row = limits_report.limits_markdown(limit_rows(2.0, 6.0, 1.0)).splitlines()
-    assert row.endswith("| 50% | 50% | 50% |  |  |  |")
+    assert row == ("| 2×3×4×4 | contiguous | float32 | 12 | 4 | 3.00× | 2 | 6.00× | 50% |  | 0.4 | 50% | 50% | 50% |")
+
+
+def test_bound_is_the_slower_of_memory_and_of_instructions():
+    (limit,) = limits_report.limits(limit_rows(2.0, 6.0, 1.0, 1.5, cached=1.7))
+    assert limit.in_cache == pytest.approx(dict.fromkeys(limits.PASSES, 1.8))  # 0.1 ms, and 1.7 ms for 900 bytes more
+    assert limit.bound == limit.in_cache
+    (limit,) = limits_report.limits(limit_rows(2.0, 6.0, 1.0, 1.5, cached=1.2))
+    assert limit.bound == limit.by_channel
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize("shape", cases.LARGE, ids=cases.shape_text)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_data_in_the_cache_are_of_the_same_kind_and_fit(shape, dtype, threads):
+    for layout in cases.layouts_of(shape):
+        case = cases.Case(shape, layout, dtype, cases.STEP)
+        half, whole = in_cache.in_cache(case, threads).values()
+        assert whole.nbytes == 2 * half.nbytes
+        assert 3 * whole.nbytes <= threads << 19  # x, dy and dx in half a megabyte for each core
+        assert len(whole.shape) == len(shape)
+        for own in (half, whole):
+            x = cases.make_data(own).x if own.nbytes < 1 << 18 else None
+            assert (own.layout, own.dtype) == (layout, dtype)
+            assert x is None or x.is_contiguous() is (layout == "contiguous")
+            if not case.spreads:  # each core has channels of its own
+                assert own.shape[1] % threads == 0
+
+
+def test_passes_in_the_cache_compute_a_step():
+    case = cases.Case((2, 4, 7, 1), "contiguous", "float32", cases.STEP)
+    passes = in_cache.repeated_passes(case)
+    mean, _, var = passes.forward()
+    passes.backward((mean, _, var))
+    x = cases.make_data(case).x
+    torch.testing.assert_close(mean, x.mean([0, 2, 3]))
+    torch.testing.assert_close(var, x.var([0, 2, 3], correction=0))
 
 
 @pytest.mark.parametrize(
