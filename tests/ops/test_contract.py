@@ -292,6 +292,7 @@ MANY = [case for case in CASES if case.m * case.shape[1] > 32_768] + [
     Case((2, 3, 90, 91), layout="sliced"),
     Case((2, 3, 90, 91), layout="transposed"),
     Case((4, 2500, 5), torch.float64),
+    Case((2, 3, 90, 91), torch.float64),
     Case((33, 1500), torch.bfloat16),
     Case((1, 3, 130, 131), torch.float16, layout="channels_last"),
 ]
