@@ -5,10 +5,11 @@
 #include "forward.h"
 #include "kernels.h"
 #include "moments.h"
+#include "whitening.h"
 
 namespace BATCHNORM_NAMESPACE {
 
 extern const Kernels BATCHNORM_TABLE;
-const Kernels BATCHNORM_TABLE = {train_forward, normalize, moments, backward};
+const Kernels BATCHNORM_TABLE = {train_forward, normalize, moments, backward, whiten_products, whiten_map};
 
 }  // namespace BATCHNORM_NAMESPACE

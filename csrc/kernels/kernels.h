@@ -113,11 +113,37 @@ struct Backward {
   const void* weights;                 // [n, s] in the statistics' dtype, factors of the means; may be null
 };
 
+// Whitening: the channels are in groups of `size`, of which the last may be smaller. Matrices are [c, min(size, c)]: the
+// rows of the groups' matrices; those of a smaller last group end in zeros.
+struct WhitenProducts {
+  Shape shape;
+  int64_t size;
+  const void* x;
+  const void* mean;     // [c] in the statistics' dtype; may be null
+  const void* dy;       // may be null
+  const void* weights;  // [n, s] in the statistics' dtype; may be null, and must be with dy
+  double* products;     // Σ left·(x - mean)ᵀ over positions, for left = dy, or otherwise weights·(x - mean)
+  double* sums;         // [c]: Σ left
+};
+
+// y = weights·(matrices·(x - mean) + shift) + dy_matrices·dy
+struct WhitenMap {
+  Shape shape;
+  int64_t size;
+  const void* x;
+  const void *mean, *matrices, *shift;  // in the statistics' dtype, as the weights and dy_matrices; mean may be null
+  const void* weights;                  // [n, s]; may be null
+  const void *dy, *dy_matrices;         // may both be null
+  void* y;
+};
+
 struct Kernels {
   void (*train_forward)(const Threads&, const TrainForward&);
   void (*normalize)(const Threads&, const Normalize&);
   void (*moments)(const Threads&, const Moments&);
   void (*backward)(const Threads&, const Backward&);
+  void (*whiten_products)(const Threads&, const WhitenProducts&);
+  void (*whiten_map)(const Threads&, const WhitenMap&);
 };
 
 // Returns the kernels for x's dtype in the chosen instruction set.

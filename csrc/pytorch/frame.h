@@ -67,6 +67,18 @@ class Frame {
     return contiguous_data("weights", *t, code_of(statistics_of(dtype)));
   }
 
+  // Returns the data of a tensor [C], or [C, columns], in the statistics' dtype.
+  const void* read_channels(const char* name, const MaybeTensor& t, int64_t columns) {
+    if (!t) return nullptr;
+    const int64_t dim = t->dim();
+    const int64_t* sizes = t->sizes().data();
+    STD_TORCH_CHECK((dim == 2 ? sizes[1] == columns : dim == 1 && columns == 1) && sizes[0] == shape.c,
+                    "batchnorm expects ", name, " of shape [", shape.c, ", ", columns, "], got ",
+                    shape_text(sizes, dim), ". Pass one row per channel.");
+    check_device(name, *t);
+    return contiguous_data(name, *t, code_of(statistics_of(dtype)));
+  }
+
   // Returns a vector [C], or [K, C] if `indexed`.
   Vector vector(const char* name, const MaybeTensor& t, bool indexed) {
     if (!t) return {};

@@ -131,3 +131,12 @@ class Buffer {
   int64_t skip_;
   std::unique_ptr<unsigned char[], Free> bytes_;
 };
+
+// A buffer and its values as the kernel sees them.
+struct Held {
+  Buffer buffer;
+  std::vector<double> values;
+  Held(DType dtype, const std::vector<double>& v, int64_t skip = 0) : buffer(dtype, v, skip), values(buffer.values()) {}
+  const void* data(bool present = true) const { return present ? buffer.data() : nullptr; }
+  Vector vector(int64_t rows, bool present = true) const { return {data(present), buffer.dtype, rows}; }
+};

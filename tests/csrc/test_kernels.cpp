@@ -7,6 +7,7 @@
 #include "cases.h"
 #include "compare.h"
 #include "oracle.h"
+#include "whitening.h"
 
 namespace {
 
@@ -15,15 +16,6 @@ namespace {
 constexpr int64_t kSmall = 5000, kOneIn = 5;
 
 // ---- one case ------------------------------------------------------------------------------------------------------
-
-// A buffer and its values as the kernel sees them.
-struct Held {
-  Buffer buffer;
-  std::vector<double> values;
-  Held(DType dtype, const std::vector<double>& v, int64_t skip = 0) : buffer(dtype, v, skip), values(buffer.values()) {}
-  const void* data(bool present = true) const { return present ? buffer.data() : nullptr; }
-  Vector vector(int64_t rows, bool present = true) const { return {data(present), buffer.dtype, rows}; }
-};
 
 std::vector<double> x_values(const Case& c, Random& random) {
   std::vector<double> x = random.normals(c.shape.numel());
@@ -116,6 +108,7 @@ void check_case(const Case& c, uint64_t seed) {
     in.position_weights = Held(wide, w).values;
   }
   check_moments(c, in, random);
+  check_whitening(c, in, x, dy, random);
   if (c.residual) in.residual = residual.values;
   if (c.weight) in.weight = weight.values;
   if (c.bias) in.bias = bias.values;

@@ -357,20 +357,3 @@ def test_every_tensor_must_be_dense(name: str) -> None:
     given[name] = given[name].to_sparse()
     with pytest.raises(ValueError, match=rf"decorrelated_batch_norm expects a dense {name}, got one of layout"):
         decorrelated_batch_norm(torch.randn(8, 4), **given)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@TRAINING
-def test_blocks_of_samples_give_the_bits_of_all_at_once(
-    training: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, dy, mask = torch.randn(5, 8, 4, 3), torch.randn(5, 8, 4, 3), torch.rand(5, 4, 3)
-    results = []
-    for block in (1, 2 * 8 * 12, 1 << 19):  # one sample, two, and all
-        monkeypatch.setattr(whitening_function, "_BLOCK", block)
-        layer = DecorrelatedBatchNorm2d(8, group_size=4).train(training)
-        leaf = x.clone().requires_grad_()
-        y = layer(leaf, mask=mask if masked else None)
-        results.append((y.detach(), *torch.autograd.grad(y, (leaf, layer.weight, layer.bias), dy)))
-    for found in results[:2]:
-        assert all(map(torch.equal, found, results[2]))

@@ -279,7 +279,8 @@ class DecorrelatedBatchNorm(_Decorrelated, torch.nn.modules.batchnorm._BatchNorm
         TypeError: as `BatchNorm`; group_size or iterations is not an int.
         ValueError: as `BatchNorm`; group_size or iterations is below 1.
 
-    Numerics: as `decorrelated_batch_norm`. Autograd keeps one tensor of x's size, in float32 for half x.
+    Numerics: as `decorrelated_batch_norm`. On the CPU, autograd keeps x; elsewhere, its
+    deviations, in float32 for half x.
 
     Source: Huang et al. 2019, Iterative Normalization, algorithm 1; Huang et al. 2018, Decorrelated Batch
     Normalization, for groups and the name. As published, the running averages are those of μ and W, without Bessel's

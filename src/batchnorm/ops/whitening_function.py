@@ -1,7 +1,7 @@
 """Whitening in eager mode, by an `autograd.Function`: with fewer passes over x than the operations of `whitening`.
 
-x is viewed as `[P, C, K]`: P samples with K positions innermost in memory, or P = 1 with the channels innermost.
-Neither is copied, and a product sums all K positions.
+Forward and backward each compute products of values and a map of values, by `whitening_operators`. Everything between
+are small matrices, which autograd differentiates.
 """
 
 from __future__ import annotations
@@ -13,75 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from batchnorm.ops import eager, routes, whitening
+from batchnorm.ops import eager, routes, whitening, whitening_operators
 from batchnorm.ops.parts import BatchStatistics
-from batchnorm.ops.reduce import sum_pairwise, sum_positions
 from batchnorm.ops.whitening import Held, Settings, Whitening
 
-# The values that several steps compute at once: 2 MB in float32.
-_BLOCK = 1 << 19
-
+_whiten_products = torch.ops.batchnorm.whiten_products.default
+_whiten_map = torch.ops.batchnorm.whiten_map.default
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(..., is_grads_batched=True)
-
-
-class _Planes:
-    """The view `[P, C, K]` of x, and of other tensors of its shape."""
-
-    def __init__(self, x: Tensor, size: int) -> None:
-        n, self.channels = x.shape[:2]
-        positions = x[0, 0].numel()
-        self.size = min(size, self.channels)
-        # In the other view, a smaller last group is between the samples, or products are larger than their factors.
-        innermost = x.movedim(1, -1).is_contiguous() or self.channels % self.size != 0 or positions < self.size
-        self.channels_innermost = innermost
-        self.count, self.length = (1, n * positions) if innermost else (n, positions)
-
-    def of(self, t: Tensor) -> Tensor:
-        """Return `t [N, *, *S]` as `[P, *, K]`: a view, or a copy if its memory layout differs."""
-        if self.channels_innermost:
-            return t.movedim(1, -1).reshape(1, self.length, -1).mT
-        return t.reshape(self.count, -1, self.length).contiguous()
-
-    def empty_like(self, planes: Tensor) -> Tensor:
-        """Return a new tensor `[P, C, K]` with groups that are views."""
-        if self.channels_innermost:
-            return torch.empty_like(planes.mT, memory_format=torch.contiguous_format).mT
-        return torch.empty_like(planes)
-
-    def of_weights(self, weights: Tensor | None) -> Tensor | None:
-        """Return `weights [N, *S]` as `[P, 1, K]`."""
-        return None if weights is None else self.of(weights.unsqueeze(1))
-
-    def restored(self, planes: Tensor, x: Tensor) -> Tensor:
-        """Return `planes [P, C, K]` in x's shape."""
-        if self.channels_innermost:
-            return planes.mT.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-        return planes.reshape(x.shape)
-
-    def groups(self, planes: Tensor) -> list[Tensor]:
-        """View `[P, C, *]` as `[P·groups, d, *]`, and a smaller last group as `[1, d, *]`."""
-        whole = self.channels // self.size * self.size
-        parts = [planes[:, :whole].view(-1, self.size, planes.shape[2])]
-        return parts if whole == self.channels else [*parts, planes[:, whole:]]
-
-    def products(self, left: Tensor, right: Tensor) -> list[Tensor]:
-        """Return `Σ left·rightᵀ` of each group over planes and positions, `[groups, d, d]`."""
-        pairs = zip(self.groups(left), self.groups(right), strict=True)
-        return [sum_pairwise(whitening.summed_product(*pair).unflatten(0, (self.count, -1)), 0) for pair in pairs]
-
-    def blocks(self) -> list[slice]:
-        """Return the planes in blocks of a few, which stay in the cache from one step of a computation to the next."""
-        planes = max(_BLOCK // max(self.channels * self.length, 1), 1)
-        return [slice(first, first + planes) for first in range(0, self.count, planes)]
-
-    def add_products(self, onto: Tensor, matrices: Sequence[Tensor], values: Tensor) -> None:
-        """Add each group's `matrix·values` to `onto`, in place; both may be a block of planes."""
-        for total, matrix, group in zip(self.groups(onto), matrices, self.groups(values), strict=True):
-            repeated = matrix.expand(group.shape[0] // matrix.shape[0], *matrix.shape).flatten(0, 1)
-            if self.channels_innermost:
-                total.mT.baddbmm_(group.mT, repeated.mT)
-            else:
-                total.baddbmm_(repeated, group)
 
 
 class _Statistics(NamedTuple):
@@ -97,6 +35,7 @@ class _Saved(NamedTuple):
     """The arguments of `WhitenFunction` that are kept for backward."""
 
     x: Tensor
+    mean: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     weights: Tensor | None
@@ -106,7 +45,7 @@ class _Saved(NamedTuple):
 
 def _whitening_and_map(saved: _Saved, settings: Settings) -> tuple[Whitening, list[Tensor], Tensor]:
     """Return how x is whitened, and the map from x to y; x is not read."""
-    _, weight, bias, weights, held, statistics = saved
+    _, _, weight, bias, weights, held, statistics = saved
     if statistics is None:
         assert held is not None
         found = whitening.held_whitening(held, settings.size)
@@ -127,13 +66,14 @@ def _whitening_and_map(saved: _Saved, settings: Settings) -> tuple[Whitening, li
 class WhitenFunction(torch.autograd.Function):
     """y of `whitening.whiten` under autograd; how x was whitened is appended to the list `results`.
 
-    x are deviations from a mean, in the statistics' dtype.
+    Deviations are `x - mean`, or x without a mean, which is a constant. The mean of `held` is relative to it.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        mean: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         weights: Tensor | None,
@@ -143,36 +83,33 @@ class WhitenFunction(torch.autograd.Function):
         results: list[Whitening],
     ) -> Tensor:
         """Compute y, and save tensors for backward."""
-        planes = _Planes(x, settings.size)
-        values, statistics = planes.of(x), None
+        statistics = None
         if moments is not None:
-            w = planes.of_weights(weights)
-            products = planes.products(values if w is None else values * w, values)
-            divisor = eager.positive(moments.count)
-            products = [(t / divisor).to(x.dtype) for t in products]
+            packed, _ = _whiten_products(x, mean, None, weights, settings.size)
+            packed = (packed / eager.positive(moments.count)).to(eager.statistics_dtype(x))
+            products = whitening.unpack_matrices(packed, packed.shape[1])
             statistics = _Statistics(products, moments.mean_low, moments.count, moments.effective_count)
-        saved = _Saved(x, weight, bias, weights, held, statistics)
+        saved = _Saved(x, mean, weight, bias, weights, held, statistics)
         found, matrices, shift = _whitening_and_map(saved, settings)
         results.append(found)
         tensors, ctx.structure = tree_flatten(saved)
         ctx.save_for_backward(*tensors)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        y = planes.empty_like(values)
-        for block in planes.blocks():
-            planes.add_products(y[block].copy_(shift), matrices, values[block])
-        return planes.restored(y, x)
+        return _whiten_map(x, mean, whitening.pack_matrices(matrices), shift, None, None, None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         """Compute the first derivative by few products; higher and vectorized ones through plain torch operations."""
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
         by_operations = torch.is_grad_enabled() or routes.is_plain() or _is_batched(dy)
         gradients = _gradients_by_operations if by_operations else _gradients
         with whitening.without_autocast(dy):
-            return *gradients(dy, saved, ctx.settings, ctx.needs_input_grad[:3]), None, None, None, None, None
+            needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+            dx, *affine = gradients(dy, saved, ctx.settings, needs)
+            return dx, None, *affine, None, None, None, None, None
 
 
 def _gradients_by_operations(
@@ -182,9 +119,12 @@ def _gradients_by_operations(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that the first derivative stops here even if two arguments are the same tensor.
-        x, weight, bias = (None if t is None else t.view_as(t) for t in saved[:3])
+        x, weight, bias = (None if t is None else t.view_as(t) for t in (saved.x, saved.weight, saved.bias))
         assert x is not None
-        y, _ = whitening.whiten(x, weight, bias, saved.weights, saved.held, settings, saved.statistics is not None)
+        deviations = x if saved.mean is None else x - _along(x, saved.mean)
+        training = saved.statistics is not None
+        y, _ = whitening.whiten(deviations, weight, bias, saved.weights, saved.held, settings, training)
+        y = y.to(x.dtype)
     wanted = [t if need else None for t, need in zip((x, weight, bias), needs, strict=True)]
     return _gradients_of([y], [dy], wanted, create_graph=create_graph)
 
@@ -194,31 +134,26 @@ def _gradients(dy: Tensor, saved: _Saved, settings: Settings, needs: Sequence[bo
     with torch.enable_grad():  # autograd differentiates the computations on small matrices
         leaves: _Saved = tree_map_only(Tensor, _as_leaf, saved)
         _, matrices, shift = _whitening_and_map(leaves, settings)
-    planes = _Planes(saved.x, settings.size)
-    values, upstream = planes.of(saved.x), planes.of(dy)
     statistics = leaves.statistics
     inputs = [leaves.weight, leaves.bias, *([statistics.low, *statistics.products] if statistics else ())]
-    sum_dy = sum_pairwise(sum_positions(upstream), 0).unsqueeze(1)
-    sums = [*planes.products(upstream, values), sum_dy]
-    dweight, dbias, *through = _gradients_of([*matrices, shift], sums, inputs)
+    products, sums = (t.to(shift.dtype) for t in _whiten_products(saved.x, saved.mean, dy, None, settings.size))
+    upstream = [*whitening.unpack_matrices(products, products.shape[1]), sums.unsqueeze(1)]
+    dweight, dbias, *through = _gradients_of([*matrices, shift], upstream, inputs)
     if not needs[0]:
         return [None, dweight, dbias]
-    constant: Tensor | None = None
-    symmetric: list[Tensor] = []
-    if statistics is not None:
+    transposed = whitening.pack_matrices([matrix.detach().mT for matrix in matrices])
+    if statistics is None:
+        dx = _whiten_map(dy, None, transposed, torch.zeros_like(sums), None, None, None)
+    else:
         dlow, *dproducts = (t / eager.positive(statistics.count).to(t.dtype) for t in through if t is not None)
-        constant, symmetric = dlow.unsqueeze(1), [t + t.mT for t in dproducts]
-    w, transposed = planes.of_weights(saved.weights), [matrix.detach().mT for matrix in matrices]
-    dx = planes.empty_like(values)
-    for block in planes.blocks():
-        if constant is None:
-            dx[block] = 0.0
-        else:
-            planes.add_products(dx[block].copy_(constant), symmetric, values[block])
-            if w is not None:
-                dx[block] *= w[block]
-        planes.add_products(dx[block], transposed, upstream[block])
-    return [planes.restored(dx, saved.x), dweight, dbias]
+        symmetric = whitening.pack_matrices([t + t.mT for t in dproducts])
+        dx = _whiten_map(saved.x, saved.mean, symmetric, dlow, dy, transposed, saved.weights)
+    return [dx, dweight, dbias]
+
+
+def _along(x: Tensor, vector: Tensor) -> Tensor:
+    """View `vector [C]` so that it broadcasts with x."""
+    return vector.reshape(-1, *(1,) * (x.dim() - 2))
 
 
 def _as_leaf(t: Tensor) -> Tensor:
@@ -256,11 +191,11 @@ def whiten(
         else:
             assert held is not None
             mean = held.mean
-        # Autograd keeps these deviations instead of x.
-        deviations = x - mean.reshape(-1, *(1,) * (x.dim() - 2))
         relative = None if held is None else Held(held.mean - mean, held.packed)
         results: list[Whitening] = []
-        y = WhitenFunction.apply(deviations, weight, bias, weights, relative, moments, settings, results)
+        # Otherwise, autograd keeps deviations instead of x, so that they are computed once.
+        deviations = (x, mean) if whitening_operators.are_compiled(x) else (x - _along(x, mean), None)
+        y = WhitenFunction.apply(*deviations, weight, bias, weights, relative, moments, settings, results)
         return _in_format_of(x, y, results[0]._replace(mean=mean))
 
 
