@@ -67,6 +67,16 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "zero padding": (
         lambda: chain(nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1)), "not zero, and conv2d in 4 pads",
     ),
+    "another module's bias": (
+        lambda: Called(
+            lambda m, x: F.conv2d(x, m.last[0].weight, m.last[1].bias),
+            nn.Sequential(nn.Conv2d(8, 4, 3), nn.Linear(1, 4)),
+        ),
+        "in several modules",
+    ),
+    "an embedding's weight": (
+        lambda: Called(lambda m, x: F.linear(x.mean((2, 3)), m.last.weight), nn.Embedding(4, 8)), "not only the weight",
+    ),
     "statistics of the batch": (
         lambda: Called(lambda m, x: m.last(F.batch_norm(x, None, None, training=True))), "channels of batch_norm",
     ),
