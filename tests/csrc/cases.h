@@ -73,7 +73,7 @@ inline std::vector<Case> table() {
       {8, 1, 36},  {9, 1, 1},    {2, 3, 1},     {1, 7, 1},     {1, 1, 1},    {2, 2, 22650}, {1, 1, 40000},
       {3, 17, 45}, {2, 33, 60},  {40000, 1, 1}, {2, 5, 17030}, {700, 2, 25}, {64, 9, 1},    {4, 130, 49},
       {1, 300, 9}, {5, 64, 196}, {0, 3, 16},    {5, 3, 0},     {0, 3, 0},    {33, 16, 64},  {600, 130, 1},
-      {5, 3, 2},   {2, 7, 3},    {3, 4, 5},     {1, 2, 16387},
+      {5, 3, 2},   {2, 7, 3},    {3, 4, 5},     {1, 2, 16387}, {35, 32, 49}, {3, 64, 33},   {70, 96, 81},
   };
   std::vector<Case> cases;
   Random random{std::mt19937_64(7)};
@@ -113,7 +113,10 @@ inline std::vector<Case> table() {
       }
       const bool half = dtype == DType::bfloat16 || dtype == DType::float16;
       for (double offset : {1e2, 1e4, 1e6}) {
-        if (offset < 1e3 || !half) cases.push_back({{4, 3, 256, channels_last}, dtype, {}, Values::offset, offset});
+        if (offset > 1e3 && half) continue;
+        for (const Shape& shape : {Shape{4, 3, 256, channels_last}, Shape{34, 32, 49, channels_last}}) {
+          cases.push_back({shape, dtype, {}, Values::offset, offset});
+        }
       }
       cases.push_back({{4, 3, 64, channels_last}, dtype, {}, Values::constant});
     }

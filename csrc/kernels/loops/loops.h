@@ -2,6 +2,7 @@
 // drivers that call them are compiled once. Each body appears twice: for full vectors and for the remainder.
 #pragma once
 
+#include "columns.h"
 #include "plane_loops.h"
 
 namespace BATCHNORM_NAMESPACE {
@@ -135,23 +136,25 @@ struct Reducer {
   const void* term;
   ReducePlanes planes;
   ReduceRows rows;
+  ReduceColumns columns;  // null with weights
 };
 
 struct Mapper {
   const void* map = nullptr;  // null if there is no map
   MapPlanes planes = nullptr;
   MapRows rows = nullptr;
+  MapColumns columns = nullptr;  // null with weights
   const void* output = nullptr;
 };
 
 template <class Term>
 static Reducer reducer(const Term& term) {
-  return {&term, reduce_planes<Term>, reduce_rows<Term>};
+  return {&term, reduce_planes<Term>, reduce_rows<Term>, term.weights ? nullptr : reduce_columns<Term>};
 }
 
 template <class Map>
 static Mapper mapper(const Map& map) {
-  return {&map, map_planes<Map>, map_rows<Map>, map.first_output()};
+  return {&map, map_planes<Map>, map_rows<Map>, map.weights ? nullptr : map_columns<Map>, map.first_output()};
 }
 
 }  // namespace BATCHNORM_NAMESPACE

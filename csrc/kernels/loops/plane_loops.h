@@ -190,7 +190,8 @@ static void map_planes_by(const Map& original, const Shape& s, int64_t n, int64_
     if (i + W > stop) break;
     if (i < end) {  // this vector contains the end of one row and the start of the next
       const V w = map.weights ? load_two<V>(map.weights + weight + i, end - i, map.weights + position) : V{};
-      map.apply(map.at(TwoChannels<V>{channel + k, lanes_between<V>(end - i, W)}), offset + i, W, w, streamed);
+      const TwoChannels<V> both{channel + k, channel + k + 1, lanes_between<V>(end - i, W)};
+      map.apply(map.at(both), offset + i, W, w, streamed);
       i += W;
     }
     ++k, end += length;

@@ -45,13 +45,18 @@ struct PlaneBlocks {
   };
   const Shape& s;
   const int64_t* rows;
+  const int64_t unit;  // channels that are summed together, as columns; 1 if they are summed by rows
   int64_t piece, pieces, count = 0;
   Run* runs;
 
-  PlaneBlocks(const Shape& shape, const Values& values, const Samples& by, Scratch& scratch)
-      : s(shape), rows(by.summed), piece(kAdditions * 4 * values.lanes), pieces((s.s + piece - 1) / piece) {
+  PlaneBlocks(const Shape& shape, const Values& values, const Samples& by, bool columns, Scratch& scratch)
+      : s(shape),
+        rows(by.summed),
+        unit(columns && !by.group && !rows ? channels_in_columns(s, values) : 1),
+        piece(kAdditions * 4 * values.lanes),
+        pieces((s.s + piece - 1) / piece) {
     const int64_t fours = s.s / (4 * values.lanes), ones = (s.s % (4 * values.lanes) + values.lanes - 1) / values.lanes;
-    int64_t samples = kAdditions / (fours + ones > 0 ? fours + ones : 1);
+    int64_t samples = unit > 1 ? kAdditions : kAdditions / (fours + ones > 0 ? fours + ones : 1);
     if (samples < 1) samples = 1;
     runs = scratch.get<Run>(by.group ? s.n : (s.n + samples - 1) / samples);
     int64_t run = 0;
@@ -65,9 +70,10 @@ struct PlaneBlocks {
   }
   int64_t group(int64_t block) const { return runs[block / pieces].group; }
 
-  // Adds the sums of a block of `channels` channels from c0.
+  // Adds the sums of a block of `channels` channels from c0, whole units.
   void reduce(const Reducer& reducer, int64_t block, int64_t c0, int64_t channels, WideSums* sums) const {
     const Run& run = runs[block / pieces];
+    if (unit > 1) return reducer.columns(reducer.term, s, run.begin, run.end, c0, channels, sums);
     const int64_t begin = block % pieces * piece, length = s.s - begin < piece ? s.s - begin : piece;
     reducer.planes(reducer.term, s, run.begin, run.end, begin, length, c0, channels, rows, sums);
   }
@@ -107,51 +113,74 @@ static int64_t channels_at_once(const Shape& s, bool maps, int inputs, const Val
   return channels < 1 ? 1 : channels > kChannelsAtOnce ? kChannelsAtOnce : channels;
 }
 
+// Maps `channels` channels from c0, the last samples first. Also prefetches the inputs `ahead` values later, unless it
+// is 0.
+static void map_channels(const Shape& s, const Mapper& mapper, int64_t unit, int64_t c0, int64_t channels,
+                         bool streamed, int64_t ahead, const int64_t* rows) {
+  constexpr int64_t kSamples = 4;
+  if (!mapper.map) return;
+  if (unit > 1 && mapper.columns && !rows) {
+    streamed = streamed && reinterpret_cast<uintptr_t>(mapper.output) % 64 == 0;
+    for (int64_t n = s.n; n > 0; n -= kSamples) {
+      mapper.columns(mapper.map, s, n > kSamples ? n - kSamples : 0, n, c0, channels, streamed, ahead);
+    }
+    return;
+  }
+  for (int64_t n = s.n - 1; n >= 0; --n) {
+    mapper.planes(mapper.map, s, n, c0, channels, 0, s.s, rows ? rows[n] : 0, streamed, ahead);
+  }
+}
+
 // Sums each channel, calls `steps`, then maps. `inputs` is the number of tensors that are read twice.
 static void reduce_then_map(const Threads& threads, const Shape& s, const Reducer& reducer, PlaneSteps& steps,
                             const Mapper& mapper, bool streamed, int inputs, const Values& values,
                             const Samples& by = {}) {
   Scratch scratch;
-  const PlaneBlocks blocks(s, values, by, scratch);
-  const int64_t rounds = (s.c + threads.count - 1) / threads.count;
-  const bool by_channel = s.numel() < 2 * kGrain || rounds * threads.count * 4 <= s.c * 5;
+  const PlaneBlocks blocks(s, values, by, reducer.columns, scratch);
+  const int64_t unit = blocks.unit, units = s.c / unit, rounds = (units + threads.count - 1) / threads.count;
+  const bool by_channel = s.numel() < 2 * kGrain || rounds * threads.count * 4 <= units * 5;
   if (by_channel) {
-    const int64_t most = channels_at_once(s, mapper.map, inputs, values, by.groups);
-    parallel(threads, s.c, s.n * s.s, [&](int64_t c_begin, int64_t c_end) {
+    int64_t most = channels_at_once(s, mapper.map, inputs, values, by.groups) / unit * unit;
+    if (most == 0) most = unit;
+    parallel(threads, units, unit * s.n * s.s, [&](int64_t begin, int64_t end) {
       Scratch own;
       auto* sums = own.get<WideSums>(by.groups * most);
       WideSums* more = nullptr;
-      for (int64_t c0 = c_begin; c0 < c_end; c0 += most) {
+      const int64_t c_end = end * unit;
+      for (int64_t c0 = begin * unit; c0 < c_end; c0 += most) {
         const int64_t channels = c_end - c0 < most ? c_end - c0 : most;
         steps.begin(c0, channels);
         const SumsByGroup found = blocks.reduce_all(reducer, c0, channels, by.groups, sums);
         for (int64_t k = 0; k < channels; ++k) {
           if (!steps.finish(c0 + k, {found.first + k, found.stride}, false)) continue;
-          if (!more) more = own.get<WideSums>(by.groups);
-          steps.finish(c0 + k, blocks.reduce_all(reducer, c0 + k, 1, by.groups, more), true);
+          if (!more) more = own.get<WideSums>(by.groups * unit);
+          const SumsByGroup again = blocks.reduce_all(reducer, c0 + k / unit * unit, unit, by.groups, more);
+          steps.finish(c0 + k, {again.first + k % unit, again.stride}, true);
         }
         // Mapping writes more than it reads, so it prefetches the next channels.
         const int64_t ahead = c0 + most < c_end ? most * s.s : 0;
-        for (int64_t n = s.n - 1; mapper.map && n >= 0; --n) {
-          mapper.planes(mapper.map, s, n, c0, channels, 0, s.s, by.mapped ? by.mapped[n] : 0, streamed, ahead);
-        }
+        map_channels(s, mapper, unit, c0, channels, streamed, ahead, by.mapped);
       }
       if (streamed) stream_fence();
     });
     return;
   }
 
+  // sums[(unit · blocks + block) · channels of a unit + channel]
   auto* sums = scratch.get<WideSums>(s.c * blocks.count);
   auto* totals = scratch.get<WideSums>(by.groups);
   auto* finished = scratch.get<bool>(s.c);
   for (int64_t c = 0; c < s.c; ++c) finished[c] = false;
   for (int64_t c = 0; c < s.c; c += kChannelsAtOnce) steps.begin(c, s.c - c < kChannelsAtOnce ? s.c - c : kChannelsAtOnce);
   for (bool again = false, unfinished = true; unfinished; again = true) {
-    parallel(threads, s.c * blocks.count, blocks.piece, [&](int64_t begin, int64_t end) {
+    parallel(threads, units * blocks.count, unit * blocks.piece, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (finished[i / blocks.count]) continue;
-        sums[i] = WideSums{};
-        blocks.reduce(reducer, i % blocks.count, i / blocks.count, 1, sums + i);
+        const int64_t c0 = i / blocks.count * unit;
+        bool skip = true;
+        for (int64_t k = 0; k < unit; ++k) skip &= finished[c0 + k];
+        if (skip) continue;
+        for (int64_t k = 0; k < unit; ++k) sums[i * unit + k] = WideSums{};
+        blocks.reduce(reducer, i % blocks.count, c0, unit, sums + i * unit);
       }
     });
     unfinished = false;
@@ -160,8 +189,9 @@ static void reduce_then_map(const Threads& threads, const Shape& s, const Reduce
       for (int64_t g = 0; g < by.groups; ++g) totals[g] = WideSums{};
       for (int64_t b = 0; b < blocks.count; ++b) {
         WideSums& total = totals[blocks.group(b)];
-        total.u = total.u + sums[c * blocks.count + b].u;
-        total.uv = total.uv + sums[c * blocks.count + b].uv;
+        const WideSums& own = sums[(c / unit * blocks.count + b) * unit + c % unit];
+        total.u = total.u + own.u;
+        total.uv = total.uv + own.uv;
       }
       finished[c] = !steps.finish(c, {totals, 1}, again);
       unfinished |= !finished[c];

@@ -32,14 +32,14 @@ struct OneChannel {
   }
 };
 
-// The lanes in `next` belong to channel at + 1, the others to channel `at`.
+// The lanes in `next` belong to the second channel, the others to the first.
 template <class V>
 struct TwoChannels {
-  int64_t at;
+  int64_t first, second;
   decltype(lanes_between<V>(0, 0)) next;
   template <class A>
   BATCHNORM_INLINE V get(const A* p, const TwoChannels& c) {
-    return select(c.next, broadcast_to<V>(p[c.at + 1]), broadcast_to<V>(p[c.at]));
+    return select(c.next, broadcast_to<V>(p[c.second]), broadcast_to<V>(p[c.first]));
   }
 };
 
