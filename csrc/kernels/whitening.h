@@ -126,7 +126,7 @@ struct GroupSums {
 };
 
 void whiten_products(const Threads& threads, const WhitenProducts& a) {
-    const bool same = !a.dy && !a.weights;
+  const bool same = !a.dy && !a.weights;
   if (a.shape.numel() == 0) {
     const int64_t columns = a.size < a.shape.c ? a.size : a.shape.c;
     for (int64_t i = 0; i < a.shape.c * columns; ++i) a.products[i] = 0.0;

@@ -94,6 +94,9 @@ __attribute__((noinline)) static void map_some_lanes(const Map& map, int64_t lan
             map.weights ? broadcast_to<V>(map.weights[row]) : V{}, false);
 }
 
+// The coefficients of longer rows do not stay in the first-level cache, so they are loaded once for four rows.
+inline constexpr int64_t kLongRow = 1024;
+
 // Maps lanes [j0, j1) of rows [r0, r1).
 using MapRows = void (*)(const void* map, int64_t lanes, int64_t r0, int64_t r1, int64_t j0, int64_t j1,
                          int64_t channel0, bool streamed);
@@ -118,16 +121,24 @@ static void map_rows(const void* self, int64_t lanes, int64_t r0, int64_t r1, in
     }
     return;
   }
-  for (int64_t row = r0; row < r1; ++row) {
+  auto map_together = [&](auto constant, int64_t row) __attribute__((always_inline)) {
+    constexpr int64_t kRows = decltype(constant)::value;
+    auto packet = [&](int64_t j) __attribute__((always_inline)) {
+      const auto c = map.at(ManyChannels<V>{channel0 + j, W});
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kRows; ++k) step(c, row + k, j);
+    };
     int64_t j = j0;
-    for (; j + W <= j1; j += W) step(map.at(ManyChannels<V>{channel0 + j, W}), row, j);
-    if (j == j1) continue;
-    if (j1 - j0 >= W) {  // the last full packet again
-      step(map.at(ManyChannels<V>{channel0 + j1 - W, W}), row, j1 - W);
-    } else {
-      map_some_lanes(*static_cast<const Map*>(self), lanes, row, j, j1 - j, channel0 + j);
-    }
+    for (; j + W <= j1; j += W) packet(j);
+    if (j == j1) return;
+    if (j1 - j0 >= W) return packet(j1 - W);  // the last full packet again
+    for (int64_t k = 0; k < kRows; ++k) map_some_lanes(map, lanes, row + k, j, j1 - j, channel0 + j);
+  };
+  int64_t row = r0;
+  if (j1 - j0 > kLongRow) {
+    for (; row + 4 <= r1; row += 4) map_together(Constant<int64_t, 4>{}, row);
   }
+  for (; row < r1; ++row) map_together(Constant<int64_t, 1>{}, row);
 }
 
 // ---- terms and maps as values ---------------------------------------------------------------------------------------
