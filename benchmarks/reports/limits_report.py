@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.measuring.records import Row
 from benchmarks.reports.markdown import markdown, milliseconds
 from benchmarks.sections.limits import BACKWARD, BY_CHANNEL, FLOOR, FORWARD, KEY, NON_TEMPORAL, PASSES
-from benchmarks.subjects.in_cache import HALF, WHOLE
+from benchmarks.subjects.in_cache import QUARTER, WHOLE
 from benchmarks.subjects.peers import OURS, TORCH, TORCH_INPLACE
 
 
@@ -22,7 +22,7 @@ class Limit:
     ours: dict[str, float]
     floor: dict[str, float]
     by_channel: dict[str, float] | None
-    in_cache: dict[str, float]  # our operators, if all data were in the cache
+    in_cache: dict[str, float]  # our operators, if each core's share of the data were in its cache
 
     @property
     def speedup(self) -> float:
@@ -65,8 +65,9 @@ def limits(rows: list[Row]) -> list[Limit]:
 
         floor = fastest(FLOOR)
         assert floor is not None
-        calls = (size[OURS] - size[HALF]) / (size[WHOLE] - size[HALF])
-        in_cache = {p: own[HALF, p] + calls * (own[WHOLE, p] - own[HALF, p]) for p in PASSES}
+        of_each_core = size[OURS] / int(chosen[0]["threads"])
+        more = (of_each_core - size[QUARTER]) / (size[WHOLE] - size[QUARTER])
+        in_cache = {p: own[QUARTER, p] + more * (own[WHOLE, p] - own[QUARTER, p]) for p in PASSES}
         torchs = min(sum(own[name, p] for p in PASSES) for name in (TORCH, TORCH_INPLACE))
         ours = {p: own[OURS, p] for p in PASSES}
         found.append(Limit(*key, torchs, ours, floor, fastest(BY_CHANNEL), in_cache))

@@ -72,7 +72,7 @@ def measure_limits(options: Options, table: Table) -> None:
         if key in done or options.only not in ", ".join(key):
             continue
         data = make_data(case)
-        small = in_cache.in_cache(case, options.threads)
+        small = in_cache.in_cache(case)
         passes = step_passes(case, data) | _streams(case, data)
         passes |= {name: in_cache.repeated_passes(own) for name, own in small.items()}
         calls = {name: (p.forward, p.backward) for name, p in passes.items()}
