@@ -92,7 +92,7 @@ def test_data_in_the_cache_are_of_the_same_kind_and_fit(shape, dtype):
         case = cases.Case(shape, layout, dtype, cases.STEP)
         quarter, whole = in_cache.in_cache(case).values()
         assert whole.nbytes == 4 * quarter.nbytes
-        assert whole.nbytes > 100 << 10 and 3 * whole.nbytes <= 1 << 19  # x, dy and dx in half a megabyte
+        assert whole.nbytes > 80 << 10 and 3 * whole.nbytes <= 1 << 19  # x, dy and dx in half a megabyte
         assert len(whole.shape) == len(shape)
         for own in (quarter, whole):
             assert (own.layout, own.dtype) == (layout, dtype)
